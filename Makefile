@@ -1,0 +1,37 @@
+# `make demo` makes a video, `make test` checks everything; both set up .venv by themselves the first time.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/pip -qq --disable-pip-version-check --no-input
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+WORKERS ?= 2
+
+.PHONY: demo test check install clean
+
+demo: $(STAMP)
+	@$(BIN)/chitu generate "A cat walking on grass" --seed 1 -o outputs/demo.mp4
+
+test: check
+	@$(BIN)/pytest -n $(WORKERS)
+
+check: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache | tail -n 3; exit $${PIPESTATUS[0]}
+	@$(BIN)/pytest -q tests/test_house_rules.py
+
+install: $(STAMP)
+
+# torch comes first and alone: so pip takes the pinned build, and does not search for another one later
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (once; a few minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install "$(TORCH)" -c constraints.txt
+	@$(PIP) install -e ".[dev]" -c constraints.txt
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,232 @@
+"""The loaded model on its device, and what goes with it: attention, solver, cache manager, residency.
+
+A backend is an instance; several may live in one process. It lends networks and knows where they are; it runs nothing and
+knows no task.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import Any
+
+import torch
+
+from chitu_diffusion.attention import AttentionKernel, attention_kernel
+from chitu_diffusion.config import EngineConfig, cache_dir
+from chitu_diffusion.errors import UsageError
+from chitu_diffusion.flexcache.manager import FlexCacheManager
+from chitu_diffusion.memory import Sizes, free_memory
+from chitu_diffusion.models.spec import ModelSpec
+from chitu_diffusion.models.text import TextEncoder
+from chitu_diffusion.models.vae import Vae
+from chitu_diffusion.models.wan import WanTransformer
+from chitu_diffusion.networks import Networks, load_networks
+from chitu_diffusion.residency import Residency
+from chitu_diffusion.sampling import Sampler
+from chitu_diffusion.weights import fingerprint
+
+logger = logging.getLogger(__name__)
+
+_DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class BackendState(IntEnum):
+    """Where a backend is in its life."""
+
+    UNINITIALIZED = 0
+    INITIALIZED = 1
+    RUNNING = 2
+    TERMINATED = 3
+
+
+class DiffusionBackend:
+    """Loads the model that the settings name, on the device and in the dtype that they name.
+
+    A load that fails raises and leaves nothing behind.
+
+    Args:
+        args: the settings; a frozen copy is kept, so that later edits of `args` reach only backends made after them.
+        logging_level: of the package's logger; None leaves it alone.
+
+    Raises:
+        ModelError: no such model, or a faulty checkpoint.
+        UsageError: settings that this machine or this model cannot follow.
+        torch.OutOfMemoryError: the weights do not fit at this memory level.
+    """
+
+    def __init__(self, args: EngineConfig, logging_level: int | None = None) -> None:
+        self._begin(args, logging_level)
+        try:
+            self._install(load_networks(self.args, self.device, self.dtype))
+        except BaseException:
+            free_memory(self.device)
+            raise
+
+    @classmethod
+    def from_networks(cls, networks: Networks, args: EngineConfig | None = None) -> DiffusionBackend:
+        """A backend of networks that are in memory already. They keep their dtype and are moved to the device."""
+        backend = cls.__new__(cls)
+        backend._begin(args or EngineConfig())
+        backend._install(networks)
+        return backend
+
+    def _begin(self, args: EngineConfig, logging_level: int | None = None) -> None:
+        self.state = BackendState.UNINITIALIZED
+        if logging_level is not None:
+            logging.getLogger("chitu_diffusion").setLevel(logging_level)
+        self.args = args.frozen_copy()
+        _check_ranks(self.args)
+        self.device = pick_device(self.args.infer.device)
+        self.dtype = pick_dtype(self.args.infer.dtype, self.device)
+        self.attn_backend: AttentionKernel = attention_kernel(self.args.infer.attn_type)
+        self.flexcache_manager = FlexCacheManager()
+        if self.args.infer.threads is not None:
+            torch.set_num_threads(self.args.infer.threads)
+        self._sha256: str | None = None
+
+    def _install(self, networks: Networks) -> None:
+        for network in (*networks.experts, networks.text_encoder, networks.vae):
+            network.eval().requires_grad_(False)
+        self.sampler = Sampler(self.args.infer.sampler, _with_shift(networks.scheduler, networks.spec.defaults.shift))
+        self.residency = Residency(
+            self.device,
+            text_encoder=networks.text_encoder,
+            experts=networks.experts,
+            vae=networks.vae,
+            blocks=[list(expert.blocks) for expert in networks.experts],
+            level=self.args.infer.diffusion.low_mem_level,
+        )
+        self.residency.settle()
+        if self.args.infer.diffusion.low_mem_level >= 1:
+            # real in training; under inference, where nothing is kept for a backward pass, it costs and saves nothing
+            for expert in networks.experts:
+                expert.enable_gradient_checkpointing()
+        self._networks: Networks | None = networks
+        self.state = BackendState.INITIALIZED
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model without its weights."""
+        return self._alive().spec
+
+    @property
+    def model_pool(self) -> Sequence[WanTransformer]:
+        """The transformers: one, or high noise and low noise."""
+        return self._alive().experts
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """Prompts to embeddings."""
+        return self._alive().text_encoder
+
+    @property
+    def vae(self) -> Vae:
+        """Latents to videos."""
+        return self._alive().vae
+
+    @property
+    def low_mem_level(self) -> int:
+        """The memory level: as the settings said, or higher since."""
+        return self.residency.level
+
+    @low_mem_level.setter
+    def low_mem_level(self, level: int) -> None:
+        self.require_alive()
+        self.residency.set_level(level)
+
+    def start(self) -> None:
+        """Enter the running state."""
+        self.require_alive()
+        self.state = BackendState.RUNNING
+
+    def require_alive(self) -> None:
+        """Raise if there is nothing to run on.
+
+        Raises:
+            UsageError: the backend is terminated.
+        """
+        self._alive()
+
+    def terminate(self) -> None:
+        """Let go of every network; silent the second time."""
+        if self._networks is not None:
+            self.residency.close()
+            del self.residency
+            self._networks = None
+            free_memory(self.device)
+        self.state = BackendState.TERMINATED
+
+    def sizes(self) -> Sizes:
+        """What a memory estimate is made from."""
+        config = self.spec.transformers[0]
+        return Sizes(
+            parts=self.residency.part_bytes(),
+            block=self.residency.largest_block_bytes(),
+            dim=config.dim,
+            ffn_dim=config.ffn_dim,
+            vae_width=int(self.vae.network.config.base_dim),
+            item=self.dtype.itemsize,
+            on_cpu=self.device.type == "cpu",
+        )
+
+    def weights_sha256(self) -> str | None:
+        """SHA-256 over the checkpoint's files, remembered between runs; None for networks made in memory."""
+        folder = self._alive().folder
+        if self._sha256 is None and folder is not None:
+            self._sha256 = fingerprint(folder, cache_dir())
+        return self._sha256
+
+    def _alive(self) -> Networks:
+        if self.state is BackendState.UNINITIALIZED or self._networks is None:
+            raise UsageError("this backend is terminated; make a new one with DiffusionBackend(args)")
+        return self._networks
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a setting means, with its index.
+
+    Raises:
+        UsageError: a device that torch or this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device = {name!r}: 'auto', 'cpu', 'cuda' or 'cuda:N' would do", field="infer.device") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise UsageError(f"device = {name!r}: 'auto', 'cpu', 'cuda' or 'cuda:N' would do", field="infer.device")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = device.index if device.index is not None else (torch.cuda.current_device() if count else 0)
+    if index >= count:
+        raise UsageError(
+            f"device = {name!r}: this machine has {count} CUDA device(s); 'auto' or 'cpu' would do", field="infer.device"
+        )
+    return torch.device("cuda", index)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a setting means on a device."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[name]
+
+
+def _check_ranks(args: EngineConfig) -> None:
+    """One process runs everything so far; a setting that asks for several ranks is refused, not passed over."""
+    for name, value in (("cfg_size", args.infer.diffusion.cfg_size), ("cp_size", args.infer.diffusion.cp_size)):
+        if value > 1:
+            field = f"infer.diffusion.{name}"
+            raise UsageError(f"{field} = {value}: this engine runs in one process; 1 would do", field=field)
+
+
+def _with_shift(scheduler: Mapping[str, Any], shift: float | None) -> Mapping[str, Any]:
+    """The checkpoint's scheduler config, with the model's own shift where it says none."""
+    if shift is None or scheduler.get("flow_shift") is not None or scheduler.get("shift") is not None:
+        return scheduler
+    key = "shift" if scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler" else "flow_shift"
+    return {**scheduler, key: shift}

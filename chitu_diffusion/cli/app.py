@@ -1,0 +1,142 @@
+"""The command line put together: which commands there are, and how an error becomes words and an exit code.
+
+    0 done   1 a job failed   2 usage   3 will not fit   4 model missing or corrupt   130 interrupted
+
+Knows every command group and nothing of what they do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from chitu_diffusion.cli.batch import batch
+from chitu_diffusion.cli.doctor import doctor
+from chitu_diffusion.cli.generate import generate
+from chitu_diffusion.cli.models import models_app
+from chitu_diffusion.cli.show import config_app, info
+from chitu_diffusion.cli.words import emit_error, exit_code_of, printable, say
+from chitu_diffusion.errors import ChituError
+
+INTERRUPTED = 130
+GROUPS = ("models", "config", "eval")
+EVALUATION_COMMANDS = "chitu_diffusion.evaluation.commands"
+
+
+def build(*, with_evaluation: bool) -> typer.Typer:
+    """The application. The measuring commands are imported only when they are asked for."""
+    app = typer.Typer(
+        name="chitu",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help="chitu_diffusion: from a sentence to a video, with Wan text-to-video models.",
+        epilog='Begin with: chitu generate "A cat walking on grass"',
+    )
+    app.callback()(_common)
+    app.command()(generate)
+    app.command()(batch)
+    app.command()(info)
+    app.add_typer(models_app, name="models")
+    app.command()(doctor)
+    app.add_typer(config_app, name="config")
+    app.add_typer(_evaluation(load=with_evaluation), name="eval")
+    return app
+
+
+def _evaluation(*, load: bool) -> typer.Typer:
+    """`chitu eval ...`: the app named `app` of the evaluation package's commands, if that package has them."""
+    if load and find_spec("chitu_diffusion.evaluation") and find_spec(EVALUATION_COMMANDS):
+        commands: typer.Typer = importlib.import_module(EVALUATION_COMMANDS).app
+        return commands
+    empty = typer.Typer(no_args_is_help=True, help="Measure videos: adherence to the prompt, fidelity to a reference.")
+    empty.callback()(_nothing)
+    return empty
+
+
+def _nothing() -> None:
+    """Measure videos: adherence to the prompt, fidelity to a reference."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(version("chitu_diffusion"))
+        except PackageNotFoundError:
+            print("chitu_diffusion is not installed; 'pip install -e .' does that")
+        raise typer.Exit(0)
+
+
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version_: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    """chitu_diffusion: from a sentence to a video, with Wan text-to-video models."""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Carry out one command line.
+
+    Args:
+        arguments: what stands after `chitu`; None takes the process's own.
+
+    Returns:
+        the exit code; every error has been told on stderr (with --json: as an event on stdout).
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = words[: words.index("--")] if "--" in words else words
+    as_json = "--json" in options
+    app = build(with_evaluation="eval" in options)
+    try:
+        code = app(args=words, prog_name="chitu", standalone_mode=False)
+        if code == INTERRUPTED:
+            say("interrupted; the same command starts again")
+        return int(code or 0)
+    except KeyboardInterrupt:
+        say("interrupted; the same command starts again")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # nobody reads on; without this, Python complains once more when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except typer.TyperException as error:
+        return _tell(error, _usage(error.format_message(), options), error.exit_code, as_json)
+    except ChituError as error:
+        if "--debug" in options:
+            traceback.print_exc()
+        return _tell(error, str(error), exit_code_of(error), as_json)
+    except Exception as error:
+        # recorded: told in words here, and as a traceback with --debug
+        if "--debug" in options:
+            traceback.print_exc()
+        message = f"unexpected {type(error).__name__}: {error}. 'chitu --debug ...' shows where; please report it"
+        return _tell(error, message, 1, as_json)
+
+
+def _usage(message: str, words: Sequence[str]) -> str:
+    """What the parser found wrong, and where help stands; a bare group is answered with its help."""
+    if message.startswith("Usage:"):
+        return message
+    deep = 2 if words[:1] and words[0] in GROUPS else 1
+    command = " ".join(["chitu", *(word for word in words[:deep] if word.isalpha())])
+    return f"{message.rstrip('.')}. '{command} --help' lists what there is"
+
+
+def _tell(error: Exception, message: str, exit_code: int, as_json: bool) -> int:
+    if as_json:
+        emit_error(error, message, exit_code)
+    else:
+        lines = [printable(line) for line in message.splitlines()]
+        say(("" if message.startswith("Usage:") else "error: ") + "\n".join(lines))
+    return exit_code

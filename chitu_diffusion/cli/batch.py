@@ -1,0 +1,245 @@
+"""`chitu batch`: a file of sentences, a folder of videos.
+
+Knows three row formats and when a row is done already (its file is there and the recipe inside
+says the same as the row). All rows are checked before anything is loaded. A row names its file by
+its number, or by a plain `save_path` inside the output folder; a prompt never becomes a path.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chitu_diffusion.cli import options
+from chitu_diffusion.cli.plan import find_model, resolve
+from chitu_diffusion.cli.words import duration, emit, printable, say, table
+from chitu_diffusion.errors import UsageError
+
+if TYPE_CHECKING:
+    from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
+
+Resolve = Callable[["DiffusionUserParams"], "DiffusionUserParams"]
+WHOLE_NUMBERS = ("height", "width", "num_frames", "fps", "num_inference_steps", "seed", "priority")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the file: its number (from 1), the checked request, and the same with the model's values filled in."""
+
+    line: int
+    params: DiffusionUserParams
+    resolved: DiffusionUserParams
+
+    @property
+    def path(self) -> str:
+        """Where its video goes."""
+        return str(self.params.save_path)
+
+
+def batch(
+    file: Annotated[Path, typer.Argument(help="prompts.txt (one a line), .jsonl (one object a line) or .csv (with a header).")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the videos.")] = Path("outputs"),
+    model: options.Model = None,
+    negative_prompt: options.NegativePrompt = None,
+    size: options.Size = None,
+    frames: options.Frames = None,
+    fps: options.Fps = None,
+    steps: options.Steps = None,
+    guidance_scale: options.GuidanceScale = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="For every row that names none.")] = None,
+    cache: options.Cache = None,
+    low_mem_level: options.LowMemLevel = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    quality: options.Quality = None,
+    config: options.ConfigFile = None,
+    set_: options.Set = None,
+    dry_run: options.DryRun = False,
+    json_: options.Json = False,
+) -> int:
+    """Make a video for each row of a file; rows that are done already are skipped.
+
+    A row may hold prompt, negative_prompt, height, width, num_frames, fps, num_inference_steps, guidance_scale,
+    seed, save_path, flexcache, role and priority. The flags fill in what a row leaves out.
+    """
+    engine_config, _ = options.settings(
+        config=config, set_=set_, model=model, low_mem_level=low_mem_level, dtype=dtype, device=device, quality=quality
+    )
+    width, height = options.parse_size(size)
+    defaults = {
+        "negative_prompt": negative_prompt,
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "fps": fps,
+        "num_inference_steps": steps,
+        "guidance_scale": options.parse_guidance(guidance_scale),
+        "seed": seed,
+        "flexcache": options.parse_cache(cache),
+    }
+    spec, _ = find_model(engine_config)
+    given = {name: value for name, value in defaults.items() if value is not None}
+    rows = read_rows(file, output, given, lambda params: resolve(spec, engine_config, params))
+    todo = [row for row in rows if not is_done(row, spec.name)]
+    done = len(rows) - len(todo)
+    if dry_run or not todo:
+        say(f"{len(rows)} rows: {done} done already, {len(todo)} to make")
+        _summary(rows, {}, as_json=json_)
+        return 0
+    if done and not json_:
+        say(f"{done} of {len(rows)} rows are done already and are skipped")
+    from chitu_diffusion.cli.progress import make_reporter
+    from chitu_diffusion.cli.run import run_requests
+
+    tasks = run_requests(engine_config, [_with_seed(row) for row in todo], make_reporter(as_json=json_))
+    return _summary(rows, {row.line: task for row, task in zip(todo, tasks, strict=True)}, as_json=json_)
+
+
+def _with_seed(row: Row) -> DiffusionUserParams:
+    from chitu_diffusion.task import draw_seed
+
+    return row.params if row.params.seed is not None else replace(row.params, seed=draw_seed())
+
+
+def _summary(rows: list[Row], tasks: Mapping[int, DiffusionTask], *, as_json: bool) -> int:
+    """The closing table; 1 if a row failed."""
+    lines, failed = [], 0
+    for row in rows:
+        task = tasks.get(row.line)
+        if task is None:
+            there = Path(row.path).exists()
+            status, spent, seed, result = ("done before" if there else "to make"), "", row.params.seed, row.path
+        else:
+            good = task.status == "finished"
+            failed += not good
+            status, spent, seed = str(task.status), duration(task.get_elapsed_time()), task.seed
+            result = row.path if good else task.error_message or ""
+        lines.append((row.line, status, "" if seed is None else seed, spent, result))
+    if as_json:
+        names = ("line", "status", "seed", "seconds", "result")
+        emit("summary", failed=failed, rows=[dict(zip(names, line, strict=True)) for line in lines])
+    else:
+        table(("line", "status", "seed", "time", "file or error"), lines)
+    return 1 if failed else 0
+
+
+def is_done(row: Row, model: str) -> bool:
+    """Whether the row's file is there, was made by the same model, and its recipe says what the row says."""
+    from chitu_diffusion.video import read_recipe
+
+    if not Path(row.path).exists():
+        return False
+    try:
+        recipe = read_recipe(row.path)
+    except UsageError:
+        return False
+    made = recipe.get("params")
+    if not isinstance(made, dict) or recipe.get("model") != model:
+        return False
+    mine = json.loads(json.dumps(row.resolved.to_mapping(), default=str))
+    ignored = {"save_path", "task_id", "role", "priority"} | ({"seed"} if row.params.seed is None else set())
+    return all(made.get(name) == value for name, value in mine.items() if name not in ignored)
+
+
+def read_rows(file: Path, folder: Path, defaults: Mapping[str, Any], resolved: Resolve) -> list[Row]:
+    """Every row of the file, checked.
+
+    Args:
+        file: .txt, .jsonl or .csv.
+        folder: where the videos go.
+        defaults: fields for rows that leave them out.
+        resolved: fills in the model's own values, and refuses what the model cannot do.
+
+    Raises:
+        UsageError: an unreadable file, no rows, or bad rows: all of them are listed by line number.
+    """
+    from chitu_diffusion.video import check_save_path
+
+    readers: Mapping[str, Callable[[str], Iterator[tuple[int, Any]]]] = {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}
+    reader = readers.get(file.suffix.lower())
+    if reader is None:
+        raise UsageError(f"'{file}': .txt, .jsonl or .csv would do", field="file")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read '{file}': {error}", field="file") from error
+    rows: list[Row] = []
+    problems: list[str] = []
+    taken: dict[str, int] = {}
+    for number, (line, values) in enumerate(reader(text), start=1):
+        try:
+            params = _request(number, values, folder, defaults)
+            row = Row(line, params, resolved(params))
+            check_save_path(row.path)
+            if row.path in taken:
+                raise UsageError(f"save_path = {row.path!r}: line {taken[row.path]} has the same")
+            taken[row.path] = line
+            rows.append(row)
+        except (UsageError, TypeError) as error:
+            problems.append(f"line {line}: {printable(str(error))}")
+    if problems:
+        raise UsageError(f"{len(problems)} bad rows in '{file}', nothing was made:\n  " + "\n  ".join(problems), field="file")
+    if not rows:
+        raise UsageError(f"'{file}' has no rows", field="file")
+    return rows
+
+
+def _request(number: int, values: Any, folder: Path, defaults: Mapping[str, Any]) -> DiffusionUserParams:
+    from chitu_diffusion.task import DiffusionUserParams
+
+    if isinstance(values, UsageError):
+        raise values
+    given = {name: value for name, value in values.items() if value is not None}
+    name = given.pop("save_path", f"{number:04d}.mp4")
+    plain = isinstance(name, str) and name and "\\" not in name and not PurePosixPath(name).is_absolute()
+    if not plain or ".." in PurePosixPath(name).parts:
+        raise UsageError(f"save_path = {name!r}: a plain name inside the output folder would do", field="save_path")
+    path = f"{folder / name}/" if name.endswith("/") else str(folder / name)
+    return DiffusionUserParams.from_mapping({**defaults, **given, "save_path": path})
+
+
+def _txt(text: str) -> Iterator[tuple[int, Any]]:
+    for line, content in enumerate(text.splitlines(), start=1):
+        if content.strip() and not content.lstrip().startswith("#"):
+            yield line, {"prompt": content.strip()}
+
+
+def _jsonl(text: str) -> Iterator[tuple[int, Any]]:
+    for line, content in enumerate(text.split("\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            values = json.loads(content)
+        except ValueError as error:
+            yield line, UsageError(f"not JSON: {error}")
+            continue
+        yield line, values if isinstance(values, dict) else UsageError('an object such as {"prompt": "..."} would do')
+
+
+def _csv(text: str) -> Iterator[tuple[int, Any]]:
+    reader = csv.DictReader(text.splitlines(keepends=True), restkey="")
+    for record in reader:
+        if "" in record:
+            yield reader.line_num, UsageError("more cells than the header has names")
+            continue
+        try:
+            yield reader.line_num, {name: _cell(name, cell) for name, cell in record.items() if cell}
+        except ValueError as error:
+            yield reader.line_num, UsageError(str(error))
+
+
+def _cell(name: str, text: str) -> Any:
+    if name in WHOLE_NUMBERS:
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError(f"{name} = {text!r}: must be a whole number") from None
+    if name == "guidance_scale":
+        return options.parse_guidance(text)
+    return options.parse_cache(text) if name == "flexcache" else text

@@ -1,0 +1,168 @@
+"""`chitu doctor`: what this machine can run, and for each lack what to do about it.
+
+Each check is a small function from nothing to findings. A check that itself breaks becomes a
+finding, so that the doctor always ends with an answer.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from chitu_diffusion.cli import options
+from chitu_diffusion.cli.show import Document
+from chitu_diffusion.cli.words import emit_document, say, size, table
+from chitu_diffusion.errors import ChituError
+
+Status = Literal["ok", "note", "lack"]
+LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "av", "pydantic")
+TINY_NEEDS = 2 * 2**30
+"""Bytes of free memory that the shipped model is promised to do with."""
+DISK_NEEDS = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        status: "ok"; "note" where something optional is absent; "lack" where nothing can be generated.
+        found: what there is.
+        remedy: what to do about it; empty when there is nothing to do.
+    """
+
+    name: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+def doctor(config: options.ConfigFile = None, model: options.Model = None, json_: Document = False) -> int:
+    """Tell what this machine can run; each lack comes with its remedy. Exit 1 if nothing can be generated."""
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "python": _python,
+        "libraries": _libraries,
+        "memory": _memory,
+        "disk": _disk,
+        "devices": _devices,
+        "attention": _attention,
+        "video": _video,
+        "models": lambda: _models(config, model),
+    }
+    findings: list[Finding] = []
+    for name, check in checks.items():
+        try:
+            findings += check()
+        except Exception as error:  # recorded as a finding
+            findings.append(Finding(name, "lack", f"the check broke: {type(error).__name__}: {error}", "please report it"))
+    lacks = [finding for finding in findings if finding.status == "lack"]
+    if json_:
+        emit_document({"ok": not lacks, "findings": [asdict(finding) for finding in findings]})
+        return 1 if lacks else 0
+    table(("what", "", "found", "remedy"), [(f.name, f.status, f.found, f.remedy) for f in findings])
+    say(f"{len(lacks)} things are lacking, see the remedies" if lacks else 'ready: chitu generate "A cat walking on grass"')
+    return 1 if lacks else 0
+
+
+def _python() -> Iterator[Finding]:
+    good = sys.version_info >= (3, 11)
+    found = f"{platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield Finding("python", "ok" if good else "lack", found, "" if good else "install Python 3.11 or later")
+
+
+def _libraries() -> Iterator[Finding]:
+    for name in LIBRARIES:
+        try:
+            yield Finding(name, "ok", version(name))
+        except PackageNotFoundError:
+            yield Finding(name, "lack", "not installed", "pip install -e . -c constraints.txt")
+
+
+def _memory() -> Iterator[Finding]:
+    import torch
+
+    from chitu_diffusion.memory import total_memory
+
+    total = total_memory(torch.device("cpu"))
+    enough = total >= TINY_NEEDS
+    remedy = "" if enough else f"wan-tiny needs {size(TINY_NEEDS)}; use a machine or container with more"
+    yield Finding("main memory", "ok" if enough else "lack", size(total), remedy)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    yield Finding("cpu", "ok", f"{cores} cores")
+
+
+def _disk() -> Iterator[Finding]:
+    free = shutil.disk_usage(Path.cwd()).free
+    enough = free >= DISK_NEEDS
+    yield Finding("disk here", "ok" if enough else "note", f"{size(free)} free", "" if enough else "free some space for videos")
+    writable = os.access(Path.cwd(), os.W_OK)
+    if not writable:
+        yield Finding("this folder", "note", "not writable", "name a place with -o, such as -o ~/cat.mp4")
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        remedy = (
+            "the driver does not answer: see nvidia-smi"
+            if built
+            else "this torch is a CPU build; with an NVIDIA GPU, install torch's CUDA build"
+        )
+        yield Finding("gpu", "note", "none that torch can use; the CPU runs wan-tiny", remedy)
+        return
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        compute = f"compute {facts.major}.{facts.minor}"
+        yield Finding(f"cuda:{index}", "ok", f"{facts.name}, {compute}, {size(free)} of {size(total)} free")
+
+
+def _attention() -> Iterator[Finding]:
+    from chitu_diffusion.attention import KERNELS, attention_kernel
+
+    chosen = attention_kernel("auto").name
+    for name, kernel in KERNELS.items():
+        exactness = "exact" if kernel.exact else "lossy"
+        yield Finding(f"attention {name}", "ok", exactness + (", the automatic choice" if name == chosen else ""))
+
+
+def _video() -> Iterator[Finding]:
+    import av
+
+    libraries = ", ".join(f"{name} {'.'.join(map(str, number))}" for name, number in sorted(av.library_versions.items())[:3])
+    if "libx264" in av.codecs_available:
+        yield Finding("mp4", "ok", f"libx264 through PyAV {av.__version__} ({libraries})")
+    else:
+        remedy = "pip install --force-reinstall av (its wheels bring libx264), or write .gif, .npy or a folder"
+        yield Finding("mp4", "lack", f"PyAV {av.__version__} without libx264", remedy)
+
+
+def _models(config: Path | None, model: str | None) -> Iterator[Finding]:
+    from chitu_diffusion.models.spec import FULL_SIZE, resolve_model
+
+    settings, _ = options.settings(config=config, set_=None, model=model)
+    name = settings.models.name
+    try:
+        spec, folder = resolve_model(name, settings.models.ckpt_dir)
+    except ChituError as error:
+        yield Finding(f"model {name}", "lack", str(error), "chitu models ls")
+        return
+    if folder is None:
+        yield Finding(f"model {name}", "lack", "not on this machine", f"chitu models pull {spec.name}")
+    else:
+        yield Finding(f"model {name}", "ok", str(folder))
+    for other in FULL_SIZE.values():
+        if other.name != spec.name:
+            _, place = resolve_model(other.name)
+            remedy = "" if place else f"optional: chitu models pull {other.name}"
+            yield Finding(f"model {other.name}", "ok" if place else "note", str(place or "not on this machine"), remedy)

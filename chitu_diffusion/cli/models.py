@@ -1,0 +1,186 @@
+"""`chitu models`: which models there are, fetch one, check one, change its layout.
+
+Knows names and folders; what a checkpoint must hold is known by `models/` and `weights.py`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from chitu_diffusion.cli.show import Document
+from chitu_diffusion.cli.words import emit_document, say, size, table
+from chitu_diffusion.errors import ChituError, ModelError, ModelMissingError, OutputError, UsageError, WillNotFitError
+
+models_app = typer.Typer(no_args_is_help=True, help="The models: list, fetch, check, convert.")
+ModelName = Annotated[str, typer.Argument(metavar="NAME", help="A name from 'chitu models ls', or a Hugging Face id.")]
+
+
+@models_app.command("ls")
+def models_ls(json_: Document = False) -> int:
+    """List every model by name: what kind, how big, and where it lies on this machine."""
+    from chitu_diffusion.models.spec import model_names
+
+    rows = [_described(name) for name in model_names()]
+    if json_:
+        emit_document(rows)
+        return 0
+    cells = [(row["name"], row["kind"], row["default"], size(row["bytes"]) if row["bytes"] else "", row["where"]) for row in rows]
+    table(("name", "kind", "default video", "on disk", "where"), cells)
+    return 0
+
+
+def _described(name: str) -> dict[str, Any]:
+    from chitu_diffusion.models.spec import resolve_model
+
+    try:
+        spec, folder = resolve_model(name)
+    except ChituError as error:
+        return {"name": name, "here": False, "kind": "", "default": "", "bytes": 0, "where": f"unusable: {error}"}
+    own = spec.defaults
+    return {
+        "name": name,
+        "here": folder is not None,
+        "kind": "two experts" if len(spec.transformers) == 2 else "one transformer",
+        "default": f"{own.width}x{own.height}, {own.num_frames} frames, {own.steps} steps",
+        "bytes": _bytes_in(folder) if folder is not None else 0,
+        "where": str(folder) if folder is not None else f"not here; chitu models pull {name}",
+    }
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@models_app.command("pull")
+def models_pull(
+    name: ModelName,
+    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="A folder; else the hub's usual cache.")] = None,
+) -> int:
+    """Fetch a model's weights from the Hugging Face hub; goes on where it was broken off."""
+    from huggingface_hub import snapshot_download
+
+    hub_id = _hub_id(name)
+    say(f"fetching {hub_id} ...")
+    _check_room(hub_id, to)
+    try:
+        folder = snapshot_download(hub_id, local_dir=to)
+    except Exception as error:
+        raise _cannot_fetch(hub_id, error) from error
+    say("fetched; 'chitu models verify' checks every tensor")
+    print(folder)
+    return 0
+
+
+@models_app.command("verify")
+def models_verify(
+    model: Annotated[str, typer.Argument(metavar="NAME|FOLDER", help="A name from 'chitu models ls', or a folder.")] = "wan-tiny",
+    deep: Annotated[bool, typer.Option("--deep", help="Also read every value and look for NaN and Inf.")] = False,
+    json_: Document = False,
+) -> int:
+    """Check a model: configs, each file's size, every tensor's name and shape. Exit 4 if it is not whole."""
+    folder = folder_of(model)
+    from chitu_diffusion.models.convert import verify
+
+    findings = verify(folder, deep)
+    bad = [finding for finding in findings if not finding.ok]
+    if json_:
+        emit_document({"ok": not bad, "findings": [asdict(finding) for finding in findings]})
+    else:
+        table(("part", "", "what"), [(f.part, "ok" if f.ok else "BAD", f.message) for f in findings])
+        say(f"{folder} is not whole" if bad else f"{folder} is whole")
+    return ModelError.exit_code if bad else 0
+
+
+@models_app.command("convert")
+def models_convert(
+    model: Annotated[str, typer.Argument(metavar="NAME|FOLDER", help="The model to write anew.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A folder that does not exist yet.")],
+    layout: Annotated[
+        Literal["diffusers", "official"] | None, typer.Option("--layout", help="By default the one that it does not have.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option("--dtype", help="Of the stored weights; by default their own."),
+    ] = None,
+) -> int:
+    """Write a model in the other layout: diffusers' folders, or the official Wan files."""
+    folder = folder_of(model)
+    say(f"converting {folder} ...")
+    import torch
+
+    from chitu_diffusion.models.convert import convert
+    from chitu_diffusion.models.folder import read_folder
+
+    other: Literal["diffusers", "official"] = "official" if read_folder(folder).layout == "diffusers" else "diffusers"
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    try:
+        written = convert(folder, target, layout or other, dtype=dtypes[dtype] if dtype else None)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}; choose another place") from error
+    say(f"written in {written.layout} layout; 'chitu models verify {target}' checks it")
+    print(target)
+    return 0
+
+
+def folder_of(model: str) -> Path:
+    """Where a model's weights lie on this machine.
+
+    Raises:
+        UsageError: no model has that name; the nearest is named.
+        ModelMissingError: it is known, but not here.
+    """
+    from chitu_diffusion.models.spec import missing_model, resolve_model
+
+    if Path(model).is_dir():
+        return Path(model)
+    spec, folder = resolve_model(model)
+    if folder is None:
+        raise missing_model(spec)
+    return folder
+
+
+def _hub_id(name: str) -> str:
+    """The hub's name for a model.
+
+    Raises:
+        UsageError: the model is shipped, is a folder, or nobody knows it.
+    """
+    from chitu_diffusion.models.spec import TINY, resolve_model
+
+    if name.lower() == TINY:
+        raise UsageError(f"{TINY} is shipped with chitu_diffusion; there is nothing to fetch", field="name")
+    spec, _ = resolve_model(name)
+    if not spec.hub_ids or Path(name).is_dir():
+        raise UsageError(f"'{name}' is a folder on this machine; 'chitu models verify {name}' checks it", field="name")
+    return next((hub_id for hub_id in spec.hub_ids if hub_id.lower() == name.lower()), spec.hub_ids[0])
+
+
+def _check_room(hub_id: str, to: Path | None) -> None:
+    """Says how much will come, and refuses what the disk cannot hold."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        files = HfApi().model_info(hub_id, files_metadata=True).siblings or []
+    except Exception as error:
+        raise _cannot_fetch(hub_id, error) from error
+    needed = sum(file.size or 0 for file in files)
+    place = (to or Path(HF_HUB_CACHE)).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    say(f"{size(needed)} in {len(files)} files; {size(free)} free in {place}")
+    if needed > free:
+        raise WillNotFitError(f"{hub_id} needs {size(needed)}, but {place} has {size(free)} free; choose another disk with --to")
+
+
+def _cannot_fetch(hub_id: str, error: Exception) -> ModelMissingError:
+    return ModelMissingError(
+        f"cannot fetch {hub_id} ({type(error).__name__}). Is this machine online? If not, copy the model's folder here from "
+        "another machine and name it with '--model FOLDER'; wan-tiny needs no download"
+    )

@@ -1,0 +1,212 @@
+"""The options that several commands share, and their way from text to request and settings.
+
+Knows flags, `DiffusionUserParams` and `EngineConfig`; everything is checked here, before anything
+is loaded, and an error names the flag that was typed.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chitu_diffusion.errors import UsageError
+
+if TYPE_CHECKING:
+    from chitu_diffusion.config import EngineConfig, Origins
+
+OutputFile = Annotated[
+    str | None,
+    typer.Option("-o", "--output", metavar="FILE", help="NAME.mp4, .gif, .npy, or NAME/ for a folder of png frames."),
+]
+Model = Annotated[str | None, typer.Option("--model", help="A name ('chitu models ls'), a Hugging Face id, or a folder.")]
+NegativePrompt = Annotated[str | None, typer.Option("--negative-prompt", help="What the video should not be.")]
+Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16: 832x480.")]
+Frames = Annotated[int | None, typer.Option("--frames", help="Length in frames, 4n+1: 33, 81.")]
+Fps = Annotated[int | None, typer.Option("--fps", help="Frames per second of the file.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.")]
+GuidanceScale = Annotated[
+    str | None, typer.Option("--guidance-scale", metavar="G", help="Weight of the prompt: 5; or HIGH,LOW for two experts.")
+]
+Cache = Annotated[
+    str | None, typer.Option("--cache", metavar="NAME[:KEY=VALUE,..]", help="A lossy feature cache: teacache:threshold=0.1.")
+]
+LowMemLevel = Annotated[
+    int | None, typer.Option("--low-mem-level", help="0 all resident .. 4 blocks streamed; each level needs less memory.")
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Quality = Annotated[int | None, typer.Option("--quality", help="Of the mp4: 0 smallest .. 10 no visible loss.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings from a TOML file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any setting ('chitu config show'); repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON event a line on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")]
+
+FLAG_OF_FIELD: Mapping[str, str] = {
+    "prompt": "PROMPT",
+    "negative_prompt": "--negative-prompt",
+    "height": "--size height",
+    "width": "--size width",
+    "num_frames": "--frames",
+    "fps": "--fps",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance-scale",
+    "seed": "--seed",
+    "save_path": "-o",
+    "flexcache": "--cache",
+    "models.name": "--model",
+    "infer.diffusion.low_mem_level": "--low-mem-level",
+    "infer.dtype": "--dtype",
+    "infer.device": "--device",
+    "output.quality": "--quality",
+}
+
+
+@contextmanager
+def flags_named() -> Iterator[None]:
+    """An error about a field names the flag that was typed instead."""
+    try:
+        yield
+    except UsageError as error:
+        flag = FLAG_OF_FIELD.get(error.field or "")
+        message, start = str(error), f"{error.field} = "
+        if flag is None:
+            raise
+        text = message.removeprefix(start)
+        joint = " " if text is not message and message.startswith(start) else ": "
+        raise UsageError(f"{flag}{joint}{text}", field=error.field) from error
+
+
+def settings(
+    *,
+    config: Path | None,
+    set_: list[str] | None,
+    model: str | None = None,
+    low_mem_level: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    quality: int | None = None,
+) -> tuple[EngineConfig, Origins]:
+    """Settings from all four places, and where each came from.
+
+    Raises:
+        UsageError: an unknown name or a bad value, naming the flag.
+    """
+    from chitu_diffusion.config import load_config
+
+    flags: dict[str, Any] = {
+        "models.name": model,
+        "infer.diffusion.low_mem_level": low_mem_level,
+        "infer.dtype": dtype,
+        "infer.device": device,
+        "output.quality": quality,
+    }
+    for text in set_ or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise UsageError(f"--set {text}: NAME=VALUE would do, such as infer.attn_type=sdpa", field="set")
+        flags[name.strip()] = value.strip()
+    with flags_named():
+        return load_config(config, flags)
+
+
+def parse_size(text: str | None) -> tuple[int | None, int | None]:
+    """`832x480` -> (832, 480), width first; None -> (None, None).
+
+    Raises:
+        UsageError: not two numbers.
+    """
+    if text is None:
+        return None, None
+    width, times, height = text.lower().replace("×", "x").partition("x")
+    if not (times and _is_number(width) and _is_number(height)):
+        raise UsageError(f"--size {text}: WIDTHxHEIGHT in pixels would do, such as 832x480", field="size")
+    return int(width), int(height)
+
+
+def parse_seeds(text: str | None) -> list[int] | None:
+    """`7` -> [7]; `7..9` -> [7, 8, 9]; None -> None.
+
+    Raises:
+        UsageError: neither a number nor a rising range of at most 1000.
+    """
+    if text is None:
+        return None
+    first, dots, last = text.partition("..")
+    if _is_number(first) and (not dots or _is_number(last)):
+        low, high = int(first), int(last or first)
+        if low <= high < low + 1000:
+            return list(range(low, high + 1))
+    raise UsageError(f"--seed {text}: a whole number (42) or a rising range of at most 1000 (42..45) would do", field="seed")
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
+def parse_guidance(text: str | None) -> float | tuple[float, float] | None:
+    """`5` -> 5.0; `4,3` -> (4.0, 3.0), high noise first.
+
+    Raises:
+        UsageError: not one or two numbers.
+    """
+    if text is None:
+        return None
+    try:
+        scales = [float(part) for part in text.split(",")]
+    except ValueError:
+        scales = []
+    if len(scales) == 1:
+        return scales[0]
+    if len(scales) == 2:
+        return scales[0], scales[1]
+    raise UsageError(f"--guidance-scale {text}: a number (5), or two (4,3) for a model with two experts", field="guidance_scale")
+
+
+def parse_cache(text: str | None) -> str | dict[str, Any] | None:
+    """`teacache` -> "teacache"; `teacache:threshold=0.1` -> {"strategy": "teacache", "threshold": 0.1}.
+
+    Raises:
+        UsageError: a part that is not KEY=VALUE.
+    """
+    name, colon, rest = (text or "").partition(":")
+    if not colon:
+        return name or None
+    chosen: dict[str, Any] = {"strategy": name}
+    for part in rest.split(","):
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--cache {text}: NAME:KEY=VALUE,KEY=VALUE would do", field="flexcache")
+        chosen[key.strip()] = _number_or_text(value.strip())
+    return chosen
+
+
+def _number_or_text(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def default_path(folder: str, seed: int) -> str:
+    """A name that nobody has: FOLDER/<time>-seed<seed>.mp4. The prompt has no part in it."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path, number = Path(folder) / f"{stamp}-seed{seed}.mp4", 1
+    while path.exists():
+        number += 1
+        path = Path(folder) / f"{stamp}-seed{seed}-{number}.mp4"
+    return str(path)
+
+
+def path_for_seed(path: str, seed: int) -> str:
+    """NAME.mp4 -> NAME-seed42.mp4, for one of several seeds."""
+    if path.endswith("/"):
+        return f"{path.rstrip('/')}-seed{seed}/"
+    file = Path(path)
+    return str(file.with_name(f"{file.stem}-seed{seed}{file.suffix}"))

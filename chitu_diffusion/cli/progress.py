@@ -1,0 +1,219 @@
+"""What a person sees while videos are being made: a bar, plain lines, or JSON events.
+
+Knows progress events and tasks; does not run anything. A terminal gets a bar with stage, step k
+of n, seconds a step and the time left; a pipe or a log file gets a line now and then; `--json`
+gets every event.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Protocol
+
+from chitu_diffusion.cli.words import duration, emit, quoted, say
+from chitu_diffusion.task import DiffusionTask, Progress, TaskStatus
+
+LINE_EVERY = 5.0
+"""Seconds between two plain lines of the same stage."""
+
+
+class Reporter(Protocol):
+    """Where the news of a run go."""
+
+    def loading(self, model: str) -> None:
+        """The model is about to be loaded: the first sign of life."""
+        ...
+
+    def begin(self, task: DiffusionTask, number: int, total: int) -> None:
+        """A task is `number` of `total`; its first unit comes next."""
+        ...
+
+    def advance(self, event: Progress) -> None:
+        """One unit of work was done."""
+        ...
+
+    def end(self, task: DiffusionTask) -> None:
+        """A task has ended, well or not."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will come; leave the terminal as it was."""
+        ...
+
+
+def make_reporter(*, as_json: bool) -> Reporter:
+    """The right reporter for this process's output."""
+    if as_json:
+        return JsonReporter()
+    if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 20:
+        return BarReporter()
+    return LineReporter()
+
+
+class Pace:
+    """Mean time of a task's denoising steps. The first one, which may warm up, counts only while it is alone."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._total = 0.0
+        self._count = 0
+
+    def add(self, event: Progress) -> None:
+        """Take in one event; only denoising steps count."""
+        if event.stage is not TaskStatus.DENOISING:
+            return
+        if self._first is None:
+            self._first = event.seconds
+        else:
+            self._total += event.seconds
+            self._count += 1
+
+    def __str__(self) -> str:
+        seconds = self._total / self._count if self._count else self._first
+        return "" if seconds is None else f"{seconds:.3g} s/step"
+
+
+def _ending(task: DiffusionTask) -> str:
+    spent = duration(task.get_elapsed_time())
+    if task.status is TaskStatus.FINISHED:
+        return f"done in {spent}"
+    if task.status is TaskStatus.CANCELLED:
+        return f"cancelled after {spent}"
+    return f"failed after {spent}: {task.error_message}"
+
+
+def _opening(task: DiffusionTask, number: int, total: int) -> str:
+    count = f"[{number}/{total}] " if total > 1 else ""
+    return f"{count}{quoted(task.params.prompt)}, seed {task.seed}"
+
+
+class LineReporter:
+    """Plain lines on stderr, sparse enough for a log."""
+
+    def __init__(self) -> None:
+        self._pace = Pace()
+        self._stage: TaskStatus | None = None
+        self._last = 0.0
+
+    def loading(self, model: str) -> None:
+        say(f"loading {model} ...")
+
+    def begin(self, task: DiffusionTask, number: int, total: int) -> None:
+        self._pace, self._stage = Pace(), None
+        say(_opening(task, number, total))
+
+    def advance(self, event: Progress) -> None:
+        self._pace.add(event)
+        if event.message and event.status not in (TaskStatus.FINISHED, TaskStatus.FAILED):
+            say(f"  note: {event.message}")
+        last_step = event.stage is TaskStatus.DENOISING and event.step == event.total_steps
+        if event.stage is self._stage and not last_step and time.monotonic() - self._last < LINE_EVERY:
+            return
+        self._stage, self._last = event.stage, time.monotonic()
+        parts = [f"  {event.stage}"]
+        if event.stage is TaskStatus.DENOISING:
+            parts.append(f"step {event.step} of {event.total_steps}")
+            parts.append(str(self._pace))
+        else:
+            parts.append(duration(event.seconds))
+        if event.eta is not None and event.eta > 0:
+            parts.append(f"{duration(event.eta)} left")
+        say(", ".join(parts))
+
+    def end(self, task: DiffusionTask) -> None:
+        say(_ending(task))
+
+    def close(self) -> None:
+        sys.stderr.flush()
+
+
+class BarReporter:
+    """A bar on the terminal, drawn by rich; notes and endings stay above it."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn
+        from rich.progress import Progress as Bars
+
+        facts = TextColumn("{task.fields[facts]}")
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=None), facts)
+        self._console = Console(stderr=True, highlight=False)
+        self._bars = Bars(*columns, console=self._console, transient=True)
+        self._row = self._bars.add_task("", total=None, facts="", visible=False)
+        self._pace = Pace()
+
+    def _note(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def loading(self, model: str) -> None:
+        self._bars.start()
+        self._bars.update(self._row, description=f"loading {model}", visible=True)
+
+    def begin(self, task: DiffusionTask, number: int, total: int) -> None:
+        self._pace = Pace()
+        self._note(_opening(task, number, total))
+        self._bars.reset(self._row, total=None, description="encoding", facts="", visible=True)
+
+    def advance(self, event: Progress) -> None:
+        self._pace.add(event)
+        if event.message and event.status not in (TaskStatus.FINISHED, TaskStatus.FAILED):
+            self._note(f"  note: {event.message}")
+        facts = [f"step {event.step} of {event.total_steps}"] if event.total_steps else []
+        facts += [str(self._pace)] if str(self._pace) else []
+        facts += [f"{duration(event.eta)} left"] if event.eta is not None and event.eta > 0 else []
+        self._bars.update(
+            self._row,
+            description=str(event.status),
+            # what comes after the last step has no steps: the bar moves to and fro
+            total=(event.total_steps or None) if event.status is TaskStatus.DENOISING else None,
+            completed=event.step,
+            facts=", ".join(facts),
+        )
+
+    def end(self, task: DiffusionTask) -> None:
+        self._note(_ending(task))
+        self._bars.update(self._row, visible=False)
+
+    def close(self) -> None:
+        self._bars.stop()
+
+
+class JsonReporter:
+    """Every event as one line of JSON on stdout."""
+
+    def loading(self, model: str) -> None:
+        emit("loading", model=model)
+
+    def begin(self, task: DiffusionTask, number: int, total: int) -> None:
+        emit("begin", task_id=task.task_id, number=number, total=total, prompt=task.params.prompt, seed=task.seed)
+
+    def advance(self, event: Progress) -> None:
+        emit(
+            "progress",
+            task_id=event.task_id,
+            status=event.status,
+            stage=event.stage,
+            step=event.step,
+            total_steps=event.total_steps,
+            fraction=round(event.fraction, 4),
+            seconds=round(event.seconds, 4),
+            eta=None if event.eta is None else round(event.eta, 2),
+            message=event.message,
+        )
+
+    def end(self, task: DiffusionTask) -> None:
+        kind = type(task.error).__name__ if task.error is not None else None
+        emit(
+            "end",
+            task_id=task.task_id,
+            status=task.status,
+            seed=task.seed,
+            path=task.buffer.save_path if task.status is TaskStatus.FINISHED else None,
+            seconds=round(task.get_elapsed_time(), 3),
+            error={"kind": kind, "message": task.error_message} if kind else None,
+        )
+
+    def close(self) -> None:
+        sys.stdout.flush()

@@ -1,0 +1,97 @@
+"""Text for people: times, prompts, tables and errors as they stand in a terminal.
+
+Knows the two streams (results on stdout, everything else on stderr) and nothing of the work.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from chitu_diffusion.errors import ChituError, StageError, UsageError
+
+WIDEST = 10_000
+"""Columns of a line in a file or a pipe."""
+
+
+def say(text: str) -> None:
+    """A line on stderr, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(event: str, **values: Any) -> None:
+    """One JSON event on one line of stdout, at once."""
+    print(json.dumps({"event": event, **values}, default=str), flush=True)
+
+
+def emit_document(document: Any) -> None:
+    """A whole answer as indented JSON on stdout."""
+    print(json.dumps(document, indent=2, default=str), flush=True)
+
+
+def emit_error(error: BaseException, message: str, exit_code: int) -> None:
+    """An error as a JSON event."""
+    field = error.field if isinstance(error, UsageError) else None
+    emit("error", kind=type(error).__name__, message=message, field=field, exit_code=exit_code)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """0 to 4, see `errors.py`; a failed stage has its cause's; 1 for an error that is not ours."""
+    if isinstance(error, StageError):
+        error = error.cause
+    return error.exit_code if isinstance(error, ChituError) else 1
+
+
+def duration(seconds: float) -> str:
+    """`0.42 s`, `12.3 s`, `2 min 05 s`, `1 h 02 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.2f} s"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def size(number: float) -> str:
+    """Bytes as `512 B`, `1.5 MiB`, `27.3 GiB`."""
+    if number < 1024:
+        return f"{number:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        number /= 1024
+        if number < 1024:
+            return f"{number:.1f} {unit}"
+    return f"{number / 1024:.1f} TiB"
+
+
+def printable(text: str) -> str:
+    """Text without anything that could steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def quoted(prompt: str, width: int = 60) -> str:
+    """A prompt on one short line."""
+    text = printable(prompt)
+    return f'"{text if len(text) <= width else text[: width - 3] + "..."}"'
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[object]], *, to_stderr: bool = False) -> None:
+    """Columns, as wide as the terminal allows; never cut when the output is not a terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=box.SIMPLE, pad_edge=False)
+    for title in titles:
+        grid.add_column(title, overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(printable(str(cell))) for cell in row))
+    console = Console(stderr=to_stderr)
+    if not console.is_terminal:
+        console = Console(stderr=to_stderr, width=Console(width=WIDEST).measure(grid).maximum)
+    console.print(grid)

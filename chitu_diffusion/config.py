@@ -1,0 +1,215 @@
+"""The engine's settings: one typed tree, read from defaults, a file, the environment and flags.
+
+This is the only file that reads the environment. It knows nothing of requests (`task.py`) and
+loads no tensors. Order of precedence, weakest first: defaults, a TOML file, `CHITU_*` variables
+(`CHITU_INFER__DIFFUSION__LOW_MEM_LEVEL=2`), flags given as dotted names.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chitu_diffusion.errors import UsageError, nearest
+
+ENVIRONMENT_PREFIX = "CHITU_"
+Origins = dict[str, str]
+
+
+class Settings(BaseModel):
+    """A branch of the tree. Unknown names are refused, and every assignment is checked."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            raise usage_error(type(self), error) from None
+
+
+class ModelSettings(Settings):
+    """Which checkpoint."""
+
+    name: str = Field("wan-tiny", description="a model's name, its Hugging Face id, or a folder")
+    ckpt_dir: str | None = Field(None, description="folder of the weights, where it is not the usual cache")
+
+
+class DiffusionSettings(Settings):
+    """How denoising is laid out over memory and ranks."""
+
+    low_mem_level: int = Field(0, ge=0, le=4, description="0 all resident .. 4 blocks streamed one by one")
+    cfg_size: int = Field(1, ge=1, le=2, description="ranks that share the two guidance branches")
+    cp_size: int = Field(1, ge=1, description="ranks that share one sequence of tokens")
+    cfg_batch: Literal["auto", "batched", "sequential"] = Field(
+        "auto", description="both guidance branches in one forward, or one after the other; auto: batched where it is faster"
+    )
+    up: int | None = Field(None, ge=1, description="Ulysses degree inside cp_size; None picks it")
+
+
+class InferSettings(Settings):
+    """How the networks run."""
+
+    diffusion: DiffusionSettings = Field(default_factory=DiffusionSettings)
+    attn_type: str = Field("auto", description="attention kernel; 'auto' is the fastest exact one")
+    device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of weights and matrix products; auto: float32 on CPU, bfloat16 on a GPU"
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads; None leaves torch's own choice")
+    sampler: Literal["unipc", "euler", "dpm++"] = Field("unipc", description="solver of the flow's ODE")
+
+
+class OutputSettings(Settings):
+    """Where videos go when a request names no path."""
+
+    dir: str = Field("outputs", description="folder for videos without a save_path")
+    quality: int = Field(8, ge=0, le=10, description="of H.264: 10 is visually lossless, 0 the smallest file")
+
+
+class SchedulerSettings(Settings):
+    """Whose step is next."""
+
+    policy: Literal["fifo", "priority", "fair"] = Field("fifo", description="fair shares steps over roles")
+
+
+class EngineConfig(Settings):
+    """Everything the engine is told at its start.
+
+    `EngineConfig()` alone means the shipped `wan-tiny` on this machine's best device.
+
+    Raises:
+        UsageError: an unknown name (with the nearest known one) or a value that cannot be,
+            at construction and at each later assignment.
+    """
+
+    models: ModelSettings = Field(default_factory=ModelSettings)
+    infer: InferSettings = Field(default_factory=InferSettings)
+    output: OutputSettings = Field(default_factory=OutputSettings)
+    scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise usage_error(type(self), error) from None
+
+    def frozen_copy(self) -> EngineConfig:
+        """A deep copy, so that the owner's later edits do not reach a running backend."""
+        return self.model_copy(deep=True)
+
+
+def usage_error(branch: type[BaseModel], error: ValidationError) -> UsageError:
+    """pydantic's report as one sentence: field, value, and what would do."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    name = ".".join(path)
+    if first["type"] in ("extra_forbidden", "no_such_attribute"):
+        owner: type[BaseModel] = branch
+        for part in path[:-1]:
+            owner = _branch_of(owner, part) or owner
+        return UsageError(f"unknown setting '{name}'.{nearest(path[-1], owner.model_fields)}", field=name)
+    return UsageError(f"{name} = {first['input']!r}: {first['msg']}", field=name)
+
+
+def _branch_of(owner: type[BaseModel], name: str) -> type[BaseModel] | None:
+    field = owner.model_fields.get(name)
+    kind = field.annotation if field else None
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def leaves(branch: type[BaseModel] = EngineConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting as (dotted name, pydantic field)."""
+    for name, field in branch.model_fields.items():
+        inner = _branch_of(branch, name)
+        if inner is None:
+            yield prefix + name, field
+        else:
+            yield from leaves(inner, f"{prefix}{name}.")
+
+
+def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    for part in path:
+        tree = tree.setdefault(part, {})
+    tree[last] = value
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _from_text(text: str, kind: Any) -> Any:
+    """A variable's text as the setting's type: numbers are parsed by pydantic, 'none' is None."""
+    allows_none = get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
+    return None if allows_none and text.lower() in ("", "none") else text
+
+
+def load_config(
+    file: str | Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> tuple[EngineConfig, Origins]:
+    """Join defaults, file, environment and flags.
+
+    Args:
+        file: a TOML file whose tables mirror the tree. None reads the file that `CHITU_CONFIG` names, if any.
+        flags: dotted name -> value; None values are left out.
+        environment: defaults to the process's own.
+
+    Returns:
+        the settings, and for each dotted name where its value came from.
+
+    Raises:
+        UsageError: an unreadable file, an unknown name, a bad value.
+    """
+    environment = os.environ if environment is None else environment
+    kinds = {name: field.annotation for name, field in leaves()}
+    tree: dict[str, Any] = {}
+    origins: Origins = dict.fromkeys(kinds, "default")
+    file = file or environment.get("CHITU_CONFIG") or None
+    if file is not None:
+        for name, value in _flatten(_read_toml(Path(file))):
+            _put(tree, name, value)
+            origins[name] = f"file {file}"
+    variables = {ENVIRONMENT_PREFIX + name.upper().replace(".", "__"): name for name in kinds}
+    for variable, dotted in variables.items():
+        if variable in environment:
+            _put(tree, dotted, _from_text(environment[variable], kinds[dotted]))
+            origins[dotted] = f"env {variable}"
+    for variable in environment:
+        if variable.startswith(ENVIRONMENT_PREFIX) and "__" in variable and variable not in variables:
+            raise UsageError(f"unknown variable {variable}.{nearest(variable, variables)}", field=variable)
+    for name, value in (flags or {}).items():
+        if value is not None:
+            _put(tree, name, value)
+            origins[name] = "flag"
+    return EngineConfig(**tree), origins
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read the settings file {path}: {error}") from error
+
+
+def cache_dir(environment: Mapping[str, str] | None = None) -> Path:
+    """Where small remembered facts live (hashes of weights, kernel timings): `CHITU_CACHE_DIR`,
+    else `XDG_CACHE_HOME/chitu_diffusion`, else `~/.cache/chitu_diffusion`."""
+    environment = os.environ if environment is None else environment
+    own = environment.get("CHITU_CACHE_DIR")
+    if own:
+        return Path(own)
+    base = environment.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "chitu_diffusion"

@@ -1,0 +1,223 @@
+"""The engine: requests in, events out. Owns a backend, a pool of tasks and a policy; the only layer with a life.
+
+Each step it asks the scheduler whose turn it is, lets the generator run one unit of that task, and hands out the event.
+When memory runs out it frees what it can, raises the memory level and runs the same unit again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from chitu_diffusion.backend import BackendState, DiffusionBackend, pick_device
+from chitu_diffusion.config import EngineConfig
+from chitu_diffusion.errors import StageError, UsageError, WillNotFitError
+from chitu_diffusion.flexcache.manager import parse_flexcache
+from chitu_diffusion.generator import Generator, without_frames
+from chitu_diffusion.memory import free_memory, is_out_of_memory, top_useful_level, total_memory
+from chitu_diffusion.request import resolve_request, stages_of
+from chitu_diffusion.residency import TOP_LEVEL
+from chitu_diffusion.scheduler import DiffusionScheduler
+from chitu_diffusion.task import DiffusionTask, DiffusionTaskPool, DiffusionUserParams, Progress, TaskStatus
+from chitu_diffusion.video import check_save_path
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs many requests on one model.
+
+    Args:
+        args: the settings; None: the shipped model on this machine's best device.
+        scheduler: a policy of one's own; None makes the one that `args` names.
+        on_event: called with every event, in order.
+        backend: a backend that exists already; the engine takes it over. None loads one, at a higher memory level than
+            asked for where the weights do not fit otherwise.
+
+    Raises:
+        ModelError, UsageError: as `DiffusionBackend`.
+        WillNotFitError: the weights do not fit at any memory level.
+    """
+
+    def __init__(
+        self,
+        args: EngineConfig | None = None,
+        *,
+        scheduler: DiffusionScheduler | None = None,
+        on_event: Callable[[Progress], None] | None = None,
+        backend: DiffusionBackend | None = None,
+    ) -> None:
+        args = args or (backend.args if backend is not None else EngineConfig())
+        self.pool = DiffusionTaskPool()
+        self.scheduler = scheduler or DiffusionScheduler(args.scheduler.policy)
+        self.backend = backend or load_backend(args)
+        self.generator = Generator(self.backend)
+        self._on_event = on_event
+
+    def submit(self, request: DiffusionUserParams | DiffusionTask) -> DiffusionTask:
+        """Take a request in, if the model can do it.
+
+        Args:
+            request: parameters, or a task that was made of them and has not begun.
+
+        Returns:
+            the task, pending.
+
+        Raises:
+            UsageError: a value that this model cannot do, or a task id that is taken.
+            WillNotFitError: more memory than there is, at every memory level.
+        """
+        self.backend.require_alive()
+        task = request if isinstance(request, DiffusionTask) else DiffusionTask.from_user_request(request)
+        self._check(task)
+        self.pool.add(task)
+        return task
+
+    def step(self) -> Progress | None:
+        """One unit of the task whose turn it is; None when no task has work left.
+
+        Raises:
+            UsageError: the engine is closed, or the scheduler named a task that is not here.
+        """
+        self.backend.require_alive()
+        task_id = self.scheduler.schedule(self.pool)
+        if task_id is None:
+            return None
+        task = self.pool.get(task_id)
+        if task is None:
+            raise UsageError(f"the scheduler named task {task_id!r}, which is not in the pool", field="scheduler")
+        event = self._advance(task)
+        if self._on_event is not None:
+            self._on_event(event)
+        return event
+
+    def run_until_idle(self) -> None:
+        """Step until no task has work left. Ctrl+C leaves the running task where it was: call again to go on."""
+        while self.step() is not None:
+            continue
+
+    def cancel(self, task_id: str) -> bool:
+        """End a task as cancelled; False if it is unknown or has ended."""
+        task = self.pool.get(task_id)
+        if task is None or task.is_finished():
+            return False
+        task.end(TaskStatus.CANCELLED)
+        return True
+
+    def close(self) -> None:
+        """Cancel what is unfinished and let go of the model; silent the second time."""
+        for task in self.pool.unfinished():
+            task.end(TaskStatus.CANCELLED)
+        self.backend.terminate()
+
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.backend.state is BackendState.TERMINATED
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # -- memory
+
+    def _advance(self, task: DiffusionTask) -> Progress:
+        """One unit, at as many memory levels as it takes."""
+        notes: list[str] = []
+        while True:
+            failure: Exception
+            try:
+                return _with_notes(self.generator.generate_step(task), notes)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = error
+                without_frames(error)
+            stage = task.status
+            free_memory(self.backend.device)
+            level = self.backend.low_mem_level + 1
+            if level > top_useful_level(self.backend.device):
+                return self._give_up(task, stage, failure, notes)
+            self.backend.low_mem_level = level
+            notes.append(f"out of memory in {stage}: memory level raised to {level}, trying again")
+            task.events.append(notes[-1])
+            logger.warning("task %s: %s", task.task_id, notes[-1])
+
+    def _give_up(self, task: DiffusionTask, stage: TaskStatus, failure: Exception, notes: list[str]) -> Progress:
+        cause = WillNotFitError(f"out of memory at the highest memory level ({failure}); {smaller(task)}")
+        error = StageError(str(stage), task.current_step if stage is TaskStatus.DENOISING else None, cause)
+        task.end(TaskStatus.FAILED, error)
+        task.events.append(str(error))
+        message = "; ".join([*notes, str(error)])
+        return Progress(task.task_id, task.status, stage, task.current_step, task.num_inference_steps, 0.0, None, message)
+
+    def _check(self, task: DiffusionTask) -> None:
+        backend = self.backend
+        resolved = resolve_request(
+            task.params, backend.spec, seed=task.seed, task_id=task.task_id, output_dir=backend.args.output.dir
+        )
+        parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 0)
+        check_save_path(resolved.save_path or "")
+        total, sizes = total_memory(backend.device), backend.sizes()
+        frames = resolved.num_frames or 1
+        for stage in stages_of(resolved):
+            tokens = backend.spec.tokens(frames, stage.height, stage.width)
+            peak = sizes.peak(TOP_LEVEL, tokens, frames, stage.height, stage.width)
+            if peak > total:
+                would_do = _largest(backend, frames, stage.height, stage.width)
+                raise WillNotFitError(
+                    f"{stage.width}x{stage.height} with {frames} frames needs about {peak / 2**30:.1f} GiB at the highest "
+                    f"memory level; {backend.device} has {total / 2**30:.1f} GiB; {would_do}"
+                )
+
+
+def load_backend(args: EngineConfig) -> DiffusionBackend:
+    """A backend at the asked memory level, or at the first higher one at which the weights fit.
+
+    Raises:
+        WillNotFitError: they fit at none.
+    """
+    wanted = args.frozen_copy()
+    while True:
+        try:
+            return DiffusionBackend(wanted)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(without_frames(error))
+        free_memory(pick_device(args.infer.device))
+        if wanted.infer.diffusion.low_mem_level == TOP_LEVEL:
+            raise WillNotFitError(f"the weights of {args.models.name} do not fit at any memory level ({message})")
+        wanted.infer.diffusion.low_mem_level += 1
+        logger.warning("out of memory while loading: trying memory level %d", wanted.infer.diffusion.low_mem_level)
+
+
+def smaller(task: DiffusionTask) -> str:
+    """What to try in place of a request that ran out of memory."""
+    resolved = task.resolved or task.params
+    if resolved.num_frames is None or resolved.height is None or resolved.width is None:
+        return "fewer frames or a smaller size would do"
+    frames = max(1, (resolved.num_frames // 2) // 4 * 4 + 1)
+    height, width = (max(16, side * 3 // 4 // 16 * 16) for side in (resolved.height, resolved.width))
+    return f"try num_frames={frames}, or {width}x{height} in place of {resolved.width}x{resolved.height}"
+
+
+def _largest(backend: DiffusionBackend, frames: int, height: int, width: int) -> str:
+    """The longest video of this size that the estimate lets through, or the largest size."""
+    sizes, total, spec = backend.sizes(), total_memory(backend.device), backend.spec
+    for shorter in range(frames - 4, 0, -4):
+        if sizes.peak(TOP_LEVEL, spec.tokens(shorter, height, width), shorter, height, width) <= total:
+            return f"{shorter} frames of this size would do"
+    while height > 32 and width > 32:
+        height, width = height // 32 * 16, width // 32 * 16
+        if sizes.peak(TOP_LEVEL, spec.tokens(1, height, width), 1, height, width) <= total:
+            return f"{width}x{height} would do"
+    return "no size of this model would do"
+
+
+def _with_notes(event: Progress, notes: list[str]) -> Progress:
+    if not notes:
+        return event
+    message = "; ".join([*notes, *([event.message] if event.message else [])])
+    return Progress(event.task_id, event.status, event.stage, event.step, event.total_steps, event.seconds, event.eta, message)

@@ -1,0 +1,118 @@
+"""What may go wrong, and what the person at the other end should do about it.
+
+The tree, with the exit code that the command line gives for each:
+
+    ChituError
+    ├── UsageError            2    a value that cannot be: names the field, the value, what would do
+    ├── WillNotFitError       3    the request needs more memory than there is
+    ├── ModelError            4    no usable model
+    │   ├── ModelMissingError      nothing of that name on this machine
+    │   └── CheckpointError        a file of it is incomplete, misshapen or mislabelled
+    └── TaskError             1    one task failed; the engine and every other task go on
+        ├── StageError             a stage raised: stage, step and cause are named
+        ├── NonFiniteError         a NaN or Inf was found in a tensor (also a ValueError)
+        └── OutputError            the finished video could not be written
+
+Every message says what, where, why, and the next thing to do. This file knows nothing of the
+rest of the package, so that anything may import it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ChituError(Exception):
+    """Base of all errors that the package raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(ChituError, ValueError):
+    """A value that cannot be used. Raised before anything is loaded."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class WillNotFitError(ChituError):
+    """The request needs more memory than this machine has, at every memory level."""
+
+    exit_code = 3
+
+
+class ModelError(ChituError):
+    """There is no usable model."""
+
+    exit_code = 4
+
+
+class ModelMissingError(ModelError):
+    """No model of that name is on this machine; the message tells how to get it."""
+
+
+class CheckpointError(ModelError):
+    """A checkpoint file is missing, truncated, misshapen or mislabelled.
+
+    Args:
+        problem: what is wrong, in words.
+        file: the file at fault.
+        key: the tensor's name in that file, where one is at fault.
+        expected, found: what should stand there and what does.
+        remedy: the next command; by default how to verify and fetch the model again.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: object = None,
+        key: str | None = None,
+        expected: object = None,
+        found: object = None,
+        remedy: str = "check the folder with 'chitu models verify FOLDER', or fetch it again with 'chitu models pull NAME'",
+    ) -> None:
+        parts = [problem]
+        details = {"file": file, "key": key, "expected": expected, "found": found}
+        parts += [f"{name}: {value}" for name, value in details.items() if value is not None]
+        parts.append(remedy)
+        super().__init__("; ".join(parts))
+        self.file, self.key, self.expected, self.found = file, key, expected, found
+
+
+class TaskError(ChituError):
+    """One task failed. Other tasks are untouched."""
+
+
+class StageError(TaskError):
+    """A stage of a task raised.
+
+    Args:
+        stage: "encoding", "denoising", "decoding" or "saving".
+        step: index of the denoising step (from 0), or None outside denoising.
+        cause: what was raised.
+    """
+
+    def __init__(self, stage: str, step: int | None, cause: BaseException) -> None:
+        where = stage if step is None else f"{stage}, step {step}"
+        super().__init__(f"failed in {where}: {type(cause).__name__}: {cause}")
+        self.stage, self.step, self.cause = stage, step, cause
+
+
+class NonFiniteError(TaskError, ValueError):
+    """A tensor holds NaN or Inf."""
+
+
+class OutputError(TaskError):
+    """The video could not be written."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt word: " Did you mean 'x'?", or the list of what there is."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else f" There are: {', '.join(known)}."

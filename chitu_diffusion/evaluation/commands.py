@@ -1,0 +1,47 @@
+"""`chitu eval ...`: the measuring commands. Knows flags and how results are told; measuring is done beside it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Measure videos: adherence to the prompt, fidelity to a reference.")
+
+
+@app.callback()
+def _group() -> None:
+    """Measure videos: adherence to the prompt, fidelity to a reference."""
+
+
+@app.command()
+def adherence(
+    model: Annotated[str, typer.Option("--model", help="The shipped model, or a folder trained on the same world.")] = "wan-tiny",
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts.")] = 64,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Videos of each prompt.")] = 2,
+    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; the model's own by default.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:N.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for frames and scores.")] = Path("outputs/adherence"),
+    json_: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+) -> None:
+    """Score the model on prompts whose combinations it has never seen. Goes on where it stopped."""
+    from chitu_diffusion.config import load_config
+    from chitu_diffusion.evaluation.adherence import Answer, write_scores
+    from chitu_diffusion.evaluation.adherence import adherence as measure
+
+    config, _ = load_config(flags={"models.name": model, "infer.device": device})
+    settings: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
+
+    def tell(done: int, total: int, answer: Answer) -> None:
+        wrong = [part for part in ("actor", "colour", "scene", "motion") if not answer.right(part)]
+        found = f"not as asked: {', '.join(wrong)} ({answer.found})" if wrong else "as asked"
+        print(f"[{done}/{total}] {answer.prompt!r}, seed {answer.seed}: {found}", file=sys.stderr, flush=True)
+
+    print(f"loading {model} ...", file=sys.stderr, flush=True)
+    scores = measure(config, output, prompts=prompts, seeds=seeds, settings=settings, on_video=tell)
+    write_scores(scores, output)
+    summary = f"{scores.table()}\n{len(scores.answers)} videos, {output}/adherence.json"
+    print(json.dumps(scores.to_mapping()) if json_ else summary)

@@ -1,0 +1,1 @@
+"""Caches that save a network work, behind one seam (`seam.py`)."""

@@ -1,0 +1,108 @@
+"""One evaluation of the velocity field: the right expert, both guidance branches, cached or not.
+
+Knows the backend's networks and where they are; no stages, solver or saving. A velocity here is for one or two guidance
+branches, stacked along the batch: the prompt's first. Guidance itself is "Classifier-Free Diffusion Guidance",
+arXiv:2207.12598.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.errors import UsageError
+from chitu_diffusion.models.wan import WanFeatures, WanOutput
+from chitu_diffusion.residency import expert_part
+
+TRAINED_STEPS = 1000
+"""Timesteps run from this to 0; an expert boundary is a share of it."""
+_BATCH_UP_TO = 4096
+"""Tokens a branch up to which two branches in one forward are faster than one after the other: longer sequences fill the
+chip by themselves, and half the activations fit where all do not. Depends on shapes alone, so that every memory level
+and every run does the same arithmetic."""
+
+
+def expert_at(timestep: Tensor, boundary: float | None) -> int:
+    """Index of the expert for a timestep: 0, high noise, from the boundary upward; 1 below it."""
+    return 0 if boundary is None or float(timestep) >= boundary * TRAINED_STEPS else 1
+
+
+def branches_for(embeddings: Tensor, guidance_scale: float) -> Tensor:
+    """The text of the branches that a guidance scale needs: both, or the prompt's alone for a scale of at most 1."""
+    return embeddings if guidance_scale > 1 else embeddings[:1]
+
+
+def combine(velocity: Tensor, guidance_scale: float) -> Tensor:
+    """Guided velocity [B, C, T, H, W] float32 from stacked branches [B or 2B, ...]: u + s (c - u).
+
+    A scale of at most 1 takes the prompt's branch as it is.
+    """
+    if guidance_scale <= 1:
+        return velocity.float()
+    conditional, unconditional = velocity.float().chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def stacked_velocity(
+    backend: DiffusionBackend, latent: Tensor, text: Tensor, timestep: Tensor, *, expert: int, features: bool = False
+) -> WanOutput:
+    """The velocity for every branch.
+
+    Args:
+        latent: [B, C, T, H, W].
+        text: [branches, L, D], the prompt's branch first; each for all of the batch.
+        timestep: scalar.
+        expert: index into the model pool.
+        features: whether to hand out what `reuse_velocity` can use later; otherwise the features are empty.
+
+    Returns:
+        velocity [branches * B, C, T, H, W], branch by branch, and the features of the same batch.
+    """
+    latent, text = _aligned(latent, text)
+    parts = _as_batches(backend, latent, text)
+    time = timestep.to(backend.device).reshape(1)
+    outputs = [_forward(backend, x, y, time, expert=expert, features=features) for x, y in parts]
+    if len(outputs) == 1:
+        return outputs[0]
+    residual = torch.cat([output.intermediate_features.residual for output in outputs])
+    return WanOutput(torch.cat([output.velocity for output in outputs]), WanFeatures(residual, time))
+
+
+def reuse_velocity(
+    backend: DiffusionBackend, latent: Tensor, text: Tensor, timestep: Tensor, cached: WanFeatures, *, expert: int
+) -> Tensor:
+    """`stacked_velocity` with the blocks skipped: their contribution comes from an earlier step's features."""
+    latent, text = _aligned(latent, text)
+    backend.residency.use(expert_part(expert))
+    model = backend.model_pool[expert]
+    velocity: Tensor = model.forward_with_cache(latent, text, cached, timestep.to(backend.device).reshape(1))
+    return velocity
+
+
+def _aligned(latent: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Latent [B, ...] and text [branches, L, D] with one batch: [branches * B, ...] each, branch by branch."""
+    batch, branches = latent.shape[0], text.shape[0]
+    if branches > 2:
+        raise UsageError(f"embeddings are {list(text.shape)}: [1, L, D], or [2, L, D] with the prompt's branch first, would do")
+    return latent.repeat(branches, 1, 1, 1, 1), text.repeat_interleave(batch, dim=0)
+
+
+def _as_batches(backend: DiffusionBackend, latent: Tensor, text: Tensor) -> list[tuple[Tensor, Tensor]]:
+    mode = backend.args.infer.diffusion.cfg_batch
+    patch = backend.spec.transformers[0].patch_size
+    tokens = latent[0, 0].numel() // (patch[0] * patch[1] * patch[2])
+    if mode == "batched" or (mode == "auto" and tokens <= _BATCH_UP_TO):
+        return [(latent, text)]
+    return list(zip(latent.split(1), text.split(1), strict=True))
+
+
+def _forward(backend: DiffusionBackend, latent: Tensor, text: Tensor, time: Tensor, *, expert: int, features: bool) -> WanOutput:
+    name = expert_part(expert)
+    backend.residency.use(name)
+    model, stream = backend.model_pool[expert], backend.residency.stream_of(name)
+    embedded = model.embed(latent, time, text)
+    tokens = model.run_blocks(embedded, attention=backend.attn_backend, blocks=stream)
+    velocity = model.unpatchify(model.head(tokens, embedded.time), embedded.grid)
+    residual = tokens - embedded.tokens if features else tokens[:, :0]
+    return WanOutput(velocity, WanFeatures(residual, time))

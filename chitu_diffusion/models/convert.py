@@ -1,0 +1,210 @@
+"""Checking a model's folder, and turning one layout into the other. Moves weights; never computes with them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chitu_diffusion.errors import ChituError, UsageError
+from chitu_diffusion.models.folder import (
+    EXPERT_FOLDERS,
+    NOTES_FILE,
+    TEXT_FILE,
+    TOKENIZER_FOLDER,
+    VAE_FILE,
+    WEIGHTS_STEM,
+    Layout,
+    ModelFolder,
+    Role,
+    official_transformer_config,
+    read_folder,
+    read_json,
+)
+from chitu_diffusion.models.loading import blueprint, open_weights
+from chitu_diffusion.models.spec import spec_of_folder
+from chitu_diffusion.models.text import load_tokenizer
+from chitu_diffusion.weights import match_names, save_weights, write_json
+
+_CLASSES = {
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What `verify` says of one part of a model.
+
+    Attributes:
+        part: its role, or "tokenizer", or "folder".
+        path: where it lies.
+        ok: whether it is whole.
+        message: what is there, or what is wrong.
+    """
+
+    part: str
+    path: Path
+    ok: bool
+    message: str
+
+
+def verify(path: str | Path, deep: bool = False) -> list[Finding]:
+    """Checks a model's folder: configs, each file's size, every tensor's name, shape and dtype.
+
+    Args:
+        path: the folder, in either layout.
+        deep: also read every value and look for NaN and Inf.
+
+    Returns:
+        One finding for each part; a folder that is no model at all gives a single bad one.
+    """
+    try:
+        folder = read_folder(path)
+        spec = spec_of_folder(path)
+    except ChituError as error:
+        return [Finding("folder", Path(path), False, str(error))]
+    findings = [Finding("folder", folder.path, True, f"{spec.name}, {folder.layout} layout")]
+    findings += [_verified(folder, role, deep) for role in folder.components]
+    try:
+        size = len(load_tokenizer(folder.tokenizer))
+        findings.append(Finding("tokenizer", folder.tokenizer, True, f"{size} pieces"))
+    except ChituError as error:
+        findings.append(Finding("tokenizer", folder.tokenizer, False, str(error)))
+    return findings
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    layout: Layout,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+) -> ModelFolder:
+    """Writes a model anew in a layout.
+
+    The new folder appears whole or not at all: it grows beside its place as NAME.part. A `chitu.json` in it keeps what
+    its layout has no room for, so that turning a model round and back loses nothing.
+
+    Args:
+        source: a model's folder, in either layout.
+        target: must not exist yet.
+        layout: "diffusers" or "official".
+        dtype: of the stored weights; None keeps each tensor's own. What the network keeps in float32 stays so.
+        max_shard_bytes: of one safetensors file's values.
+
+    Raises:
+        UsageError: the target exists, or an unknown layout.
+        ModelMissingError, CheckpointError: the source is not a whole model.
+    """
+    target = Path(target)
+    if layout not in ("diffusers", "official"):
+        raise UsageError(f"layout = {layout!r}: 'diffusers' or 'official' would do", field="layout")
+    if target.exists():
+        raise UsageError(f"{target} exists already; name a folder that does not", field="target")
+    folder = read_folder(source)
+    spec_of_folder(source)
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
+    part.mkdir(parents=True)
+    for role in folder.components:
+        _write_component(folder, role, part, layout, dtype, max_shard_bytes)
+    place = part / ("tokenizer" if layout == "diffusers" else TOKENIZER_FOLDER)
+    shutil.copytree(folder.tokenizer, place)
+    if layout == "diffusers":
+        write_model_index(part, folder)
+        (part / "scheduler").mkdir()
+        write_json(part / "scheduler" / "scheduler_config.json", dict(folder.scheduler))
+    _write_notes(folder, part, layout)
+    part.rename(target)
+    return read_folder(target)
+
+
+def write_model_index(place: Path, folder: ModelFolder) -> None:
+    """Writes diffusers' `model_index.json` for the parts of `folder` into `place`."""
+    settings = folder.tokenizer / "tokenizer_config.json"
+    tokenizer = (
+        read_json(settings).get("tokenizer_class", "T5TokenizerFast") if settings.exists() else "T5TokenizerFast"
+    )
+    index: dict[str, Any] = {
+        "_class_name": "WanPipeline",
+        "scheduler": ["diffusers", folder.scheduler.get("_class_name", "UniPCMultistepScheduler")],
+        "tokenizer": ["transformers", tokenizer],
+        **{role: _CLASSES[role] for role in folder.components},
+    }
+    if "transformer_2" in folder.components:
+        index["boundary_ratio"] = folder.boundary_ratio
+    else:
+        index["transformer_2"] = [None, None]
+    write_json(place / "model_index.json", index)
+
+
+def _verified(folder: ModelFolder, role: Role, deep: bool) -> Finding:
+    component = folder.components[role]
+    try:
+        weights = open_weights(folder, role)
+        plan = blueprint(folder, role)
+        names = match_names(plan.shapes(), weights, names=plan.names(folder.layout), ties=plan.ties)
+        kinds = sorted({str(stored.dtype).removeprefix("torch.") for stored in weights.entries.values()})
+        total = sum(stored.bytes for stored in weights.entries.values())
+        if deep:
+            for key in names.values():
+                if not torch.isfinite(weights.read(key)).all():
+                    return Finding(role, weights.entries[key].file, False, f"{key} holds NaN or Inf")
+    except ChituError as error:
+        return Finding(role, component.weights, False, str(error))
+    return Finding(role, component.weights, True, f"{len(names)} tensors, {total / 2**30:.2f} GiB, {'/'.join(kinds)}")
+
+
+def _write_component(
+    folder: ModelFolder, role: Role, place: Path, layout: Layout, dtype: torch.dtype | None, max_shard_bytes: int
+) -> None:
+    config = dict(folder.components[role].config)
+    plan, weights = blueprint(folder, role), open_weights(folder, role)
+    stored = match_names(plan.shapes(), weights, names=plan.names(folder.layout), ties=plan.ties)
+    new_names = plan.official if layout == "official" else {name: name for name in stored}
+    tensors = {new_names[name]: weights.read(key) for name, key in stored.items()}  # backed by the files
+    keep = {new_names[name] for name in stored if not set(name.split(".")).isdisjoint(plan.keep_float32)}
+    if layout == "official" and role in ("vae", "text_encoder"):
+        _write_torch_file(place / (VAE_FILE if role == "vae" else TEXT_FILE), tensors, dtype)
+        return
+    if layout == "official":
+        two = "transformer_2" in folder.components
+        home = place / EXPERT_FOLDERS[role == "transformer_2"] if two else place
+        config = official_transformer_config(config)
+    else:
+        home = place / role
+        config = (
+            {"_class_name": _CLASSES[role][1], **config} if role != "text_encoder" else {"model_type": "umt5", **config}
+        )
+    save_weights(tensors, home, WEIGHTS_STEM[role], dtype=dtype, keep_float32=keep, max_shard_bytes=max_shard_bytes)
+    write_json(home / "config.json", config)
+
+
+def _write_torch_file(file: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    # copies: torch.save would write the whole storage behind a view, and that may be the source's whole file
+    torch.save({name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in tensors.items()}, file)
+
+
+def _write_notes(folder: ModelFolder, place: Path, layout: Layout) -> None:
+    notes = dict(folder.notes)
+    if layout == "official":
+        notes["vae"] = dict(folder.components["vae"].config)
+        notes["text_encoder"] = dict(folder.components["text_encoder"].config)
+        notes["scheduler"] = dict(folder.scheduler)
+        notes["transformer"] = dict(folder.components["transformer"].config)
+        if folder.boundary_ratio is not None:
+            notes["boundary_ratio"] = folder.boundary_ratio
+    else:
+        for key in ("vae", "text_encoder", "scheduler", "boundary_ratio"):
+            notes.pop(key, None)  # they have files of their own here
+    if notes:
+        write_json(place / NOTES_FILE, notes)

@@ -1,0 +1,243 @@
+"""What a model's folder on disk holds: which parts, where, with which configs. Reads JSON only, never a weight.
+
+Two layouts are understood. Diffusers':
+
+    model_index.json  transformer/  [transformer_2/]  vae/  text_encoder/  tokenizer/  scheduler/
+
+and the official Wan one, whose VAE and text encoder have no config beside them (they are those of the full-size models
+unless a `chitu.json` says otherwise, which `convert` writes for every other model):
+
+    config.json  diffusion_pytorch_model*.safetensors            (one transformer)
+    high_noise_model/  low_noise_model/                          (two experts, each like the line above)
+    models_t5_umt5-xxl-enc-bf16.pth  Wan2.1_VAE.pth  google/umt5-xxl/
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from chitu_diffusion.errors import CheckpointError, ModelMissingError
+
+Layout = Literal["diffusers", "official"]
+Role = Literal["transformer", "transformer_2", "vae", "text_encoder"]
+
+NOTES_FILE = "chitu.json"
+TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+VAE_FILE = "Wan2.1_VAE.pth"
+TOKENIZER_FOLDER = "google/umt5-xxl"
+EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
+WEIGHTS_STEM = {
+    "transformer": "diffusion_pytorch_model",
+    "transformer_2": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+
+# UMT5-XXL's encoder, https://huggingface.co/google/umt5-xxl, in transformers' words.
+_TEXT_CONFIG: Mapping[str, Any] = {
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "dropout_rate": 0.1,
+    "layer_norm_epsilon": 1e-6,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+# Wan2.1's VAE; the latents' mean and deviation are `AutoencoderKLWan`'s own defaults.
+_VAE_CONFIG: Mapping[str, Any] = {
+    "base_dim": 96,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "dropout": 0.0,
+}
+_SCHEDULER_CONFIG: Mapping[str, Any] = {
+    "_class_name": "UniPCMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "solver_order": 2,
+}
+# Official config.json fields -> `WanConfig` fields; the head's width is dim / num_heads.
+_OFFICIAL_FIELDS = {
+    "ffn_dim": "ffn_dim",
+    "freq_dim": "freq_dim",
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+    "num_layers": "num_layers",
+    "num_heads": "num_attention_heads",
+    "eps": "eps",
+    "text_dim": "text_dim",
+    "patch_size": "patch_size",
+    "cross_attn_norm": "cross_attn_norm",
+}
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network of a model.
+
+    Attributes:
+        role: its folder's name in diffusers' layout.
+        weights: a file, or the folder that holds the weights' files.
+        config: its config in diffusers' (for the text encoder: transformers') words, in either layout.
+    """
+
+    role: Role
+    weights: Path
+    config: Mapping[str, Any]
+
+    @property
+    def stem(self) -> str:
+        """How the weights' files begin, where `weights` is a folder."""
+        return WEIGHTS_STEM[self.role]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk.
+
+    Attributes:
+        path: the folder.
+        layout: "diffusers" or "official".
+        components: by role; "transformer_2" only where there are two experts ("transformer" is the high-noise one).
+        tokenizer: the tokenizer's folder.
+        scheduler: config of the diffusers scheduler that the checkpoint asks for.
+        boundary_ratio: of two experts, the share of the 1000 timesteps below which the second takes over.
+        notes: `chitu.json`, or nothing.
+    """
+
+    path: Path
+    layout: Layout
+    components: Mapping[Role, Component]
+    tokenizer: Path
+    scheduler: Mapping[str, Any]
+    boundary_ratio: float | None
+    notes: Mapping[str, Any]
+
+
+def read_folder(path: str | Path) -> ModelFolder:
+    """Understands a model's folder, in either layout.
+
+    Raises:
+        ModelMissingError: there is no folder, or nothing in it that is a Wan model.
+        CheckpointError: a config is missing, unreadable or of another kind of model.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ModelMissingError(f"there is no folder {folder}; 'chitu models ls' shows the models on this machine")
+    notes = read_json(folder / NOTES_FILE) if (folder / NOTES_FILE).exists() else {}
+    if (folder / "model_index.json").exists():
+        return _read_diffusers(folder, notes)
+    if (folder / "config.json").exists() or (folder / EXPERT_FOLDERS[0]).is_dir():
+        return _read_official(folder, notes)
+    raise ModelMissingError(
+        f"{folder} holds no model: neither model_index.json (diffusers' layout) nor config.json or "
+        f"{EXPERT_FOLDERS[0]}/ (official Wan layout) is there"
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: missing, unreadable, or not an object.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError("a config is missing", file=file) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"a config cannot be read: {error}", file=file) from error
+    if not isinstance(data, dict):
+        raise CheckpointError("a config is not an object", file=file, expected="{...}", found=type(data).__name__)
+    return data
+
+
+def _read_diffusers(folder: Path, notes: Mapping[str, Any]) -> ModelFolder:
+    index = read_json(folder / "model_index.json")
+    _expect_class(folder / "model_index.json", index, "WanPipeline")
+    if index.get("expand_timesteps"):
+        raise CheckpointError(
+            "this is an image-to-video or TI2V model; only text-to-video models are supported",
+            file=folder / "model_index.json",
+            key="expand_timesteps",
+            remedy="use Wan2.1-T2V-1.3B, Wan2.1-T2V-14B or Wan2.2-T2V-A14B",
+        )
+    roles: list[tuple[Role, str]] = [
+        ("transformer", "WanTransformer3DModel"),
+        ("vae", "AutoencoderKLWan"),
+        ("text_encoder", "UMT5EncoderModel"),
+    ]
+    if (index.get("transformer_2") or [None])[0] is not None:
+        roles.insert(1, ("transformer_2", "WanTransformer3DModel"))
+    components: dict[Role, Component] = {}
+    for role, kind in roles:
+        config = read_json(folder / role / "config.json")
+        if role != "text_encoder":
+            _expect_class(folder / role / "config.json", config, kind)
+        components[role] = Component(role, folder / role, config)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    return ModelFolder(
+        folder, "diffusers", components, folder / "tokenizer", scheduler, index.get("boundary_ratio"), notes
+    )
+
+
+def _read_official(folder: Path, notes: Mapping[str, Any]) -> ModelFolder:
+    experts = [folder / name for name in EXPERT_FOLDERS] if (folder / EXPERT_FOLDERS[0]).is_dir() else [folder]
+    components: dict[Role, Component] = {}
+    roles: tuple[Role, Role] = ("transformer", "transformer_2")
+    for role, place in zip(roles, experts, strict=False):
+        components[role] = Component(role, place, _transformer_config(place / "config.json"))
+    components["vae"] = Component("vae", folder / VAE_FILE, notes.get("vae", _VAE_CONFIG))
+    components["text_encoder"] = Component("text_encoder", folder / TEXT_FILE, notes.get("text_encoder", _TEXT_CONFIG))
+    two = len(experts) == 2
+    # wan/configs of Wan2.1 and Wan2.2: shift 5 and 12, boundary 0.875
+    scheduler = notes.get("scheduler", {**_SCHEDULER_CONFIG, "flow_shift": 12.0 if two else 5.0})
+    boundary = notes.get("boundary_ratio", 0.875) if two else None
+    return ModelFolder(folder, "official", components, folder / TOKENIZER_FOLDER, scheduler, boundary, notes)
+
+
+def _expect_class(file: Path, config: Mapping[str, Any], expected: str) -> None:
+    found = config.get("_class_name")
+    if found != expected:
+        raise CheckpointError(
+            "not a Wan text-to-video model", file=file, key="_class_name", expected=expected, found=found
+        )
+
+
+def _transformer_config(file: Path) -> dict[str, Any]:
+    official = read_json(file)
+    if official.get("_class_name", "WanModel") != "WanModel" or official.get("model_type", "t2v") != "t2v":
+        found = f"{official.get('_class_name')}, model_type {official.get('model_type')}"
+        raise CheckpointError(
+            "not a Wan text-to-video model", file=file, expected="WanModel, model_type t2v", found=found
+        )
+    for key in ("dim", "num_heads", "num_layers", "ffn_dim"):
+        if not isinstance(official.get(key), int):
+            raise CheckpointError(
+                "a config lacks a size", file=file, key=key, expected="a number", found=official.get(key)
+            )
+    config = {ours: official[theirs] for theirs, ours in _OFFICIAL_FIELDS.items() if theirs in official}
+    config["attention_head_dim"] = official["dim"] // official["num_heads"]
+    return config
+
+
+def official_transformer_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The official `config.json` of a transformer whose config stands in diffusers' words."""
+    official = {theirs: config[ours] for theirs, ours in _OFFICIAL_FIELDS.items() if ours in config}
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    return {"_class_name": "WanModel", "model_type": "t2v", "dim": dim, "text_len": 512, **official}

@@ -1,0 +1,153 @@
+"""From a model's folder to networks with weights, in either layout.
+
+Joins what others know: the folder's parts (`folder`), the names in its files (`layouts`), the networks (`wan`, `vae`,
+`text`) and strict reading (`chitu_diffusion.weights`). Which device and dtype is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from chitu_diffusion.errors import CheckpointError
+from chitu_diffusion.models.folder import ModelFolder, Role
+from chitu_diffusion.models.layouts import (
+    TEXT_TIES,
+    official_text_name,
+    official_transformer_name,
+    official_vae_name,
+)
+from chitu_diffusion.models.text import TextEncoder, build_text_encoder, load_tokenizer
+from chitu_diffusion.models.vae import Vae, build_vae
+from chitu_diffusion.models.wan import KEEP_FLOAT32, WanConfig, WanTransformer
+from chitu_diffusion.weights import Progress, WeightFiles, load_into
+
+Device = torch.device | str
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A network without weights, and how its parameters are called on disk.
+
+    Attributes:
+        module: on the meta device.
+        official: {parameter: name in the official Wan files}, tied second names left out.
+        ties: {second name: first name} of parameters that are one tensor.
+        keep_float32: parts of parameter names that stay float32 in a 16-bit network.
+    """
+
+    module: nn.Module
+    official: Mapping[str, str]
+    ties: Mapping[str, str]
+    keep_float32: tuple[str, ...]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every parameter, by name, tied second names left out."""
+        return {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items() if name not in self.ties}
+
+    def names(self, layout: Literal["diffusers", "official"]) -> Mapping[str, str]:
+        """{parameter: name in the files of that layout}."""
+        return self.official if layout == "official" else {}
+
+
+def blueprint(folder: ModelFolder, role: Role, dtype: torch.dtype | None = None) -> Blueprint:
+    """The network that a folder's config describes, before any weight is read.
+
+    Raises:
+        CheckpointError: the folder has no such part.
+        UsageError: a config of a network that is not supported.
+    """
+    if role not in folder.components:
+        raise CheckpointError(f"the model has no {role}", file=folder.path)
+    config = folder.components[role].config
+    if role == "vae":
+        blocks = int(config.get("num_res_blocks", 2))
+        return _blueprint(build_vae(config), lambda name: official_vae_name(name, blocks))
+    if role == "text_encoder":
+        # transformers' own rule: in float16 the feed-forward's last product overflows
+        keep = ("wo",) if dtype is torch.float16 else ()
+        return _blueprint(build_text_encoder(config), official_text_name, TEXT_TIES, keep)
+    with torch.device("meta"):
+        network = WanTransformer(WanConfig.from_json(config))
+    return _blueprint(network, official_transformer_name, keep_float32=KEEP_FLOAT32)
+
+
+def load_transformer(
+    folder: ModelFolder,
+    role: Literal["transformer", "transformer_2"] = "transformer",
+    *,
+    device: Device = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> WanTransformer:
+    """A diffusion transformer with its weights; of two experts, "transformer" is the high-noise one.
+
+    Args:
+        folder: of `read_folder`.
+        role: which.
+        device, dtype: where and as what; None keeps the stored dtype. `KEEP_FLOAT32` stays float32.
+        progress: called with (bytes read, bytes in all).
+
+    Raises:
+        CheckpointError: files or tensors that are not what the config says.
+    """
+    network = _loaded(folder, role, device, dtype, progress)
+    assert isinstance(network, WanTransformer)
+    return network
+
+
+def load_vae(
+    folder: ModelFolder, *, device: Device = "cpu", dtype: torch.dtype | None = None, progress: Progress | None = None
+) -> Vae:
+    """The VAE with its weights. Arguments and errors as for `load_transformer`."""
+    return Vae(_loaded(folder, "vae", device, dtype, progress)).eval()
+
+
+def load_text_encoder(
+    folder: ModelFolder, *, device: Device = "cpu", dtype: torch.dtype | None = None, progress: Progress | None = None
+) -> TextEncoder:
+    """The text encoder with its weights and its tokenizer. Arguments and errors as for `load_transformer`."""
+    tokenizer = load_tokenizer(folder.tokenizer)
+    return TextEncoder(_loaded(folder, "text_encoder", device, dtype, progress), tokenizer).eval()
+
+
+def open_weights(folder: ModelFolder, role: Role) -> WeightFiles:
+    """The weights' files of one part, headers checked.
+
+    Raises:
+        CheckpointError: missing or damaged files.
+    """
+    component = folder.components[role]
+    return WeightFiles(component.weights, component.stem)
+
+
+def _blueprint(
+    module: nn.Module,
+    official: Callable[[str], str],
+    ties: Mapping[str, str] | None = None,
+    keep_float32: tuple[str, ...] = (),
+) -> Blueprint:
+    ties = ties or {}
+    names = {name: official(name) for name in module.state_dict() if name not in ties}
+    return Blueprint(module, names, ties, keep_float32)
+
+
+def _loaded(
+    folder: ModelFolder, role: Role, device: Device, dtype: torch.dtype | None, progress: Progress | None
+) -> nn.Module:
+    plan = blueprint(folder, role, dtype)
+    load_into(
+        plan.module,
+        open_weights(folder, role),
+        device=device,
+        dtype=dtype,
+        keep_float32=plan.keep_float32,
+        names=plan.names(folder.layout),
+        ties=plan.ties,
+        progress=progress,
+    )
+    return plan.module.eval().requires_grad_(False)

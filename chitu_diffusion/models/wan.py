@@ -1,0 +1,385 @@
+"""The Wan text-to-video diffusion transformer, as single-device code.
+
+Names and shapes of the parameters are those of diffusers' `WanTransformer3DModel`. The network takes its attention and
+its cache as arguments and is cut into pieces (`embed`, `run_blocks`, `head`, `unpatchify`), so that whoever shards the
+sequence, streams the blocks or caches features does it between the pieces. It knows no rank, sampler, prompt or task.
+
+Architecture: "Wan: Open and Advanced Large-Scale Video Generative Models", arXiv 2503.20314, section 4.2.
+
+Precision. The residual stream has the dtype of the patch embedding's weight; every matrix product runs in its own
+weight's dtype (or autocast's); LayerNorm, modulation, gates and rotary turns run in float32 and are rounded once. With
+bfloat16 weights and `KEEP_FLOAT32` in float32 this is diffusers' own rule. Under autocast with float32 weights, the
+stream and the time embedding stay float32.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from chitu_diffusion.attention.kernels import AttentionFn, sdpa
+from chitu_diffusion.flexcache.seam import MODULE_LEVELS, NO_CACHE, Level, Signal, Site, StepCache
+from chitu_diffusion.models.wan_block import Float32LayerNorm, Rope, WanBlock
+from chitu_diffusion.models.wan_config import WanConfig
+
+__all__ = ["KEEP_FLOAT32", "Embedded", "WanConfig", "WanFeatures", "WanOutput", "WanTransformer"]
+
+# Parts of parameter names that stay float32 when the rest is loaded in 16 bits (diffusers' rule for this network).
+KEEP_FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+
+_ROPE_THETA = 10000.0
+_TIME_PERIOD = 10000.0
+
+Grid = tuple[int, int, int]  # tokens along (frames, rows, columns)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What `embed` hands to the blocks and the head.
+
+    Tokens run frame by frame, row by row. To work on a part of the sequence, replace `tokens` and `rope` by those
+    rows of each (`dataclasses.replace`); nothing else depends on position.
+
+    Attributes:
+        tokens: [B, S, dim], the residual stream.
+        text: [B, L, dim], projected text, in the dtype in which the blocks multiply.
+        time: [B, dim], the time embedding, for the head.
+        modulation: [B, 6, dim], its projection, for the blocks.
+        rope: rotary cosines and sines of these tokens' positions.
+        grid: tokens along frames, rows, columns of the whole latent.
+        text_bias: [B, L] float32 added to the scores of the cross-attention, or None. A text row that stands for n
+            equal rows carries log n: softmax then gives them their whole weight, so 512 padded positions cost as few as
+            one.
+    """
+
+    tokens: Tensor
+    text: Tensor
+    time: Tensor
+    modulation: Tensor
+    rope: Rope
+    grid: Grid
+    text_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class WanFeatures:
+    """What one forward leaves for a later one that skips the blocks.
+
+    Attributes:
+        residual: [B, S, dim], what the block stack added to the tokens.
+        timestep: [B], the time at which it did.
+    """
+
+    residual: Tensor
+    timestep: Tensor
+
+
+@dataclass(frozen=True)
+class WanOutput:
+    """A forward's velocity [B, C, T, H, W] together with its reusable features."""
+
+    velocity: Tensor
+    intermediate_features: WanFeatures
+
+
+class PatchEmbedding(nn.Conv3d):
+    """Turns a latent [B, C, T, H, W] into tokens [B, S, dim].
+
+    The kernel equals the stride, so the convolution is a matrix product over patches; written as one, it needs no
+    convolution library and rounds like every other product here. Only the weight's shape is that of a convolution.
+    """
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Embeds; the latent's axes must be multiples of the patch."""
+        batch, channels, frames, rows, columns = latent.shape
+        p_t, p_h, p_w = self.kernel_size
+        patches = latent.reshape(batch, channels, frames // p_t, p_t, rows // p_h, p_h, columns // p_w, p_w)
+        # [B, t, h, w, C, p_t, p_h, p_w] -> [B, S, C * p_t * p_h * p_w]
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, -1, self.weight[0].numel())
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class TwoLayer(nn.Module):
+    """Linear, activation, linear: the time embedder (SiLU) and the text projection (tanh-approximated GELU)."""
+
+    def __init__(self, dim_in: int, dim: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(dim_in, dim)
+        self.activation = activation
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim_in] -> [..., dim], computed in the weights' dtype."""
+        return cast(Tensor, self.linear_2(self.activation(self.linear_1(x.to(self.linear_1.weight.dtype)))))
+
+
+class Conditions(nn.Module):
+    """Projects time and text to the width of the stream."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.freq_dim = config.freq_dim
+        self.time_embedder = TwoLayer(config.freq_dim, config.dim, nn.SiLU())
+        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
+        self.text_embedder = TwoLayer(config.text_dim, config.dim, nn.GELU(approximate="tanh"))
+
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """timestep [B] -> (time [B, dim], modulation [B, 6, dim]), in `time_proj`'s dtype.
+
+        Sinusoids as in "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239), cosines first. Autocast is off:
+        timesteps reach 1000, and what a few bits lose here every block would feel.
+        """
+        with torch.autocast(device_type=timestep.device.type, enabled=False):
+            time = self.time_embedder(sinusoids(timestep, self.freq_dim)).to(self.time_proj.weight.dtype)
+            modulation = self.time_proj(F.silu(time)).unflatten(1, (6, -1))
+        return time, modulation
+
+
+class WanTransformer(nn.Module):
+    """The velocity of a noisy latent under a text: v = noise - data, as flow matching on straight paths defines it.
+
+    Args:
+        config: sizes. Build under `torch.device("meta")` to load weights afterwards; call `init_weights` to train anew.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.patch_embedding = PatchEmbedding(
+            config.in_channels, config.dim, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.condition_embedder = Conditions(config)
+        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        self.norm_out = Float32LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(config.dim, config.out_channels * config.patch_values)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        *,
+        attention: AttentionFn = sdpa,
+        cache: StepCache = NO_CACHE,
+        blocks: Iterable[nn.Module] | None = None,
+        text_bias: Tensor | None = None,
+    ) -> Tensor:
+        """The velocity [B, C, T, H, W] at `latent`.
+
+        Args:
+            latent: [B, C, T, H, W]; T, H, W multiples of the patch.
+            timestep: [B] (or [1], for all), 0 to 1000, any dtype.
+            text: [B, L, text_dim], the text encoder's output.
+            attention: self-attention, in layout [B, S, heads, head_dim].
+            cache: asked at the sites whose level is among `cache.levels`.
+            blocks: yields this network's blocks in order, each ready to run: for whoever streams them to the device.
+            text_bias: see `Embedded.text_bias`.
+
+        Returns:
+            Velocity in the dtype of the last matrix product.
+
+        Raises:
+            ValueError: shapes that do not fit the network or each other.
+        """
+        embedded = replace(self.embed(latent, timestep, text), text_bias=text_bias)
+        tokens = self.run_blocks(embedded, attention=attention, cache=cache, blocks=blocks)
+        return self.unpatchify(self.head(tokens, embedded.time), embedded.grid)
+
+    def forward_with_features(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        *,
+        attention: AttentionFn = sdpa,
+        cache: StepCache = NO_CACHE,
+    ) -> WanOutput:
+        """`forward`, which also hands out what `forward_with_cache` can use later."""
+        embedded = self.embed(latent, timestep, text)
+        tokens = self.run_blocks(embedded, attention=attention, cache=cache)
+        velocity = self.unpatchify(self.head(tokens, embedded.time), embedded.grid)
+        return WanOutput(velocity, WanFeatures(tokens - embedded.tokens, timestep))
+
+    def forward_with_cache(
+        self, latent: Tensor, embeddings: Tensor, cached_features: WanFeatures, timestep: Tensor | None = None
+    ) -> Tensor:
+        """The velocity at `latent` with the blocks skipped: their residual comes from an earlier forward.
+
+        Args:
+            latent: [B, C, T, H, W], of the shape that made the features.
+            embeddings: [B, L, text_dim]; text acts in the blocks alone, so only its shape is looked at.
+            cached_features: of `forward_with_features`.
+            timestep: [B], for the head's modulation; by default the one of the features.
+
+        Raises:
+            ValueError: features of another shape.
+        """
+        embedded = self.embed(latent, cached_features.timestep if timestep is None else timestep, embeddings)
+        if cached_features.residual.shape != embedded.tokens.shape:
+            raise ValueError(
+                f"cached features are {list(cached_features.residual.shape)}, "
+                f"this latent's tokens {list(embedded.tokens.shape)}"
+            )
+        tokens = embedded.tokens + cached_features.residual
+        return self.unpatchify(self.head(tokens, embedded.time), embedded.grid)
+
+    def embed(self, latent: Tensor, timestep: Tensor, text: Tensor) -> Embedded:
+        """Everything before the blocks: tokens, projected text, time embedding and positions.
+
+        Raises:
+            ValueError: shapes that do not fit the network or each other.
+        """
+        grid = self._checked_grid(latent, timestep, text)
+        time, modulation = self.condition_embedder.embed_time(timestep.to(latent.device))
+        return Embedded(
+            # autocast gives 16 bits here; the stream keeps the weights' dtype
+            tokens=self.patch_embedding(latent).to(self.patch_embedding.weight.dtype),
+            text=self.condition_embedder.text_embedder(text),
+            time=time,
+            modulation=modulation,
+            rope=self.rope_table(grid, latent.device),
+            grid=grid,
+        )
+
+    def run_blocks(
+        self,
+        embedded: Embedded,
+        *,
+        attention: AttentionFn = sdpa,
+        cache: StepCache = NO_CACHE,
+        blocks: Iterable[nn.Module] | None = None,
+    ) -> Tensor:
+        """The block stack: tokens [B, S, dim] -> tokens [B, S, dim]. S may be a part of the sequence."""
+        stack = self.blocks if blocks is None else blocks
+        if "step" not in cache.levels:
+            return self._run_stack(embedded, attention, cache, stack)
+        return cache.at(
+            Site("step", 0, len(self.blocks)),
+            lambda: self._run_stack(embedded, attention, cache, stack),
+            Signal(embedded.tokens, embedded.modulation),
+        )
+
+    def head(self, tokens: Tensor, time: Tensor) -> Tensor:
+        """tokens [B, S, dim], time [B, dim] -> [B, S, patch values x channels]. Each token for itself."""
+        shift, scale = (self.scale_shift_table.float() + time.float().unsqueeze(1)).chunk(2, dim=1)
+        x = self.norm_out(tokens) * (1 + scale) + shift
+        return cast(Tensor, self.proj_out(x.to(self.proj_out.weight.dtype)))
+
+    def unpatchify(self, values: Tensor, grid: Grid) -> Tensor:
+        """[B, S, patch values x channels] of the whole sequence -> [B, C, T, H, W]."""
+        p_t, p_h, p_w = self.config.patch_size
+        values = values.reshape(values.shape[0], *grid, p_t, p_h, p_w, self.config.out_channels)
+        # [B, t, h, w, p_t, p_h, p_w, C] -> [B, C, t, p_t, h, p_h, w, p_w]
+        values = values.permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return values.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def rope_table(self, grid: Grid, device: torch.device | str = "cpu") -> Rope:
+        """Rotary cosines and sines of a whole grid, each [S, head_dim / 2] float32.
+
+        "RoFormer" (arXiv 2104.09864) along three axes: rows and columns take 2 * (head_dim // 6) channels each, frames
+        the rest. Angles are float64 until after the cosine.
+
+        Raises:
+            ValueError: a grid axis longer than `rope_max_seq_len`.
+        """
+        if max(grid) > self.config.rope_max_seq_len:
+            raise ValueError(f"token grid {grid} exceeds the longest axis, {self.config.rope_max_seq_len}")
+        side = 2 * (self.config.attention_head_dim // 6)
+        widths = (self.config.attention_head_dim - 2 * side, side, side)
+        angles = []
+        for axis, (length, width) in enumerate(zip(grid, widths, strict=True)):
+            frequencies = _ROPE_THETA ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
+            # [length, width / 2]
+            along = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequencies)
+            view = [1, 1, 1, width // 2]
+            view[axis] = length
+            angles.append(along.view(view).expand(*grid, -1))
+        table = torch.cat(angles, dim=-1).flatten(0, 2)  # [S, head_dim / 2]
+        return table.cos().float().to(device), table.sin().float().to(device)
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Training keeps only each block's input and recomputes the rest; without gradients it changes nothing."""
+        self.gradient_checkpointing = enabled
+
+    def compile_blocks(self, **options: object) -> None:
+        """Compiles every block in place with `torch.compile`; names of the parameters stay."""
+        for block in self.blocks:
+            block.compile(**options)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fresh weights to train from: Xavier in linear layers, zeros in the last, so that the first velocity is 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: the convolution counts as its product
+                nn.init.zeros_(cast(Tensor, module.bias))
+            elif isinstance(module, nn.RMSNorm | nn.LayerNorm) and module.elementwise_affine:
+                module.reset_parameters()
+        for embedder in (self.condition_embedder.time_embedder, self.condition_embedder.text_embedder):
+            nn.init.normal_(embedder.linear_1.weight, std=0.02)
+            nn.init.normal_(embedder.linear_2.weight, std=0.02)
+        for table in [self.scale_shift_table, *(cast(WanBlock, block).scale_shift_table for block in self.blocks)]:
+            nn.init.normal_(table, std=self.config.dim**-0.5)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def _run_stack(
+        self, embedded: Embedded, attention: AttentionFn, cache: StepCache, stack: Iterable[nn.Module]
+    ) -> Tensor:
+        tokens = embedded.tokens
+        for index, block in enumerate(stack):
+            here = replace(embedded, tokens=tokens)
+            compute = partial(self._run_block, cast(WanBlock, block), index, here, attention, cache)
+            if "block" in cache.levels:
+                site = Site("block", index, len(self.blocks))
+                tokens = cache.at(site, compute, Signal(tokens, embedded.modulation))
+            else:
+                tokens = compute()
+        return tokens
+
+    def _run_block(
+        self, block: WanBlock, index: int, embedded: Embedded, attention: AttentionFn, cache: StepCache
+    ) -> Tensor:
+        inputs = (embedded.tokens, embedded.text, embedded.modulation, embedded.rope, attention, embedded.text_bias)
+        if MODULE_LEVELS & cache.levels:
+            return block.forward_at_sites(*inputs, ask=partial(self._ask, cache, index, embedded.modulation))
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
+        return cast(Tensor, block(*inputs))
+
+    def _ask(
+        self, cache: StepCache, index: int, time: Tensor, level: Level, compute: Callable[[], Tensor], entering: Tensor
+    ) -> Tensor:
+        if level not in cache.levels:
+            return compute()
+        return cache.at(Site(level, index, len(self.blocks)), compute, Signal(entering, time))
+
+    def _checked_grid(self, latent: Tensor, timestep: Tensor, text: Tensor) -> Grid:
+        channels, patch = self.config.in_channels, self.config.patch_size
+        if latent.ndim != 5 or latent.shape[1] != channels:
+            raise ValueError(f"latent is {list(latent.shape)}; expected [B, {channels}, T, H, W]")
+        if any(size % step or not size for size, step in zip(latent.shape[2:], patch, strict=True)):
+            raise ValueError(f"latent axes {list(latent.shape[2:])} are not multiples of the patch {list(patch)}")
+        batch = latent.shape[0]
+        if timestep.ndim != 1 or len(timestep) not in (1, batch):
+            raise ValueError(f"timestep is {list(timestep.shape)}; expected [{batch}] or [1]")
+        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != self.config.text_dim:
+            raise ValueError(f"text is {list(text.shape)}; expected [{batch}, L, {self.config.text_dim}]")
+        frames, rows, columns = (size // step for size, step in zip(latent.shape[2:], patch, strict=True))
+        return frames, rows, columns
+
+
+def sinusoids(timestep: Tensor, width: int) -> Tensor:
+    """timestep [B] -> [B, width] float32: cosines, then sines, of width / 2 geometric frequencies from 1 downward."""
+    half = width // 2
+    # the order of these float32 operations is diffusers': at t = 1000 another order differs by 1e-4
+    exponent = -math.log(_TIME_PERIOD) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+    angles = timestep.float()[:, None] * exponent.exp()[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -1,0 +1,107 @@
+"""The shape of a Wan text-to-video transformer, as data. Knows no tensors, so that reading it costs no torch import."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from chitu_diffusion.errors import UsageError
+
+_QK_NORM = "rms_norm_across_heads"
+
+# Fields of diffusers' config.json that belong to other Wan models (image-to-video, VACE, animate). None (or False) is
+# what a text-to-video checkpoint says there; anything else means parts that `WanTransformer` does not have.
+_FOREIGN_FIELDS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "add_img_emb", "vace_layers")
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes of a `WanTransformer`; field names are those of diffusers' `transformer/config.json`.
+
+    Attributes:
+        patch_size: (frames, rows, columns) of latent that make one token.
+        rope_max_seq_len: the longest grid axis, in tokens, that rotary positions exist for.
+        qk_norm: always "rms_norm_across_heads": RMSNorm of q and k over all heads together.
+
+    Raises:
+        UsageError: a value that no such network can have.
+    """
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    qk_norm: str = _QK_NORM
+    eps: float = 1e-6
+    rope_max_seq_len: int = 1024
+
+    def __post_init__(self) -> None:
+        """Checks what the network's arithmetic relies on."""
+        if len(self.patch_size) != 3:
+            raise UsageError(f"patch_size must have three numbers (frames, rows, columns), not {self.patch_size}")
+        if self.attention_head_dim % 2 or self.freq_dim % 2:
+            raise UsageError(
+                "attention_head_dim and freq_dim must be even (rotary pairs, cosine-sine pairs); they are "
+                f"{self.attention_head_dim} and {self.freq_dim}"
+            )
+        if self.qk_norm != _QK_NORM:
+            raise UsageError(f"qk_norm {self.qk_norm!r} is not supported; Wan text-to-video models use {_QK_NORM!r}")
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in one token's patch of one channel."""
+        frames, rows, columns = self.patch_size
+        return frames * rows * columns
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "WanConfig":
+        """Reads diffusers' `transformer/config.json`, already parsed.
+
+        Missing fields take the class's defaults (they are diffusers' own). Keys that start with "_" are diffusers'
+        bookkeeping and are passed over.
+
+        Raises:
+            UsageError: a field of a model that is not text-to-video, or an unknown field.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in data.items():
+            if key.startswith("_") or key == "window_size":
+                continue
+            if key in _FOREIGN_FIELDS:
+                if value:
+                    raise UsageError(
+                        f"transformer config has {key}={value!r}: only text-to-video Wan models are supported"
+                    )
+            elif key not in known:
+                raise UsageError(f"transformer config has an unknown field {key!r} (value {value!r})")
+            else:
+                values[key] = value
+        if "patch_size" in values:
+            values["patch_size"] = tuple(values["patch_size"])
+        if "out_channels" in values and values["out_channels"] is None:
+            values["out_channels"] = values.get("in_channels", cls.in_channels)
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as diffusers writes them into `transformer/config.json`."""
+        data = dataclasses.asdict(self)
+        data["patch_size"] = list(self.patch_size)
+        return {
+            "_class_name": "WanTransformer3DModel",
+            **data,
+            "added_kv_proj_dim": None,
+            "image_dim": None,
+            "pos_embed_seq_len": None,
+        }

@@ -1,0 +1,44 @@
+"""What it takes to make a video again, as JSON values. Knows a task and a backend; writes nothing."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.task import DiffusionTask
+
+_PACKAGES = ("chitu-diffusion", "torch", "diffusers", "transformers")
+
+
+def recipe_of(task: DiffusionTask, backend: DiffusionBackend) -> dict[str, Any]:
+    """The recipe that is stored in a video: the request with every value filled in, the model, and the machine."""
+    params = (task.resolved or task.params).to_mapping()
+    return {
+        "prompt": params["prompt"],
+        "seed": task.seed,
+        "params": params,
+        "model": backend.spec.name,
+        "weights_sha256": backend.weights_sha256(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "dtype": str(backend.dtype).removeprefix("torch."),
+        "device": device_name(backend.device),
+        "attention": backend.attn_backend.name,
+        "low_mem_level": backend.low_mem_level,
+        "sampler": {"name": backend.sampler.name, "shift": backend.sampler.shift},
+        "seconds": {stage: round(seconds, 3) for stage, seconds in task.seconds.items()},
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called: "cpu", or the GPU's own name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,110 @@
+"""A request against a model: every None filled in, everything that the model cannot do refused.
+
+Knows `DiffusionUserParams` and a model's spec; loads nothing and imports no torch, so that a request can be checked
+before anything else happens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from chitu_diffusion.errors import UsageError
+from chitu_diffusion.models.spec import ModelSpec
+from chitu_diffusion.task import CascadeStage, DiffusionUserParams
+
+
+def resolve_request(
+    params: DiffusionUserParams, spec: ModelSpec, *, seed: int, task_id: str, output_dir: str
+) -> DiffusionUserParams:
+    """The request with the model's own value for each None.
+
+    A cascade's height and width are its last stage's, its number of steps the sum of the stages'. One guidance scale for
+    a model with two experts holds for both.
+
+    Raises:
+        UsageError: what this model cannot do, naming the field, the value and what would do.
+    """
+    defaults = spec.defaults
+    params = _with_cascade(params, len(spec.transformers))
+    resolved = dataclasses.replace(
+        params,
+        negative_prompt=defaults.negative_prompt if params.negative_prompt is None else params.negative_prompt,
+        height=params.height or defaults.height,
+        width=params.width or defaults.width,
+        num_frames=params.num_frames or defaults.num_frames,
+        fps=params.fps or defaults.fps,
+        num_inference_steps=params.num_inference_steps or defaults.steps,
+        guidance_scale=_guidance(params, spec),
+        seed=seed,
+        save_path=str(params.save_path or Path(output_dir) / f"{task_id}.mp4"),
+    )
+    for height, width in {(resolved.height, resolved.width), *((leg.height, leg.width) for leg in stages_of(resolved))}:
+        _check_size(spec, height or 0, width or 0, resolved.num_frames or 0)
+    return resolved
+
+
+def stages_of(resolved: DiffusionUserParams) -> tuple[CascadeStage, ...]:
+    """The denoising stages of a resolved request: its cascade, or the one stage that there is."""
+    if resolved.cascade:
+        return resolved.cascade
+    if resolved.height is None or resolved.width is None or resolved.num_inference_steps is None:
+        raise UsageError("the request has not been resolved against a model yet", field="num_inference_steps")
+    return (CascadeStage(resolved.height, resolved.width, resolved.num_inference_steps),)
+
+
+def guidance_pair(scale: float | tuple[float, float] | None) -> tuple[float, float]:
+    """A resolved guidance scale as (high noise, low noise)."""
+    if isinstance(scale, tuple):
+        return scale
+    return float(scale or 0.0), float(scale or 0.0)
+
+
+def _guidance(params: DiffusionUserParams, spec: ModelSpec) -> float | tuple[float, float]:
+    experts = len(spec.transformers)
+    asked = params.guidance_scale
+    if asked is None:
+        own = spec.defaults.guidance
+        return (own[0], own[-1]) if experts == 2 else own[0]
+    if isinstance(asked, tuple):
+        if experts == 1:
+            raise UsageError(
+                f"guidance_scale = {asked}: {spec.name} has one transformer; one number would do", field="guidance_scale"
+            )
+        if len(asked) != 2:
+            raise UsageError(f"guidance_scale = {asked}: one number, or two (high noise, low noise)", field="guidance_scale")
+        return asked
+    return (asked, asked) if experts == 2 else asked
+
+
+def _with_cascade(params: DiffusionUserParams, experts: int) -> DiffusionUserParams:
+    if not params.cascade:
+        return params
+    last, steps = params.cascade[-1], sum(stage.num_inference_steps for stage in params.cascade)
+    if params.cascade[0].strength != 1:
+        raise UsageError(
+            f"cascade strength = {params.cascade[0].strength}: the first stage starts from noise; 1 would do", field="cascade"
+        )
+    if params.flexcache is not None:
+        raise UsageError("flexcache and cascade together are not supported; one of them would do", field="flexcache")
+    for name, value in (("height", last.height), ("width", last.width), ("num_inference_steps", steps)):
+        asked = dataclasses.asdict(params)[name]
+        if asked not in (None, value):
+            raise UsageError(f"{name} = {asked}: the cascade makes it {value}; leave it out", field=name)
+    for stage in params.cascade:
+        if stage.expert is not None and stage.expert >= experts:
+            raise UsageError(f"cascade expert = {stage.expert}: this model has {experts} transformer(s)", field="cascade")
+    return dataclasses.replace(params, height=last.height, width=last.width, num_inference_steps=steps)
+
+
+def _check_size(spec: ModelSpec, height: int, width: int, num_frames: int) -> None:
+    for name, value, step in zip(("height", "width"), (height, width), spec.size_step, strict=True):
+        if value % step:
+            raise UsageError(f"{name} = {value}: {spec.name} takes multiples of {step}", field=name)
+    _, frames, rows, columns = spec.geometry.latent_shape(num_frames, height, width)
+    patch = spec.transformers[0].patch_size
+    longest = spec.transformers[0].rope_max_seq_len
+    cells = (("num_frames", frames // patch[0]), ("height", rows // patch[1]), ("width", columns // patch[2]))
+    for name, length in cells:
+        if length > longest:
+            raise UsageError(f"{name}: {length} tokens along one axis; {spec.name} has positions for {longest}", field=name)

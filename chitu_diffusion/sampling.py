@@ -1,0 +1,206 @@
+"""Solvers of the flow's differential equation, and the noise they start from.
+
+The solvers are diffusers' schedulers; what they remember between steps is taken out after each step and put back before
+the next, so that the whole of a run's solver is one plain dict (`SamplerState`) and a `Sampler` itself remembers nothing.
+This file knows tensors and a checkpoint's `scheduler_config.json`; no network, request or task.
+
+A step takes the velocity v = noise - data of a latent x at noise level sigma, x = (1 - sigma) data + sigma noise ("Flow
+Matching for Generative Modeling", arXiv:2210.02747). `unipc` is UniPC (arXiv:2302.04867), `dpm++` DPM-Solver++
+(arXiv:2211.01095), both multistep; `euler` the first-order rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chitu_diffusion.errors import UsageError, nearest
+
+SamplerState = dict[str, Any]
+"""sampler: its name; schedule: number of steps in the whole schedule; index: the step that comes next; timesteps [schedule];
+sigmas [schedule + 1]; history: what the solver remembers (tensors, numbers, lists of tensors)."""
+
+NOISE_STREAM_STEP = 1_000_003
+"""Distance between the seeds of a task's successive noises; prime, so that neighbouring seeds do not share them."""
+
+
+@dataclass(frozen=True)
+class _Solver:
+    """A diffusers scheduler: its class, what it remembers, and the settings that make it solve a flow."""
+
+    class_name: str
+    shift_key: str
+    history: tuple[str, ...] = ()
+    flow: tuple[tuple[str, Any], ...] = ()
+
+
+_FLOW_SETTINGS = (("prediction_type", "flow_prediction"), ("use_flow_sigmas", True))
+_SOLVERS: dict[str, _Solver] = {
+    "unipc": _Solver(
+        "UniPCMultistepScheduler",
+        "flow_shift",
+        ("model_outputs", "timestep_list", "last_sample", "lower_order_nums", "this_order"),
+        _FLOW_SETTINGS,
+    ),
+    "dpm++": _Solver("DPMSolverMultistepScheduler", "flow_shift", ("model_outputs", "lower_order_nums"), _FLOW_SETTINGS),
+    "euler": _Solver("FlowMatchEulerDiscreteScheduler", "shift"),
+}
+SAMPLERS = tuple(_SOLVERS)
+
+
+def sampler_names() -> tuple[str, ...]:
+    """The solvers there are."""
+    return SAMPLERS
+
+
+def shift_of(config: Mapping[str, Any]) -> float:
+    """The timestep shift that a `scheduler_config.json` asks for, under either of its names; 1 where it has none."""
+    for key in ("flow_shift", "shift"):
+        if config.get(key) is not None:
+            return float(config[key])
+    return 1.0
+
+
+class Sampler:
+    """One solver with a checkpoint's settings. Remembers nothing: every call takes the state and gives the next one.
+
+    Args:
+        name: "unipc", "euler" or "dpm++".
+        config: the checkpoint's `scheduler_config.json`, parsed. If it belongs to the chosen solver it is used whole, as
+            diffusers would; for another solver its shift and number of training steps are carried over.
+
+    Raises:
+        UsageError: an unknown name, or a config whose schedule depends on the size of the video (`use_dynamic_shifting`).
+    """
+
+    def __init__(self, name: str, config: Mapping[str, Any]) -> None:
+        if name not in _SOLVERS:
+            raise UsageError(f"sampler = {name!r}.{nearest(name, _SOLVERS)}", field="infer.sampler")
+        if config.get("use_dynamic_shifting"):
+            raise UsageError(
+                "the checkpoint's scheduler uses dynamic shifting; Wan models have a fixed one", field="infer.sampler"
+            )
+        self.name = name
+        self._solver = _SOLVERS[name]
+        self._own = config.get("_class_name", "UniPCMultistepScheduler") == self._solver.class_name
+        self.train_timesteps = int(config.get("num_train_timesteps", 1000))
+        self.shift = shift_of(config)
+        self._settings = self._settings_from(config)
+
+    def _settings_from(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        carried = {"num_train_timesteps": self.train_timesteps, self._solver.shift_key: self.shift}
+        flow = dict(self._solver.flow)
+        if not self._own:
+            return carried | flow
+        own = {key: value for key, value in config.items() if not key.startswith("_")}
+        return flow | carried | own
+
+    def begin(self, steps: int, strength: float = 1.0) -> SamplerState:
+        """The state before the first step.
+
+        Args:
+            steps: steps that will be taken.
+            strength: share of the noise schedule that they cover, from its end; in (0, 1]. The whole schedule then has
+                round(steps / strength) steps, of which the last `steps` are run (SDEdit, arXiv:2108.01073).
+
+        Raises:
+            UsageError: no steps, or a strength outside (0, 1].
+        """
+        if steps < 1:
+            raise UsageError(f"num_inference_steps = {steps}: at least 1 would do", field="num_inference_steps")
+        if not 0 < strength <= 1:
+            raise UsageError(f"strength = {strength}: must be in (0, 1]", field="cascade")
+        whole = max(steps, round(steps / strength))
+        scheduler = self._scheduler(whole)
+        return {
+            "sampler": self.name,
+            "schedule": whole,
+            "index": whole - steps,
+            "timesteps": scheduler.timesteps.clone(),
+            "sigmas": scheduler.sigmas.clone(),
+            "history": {},
+        }
+
+    def timestep(self, state: SamplerState) -> Tensor:
+        """The time of the coming step, a scalar on the CPU: what the network is told."""
+        timestep: Tensor = state["timesteps"][state["index"]]
+        return timestep
+
+    def sigma(self, state: SamplerState) -> float:
+        """The noise level before the coming step, 0 to 1."""
+        return float(state["sigmas"][state["index"]])
+
+    def is_done(self, state: SamplerState) -> bool:
+        """Whether every step has been taken."""
+        return bool(state["index"] >= state["schedule"])
+
+    def step(self, state: SamplerState, velocity: Tensor, latent: Tensor) -> tuple[Tensor, SamplerState]:
+        """One step of the solver.
+
+        Args:
+            state: as the step before left it; it is not changed.
+            velocity: the network's (guided) velocity at `latent`, of its shape, any dtype.
+            latent: [B, C, T, H, W] float32.
+
+        Returns:
+            the next latent, float32, and the next state.
+
+        Raises:
+            UsageError: a state of another solver, or one with no step left.
+        """
+        if state["sampler"] != self.name:
+            raise UsageError(f"this latent was begun with sampler '{state['sampler']}', not '{self.name}'", field="infer.sampler")
+        if self.is_done(state):
+            raise UsageError(f"all {state['schedule']} steps are taken", field="num_inference_steps")
+        scheduler = self._scheduler(state["schedule"])
+        scheduler.set_begin_index(state["index"])
+        for name, value in state["history"].items():
+            setattr(scheduler, name, list(value) if isinstance(value, list) else value)
+        # the solver's own arithmetic stays in float32 whatever autocast is on around the network
+        with torch.autocast(device_type=latent.device.type, enabled=False):
+            moved = scheduler.step(velocity.float(), self.timestep(state), latent.float(), return_dict=False)[0]
+        history = {name: getattr(scheduler, name) for name in self._solver.history}
+        return moved, {**state, "index": state["index"] + 1, "history": history}
+
+    def renoise(self, state: SamplerState, latent: Tensor, noise: Tensor) -> Tensor:
+        """Bring a clean latent [B, C, T, H, W] to the noise level at which the coming step expects it: float32."""
+        sigma = self.sigma(state)
+        return (1.0 - sigma) * latent.float() + sigma * noise.to(latent.device, torch.float32)
+
+    def _scheduler(self, steps: int) -> Any:
+        import diffusers
+
+        scheduler = getattr(diffusers, self._solver.class_name).from_config(self._settings)
+        if self.name == "euler" and not self._own:
+            # the flow schedule that the multistep solvers use, so that all solvers pass through the same noise levels;
+            # left to itself this class would apply the shift a second time at the low end
+            sigmas = np.linspace(1, 1 / self.train_timesteps, steps + 1)[:-1]
+            scheduler.set_timesteps(sigmas=sigmas.tolist())
+        else:
+            scheduler.set_timesteps(steps)
+        return scheduler
+
+
+def initial_noise(shape: Sequence[int], seed: int, stream: int = 0) -> Tensor:
+    """Standard normal noise, float32 on the CPU: the same bits on every machine and for any number of ranks.
+
+    Args:
+        shape: of the latent, [B, C, T, H, W].
+        seed: of the task. With stream 0 these are the bits that diffusers draws from a CPU generator of this seed.
+        stream: which noise of the task: 0 the starting one, k the one of cascade stage k.
+    """
+    generator = torch.Generator("cpu").manual_seed((seed + stream * NOISE_STREAM_STEP) % 2**63)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+
+
+def upsample_latent(latent: Tensor, height: int, width: int) -> Tensor:
+    """A latent [B, C, T, h, w] at another spatial size [B, C, T, height, width], bicubic, frame by frame; float32."""
+    batch, _, frames = latent.shape[:3]
+    flat = latent.float().transpose(1, 2).flatten(0, 1)  # [B * T, C, h, w]
+    larger = torch.nn.functional.interpolate(flat, size=(height, width), mode="bicubic", antialias=True)
+    return larger.unflatten(0, (batch, frames)).transpose(1, 2)

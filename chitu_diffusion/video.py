@@ -1,0 +1,431 @@
+"""Finished frames in, a file out, and back again.
+
+Knows file formats, and that nothing half-written may ever be seen under the final name. Does
+not know prompts, models or tasks: the recipe that it stores beside the frames is any JSON
+mapping. PyAV, Pillow and numpy are imported when they are needed, so that a name can be checked
+(`check_save_path`) before anything else happens.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from chitu_diffusion.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Frames = NDArray[np.uint8]
+
+Recipe = Mapping[str, Any]
+_T = TypeVar("_T")
+
+FORMATS = (".mp4", ".gif", ".npy")
+FOLDER = "folder"
+PART = ".part"
+RECIPE_FILE = "recipe.json"
+RECIPE_KEY = "recipe"
+_OUR_FRAME = re.compile(r"\d{5,}\.png")
+_LONGEST_NAME = 240
+"""Bytes; file systems allow 255, and the endings for a name in progress need room."""
+
+
+def check_save_path(path: str | os.PathLike[str]) -> str:
+    """Whether a video can be saved under this name, before any work is done.
+
+    Args:
+        path: ends in .mp4, .gif or .npy; a path that ends in '/' or has no ending is a folder of png frames.
+
+    Returns:
+        the kind: ".mp4", ".gif", ".npy" or "folder".
+
+    Raises:
+        UsageError: an unknown ending, a name that cannot be, a file where a folder should be (or the
+            other way round), a folder that cannot be written to, or a folder with other things in it.
+    """
+    kind = _kind(path)
+    target = Path(path)
+    if kind == FOLDER and target.is_dir():
+        _check_ours(target)
+    elif kind == FOLDER and target.exists():
+        raise _refused(path, "a file of that name is here already; name a folder, or a file that ends in .mp4")
+    elif kind != FOLDER and target.is_dir():
+        raise _refused(path, "a folder of that name is here already; choose another name")
+    _check_parent(target)
+    return kind
+
+
+def _refused(path: object, why: str) -> UsageError:
+    return UsageError(f"save_path = {str(path)!r}: {why}", field="save_path")
+
+
+def _kind(path: str | os.PathLike[str]) -> str:
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise _refused(path, "must be a file or folder name")
+    name = Path(text).name
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        raise _refused(name[:40] + "...", f"the name is too long: at most {_LONGEST_NAME} bytes would do")
+    if text.endswith(("/", os.sep)):
+        return FOLDER
+    if name.lower() in FORMATS:
+        raise _refused(path, f"put a name before '{name}'")
+    ending = Path(text).suffix.lower()
+    if ending in FORMATS:
+        return ending
+    if ending:
+        raise _refused(
+            path,
+            f"'{ending}' is not a format; .mp4, .gif and .npy would do, or a name that ends in '/' for a folder of png frames",
+        )
+    return FOLDER
+
+
+def _check_ours(folder: Path) -> None:
+    """A folder is replaced only if nothing lies in it but frames and a recipe."""
+    for entry in folder.iterdir():
+        if entry.name != RECIPE_FILE and not _OUR_FRAME.fullmatch(entry.name):
+            raise _refused(folder, f"that folder holds other things ('{entry.name}'); choose a new or empty folder")
+
+
+def _check_parent(target: Path) -> None:
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise _refused(target, f"'{parent}' is a file, not a folder; choose another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise _refused(target, f"no permission to write into '{parent}'; choose another place")
+
+
+def write_video(
+    frames: Frames, path: str | os.PathLike[str], *, fps: float, quality: int = 8, recipe: Recipe | None = None
+) -> Path:
+    """Write frames so that the final name appears only when the file is whole.
+
+    The data goes to NAME.part, is synced to the disk, and is then renamed over NAME. Missing folders are made.
+    H.264 needs even sizes: an odd row or column is doubled at the edge. Pillow merges neighbouring gif
+    frames that are equal, and holds them longer.
+
+    Args:
+        frames: uint8 [T, H, W, 3], RGB.
+        path: see `check_save_path`.
+        fps: frames per second.
+        quality: of H.264, 0 (smallest) to 10 (no visible loss); the other formats do not use it.
+        recipe: JSON values stored in the file: the container's comment (.mp4), the comment (.gif),
+            NAME.npy.json beside it (.npy), the first frame's text chunk and recipe.json (folder).
+
+    Returns:
+        the final path.
+
+    Raises:
+        UsageError: a path, shape, fps or quality that cannot be.
+        OutputError: the disk is full, the folder is gone, permission is missing.
+    """
+    kind = check_save_path(path)
+    _check_frames(frames)
+    if not 0 < fps <= 1000:
+        raise UsageError(f"fps = {fps!r}: must be above 0 and at most 1000", field="fps")
+    if not 0 <= quality <= 10:
+        raise UsageError(f"quality = {quality!r}: must be from 0 to 10", field="quality")
+    target = Path(path)
+    part = _part(target)
+    text = json.dumps(dict(recipe), default=str) if recipe is not None else None
+    with _errors_in_words(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if kind == FOLDER:
+                _write_folder(part, frames, text)
+                _replace_folder(part, target)
+            else:
+                _write_file(kind, part, frames, fps, quality, text)
+                if kind == ".npy":
+                    _put_sidecar(target, text)
+                os.replace(part, target)
+            _sync(target.parent)
+        except BaseException:
+            _remove(part)
+            _remove(_part(_sidecar(target)))
+            raise
+    return target
+
+
+def _check_frames(frames: Frames) -> None:
+    shape, dtype = tuple(frames.shape), str(frames.dtype)
+    if len(shape) != 4 or shape[-1] != 3 or 0 in shape or dtype != "uint8":
+        raise UsageError(f"frames have shape {list(shape)} and type {dtype}: uint8 [T, H, W, 3] would do", field="frames")
+
+
+@contextmanager
+def _errors_in_words(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write the video '{target}': {_cause(error, target)}") from error
+
+
+def _cause(error: OSError, target: Path) -> str:
+    folder = target.parent
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"the disk is full or a size limit was reached ({_free_space(folder)} free in '{folder}'); "
+            "free some space, or choose another disk with '-o'"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write into '{folder}'; choose another place with '-o'"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return f"the folder '{folder}' is gone or is not a folder; make it, or choose another place with '-o'"
+    return f"{error.strerror or error}; choose another place with '-o'"
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"
+    except OSError:
+        return "unknown space"
+
+
+def _write_file(kind: str, part: Path, frames: Frames, fps: float, quality: int, text: str | None) -> None:
+    if kind == ".mp4":
+        _write_mp4(part, frames, fps, quality, text)
+    elif kind == ".gif":
+        _write_gif(part, frames, fps, text)
+    else:
+        _write_npy(part, frames)
+    _sync(part)
+
+
+def _write_mp4(part: Path, frames: Frames, fps: float, quality: int, text: str | None) -> None:
+    """H.264, yuv420p, BT.709, index first, so that browsers and phones play it."""
+    import av
+    import numpy as np
+    from av.video.reformatter import Colorspace
+
+    _, height, width, _ = frames.shape
+    padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    options = {"movflags": "+faststart+use_metadata_tags"}
+    try:
+        with av.open(str(part), "w", format="mp4", options=options) as container:
+            if text is not None:
+                container.metadata["comment"] = text
+            rate = Fraction(fps).limit_denominator(1001)
+            stream = container.add_stream("libx264", rate=rate, options={"crf": str(34 - 2 * quality), "preset": "medium"})
+            stream.height, stream.width = padded.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709
+            for array in padded:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+                yuv = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+                container.mux(stream.encode(yuv))
+            container.mux(stream.encode(None))
+    except av.FFmpegError as error:
+        raise OSError(error.errno, f"H.264 encoding failed: {error.strerror}") from error
+
+
+def _write_gif(part: Path, frames: Frames, fps: float, text: str | None) -> None:
+    from PIL import Image
+
+    # gif counts in hundredths of a second: spread the remainder, so that the length stays right
+    ticks = [round(index * 100 / fps) for index in range(len(frames) + 1)]
+    durations = [10 * max(after - before, 1) for before, after in zip(ticks, ticks[1:], strict=False)]
+    images = [Image.fromarray(frame).quantize(256) for frame in frames]
+    comment = {"comment": text.encode()} if text is not None else {}
+    with part.open("wb") as file:
+        images[0].save(
+            file, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0, disposal=1, **comment
+        )
+
+
+def _write_npy(part: Path, frames: Frames) -> None:
+    import numpy as np
+
+    whole = np.ascontiguousarray(frames)
+    with part.open("wb") as file:
+        # not np.save: its error on a full disk does not say that the disk is full
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(whole))
+        file.write(whole.data)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + PART)
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _put_sidecar(target: Path, text: str | None) -> None:
+    """The recipe stands before the frames appear, and an old one never outlives its frames."""
+    sidecar = _sidecar(target)
+    if text is None:
+        sidecar.unlink(missing_ok=True)
+        return
+    part = _part(sidecar)
+    part.write_text(text, encoding="utf-8")
+    _sync(part)
+    os.replace(part, sidecar)
+
+
+def _write_folder(part: Path, frames: Frames, text: str | None) -> None:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    _remove(part)
+    part.mkdir()
+    for index, frame in enumerate(frames):
+        info = PngInfo()
+        if text is not None and index == 0:
+            info.add_text(RECIPE_KEY, text)
+        file = part / f"{index:05d}.png"
+        Image.fromarray(frame).save(file, pnginfo=info)
+        _sync(file)
+    if text is not None:
+        (part / RECIPE_FILE).write_text(text, encoding="utf-8")
+        _sync(part / RECIPE_FILE)
+
+
+def _replace_folder(part: Path, target: Path) -> None:
+    """A folder cannot be renamed over a full one: the old one steps aside first."""
+    if not target.exists():
+        os.replace(part, target)
+        return
+    old = target.with_name(target.name + ".old" + PART)
+    _remove(old)
+    os.replace(target, old)
+    os.replace(part, target)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Everything of a file (or a folder's list of names) is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The recipe that `write_video` stored in a file or folder.
+
+    Raises:
+        UsageError: nothing of that name, an unreadable file, or no recipe in it.
+    """
+    text = _read(path, {".mp4": _mp4_recipe, ".gif": _gif_recipe, ".npy": _npy_recipe, FOLDER: _folder_recipe})
+    try:
+        recipe = json.loads(text or "null")
+    except ValueError:
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise UsageError(f"'{path}' holds no recipe: it was not written by chitu, or another program rewrote it", field="file")
+    return recipe
+
+
+def read_frames(path: str | os.PathLike[str]) -> Frames:
+    """All frames of a file or folder, uint8 [T, H, W, 3], RGB.
+
+    Raises:
+        UsageError: nothing of that name, or an unreadable file.
+    """
+    import numpy as np
+
+    frames = _read(path, {".mp4": _mp4_frames, ".gif": _gif_frames, ".npy": _npy_frames, FOLDER: _folder_frames})
+    result = np.asarray(frames)
+    if result.ndim != 4 or result.shape[-1] != 3 or result.dtype != np.uint8:
+        raise UsageError(f"'{path}' holds {result.dtype} {list(result.shape)}, not uint8 [T, H, W, 3]", field="file")
+    return result
+
+
+def _read(path: str | os.PathLike[str], readers: Mapping[str, Callable[[Path], _T]]) -> _T:
+    file = Path(path)
+    if not file.exists():
+        raise UsageError(f"there is no file '{path}'", field="file")
+    kind = FOLDER if file.is_dir() else file.suffix.lower()
+    if kind not in readers:
+        raise UsageError(f"'{path}' is not a video of ours: .mp4, .gif, .npy or a folder of png frames would do", field="file")
+    try:
+        return readers[kind](file)
+    except UsageError:
+        raise
+    except (OSError, ValueError, SyntaxError, IndexError) as error:  # PyAV's errors are kinds of OSError or ValueError
+        raise UsageError(f"'{path}' cannot be read: {error}", field="file") from error
+
+
+def _mp4_recipe(file: Path) -> str | None:
+    import av
+
+    with av.open(str(file)) as container:
+        return container.metadata.get("comment")
+
+
+def _gif_recipe(file: Path) -> str | None:
+    from PIL import Image
+
+    with Image.open(file) as image:
+        comment = image.info.get("comment")
+    return comment.decode("utf-8", "replace") if isinstance(comment, bytes) else None
+
+
+def _npy_recipe(file: Path) -> str | None:
+    sidecar = _sidecar(file)
+    return sidecar.read_text(encoding="utf-8") if sidecar.exists() else None
+
+
+def _folder_recipe(folder: Path) -> str | None:
+    file = folder / RECIPE_FILE
+    return file.read_text(encoding="utf-8") if file.exists() else None
+
+
+def _mp4_frames(file: Path) -> list[Frames]:
+    import av
+    import numpy as np
+
+    with av.open(str(file)) as container:
+        arrays = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return [np.asarray(array, dtype=np.uint8) for array in arrays]
+
+
+def _gif_frames(file: Path) -> list[Frames]:
+    import numpy as np
+    from PIL import Image, ImageSequence
+
+    with Image.open(file) as image:
+        return [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+
+
+def _npy_frames(file: Path) -> Frames:
+    import numpy as np
+
+    return np.asarray(np.load(file, allow_pickle=False))
+
+
+def _folder_frames(folder: Path) -> list[Frames]:
+    import numpy as np
+    from PIL import Image
+
+    files = sorted(entry for entry in folder.iterdir() if _OUR_FRAME.fullmatch(entry.name))
+    if not files:
+        raise UsageError(f"the folder '{folder}' holds no frames (00000.png, 00001.png, ...)", field="file")
+    frames = []
+    for entry in files:
+        with Image.open(entry) as image:
+            frames.append(np.asarray(image.convert("RGB")))
+    return frames

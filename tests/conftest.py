@@ -1,0 +1,87 @@
+"""What every test may use: one thread, random tiny models on disk, and the folder of the shipped one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from chitu_diffusion.cli.app import run
+from chitu_diffusion.config import EngineConfig
+
+WAN_TINY = Path(__file__).parent.parent / "chitu_diffusion" / "assets" / "wan-tiny"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with one transformer (see `tiny_model`)."""
+    from tiny_model import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def two_experts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with two different transformers, boundary 0.875, shift 12."""
+    from tiny_model import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "experts", experts=2, shift=12.0, seed=1)
+
+
+MakeConfig = Callable[..., EngineConfig]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> MakeConfig:
+    """Settings for a model folder on the CPU, with outputs in the test's own folder; more as dotted names with '__'."""
+
+    def make(folder: Path, **more: object) -> EngineConfig:
+        args = EngineConfig(
+            models={"name": str(folder)}, output={"dir": str(tmp_path / "outputs")}, infer={"device": "cpu", "dtype": "float32"}
+        )
+        for dotted, value in more.items():
+            *path, last = dotted.split("__")
+            branch = args
+            for part in path:
+                branch = getattr(branch, part)
+            setattr(branch, last, value)
+        return args
+
+    return make
+
+
+Answer = tuple[int, str, str]
+Chitu = Callable[..., Answer]
+
+
+@pytest.fixture
+def chitu(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chitu:
+    """Runs a command line in a fresh folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object) -> Answer:
+        code = run([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reaches the engine fails the test."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a bad value reached the engine")
+
+    monkeypatch.setattr("chitu_diffusion.cli.run.run_requests", refuse)

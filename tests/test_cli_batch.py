@@ -1,0 +1,114 @@
+"""`chitu batch`: rows checked, made, skipped when done, and failing alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import Chitu
+
+from chitu_diffusion.errors import OutputError
+from chitu_diffusion.video import read_frames, read_recipe
+
+
+def last_event(text: str) -> dict[str, object]:
+    return json.loads(text.splitlines()[-1])
+
+
+def test_batch_makes_skips_and_remakes(chitu: Chitu, tiny_folder: Path) -> None:
+    Path("p.txt").write_text("# prompts\na red cat\n\na blue dog\n", encoding="utf-8")
+    words = ("batch", "p.txt", "-o", "out", "--model", tiny_folder, "--steps", 1)
+    code, _, err = chitu(*words)
+    assert code == 0, err
+    assert [read_recipe(f"out/000{n}.mp4")["prompt"] for n in (1, 2)] == ["a red cat", "a blue dog"]
+    made = Path("out/0001.mp4").stat().st_mtime_ns
+
+    code, _, err = chitu(*words)
+    assert code == 0
+    assert "2 done already, 0 to make" in err
+    assert Path("out/0001.mp4").stat().st_mtime_ns == made
+
+    Path("p.txt").write_text("a red cat\na green dog\n", encoding="utf-8")
+    code, _, err = chitu(*words)
+    assert code == 0
+    assert "1 of 2 rows are done already" in err
+    assert read_recipe("out/0002.mp4")["prompt"] == "a green dog"
+    assert Path("out/0001.mp4").stat().st_mtime_ns == made
+
+
+def test_batch_rows_have_their_own_values(chitu: Chitu, tiny_folder: Path) -> None:
+    rows = [
+        {"prompt": "猫", "seed": 5, "num_frames": 9, "save_path": "sub/cat.npy"},
+        {"prompt": "dog", "guidance_scale": 1, "save_path": "frames/"},
+    ]
+    Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    code, out, err = chitu("batch", "rows.jsonl", "-o", "out", "--model", tiny_folder, "--steps", 1, "--seed", 8, "--json")
+    assert code == 0, err
+    assert read_frames("out/sub/cat.npy").shape[0] == 9
+    assert read_recipe("out/sub/cat.npy")["seed"] == 5
+    assert read_recipe("out/frames")["seed"] == 8
+    summary = last_event(out)
+    assert summary["event"] == "summary"
+    assert summary["failed"] == 0
+
+
+def test_batch_reads_csv(chitu: Chitu, tiny_folder: Path) -> None:
+    Path("rows.csv").write_text('prompt,seed,num_frames,guidance_scale\n"a cat, red",4,5,2.5\ndog,,,\n', encoding="utf-8")
+    code, _, err = chitu("batch", "rows.csv", "-o", "out", "--model", tiny_folder, "--steps", 1)
+    assert code == 0, err
+    first = read_recipe("out/0001.mp4")
+    assert (first["prompt"], first["seed"], first["params"]["guidance_scale"]) == ("a cat, red", 4, 2.5)
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_batch_names_every_bad_row_before_loading(chitu: Chitu, tiny_folder: Path, tmp_path: Path) -> None:
+    lines = [
+        '{"prompt": "good"}',
+        "not json",
+        '{"prompt": "x", "num_frames": 32}',
+        '{"prompt": "x", "framse": 33}',
+        '{"prompt": "x", "save_path": "../out.mp4"}',
+        '{"prompt": "x", "save_path": "/tmp/out.mp4"}',
+        '{"prompt": "x", "save_path": "x.avi"}',
+        '{"seed": 1}',
+        "[1]",
+        '{"prompt": "x", "save_path": "0001.mp4"}',
+        '{"prompt": "x", "flexcache": "telepathy"}',
+    ]
+    Path("rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    code, out, err = chitu("batch", "rows.jsonl", "-o", "out", "--model", tiny_folder)
+    assert (code, out) == (2, "")
+    assert "10 bad rows" in err
+    for number in range(2, 12):
+        assert f"line {number}: " in err
+    assert "29 or 33" in err
+    assert "Did you mean 'num_frames'?" in err or "unknown field 'framse'" in err
+    assert sorted(os.listdir(tmp_path)) == ["rows.jsonl"]
+
+
+def test_one_failing_row_does_not_stop_the_others(chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from chitu_diffusion import generator, video
+
+    def sometimes(frames: object, path: str, **more: object) -> Path:
+        if "0002" in str(path):
+            raise OutputError("the disk is full")
+        return video.write_video(frames, path, **more)
+
+    monkeypatch.setattr(generator, "write_video", sometimes)
+    Path("p.txt").write_text("one\ntwo\nthree\n")
+    code, out, _ = chitu("batch", "p.txt", "-o", "out", "--model", tiny_folder, "--steps", 1)
+    assert code == 1
+    assert sorted(os.listdir("out")) == ["0001.mp4", "0003.mp4"]
+    assert "the disk is full" in out
+    assert out.count("finished") == 2
+
+
+@pytest.mark.parametrize("name", ["rows.xml", "missing.txt", "empty.txt", "binary.txt"])
+def test_batch_files_that_cannot_be(chitu: Chitu, tiny_folder: Path, name: str) -> None:
+    Path("empty.txt").write_text("\n")
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00")
+    code, _, err = chitu("batch", name, "--model", tiny_folder)
+    assert code == 2
+    assert name in err

@@ -1,0 +1,66 @@
+"""The public names: a name that goes, or comes, is a decision and not an accident."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import chitu_diffusion
+
+ROOT = Path(__file__).parent.parent
+PUBLIC = {
+    "BackendState",
+    "CascadeStage",
+    "ChituError",
+    "DiffusionBackend",
+    "DiffusionScheduler",
+    "DiffusionTask",
+    "DiffusionTaskPool",
+    "DiffusionUserParams",
+    "Engine",
+    "EngineConfig",
+    "Generator",
+    "Progress",
+    "TaskStatus",
+    "__version__",
+    "chitu_generate",
+    "chitu_init",
+    "chitu_is_terminated",
+    "chitu_start",
+    "chitu_terminate",
+    "load_config",
+}
+PAGE = {
+    "chitu_diffusion.backend": ["DiffusionBackend"],
+    "chitu_diffusion.generator": ["Generator"],
+    "chitu_diffusion.task": ["DiffusionTask", "DiffusionTaskPool", "DiffusionUserParams"],
+    "chitu_diffusion.scheduler": ["DiffusionScheduler"],
+}
+"""Modules that the API page imports from, and what it takes."""
+
+
+def test_public_names() -> None:
+    assert set(chitu_diffusion.__all__) == PUBLIC, "a public name came or went: change PUBLIC here and docs/ with it"
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_public_name_resolves(name: str) -> None:
+    assert getattr(chitu_diffusion, name) is not None
+
+
+def test_dir_lists_the_public_names() -> None:
+    assert set(dir(chitu_diffusion)) >= PUBLIC
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = chitu_diffusion.no_such_name
+
+
+@pytest.mark.parametrize("module", sorted(PAGE))
+def test_the_page_can_import(module: str) -> None:
+    names = ", ".join(PAGE[module])
+    subprocess.run([sys.executable, "-c", f"from {module} import {names}"], cwd=ROOT, check=True)

@@ -1,0 +1,190 @@
+"""The house rules that a machine can check. Each failure says what to do; CONTRIBUTING.md says why."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "chitu_diffusion"
+FOLDERS = ("chitu_diffusion", "training", "benchmarks", "examples", "tests")
+LONGEST_FILE = 500
+LONGEST_FUNCTION = 60
+BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
+
+# Argument tables: their length is the number of options, not of thoughts.
+LONG_BY_NATURE = {"chitu_diffusion/cli/generate.py: generate", "chitu_diffusion/cli/batch.py: batch"}
+
+# getattr with a default, where the object is not ours and may really lack the name: "file: name".
+FOREIGN_ATTRIBUTES: frozenset[str] = frozenset()
+
+Source = tuple[str, ast.Module, str]
+
+
+@cache
+def sources() -> tuple[Source, ...]:
+    """Every Python file as (path from the root, syntax tree, text)."""
+    files = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
+    texts = ((str(file.relative_to(ROOT)), file.read_text(encoding="utf-8")) for file in files)
+    return tuple((name, ast.parse(text), text) for name, text in texts)
+
+
+def ours() -> Iterator[Source]:
+    """The package alone."""
+    return (source for source in sources() if source[0].startswith("chitu_diffusion/"))
+
+
+def report(problems: list[str], remedy: str) -> None:
+    assert not problems, f"{remedy}:\n  " + "\n  ".join(problems)
+
+
+def test_files_are_short() -> None:
+    long = [f"{name}: {text.count(chr(10))} lines" for name, _, text in sources() if text.count("\n") > LONGEST_FILE]
+    report(long, f"no file over {LONGEST_FILE} lines; split it where it knows two things")
+
+
+def test_functions_are_short() -> None:
+    long = []
+    for name, tree, _ in sources():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+                lines = node.end_lineno - node.lineno + 1
+                if lines > LONGEST_FUNCTION and f"{name}: {node.name}" not in LONG_BY_NATURE:
+                    long.append(f"{name}:{node.lineno} {node.name} has {lines} lines")
+    report(long, f"no function over {LONGEST_FUNCTION} lines; give its parts names")
+
+
+def test_names_say_what_is_inside() -> None:
+    bad = [name for name, _, _ in sources() if BANNED_NAMES & set(Path(name).with_suffix("").parts)]
+    report(bad, "name the file after what it knows; utils, common, helpers and misc say nothing")
+
+
+def test_modules_say_what_they_know() -> None:
+    bare = [name for name, tree, text in sources() if text.strip() and not ast.get_docstring(tree)]
+    report(bare, "begin the file with a docstring: what it knows, and what it does not")
+
+
+def test_no_global_statement() -> None:
+    found = [f"{name}:{node.lineno}" for name, tree, _ in sources() for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    report(found, "hold the state in an object and hand it over, in place of 'global'")
+
+
+def test_no_mutable_class_attribute() -> None:
+    found = []
+    for name, tree, _ in sources():
+        for owner in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+            for item in owner.body:
+                if isinstance(item, ast.Assign | ast.AnnAssign) and item.value is not None and is_mutable(item.value):
+                    found.append(f"{name}:{item.lineno} in class {owner.name}")
+    report(found, "make it an instance attribute, a tuple, or field(default_factory=...)")
+
+
+def is_mutable(value: ast.expr) -> bool:
+    if isinstance(value, ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp):
+        return True
+    made_by = value.func.id if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) else ""
+    return made_by in {"list", "dict", "set", "defaultdict", "deque", "OrderedDict", "Counter"}
+
+
+def test_no_broad_except_that_forgets() -> None:
+    found = []
+    for name, tree, _ in ours():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ExceptHandler) and is_broad(node.type) and not keeps_the_error(node):
+                found.append(f"{name}:{node.lineno}")
+    report(found, "name the exceptions, raise again, or record the error that was caught")
+
+
+def is_broad(kind: ast.expr | None) -> bool:
+    if kind is None:
+        return True
+    names = kind.elts if isinstance(kind, ast.Tuple) else [kind]
+    return any(isinstance(name, ast.Name) and name.id in {"Exception", "BaseException"} for name in names)
+
+
+def keeps_the_error(handler: ast.ExceptHandler) -> bool:
+    inside = [node for statement in handler.body for node in ast.walk(statement)]
+    raises = any(isinstance(node, ast.Raise) for node in inside)
+    names_it = any(isinstance(node, ast.Name) and node.id == handler.name for node in inside)
+    return raises or (handler.name is not None and names_it)
+
+
+def test_environment_is_read_in_one_place() -> None:
+    found = []
+    for name, tree, _ in ours():
+        for node in ast.walk(tree):
+            reads = isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv", "environb"}
+            if reads and name != "chitu_diffusion/config.py":
+                found.append(f"{name}:{node.lineno}")
+    report(found, "add a setting to config.py, and take it from there")
+
+
+def test_we_know_what_our_objects_have() -> None:
+    found = []
+    for name, tree, _ in ours():
+        for node in ast.walk(tree):
+            is_getattr = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"getattr", "hasattr"}
+            if not is_getattr or (node.func.id == "getattr" and len(node.args) < 3):
+                continue
+            asked = node.args[1].value if isinstance(node.args[1], ast.Constant) else "?"
+            if f"{name}: {asked}" not in FOREIGN_ATTRIBUTES:
+                found.append(f"{name}:{node.lineno} asks for {asked}")
+    remedy = "give the class the attribute; for a foreign object add 'file: name' to FOREIGN_ATTRIBUTES with a reason"
+    report(found, remedy)
+
+
+FORBIDDEN_CALLS = {
+    "eval": "parse it",
+    "exec": "call a function",
+    "yaml.load": "yaml.safe_load, or TOML",
+    "os.system": "subprocess with a list",
+    "pickle.load": "safetensors or JSON",
+    "pickle.loads": "safetensors or JSON",
+    "pickle.dump": "safetensors or JSON",
+    "pickle.dumps": "safetensors or JSON",
+}
+
+
+def test_nothing_runs_what_it_reads() -> None:
+    found = []
+    for name, tree, _ in (source for source in sources() if not source[0].startswith("tests/")):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                called, keywords = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+                if called in FORBIDDEN_CALLS:
+                    found.append(f"{name}:{node.lineno} {called}: {FORBIDDEN_CALLS[called]}")
+                if called == "torch.load" and keywords.get("weights_only") != "True":
+                    found.append(f"{name}:{node.lineno} torch.load without weights_only=True")
+                if keywords.get("allow_pickle") == "True" or keywords.get("trust_remote_code") == "True":
+                    found.append(f"{name}:{node.lineno} {called} runs code from a file")
+    report(found, "data must stay data")
+
+
+def test_no_machine_is_named() -> None:
+    pattern = re.compile(r"(?<![\w.])/(?:home|root|Users|mnt|work)/\w+")
+    folders = [*(ROOT / folder for folder in FOLDERS), ROOT / "docs"]
+    files = [file for folder in folders for ending in ("*.py", "*.md", "*.toml") for file in folder.rglob(ending)]
+    files += [file for name in ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml") if (file := ROOT / name).exists()]
+    found = []
+    for file in files:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            if file.name != Path(__file__).name and pattern.search(line):
+                found.append(f"{file.relative_to(ROOT)}:{number} {line.strip()[:80]}")
+    report(found, "write paths relative to the project, or as FOLDER")
+
+
+@pytest.mark.parametrize(
+    "module", ["chitu_diffusion", "chitu_diffusion.cli.app", "chitu_diffusion.video", "chitu_diffusion.task"]
+)
+def test_importing_is_cheap(module: str) -> None:
+    heavy = ("torch", "numpy", "diffusers", "transformers", "pydantic", "av", "PIL", "huggingface_hub")
+    code = f"import sys, {module}; print(*sorted(set(sys.modules) & set({heavy!r})))"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    report(loaded, f"importing {module} must not load these; import them inside the function that needs them")

@@ -1,0 +1,194 @@
+"""The rooms round the VAE and the text encoder, against the libraries' own pipeline."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+from tiny_model import write_tiny_model
+from torch import Tensor
+
+from chitu_diffusion.errors import CheckpointError, UsageError
+from chitu_diffusion.models.folder import read_folder
+from chitu_diffusion.models.loading import load_text_encoder, load_vae
+from chitu_diffusion.models.text import TextEncoder, clean_prompt, load_tokenizer
+from chitu_diffusion.models.vae import Vae, _tiles, build_vae
+
+
+@pytest.fixture(autouse=True)
+def fresh_numbers() -> None:
+    seed = secrets.randbelow(2**31)
+    print("torch seed", seed)  # shown when a test fails
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "one", seed=secrets.randbelow(2**31))
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path) -> WanPipeline:
+    return WanPipeline.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def vae(folder: Path) -> Vae:
+    return load_vae(read_folder(folder))
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> TextEncoder:
+    return load_text_encoder(read_folder(folder))
+
+
+def by_diffusers(network: AutoencoderKLWan, latent: Tensor) -> Tensor:
+    """What `WanPipeline` does after its last step, and then what makes frames of it."""
+    mean = torch.tensor(network.config.latents_mean).view(1, -1, 1, 1, 1)
+    inverse = 1.0 / torch.tensor(network.config.latents_std).view(1, -1, 1, 1, 1)
+    with torch.no_grad():
+        pixels = network.decode(latent / inverse + mean, return_dict=False)[0]
+    video: Tensor = (pixels / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+    return video
+
+
+def psnr(found: Tensor, expected: Tensor) -> float:
+    return float(-10 * (found - expected).square().mean().log10())
+
+
+# -- VAE
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2, 3), (2, 2, 4, 4), (1, 6, 3, 5)])
+def test_decode_is_diffusers(shape: tuple[int, int, int, int], vae: Vae, pipeline: WanPipeline) -> None:
+    latent = torch.randn(shape[0], 4, *shape[1:])
+    expected = by_diffusers(pipeline.vae, latent)
+    for frames_per_call in (None, 1, 2, 3):
+        found = Vae(vae.network, frames_per_call).decode(latent)
+        assert found.shape == (shape[0], 4 * (shape[1] - 1) + 1, 3, 8 * shape[2], 8 * shape[3])
+        assert found.dtype == torch.float32
+        # several frames a call round differently in the convolutions
+        assert (found - expected).abs().max() < 1e-5
+
+
+def test_encode_is_diffusers(vae: Vae, pipeline: WanPipeline) -> None:
+    video = torch.rand(2, 9, 3, 16, 24)
+    with torch.no_grad():
+        latent = pipeline.vae.encode(video.transpose(1, 2) * 2 - 1).latent_dist.mode()
+    mean, deviation = (
+        torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.network.config.latents_mean, vae.network.config.latents_std)
+    )
+    found = vae.encode(video)
+    assert found.shape == (2, 4, 3, 2, 3)
+    assert torch.allclose(found, (latent - mean) / deviation, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def wide() -> Vae:
+    """A VAE with Wan's own number of layers, so that a pixel sees as far as in Wan's; every layer carries weight."""
+    network = build_vae({"base_dim": 8, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4})
+    network = network.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            fan = parameter[0].numel() if parameter.ndim > 1 else 1
+            parameter.fill_(1.0) if "gamma" in name else parameter.normal_(0, fan**-0.5 if parameter.ndim > 1 else 0.02)
+    return Vae(network)
+
+
+def test_tiles_with_a_full_margin_are_exact(wide: Vae) -> None:
+    latent = torch.randn(1, 4, 1, 17, 30)
+    whole = wide.decode(latent)
+    assert whole.std() > 0.02  # the decoder says something
+    assert (wide.decode_tiled(latent, tile_size=8, overlap=14) - whole).abs().max() < 1e-4
+
+
+def test_default_tiles_leave_no_seams(wide: Vae) -> None:
+    """On a smooth latent, a step between neighbouring pixels at a tile's edge is no larger than elsewhere."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 24), indexing="ij")
+    ways = torch.randn(4, 2)
+    latent = (ways[:, :1, None] * y + ways[:, 1:, None] * x)[None, :, None].repeat(1, 1, 2, 1, 1)
+    whole, tiled = wide.decode(latent), wide.decode_tiled(latent)
+    assert psnr(tiled, whole) >= 45
+    for axis, edges in ((-1, (64, 128)), (-2, (64,))):
+        new, old = tiled.diff(dim=axis), whole.diff(dim=axis)
+        for edge in edges:
+            # a seam is a jump of one sign along the edge, which the mean over the edge keeps and noise does not
+            jump = (new - old).narrow(axis, edge - 1, 1).mean(dim=(-1, -2)).abs().max()
+            assert jump < 2 / 255
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 9, 16, 19, 31])
+@pytest.mark.parametrize(("tile", "overlap"), [(8, 4), (8, 0), (4, 3), (3, 6), (8, 1)])
+def test_weights_of_tiles_sum_to_one(size: int, tile: int, overlap: int) -> None:
+    total = torch.zeros(size * 8, dtype=torch.float64)
+    for start, end, fade in _tiles(size, tile, overlap):
+        assert 0 <= start < end <= size
+        total[start * 8 : end * 8] += fade(8, total)
+    assert torch.allclose(total, torch.ones_like(total), atol=1e-12)
+
+
+def test_decode_refuses(vae: Vae) -> None:
+    with pytest.raises(UsageError, match="expected \\[B, 4, T, H, W\\]"):
+        vae.decode(torch.zeros(1, 5, 1, 2, 2))
+    for tile, overlap in ((0, 1), (8, -1)):
+        with pytest.raises(UsageError, match="tile_size"):
+            vae.decode_tiled(torch.zeros(1, 4, 1, 2, 2), tile, overlap)
+    with pytest.raises(UsageError, match="is_residual"):
+        build_vae({"is_residual": True})
+
+
+# -- text
+
+PROMPTS = [
+    "A cat walking on grass",
+    "  a red\tfish\n swims   left in the sea ",
+    "two dogs &amp;amp; a bird, &quot;jump&quot;",
+    "the sky is blue âœ” and â€œstaticâ€",  # UTF-8 once read as Latin
+    "",
+    "grass " * 700,
+]
+
+
+def test_encode_is_diffusers_pipeline(encoder: TextEncoder, pipeline: WanPipeline) -> None:
+    expected, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=512)
+    for prompts in (PROMPTS, PROMPTS[:5], PROMPTS[3:4]):
+        rows = [PROMPTS.index(prompt) for prompt in prompts]
+        found = encoder.encode(prompts)
+        assert found.shape == (len(prompts), 512, 32)
+        # another length sums the softmax in another order
+        assert torch.allclose(found, expected[rows], atol=1e-5)
+    ends = encoder.tokenize(PROMPTS)[1].sum(1)
+    found = encoder.encode(PROMPTS)
+    for row, end in enumerate(ends.tolist()):
+        assert not found[row, end:].any() and found[row, :end].abs().sum(-1).min() > 0
+    assert ends[-1] == 512
+
+
+def test_autocast_does_not_reach_text_and_vae(encoder: TextEncoder, vae: Vae) -> None:
+    latent, video = torch.randn(1, 4, 2, 2, 2), torch.rand(1, 5, 3, 16, 16)
+    plain = encoder.encode(PROMPTS[:2]), vae.decode(latent), vae.decode_tiled(latent, 1, 1), vae.encode(video)
+    with torch.autocast("cpu", torch.float16):
+        again = encoder.encode(PROMPTS[:2]), vae.decode(latent), vae.decode_tiled(latent, 1, 1), vae.encode(video)
+    for found, expected in zip(again, plain, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_an_embedding_does_not_depend_on_its_company(encoder: TextEncoder) -> None:
+    alone, together = encoder.encode(PROMPTS[:1]), encoder.encode(PROMPTS)[:1]
+    assert torch.allclose(alone, together, atol=1e-5)
+
+
+def test_cleaning() -> None:
+    assert clean_prompt(" a &amp;lt;b&amp;gt;\u00a0 c\u2003\r\nd ") == "a <b> c d"
+    assert clean_prompt("\x1ca\x1fb&#28;") == "ab"
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="tokenizer is missing"):
+        load_tokenizer(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="tokenizer cannot be read"):
+        load_tokenizer(tmp_path / "empty")

@@ -1,0 +1,116 @@
+"""A complete text-to-video model with random weights, small enough for every test, in diffusers' own layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+PROMPTS = (
+    "A cat walking on grass",
+    "a red fish swims left in the sea",
+    "two dogs jump, the sky is blue",
+    "blurry, static, ugly",
+)
+TEXT_DIM = 32
+LATENT_CHANNELS = 4
+
+
+def write_tiny_model(folder: Path, *, experts: int = 1, shift: float = 3.0, seed: int = 0) -> Path:
+    """Writes a WanPipeline folder: dim 32, 2 blocks, VAE of base width 8, T5 of 2 layers with a tokenizer of its own.
+
+    With two experts, they differ, and the boundary lies at 0.875 as in Wan2.2.
+    """
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    torch.manual_seed(seed)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000
+    )
+    transformers = [_transformer() for _ in range(experts)]
+    pipeline = WanPipeline(
+        tokenizer=_tokenizer(),
+        text_encoder=_text_encoder(),
+        vae=_vae(),
+        scheduler=scheduler,
+        transformer=transformers[0],
+        transformer_2=transformers[1] if experts == 2 else None,
+        boundary_ratio=0.875 if experts == 2 else None,
+    )
+    pipeline.save_pretrained(folder)
+    defaults = {"height": 32, "width": 32, "num_frames": 5, "fps": 8, "steps": 4, "negative_prompt": "blurry, ugly"}
+    defaults["guidance"] = [4.0, 3.0] if experts == 2 else [5.0]
+    (folder / "chitu.json").write_text(json.dumps({"name": "random-tiny", "defaults": defaults}))
+    return folder
+
+
+def _transformer():
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        text_dim=TEXT_DIM,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=2,
+        cross_attn_norm=True,
+    )
+    # diffusers starts some tables near zero; spread them so that time and text show in the output
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        for block in model.blocks:
+            block.attn2.to_out[0].weight.mul_(6)  # the prompt weighs enough that a wrong guidance cannot hide
+    return model.eval()
+
+
+def _vae():
+    from diffusers import AutoencoderKLWan
+
+    mean = torch.randn(LATENT_CHANNELS).mul(0.2).tolist()
+    deviation = torch.rand(LATENT_CHANNELS).add(0.5).tolist()
+    return AutoencoderKLWan(
+        base_dim=8,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=mean,
+        latents_std=deviation,
+    ).eval()
+
+
+def _text_encoder():
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        vocab_size=128,
+        d_model=TEXT_DIM,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        dropout_rate=0.0,
+    )
+    return UMT5EncoderModel(config).eval()
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>")
+    tokenizer.train_from_iterator(PROMPTS * 20, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")

@@ -1,0 +1,63 @@
+"""`python -m training --minutes 24`: the whole of `wan-tiny` from nothing, on one device.
+
+The dial is `--minutes`; each stage takes its share. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from training import autoencoder, denoiser, export, judging, latents, text
+
+SHARES = {"vae": 0.36, "judge": 0.04, "latents": 0.06, "dit": 0.54}
+STAGES = ("text", "vae", "judge", "dit", "export")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=24.0, help="the dial: device time in all")
+    parser.add_argument("--run", type=Path, default=Path("runs/wan-tiny"), help="where checkpoints of the training lie")
+    parser.add_argument("--out", type=Path, default=Path("chitu_diffusion/assets/wan-tiny"), help="the finished folder")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--small", action="store_true", help="tiny batches, to try the road on a CPU")
+    parser.add_argument("--one-size", action="store_true", help="only the default size, for a short run")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    device = torch.device(options.device)
+    options.run.mkdir(parents=True, exist_ok=True)
+    torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.recompile_limit = 64
+    torch.set_float32_matmul_precision("high")
+    minutes = {name: share * options.minutes for name, share in SHARES.items()}
+    small = options.small
+    steps = {
+        "text": lambda: text.read_captions(options.run, 0.1 if small else 2.0),
+        "vae": lambda: autoencoder.train(
+            options.run, minutes["vae"], device, batch=1 if small else 8, size=64 if small else 128, frames=17 if small else 33
+        ),
+        "judge": lambda: judging.train(
+            options.run, minutes["judge"], device, batch=32, clips=64 if small else 16_000, test_clips=16 if small else 2048
+        ),
+        "dit": lambda: denoiser.train(
+            options.run, minutes["dit"], minutes["latents"], latents.ONE_SHAPE if options.one_size else latents.SHAPES,
+            device, batch=4 if small else 256, encode_batch=2 if small else 64
+        ),
+        "export": lambda: export.export(options.run, options.out),
+    }
+    for name in options.stages:
+        start = time.monotonic()
+        print(f"== {name}", flush=True)
+        steps[name]()
+        print(f"== {name}: {time.monotonic() - start:.0f}s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Writes a finished run as a checkpoint folder in diffusers' own layout, in bfloat16.
+
+The folder opens in diffusers (`WanPipeline.from_pretrained`) and in chitu_diffusion alike. It is
+written beside its place and renamed, so that a half-written checkpoint is never seen.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UniPCMultistepScheduler
+from safetensors.torch import save_file
+from torch import Tensor
+
+from training import autoencoder, denoiser, text
+
+SHARD_BYTES = 12 * 2**20
+FLOW_SHIFT = 3.0
+DEFAULTS: dict[str, Any] = {
+    "name": "wan-tiny", "height": 128, "width": 128, "num_frames": 33, "fps": 16,
+    "num_inference_steps": 50, "guidance_scale": [5.0], "negative_prompt": "", "flow_shift": FLOW_SHIFT,
+}  # fmt: skip
+
+
+def write_shards(folder: Path, stem: str, tensors: dict[str, Tensor]) -> None:
+    """bfloat16 safetensors of at most `SHARD_BYTES` each, with an index where there are several."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, value in tensors.items():
+        small = value.detach().to("cpu", torch.bfloat16).contiguous()
+        if size + small.nbytes > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = small
+        size += small.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / f"{stem}.safetensors", metadata={"format": "pt"})
+        return
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(shard, file)
+    total = sum(value.nbytes for shard in shards for value in shard.values())
+    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def export(run: Path, target: Path) -> None:
+    """The averaged networks of `run` as a checkpoint folder at `target` (replaced if it is there)."""
+    device = torch.device("cpu")
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    tokenizer = text.make_tokenizer(run)
+    nets = denoiser.build(len(tokenizer), device)
+    if not denoiser.take_average(run, nets):
+        raise FileNotFoundError(f"{run} holds no trained weights yet; run the stage 'dit' first")
+    write_shards(part / "transformer", "diffusion_pytorch_model", dict(nets.dit.state_dict()))
+    write_json(part / "transformer" / "config.json", denoiser.CONFIG.to_json())
+
+    nets.encoder.to(torch.bfloat16).save_pretrained(part / "text_encoder", safe_serialization=True)
+    tokenizer.save_pretrained(part / "tokenizer")
+
+    vae = autoencoder.load(run, device)
+    scale = torch.load(run / "statistics.pt", weights_only=True)
+    vae.register_to_config(latents_mean=scale["mean"].tolist(), latents_std=scale["std"].tolist())
+    vae.to(torch.bfloat16).save_pretrained(part / "vae")
+
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT, num_train_timesteps=1000
+    )
+    scheduler.save_pretrained(part / "scheduler")
+    write_json(part / "model_index.json", {
+        "_class_name": "WanPipeline", "_diffusers_version": "0.42.1", "boundary_ratio": None, "expand_timesteps": False,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"], "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": [None, None], "vae": ["diffusers", "AutoencoderKLWan"],
+    })  # fmt: skip
+    write_json(part / "chitu.json", DEFAULTS)
+    if target.exists():
+        for kept in ("README.md", "LICENSE"):
+            if (target / kept).exists():
+                shutil.copy(target / kept, part / kept)
+        shutil.rmtree(target)
+    part.rename(target)
+    size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
+    print(f"exported {target}: {size / 2**20:.2f} MiB", flush=True)

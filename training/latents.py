@@ -1,0 +1,104 @@
+"""Drawn clips through the autoencoder, kept on the device for the diffusion transformer to read many times.
+
+A bucket holds clips of one size. Every clip has several captions of its own, already tokenised.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from chitu_diffusion.evaluation.world import WorldSpecs, caption
+from training.autoencoder import WholeClip, channels_last
+from training.clips import Shape, drawn
+from training.clock import Clock, Every
+from training.text import tokenize
+
+CAPTIONS = 4
+Shapes = dict[Shape, float]
+SHAPES: Shapes = {
+    (128, 128, 33): 0.70,
+    (96, 160, 33): 0.10,
+    (160, 96, 33): 0.10,
+    (128, 128, 17): 0.10,
+}
+"""(height, width, frames) -> share of the training steps."""
+ONE_SHAPE: Shapes = {(128, 128, 33): 1.0}
+"""For a short run: the default size alone, which also halves the compilation."""
+
+
+@dataclass
+class Bucket:
+    """Clips of one size: latents [N, 16, T, H, W] bfloat16 (not normalised), ids [N, CAPTIONS, L] int16."""
+
+    latents: Tensor
+    ids: Tensor
+
+
+def encode_batch(
+    net: WholeClip, tokenizer: PreTrainedTokenizerFast, video: Tensor, specs: WorldSpecs, rng: random.Random, device: torch.device
+) -> Bucket:
+    """Latents and captions of drawn clips [B, 3, T, H, W]."""
+    video = video.contiguous(memory_format=torch.channels_last_3d)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        mean, log_variance = net.encode(video)
+    latent = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+    captions = [caption(words, rng) for words in specs.words() for _ in range(CAPTIONS)]
+    ids = tokenize(tokenizer, captions).unflatten(0, (len(specs), CAPTIONS))
+    return Bucket(latent.bfloat16(), ids.to(device))
+
+
+def fill(
+    vae: AutoencoderKLWan,
+    tokenizer: PreTrainedTokenizerFast,
+    shapes: Shapes,
+    minutes: float,
+    device: torch.device,
+    batch: int,
+    seed: int,
+) -> dict[Shape, Bucket]:
+    """Encode clips of every size until the minutes are over."""
+    net = WholeClip(channels_last(vae), fuse=device.type == "cuda")
+    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+    sources = {shape: drawn(shape, batch, "train", generator, device) for shape in shapes}
+    parts: dict[Shape, list[Bucket]] = {shape: [] for shape in shapes}
+    clock, report, done = Clock(minutes), Every(10), 0
+    while not clock.over or not all(parts.values()):
+        # the size that is furthest behind its share
+        shape = min(shapes, key=lambda s: len(parts[s]) / shapes[s])
+        parts[shape].append(encode_batch(net, tokenizer, *next(sources[shape]), rng, device))
+        done += batch
+        if report():
+            print(f"latents {done} clips {clock.spent:.0f}s", flush=True)
+    print(f"latents: {done} clips in {clock.spent:.0f}s", flush=True)
+    return {s: Bucket(torch.cat([p.latents for p in ps]), torch.cat([p.ids for p in ps])) for s, ps in parts.items()}
+
+
+def statistics(bucket: Bucket) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each latent channel, [16] float32."""
+    sample = bucket.latents[:2048].float()
+    return sample.mean(dim=(0, 2, 3, 4)), sample.std(dim=(0, 2, 3, 4))
+
+
+def batches(
+    buckets: dict[Shape, Bucket], shapes: Shapes, batch: int, rng: random.Random, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (latent [B, 16, T, H, W] float32, ids [B, L]), sizes by their shares."""
+    sizes, weights = list(shapes), list(shapes.values())
+    while True:
+        bucket = buckets[rng.choices(sizes, weights)[0]]
+        rows = torch.randint(len(bucket.latents), (batch,), device=device)
+        which = torch.randint(CAPTIONS, (batch,), device=device)
+        yield bucket.latents[rows].float(), bucket.ids[rows, which]
+
+
+def save_statistics(folder: Path, mean: Tensor, deviation: Tensor) -> None:
+    """Keep the channels' statistics for the export."""
+    torch.save({"mean": mean.cpu(), "std": deviation.cpu()}, folder / "statistics.pt")
