@@ -137,7 +137,10 @@ def leaves(branch: type[BaseModel] = EngineConfig, prefix: str = "") -> Iterator
 def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *path, last = dotted.split(".")
     for part in path:
-        tree = tree.setdefault(part, {})
+        branch = tree.setdefault(part, {})
+        if not isinstance(branch, dict):
+            raise UsageError(f"{dotted}: '{part}' is {branch!r} elsewhere in the settings, not a table", field=dotted)
+        tree = branch
     tree[last] = value
 
 
@@ -192,7 +195,7 @@ def load_config(
             raise UsageError(f"unknown variable {variable}.{nearest(variable, variables)}", field=variable)
     for name, value in (flags or {}).items():
         if value is not None:
-            _put(tree, name, value)
+            _put(tree, name, _from_text(value, kinds.get(name)) if isinstance(value, str) else value)
             origins[name] = "flag"
     return EngineConfig(**tree), origins
 
@@ -204,12 +207,17 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read the settings file {path}: {error}") from error
 
 
-def cache_dir(environment: Mapping[str, str] | None = None) -> Path:
+def cache_dir(environment: Mapping[str, str] | None = None) -> Path | None:
     """Where small remembered facts live (hashes of weights, kernel timings): `CHITU_CACHE_DIR`,
-    else `XDG_CACHE_HOME/chitu_diffusion`, else `~/.cache/chitu_diffusion`."""
+    else `XDG_CACHE_HOME/chitu_diffusion`, else `~/.cache/chitu_diffusion`; None where there is no home."""
     environment = os.environ if environment is None else environment
     own = environment.get("CHITU_CACHE_DIR")
     if own:
         return Path(own)
-    base = environment.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "chitu_diffusion"
+    base = environment.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "chitu_diffusion"
+    try:
+        return Path.home() / ".cache" / "chitu_diffusion"
+    except RuntimeError:  # a user without a home, as in some containers
+        return None

@@ -7,6 +7,7 @@ When memory runs out it frees what it can, raises the memory level and runs the 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 
 from chitu_diffusion.backend import BackendState, DiffusionBackend, pick_device
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Runs many requests on one model.
+    """Runs many requests on one model. Any thread may call it: units run one at a time, and `cancel` and `close` wait for
+    the end of the unit that is running.
 
     Args:
         args: the settings; None: the shipped model on this machine's best device.
@@ -53,6 +55,7 @@ class Engine:
         self.backend = backend or load_backend(args)
         self.generator = Generator(self.backend)
         self._on_event = on_event
+        self._turn = threading.RLock()  # a task changes under it; one's own `on_event` may cancel or close
 
     def submit(self, request: DiffusionUserParams | DiffusionTask) -> DiffusionTask:
         """Take a request in, if the model can do it.
@@ -79,17 +82,18 @@ class Engine:
         Raises:
             UsageError: the engine is closed, or the scheduler named a task that is not here.
         """
-        self.backend.require_alive()
-        task_id = self.scheduler.schedule(self.pool)
-        if task_id is None:
-            return None
-        task = self.pool.get(task_id)
-        if task is None:
-            raise UsageError(f"the scheduler named task {task_id!r}, which is not in the pool", field="scheduler")
-        event = self._advance(task)
-        if self._on_event is not None:
-            self._on_event(event)
-        return event
+        with self._turn:
+            self.backend.require_alive()
+            task_id = self.scheduler.schedule(self.pool)
+            if task_id is None:
+                return None
+            task = self.pool.get(task_id)
+            if task is None:
+                raise UsageError(f"the scheduler named task {task_id!r}, which is not in the pool", field="scheduler")
+            event = self._advance(task)
+            if self._on_event is not None:
+                self._on_event(event)
+            return event
 
     def run_until_idle(self) -> None:
         """Step until no task has work left. Ctrl+C leaves the running task where it was: call again to go on."""
@@ -98,17 +102,19 @@ class Engine:
 
     def cancel(self, task_id: str) -> bool:
         """End a task as cancelled; False if it is unknown or has ended."""
-        task = self.pool.get(task_id)
-        if task is None or task.is_finished():
-            return False
-        task.end(TaskStatus.CANCELLED)
-        return True
+        with self._turn:
+            task = self.pool.get(task_id)
+            if task is None or task.is_finished():
+                return False
+            task.end(TaskStatus.CANCELLED)
+            return True
 
     def close(self) -> None:
         """Cancel what is unfinished and let go of the model; silent the second time."""
-        for task in self.pool.unfinished():
-            task.end(TaskStatus.CANCELLED)
-        self.backend.terminate()
+        with self._turn:
+            for task in self.pool.unfinished():
+                task.end(TaskStatus.CANCELLED)
+            self.backend.terminate()
 
     def is_closed(self) -> bool:
         """Whether `close` was called."""

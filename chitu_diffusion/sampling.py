@@ -19,11 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chitu_diffusion.errors import UsageError, nearest
+from chitu_diffusion.errors import CheckpointError, UsageError, nearest
 
 SamplerState = dict[str, Any]
 """sampler: its name; schedule: number of steps in the whole schedule; index: the step that comes next; timesteps [schedule];
 sigmas [schedule + 1]; history: what the solver remembers (tensors, numbers, lists of tensors)."""
+
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+_MOST_TIMESTEPS = 10_000
 
 NOISE_STREAM_STEP = 1_000_003
 """Distance between the seeds of a task's successive noises; prime, so that neighbouring seeds do not share them."""
@@ -59,11 +62,34 @@ def sampler_names() -> tuple[str, ...]:
 
 
 def shift_of(config: Mapping[str, Any]) -> float:
-    """The timestep shift that a `scheduler_config.json` asks for, under either of its names; 1 where it has none."""
+    """The timestep shift that a `scheduler_config.json` asks for, under either of its names; 1 where it has none.
+
+    Raises:
+        CheckpointError: it is not a number above 0.
+    """
     for key in ("flow_shift", "shift"):
-        if config.get(key) is not None:
-            return float(config[key])
+        shift = config.get(key)
+        if shift is None:
+            continue
+        if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < 1000:
+            raise CheckpointError(
+                "the scheduler's config cannot be used", file=SCHEDULER_FILE, key=key, expected="a number above 0", found=shift
+            )
+        return float(shift)
     return 1.0
+
+
+def _train_timesteps(config: Mapping[str, Any]) -> int:
+    steps = config.get("num_train_timesteps", 1000)
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= _MOST_TIMESTEPS:
+        raise CheckpointError(
+            "the scheduler's config cannot be used",
+            file=SCHEDULER_FILE,
+            key="num_train_timesteps",
+            expected=f"a whole number from 1 to {_MOST_TIMESTEPS}",
+            found=steps,
+        )
+    return steps
 
 
 class Sampler:
@@ -76,6 +102,7 @@ class Sampler:
 
     Raises:
         UsageError: an unknown name, or a config whose schedule depends on the size of the video (`use_dynamic_shifting`).
+        CheckpointError: a config that no scheduler can be made of.
     """
 
     def __init__(self, name: str, config: Mapping[str, Any]) -> None:
@@ -88,9 +115,13 @@ class Sampler:
         self.name = name
         self._solver = _SOLVERS[name]
         self._own = config.get("_class_name", "UniPCMultistepScheduler") == self._solver.class_name
-        self.train_timesteps = int(config.get("num_train_timesteps", 1000))
+        self.train_timesteps = _train_timesteps(config)
         self.shift = shift_of(config)
         self._settings = self._settings_from(config)
+        try:
+            self._scheduler(2)
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"the scheduler's config cannot be used: {error}", file=SCHEDULER_FILE) from error
 
     def _settings_from(self, config: Mapping[str, Any]) -> dict[str, Any]:
         carried = {"num_train_timesteps": self.train_timesteps, self._solver.shift_key: self.shift}
@@ -98,7 +129,7 @@ class Sampler:
         if not self._own:
             return carried | flow
         own = {key: value for key, value in config.items() if not key.startswith("_")}
-        return flow | carried | own
+        return flow | own | {key: value for key, value in carried.items() if own.get(key) is None}
 
     def begin(self, steps: int, strength: float = 1.0) -> SamplerState:
         """The state before the first step.

@@ -29,6 +29,8 @@ MAX_SEED = 2**63 - 1
 MAX_PROMPT = 20_000
 SIZE_STEP = 16
 """Pixels: the VAE's stride of 8 times the DiT's patch of 2."""
+LEAST_STRENGTH = 0.01
+"""Of a cascade's stage: its whole schedule has steps / strength steps."""
 FRAME_STEP = 4
 """The VAE's stride in time: a video has 4n + 1 frames."""
 
@@ -56,7 +58,7 @@ class CascadeStage:
     Args:
         height, width: pixels, multiples of 16.
         num_inference_steps: denoising steps of this stage.
-        strength: share of the noise schedule that this stage runs, in (0, 1]; 1 starts from
+        strength: share of the noise schedule that this stage runs, 0.01 to 1; 1 starts from
             pure noise (the base), less re-noises the upsampled latent to that level (SDEdit,
             arXiv:2108.01073).
         expert: index into the model pool; None leaves it to the timestep, as without a cascade.
@@ -129,8 +131,8 @@ class DiffusionUserParams:
         _check_label("task_id", self.task_id)
         if not isinstance(self.role, str) or not self.role:
             raise UsageError(f"role = {self.role!r}: must be a name", field="role")
-        for stage in self.cascade or ():
-            _check_cascade_stage(stage)
+        _check_text("role", self.role)
+        _check_cascade(self.cascade)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> DiffusionUserParams:
@@ -142,7 +144,7 @@ class DiffusionUserParams:
         if "prompt" not in values:
             raise UsageError("prompt is missing", field="prompt")
         cascade = values.get("cascade")
-        stages = tuple(s if isinstance(s, CascadeStage) else CascadeStage(**s) for s in cascade) if cascade else None
+        stages = tuple(_cascade_stage(stage) for stage in cascade) if isinstance(cascade, list | tuple) else cascade
         guidance = values.get("guidance_scale")
         pair = tuple(guidance) if isinstance(guidance, list) else guidance
         return cls(**{**values, "cascade": stages, "guidance_scale": pair})
@@ -214,13 +216,41 @@ def _check_label(name: str, value: object) -> None:
         raise UsageError(f"{name} = {value!r}: letters, digits, '.', '_' and '-' would do, not starting with '.'", field=name)
 
 
+def _cascade_stage(value: Any) -> Any:
+    """A stage from a table of its fields; anything else is left for the check of the whole."""
+    if not isinstance(value, Mapping):
+        return value
+    known = dataclasses.fields(CascadeStage)
+    for name in value:
+        if name not in {f.name for f in known}:
+            raise UsageError(f"cascade has no field '{name}'.{nearest(str(name), [f.name for f in known])}", field="cascade")
+    for f in known:
+        if f.name not in value and f.default is dataclasses.MISSING:
+            raise UsageError(f"cascade: a stage lacks {f.name}", field="cascade")
+    return CascadeStage(**value)
+
+
+def _check_cascade(stages: object) -> None:
+    if stages is None:
+        return
+    if not isinstance(stages, list | tuple) or not all(isinstance(stage, CascadeStage) for stage in stages):
+        raise UsageError(
+            f"cascade = {stages!r}: stages would do, each with height, width and num_inference_steps", field="cascade"
+        )
+    for stage in stages:
+        _check_cascade_stage(stage)
+
+
 def _check_cascade_stage(stage: CascadeStage) -> None:
+    if None in (stage.height, stage.width, stage.num_inference_steps):
+        raise UsageError(f"cascade = {stage}: each stage needs height, width and num_inference_steps", field="cascade")
     _check_size("cascade height", stage.height)
     _check_size("cascade width", stage.width)
     _check_integer("cascade num_inference_steps", stage.num_inference_steps, 1, 1000)
     _check_integer("cascade expert", stage.expert, 0, 1)
-    if not isinstance(stage.strength, int | float) or not 0 < stage.strength <= 1:
-        raise UsageError(f"cascade strength = {stage.strength!r}: must be in (0, 1]", field="cascade")
+    number = isinstance(stage.strength, int | float) and not isinstance(stage.strength, bool)
+    if not number or not LEAST_STRENGTH <= stage.strength <= 1:
+        raise UsageError(f"cascade strength = {stage.strength!r}: must be from {LEAST_STRENGTH} to 1", field="cascade")
 
 
 def draw_seed() -> int:
@@ -307,7 +337,13 @@ class DiffusionTask:
 
     @classmethod
     def from_user_request(cls, params: DiffusionUserParams) -> DiffusionTask:
-        """A new task for a request. The seed is drawn here if none was asked for."""
+        """A new task for a request. The seed is drawn here if none was asked for.
+
+        Raises:
+            UsageError: something else than a request.
+        """
+        if not isinstance(params, DiffusionUserParams):
+            raise UsageError(f"{params!r} is no request: DiffusionUserParams(prompt=...) would do", field="prompt")
         task_id = params.task_id or uuid.uuid4().hex[:12]
         seed = params.seed if params.seed is not None else draw_seed()
         return cls(task_id=task_id, params=params, seed=seed, num_inference_steps=params.num_inference_steps or 0)

@@ -198,8 +198,9 @@ def _open(path: Path) -> _TensorFile:
 
 def _safetensors_entries(path: Path) -> dict[str, Stored]:
     """Reads a header: 8 bytes of its length (little endian), then JSON {name: {dtype, shape, data_offsets}}."""
-    size = path.stat().st_size
+    size = -1
     try:
+        size = path.stat().st_size
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(_MAX_HEADER, size - 8):
@@ -210,7 +211,7 @@ def _safetensors_entries(path: Path) -> dict[str, Stored]:
         header.pop("__metadata__", None)
         ends = [info["data_offsets"][1] for info in header.values()]
         found = {key: (info["dtype"], tuple(info["shape"]), info["data_offsets"][0]) for key, info in header.items()}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(
             f"a weights file has no readable header: {error}", file=path, found=f"{size} bytes"
         ) from error

@@ -54,15 +54,24 @@ def check_save_path(path: str | os.PathLike[str]) -> str:
             other way round), a folder that cannot be written to, or a folder with other things in it.
     """
     kind = _kind(path)
-    target = Path(path)
+    try:
+        _check_place(kind, Path(path))
+    except OSError as error:
+        raise _refused(path, f"{error.strerror or error}; choose another place") from error
+    return kind
+
+
+def _check_place(kind: str, target: Path) -> None:
     if kind == FOLDER and target.is_dir():
         _check_ours(target)
-    elif kind == FOLDER and target.exists():
-        raise _refused(path, "a file of that name is here already; name a folder, or a file that ends in .mp4")
+    elif kind == FOLDER and os.path.lexists(target):
+        raise _refused(target, "a file or a broken link of that name is here already; name a folder, or a file that ends in .mp4")
     elif kind != FOLDER and target.is_dir():
-        raise _refused(path, "a folder of that name is here already; choose another name")
+        raise _refused(target, "a folder of that name is here already; choose another name")
+    for beside in _beside(kind, _place(kind, target)):
+        if beside.is_dir():
+            _check_ours(beside)  # it would be swept as a leftover of ours
     _check_parent(target)
-    return kind
 
 
 def _refused(path: object, why: str) -> UsageError:
@@ -74,8 +83,14 @@ def _kind(path: str | os.PathLike[str]) -> str:
     if not text or "\0" in text:
         raise _refused(path, "must be a file or folder name")
     name = Path(text).name
-    if len(os.fsencode(name)) > _LONGEST_NAME:
+    try:
+        length = len(os.fsencode(name))
+    except UnicodeEncodeError as error:
+        raise _refused(path, f"is not valid text: {error.reason}") from None
+    if length > _LONGEST_NAME:
         raise _refused(name[:40] + "...", f"the name is too long: at most {_LONGEST_NAME} bytes would do")
+    if name in ("", ".."):
+        raise _refused(path, "name a new folder inside it, or a file that ends in .mp4")
     if text.endswith(("/", os.sep)):
         return FOLDER
     if name.lower() in FORMATS:
@@ -94,16 +109,17 @@ def _kind(path: str | os.PathLike[str]) -> str:
 def _check_ours(folder: Path) -> None:
     """A folder is replaced only if nothing lies in it but frames and a recipe."""
     for entry in folder.iterdir():
-        if entry.name != RECIPE_FILE and not _OUR_FRAME.fullmatch(entry.name):
+        named_so = entry.name == RECIPE_FILE or _OUR_FRAME.fullmatch(entry.name)
+        if not named_so or entry.is_dir():
             raise _refused(folder, f"that folder holds other things ('{entry.name}'); choose a new or empty folder")
 
 
 def _check_parent(target: Path) -> None:
     parent = target.absolute().parent
-    while not parent.exists():
+    while not os.path.lexists(parent):
         parent = parent.parent
     if not parent.is_dir():
-        raise _refused(target, f"'{parent}' is a file, not a folder; choose another place")
+        raise _refused(target, f"'{parent}' is a file or a broken link, not a folder; choose another place")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise _refused(target, f"no permission to write into '{parent}'; choose another place")
 
@@ -138,26 +154,42 @@ def write_video(
         raise UsageError(f"fps = {fps!r}: must be above 0 and at most 1000", field="fps")
     if not 0 <= quality <= 10:
         raise UsageError(f"quality = {quality!r}: must be from 0 to 10", field="quality")
-    target = Path(path)
-    part = _part(target)
-    text = json.dumps(dict(recipe), default=str) if recipe is not None else None
+    target = _place(kind, Path(path))
+    part, text = _part(target), json.dumps(dict(recipe), default=str) if recipe is not None else None
     with _errors_in_words(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
+            # what an interrupted run left behind, and never through a link of that name
+            _sweep(kind, target)
             if kind == FOLDER:
                 _write_folder(part, frames, text)
-                _replace_folder(part, target)
+                with _stepped_aside(target):  # a folder cannot be renamed over a full one
+                    os.replace(part, target)
             else:
                 _write_file(kind, part, frames, fps, quality, text)
-                if kind == ".npy":
-                    _put_sidecar(target, text)
-                os.replace(part, target)
+                _replace_file(kind, part, target, text)
             _sync(target.parent)
         except BaseException:
-            _remove(part)
-            _remove(_part(_sidecar(target)))
+            _sweep(kind, target)
             raise
-    return target
+    return Path(path)
+
+
+def _place(kind: str, target: Path) -> Path:
+    """Where the data goes: a link to a folder stays a link, its folder is replaced; a link to a file is itself replaced."""
+    return Path(os.path.realpath(target)) if kind == FOLDER else target
+
+
+def _beside(kind: str, target: Path) -> tuple[Path, ...]:
+    """Every name that a write uses for a while beside the final one."""
+    sidecar = _sidecar(target)
+    more = {FOLDER: (_old(target),), ".npy": (_part(sidecar), _old(sidecar))}
+    return _part(target), *more.get(kind, ())
+
+
+def _sweep(kind: str, target: Path) -> None:
+    for path in _beside(kind, target):
+        _remove(path)
 
 
 def _check_frames(frames: Frames) -> None:
@@ -215,7 +247,7 @@ def _write_mp4(part: Path, frames: Frames, fps: float, quality: int, text: str |
     padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     options = {"movflags": "+faststart+use_metadata_tags"}
     try:
-        with av.open(str(part), "w", format="mp4", options=options) as container:
+        with av.open(_local(part), "w", format="mp4", options=options) as container:
             if text is not None:
                 container.metadata["comment"] = text
             rate = Fraction(fps).limit_denominator(1001)
@@ -231,6 +263,11 @@ def _write_mp4(part: Path, frames: Frames, fps: float, quality: int, text: str |
             container.mux(stream.encode(None))
     except av.FFmpegError as error:
         raise OSError(error.errno, f"H.264 encoding failed: {error.strerror}") from error
+
+
+def _local(file: Path) -> str:
+    """A name that FFmpeg takes for a file, not for an address such as "http:x.mp4"."""
+    return str(file.absolute())
 
 
 def _write_gif(part: Path, frames: Frames, fps: float, text: str | None) -> None:
@@ -261,27 +298,48 @@ def _part(path: Path) -> Path:
     return path.with_name(path.name + PART)
 
 
+def _old(path: Path) -> Path:
+    return path.with_name(path.name + ".old" + PART)
+
+
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _put_sidecar(target: Path, text: str | None) -> None:
-    """The recipe stands before the frames appear, and an old one never outlives its frames."""
-    sidecar = _sidecar(target)
-    if text is None:
-        sidecar.unlink(missing_ok=True)
+def _replace_file(kind: str, part: Path, target: Path, text: str | None) -> None:
+    """A recipe beside its frames leaves before the frames change and comes after them: it never tells of others."""
+    if kind != ".npy":
+        os.replace(part, target)
         return
-    part = _part(sidecar)
-    part.write_text(text, encoding="utf-8")
-    _sync(part)
-    os.replace(part, sidecar)
+    sidecar = _sidecar(target)
+    if text is not None:
+        _part(sidecar).write_text(text, encoding="utf-8")
+        _sync(_part(sidecar))
+    with _stepped_aside(sidecar):
+        os.replace(part, target)
+    if text is not None:
+        os.replace(_part(sidecar), sidecar)
+
+
+@contextmanager
+def _stepped_aside(path: Path) -> Iterator[None]:
+    """What stands at a name has another one inside the block; afterwards it is gone, or back if the block fails."""
+    old, there = _old(path), os.path.lexists(path)
+    if there:
+        os.replace(path, old)
+    try:
+        yield
+    except BaseException:
+        if there:
+            os.replace(old, path)
+        raise
+    _remove(old)
 
 
 def _write_folder(part: Path, frames: Frames, text: str | None) -> None:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    _remove(part)
     part.mkdir()
     for index, frame in enumerate(frames):
         info = PngInfo()
@@ -295,20 +353,8 @@ def _write_folder(part: Path, frames: Frames, text: str | None) -> None:
         _sync(part / RECIPE_FILE)
 
 
-def _replace_folder(part: Path, target: Path) -> None:
-    """A folder cannot be renamed over a full one: the old one steps aside first."""
-    if not target.exists():
-        os.replace(part, target)
-        return
-    old = target.with_name(target.name + ".old" + PART)
-    _remove(old)
-    os.replace(target, old)
-    os.replace(part, target)
-    _remove(old)
-
-
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -372,7 +418,7 @@ def _read(path: str | os.PathLike[str], readers: Mapping[str, Callable[[Path], _
 def _mp4_recipe(file: Path) -> str | None:
     import av
 
-    with av.open(str(file)) as container:
+    with av.open(_local(file)) as container:
         return container.metadata.get("comment")
 
 
@@ -398,7 +444,7 @@ def _mp4_frames(file: Path) -> list[Frames]:
     import av
     import numpy as np
 
-    with av.open(str(file)) as container:
+    with av.open(_local(file)) as container:
         arrays = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return [np.asarray(array, dtype=np.uint8) for array in arrays]
 

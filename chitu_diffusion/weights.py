@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from chitu_diffusion.errors import CheckpointError
 from chitu_diffusion.tensor_files import INDEX_ENDING, Stored, WeightFiles, few
 
 __all__ = ["WeightFiles", "fingerprint", "load_into", "match_names", "save_weights", "write_json"]
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # (bytes read, bytes in all)
 
@@ -202,7 +205,7 @@ def fingerprint(folder: str | Path, cache_dir: str | Path | None = None) -> str:
     if not files:
         raise CheckpointError("there are no weights", file=folder)
     memory = Path(cache_dir) / "weights-sha256.json" if cache_dir is not None else None
-    known = _recall(memory) if memory is not None and memory.exists() else {}
+    known = _recall(memory) if memory is not None else {}
     digest = hashlib.sha256()
     fresh = False
     for file in files:
@@ -214,9 +217,16 @@ def fingerprint(folder: str | Path, cache_dir: str | Path | None = None) -> str:
             fresh = True
         digest.update(f"{file.relative_to(folder).as_posix()} {known[key][2]}\n".encode())
     if fresh and memory is not None:
+        _remember(memory, known)
+    return digest.hexdigest()
+
+
+def _remember(memory: Path, known: Mapping[str, Any]) -> None:
+    try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_json(memory, known)
-    return digest.hexdigest()
+    except OSError as error:
+        logger.debug("cannot remember the weights' hashes in %s: %s", memory, error)  # the next run hashes them once more
 
 
 def _recall(memory: Path) -> dict[str, list[Any]]:

@@ -52,7 +52,14 @@ def beside_diffusers(request, tiny_folder, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("height", "width", "frames", "steps", "guidance"),
-    [(32, 32, 5, 6, 5.0), (48, 32, 9, 3, 5.0), (32, 64, 1, 4, 1.0), (64, 48, 13, 2, 2.5), (32, 32, 17, 12, 0.0)],
+    [
+        (128, 128, 33, 3, 5.0),
+        (32, 32, 5, 6, 5.0),
+        (48, 32, 9, 3, 5.0),
+        (32, 64, 1, 4, 1.0),
+        (64, 48, 13, 2, 2.5),
+        (32, 32, 17, 12, 0.0),
+    ],
 )
 def test_pipeline_parity(beside_diffusers, height, width, frames, steps, guidance):
     backend, pipeline = beside_diffusers

@@ -113,11 +113,16 @@ def test_same_frames_same_bytes(tmp_path: Path) -> None:
         ("", "must be a file or folder name"),
         ("a\0.mp4", "must be a file or folder name"),
         ("x" * 300 + ".mp4", "too long"),
+        ("x" * 300 + "/a.mp4", "too long"),
+        ("x/" * 2500 + "a.mp4", "too long"),
+        ("\ud800.mp4", "not valid text"),
+        ("./", "name a new folder"),
+        ("x/..", "name a new folder"),
     ],
 )
 def test_names_that_cannot_be(tmp_path: Path, name: str, hint: str) -> None:
     with pytest.raises(UsageError, match=hint) as caught:
-        check_save_path(f"{tmp_path}/{name}" if name and "\0" not in name else name)
+        check_save_path(f"{tmp_path}/{name}" if name not in ("", "./") and "\0" not in name else name)
     assert caught.value.field == "save_path"
 
 
@@ -135,9 +140,9 @@ def test_what_stands_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "d.mp4").mkdir()
     for name, hint in (
-        ("file", "a file of that name"),
+        ("file", "a file or a broken link of that name"),
         ("d.mp4", "a folder of that name"),
-        ("file/a.mp4", "is a file, not a folder"),
+        ("file/a.mp4", "is a file or a broken link, not a folder"),
     ):
         with pytest.raises(UsageError, match=hint):
             check_save_path(f"{tmp_path}/{name}")
@@ -212,6 +217,83 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, name: str, monkeypat
     monkeypatch.undo()
     assert np.array_equal(read_frames(path), before)
     assert read_recipe(path) == RECIPE
+    assert not [entry for entry in os.listdir(tmp_path) if entry.endswith(".part")]
+
+
+def test_links_and_leftovers_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "a.npy.part").symlink_to("mine")
+    (tmp_path / "nowhere").symlink_to("gone")
+    write_video(moving_square(5), tmp_path / "a.npy", fps=8)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "a.npy").is_symlink()
+    for name in ("nowhere/", "nowhere/a.mp4"):
+        with pytest.raises(UsageError, match="broken link"):
+            check_save_path(f"{tmp_path}/{name}")
+
+
+def test_a_link_to_a_folder_of_frames_stays_a_link(tmp_path: Path) -> None:
+    write_video(moving_square(9), f"{tmp_path}/f/", fps=8)
+    (tmp_path / "link").symlink_to("f")
+    write_video(moving_square(5), f"{tmp_path}/link/", fps=8)
+    assert (tmp_path / "link").is_symlink()
+    assert len(read_frames(tmp_path / "f")) == 5
+    assert sorted(os.listdir(tmp_path)) == ["f", "link"]
+
+
+@pytest.mark.parametrize(("name", "beside"), [("a.mp4", "a.mp4.part"), ("f/", "f.part"), ("f/", "f.old.part")])
+def test_a_folder_with_the_name_of_a_leftover_is_left_alone(tmp_path: Path, name: str, beside: str) -> None:
+    write_video(moving_square(5), f"{tmp_path}/{name}", fps=8)
+    (tmp_path / beside).mkdir()
+    (tmp_path / beside / "diary.txt").write_text("dear diary")
+    with pytest.raises(UsageError, match="diary.txt"):
+        write_video(moving_square(5), f"{tmp_path}/{name}", fps=8)
+    assert (tmp_path / beside / "diary.txt").read_text() == "dear diary"
+
+
+@pytest.mark.parametrize("name", ["http:x.mp4", "file:y.mp4", "pipe:1.mp4", "concat:a|b.mp4"])
+def test_a_name_is_never_an_address(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(moving_square(5), name, fps=8, recipe=RECIPE)
+    assert os.listdir(tmp_path) == [name]
+    assert read_recipe(name) == RECIPE
+
+
+@pytest.mark.parametrize("name", ["a.npy", "f/"])
+@pytest.mark.parametrize("moment", range(4))
+def test_an_interrupted_exchange_never_mixes_old_and_new(
+    tmp_path: Path, name: str, moment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between any two renames: a recipe, where one is found, is that of the frames beside it."""
+    path = write_video(moving_square(5), f"{tmp_path}/{name}", fps=8, recipe={"frames": 5})
+    left = [moment]
+    rename = os.replace
+
+    def killed(source: str, target: str) -> None:
+        left[0] -= 1
+        if left[0] == -1:
+            monkeypatch.setattr("chitu_diffusion.video.os.replace", dead)
+            monkeypatch.setattr("chitu_diffusion.video._remove", dead)
+        rename(source, target) if left[0] >= 0 else dead()
+
+    def dead(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("chitu_diffusion.video.os.replace", killed)
+    try:
+        write_video(moving_square(9), f"{tmp_path}/{name}", fps=8, recipe={"frames": 9})
+    except KeyboardInterrupt:
+        monkeypatch.undo()
+        recipe = "holds no recipe"
+        try:
+            recipe = read_recipe(path)
+        except UsageError:
+            assert name == "a.npy" or not path.exists()
+        if isinstance(recipe, dict):
+            assert recipe["frames"] == len(read_frames(path))
+    monkeypatch.undo()
+    write_video(moving_square(9), f"{tmp_path}/{name}", fps=8, recipe={"frames": 9})
+    assert read_recipe(path) == {"frames": 9}
     assert not [entry for entry in os.listdir(tmp_path) if entry.endswith(".part")]
 
 

@@ -22,6 +22,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=24.0, help="the dial: device time in all")
     parser.add_argument("--run", type=Path, default=Path("runs/wan-tiny"), help="where checkpoints of the training lie")
     parser.add_argument("--out", type=Path, default=Path("chitu_diffusion/assets/wan-tiny"), help="the finished folder")
+    parser.add_argument("--start", type=Path, help="a finished folder, whose weights the run begins with")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="tiny batches, to try the road on a CPU")
@@ -33,6 +34,8 @@ def main() -> None:
     options = arguments()
     device = torch.device(options.device)
     options.run.mkdir(parents=True, exist_ok=True)
+    if options.start is not None:
+        export.start_from(options.start, options.run)
     torch.backends.cudnn.benchmark = True
     torch._dynamo.config.recompile_limit = 64
     torch.set_float32_matmul_precision("high")

@@ -257,8 +257,11 @@ def keep(
 def restore(
     folder: Path, vae: AutoencoderKLWan, average: list[Tensor], optimizer: torch.optim.Optimizer, device: torch.device
 ) -> tuple[int, float]:
-    """Take up a run where it stopped: (steps done, seconds spent)."""
+    """Take up a run where it stopped: (steps done, seconds spent). `vae.safetensors` alone is a start with these weights."""
     if not (folder / "vae.pt").exists():
+        if (folder / "vae.safetensors").exists():
+            vae.load_state_dict(load_file(folder / "vae.safetensors"))
+            torch._foreach_copy_(average, [p.detach() for p in vae.parameters()])
         return 0, 0.0
     state = torch.load(folder / "vae.pt", map_location=device, weights_only=True)
     vae.load_state_dict(state["vae"])

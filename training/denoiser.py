@@ -160,9 +160,15 @@ def keep(path: Path, nets: Nets, solvers: list[torch.optim.Optimizer], step: int
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").rename(path)
     names = [*(f"dit.{n}" for n, _ in nets.dit.named_parameters()), *(f"encoder.{n}" for n, _ in nets.encoder.named_parameters())]
-    values = {name: value.cpu().contiguous() for name, value in zip(names, nets.average, strict=True)}
+    save_average(path.parent, dict(zip(names, nets.average, strict=True)))
+
+
+def save_average(folder: Path, values: dict[str, Tensor]) -> None:
+    """The averaged weights by name ("dit.…", "encoder.…"), in a few files of like size."""
+    names = list(values)
     for part in range(PARTS):
-        save_file({n: values[n] for n in names[part::PARTS]}, path.with_name(f"average-{part}.safetensors"))
+        chosen = {name: values[name].cpu().contiguous() for name in names[part::PARTS]}
+        save_file(chosen, folder / f"average-{part}.safetensors")
 
 
 def take_average(folder: Path, nets: Nets) -> bool:

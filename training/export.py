@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from diffusers import UniPCMultistepScheduler
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training import autoencoder, denoiser, text
+from training import autoencoder, denoiser, latents, text
 
 SHARD_BYTES = 12 * 2**20
 FLOW_SHIFT = 3.0
@@ -24,6 +24,22 @@ DEFAULTS: dict[str, Any] = {
     "name": "wan-tiny", "height": 128, "width": 128, "num_frames": 33, "fps": 16,
     "num_inference_steps": 50, "guidance_scale": [5.0], "negative_prompt": "", "flow_shift": FLOW_SHIFT,
 }  # fmt: skip
+
+
+def start_from(folder: Path, run: Path) -> None:
+    """Let a run begin with the weights of a finished folder (bfloat16, as shipped) instead of fresh ones."""
+
+    def tensors(part: str) -> dict[str, Tensor]:
+        files = sorted((folder / part).glob("*.safetensors"))
+        return {name: value.float() for file in files for name, value in load_file(file).items()}
+
+    run.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
+    save_file(tensors("vae"), run / "vae.safetensors")
+    config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    latents.save_statistics(run, torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"]))
+    encoder = {f"encoder.{name}": value for name, value in tensors("text_encoder").items()}
+    denoiser.save_average(run, {f"dit.{name}": value for name, value in tensors("transformer").items()} | encoder)
 
 
 def write_shards(folder: Path, stem: str, tensors: dict[str, Tensor]) -> None:

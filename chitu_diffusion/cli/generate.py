@@ -66,6 +66,7 @@ def generate(
     resolved_requests(spec, engine_config, requests)
     if dry_run:
         return show_plan(engine_config, requests, as_json=json_)
+    options.make_folder("--profile", profile)
     return make_videos(engine_config, requests, profile=profile, as_json=json_)
 
 

@@ -134,10 +134,10 @@ def folder_of(model: str) -> Path:
         UsageError: no model has that name; the nearest is named.
         ModelMissingError: it is known, but not here.
     """
-    from chitu_diffusion.models.spec import missing_model, resolve_model
+    from chitu_diffusion.models.spec import folder_named, missing_model, resolve_model
 
-    if Path(model).is_dir():
-        return Path(model)
+    if (named := folder_named(model)) is not None:
+        return named
     spec, folder = resolve_model(model)
     if folder is None:
         raise missing_model(spec)

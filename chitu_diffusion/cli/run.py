@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from chitu_diffusion.cli.progress import Reporter
 from chitu_diffusion.cli.words import exit_code_of, say
-from chitu_diffusion.errors import ChituError
+from chitu_diffusion.errors import ChituError, OutputError
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def run_requests(
     A request that the model cannot take, or whose task fails, ends as failed; the others go on.
 
     Args:
-        profile: folder for a Chrome trace and a table of the longest operations, or None.
+        profile: folder (it must exist) for a Chrome trace and a table of the longest operations, or None.
 
     Returns:
         one ended task for each request, in order.
@@ -117,15 +117,17 @@ def _profiling(folder: Path | None) -> Iterator[None]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    folder.mkdir(parents=True, exist_ok=True)
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
         yield
-    profiler.export_chrome_trace(str(folder / "trace.json"))
     order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     ops = profiler.key_averages().table(sort_by=order, row_limit=OPS_SHOWN)
-    (folder / "ops.txt").write_text(ops + "\n", encoding="utf-8")
+    try:
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        (folder / "ops.txt").write_text(ops + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write the profile into '{folder}': {error.strerror or error}; free some space") from error
     say(ops)
     say(f"profile: {folder / 'trace.json'} (open it in a trace viewer), {folder / 'ops.txt'}")

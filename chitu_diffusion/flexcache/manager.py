@@ -63,7 +63,7 @@ def parse_flexcache(value: str | Mapping[str, Any] | None, num_steps: int) -> Ca
     known = {field.name for field in fields(IntervalPolicy)}
     for key in asked:
         if key not in known:
-            raise UsageError(f"flexcache '{name}' has no parameter '{key}'.{nearest(key, known)}", field="flexcache")
+            raise UsageError(f"flexcache '{name}' has no parameter '{key}'.{nearest(str(key), known)}", field="flexcache")
     policy = STRATEGIES[name.lower()](**asked)
     if policy.warmup + policy.cooldown > num_steps:
         raise UsageError(

@@ -29,6 +29,7 @@ from chitu_diffusion.models.folder import (
 from chitu_diffusion.models.loading import blueprint, open_weights
 from chitu_diffusion.models.spec import spec_of_folder
 from chitu_diffusion.models.text import load_tokenizer
+from chitu_diffusion.sampling import Sampler
 from chitu_diffusion.weights import match_names, save_weights, write_json
 
 _CLASSES = {
@@ -44,7 +45,7 @@ class Finding:
     """What `verify` says of one part of a model.
 
     Attributes:
-        part: its role, or "tokenizer", or "folder".
+        part: its role, or "tokenizer", "scheduler" or "folder".
         path: where it lies.
         ok: whether it is whole.
         message: what is there, or what is wrong.
@@ -78,6 +79,11 @@ def verify(path: str | Path, deep: bool = False) -> list[Finding]:
         findings.append(Finding("tokenizer", folder.tokenizer, True, f"{size} pieces"))
     except ChituError as error:
         findings.append(Finding("tokenizer", folder.tokenizer, False, str(error)))
+    try:
+        sampler = Sampler("unipc", folder.scheduler)
+        findings.append(Finding("scheduler", folder.path / "scheduler", True, f"shift {sampler.shift:g}"))
+    except ChituError as error:
+        findings.append(Finding("scheduler", folder.path / "scheduler", False, str(error)))
     return findings
 
 

@@ -182,7 +182,7 @@ def _read_diffusers(folder: Path, notes: Mapping[str, Any]) -> ModelFolder:
         ("vae", "AutoencoderKLWan"),
         ("text_encoder", "UMT5EncoderModel"),
     ]
-    if (index.get("transformer_2") or [None])[0] is not None:
+    if index.get("transformer_2") not in (None, [None, None]):
         roles.insert(1, ("transformer_2", "WanTransformer3DModel"))
     components: dict[Role, Component] = {}
     for role, kind in roles:
@@ -227,7 +227,7 @@ def _transformer_config(file: Path) -> dict[str, Any]:
             "not a Wan text-to-video model", file=file, expected="WanModel, model_type t2v", found=found
         )
     for key in ("dim", "num_heads", "num_layers", "ffn_dim"):
-        if not isinstance(official.get(key), int):
+        if not isinstance(official.get(key), int) or official[key] < 1:
             raise CheckpointError(
                 "a config lacks a size", file=file, key=key, expected="a number", found=official.get(key)
             )

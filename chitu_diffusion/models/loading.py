@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -58,12 +58,17 @@ def blueprint(folder: ModelFolder, role: Role, dtype: torch.dtype | None = None)
     """The network that a folder's config describes, before any weight is read.
 
     Raises:
-        CheckpointError: the folder has no such part.
-        UsageError: a config of a network that is not supported.
+        CheckpointError: the folder has no such part, or its config is of no network that is supported.
     """
     if role not in folder.components:
         raise CheckpointError(f"the model has no {role}", file=folder.path)
-    config = folder.components[role].config
+    try:
+        return _drawn(role, folder.components[role].config, dtype)
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
+        raise CheckpointError(f"the config of the {role} cannot be used: {error}", file=folder.path / role) from error
+
+
+def _drawn(role: Role, config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:
     if role == "vae":
         blocks = int(config.get("num_res_blocks", 2))
         return _blueprint(build_vae(config), lambda name: official_vae_name(name, blocks))

@@ -161,24 +161,46 @@ def resolve_model(name: str, ckpt_dir: str | Path | None = None) -> tuple[ModelS
     """
     spec = _by_name(name)
     if ckpt_dir is not None:
-        return _checked_against(spec, spec_of_folder(ckpt_dir)), Path(ckpt_dir)
+        folder = folder_named(ckpt_dir)
+        if folder is None:
+            raise ModelMissingError(f"there is no folder {ckpt_dir}; 'chitu models ls' shows the models on this machine")
+        return _checked_against(spec, spec_of_folder(folder)), folder
     if spec is not None:
         return spec, _in_hub_cache(spec)
     if name.lower() == TINY:
         return spec_of_folder(ASSETS / TINY), ASSETS / TINY
-    if Path(name).expanduser().is_dir():
-        return spec_of_folder(name), Path(name).expanduser()
+    folder = folder_named(name)
+    if folder is not None:
+        return spec_of_folder(folder), folder
     known = [*model_names(), *(hub for full in FULL_SIZE.values() for hub in full.hub_ids)]
     raise UsageError(f"models.name = {name!r}: no such model or folder.{nearest(name, known)}", field="models.name")
+
+
+def folder_named(name: str | Path) -> Path | None:
+    """The folder that a name means, if there is one; '~' is the home folder."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError):  # no such user's home, or a name that no file system takes
+        return None
 
 
 def spec_of_folder(path: str | Path) -> ModelSpec:
     """The spec of the model in a folder: from its configs, its `chitu.json`, and the full-size model it equals, if any.
 
     Raises:
-        ModelMissingError, CheckpointError, UsageError: no model, or not one that is supported.
+        ModelMissingError, CheckpointError: no model, or not one that is supported.
     """
     folder = read_folder(path)
+    try:
+        return _spec_of(folder)
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:  # UsageError among them: a network that is not supported
+        raise CheckpointError(f"a config of the model cannot be used: {error}", file=folder.path) from error
+
+
+def _spec_of(folder: ModelFolder) -> ModelSpec:
     transformers = tuple(
         WanConfig.from_json(folder.components[role].config)
         for role in ("transformer", "transformer_2")
@@ -194,7 +216,7 @@ def spec_of_folder(path: str | Path) -> ModelSpec:
     twin = next((spec for spec in FULL_SIZE.values() if spec.transformers == transformers), None)
     vae = folder.components["vae"].config
     return ModelSpec(
-        name=str(folder.notes.get("name") or (twin.name if twin else Path(path).resolve().name)),
+        name=str(folder.notes.get("name") or (twin.name if twin else folder.path.resolve().name)),
         transformers=transformers,
         boundary=folder.boundary_ratio if len(transformers) == 2 else None,
         hub_ids=twin.hub_ids if twin else (),

@@ -92,6 +92,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise CheckpointError("the tokenizer is missing", file=folder)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the tokenizer cannot be read: {error}", file=folder) from error
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError("the tokenizer has no padding token", file=folder / "tokenizer_config.json", key="pad_token")
+    return cast(PreTrainedTokenizerBase, tokenizer)

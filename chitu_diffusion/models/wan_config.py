@@ -11,6 +11,7 @@ _QK_NORM = "rms_norm_across_heads"
 
 # Fields of diffusers' config.json that belong to other Wan models (image-to-video, VACE, animate). None (or False) is
 # what a text-to-video checkpoint says there; anything else means parts that `WanTransformer` does not have.
+_NO_SIZES = ("patch_size", "cross_attn_norm", "qk_norm", "eps")
 _FOREIGN_FIELDS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "add_img_emb", "vace_layers")
 
 
@@ -45,6 +46,11 @@ class WanConfig:
         """Checks what the network's arithmetic relies on."""
         if len(self.patch_size) != 3:
             raise UsageError(f"patch_size must have three numbers (frames, rows, columns), not {self.patch_size}")
+        sizes = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NO_SIZES}
+        sizes |= {f"patch_size[{axis}]": value for axis, value in enumerate(self.patch_size)}
+        for name, value in sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name} must be a whole number from 1, not {value!r}")
         if self.attention_head_dim % 2 or self.freq_dim % 2:
             raise UsageError(
                 "attention_head_dim and freq_dim must be even (rotary pairs, cosine-sine pairs); they are "
