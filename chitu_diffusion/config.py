@@ -50,6 +50,9 @@ class DiffusionSettings(Settings):
     cfg_batch: Literal["auto", "batched", "sequential"] = Field(
         "auto", description="both guidance branches in one forward, or one after the other; auto: batched where it is faster"
     )
+    cache_memory_gb: float | None = Field(
+        None, ge=0, description="refuse a request whose flexcache would keep more than this, in GiB; None is no limit"
+    )
     up: int | None = Field(None, ge=1, description="Ulysses degree inside cp_size; None picks it")
 
 

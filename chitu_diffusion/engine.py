@@ -13,10 +13,10 @@ from collections.abc import Callable
 from chitu_diffusion.backend import BackendState, DiffusionBackend, pick_device
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import StageError, UsageError, WillNotFitError
-from chitu_diffusion.flexcache.manager import parse_flexcache
+from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache
 from chitu_diffusion.generator import Generator, without_frames
 from chitu_diffusion.memory import free_memory, is_out_of_memory, top_useful_level, total_memory
-from chitu_diffusion.request import resolve_request, stages_of
+from chitu_diffusion.request import cache_shapes, resolve_request, stages_of
 from chitu_diffusion.residency import TOP_LEVEL
 from chitu_diffusion.scheduler import DiffusionScheduler
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskPool, DiffusionUserParams, Progress, TaskStatus
@@ -164,12 +164,19 @@ class Engine:
             task.params, backend.spec, seed=task.seed, task_id=task.task_id, output_dir=backend.args.output.dir
         )
         parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 0)
+        shapes = cache_shapes(resolved, backend.spec, backend.dtype.itemsize)
+        cache = cache_bytes(resolved.flexcache, shapes, backend.args.infer.diffusion.cache_memory_gb)
         check_save_path(resolved.save_path or "")
         total, sizes = total_memory(backend.device), backend.sizes()
         frames = resolved.num_frames or 1
         for stage in stages_of(resolved):
             tokens = backend.spec.tokens(frames, stage.height, stage.width)
             peak = sizes.peak(TOP_LEVEL, tokens, frames, stage.height, stage.width)
+            if peak <= total < peak + cache:
+                raise WillNotFitError(
+                    f"flexcache {resolved.flexcache} would keep {cache / 2**30:.1f} GiB beside the {peak / 2**30:.1f} GiB that "
+                    f"the video needs; {backend.device} has {total / 2**30:.1f} GiB; flexcache meancache would do"
+                )
             if peak > total:
                 would_do = _largest(backend, frames, stage.height, stage.width)
                 raise WillNotFitError(

@@ -7,13 +7,17 @@ arXiv:2207.12598.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.models.wan import WanFeatures, WanOutput
+from chitu_diffusion.flexcache.schedule import Schedule
+from chitu_diffusion.flexcache.seam import NO_CACHE, StepCache
 from chitu_diffusion.residency import expert_part
+from chitu_diffusion.sampling import SamplerState
 
 TRAINED_STEPS = 1000
 """Timesteps run from this to 0; an expert boundary is a share of it."""
@@ -44,40 +48,57 @@ def combine(velocity: Tensor, guidance_scale: float) -> Tensor:
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
+def uncached(branches: tuple[int, ...]) -> StepCache:
+    """The cache of a forward that saves nothing."""
+    return NO_CACHE
+
+
 def stacked_velocity(
-    backend: DiffusionBackend, latent: Tensor, text: Tensor, timestep: Tensor, *, expert: int, features: bool = False
-) -> WanOutput:
-    """The velocity for every branch.
+    backend: DiffusionBackend,
+    latent: Tensor,
+    text: Tensor,
+    timestep: Tensor,
+    *,
+    expert: int,
+    branches: tuple[int, ...] = (0, 1),
+    cache_for: Callable[[tuple[int, ...]], StepCache] = uncached,
+) -> Tensor:
+    """The velocities of some guidance branches, [branches * B, C, T, H, W], branch by branch.
 
     Args:
         latent: [B, C, T, H, W].
         text: [branches, L, D], the prompt's branch first; each for all of the batch.
         timestep: scalar.
         expert: index into the model pool.
-        features: whether to hand out what `reuse_velocity` can use later; otherwise the features are empty.
-
-    Returns:
-        velocity [branches * B, C, T, H, W], branch by branch, and the features of the same batch.
+        branches: which of `text`'s branches run; those that `text` lacks are left out.
+        cache_for: branches that share a forward -> the cache which that forward asks.
     """
-    latent, text = _aligned(latent, text)
-    parts = _as_batches(backend, latent, text)
+    branches = tuple(branch for branch in branches if branch < text.shape[0])
+    batches = _as_batches(backend, latent, branches)
     time = timestep.to(backend.device).reshape(1)
-    outputs = [_forward(backend, x, y, time, expert=expert, features=features) for x, y in parts]
-    if len(outputs) == 1:
-        return outputs[0]
-    residual = torch.cat([output.intermediate_features.residual for output in outputs])
-    return WanOutput(torch.cat([output.velocity for output in outputs]), WanFeatures(residual, time))
+    found = [_forward(backend, *_aligned(latent, text[list(some)]), time, expert, cache_for(some)) for some in batches]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def reuse_velocity(
-    backend: DiffusionBackend, latent: Tensor, text: Tensor, timestep: Tensor, cached: WanFeatures, *, expert: int
-) -> Tensor:
-    """`stacked_velocity` with the blocks skipped: their contribution comes from an earlier step's features."""
-    latent, text = _aligned(latent, text)
-    backend.residency.use(expert_part(expert))
-    model = backend.model_pool[expert]
-    velocity: Tensor = model.forward_with_cache(latent, text, cached, timestep.to(backend.device).reshape(1))
-    return velocity
+def schedule_of(backend: DiffusionBackend, state: SamplerState) -> Schedule:
+    """What is known of a task's steps before the first, for a cache's plan."""
+    timesteps = [state["timesteps"][step] for step in range(state["index"], state["schedule"])]
+    experts = tuple(expert_at(timestep, backend.spec.boundary) for timestep in timesteps)
+
+    def embed_time(step: int) -> tuple[Tensor, Tensor]:
+        embedder = backend.model_pool[experts[step]].condition_embedder
+        # wherever the weights lie now: at high memory levels that is not the device
+        time, modulation = embedder.embed_time(timesteps[step].reshape(1).to(embedder.time_proj.weight.device))
+        return time[0], modulation[0].flatten()
+
+    return Schedule(
+        timesteps=tuple(float(timestep) for timestep in timesteps),
+        sigmas=tuple(state["sigmas"][state["index"] :].tolist()),
+        experts=experts,
+        embed_time=embed_time,
+        measured=backend.spec.measured,
+        model=backend.spec.name,
+    )
 
 
 def _aligned(latent: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,21 +109,18 @@ def _aligned(latent: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     return latent.repeat(branches, 1, 1, 1, 1), text.repeat_interleave(batch, dim=0)
 
 
-def _as_batches(backend: DiffusionBackend, latent: Tensor, text: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _as_batches(backend: DiffusionBackend, latent: Tensor, branches: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Which branches share a forward."""
     mode = backend.args.infer.diffusion.cfg_batch
     patch = backend.spec.transformers[0].patch_size
     tokens = latent[0, 0].numel() // (patch[0] * patch[1] * patch[2])
     if mode == "batched" or (mode == "auto" and tokens <= _BATCH_UP_TO):
-        return [(latent, text)]
-    return list(zip(latent.split(1), text.split(1), strict=True))
+        return [branches]
+    return [(branch,) for branch in branches]
 
 
-def _forward(backend: DiffusionBackend, latent: Tensor, text: Tensor, time: Tensor, *, expert: int, features: bool) -> WanOutput:
+def _forward(backend: DiffusionBackend, latent: Tensor, text: Tensor, time: Tensor, expert: int, cache: StepCache) -> Tensor:
     name = expert_part(expert)
     backend.residency.use(name)
     model, stream = backend.model_pool[expert], backend.residency.stream_of(name)
-    embedded = model.embed(latent, time, text)
-    tokens = model.run_blocks(embedded, attention=backend.attn_backend, blocks=stream)
-    velocity = model.unpatchify(model.head(tokens, embedded.time), embedded.grid)
-    residual = tokens - embedded.tokens if features else tokens[:, :0]
-    return WanOutput(velocity, WanFeatures(residual, time))
+    return model(latent, time, text, attention=backend.attn_backend, cache=cache, blocks=stream)

@@ -12,6 +12,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor
 from chitu_diffusion import forward
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import NonFiniteError, StageError, TaskError, UsageError
-from chitu_diffusion.flexcache.manager import parse_flexcache
+from chitu_diffusion.flexcache.manager import fork
+from chitu_diffusion.flexcache.registry import parse_flexcache
 from chitu_diffusion.memory import is_out_of_memory
 from chitu_diffusion.recipe import recipe_of
 from chitu_diffusion.request import guidance_pair, resolve_request, stages_of
@@ -95,8 +97,8 @@ class Generator:
             timestep = sampler.timestep(state)
             expert = self._expert_at(timestep)
             text = forward.branches_for(embeddings, scales[expert])
-            output = forward.stacked_velocity(self.backend, latent, text, timestep, expert=expert)
-            latent, state = sampler.step(state, forward.combine(output.velocity, scales[expert]), latent)
+            velocity = forward.stacked_velocity(self.backend, latent, text, timestep, expert=expert)
+            latent, state = sampler.step(state, forward.combine(velocity, scales[expert]), latent)
             self.check_nan(latent, "latent")
         return latent
 
@@ -205,7 +207,7 @@ class Generator:
             timestep: scalar or [1].
         """
         time = torch.as_tensor(timestep).reshape(-1)[0]
-        return forward.stacked_velocity(self.backend, latent, embeddings, time, expert=self._expert_at(time)).velocity
+        return forward.stacked_velocity(self.backend, latent, embeddings, time, expert=self._expert_at(time))
 
     @torch.no_grad()
     def forward_with_cfg_parallel(
@@ -223,13 +225,13 @@ class Generator:
         expert = self._expert_at(time)
         scale = self.backend.spec.defaults.guidance[expert] if guidance_scale is None else guidance_scale
         text = forward.branches_for(embeddings, scale)
-        return forward.combine(forward.stacked_velocity(self.backend, latent, text, time, expert=expert).velocity, scale)
+        return forward.combine(forward.stacked_velocity(self.backend, latent, text, time, expert=expert), scale)
 
     @torch.no_grad()
     def forward_with_cache(
         self, latent: Tensor, embeddings: Tensor, timestep: Tensor, step_idx: int, expert: int | None = None
     ) -> Tensor:
-        """Velocity [branches * B, C, T, H, W], reusing an earlier step's features where the bound task's cache allows.
+        """Velocity [branches * B, C, T, H, W], with whatever the bound task's cache saves.
 
         Args:
             latent: [B, C, T, H, W].
@@ -241,11 +243,14 @@ class Generator:
         time = torch.as_tensor(timestep).reshape(-1)[0]
         expert = self._expert_at(time) if expert is None else expert
         manager = self.backend.flexcache_manager
-        if manager.should_reuse(step_idx):
-            return forward.reuse_velocity(self.backend, latent, embeddings, time, manager.get_cache(), expert=expert)
-        output = forward.stacked_velocity(self.backend, latent, embeddings, time, expert=expert, features=True)
-        manager.update_cache(output.intermediate_features)
-        return output.velocity
+
+        def compute(branches: tuple[int, ...]) -> Tensor:
+            cache_for = partial(manager.cache_for, step_idx)
+            return forward.stacked_velocity(
+                self.backend, latent, embeddings, time, expert=expert, branches=branches, cache_for=cache_for
+            )
+
+        return manager.velocity(step_idx, latent, tuple(range(len(embeddings))), compute)
 
     # -- the units: each computes first and changes the task last
 
@@ -273,13 +278,10 @@ class Generator:
         scale = guidance_pair(resolved.guidance_scale)[expert]
         text = forward.branches_for(_present(buffer.embeddings).to(self.backend.device), scale)
         # the manager writes into a copy, which becomes the task's only when the unit is done
-        cache = dict(buffer.cache) if buffer.cache is not None else None
-        if cache is None:
-            output = forward.stacked_velocity(self.backend, latent, text, timestep, expert=expert)
-            velocity = output.velocity
-        else:
-            self.backend.flexcache_manager.bind(cache, key=[expert, len(text), *latent.shape])
-            velocity = self.forward_with_cache(latent, text, timestep, task.current_step, expert)
+        cache = None if buffer.cache is None else fork(buffer.cache)
+        schedule = forward.schedule_of(self.backend, state) if cache is not None and cache["plan"] is None else None
+        self.backend.flexcache_manager.bind(cache, key=[expert, len(text), *latent.shape], schedule=schedule)
+        velocity = self.forward_with_cache(latent, text, timestep, task.current_step, expert)
         latent, state = sampler.step(state, forward.combine(velocity, scale), latent)
         self.check_nan(latent, "latent")
         message = f"expert {expert}" if task.expert is not None and task.expert != expert else None
@@ -291,6 +293,8 @@ class Generator:
             if task.cascade_stage == len(stages):
                 task.status = TaskStatus.DECODING
                 buffer.embeddings = buffer.cache = None
+                if cache is not None:
+                    message = f"cache {cache['strategy']} saved work in {cache['reused']} of {cache['num_steps']} steps"
         return message
 
     def _position(self, task: DiffusionTask, stage: CascadeStage) -> tuple[Tensor, SamplerState]:

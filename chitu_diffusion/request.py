@@ -7,9 +7,11 @@ before anything else happens.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.flexcache.schedule import Shapes
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.task import CascadeStage, DiffusionUserParams
 
@@ -51,6 +53,24 @@ def stages_of(resolved: DiffusionUserParams) -> tuple[CascadeStage, ...]:
     if resolved.height is None or resolved.width is None or resolved.num_inference_steps is None:
         raise UsageError("the request has not been resolved against a model yet", field="num_inference_steps")
     return (CascadeStage(resolved.height, resolved.width, resolved.num_inference_steps),)
+
+
+def cache_shapes(resolved: DiffusionUserParams, spec: ModelSpec, item: int) -> Shapes:
+    """What the memory of a resolved request's cache is computed from.
+
+    Args:
+        item: bytes of a number in the run's dtype.
+    """
+    frames, height, width = resolved.num_frames or 0, resolved.height or 0, resolved.width or 0
+    config = spec.transformers[0]
+    return Shapes(
+        tokens=spec.tokens(frames, height, width),
+        dim=config.dim,
+        layers=config.num_layers,
+        item=item,
+        latent=math.prod(spec.geometry.latent_shape(frames, height, width)),
+        branches=2 if max(guidance_pair(resolved.guidance_scale)) > 1 else 1,
+    )
 
 
 def guidance_pair(scale: float | tuple[float, float] | None) -> tuple[float, float]:

@@ -347,7 +347,7 @@ def test_interval_cache_reuses_and_lies_in_the_task(backend):
         for task in tasks:
             generator.generate_step(task)
     assert tasks[0].buffer.cache["reused"] == 5
-    assert tasks[0].buffer.cache["features"] is not tasks[1].buffer.cache["features"]
+    assert tasks[0].buffer.cache["records"] is not tasks[1].buffer.cache["records"]
     close, _ = latent_and_video(generator, tasks[0])
     assert 1e-6 < relative_error(close, exact) < 0.5
     alone, _ = latent_and_video(Generator(backend), task_for(num_inference_steps=12, flexcache="interval"))

@@ -53,12 +53,15 @@ def resolve(spec: ModelSpec, config: EngineConfig, params: DiffusionUserParams) 
     Raises:
         UsageError: what this model cannot do, naming the field.
     """
-    from chitu_diffusion.flexcache.manager import parse_flexcache
-    from chitu_diffusion.request import resolve_request
+    from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache
+    from chitu_diffusion.request import cache_shapes, resolve_request
 
     task_id, seed = params.task_id or "task", params.seed or 0
     resolved = resolve_request(params, spec, seed=seed, task_id=task_id, output_dir=config.output.dir)
     parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 1)
+    # what "auto" will be is not known yet: the least is checked here, the rest when the engine takes the request in
+    item = 4 if config.infer.dtype == "float32" else 2
+    cache_bytes(resolved.flexcache, cache_shapes(resolved, spec, item), config.infer.diffusion.cache_memory_gb)
     return resolved
 
 

@@ -1,86 +1,66 @@
-"""The cache of the running task: whether a step may reuse what an earlier one computed.
+"""The cache of the running task: whether a step may reuse what earlier ones computed, and what they left.
 
-`FlexCacheManager` is lent by the backend and bound to one task's state at a time; the state is a plain dict that lies in
-the task (`task.buffer.cache`), so that tasks can take turns. What is kept (the block stack's features) is opaque here.
-This file knows no network, guidance or sampler.
+`FlexCacheManager` is lent by the backend and bound to one task's state at a time; the state is plain data that lies in the
+task (`task.buffer.cache`), so that tasks can take turns. It has two faces. The loop's: `velocity` around a step, `cache_for`
+for each forward in it; every strategy works there. The API page's: `should_reuse`, `get_cache`, `update_cache`, for whoever
+runs the network by hand and hands whole features over; it follows plans that skip whole block stacks or velocities, with
+plain reuse. This file knows no network, guidance or sampler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from chitu_diffusion.errors import UsageError, nearest
+from chitu_diffusion.flexcache.registry import CacheState, emptied, parse_flexcache, strategy_of
+from chitu_diffusion.flexcache.schedule import Schedule
+from chitu_diffusion.flexcache.seam import NO_CACHE, Agree, Level, Moment, Signal, Site, StepCache, alone
+from chitu_diffusion.flexcache.strategy import Kept, Strategy
 
-CacheState = dict[str, Any]
-"""strategy and its parameters; num_steps: of the task; computed_at: the step that made the features, or None;
-features: what it left, or None; reused: how many steps were answered from it; key: what the features are valid for."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["CacheState", "FlexCacheManager", "fork", "parse_flexcache"]
+
+_WHOLE: tuple[Level, ...] = ("step", "velocity")
+"""Levels at which a saved step needs no block."""
+
+
+def fork(state: CacheState) -> CacheState:
+    """A copy that can be written to while the original stays as it is. Tensors are shared: nobody writes into them."""
+    return {**state, "records": dict(state["records"]), "notes": dict(state["notes"])}
 
 
 @dataclass(frozen=True)
-class IntervalPolicy:
-    """Computes every `interval`-th step and reuses its features in between.
+class ForwardCache:
+    """What a network is handed for one forward: the strategy at a moment, over the task's state."""
 
-    Args:
-        interval: steps from one computation to the next; 1 never reuses.
-        warmup, cooldown: steps at the start and at the end that are always computed.
-    """
+    strategy: Strategy
+    moment: Moment
+    kept: Kept
 
-    interval: int = 2
-    warmup: int = 1
-    cooldown: int = 1
+    @property
+    def levels(self) -> frozenset[Level]:
+        """Where this forward wants to be asked."""
+        return self.strategy.levels(self.moment.step, self.kept)
 
-    def __post_init__(self) -> None:
-        for name, low in (("interval", 1), ("warmup", 0), ("cooldown", 0)):
-            value = asdict(self)[name]
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise UsageError(f"flexcache {name} = {value!r}: a whole number from {low} would do", field="flexcache")
-
-    def reuses(self, step: int, num_steps: int, computed_at: int) -> bool:
-        """Whether `step` may reuse what step `computed_at` left."""
-        inside = self.warmup <= step < num_steps - self.cooldown
-        return inside and step - computed_at < self.interval
-
-
-STRATEGIES: dict[str, Callable[..., IntervalPolicy]] = {"interval": IntervalPolicy}
-
-
-def parse_flexcache(value: str | Mapping[str, Any] | None, num_steps: int) -> CacheState | None:
-    """A request's `flexcache` as the state that its task begins with; None where no cache is asked for.
-
-    Raises:
-        UsageError: an unknown strategy or parameter (with the nearest known one), or a bad value.
-    """
-    if value is None:
-        return None
-    if not isinstance(value, str | Mapping):
-        raise UsageError(f"flexcache = {value!r}: a strategy's name, or a table with 'strategy' in it", field="flexcache")
-    asked = {"strategy": value} if isinstance(value, str) else dict(value)
-    name = str(asked.pop("strategy", ""))
-    if name.lower() not in STRATEGIES:
-        raise UsageError(f"flexcache strategy = {name!r}.{nearest(name.lower(), STRATEGIES)}", field="flexcache")
-    known = {field.name for field in fields(IntervalPolicy)}
-    for key in asked:
-        if key not in known:
-            raise UsageError(f"flexcache '{name}' has no parameter '{key}'.{nearest(str(key), known)}", field="flexcache")
-    policy = STRATEGIES[name.lower()](**asked)
-    if policy.warmup + policy.cooldown > num_steps:
-        raise UsageError(
-            f"flexcache warmup + cooldown = {policy.warmup + policy.cooldown}: at most the task's {num_steps} steps would do",
-            field="flexcache",
-        )
-    return {"strategy": name.lower(), "parameters": asdict(policy), "num_steps": num_steps, **_EMPTY}
-
-
-_EMPTY: Mapping[str, Any] = {"computed_at": None, "features": None, "key": None, "reused": 0}
+    def at(self, site: Site, compute: Callable[[], Tensor], signal: Signal) -> Tensor:
+        """The strategy's answer."""
+        return self.strategy.answer(self.moment, site, compute, signal, self.kept)
 
 
 class FlexCacheManager:
-    """Answers for the task that it is bound to; unbound, it never reuses and keeps nothing."""
+    """Answers for the task that it is bound to; unbound, it never reuses and keeps nothing.
 
-    def __init__(self) -> None:
+    Args:
+        agree: makes a number that a decision rests on common to all ranks.
+    """
+
+    def __init__(self, agree: Agree = alone) -> None:
+        self._agree = agree
         self._state: CacheState | None = None
+        self._strategy: Strategy | None = None
         self._step = 0
 
     @property
@@ -88,30 +68,74 @@ class FlexCacheManager:
         """Name of the bound task's strategy."""
         return None if self._state is None else str(self._state["strategy"])
 
-    def bind(self, state: CacheState | None, key: object = None) -> None:
+    def bind(self, state: CacheState | None, key: object = None, schedule: Schedule | None = None) -> None:
         """Turn to a task.
 
         Args:
             state: of `parse_flexcache`, or as an earlier binding left it; it is updated in place.
-            key: what features must agree in to be reused (the expert, the number of guidance branches, the shape).
-                Features of another key are dropped.
+            key: what must agree for anything kept to be valid (the expert, the number of guidance branches, the shape).
+                What was kept under another key is dropped.
+            schedule: the task's steps, looked at the first time, when the plan is made; None: evenly spaced ones.
+
+        Raises:
+            UsageError: the strategy's plan needs more than is known.
         """
         self._state = state
-        if state is not None and state["key"] != key:
-            state.update(_EMPTY, key=key, reused=state["reused"])
+        if state is None:
+            self._strategy = None
+            return
+        self._strategy = strategy_of(state)
+        if state["plan"] is None:
+            schedule = schedule or Schedule.bare(state["num_steps"])
+            state.update(plan=self._strategy.plan(schedule), timesteps=schedule.timesteps, sigmas=schedule.sigmas)
+        if state["key"] != key:
+            state.update(emptied(), key=key)
 
     def release(self) -> None:
         """Turn away from the task."""
-        self._state = None
+        self._state = self._strategy = None
+
+    # -- the loop's face
+
+    def velocity(
+        self, step_idx: int, latent: Tensor, branches: tuple[int, ...], compute: Callable[[tuple[int, ...]], Tensor]
+    ) -> Tensor:
+        """The velocities [branches * B, C, T, H, W] of a step.
+
+        Args:
+            step_idx: from 0.
+            latent: [B, C, T, H, W], shared by the branches.
+            branches: those of this rank, in the order of the stack.
+            compute: runs the forwards of some of them, each with `cache_for`; stacked in the order asked.
+        """
+        if self._strategy is None or self._state is None:
+            return compute(branches)
+        moment, kept = self._moment(step_idx, branches), self._kept()
+        value = self._strategy.velocity(moment, latent, compute, kept)
+        self._state["reused"] += any(self._strategy.saves(moment, level, kept) for level in kept.plan)
+        return value
+
+    def cache_for(self, step_idx: int, branches: tuple[int, ...]) -> StepCache:
+        """The cache that a network asks during one forward.
+
+        Args:
+            step_idx: from 0.
+            branches: the guidance branches stacked along this forward's batch.
+        """
+        if self._strategy is None:
+            return NO_CACHE
+        return ForwardCache(self._strategy, self._moment(step_idx, branches), self._kept())
+
+    # -- the page's face
 
     def should_reuse(self, step_idx: int) -> bool:
-        """Whether step `step_idx` (from 0) can do with the features that are held."""
+        """Whether step `step_idx` (from 0) can do with the features that were handed over."""
         self._step = step_idx
         state = self._state
         if state is None or state["features"] is None:
             return False
-        policy = STRATEGIES[state["strategy"]](**state["parameters"])
-        return policy.reuses(step_idx, state["num_steps"], state["computed_at"])
+        kept = self._kept()
+        return any(kept.action(level, step_idx) in ("reuse", "predict") for level in _WHOLE)
 
     def get_cache(self) -> Any:
         """The features that are held; None if there are none. Counts as a reuse."""
@@ -124,3 +148,14 @@ class FlexCacheManager:
         """Keep what the step that was last asked about has computed."""
         if self._state is not None:
             self._state.update(features=features, computed_at=self._step)
+
+    # -- small parts
+
+    def _kept(self) -> Kept:
+        state = self._state or emptied()
+        return Kept(state.get("plan") or {}, state["records"], state["notes"], self._agree)
+
+    def _moment(self, step: int, branches: tuple[int, ...]) -> Moment:
+        state = self._state or {}
+        sigmas = state["sigmas"]
+        return Moment(step, state["num_steps"], state["timesteps"][step], sigmas[step], sigmas[step + 1], branches)

@@ -1,11 +1,12 @@
-"""The one seam through which every cache meets a network.
+"""The one seam through which every cache meets a forward.
 
 A network names the places where work could be saved (a `Site`) and asks the cache it was handed; the cache either calls
-`compute` or answers from what it holds. This file knows tensors and sites. It does not know which step, guidance branch
-or task is running (whoever runs the loop tells that to the cache before the forward), and it holds no strategy.
+`compute` or answers from what it holds. The loop around the network names one place more, the whole velocity of a step.
+This file knows tensors, sites and moments; it holds no strategy and no task.
 
 What is asked at each level, and what the answer means:
 
+    velocity    once a step, by the loop, around the forwards of all guidance branches; answer: their stacked velocities
     step        once a forward, around the whole block stack; answer: the tokens that leave the last block
     block       around each block; answer: the tokens that leave that block
     attention   a block's self-attention; answer: the module's output before its gate
@@ -15,17 +16,65 @@ What is asked at each level, and what the answer means:
 `step` and `block` answers are whole states, not residuals, so that "compute" hands back the very bits that an uncached
 forward gives; a strategy that stores residuals subtracts `signal.entering` itself. Skipping a run of blocks a..b needs
 nothing more: answer `signal.entering` at a..b-1 and the state (or `entering` + stored residual) at b.
+
+What a strategy answers is an `Action`. Those that follow from the schedule alone are laid down before step 0 (a plan), and
+cost nothing at run time; "ask" marks a step whose action depends on data. Such a decision is one number, taken from the
+prompt's branch, and goes through one function (`Agree`), so that every rank and every branch follows the same answer.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Level = Literal["step", "block", "attention", "cross", "ffn"]
+Level = Literal["velocity", "step", "block", "attention", "cross", "ffn"]
+Action = Literal["compute", "reuse", "predict", "ask"]
 
 MODULE_LEVELS: frozenset[Level] = frozenset({"attention", "cross", "ffn"})
+
+Agree = Callable[[float | None], float]
+"""One number that a decision rests on, made common to all ranks: the largest of theirs. A rank that does not run the
+prompt's branch has none to give (None) and takes the others'."""
+
+
+def alone(value: float | None) -> float:
+    """`Agree` where one process runs everything.
+
+    Raises:
+        ValueError: nobody gave a number.
+    """
+    if value is None:
+        raise ValueError("no rank runs the prompt's branch, from which the cache decides")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Where a forward stands in its task.
+
+    Attributes:
+        step, num_steps: counted from 0.
+        timestep: what the network is told, 1000 to 0.
+        sigma, next_sigma: noise level now and after this step, 1 to 0.
+        branches: the guidance branches stacked along this forward's batch, in order; 0 is the prompt's.
+    """
+
+    step: int
+    num_steps: int
+    timestep: float
+    sigma: float
+    next_sigma: float
+    branches: tuple[int, ...]
+
+    def of_prompt(self, stacked: Tensor) -> Tensor | None:
+        """The rows of `stacked` [branches * B, ...] that belong to the prompt's branch; None if it is not among them."""
+        if 0 not in self.branches:
+            return None
+        return stacked.chunk(len(self.branches))[self.branches.index(0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +97,14 @@ class Signal:
     """What a strategy may look at when it decides. Nothing here is a copy: do not write into it.
 
     Attributes:
-        entering: tokens that enter the site, [B, S, dim], the residual stream's dtype.
-        time: the projected time embedding of this forward, [B, 6, dim] (TeaCache's signal on Wan).
+        entering: tokens that enter the site, [B, S, dim], the residual stream's dtype; at level "velocity" the latent
+            [B, C, T, H, W], which all branches share.
+        time: the projected time embedding of this forward, [B, 6, dim] (TeaCache's signal on Wan), [1, 6, dim] where it is
+            common to the batch; None at level "velocity".
     """
 
     entering: Tensor
-    time: Tensor
+    time: Tensor | None = None
 
 
 class StepCache(Protocol):

@@ -15,7 +15,9 @@ from types import MappingProxyType
 from typing import Any
 
 from chitu_diffusion.errors import CheckpointError, ModelMissingError, UsageError, nearest
+from chitu_diffusion.flexcache.schedule import NOTHING_MEASURED, Measured
 from chitu_diffusion.models.folder import NOTES_FILE, ModelFolder, read_folder
+from chitu_diffusion.models.measured import WAN_1_3B, WAN_14B
 from chitu_diffusion.models.wan_config import WanConfig
 
 TINY = "wan-tiny"
@@ -77,6 +79,7 @@ class ModelSpec:
         boundary: of two experts, the share of the 1000 timesteps below which the second takes over.
         hub_ids: on the Hugging Face hub; diffusers' layout first, then the official one.
         text_tokens, text_dim: shape of the text embeddings.
+        measured: on this model, for caches that rest on it.
     """
 
     name: str
@@ -86,6 +89,7 @@ class ModelSpec:
     geometry: LatentGeometry = field(default_factory=LatentGeometry)
     defaults: Defaults = field(default_factory=Defaults)
     text_tokens: int = 512
+    measured: Measured = field(default_factory=lambda: NOTHING_MEASURED)
 
     @property
     def text_dim(self) -> int:
@@ -118,12 +122,14 @@ FULL_SIZE: Mapping[str, ModelSpec] = MappingProxyType(
                 (_SMALL,),
                 hub_ids=("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-1.3B"),
                 defaults=Defaults(shift=5.0),
+                measured=WAN_1_3B,
             ),
             ModelSpec(
                 "Wan2.1-T2V-14B",
                 (_LARGE,),
                 hub_ids=("Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan-AI/Wan2.1-T2V-14B"),
                 defaults=Defaults(shift=5.0),
+                measured=WAN_14B,
             ),
             ModelSpec(
                 "Wan2.2-T2V-A14B",
@@ -131,6 +137,7 @@ FULL_SIZE: Mapping[str, ModelSpec] = MappingProxyType(
                 boundary=0.875,
                 hub_ids=("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "Wan-AI/Wan2.2-T2V-A14B"),
                 defaults=Defaults(steps=40, guidance=(4.0, 3.0), shift=12.0),
+                measured=WAN_14B,
             ),
         )
     }
@@ -222,6 +229,7 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
         hub_ids=twin.hub_ids if twin else (),
         geometry=LatentGeometry(channels=int(vae.get("z_dim", 16))),
         defaults=_folder_defaults(folder, twin.defaults if twin else _SMALL_DEFAULTS, len(transformers)),
+        measured=_folder_measured(folder, twin.measured if twin else NOTHING_MEASURED),
     )
 
 
@@ -245,6 +253,12 @@ def _folder_defaults(folder: ModelFolder, base: Defaults, experts: int) -> Defau
         # what the checkpoint's own scheduler says counts for more than what its twin's authors sample with
         said.setdefault("shift", float(folder.scheduler["flow_shift"]))
     return dataclasses.replace(base, **said)
+
+
+def _folder_measured(folder: ModelFolder, base: Measured) -> Measured:
+    """What the folder's notes say was measured on it, over what its twin's authors measured."""
+    said = {str(name): tuple(float(value) for value in values) for name, values in folder.notes.get("measured", {}).items()}
+    return MappingProxyType({**base, **said})
 
 
 def _by_name(name: str) -> ModelSpec | None:

@@ -1,0 +1,101 @@
+"""The first blocks run and say whether the middle ones must. Knows block residuals.
+
+First Block Cache (ParaAttention) and its generalisation DBCache (cache-dit): blocks 0 .. F-1 always run; their residual
+r = h_F - h_0 is compared with that of the last full step, delta = mean|r - r'| / mean|r'|; while delta < threshold the middle
+blocks are skipped and what they added at the last full step is added again; the last B blocks always run. F = 1, B = 0 is
+First Block Cache. One number a step is fetched from the device, from the prompt's branch; the other branch follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from chitu_diffusion.flexcache.schedule import Schedule, Shapes
+from chitu_diffusion.flexcache.seam import Moment, Signal, Site
+from chitu_diffusion.flexcache.strategy import Kept, Plan, Strategy, check_choice, check_number, check_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DBCache(Strategy):
+    """Skips the middle blocks by the first ones' residual.
+
+    Args:
+        threshold: of the residual's relative change; 0 never skips.
+        first_blocks, last_blocks: how many always run; at least 1, and 0.
+        longest: skipped steps in a row; 0 has no limit.
+    """
+
+    LEVELS: ClassVar[tuple[str, ...]] = ("block",)
+
+    warmup: int = 4
+    threshold: float = 0.08
+    first_blocks: int = 2
+    last_blocks: int = 1
+    longest: int = 3
+
+    def check(self) -> None:
+        """Numbers in their ranges."""
+        check_number("threshold", self.threshold)
+        check_whole("first_blocks", self.first_blocks, 1)
+        check_whole("last_blocks", self.last_blocks)
+        check_whole("longest", self.longest)
+        check_choice("predictor", self.predictor, ("reuse", "taylor"))
+
+    def plan(self, schedule: Schedule) -> Plan:
+        """Asks at every step that is not protected."""
+        never = self.threshold == 0
+        return {"block": ["compute" if guarded or never else "ask" for guarded in self.protected(schedule)]}
+
+    def span(self, depth: int) -> tuple[int, int]:
+        """The middle; empty where first and last take all."""
+        return self.first_blocks, depth - 1 - self.last_blocks
+
+    def kept_bytes(self, shapes: Shapes) -> int:
+        """The middle's residuals, and the first blocks' own."""
+        return super().kept_bytes(shapes) + shapes.stream
+
+    def blocks(self, moment: Moment, site: Site, compute: Callable[[], Tensor], signal: Signal, kept: Kept) -> Tensor:
+        """The first blocks compute, the last of them decides, the rest follow."""
+        first, last = self.span(site.depth)
+        if site.block >= first or first > last:
+            return super().blocks(moment, site, compute, signal, kept)
+        if site.block == 0:
+            kept.scratch["start"] = signal.entering
+        value = compute()
+        if site.block == first - 1:
+            self._decide(moment, value - kept.scratch.pop("start"), kept)
+        return value
+
+    def _decide(self, moment: Moment, residual: Tensor, kept: Kept) -> None:
+        prompt = moment.of_prompt(residual)
+        if kept.decided(moment.step) is None:
+            asked = kept.action("block", moment.step) == "ask"
+            kept.settle(moment.step, asked and self._may_skip(prompt, kept))
+            kept.notes["run"] = kept.notes.get("run", 0) + 1 if kept.decided(moment.step) else 0
+        if not kept.decided(moment.step):
+            kept.notes["full"] = True
+            if prompt is not None:
+                kept.notes["first"] = prompt
+
+    def _may_skip(self, prompt: Tensor | None, kept: Kept) -> bool:
+        if not kept.notes.get("full") or (self.longest and kept.notes["run"] >= self.longest):
+            return False
+        change = None
+        if prompt is not None:
+            known = kept.notes["first"].float()
+            change = float((prompt.float() - known).abs().mean() / known.abs().mean())
+        return kept.agree(change) < self.threshold
+
+
+@dataclass(frozen=True)
+class FBCache(DBCache):
+    """First Block Cache: one block decides, all others follow."""
+
+    first_blocks: int = 1
+    last_blocks: int = 0
+    longest: int = 0

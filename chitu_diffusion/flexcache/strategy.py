@@ -1,0 +1,306 @@
+"""What every cache strategy has: protected steps, a plan, a predictor, and a rule for its sites.
+
+A strategy is frozen parameters; whatever it remembers of a task lies in the task, handed to it as `Kept`. A new strategy
+says which steps are fresh (`computed`), at which levels it saves work (`levels_used`), and, only where that is not all,
+answers by itself (`answer`, `velocity`). Knows sites, moments and predictors; no networks, tasks or devices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from chitu_diffusion.errors import UsageError, nearest
+from chitu_diffusion.flexcache.predictors import PREDICTORS, Record, predict, records_needed
+from chitu_diffusion.flexcache.schedule import Schedule, Shapes
+from chitu_diffusion.flexcache.seam import MODULE_LEVELS, Action, Agree, Level, Moment, Signal, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Plan = dict[Level, list[Action]]
+"""For each level at which a strategy saves work, the action of every step."""
+
+
+@dataclass
+class Kept:
+    """A task's state as a strategy sees it: the plan, records by place, and numbers of its own.
+
+    Attributes:
+        plan: see `Plan`.
+        records: by `place_of`, oldest first. Replace a list, never write into it; tensors likewise.
+        notes: whatever else a strategy remembers between steps: numbers, tensors.
+        agree: makes a number common to all ranks.
+        scratch: for one forward; nothing of it stays.
+    """
+
+    plan: Plan
+    records: dict[str, list[Record]]
+    notes: dict[str, Any]
+    agree: Agree
+    scratch: dict[str, Any] = field(default_factory=dict)
+
+    def action(self, level: Level, step: int) -> Action:
+        """What is laid down for a step; at a level that the plan does not name, to compute."""
+        return self.plan[level][step] if level in self.plan else "compute"
+
+    def settle(self, step: int, may_reuse: bool) -> None:
+        """Note what was decided for an "ask" step, for the other branch and for whoever counts."""
+        self.notes["decided"] = [step, may_reuse]
+
+    def decided(self, step: int) -> bool | None:
+        """Whether an "ask" step may reuse; None while nobody has decided."""
+        last = self.notes.get("decided")
+        return bool(last[1]) if last is not None and last[0] == step else None
+
+
+def place_of(site: Site, moment: Moment) -> str:
+    """Under which name records of a site and its branches lie."""
+    return f"{site.level}.{site.block}.{''.join(map(str, moment.branches))}"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Parameters that every strategy takes.
+
+    Args:
+        warmup, cooldown: steps at the start and at the end that are always computed in full.
+        switch: full steps after another expert took over; the one before it is full too, and what was kept is dropped.
+        predictor: what stands in for a value that is not computed, see `predictors`.
+        order: of the Taylor sum; for "velocity", how many fresh steps its mean spans.
+        level: where work is saved: "velocity" skips everything, "step" the blocks (patch embedding and head still see the
+            present latent), "module" the attentions and the feed-forward inside the blocks. Empty is the strategy's own.
+        cache_memory_gb: refuse the request if the cache would keep more than this, in GiB.
+    """
+
+    LEVELS: ClassVar[tuple[str, ...]] = ("step", "velocity")
+    """Values of `level` that the strategy can do; the first is its own."""
+
+    warmup: int = 1
+    cooldown: int = 1
+    switch: int = 2
+    predictor: str = "reuse"
+    order: int = 1
+    level: str = ""
+    cache_memory_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        check_whole("warmup", self.warmup)
+        check_whole("cooldown", self.cooldown)
+        check_whole("switch", self.switch)
+        check_choice("predictor", self.predictor, PREDICTORS)
+        check_whole("order", self.order, 0 if self.predictor == "taylor" else 1, 4)
+        check_choice("level", self.where, self.LEVELS)
+        if self.cache_memory_gb is not None:
+            check_number("cache_memory_gb", self.cache_memory_gb)
+        if self.predictor == "velocity" and self.where != "velocity":
+            would = "level=velocity" if "velocity" in self.LEVELS else "predictor=taylor"
+            raise UsageError(f"flexcache predictor = 'velocity' predicts whole velocities; {would} would do", field="flexcache")
+        self.check()
+
+    @property
+    def where(self) -> str:
+        """`level`, or the strategy's own where it is empty."""
+        return self.level or self.LEVELS[0]
+
+    # -- for a strategy to say
+
+    def check(self) -> None:
+        """Checks the strategy's own parameters.
+
+        Raises:
+            UsageError: a value that cannot be.
+        """
+
+    def check_steps(self, num_steps: int) -> None:
+        """Checks the parameters against a number of steps.
+
+        Raises:
+            UsageError: the number of steps is too small for them.
+        """
+        if self.warmup + self.cooldown > num_steps:
+            raise UsageError(
+                f"flexcache warmup + cooldown = {self.warmup + self.cooldown}: at most the task's {num_steps} steps would do",
+                field="flexcache",
+            )
+
+    def computed(self, schedule: Schedule) -> Sequence[bool]:
+        """For each step, whether it must be computed, protected steps aside."""
+        raise NotImplementedError
+
+    def levels_used(self) -> tuple[Level, ...]:
+        """The levels at which the plan holds."""
+        if self.where == "module":
+            return ("attention", "cross", "ffn")
+        return (cast(Level, self.where),)
+
+    def plan(self, schedule: Schedule) -> Plan:
+        """What every step does, from the schedule alone."""
+        saved: Action = "reuse" if self.predictor == "reuse" else "predict"
+        flags = zip(self.computed(schedule), self.protected(schedule), strict=True)
+        actions: list[Action] = ["compute" if fresh or guarded else saved for fresh, guarded in flags]
+        return {level: list(actions) for level in self.levels_used()}
+
+    def span(self, depth: int) -> tuple[int, int]:
+        """First and last block that a saved step skips; of interest at level "block" alone."""
+        return 0, depth - 1
+
+    @property
+    def residual(self) -> bool:
+        """Whether a run of blocks hands on what it added, or (False) the state that leaves it."""
+        return True
+
+    def kept_bytes(self, shapes: Shapes) -> int:
+        """Bytes that the cache keeps at the most."""
+        return self.records_needed * sum(level_bytes(level, shapes) for level in self.levels_used()) + self.latent_bytes(shapes)
+
+    # -- what follows from it
+
+    @property
+    def records_needed(self) -> int:
+        """How many fresh values the predictor looks at."""
+        return records_needed(self.predictor, self.order)
+
+    def latent_bytes(self, shapes: Shapes) -> int:
+        """Bytes of the latents that the predictor looks at, float32."""
+        return 4 * shapes.latent * self.records_needed if self.predictor == "velocity" else 0
+
+    def protected(self, schedule: Schedule) -> list[bool]:
+        """For each step, whether it is computed whatever the rule says: start, end, and around the experts' switch."""
+        count = schedule.num_steps
+        guarded = [step < self.warmup or step >= count - self.cooldown for step in range(count)]
+        for switch in schedule.switches():
+            for step in range(switch - 1, min(switch + self.switch, count)):
+                guarded[step] = True
+        return guarded
+
+    def worth_keeping(self, actions: Sequence[Action], step: int) -> bool:
+        """Whether a value computed at `step` can still be asked for: before `records_needed` newer ones exist."""
+        following = list(actions[step + 1 : step + 1 + self.records_needed])
+        return any(action != "compute" for action in following)
+
+    def levels(self, step: int, kept: Kept) -> frozenset[Level]:
+        """The levels at which this step wants to be asked: where something is saved, or kept for later."""
+        return frozenset(
+            level for level, actions in kept.plan.items() if actions[step] != "compute" or self.worth_keeping(actions, step)
+        )
+
+    def velocity(self, moment: Moment, latent: Tensor, compute: Callable[[tuple[int, ...]], Tensor], kept: Kept) -> Tensor:
+        """The velocities [branches * B, C, T, H, W] of a step.
+
+        Args:
+            moment: `branches` are all of this rank's.
+            latent: [B, C, T, H, W].
+            compute: runs the forwards of some branches, stacked in the order asked.
+        """
+        if "velocity" not in self.levels(moment.step, kept):
+            return compute(moment.branches)
+        site = Site("velocity", 0, 0)
+        return self.whole(moment, site, lambda: compute(moment.branches), Signal(latent), kept)
+
+    def answer(self, moment: Moment, site: Site, compute: Callable[[], Tensor], signal: Signal, kept: Kept) -> Tensor:
+        """The answer at a site inside the network."""
+        if site.level == "block":
+            return self.blocks(moment, site, compute, signal, kept)
+        return self.whole(moment, site, compute, signal, kept)
+
+    def whole(self, moment: Moment, site: Site, compute: Callable[[], Tensor], signal: Signal, kept: Kept) -> Tensor:
+        """A site that is answered by itself; the stream's levels keep what was added, the others the value."""
+        place, residual = place_of(site, moment), site.level == "step"
+        if self.saves(moment, site.level, kept) and place in kept.records:
+            value = self.predicted(moment, place, kept)
+            return signal.entering + value if residual else value
+        value = compute()
+        if self.worth_keeping(kept.plan[site.level], moment.step):
+            self.keep(moment, place, value - signal.entering if residual else value, signal, kept)
+        return value
+
+    def blocks(self, moment: Moment, site: Site, compute: Callable[[], Tensor], signal: Signal, kept: Kept) -> Tensor:
+        """A run of blocks, `span`, that is answered as one: the residual over it is kept."""
+        first, last = self.span(site.depth)
+        if not first <= site.block <= last:
+            return compute()
+        place = f"block.{first}-{last}.{''.join(map(str, moment.branches))}"
+        if self.saves(moment, "block", kept) and place in kept.records:
+            if site.block < last:
+                return signal.entering
+            value = self.predicted(moment, place, kept)
+            return signal.entering + value if self.residual else value
+        if site.block == first:
+            kept.scratch["entered"] = signal.entering
+        value = compute()
+        if site.block == last and self.worth_keeping(kept.plan["block"], moment.step):
+            entered = kept.scratch.pop("entered")
+            self.keep(moment, place, value - entered if self.residual else value, signal, kept)
+        return value
+
+    def saves(self, moment: Moment, level: Level, kept: Kept) -> bool:
+        """Whether this step does without the computation at a level."""
+        action = kept.action(level, moment.step)
+        return bool(kept.decided(moment.step)) if action == "ask" else action != "compute"
+
+    def predicted(self, moment: Moment, place: str, kept: Kept) -> Tensor:
+        """What the predictor gives at a place that has records."""
+        records, at = kept.records[place], self.place_in_time(moment)
+        return predict(self.predictor, self.order, records, at=at, sigma=moment.sigma, next_sigma=moment.next_sigma)
+
+    def keep(self, moment: Moment, place: str, value: Tensor, signal: Signal, kept: Kept) -> None:
+        """Remember a fresh value, and forget those that nobody will look at again."""
+        latent = signal.entering if self.predictor == "velocity" else None
+        record = {"step": moment.step, "at": self.place_in_time(moment), "value": value, "latent": latent}
+        kept.records[place] = [*kept.records.get(place, []), record][-self.records_needed :]
+
+    def place_in_time(self, moment: Moment) -> float:
+        """Where a step lies on the predictor's axis: whole velocities vary with the noise level, features with the step."""
+        return moment.sigma if self.where == "velocity" else float(moment.step)
+
+
+def level_bytes(level: Level, shapes: Shapes) -> int:
+    """Bytes of one record at every site of a level."""
+    if level == "velocity":
+        return shapes.velocity
+    return shapes.stream * (shapes.layers if level in MODULE_LEVELS else 1)
+
+
+def check_whole(name: str, value: object, low: int = 0, high: int | None = None) -> None:
+    """A whole number in a range.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        until = "" if high is None else f" to {high}"
+        raise UsageError(f"flexcache {name} = {value!r}: a whole number from {low}{until} would do", field="flexcache")
+
+
+def check_number(name: str, value: object, low: float = 0.0, high: float = math.inf) -> None:
+    """A number in a range.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        until = "" if high == math.inf else f" to {high:g}"
+        raise UsageError(f"flexcache {name} = {value!r}: a number from {low:g}{until} would do", field="flexcache")
+
+
+def check_numbers(name: str, values: object) -> None:
+    """Several finite numbers.
+
+    Raises:
+        UsageError: something else.
+    """
+    if not isinstance(values, tuple) or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise UsageError(f"flexcache {name} = {values!r}: a list of numbers would do", field="flexcache")
+
+
+def check_choice(name: str, value: object, known: Sequence[str]) -> None:
+    """One of a few words.
+
+    Raises:
+        UsageError: it is none; the nearest is named.
+    """
+    if value not in known:
+        raise UsageError(f"flexcache {name} = {value!r}.{nearest(str(value), known)}", field="flexcache")

@@ -1,0 +1,131 @@
+"""What others measured on the published Wan models, for caches that rest on it. Numbers only.
+
+"teacache" and "teacache_time": TeaCache's polynomials (arXiv:2411.19108), highest power first, over the change of the
+modulation and of the time embedding; from the authors' Wan2.1 script. "magcache": MagCache's ratios (arXiv:2506.09045) of the
+prompt's branch over 50 steps; from the authors' Wan2.1 script. Wan2.2-A14B has none of its own; the authors of both take the
+14B's.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from chitu_diffusion.flexcache.schedule import Measured
+
+WAN_1_3B: Measured = MappingProxyType(
+    {
+        "teacache": (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2),
+        "teacache_time": (2.39676752e3, -1.31110545e3, 2.01331979e2, -8.29855975, 1.37887774e-1),
+        "magcache": (
+            1.0,
+            1.0124,
+            1.00166,
+            0.99791,
+            0.99682,
+            0.99634,
+            0.99567,
+            0.99416,
+            0.99578,
+            0.9957,
+            0.99511,
+            0.99535,
+            0.99552,
+            0.99541,
+            0.9954,
+            0.99489,
+            0.99518,
+            0.99484,
+            0.99481,
+            0.99415,
+            0.99419,
+            0.99396,
+            0.99388,
+            0.99349,
+            0.99309,
+            0.9927,
+            0.99228,
+            0.99171,
+            0.99137,
+            0.99068,
+            0.99005,
+            0.98944,
+            0.98849,
+            0.98758,
+            0.98644,
+            0.98504,
+            0.9836,
+            0.98202,
+            0.97977,
+            0.97717,
+            0.9741,
+            0.97003,
+            0.96538,
+            0.9593,
+            0.95086,
+            0.94013,
+            0.92402,
+            0.90241,
+            0.86821,
+            0.81838,
+        ),
+    }
+)
+
+WAN_14B: Measured = MappingProxyType(
+    {
+        "teacache": (-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1),
+        "teacache_time": (-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
+        "magcache": (
+            1.0,
+            1.02504,
+            1.00025,
+            0.9985,
+            0.99779,
+            0.9966,
+            0.99482,
+            0.99467,
+            0.99664,
+            0.99434,
+            0.99533,
+            0.99468,
+            0.99438,
+            0.99516,
+            0.99384,
+            0.99404,
+            0.99517,
+            0.99409,
+            0.99428,
+            0.99347,
+            0.99418,
+            0.99271,
+            0.99313,
+            0.99215,
+            0.99218,
+            0.99216,
+            0.99163,
+            0.99138,
+            0.98982,
+            0.98996,
+            0.9887,
+            0.98772,
+            0.98767,
+            0.98573,
+            0.98501,
+            0.9838,
+            0.98177,
+            0.98037,
+            0.97678,
+            0.97546,
+            0.97184,
+            0.96711,
+            0.96349,
+            0.95629,
+            0.94926,
+            0.93964,
+            0.92511,
+            0.90693,
+            0.8796,
+            0.86111,
+        ),
+    }
+)
