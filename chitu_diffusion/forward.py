@@ -1,18 +1,24 @@
-"""One evaluation of the velocity field: the right expert, both guidance branches, cached or not.
+"""One evaluation of the velocity field: the right expert, both guidance branches, cached or not, on one rank or many.
 
-Knows the backend's networks and where they are; no stages, solver or saving. A velocity here is for one or two guidance
+Knows the backend's networks, where they are and which ranks share the work; no stages, solver or saving. With several
+ranks each runs its own branch over its own tokens: shared out once after the patch embedding, gathered once after the
+output projection. Every rank gets the whole velocity. A velocity here is for one or two guidance
 branches, stacked along the batch: the prompt's first. Guidance itself is "Classifier-Free Diffusion Guidance",
 arXiv:2207.12598.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.models.wan import WanFeatures, WanOutput
+from chitu_diffusion.models.wan import Embedded, WanFeatures, WanOutput, WanTransformer
+from chitu_diffusion.parallel.guidance import all_branches, own_branches
+from chitu_diffusion.parallel.sequence import Shards, sharded_attention
 from chitu_diffusion.residency import expert_part
 
 TRAINED_STEPS = 1000
@@ -57,27 +63,30 @@ def stacked_velocity(
         features: whether to hand out what `reuse_velocity` can use later; otherwise the features are empty.
 
     Returns:
-        velocity [branches * B, C, T, H, W], branch by branch, and the features of the same batch.
+        velocity [branches * B, C, T, H, W], branch by branch, the same on every rank; and the features of this rank's
+        branches and tokens.
     """
-    latent, text = _aligned(latent, text)
+    branches, peers = len(text), backend.groups.branches
+    latent, text = _aligned(latent, own_branches(text, peers))
     parts = _as_batches(backend, latent, text)
     time = timestep.to(backend.device).reshape(1)
     outputs = [_forward(backend, x, y, time, expert=expert, features=features) for x, y in parts]
-    if len(outputs) == 1:
-        return outputs[0]
+    velocity = torch.cat([output.velocity for output in outputs])
     residual = torch.cat([output.intermediate_features.residual for output in outputs])
-    return WanOutput(torch.cat([output.velocity for output in outputs]), WanFeatures(residual, time))
+    return WanOutput(all_branches(velocity, branches, peers), WanFeatures(residual, time))
 
 
 def reuse_velocity(
     backend: DiffusionBackend, latent: Tensor, text: Tensor, timestep: Tensor, cached: WanFeatures, *, expert: int
 ) -> Tensor:
     """`stacked_velocity` with the blocks skipped: their contribution comes from an earlier step's features."""
-    latent, text = _aligned(latent, text)
+    branches, peers = len(text), backend.groups.branches
+    latent, text = _aligned(latent, own_branches(text, peers))
     backend.residency.use(expert_part(expert))
     model = backend.model_pool[expert]
-    velocity: Tensor = model.forward_with_cache(latent, text, cached, timestep.to(backend.device).reshape(1))
-    return velocity
+    own, shards = _own_tokens(backend, model.embed(latent, timestep.to(backend.device).reshape(1), text))
+    velocity = _whole(backend, model, own.tokens + cached.residual, own, shards)
+    return all_branches(velocity, branches, peers)
 
 
 def _aligned(latent: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,8 +110,21 @@ def _forward(backend: DiffusionBackend, latent: Tensor, text: Tensor, time: Tens
     name = expert_part(expert)
     backend.residency.use(name)
     model, stream = backend.model_pool[expert], backend.residency.stream_of(name)
-    embedded = model.embed(latent, time, text)
-    tokens = model.run_blocks(embedded, attention=backend.attn_backend, blocks=stream)
-    velocity = model.unpatchify(model.head(tokens, embedded.time), embedded.grid)
-    residual = tokens - embedded.tokens if features else tokens[:, :0]
-    return WanOutput(velocity, WanFeatures(residual, time))
+    own, shards = _own_tokens(backend, model.embed(latent, time, text))
+    groups = backend.groups
+    attention = sharded_attention(backend.attn_backend, groups.ulysses, groups.ring, shards.lengths)
+    tokens = model.run_blocks(own, attention=attention, blocks=stream)
+    residual = tokens - own.tokens if features else tokens[:, :0]
+    return WanOutput(_whole(backend, model, tokens, own, shards), WanFeatures(residual, time))
+
+
+def _own_tokens(backend: DiffusionBackend, embedded: Embedded) -> tuple[Embedded, Shards]:
+    """This rank's tokens with the positions that they have in the whole."""
+    shards = Shards.of(embedded.tokens.shape[1], backend.groups.sequence)
+    cos, sin = (shards.take(part, 0) for part in embedded.rope)
+    return replace(embedded, tokens=shards.take(embedded.tokens, 1), rope=(cos, sin)), shards
+
+
+def _whole(backend: DiffusionBackend, model: WanTransformer, tokens: Tensor, own: Embedded, shards: Shards) -> Tensor:
+    """The velocity of the whole latent from this rank's tokens after the blocks."""
+    return model.unpatchify(shards.gather(model.head(tokens, own.time), backend.groups.sequence), own.grid)
