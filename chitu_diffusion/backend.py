@@ -23,6 +23,7 @@ from chitu_diffusion.models.text import TextEncoder
 from chitu_diffusion.models.vae import Vae
 from chitu_diffusion.models.wan import WanTransformer
 from chitu_diffusion.networks import Networks, load_networks
+from chitu_diffusion.parallel.groups import RankGroups
 from chitu_diffusion.residency import Residency
 from chitu_diffusion.sampling import Sampler
 from chitu_diffusion.weights import fingerprint
@@ -49,6 +50,7 @@ class DiffusionBackend:
     Args:
         args: the settings; a frozen copy is kept, so that later edits of `args` reach only backends made after them.
         logging_level: of the package's logger; None leaves it alone.
+        groups: the ranks that share the work; None is this process alone.
 
     Raises:
         ModelError: no such model, or a faulty checkpoint.
@@ -56,8 +58,8 @@ class DiffusionBackend:
         torch.OutOfMemoryError: the weights do not fit at this memory level.
     """
 
-    def __init__(self, args: EngineConfig, logging_level: int | None = None) -> None:
-        self._begin(args, logging_level)
+    def __init__(self, args: EngineConfig, logging_level: int | None = None, groups: RankGroups | None = None) -> None:
+        self._begin(args, logging_level, groups)
         try:
             self._install(load_networks(self.args, self.device, self.dtype))
         except BaseException:
@@ -65,23 +67,26 @@ class DiffusionBackend:
             raise
 
     @classmethod
-    def from_networks(cls, networks: Networks, args: EngineConfig | None = None) -> DiffusionBackend:
+    def from_networks(
+        cls, networks: Networks, args: EngineConfig | None = None, groups: RankGroups | None = None
+    ) -> DiffusionBackend:
         """A backend of networks that are in memory already. They keep their dtype and are moved to the device."""
         backend = cls.__new__(cls)
-        backend._begin(args or EngineConfig())
+        backend._begin(args or EngineConfig(), None, groups)
         backend._install(networks)
         return backend
 
-    def _begin(self, args: EngineConfig, logging_level: int | None = None) -> None:
+    def _begin(self, args: EngineConfig, logging_level: int | None, groups: RankGroups | None) -> None:
         self.state = BackendState.UNINITIALIZED
         if logging_level is not None:
             logging.getLogger("chitu_diffusion").setLevel(logging_level)
         self.args = args.frozen_copy()
-        _check_ranks(self.args)
+        self.groups = groups or RankGroups()
+        _check_ranks(self.args, self.groups.plan.world)
         self.device = pick_device(self.args.infer.device)
         self.dtype = pick_dtype(self.args.infer.dtype, self.device)
-        self.attn_backend: AttentionKernel = attention_kernel(self.args.infer.attn_type)
-        self.flexcache_manager = FlexCacheManager()
+        self.attn_backend: AttentionKernel = attention_kernel(self.args.infer.attn_type, needs_lse=self.groups.plan.ring > 1)
+        self.flexcache_manager = FlexCacheManager(self.groups.agree)
         if self.args.infer.threads is not None:
             torch.set_num_threads(self.args.infer.threads)
         self._sha256: str | None = None
@@ -216,12 +221,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _check_ranks(args: EngineConfig) -> None:
-    """One process runs everything so far; a setting that asks for several ranks is refused, not passed over."""
+def _check_ranks(args: EngineConfig, world: int) -> None:
+    """A setting that asks for more ranks than there are is refused, not passed over."""
     for name, value in (("cfg_size", args.infer.diffusion.cfg_size), ("cp_size", args.infer.diffusion.cp_size)):
-        if value > 1:
+        if value > world:
             field = f"infer.diffusion.{name}"
-            raise UsageError(f"{field} = {value}: this engine runs in one process; 1 would do", field=field)
+            raise UsageError(
+                f"{field} = {value}: this engine runs on {world} rank(s); {world} would do, or start {value} ranks with "
+                "--gpus or torchrun",
+                field=field,
+            )
 
 
 def _with_shift(scheduler: Mapping[str, Any], shift: float | None) -> Mapping[str, Any]:

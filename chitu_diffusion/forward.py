@@ -1,13 +1,15 @@
-"""One evaluation of the velocity field: the right expert, both guidance branches, cached or not.
+"""One evaluation of the velocity field: the right expert, both guidance branches, cached or not, on one rank or many.
 
-Knows the backend's networks and where they are; no stages, solver or saving. A velocity here is for one or two guidance
-branches, stacked along the batch: the prompt's first. Guidance itself is "Classifier-Free Diffusion Guidance",
-arXiv:2207.12598.
+Knows the backend's networks, where they are and which ranks share the work; no stages, solver or saving. With several
+ranks each runs its own branch over its own tokens: shared out once after the patch embedding, gathered once after the
+output projection. Every rank gets the whole velocity. A velocity here is for one or two guidance branches, stacked along
+the batch: the prompt's first. Guidance itself is "Classifier-Free Diffusion Guidance", arXiv:2207.12598.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.flexcache.seam import NO_CACHE, StepCache
+from chitu_diffusion.models.wan import Embedded, WanTransformer
+from chitu_diffusion.parallel.guidance import all_branches, own_branches
+from chitu_diffusion.parallel.sequence import Shards, sharded_attention
 from chitu_diffusion.residency import expert_part
 from chitu_diffusion.sampling import SamplerState
 
@@ -63,7 +68,7 @@ def stacked_velocity(
     branches: tuple[int, ...] = (0, 1),
     cache_for: Callable[[tuple[int, ...]], StepCache] = uncached,
 ) -> Tensor:
-    """The velocities of some guidance branches, [branches * B, C, T, H, W], branch by branch.
+    """The velocities of some guidance branches, [branches * B, C, T, H, W], branch by branch, the same on every rank.
 
     Args:
         latent: [B, C, T, H, W].
@@ -73,11 +78,11 @@ def stacked_velocity(
         branches: which of `text`'s branches run; those that `text` lacks are left out.
         cache_for: branches that share a forward -> the cache which that forward asks.
     """
-    branches = tuple(branch for branch in branches if branch < text.shape[0])
-    batches = _as_batches(backend, latent, branches)
+    asked, peers = tuple(branch for branch in branches if branch < text.shape[0]), backend.groups.branches
+    batches = _as_batches(backend, latent, own_branches(asked, peers))
     time = timestep.to(backend.device).reshape(1)
     found = [_forward(backend, *_aligned(latent, text[list(some)]), time, expert, cache_for(some)) for some in batches]
-    return found[0] if len(found) == 1 else torch.cat(found)
+    return all_branches(found[0] if len(found) == 1 else torch.cat(found), len(asked), peers)
 
 
 def schedule_of(backend: DiffusionBackend, state: SamplerState) -> Schedule:
@@ -123,4 +128,19 @@ def _forward(backend: DiffusionBackend, latent: Tensor, text: Tensor, time: Tens
     name = expert_part(expert)
     backend.residency.use(name)
     model, stream = backend.model_pool[expert], backend.residency.stream_of(name)
-    return model(latent, time, text, attention=backend.attn_backend, cache=cache, blocks=stream)
+    own, shards = _own_tokens(backend, model.embed(latent, time, text))
+    groups = backend.groups
+    attention = sharded_attention(backend.attn_backend, groups.ulysses, groups.ring, shards.lengths)
+    return _whole(backend, model, model.run_blocks(own, attention=attention, cache=cache, blocks=stream), own, shards)
+
+
+def _own_tokens(backend: DiffusionBackend, embedded: Embedded) -> tuple[Embedded, Shards]:
+    """This rank's tokens with the positions that they have in the whole."""
+    shards = Shards.of(embedded.tokens.shape[1], backend.groups.sequence)
+    cos, sin = (shards.take(part, 0) for part in embedded.rope)
+    return replace(embedded, tokens=shards.take(embedded.tokens, 1), rope=(cos, sin)), shards
+
+
+def _whole(backend: DiffusionBackend, model: WanTransformer, tokens: Tensor, own: Embedded, shards: Shards) -> Tensor:
+    """The velocity of the whole latent from this rank's tokens after the blocks."""
+    return model.unpatchify(shards.gather(model.head(tokens, own.time), backend.groups.sequence), own.grid)

@@ -24,6 +24,7 @@ from chitu_diffusion.errors import NonFiniteError, StageError, TaskError, UsageE
 from chitu_diffusion.flexcache.manager import fork
 from chitu_diffusion.flexcache.registry import parse_flexcache
 from chitu_diffusion.memory import is_out_of_memory
+from chitu_diffusion.parallel.sharing import from_first, strips_on_first
 from chitu_diffusion.recipe import recipe_of
 from chitu_diffusion.request import guidance_pair, resolve_request, stages_of
 from chitu_diffusion.residency import TEXT_ENCODER, VAE
@@ -59,13 +60,18 @@ class Generator:
 
     @torch.no_grad()
     def encode_text(self, prompt: str | list[str]) -> Tensor:
-        """Text embeddings [B, seq_len, hidden] of a prompt (B = 1) or of several.
+        """Text embeddings [B, seq_len, hidden] of a prompt (B = 1) or of several; rank 0 encodes for all.
 
         Autocast is off here: T5's activations do not fit float16's range.
         """
-        self.backend.residency.use(TEXT_ENCODER)
-        with torch.autocast(device_type=self.backend.device.type, enabled=False):
-            return self.backend.text_encoder.encode([prompt] if isinstance(prompt, str) else list(prompt))
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+
+        def encode() -> Tensor:
+            self.backend.residency.use(TEXT_ENCODER)
+            with torch.autocast(device_type=self.backend.device.type, enabled=False):
+                return self.backend.text_encoder.encode(prompts)
+
+        return from_first(encode, self.backend.groups.world, self.backend.device)
 
     @torch.no_grad()
     def denoise_loop(
@@ -113,6 +119,16 @@ class Generator:
         """`decode_vae` in overlapping, blended tiles of `tile_size` latent pixels: less memory, more time."""
         self.backend.residency.use(VAE)
         return self.backend.vae.decode_tiled(latent.to(self.backend.device), tile_size=tile_size)
+
+    @torch.no_grad()
+    def decode_vae_shared(self, latent: Tensor) -> Tensor | None:
+        """`decode_vae` with each rank decoding a strip of the frame: all of it on rank 0, None on the others."""
+        self.backend.residency.use(VAE)
+        latent, vae = latent.to(self.backend.device), self.backend.vae
+        axis = -1 if latent.shape[-1] >= latent.shape[-2] else -2
+        return strips_on_first(
+            lambda low, high: vae.decode_strip(latent, low, high, axis), latent.shape[axis], axis, self.backend.groups.world
+        )
 
     # -- a task, unit by unit
 
@@ -199,7 +215,9 @@ class Generator:
 
     @torch.no_grad()
     def forward_with_cp(self, latent: Tensor, embeddings: Tensor, timestep: Tensor) -> Tensor:
-        """Velocity [branches * B, C, T, H, W] with the sequence spread over the ranks: here one, which has all of it.
+        """Velocity [branches * B, C, T, H, W] with the sequence spread over the ranks: the same on each of them.
+
+        Each rank has an even share of the tokens (on one rank: all), whatever frames they lie in.
 
         Args:
             latent: [B, C, T, H, W].
@@ -213,7 +231,7 @@ class Generator:
     def forward_with_cfg_parallel(
         self, latent: Tensor, embeddings: Tensor, timestep: Tensor, guidance_scale: float | None = None
     ) -> Tensor:
-        """Guided velocity [B, C, T, H, W] float32 with one branch a rank: here one rank, which runs both.
+        """Guided velocity [B, C, T, H, W] float32 with one branch a rank; where the layout has no two, each runs both.
 
         Args:
             latent: [B, C, T, H, W].
@@ -312,18 +330,26 @@ class Generator:
         return sampler.renoise(state, larger, noise), state
 
     def _decode(self, task: DiffusionTask) -> str | None:
-        latent = _present(task.buffer.latent)
-        if self.backend.low_mem_level >= 1:
-            video = self.decode_vae_tiled(latent, tile_size_for(latent))
-        else:
-            video = self.decode_vae(latent)
-        self.check_nan(video, "video")
+        latent, alone = _present(task.buffer.latent), self.backend.groups.plan.world == 1
+        video: Tensor | None = None
+        if self.backend.low_mem_level == 0 and not alone:
+            video = self.decode_vae_shared(latent)
+        elif self.backend.groups.rank == 0:
+            tiled = self.backend.low_mem_level >= 1
+            video = self.decode_vae_tiled(latent, tile_size_for(latent)) if tiled else self.decode_vae(latent)
+        if video is not None:
+            self.check_nan(video, "video")
         task.buffer.video, task.buffer.latent = video, None
         task.status = TaskStatus.SAVING
         return None
 
     def _save(self, task: DiffusionTask) -> str | None:
+        """Write the video; rank 0 alone has it."""
         resolved = _resolved(task)
+        if self.backend.groups.rank > 0:
+            task.buffer.save_path = resolved.save_path
+            task.end(TaskStatus.FINISHED)
+            return None
         video = _present(task.buffer.video)[0]  # [T, 3, H, W]
         frames = video.mul(255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         path = write_video(

@@ -192,3 +192,25 @@ def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="tokenizer cannot be read"):
         load_tokenizer(tmp_path / "empty")
+
+
+# -- strips, one a rank
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_strips_are_the_whole_frame_cut_up(axis: int, vae: Vae) -> None:
+    latent = torch.randn(1, 4, 3, 4, 44)
+    latent = latent if axis == -1 else latent.transpose(-1, -2)
+    whole = vae.decode(latent)
+    for low, high in ((0, 22), (22, 44), (15, 16)):
+        expected = whole.narrow(axis, 8 * low, 8 * (high - low))
+        assert (vae.decode_strip(latent, low, high, axis) - expected).abs().max() < 1e-5
+
+
+def test_a_strip_takes_no_neighbour_that_does_not_matter(vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+    latent = torch.randn(1, 4, 2, 3, 44)
+    expected = vae.decode(latent)[..., 8 * 20 : 8 * 22]
+    reaches = vae._reaches()
+    assert reaches == [9, 8, 7, 5, 1]  # two residual blocks a stage; with Wan2.1's three: 13, 12, 10, 7, 1
+    monkeypatch.setattr(vae, "_reaches", lambda: [reach - 1 for reach in reaches])
+    assert (vae.decode_strip(latent, 20, 22) - expected).abs().max() > 1e-4

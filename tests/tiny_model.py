@@ -17,8 +17,9 @@ TEXT_DIM = 32
 LATENT_CHANNELS = 4
 
 
-def write_tiny_model(folder: Path, *, experts: int = 1, shift: float = 3.0, seed: int = 0) -> Path:
-    """Writes a WanPipeline folder: dim 32, 2 blocks, VAE of base width 8, T5 of 2 layers with a tokenizer of its own.
+def write_tiny_model(folder: Path, *, experts: int = 1, shift: float = 3.0, seed: int = 0, heads: int = 2) -> Path:
+    """Writes a WanPipeline folder: 2 blocks with heads of 16 channels, VAE of base width 8, T5 of 2 layers
+    with its own tokenizer.
 
     With two experts, they differ, and the boundary lies at 0.875 as in Wan2.2.
     """
@@ -28,7 +29,7 @@ def write_tiny_model(folder: Path, *, experts: int = 1, shift: float = 3.0, seed
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000
     )
-    transformers = [_transformer() for _ in range(experts)]
+    transformers = [_transformer(heads) for _ in range(experts)]
     pipeline = WanPipeline(
         tokenizer=_tokenizer(),
         text_encoder=_text_encoder(),
@@ -45,12 +46,12 @@ def write_tiny_model(folder: Path, *, experts: int = 1, shift: float = 3.0, seed
     return folder
 
 
-def _transformer():
+def _transformer(heads: int):
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=16,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,

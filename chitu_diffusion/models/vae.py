@@ -13,6 +13,7 @@ missing neighbours beyond its margin, and fades within it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -101,6 +102,27 @@ class Vae(nn.Module):
         return _as_video(video)
 
     @torch.no_grad()
+    def decode_strip(self, latent: Tensor, low: int, high: int, axis: int = -1) -> Tensor:
+        """A strip of what `decode` gives, up to rounding: for ranks that share a frame.
+
+        The strip's neighbours are decoded with it only as far as they matter, which is less in every stage: at full
+        resolution, where the time goes, a few pixels.
+
+        Args:
+            latent: [B, C, T, H, W], normalised; all of it.
+            low, high: the strip, in latent cells along `axis`.
+            axis: -1 for columns, -2 for rows.
+
+        Returns:
+            As `decode`, with 8 (high - low) pixels along `axis`.
+
+        Raises:
+            UsageError: a latent of another shape.
+        """
+        lower = self._run(self._lower, self._denormalised(latent))
+        return _as_video(self._run(partial(self._upper_strip, axis=axis, low=low, high=high), lower))
+
+    @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """The most likely latent of a video.
 
@@ -161,11 +183,29 @@ class Vae(nn.Module):
         return cast(Tensor, decoder.mid_block(x, feat_cache=memory, feat_idx=[1]))
 
     def _upper(self, x: Tensor, memory: Memory) -> Tensor:
-        decoder, place = self.network.decoder, [1]
-        for block in decoder.up_blocks:
+        return self._upper_strip(x, memory, axis=-1, low=0, high=x.shape[-1])
+
+    def _upper_strip(self, x: Tensor, memory: Memory, *, axis: int, low: int, high: int) -> Tensor:
+        """The upper half for cells low..high along an axis of x: each block gets just as many neighbours as still matter."""
+        decoder, place, start, size = self.network.decoder, [1], 0, x.shape[axis]
+        *reaches, last_reach = self._reaches()
+        for block, reach in zip(decoder.up_blocks, reaches, strict=True):
+            x, start = _cut(x, axis, start, max(low - reach, 0), min(high + reach, size))
             x = block(x, feat_cache=memory, feat_idx=place)  # advances place[0]
-        x = decoder.nonlinearity(decoder.norm_out(x))
-        return _unpatched(_causal(decoder.conv_out, x, memory, 0), self._patch)
+            if block.upsamplers is not None:
+                low, high, start, size = 2 * low, 2 * high, 2 * start, 2 * size
+        x, start = _cut(x, axis, start, max(low - last_reach, 0), min(high + last_reach, size))
+        x = _causal(decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x)), memory, 0)
+        return _unpatched(_cut(x, axis, start, low, high)[0], self._patch)
+
+    def _reaches(self) -> list[int]:
+        """Cells beyond an edge that the result looks at: at the entrance of each block, and before the last convolution."""
+        reaches = [1]
+        for block in reversed(self.network.decoder.up_blocks):
+            # the upsampler's convolution at twice the resolution, then two convolutions in each residual block
+            after = reaches[0] if block.upsamplers is None else (reaches[0] + 2) // 2
+            reaches.insert(0, after + 2 * len(block.resnets))
+        return reaches
 
 
 def build_vae(config: Mapping[str, Any]) -> nn.Module:
@@ -178,6 +218,11 @@ def build_vae(config: Mapping[str, Any]) -> nn.Module:
         raise UsageError("vae config has is_residual=True (Wan2.2-5B's VAE): only Wan2.1's kind is supported")
     with torch.device("meta"):
         return cast(nn.Module, AutoencoderKLWan.from_config({"_class_name": "AutoencoderKLWan", **config}))
+
+
+def _cut(x: Tensor, axis: int, start: int, first: int, last: int) -> tuple[Tensor, int]:
+    """Cells first..last of an x that begins at cell `start`; and where the result begins."""
+    return x.narrow(axis, first - start, last - first), first
 
 
 def _causal(conv: nn.Module, x: Tensor, memory: Memory, place: int) -> Tensor:

@@ -1,0 +1,94 @@
+"""Several ranks in one test: processes that run a function together, and exchanges that count what they send."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_CONTEXT = multiprocessing.get_context("forkserver")  # one import of everything, then each rank is a fork of it
+_CONTEXT.set_forkserver_preload(["chitu_diffusion.engine", "diffusers.models.autoencoders.autoencoder_kl_wan", "transformers"])
+
+Work = Callable[..., None]
+
+
+def new_store() -> dist.TCPStore:
+    """Where the ranks of one test meet; it lives in the test's own process."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def start_ranks(world: int, work: Work, *given: Any, store: dist.TCPStore, errors: Path) -> list[BaseProcess]:
+    """Begin `work(rank, world, store, *given)` in `world` processes; what it raises is written to ERRORS/RANK.txt."""
+    ranks = [
+        _CONTEXT.Process(target=_rank, args=(work, rank, world, store.port, str(errors), given), daemon=True)
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def run_ranks(world: int, work: Work, *given: Any, errors: Path, seconds: float = 120) -> None:
+    """`start_ranks`, and wait until all are done well."""
+    store = new_store()
+    ranks = start_ranks(world, work, *given, store=store, errors=errors)
+    wait_for(ranks, seconds)
+    told = [file.read_text() for file in sorted(errors.glob("*.txt"))]
+    assert not told, "\n".join(told)
+    assert [process.exitcode for process in ranks] == [0] * world
+
+
+def wait_for(ranks: Sequence[BaseProcess], seconds: float) -> float:
+    """Seconds until all ranks have ended; the test fails, and ends them, when that is too long."""
+    began = time.monotonic()
+    for process in ranks:
+        process.join(max(0.1, began + seconds - time.monotonic()))
+    late = [index for index, process in enumerate(ranks) if process.is_alive()]
+    for process in ranks:
+        process.kill()
+    assert not late, f"ranks {late} hang after {seconds} s"
+    return time.monotonic() - began
+
+
+def _rank(work: Work, rank: int, world: int, port: int, errors: str, given: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+        work(rank, world, store, *given)
+    except BaseException:
+        Path(errors, f"{rank}.txt").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        raise
+
+
+class Counting:
+    """Peers that count the bytes which this rank sends to others."""
+
+    def __init__(self, peers) -> None:
+        self.peers, self.size, self.index = peers, peers.size, peers.index
+        self.sent = 0
+        self.calls = 0
+
+    def _count(self, numbers: int, x: Tensor) -> None:
+        self.sent += numbers * x.element_size()
+        self.calls += 1
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        row = x[0].numel()
+        self._count(row * (sum(send) - send[self.index]), x)
+        return self.peers.all_to_all(x, send, receive)
+
+    def pass_on(self, x: Tensor, arriving: Tensor):
+        self._count(x.numel(), x)
+        return self.peers.pass_on(x, arriving)
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        self._count(x.numel() * (self.size - 1), x)
+        return self.peers.all_gather(x)

@@ -1,0 +1,142 @@
+"""The same video on every layout of ranks; each rank sends what the formulas say and nothing more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Counting, run_ranks
+from running import config_for, latent_and_video, psnr, relative_error, task_for
+
+from chitu_diffusion import forward
+from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.generator import Generator
+from chitu_diffusion.parallel.groups import RankGroups
+from chitu_diffusion.parallel.plan import ParallelPlan, parse_layout, plan_for
+from chitu_diffusion.task import TaskStatus
+
+HEADS = 4
+LAYOUTS = {2: ("cfg2", "u2", "r2"), 4: ("u4", "r4", "u2r2", "cfg2u2", "cfg2r2")}
+CASES = {
+    "plain": {},  # 27 tokens: no layout shares them evenly
+    "cache": {"flexcache": {"strategy": "interval", "interval": 2}},
+    "unguided": {"guidance_scale": 1.0},
+}
+SIZE = {"height": 48, "width": 48, "num_frames": 9, "num_inference_steps": 4}
+
+
+def plan_of(layout: str) -> ParallelPlan:
+    asked = parse_layout(layout)
+    return plan_for(asked["cfg"] * asked["cp"], HEADS, **asked)
+
+
+def run_case(generator: Generator, case: str) -> dict[str, torch.Tensor]:
+    """Latent, and on rank 0 the video."""
+    task = task_for(**SIZE, **CASES[case])
+    latent, video = latent_and_video(generator, task)
+    assert task.status is TaskStatus.SAVING
+    return {f"{case} latent": latent, **({} if video is None else {f"{case} video": video})}
+
+
+def all_layouts(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
+    """Every layout of a world on one set of processes; results go to files."""
+    for layout in LAYOUTS[world]:
+        groups = RankGroups(plan_of(layout), rank, store=dist.PrefixStore(layout, store), timeout=30)
+        groups.open()
+        backend = DiffusionBackend(config_for(Path(folder), Path(out)), groups=groups)
+        generator = Generator(backend)
+        results: dict[str, torch.Tensor] = {}
+        for case in CASES:
+            results |= run_case(generator, case)
+        results |= by_hand(generator)
+        results |= {"sent": torch.tensor(traffic(backend, layout))}
+        torch.save(results, Path(out, f"{layout}-{rank}.pt"))
+        groups.close()
+
+
+def by_hand(generator: Generator) -> dict[str, torch.Tensor]:
+    """The page's forwards, batch 1."""
+    latent = torch.randn(1, 4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    text = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(2))
+    time = torch.tensor(500.0)
+    return {
+        "cp": generator.forward_with_cp(latent, text, time),
+        "cfg": generator.forward_with_cfg_parallel(latent, text, time, guidance_scale=3.0),
+    }
+
+
+def traffic(backend: DiffusionBackend, layout: str) -> list[int]:
+    """Bytes that this rank sends in one guided forward over 32 tokens: ulysses, ring, gather, guidance."""
+    groups, counters = backend.groups, []
+    for name in ("ulysses", "ring", "sequence", "branches"):
+        counters.append(Counting(vars(groups)[name]))
+        setattr(groups, name, counters[-1])
+    latent, text = torch.zeros(1, 4, 2, 8, 8), torch.zeros(2, 7, 32)
+    forward.stacked_velocity(backend, latent, text, torch.tensor(500.0), expert=0)
+    for name, counter in zip(("ulysses", "ring", "sequence", "branches"), counters, strict=True):
+        setattr(groups, name, counter.peers)
+    return [counter.sent for counter in counters]
+
+
+def expected_traffic(plan: ParallelPlan, tokens: int = 32, dim: int = 16 * HEADS, blocks: int = 2) -> list[int]:
+    """The same by formula, float32: 4 s d (U-1)/U for Ulysses, 2 s d (R-1) for the ring, both a block and a branch."""
+    batch = 2 if plan.cfg == 1 else 1
+    own = tokens // plan.sequence
+    ulysses = blocks * batch * 4 * own * dim * (plan.ulysses - 1) // plan.ulysses
+    ring = blocks * batch * 2 * own * dim * (plan.ring - 1)
+    gather = batch * own * 16 * (plan.sequence - 1)  # 2 x 2 patches of 4 channels
+    guidance = 4 * 2 * 8 * 8 if plan.cfg == 2 else 0
+    return [4 * numbers for numbers in (ulysses, ring, gather, guidance)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_model import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("parallel") / "tiny", heads=HEADS)
+
+
+@pytest.fixture(scope="module")
+def one_process(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    generator = Generator(DiffusionBackend(config_for(model, tmp_path_factory.mktemp("one"))))
+    results: dict[str, torch.Tensor] = by_hand(generator)
+    for case in CASES:
+        results |= run_case(generator, case)
+    return results
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def ranks_results(request, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """layout -> each rank's results."""
+    world, out = request.param, tmp_path_factory.mktemp(f"world{request.param}")
+    run_ranks(world, all_layouts, str(model), str(out), errors=out)
+    return {
+        layout: [torch.load(out / f"{layout}-{rank}.pt", weights_only=True) for rank in range(world)] for layout in LAYOUTS[world]
+    }
+
+
+def test_every_layout_makes_the_same_video(ranks_results, one_process) -> None:
+    for layout, ranks in ranks_results.items():
+        for case in CASES:
+            latents = [rank[f"{case} latent"] for rank in ranks]
+            error = relative_error(latents[0], one_process[f"{case} latent"])
+            assert error < 1e-4, f"{layout}, {case}: relative error {error}"
+            assert all(torch.equal(latents[0], other) for other in latents[1:]), f"{layout}, {case}: the ranks differ"
+            decibels = psnr(ranks[0][f"{case} video"], one_process[f"{case} video"])
+            assert decibels >= 60, f"{layout}, {case}: {decibels} dB"
+            assert not any(f"{case} video" in rank for rank in ranks[1:]), "only rank 0 has the video"
+
+
+def test_the_page_forwards_agree_on_every_rank(ranks_results, one_process) -> None:
+    for layout, ranks in ranks_results.items():
+        for rank, results in enumerate(ranks):
+            for name in ("cp", "cfg"):
+                assert relative_error(results[name], one_process[name]) < 1e-5, f"{layout}, rank {rank}, {name}"
+
+
+def test_ranks_send_what_the_formula_says(ranks_results) -> None:
+    for layout, ranks in ranks_results.items():
+        for rank, results in enumerate(ranks):
+            assert results["sent"].tolist() == expected_traffic(plan_of(layout)), f"{layout}, rank {rank}"
