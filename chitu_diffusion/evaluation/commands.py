@@ -45,3 +45,21 @@ def adherence(
     write_scores(scores, output)
     summary = f"{scores.table()}\n{len(scores.answers)} videos, {output}/adherence.json"
     print(json.dumps(scores.to_mapping()) if json_ else summary)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The reference: .npy, a folder of png frames, .mp4 or .gif.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The video that is compared with it.")],
+    fps: Annotated[float, typer.Option("--fps", min=1, help="Of the side-by-side video.")] = 16,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for figures and pictures.")] = Path("outputs/compare"),
+    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """PSNR, SSIM, LPIPS (where installed) and flicker of two videos; a contact sheet and both side by side."""
+    from chitu_diffusion.evaluation.compare import compare_files
+
+    for name in (a, b):
+        if name.suffix.lower() in (".mp4", ".gif"):
+            print(f"{name} was encoded with a loss of its own; .npy would show the model's alone", file=sys.stderr, flush=True)
+    found = compare_files(a, b, output, fps=fps)
+    print(json.dumps(found.to_mapping()) if json_ else f"{found.table()}\n{output}/contact.png, {output}/side_by_side.mp4")
