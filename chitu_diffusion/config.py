@@ -11,6 +11,7 @@ import os
 import tomllib
 import types
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -82,6 +83,13 @@ class SchedulerSettings(Settings):
     policy: Literal["fifo", "priority", "fair"] = Field("fifo", description="fair shares steps over roles")
 
 
+class RankSettings(Settings):
+    """When several ranks share the work: how long they wait for each other."""
+
+    timeout: float = Field(60.0, gt=0, description="seconds without progress after which ranks stop waiting for each other")
+    lost_after: float = Field(8.0, ge=1, description="seconds of silence after which a rank is taken for lost")
+
+
 class EngineConfig(Settings):
     """Everything the engine is told at its start.
 
@@ -96,6 +104,7 @@ class EngineConfig(Settings):
     infer: InferSettings = Field(default_factory=InferSettings)
     output: OutputSettings = Field(default_factory=OutputSettings)
     scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings)
+    ranks: RankSettings = Field(default_factory=RankSettings)
 
     def __init__(self, **data: Any) -> None:
         try:
@@ -201,6 +210,33 @@ def load_config(
             _put(tree, name, _from_text(value, kinds.get(name)) if isinstance(value, str) else value)
             origins[name] = "flag"
     return EngineConfig(**tree), origins
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """This process among those that torchrun started: its number, how many there are, and the same within its node."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+
+def rank_place(environment: Mapping[str, str] | None = None) -> RankPlace | None:
+    """Where torchrun put this process; None for a process that was started alone.
+
+    Raises:
+        UsageError: variables that are not numbers.
+    """
+    environment = os.environ if environment is None else environment
+    if "RANK" not in environment or environment.get("WORLD_SIZE", "1") == "1":
+        return None
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    texts = [environment.get(name, "") for name in names]
+    if not all(text.isdigit() for text in texts):
+        found = ", ".join(f"{name}={text!r}" for name, text in zip(names, texts, strict=True))
+        raise UsageError(f"{found}: all four must be numbers, as torchrun sets them", field="RANK")
+    return RankPlace(*(int(text) for text in texts))
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -11,11 +11,15 @@ import threading
 from collections.abc import Callable
 
 from chitu_diffusion.backend import BackendState, DiffusionBackend, pick_device
-from chitu_diffusion.config import EngineConfig
+from chitu_diffusion.config import EngineConfig, rank_place
 from chitu_diffusion.errors import StageError, UsageError, WillNotFitError
 from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache
 from chitu_diffusion.generator import Generator, without_frames
+from chitu_diffusion.lockstep import Alone, Together
 from chitu_diffusion.memory import free_memory, is_out_of_memory, top_useful_level, total_memory
+from chitu_diffusion.models.spec import resolve_model
+from chitu_diffusion.parallel.crew import Crew
+from chitu_diffusion.parallel.plan import plan_for
 from chitu_diffusion.request import cache_shapes, resolve_request, stages_of
 from chitu_diffusion.residency import TOP_LEVEL
 from chitu_diffusion.scheduler import DiffusionScheduler
@@ -35,10 +39,13 @@ class Engine:
         on_event: called with every event, in order.
         backend: a backend that exists already; the engine takes it over. None loads one, at a higher memory level than
             asked for where the weights do not fit otherwise.
+        crew: the ranks that share the work; None asks torchrun, if it started this process. Rank 0 decides and saves;
+            the other ranks' `step` does what rank 0 says, so that the same loop is right on every rank.
 
     Raises:
         ModelError, UsageError: as `DiffusionBackend`.
         WillNotFitError: the weights do not fit at any memory level.
+        RankLostError: another rank could not do its part.
     """
 
     def __init__(
@@ -48,14 +55,27 @@ class Engine:
         scheduler: DiffusionScheduler | None = None,
         on_event: Callable[[Progress], None] | None = None,
         backend: DiffusionBackend | None = None,
+        crew: Crew | None = None,
     ) -> None:
         args = args or (backend.args if backend is not None else EngineConfig())
         self.pool = DiffusionTaskPool()
         self.scheduler = scheduler or DiffusionScheduler(args.scheduler.policy)
-        self.backend = backend or load_backend(args)
-        self.generator = Generator(self.backend)
+        crew = crew or (join_ranks(args) if backend is None else None)
+        try:
+            self.backend = backend or load_backend(args, crew)
+            self.generator = Generator(self.backend)
+            self._lockstep = Alone(self.generator, self.pool) if crew is None else Together(self.generator, self.pool, crew)
+        except BaseException as error:
+            if crew is not None:
+                crew.leave(f"{type(error).__name__}: {error}")
+            raise
         self._on_event = on_event
         self._turn = threading.RLock()  # a task changes under it; one's own `on_event` may cancel or close
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank decides and saves; true without ranks."""
+        return self._lockstep.leads
 
     def submit(self, request: DiffusionUserParams | DiffusionTask) -> DiffusionTask:
         """Take a request in, if the model can do it.
@@ -73,32 +93,40 @@ class Engine:
         self.backend.require_alive()
         task = request if isinstance(request, DiffusionTask) else DiffusionTask.from_user_request(request)
         self._check(task)
-        self.pool.add(task)
-        return task
+        return self._lockstep.admit(task)
 
     def step(self) -> Progress | None:
         """One unit of the task whose turn it is; None when no task has work left.
 
         Raises:
             UsageError: the engine is closed, or the scheduler named a task that is not here.
+            RankLostError: another rank died or froze.
         """
         with self._turn:
             self.backend.require_alive()
-            task_id = self.scheduler.schedule(self.pool)
-            if task_id is None:
-                return None
-            task = self.pool.get(task_id)
-            if task is None:
-                raise UsageError(f"the scheduler named task {task_id!r}, which is not in the pool", field="scheduler")
-            event = self._advance(task)
-            if self._on_event is not None:
+            event = self._lead() if self.leads else self._lockstep.follow()
+            if event is not None and self._on_event is not None:
                 self._on_event(event)
             return event
 
+    def has_work(self) -> bool:
+        """Whether a task has work left. On ranks but the first: whether rank 0 has, which is waited for."""
+        return self._lockstep.has_work()
+
+    def _lead(self) -> Progress | None:
+        task_id = self.scheduler.schedule(self.pool)
+        if task_id is None:
+            self._lockstep.rest()
+            return None
+        task = self.pool.get(task_id)
+        if task is None:
+            raise UsageError(f"the scheduler named task {task_id!r}, which is not in the pool", field="scheduler")
+        return self._advance(task)
+
     def run_until_idle(self) -> None:
         """Step until no task has work left. Ctrl+C leaves the running task where it was: call again to go on."""
-        while self.step() is not None:
-            continue
+        while self.has_work():
+            self.step()
 
     def cancel(self, task_id: str) -> bool:
         """End a task as cancelled; False if it is unknown or has ended."""
@@ -107,11 +135,16 @@ class Engine:
             if task is None or task.is_finished():
                 return False
             task.end(TaskStatus.CANCELLED)
+            self._lockstep.ended(task)
             return True
 
     def close(self) -> None:
-        """Cancel what is unfinished and let go of the model; silent the second time."""
+        """Cancel what is unfinished and let go of the model; silent the second time.
+
+        On ranks but the first it serves rank 0 until that one closes.
+        """
         with self._turn:
+            self._lockstep.close()
             for task in self.pool.unfinished():
                 task.end(TaskStatus.CANCELLED)
             self.backend.terminate()
@@ -134,7 +167,7 @@ class Engine:
         while True:
             failure: Exception
             try:
-                return _with_notes(self.generator.generate_step(task), notes)
+                return _with_notes(self._lockstep.unit(task), notes)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -155,6 +188,7 @@ class Engine:
         error = StageError(str(stage), task.current_step if stage is TaskStatus.DENOISING else None, cause)
         task.end(TaskStatus.FAILED, error)
         task.events.append(str(error))
+        self._lockstep.ended(task)
         message = "; ".join([*notes, str(error)])
         return Progress(task.task_id, task.status, stage, task.current_step, task.num_inference_steps, 0.0, None, message)
 
@@ -185,16 +219,42 @@ class Engine:
                 )
 
 
-def load_backend(args: EngineConfig) -> DiffusionBackend:
+def join_ranks(args: EngineConfig) -> Crew | None:
+    """The ranks that torchrun started, laid out as the settings say; None for a process that was started alone.
+
+    Raises:
+        UsageError: a layout that cannot be; names one that would fit.
+    """
+    place = rank_place()
+    if place is None:
+        return None
+    spec, _ = resolve_model(args.models.name, args.models.ckpt_dir)
+    asked = args.infer.diffusion
+    plan = plan_for(
+        place.world,
+        spec.transformers[0].num_attention_heads,
+        cfg=asked.cfg_size,
+        cp=asked.cp_size,
+        ulysses=asked.up,
+        ranks_per_node=place.local_world,
+    )
+    device = pick_device(args.infer.device)
+    device = pick_device(f"cuda:{place.local_rank}") if device.type == "cuda" else device
+    return Crew(plan, place.rank, device=device, timeout=args.ranks.timeout, lost_after=args.ranks.lost_after)
+
+
+def load_backend(args: EngineConfig, crew: Crew | None = None) -> DiffusionBackend:
     """A backend at the asked memory level, or at the first higher one at which the weights fit.
 
     Raises:
         WillNotFitError: they fit at none.
     """
     wanted = args.frozen_copy()
+    if crew is not None:
+        wanted.infer.device = str(crew.groups.device)
     while True:
         try:
-            return DiffusionBackend(wanted)
+            return DiffusionBackend(wanted, groups=None if crew is None else crew.groups)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -8,6 +8,7 @@ The tree, with the exit code that the command line gives for each:
     ├── ModelError            4    no usable model
     │   ├── ModelMissingError      nothing of that name on this machine
     │   └── CheckpointError        a file of it is incomplete, misshapen or mislabelled
+    ├── RankLostError         1    a rank of the group died or froze, and with it the group
     └── TaskError             1    one task failed; the engine and every other task go on
         ├── StageError             a stage raised: stage, step and cause are named
         ├── NonFiniteError         a NaN or Inf was found in a tensor (also a ValueError)
@@ -82,6 +83,10 @@ class CheckpointError(ModelError):
         parts.append(remedy)
         super().__init__("; ".join(parts))
         self.file, self.key, self.expected, self.found = file, key, expected, found
+
+
+class RankLostError(ChituError):
+    """A rank of the group died, froze or left; the group cannot go on. The message names rank, host and place."""
 
 
 class TaskError(ChituError):

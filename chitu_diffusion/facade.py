@@ -68,8 +68,8 @@ class FacadePool:
         self._tasks().remove(task_id)
 
     def all_finished(self) -> bool:
-        """Whether no task has work left; true also before `chitu_init`."""
-        return _face.engine is None or _face.engine.pool.all_finished()
+        """Whether no task has work left; true also before `chitu_init`. Ranks but the first wait for rank 0's answer."""
+        return _face.engine is None or not _face.engine.has_work()
 
     def unfinished(self) -> list[DiffusionTask]:
         """Tasks with work left, oldest first."""

@@ -43,7 +43,8 @@ def run_ranks(world: int, work: Work, *given: Any, errors: Path, seconds: float 
     wait_for(ranks, seconds)
     told = [file.read_text() for file in sorted(errors.glob("*.txt"))]
     assert not told, "\n".join(told)
-    assert [process.exitcode for process in ranks] == [0] * world
+    codes = [process.exitcode for process in ranks]
+    assert codes == [0] * world, f"exit codes {codes}"
 
 
 def wait_for(ranks: Sequence[BaseProcess], seconds: float) -> float:

@@ -56,7 +56,7 @@ def events(text: str) -> list[dict[str, object]]:
         (["a cat", "--model", "wan-tony"], "Did you mean 'wan-tiny'?"),
         ([""], "PROMPT '': must be a sentence"),
         (["  "], "must be a sentence"),
-        (["a cat", "--bogus"], "No such option: --bogus. 'chitu generate --help'"),
+        (["a cat", "--xyzzy"], "No such option: --xyzzy. 'chitu generate --help'"),
         (["a cat", "--frames", "many"], "--frames"),
         ([], "Missing argument"),
     ],

@@ -161,7 +161,7 @@ def test_on_a_cpu_the_ladder_has_one_rung(engine, monkeypatch):
 def test_loading_climbs_too(tiny_folder, make_config, monkeypatch):
     real, levels = engine_module.DiffusionBackend, []
 
-    def tight(args):
+    def tight(args, **groups):
         levels.append(args.infer.diffusion.low_mem_level)
         if levels[-1] < 3:
             raise CUDA_OOM

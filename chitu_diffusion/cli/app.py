@@ -24,7 +24,7 @@ from chitu_diffusion.cli.generate import generate
 from chitu_diffusion.cli.models import models_app
 from chitu_diffusion.cli.show import config_app, info
 from chitu_diffusion.cli.words import emit_error, exit_code_of, printable, say
-from chitu_diffusion.errors import ChituError
+from chitu_diffusion.errors import ChituError, UsageError
 
 INTERRUPTED = 130
 GROUPS = ("models", "config", "eval")
@@ -99,7 +99,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in options
     app = build(with_evaluation="eval" in options)
     try:
-        code = app(args=words, prog_name="chitu", standalone_mode=False)
+        code = app(args=words, obj=words, prog_name="chitu", standalone_mode=False)
         if code == INTERRUPTED:
             say("interrupted; the same command starts again")
         return int(code or 0)
@@ -134,6 +134,13 @@ def _usage(message: str, words: Sequence[str]) -> str:
 
 
 def _tell(error: Exception, message: str, exit_code: int, as_json: bool) -> int:
+    from chitu_diffusion.config import rank_place
+
+    place = rank_place()
+    if place is not None and place.rank > 0:
+        if isinstance(error, UsageError | typer.TyperException):
+            return exit_code  # every rank finds the same, and the first tells it
+        message = f"rank {place.rank}: {message}"
     if as_json:
         emit_error(error, message, exit_code)
     else:

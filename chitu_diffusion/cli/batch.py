@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chitu_diffusion.cli import options
+from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.cli.plan import find_model, resolve
 from chitu_diffusion.cli.words import duration, emit, printable, say, table
 from chitu_diffusion.errors import UsageError
@@ -58,10 +59,13 @@ def batch(
     dtype: options.Dtype = None,
     device: options.Device = None,
     quality: options.Quality = None,
+    gpus: options.Gpus = None,
+    parallel: options.Parallel = None,
     config: options.ConfigFile = None,
     set_: options.Set = None,
     dry_run: options.DryRun = False,
     json_: options.Json = False,
+    context: typer.Context = None,  # type: ignore[assignment]
 ) -> int:
     """Make a video for each row of a file; rows that are done already are skipped.
 
@@ -69,7 +73,8 @@ def batch(
     seed, save_path, flexcache, role and priority. The flags fill in what a row leaves out.
     """
     engine_config, _ = options.settings(
-        config=config, set_=set_, model=model, low_mem_level=low_mem_level, dtype=dtype, device=device, quality=quality
+        config=config, set_=set_, model=model, low_mem_level=low_mem_level, dtype=dtype, device=device, quality=quality,
+        parallel=parallel,
     )
     width, height = options.parse_size(size)
     defaults = {
@@ -84,6 +89,8 @@ def batch(
         "flexcache": options.parse_cache(cache),
     }
     spec, _ = find_model(engine_config)
+    if gpus:
+        check_layout(engine_config, spec, gpus)
     given = {name: value for name, value in defaults.items() if value is not None}
     rows = read_rows(file, output, given, lambda params: resolve(spec, engine_config, params))
     todo = [row for row in rows if not is_done(row, spec.name)]
@@ -92,6 +99,8 @@ def batch(
         say(f"{len(rows)} rows: {done} done already, {len(todo)} to make")
         _summary(rows, {}, as_json=json_)
         return 0
+    if gpus and gpus > 1:
+        return launch(context.find_root().obj, gpus, engine_config)
     if done and not json_:
         say(f"{done} of {len(rows)} rows are done already and are skipped")
     from chitu_diffusion.cli.progress import make_reporter

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chitu_diffusion.cli import options
+from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.cli.plan import find_model, resolved_requests, show_plan
 
 if TYPE_CHECKING:
@@ -36,18 +37,22 @@ def generate(
     dtype: options.Dtype = None,
     device: options.Device = None,
     quality: options.Quality = None,
+    gpus: options.Gpus = None,
+    parallel: options.Parallel = None,
     config: options.ConfigFile = None,
     set_: options.Set = None,
     profile: Annotated[Path | None, typer.Option("--profile", metavar="DIR", help="Write a Chrome trace, show top ops.")] = None,
     dry_run: options.DryRun = False,
     json_: options.Json = False,
+    context: typer.Context = None,  # type: ignore[assignment]
 ) -> int:
     """Make a video from a sentence.
 
     Example: chitu generate "A cat walking on grass" -o cat.mp4 --seed 42
     """
     engine_config, _ = options.settings(
-        config=config, set_=set_, model=model, low_mem_level=low_mem_level, dtype=dtype, device=device, quality=quality
+        config=config, set_=set_, model=model, low_mem_level=low_mem_level, dtype=dtype, device=device, quality=quality,
+        parallel=parallel,
     )
     width, height = options.parse_size(size)
     asked: dict[str, Any] = {
@@ -64,9 +69,13 @@ def generate(
     requests = requests_for_seeds(asked, options.parse_seeds(seed), output, engine_config.output.dir)
     spec, _ = find_model(engine_config)
     resolved_requests(spec, engine_config, requests)
+    if gpus:
+        check_layout(engine_config, spec, gpus)
     if dry_run:
         return show_plan(engine_config, requests, as_json=json_)
     options.make_folder("--profile", profile)
+    if gpus and gpus > 1:
+        return launch(context.find_root().obj, gpus, engine_config)
     return make_videos(engine_config, requests, profile=profile, as_json=json_)
 
 

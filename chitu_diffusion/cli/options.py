@@ -42,6 +42,10 @@ LowMemLevel = Annotated[
 Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Quality = Annotated[int | None, typer.Option("--quality", help="Of the mp4: 0 smallest .. 10 no visible loss.")]
+Gpus = Annotated[int | None, typer.Option("--gpus", min=1, metavar="N", help="Share the work over N local processes.")]
+Parallel = Annotated[
+    str | None, typer.Option("--parallel", metavar="LAYOUT", help="auto, or cfg2, u4, r2, cfg2u2r2 (CFG x Ulysses x ring).")
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings from a TOML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any setting ('chitu config show'); repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON event a line on stdout.")]
@@ -64,6 +68,7 @@ FLAG_OF_FIELD: Mapping[str, str] = {
     "infer.dtype": "--dtype",
     "infer.device": "--device",
     "output.quality": "--quality",
+    "parallel": "--parallel",
 }
 
 
@@ -91,6 +96,7 @@ def settings(
     dtype: str | None = None,
     device: str | None = None,
     quality: int | None = None,
+    parallel: str | None = None,
 ) -> tuple[EngineConfig, Origins]:
     """Settings from all four places, and where each came from.
 
@@ -106,6 +112,13 @@ def settings(
         "infer.device": device,
         "output.quality": quality,
     }
+    if parallel is not None:
+        from chitu_diffusion.parallel.plan import parse_layout
+
+        with flags_named():
+            layout = parse_layout(parallel)
+        names = {"cfg": "cfg_size", "cp": "cp_size", "ulysses": "up"}
+        flags |= {f"infer.diffusion.{names[name]}": value for name, value in layout.items()}
     for text in set_ or ():
         name, equals, value = text.partition("=")
         if not equals or not name.strip():

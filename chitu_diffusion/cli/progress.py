@@ -44,7 +44,12 @@ class Reporter(Protocol):
 
 
 def make_reporter(*, as_json: bool) -> Reporter:
-    """The right reporter for this process's output."""
+    """The right reporter for this process's output; of several ranks, the first alone reports."""
+    from chitu_diffusion.config import rank_place
+
+    place = rank_place()
+    if place is not None and place.rank > 0:
+        return SilentReporter()
     if as_json:
         return JsonReporter()
     if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 20:
@@ -87,6 +92,25 @@ def _ending(task: DiffusionTask) -> str:
 def _opening(task: DiffusionTask, number: int, total: int) -> str:
     count = f"[{number}/{total}] " if total > 1 else ""
     return f"{count}{quoted(task.params.prompt)}, seed {task.seed}"
+
+
+class SilentReporter:
+    """Says nothing: another rank does."""
+
+    def loading(self, model: str) -> None:
+        """Nothing."""
+
+    def begin(self, task: DiffusionTask, number: int, total: int) -> None:
+        """Nothing."""
+
+    def advance(self, event: Progress) -> None:
+        """Nothing."""
+
+    def end(self, task: DiffusionTask) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class LineReporter:

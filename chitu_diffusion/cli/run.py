@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from chitu_diffusion.cli.progress import Reporter
 from chitu_diffusion.cli.words import exit_code_of, say
 from chitu_diffusion.errors import ChituError, OutputError
@@ -37,6 +39,7 @@ def run_requests(
         one ended task for each request, in order.
 
     Raises:
+        typer.Exit: this is not rank 0; it did its share, and has nothing to tell.
         ChituError: no model, or it does not fit.
         KeyboardInterrupt: after every task was cancelled and the engine closed.
     """
@@ -46,6 +49,9 @@ def run_requests(
 
         engine = Engine(config)
         try:
+            if not engine.leads:
+                engine.close()  # which serves rank 0 until that one closes
+                raise typer.Exit(0)
             tasks = [_submit(engine, params) for params in requests]
             with _profiling(profile):
                 _drive(engine, tasks, reporter)

@@ -94,7 +94,7 @@ class RankGroups:
         timeout: float = 60.0,
     ) -> None:
         self.plan, self.rank = plan or ParallelPlan(), rank
-        self._device, self._store, self._timeout = device or torch.device("cpu"), store, timedelta(seconds=timeout)
+        self.device, self._store, self._timeout = device or torch.device("cpu"), store, timedelta(seconds=timeout)
         self._generation = 0
         self._open = False
         self.world: Peers = ALONE
@@ -113,15 +113,15 @@ class RankGroups:
             return
         assert self._store is not None
         self._generation += 1
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         dist.init_process_group(
-            "nccl" if self._device.type == "cuda" else "gloo",
+            "nccl" if self.device.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"groups/{self._generation}", self._store),
             rank=self.rank,
             world_size=self.plan.world,
             timeout=self._timeout,
-            device_id=self._device if self._device.type == "cuda" else None,
+            device_id=self.device if self.device.type == "cuda" else None,
         )
         self._open = True
         assert dist.group.WORLD is not None
@@ -169,7 +169,7 @@ class RankGroups:
 
     def interrupt(self) -> None:
         """Cut short what is under way on the device, from whatever thread; gloo's peers notice a closed group themselves."""
-        if self._device.type == "cuda" and dist.is_initialized():
+        if self.device.type == "cuda" and dist.is_initialized():
             dist.distributed_c10d._abort_process_group()
 
     def close(self) -> None:

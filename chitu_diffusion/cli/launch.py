@@ -1,0 +1,84 @@
+"""`--gpus N`: the same command line in N processes of this machine, through torch.distributed's own launcher.
+
+Knows processes and command lines; everything was checked before. Where there is no GPU, the workers share the CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from chitu_diffusion.errors import UsageError
+
+if TYPE_CHECKING:
+    from chitu_diffusion.config import EngineConfig
+    from chitu_diffusion.models.spec import ModelSpec
+
+INTERRUPTED = 130
+
+
+def check_layout(config: EngineConfig, spec: ModelSpec, gpus: int) -> None:
+    """Raise if the settings' layout does not fit that many workers, or the machine has not that many GPUs.
+
+    Raises:
+        UsageError: naming what would do.
+    """
+    from chitu_diffusion.parallel.plan import plan_for
+
+    asked = config.infer.diffusion
+    heads = spec.transformers[0].num_attention_heads
+    plan_for(gpus, heads, cfg=asked.cfg_size, cp=asked.cp_size, ulysses=asked.up)
+    if config.infer.device != "cpu":
+        import torch
+
+        count = torch.cuda.device_count()
+        if 0 < count < gpus:
+            raise UsageError(f"--gpus {gpus}: this machine has {count}; at most {count} would do", field="gpus")
+
+
+def launch(words: Sequence[str], gpus: int, config: EngineConfig) -> int:
+    """Run a command line in `gpus` processes.
+
+    Args:
+        words: what stands after `chitu`.
+        gpus: how many workers.
+        config: the settings that the words make.
+
+    Returns:
+        the workers' exit code; 130 after Ctrl+C.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # the workers tell their own errors; the launcher would tell them again, with tracebacks of its own
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    command = ["-m", "chitu_diffusion", *without_gpus(words)]
+    if config.infer.threads is None and not torch.cuda.is_available():
+        command += ["--set", f"infer.threads={max(1, (os.cpu_count() or 1) // gpus)}"]
+    settings = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=gpus, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="chitu"
+    )
+    settings.max_restarts = 0
+    try:
+        elastic_launch(settings, sys.executable)(*command)
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values() if failure.exitcode > 0]
+        return min(codes, default=1)
+    except (SignalException, KeyboardInterrupt):
+        return INTERRUPTED
+    return 0
+
+
+def without_gpus(words: Sequence[str]) -> list[str]:
+    """The command line for one worker."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word != "--gpus" and not word.startswith("--gpus="):
+            kept.append(word)
+        skip = word == "--gpus"
+    return kept

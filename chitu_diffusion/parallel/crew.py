@@ -1,0 +1,52 @@
+"""The ranks of a run together: where they meet, their groups, their signs of life, their orders.
+
+torchrun's own rendezvous brings them together, on one node or many. Knows processes; no network, no task.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from chitu_diffusion.parallel.groups import RankGroups
+from chitu_diffusion.parallel.orders import Orders
+from chitu_diffusion.parallel.plan import ParallelPlan
+from chitu_diffusion.parallel.watch import Watch
+
+
+class Crew:
+    """This rank's place among the others.
+
+    Args:
+        plan: the layout.
+        rank: ours.
+        store: where all meet; None takes torchrun's.
+        device: of the networks.
+        timeout: seconds without progress after which an exchange is given up.
+        lost_after: seconds of silence after which a rank is lost.
+
+    Raises:
+        RuntimeError: the others did not come.
+    """
+
+    def __init__(
+        self,
+        plan: ParallelPlan,
+        rank: int,
+        store: dist.Store | None = None,
+        *,
+        device: torch.device,
+        timeout: float = 60.0,
+        lost_after: float = 8.0,
+    ) -> None:
+        self.rank, self.size, self.timeout = rank, plan.world, timeout
+        meeting = dist.PrefixStore("chitu", store if store is not None else next(iter(dist.rendezvous("env://")))[0])
+        self.groups = RankGroups(plan, rank, device, meeting, timeout)
+        self.watch = Watch(rank, plan.world, meeting, lost_after=lost_after, on_lost=self.groups.interrupt)
+        self.orders = Orders(meeting, self.watch)
+        self.groups.open()
+
+    def leave(self, why: str | None = None) -> None:
+        """Go; with a reason, the others learn that the group is at its end."""
+        self.watch.leave(why)
+        self.groups.abandon() if self.watch.lost is not None else self.groups.close()

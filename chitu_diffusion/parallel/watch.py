@@ -1,0 +1,195 @@
+"""Signs of life: every rank tells the others once a second where it is, and notices who no longer does.
+
+Two threads: one talks to the store, the other only looks at the clock, for the store itself may freeze with the rank it
+lies in. A lost rank is first an error that the main thread can raise; a main thread that cannot (it hangs in an exchange
+with the lost one) is ended, with its stack on stderr. Knows ranks and places in words; no task, no tensors.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from chitu_diffusion.errors import RankLostError
+
+BEAT = 1.0
+_GLANCE = 0.25
+_GRACE = 2.0
+_STACK_AFTER = 3.0
+_STACK_LINES = 8
+EXIT_CODE = 1
+
+
+class Watch:
+    """This rank's sign of life and its view of the others.
+
+    Args:
+        rank, size: ours, and how many there are.
+        store: where the ranks meet; a connection of the watch's own is made.
+        lost_after: seconds of silence after which a rank is lost.
+        on_lost: called once, from the watching thread, when one is; cuts short what waits for it.
+    """
+
+    def __init__(self, rank: int, size: int, store: dist.Store, *, lost_after: float, on_lost: Callable[[], None]) -> None:
+        self.rank, self.size = rank, size
+        self.host = socket.gethostname()
+        self.lost: RankLostError | None = None
+        self._store, self._lost_after, self._on_lost = store.clone(), lost_after, on_lost  # type: ignore[attr-defined]
+        self._place, self._arrived, self._busy = "starting", time.monotonic(), False
+        self._main = threading.get_ident()
+        now = time.monotonic()
+        self._seen = dict.fromkeys((other for other in range(size) if other != rank), now)
+        self._beats: dict[int, dict[str, Any]] = {}
+        self._heard = now
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._left: str | None = None
+        self._talking = threading.Thread(target=self._talk, name="chitu-signs-of-life", daemon=True)
+        self._talking.start()
+        threading.Thread(target=self._look, name="chitu-watch", daemon=True).start()
+
+    @contextmanager
+    def busy(self, place: str) -> Iterator[None]:
+        """The main thread works with the other ranks: should one be lost and this not end, the process does."""
+        self.at(place)
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
+    def at(self, place: str) -> None:
+        """Where the main thread is, in words."""
+        self._place, self._arrived = place, time.monotonic()
+
+    def check(self) -> None:
+        """Raise if a rank is lost.
+
+        Raises:
+            RankLostError: naming it, its host and where it was.
+        """
+        if self.lost is not None:
+            raise self.lost
+
+    def accuse(self, rank: int, why: str) -> None:
+        """Take a rank for lost that gives signs of life but does nothing else."""
+        self._lose(rank, why)
+
+    def describe(self, rank: int) -> str:
+        """A rank as people know it: `rank 1 of 4 (HOST, process 123)`."""
+        beat = self._beats.get(rank)
+        known = f" ({beat['host']}, process {beat['pid']})" if beat else ""
+        return f"rank {rank} of {self.size}{known}"
+
+    def leave(self, why: str | None = None) -> None:
+        """Stop watching; with a reason, the others learn that this rank will not come back."""
+        self._left = why if self._left is None else self._left
+        self._stop.set()
+        self._talking.join(BEAT)  # its last word; a store that is gone or frozen will not hear it
+
+    # -- threads
+
+    def _talk(self) -> None:
+        try:
+            while True:
+                leaving = self._stop.is_set()
+                self._store.set(f"beat/{self.rank}", json.dumps(self._beat()))
+                if leaving:
+                    return
+                for other in self._seen:
+                    self._listen(other)
+                self._heard = time.monotonic()
+                self._stop.wait(BEAT)
+        except RuntimeError as error:
+            # the store went away with whoever had it: rank 0, or the launcher
+            if not self._stop.is_set() and self.lost is None:
+                self._lose(0, f"its store is gone ({str(error).splitlines()[0]})")
+
+    def _beat(self) -> dict[str, Any]:
+        stack = None
+        frame = sys._current_frames().get(self._main)
+        if frame is not None and time.monotonic() - self._arrived > _STACK_AFTER:
+            stack = "".join(traceback.format_stack(frame)[-_STACK_LINES:])
+        now = time.monotonic()
+        facts = {"host": self.host, "pid": os.getpid(), "machine": _machine(), "left": self._left}
+        return {**facts, "beat": now, "place": self._place, "stack": stack}
+
+    def _listen(self, other: int) -> None:
+        if not self._store.check([f"beat/{other}"]):
+            return
+        beat = json.loads(self._store.get(f"beat/{other}"))
+        before = self._beats.get(other)
+        self._beats[other] = beat
+        if before is None or before["beat"] != beat["beat"]:
+            self._seen[other] = time.monotonic()
+        if beat["left"] is not None and self.lost is None:
+            self._lose(other, f"it left: {beat['left']}")
+
+    def _look(self) -> None:
+        last = time.monotonic()
+        while not self._stop.wait(_GLANCE) and self.lost is None:
+            now = time.monotonic()
+            if now - last > 1 + 4 * _GLANCE:
+                # we ourselves were frozen, and know nothing about the others
+                self._heard = now
+                self._seen = dict.fromkeys(self._seen, now)
+            last = now
+            if now - self._heard > self._lost_after:
+                _end_frozen(self._beats.get(0, {}))
+                self._lose(0, f"its store has not answered for {self._lost_after:g} s")
+            for other, seen in self._seen.items():
+                if now - seen > self._lost_after and self.lost is None:
+                    _end_frozen(self._beats.get(other, {}))
+                    self._lose(other, f"no sign of life for {self._lost_after:g} s")
+
+    def _lose(self, other: int, why: str) -> None:
+        beat = self._beats.get(other, {})
+        place, stack = beat.get("place", "starting"), beat.get("stack")
+        with self._lock:
+            if self.lost is not None:
+                return
+            self.lost = RankLostError(self._report(other, why, place, stack))
+        self._on_lost()
+        deadline = time.monotonic() + _GRACE
+        while self._busy and time.monotonic() < deadline:
+            time.sleep(_GLANCE / 5)
+        if self._busy:
+            print(f"error: {self.lost}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=False)
+            os._exit(EXIT_CODE)
+
+    def _report(self, other: int, why: str, place: str, stack: str | None) -> str:
+        tail = f"\nit was here:\n{stack.rstrip()}" if stack else ""
+        return (
+            f"{self.describe(other)} is lost in {place}: {why}. Rank {self.rank} ({self.host}) was in {self._place}. "
+            f"The group ends; the same command starts again{tail}"
+        )
+
+
+def _machine() -> str | None:
+    """What two processes share only if a process number means the same to both; None where that is unknown."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _end_frozen(beat: dict[str, Any]) -> None:
+    """A rank that is frozen on this machine would keep its launcher waiting, and its memory."""
+    if beat and beat["machine"] is not None and beat["machine"] == _machine():
+        try:
+            os.kill(beat["pid"], signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            return

@@ -1,0 +1,216 @@
+"""The engine on two ranks: in step through tasks, failures and memory that runs out; and an end when a rank dies or freezes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import new_store, run_ranks, start_ranks, wait_for
+from running import CAT, config_for
+from tiny_model import write_tiny_model
+
+from chitu_diffusion import forward
+from chitu_diffusion.engine import Engine
+from chitu_diffusion.errors import UsageError
+from chitu_diffusion.parallel.crew import Crew
+from chitu_diffusion.parallel.plan import ParallelPlan
+from chitu_diffusion.task import DiffusionUserParams
+
+LOST_AFTER = 4.0
+ENDS_WITHIN = 15.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("ranks") / "tiny")
+
+
+def engine_on(rank: int, store: dist.Store, folder: str, out: str, *, timeout: float = 10.0) -> Engine:
+    crew = Crew(ParallelPlan(ulysses=2), rank, store, device=torch.device("cpu"), timeout=timeout, lost_after=LOST_AFTER)
+    return Engine(config_for(Path(folder), Path(out)), crew=crew)
+
+
+def params(prompt: str = CAT, **more: Any) -> DiffusionUserParams:
+    return DiffusionUserParams(**{"prompt": prompt, "num_inference_steps": 3, "seed": 1, **more})
+
+
+def drive(engine: Engine) -> None:
+    while engine.has_work():
+        engine.step()
+
+
+def facts(engine: Engine) -> list[list[Any]]:
+    return [
+        [task.task_id, task.seed, str(task.status), task.error_message, task.current_step, task.num_inference_steps]
+        for task in engine.pool
+    ]
+
+
+# -- in step
+
+
+def poisoned(rank: int):
+    """Velocities that fail on rank 1 alone: with an error, or once for want of memory."""
+    compute, once = forward.stacked_velocity, [True]
+
+    def velocity(backend, latent, text, timestep, **more):
+        poison = velocity.poison
+        if rank == 1 and poison == "error" and timestep < 900:
+            raise ValueError("boom")
+        if rank == 1 and poison == "memory" and once:
+            once.clear()
+            raise MemoryError("no room on this rank")
+        return compute(backend, latent, text, timestep, **more)
+
+    velocity.poison = ""
+    return velocity
+
+
+def lead_and_follow(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
+    """Every scene on one engine; what each rank knows goes to a file."""
+    forward.stacked_velocity = velocity = poisoned(rank)
+    engine, seen = engine_on(rank, store, folder, out, timeout=2.0), {}
+    if rank == 0:
+        engine.submit(params())  # rank 0 alone is given this one
+    drive(engine)
+    seen["one"] = facts(engine)
+    assert not engine.has_work() and not engine.has_work()
+
+    task = engine.submit(params(seed=None))  # the same script on both ranks, and each would draw its own seed and id
+    drive(engine)
+    seen["own"] = [task.task_id, task.seed, str(task.status)]
+
+    for poison in ("error", "", "memory"):
+        velocity.poison = poison
+        engine.submit(params(task_id=f"poison-{poison}"))
+        drive(engine)
+    seen["poisoned"], seen["level"] = facts(engine)[2:], engine.backend.low_mem_level
+
+    time.sleep(3.0 if rank == 0 else 0)  # longer than the groups' timeout: the other rank idles
+    task = engine.submit(params(task_id="cancelled"))
+    engine.step()
+    if rank == 0:
+        engine.cancel("cancelled")
+        engine.submit(params(task_id="last"))
+        engine.run_until_idle()
+    engine.close()  # the other rank serves until rank 0 closes
+    engine.close()
+    seen["end"] = facts(engine)[5:]
+    Path(out, f"{rank}.json").write_text(json.dumps(seen))
+
+
+@pytest.fixture(scope="module")
+def scenes(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    out = tmp_path_factory.mktemp("scenes")
+    run_ranks(2, lead_and_follow, str(model), str(out), errors=out, seconds=60)
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)], out
+
+
+def test_both_ranks_know_the_same_of_every_task(scenes) -> None:
+    leader, follower = (dict(seen) for seen in scenes[0])
+    ours, theirs = leader.pop("poisoned"), follower.pop("poisoned")
+    # the rank that failed knows its own error; the others know whose it was, too
+    assert ours[0][3].endswith(theirs[0][3])
+    assert ours[1:] == theirs[1:]
+    assert leader == follower
+    assert leader["own"][2] == "finished"
+
+
+def test_only_rank_0_saves(scenes) -> None:
+    (leader, _), out = scenes
+    names = [facts[0] for facts in (*leader["one"], leader["own"], *leader["poisoned"], *leader["end"]) if facts[2] == "finished"]
+    assert sorted(file.stem for file in out.glob("*.mp4")) == sorted(names)
+
+
+def test_an_exception_on_one_rank_fails_the_task_on_all_and_the_group_lives(scenes) -> None:
+    failed, after, _ = scenes[0][0]["poisoned"]
+    assert failed[2] == "failed"
+    assert "rank 1 of 2" in failed[3] and "boom" in failed[3] and "denoising, step" in failed[3]
+    assert after[2] == "finished"
+
+
+def test_memory_that_runs_out_on_one_rank_raises_the_level_on_all(scenes) -> None:
+    leader, _ = scenes[0]
+    *_, hungry = leader["poisoned"]
+    assert hungry[2] == "finished" and leader["level"] == 1
+
+
+def test_cancelling_reaches_all_ranks(scenes) -> None:
+    assert [task[2] for task in scenes[0][0]["end"]] == ["cancelled", "finished"]
+
+
+# -- a rank that dies, freezes, or is interrupted
+
+
+def work_on(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
+    engine = engine_on(rank, store, folder, out)
+    try:
+        if rank == 0:
+            engine.submit(params(num_inference_steps=1000))
+        while engine.has_work():
+            event = engine.step()
+            if event is not None and event.step == 3:
+                Path(out, f"begun-{rank}").touch()
+    finally:
+        engine.close()
+
+
+FAULTS = [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)]
+
+
+@pytest.mark.parametrize(("victim", "kind"), FAULTS, ids=lambda value: getattr(value, "name", value))
+def test_a_lost_rank_ends_the_group_and_is_named(model: Path, tmp_path: Path, victim: int, kind: signal.Signals) -> None:
+    store = new_store()
+    ranks = start_ranks(2, work_on, str(model), str(tmp_path), store=store, errors=tmp_path)
+    wait_until_begun(tmp_path)
+    os.kill(ranks[victim].pid, kind)
+    took = wait_for(ranks, ENDS_WITHIN)
+    told = (tmp_path / f"{1 - victim}.txt").read_text()
+    assert f"rank {victim} of 2 ({os.uname().nodename}, process {ranks[victim].pid}) is lost in denoising, step" in told
+    assert ranks[1 - victim].exitcode == 1
+    assert took < ENDS_WITHIN
+
+
+@pytest.mark.parametrize("interrupted", [(0, 1), (0,), (1,)], ids=str)
+def test_ctrl_c_ends_all_ranks(model: Path, tmp_path: Path, interrupted: tuple[int, ...]) -> None:
+    store = new_store()
+    ranks = start_ranks(2, work_on, str(model), str(tmp_path), store=store, errors=tmp_path)
+    wait_until_begun(tmp_path)
+    for rank in interrupted:
+        os.kill(ranks[rank].pid, signal.SIGINT)
+    wait_for(ranks, ENDS_WITHIN)
+    assert all("KeyboardInterrupt" in (tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+
+
+def wait_until_begun(out: Path, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while len(list(out.glob("begun-*"))) < 2:
+        assert time.monotonic() < deadline, [file.read_text() for file in out.glob("*.txt")]
+        time.sleep(0.02)
+    time.sleep(1.2)  # a sign of life later, the others know the stage
+
+
+def load_badly(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
+    crew = Crew(ParallelPlan(ulysses=2), rank, store, device=torch.device("cpu"), timeout=10, lost_after=LOST_AFTER)
+    Engine(config_for(Path(folder if rank == 0 else out), Path(out)), crew=crew)
+
+
+def test_a_rank_that_cannot_load_is_named_at_once(model: Path, tmp_path: Path) -> None:
+    ranks = start_ranks(2, load_badly, str(model), str(tmp_path), store=(store := new_store()), errors=tmp_path)
+    wait_for(ranks, ENDS_WITHIN)
+    assert "rank 1 of 2" in (told := (tmp_path / "0.txt").read_text()) and "it left: " in told
+    del store
+
+
+def test_a_layout_that_cannot_be_is_refused(model: Path, tmp_path: Path) -> None:
+    config = config_for(model, tmp_path)
+    config.infer.diffusion.cfg_size = 2
+    with pytest.raises(UsageError, match="1 would do, or start 2 ranks"):
+        Engine(config)
