@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
-
-from chitu_diffusion.cli.app import run
+from pathlib import Path
 
 
 def main() -> None:
     """Run the command line and leave the process with its exit code."""
-    sys.exit(run())
+    # closed by the caller (`2>&-`), a stream is None, and what is meant for it would land in the other one
+    sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    try:
+        # inside, so that Ctrl+C during the import is as quiet as later
+        from chitu_diffusion.cli.app import run
+
+        code = run()
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":

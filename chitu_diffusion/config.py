@@ -66,7 +66,7 @@ class InferSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of weights and matrix products; auto: float32 on CPU, bfloat16 on a GPU"
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; None leaves torch's own choice")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; None leaves torch's own choice")
     sampler: Literal["unipc", "euler", "dpm++"] = Field("unipc", description="solver of the flow's ODE")
 
 

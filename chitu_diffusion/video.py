@@ -378,7 +378,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     text = _read(path, {".mp4": _mp4_recipe, ".gif": _gif_recipe, ".npy": _npy_recipe, FOLDER: _folder_recipe})
     try:
         recipe = json.loads(text or "null")
-    except ValueError:
+    except (ValueError, RecursionError):
         recipe = None
     if not isinstance(recipe, dict):
         raise UsageError(f"'{path}' holds no recipe: it was not written by chitu, or another program rewrote it", field="file")
@@ -402,7 +402,7 @@ def read_frames(path: str | os.PathLike[str]) -> Frames:
 
 def _read(path: str | os.PathLike[str], readers: Mapping[str, Callable[[Path], _T]]) -> _T:
     file = Path(path)
-    if not file.exists():
+    if not os.path.lexists(file):
         raise UsageError(f"there is no file '{path}'", field="file")
     kind = FOLDER if file.is_dir() else file.suffix.lower()
     if kind not in readers:
@@ -422,10 +422,19 @@ def _mp4_recipe(file: Path) -> str | None:
         return container.metadata.get("comment")
 
 
-def _gif_recipe(file: Path) -> str | None:
+@contextmanager
+def _image(file: Path) -> Iterator[Any]:
     from PIL import Image
 
-    with Image.open(file) as image:
+    try:
+        with Image.open(file) as image:
+            yield image
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
+
+
+def _gif_recipe(file: Path) -> str | None:
+    with _image(file) as image:
         comment = image.info.get("comment")
     return comment.decode("utf-8", "replace") if isinstance(comment, bytes) else None
 
@@ -451,9 +460,9 @@ def _mp4_frames(file: Path) -> list[Frames]:
 
 def _gif_frames(file: Path) -> list[Frames]:
     import numpy as np
-    from PIL import Image, ImageSequence
+    from PIL import ImageSequence
 
-    with Image.open(file) as image:
+    with _image(file) as image:
         return [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
 
 
@@ -465,13 +474,12 @@ def _npy_frames(file: Path) -> Frames:
 
 def _folder_frames(folder: Path) -> list[Frames]:
     import numpy as np
-    from PIL import Image
 
     files = sorted(entry for entry in folder.iterdir() if _OUR_FRAME.fullmatch(entry.name))
     if not files:
         raise UsageError(f"the folder '{folder}' holds no frames (00000.png, 00001.png, ...)", field="file")
     frames = []
     for entry in files:
-        with Image.open(entry) as image:
+        with _image(entry) as image:
             frames.append(np.asarray(image.convert("RGB")))
     return frames

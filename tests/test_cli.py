@@ -53,6 +53,12 @@ def events(text: str) -> list[dict[str, object]]:
         (["a cat", "--set", "infer.difusion.up=2"], "Did you mean 'diffusion'?"),
         (["a cat", "--set", "nonsense"], "NAME=VALUE would do"),
         (["a cat", "--config", "missing.toml"], "missing.toml"),
+        (["a cat", "--set", "infer.dtype.x=3", "--dtype", "float32"], "'dtype' is 'float32' elsewhere in the settings"),
+        (["a cat", "--set", "infer.threads=100000"], "infer.threads"),
+        (["a cat", "-o", "x" * 300 + "/a.mp4"], "File name too long"),
+        (["a cat", "--profile", "/dev/null"], "--profile /dev/null: File exists"),
+        (["a cat", "--model", "x" * 300], "no such model or folder"),
+        (["a cat", "--model", "~no-such-user/x"], "no such model or folder"),
         (["a cat", "--model", "wan-tony"], "Did you mean 'wan-tiny'?"),
         ([""], "PROMPT '': must be a sentence"),
         (["  "], "must be a sentence"),
@@ -275,6 +281,21 @@ def test_exit_codes(chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyP
     assert found == code
     assert "Traceback" not in err
     assert "Traceback" in chitu("--debug", "generate", "cat", "--model", tiny_folder)[2]
+
+
+@pytest.mark.parametrize(("closed", "told"), [("2>&-", "cat.npy\n"), (">&-", ""), (">&- 2>&-", "")])
+def test_closed_streams_do_not_mix(tiny_folder: Path, tmp_path: Path, closed: str, told: str) -> None:
+    command = f'"$0" -m chitu_diffusion generate cat --steps 1 -o cat.npy --model "$1" {closed}'
+    words = ["sh", "-c", command, sys.executable, str(tiny_folder)]
+    done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (0, told)
+
+
+def test_interrupted_import_is_quiet(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([*CHITU, "--help"], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 # -- small parts

@@ -112,3 +112,65 @@ def test_batch_files_that_cannot_be(chitu: Chitu, tiny_folder: Path, name: str) 
     code, _, err = chitu("batch", name, "--model", tiny_folder)
     assert code == 2
     assert name in err
+
+
+CLASHES = [
+    [{"prompt": "a", "task_id": "t"}, {"prompt": "b", "task_id": "t"}],
+    [{"prompt": "a", "save_path": "f"}, {"prompt": "b", "save_path": "f/"}],
+    [{"prompt": "a", "save_path": "f/x.mp4"}, {"prompt": "b", "save_path": "f/"}],
+    [{"prompt": "a", "save_path": "f/"}, {"prompt": "b", "save_path": "f/x.mp4"}],
+    [{"prompt": "a"}, {"prompt": "b", "save_path": "."}],
+]
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("rows", CLASHES)
+def test_rows_that_get_in_each_others_way_are_refused(chitu: Chitu, tiny_folder: Path, rows: list[dict[str, str]]) -> None:
+    Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    code, _, err = chitu("batch", "rows.jsonl", "-o", "out", "--model", tiny_folder)
+    assert code == 2
+    assert "line 2: " in err and "line 1 has the same" in err
+
+
+STAGE = '"height": 32, "width": 32, "num_inference_steps": 2'
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("r.jsonl", "[" * 100_000, "not JSON"),
+        ("r.csv", "prompt\n" + "x" * 140_000, "not CSV: field larger"),
+        ("r.csv", "prompt,prompt\na,b\n", "a name twice"),
+        ("r.csv", "prompt,seed\na,1,2\n", "more cells than the header"),
+        ("r.csv", "prompt,cascade\na,b\n", "cascade = 'b': stages would do"),
+        ("r.jsonl", '{"prompt": "x", "cascade": 5}', "stages would do"),
+        ("r.jsonl", '{"prompt": "x", "cascade": [5]}', "stages would do"),
+        ("r.jsonl", '{"prompt": "x", "cascade": [{}]}', "a stage lacks height"),
+        ("r.jsonl", '{"prompt": "x", "cascade": [{"size": 3}]}', "cascade has no field 'size'"),
+        ("r.jsonl", '{"prompt": "x", "cascade": [{"height": null, "width": 32, "num_inference_steps": 2}]}', "needs height"),
+        ("r.jsonl", f'{{"prompt": "x", "cascade": [{{{STAGE}}}, {{{STAGE}, "strength": 1e-9}}]}}', "from 0.01 to 1"),
+        ("r.jsonl", f'{{"prompt": "x", "cascade": [{{{STAGE}, "strength": true}}]}}', "from 0.01 to 1"),
+        ("r.jsonl", '{"prompt": "x", "role": "\\ud800"}', "role is not valid text"),
+    ],
+)
+def test_rows_of_the_wrong_kind(chitu: Chitu, tiny_folder: Path, name: str, text: str, said: str) -> None:
+    Path(name).write_text(text)
+    code, _, err = chitu("batch", name, "--model", tiny_folder)
+    assert code == 2
+    assert "1 bad rows" in err and said in err
+
+
+def test_only_line_ends_end_a_line(chitu: Chitu, tiny_folder: Path) -> None:
+    for name, text in (("p.txt", "a\u2028b\x0cc\x85d\r\n"), ("p.csv", "prompt\r\na\u2028b\x0cc\r\n")):
+        Path(name).write_text(text, encoding="utf-8", newline="")
+        assert len(last_event(chitu("batch", name, "--dry-run", "--json", "--model", tiny_folder)[1])["rows"]) == 1
+
+
+def test_a_dry_run_tells_stale_rows_from_done_ones(chitu: Chitu, tiny_folder: Path) -> None:
+    words = ("batch", "p.txt", "-o", "out", "--model", tiny_folder, "--steps", 1)
+    Path("p.txt").write_text("one\ntwo\n")
+    chitu(*words)
+    Path("p.txt").write_text("one\nthree\n")
+    rows = last_event(chitu(*words, "--dry-run", "--json")[1])["rows"]
+    assert [row["status"] for row in rows] == ["done before", "to make"]

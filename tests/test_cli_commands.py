@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,60 @@ def test_models_verify_and_convert(chitu: Chitu, tiny_folder: Path) -> None:
     chitu("generate", "cat", "--model", tiny_folder, "--steps", 1, "--seed", 1, "-o", "a.npy")
     chitu("generate", "cat", "--model", "other", "--steps", 1, "--seed", 1, "-o", "b.npy")
     assert (read_frames("a.npy") == read_frames("b.npy")).all()
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("transformer/config.json", {"num_layers": -1}),
+        ("transformer/config.json", {"ffn_dim": "x"}),
+        ("transformer/config.json", {"patch_size": 5}),
+        ("vae/config.json", {"z_dim": "x"}),
+        ("vae/config.json", {"latents_mean": []}),
+        ("vae/config.json", {"dim_mult": []}),
+        ("vae/config.json", {"patch_size": 2}),
+        ("transformer/config.json", {"eps": -1}),
+        ("tokenizer/tokenizer_config.json", {"tokenizer_class": -1}),
+        ("text_encoder/config.json", {"num_layers": "x"}),
+        ("scheduler/scheduler_config.json", {"flow_shift": "x"}),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "x"}),
+        ("model_index.json", {"transformer_2": -1}),
+        ("chitu.json", {"defaults": 5}),
+        ("tokenizer/tokenizer_config.json", None),
+        ("transformer/diffusion_pytorch_model.safetensors", None),
+    ],
+)
+def test_a_spoilt_part_is_4_for_verify_and_generate(
+    chitu: Chitu, tiny_folder: Path, tmp_path: Path, file: str, change: dict[str, object] | None
+) -> None:
+    """None stands for a folder in the file's place."""
+    place = Path(shutil.copytree(tiny_folder, tmp_path / "spoilt")) / file
+    if change is None:
+        place.unlink()
+        place.mkdir()
+    else:
+        place.write_text(json.dumps({**json.loads(place.read_text()), **change}))
+    assert chitu("models", "verify", "spoilt")[0] == 4
+    code, _, err = chitu("generate", "cat", "--model", "spoilt")
+    assert code == 4, err
+    assert "unexpected" not in err
+
+
+def test_nowhere_to_remember_hashes_costs_nothing(chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from chitu_diffusion.config import cache_dir
+
+    Path("file").write_text("")
+    monkeypatch.setenv("CHITU_CACHE_DIR", "file/cache")
+    assert chitu("generate", "cat", "--model", tiny_folder, "--steps", 1, "-o", "a.npy")[0] == 0
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert cache_dir({}) is None
+
+
+def test_a_home_sign_in_the_settings_is_understood(chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    Path("c.toml").write_text(f'[models]\nckpt_dir = "~/{tiny_folder.name}"\n')
+    code, _, err = chitu("generate", "cat", "--config", "c.toml", "--steps", 1, "-o", "a.npy")
+    assert code == 0, err
 
 
 def test_models_pull_offline_is_gentle(chitu: Chitu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -264,6 +265,50 @@ def test_cancel_and_close(tiny_folder, make_config):
         engine.step()
     with pytest.raises(UsageError, match="terminated"):
         engine.submit(params())
+
+
+@pytest.mark.parametrize("units", range(5))
+@pytest.mark.parametrize("how", ["cancel", "close"])
+def test_cancelling_from_another_thread_waits_for_the_running_unit(tiny_folder, make_config, monkeypatch, units, how):
+    """The unit's last words must not bring the task back to life, nor leave tensors on it."""
+    engine = Engine(make_config(tiny_folder))
+    task = engine.submit(params())
+    for _ in range(units):
+        engine.step()
+    running, go_on = threading.Event(), threading.Event()
+    run = engine.generator.generate_step
+
+    def slow(task: DiffusionTask):
+        # as late as it can be: the unit is computed, and nothing has been told yet
+        event = run(task)
+        running.set()
+        go_on.wait(5)
+        task.buffer.latent = torch.zeros(1)
+        return event
+
+    monkeypatch.setattr(engine.generator, "generate_step", slow)
+    worker = threading.Thread(target=engine.step)
+    worker.start()
+    assert running.wait(30)
+    ender = threading.Thread(target=lambda: engine.cancel(task.task_id) if how == "cancel" else engine.close())
+    ender.start()
+    ender.join(0.05)
+    assert ender.is_alive() and task.status is not TaskStatus.CANCELLED
+    go_on.set()
+    worker.join()
+    ender.join()
+    assert task.status is TaskStatus.CANCELLED and task.buffer.latent is None and task.buffer.embeddings is None
+    engine.close()
+
+
+def test_what_is_no_request_is_refused(engine):
+    with pytest.raises(UsageError, match="DiffusionUserParams"):
+        engine.submit("A cat walking on grass")
+    for cascade in (5, "abc", CascadeStage(32, 32, 2), ({"height": 32},)):
+        with pytest.raises(UsageError, match="stages would do"):
+            params(cascade=cascade)
+    with pytest.raises(UsageError, match="no parameter"):
+        engine.submit(params(flexcache={"strategy": "interval", 1: 2}))
 
 
 def test_ctrl_c_leaves_the_task_where_it_was(engine, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import CheckpointError, UsageError
 from chitu_diffusion.sampling import Sampler, initial_noise, sampler_names, shift_of, upsample_latent
 
 WAN = {
@@ -127,6 +127,30 @@ def test_upsample_keeps_frames_apart_and_constants_constant():
     larger = upsample_latent(latent, 8, 10)
     assert larger.shape == (1, 2, 3, 8, 10)
     assert torch.allclose(larger, torch.arange(3.0).view(1, 1, 3, 1, 1).expand(1, 2, 3, 8, 10), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("flow_shift", "x"),
+        ("flow_shift", []),
+        ("num_train_timesteps", None),
+        ("num_train_timesteps", 10**9),
+        ("beta_start", "x"),
+        ("beta_schedule", "x"),
+        ("final_sigmas_type", "x"),
+    ],
+)
+def test_a_spoilt_scheduler_config_is_a_checkpoint_error_at_once(key, value):
+    with pytest.raises(CheckpointError, match="scheduler_config.json"):
+        Sampler("unipc", {**WAN, key: value})
+
+
+def test_a_shift_of_none_is_no_shift():
+    assert torch.equal(
+        Sampler("unipc", {**WAN, "flow_shift": None}).begin(3)["sigmas"],
+        Sampler("unipc", {**WAN, "flow_shift": 1.0}).begin(3)["sigmas"],
+    )
 
 
 def test_refusals():

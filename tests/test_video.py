@@ -220,6 +220,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, name: str, monkeypat
     assert not [entry for entry in os.listdir(tmp_path) if entry.endswith(".part")]
 
 
+def test_hostile_files_are_refused_in_words(tmp_path: Path) -> None:
+    write_video(moving_square(5), tmp_path / "a.npy", fps=8)
+    (tmp_path / "a.npy.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match="holds no recipe"):
+        read_recipe(tmp_path / "a.npy")
+    with pytest.raises(UsageError, match="there is no file"):
+        read_recipe(tmp_path / ("a" * 300 + ".mp4"))
+    bomb = write_video(moving_square(5), tmp_path / "a.gif", fps=8)
+    data = bytearray(bomb.read_bytes())
+    data[6:10] = b"\xff" * 4  # the width and height of the whole
+    bomb.write_bytes(data)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_recipe(bomb)
+
+
 def test_links_and_leftovers_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "a.npy.part").symlink_to("mine")

@@ -102,7 +102,7 @@ def test_verify_likes_both_layouts_and_finds_a_nan(official: Path, experts: Path
     for folder in (official, experts):
         findings = verify(folder, deep=True)
         assert all(finding.ok for finding in findings), findings
-        parts = ["folder", "transformer", "transformer_2", "vae", "text_encoder", "tokenizer"]
+        parts = ["folder", "transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"]
         assert [finding.part for finding in findings] == parts
     spoilt = shutil.copytree(experts, tmp_path / "spoilt")
     file = spoilt / "vae" / f"{STEM}.safetensors"

@@ -8,9 +8,10 @@ its number, or by a plain `save_path` inside the output folder; a prompt never b
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 Resolve = Callable[["DiffusionUserParams"], "DiffusionUserParams"]
+_TOO_MANY = "\n"
+"""Where csv puts cells beyond the header's; no header has this name."""
 WHOLE_NUMBERS = ("height", "width", "num_frames", "fps", "num_inference_steps", "seed", "priority")
 
 
@@ -41,6 +44,32 @@ class Row:
     def path(self) -> str:
         """Where its video goes."""
         return str(self.params.save_path)
+
+
+@dataclass
+class Taken:
+    """What earlier rows write and are called: their lines by file, by every folder above a file, and by task id."""
+
+    files: dict[Path, int] = field(default_factory=dict)
+    folders: dict[Path, int] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+
+    def claim(self, row: Row) -> None:
+        """Note a row.
+
+        Raises:
+            UsageError: an earlier row has its file, a folder above or below it, or its task id.
+        """
+        path, label = Path(row.path), row.params.task_id
+        other = next((self.files[place] for place in (path, *path.parents) if place in self.files), self.folders.get(path))
+        if other is not None:
+            raise UsageError(f"save_path = {row.path!r}: line {other} has the same, or a folder above or below it")
+        if label is not None and label in self.labels:
+            raise UsageError(f"task_id = {label!r}: line {self.labels[label]} has the same")
+        self.files[path] = row.line
+        self.folders |= dict.fromkeys(path.parents, row.line)
+        if label is not None:
+            self.labels[label] = row.line
 
 
 def batch(
@@ -94,10 +123,10 @@ def batch(
     given = {name: value for name, value in defaults.items() if value is not None}
     rows = read_rows(file, output, given, lambda params: resolve(spec, engine_config, params))
     todo = [row for row in rows if not is_done(row, spec.name)]
-    done = len(rows) - len(todo)
+    left, done = {row.line for row in todo}, len(rows) - len(todo)
     if dry_run or not todo:
         say(f"{len(rows)} rows: {done} done already, {len(todo)} to make")
-        _summary(rows, {}, as_json=json_)
+        _summary(rows, left, {}, as_json=json_)
         return 0
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, engine_config)
@@ -107,7 +136,7 @@ def batch(
     from chitu_diffusion.cli.run import run_requests
 
     tasks = run_requests(engine_config, [_with_seed(row) for row in todo], make_reporter(as_json=json_))
-    return _summary(rows, {row.line: task for row, task in zip(todo, tasks, strict=True)}, as_json=json_)
+    return _summary(rows, left, {row.line: task for row, task in zip(todo, tasks, strict=True)}, as_json=json_)
 
 
 def _with_seed(row: Row) -> DiffusionUserParams:
@@ -116,14 +145,13 @@ def _with_seed(row: Row) -> DiffusionUserParams:
     return row.params if row.params.seed is not None else replace(row.params, seed=draw_seed())
 
 
-def _summary(rows: list[Row], tasks: Mapping[int, DiffusionTask], *, as_json: bool) -> int:
+def _summary(rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask], *, as_json: bool) -> int:
     """The closing table; 1 if a row failed."""
     lines, failed = [], 0
     for row in rows:
         task = tasks.get(row.line)
         if task is None:
-            there = Path(row.path).exists()
-            status, spent, seed, result = ("done before" if there else "to make"), "", row.params.seed, row.path
+            status, spent, seed, result = ("to make" if row.line in left else "done before"), "", row.params.seed, row.path
         else:
             good = task.status == "finished"
             failed += not good
@@ -180,17 +208,15 @@ def read_rows(file: Path, folder: Path, defaults: Mapping[str, Any], resolved: R
         raise UsageError(f"cannot read '{file}': {error}", field="file") from error
     rows: list[Row] = []
     problems: list[str] = []
-    taken: dict[str, int] = {}
+    taken = Taken()
     for number, (line, values) in enumerate(reader(text), start=1):
         try:
             params = _request(number, values, folder, defaults)
             row = Row(line, params, resolved(params))
             check_save_path(row.path)
-            if row.path in taken:
-                raise UsageError(f"save_path = {row.path!r}: line {taken[row.path]} has the same")
-            taken[row.path] = line
+            taken.claim(row)
             rows.append(row)
-        except (UsageError, TypeError) as error:
+        except UsageError as error:
             problems.append(f"line {line}: {printable(str(error))}")
     if problems:
         raise UsageError(f"{len(problems)} bad rows in '{file}', nothing was made:\n  " + "\n  ".join(problems), field="file")
@@ -214,7 +240,7 @@ def _request(number: int, values: Any, folder: Path, defaults: Mapping[str, Any]
 
 
 def _txt(text: str) -> Iterator[tuple[int, Any]]:
-    for line, content in enumerate(text.splitlines(), start=1):
+    for line, content in enumerate(text.split("\n"), start=1):  # splitlines() would cut at form feeds too
         if content.strip() and not content.lstrip().startswith("#"):
             yield line, {"prompt": content.strip()}
 
@@ -225,22 +251,32 @@ def _jsonl(text: str) -> Iterator[tuple[int, Any]]:
             continue
         try:
             values = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield line, UsageError(f"not JSON: {error}")
             continue
         yield line, values if isinstance(values, dict) else UsageError('an object such as {"prompt": "..."} would do')
 
 
 def _csv(text: str) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), restkey="")
-    for record in reader:
-        if "" in record:
-            yield reader.line_num, UsageError("more cells than the header has names")
-            continue
-        try:
-            yield reader.line_num, {name: _cell(name, cell) for name, cell in record.items() if cell}
-        except ValueError as error:
-            yield reader.line_num, UsageError(str(error))
+    reader = csv.DictReader(io.StringIO(text), restkey=_TOO_MANY)
+    try:
+        names = list(reader.fieldnames or ())
+        if len(set(names)) < len(names):
+            yield 1, UsageError("the header has a name twice")
+            return
+        for record in reader:
+            yield reader.line_num, _record(record)
+    except csv.Error as error:
+        yield reader.line_num, UsageError(f"not CSV: {error}")
+
+
+def _record(record: Mapping[str, str]) -> Any:
+    if _TOO_MANY in record:
+        return UsageError("more cells than the header has names")
+    try:
+        return {name: _cell(name, cell) for name, cell in record.items() if cell}
+    except ValueError as error:
+        return UsageError(str(error))
 
 
 def _cell(name: str, text: str) -> Any:

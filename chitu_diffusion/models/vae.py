@@ -212,12 +212,22 @@ def build_vae(config: Mapping[str, Any]) -> nn.Module:
     """The VAE of a config, with no weights (on the meta device).
 
     Raises:
-        UsageError: a VAE of another family than Wan2.1's.
+        UsageError: a VAE of another family than Wan2.1's, or a value that none can have.
     """
     if config.get("is_residual"):
         raise UsageError("vae config has is_residual=True (Wan2.2-5B's VAE): only Wan2.1's kind is supported")
+    if not config.get("dim_mult", True):
+        raise UsageError("vae config has an empty dim_mult: one number for each stage would do")
     with torch.device("meta"):
-        return cast(nn.Module, AutoencoderKLWan.from_config({"_class_name": "AutoencoderKLWan", **config}))
+        network: Any = AutoencoderKLWan.from_config({"_class_name": "AutoencoderKLWan", **config})
+    for name in ("latents_mean", "latents_std"):
+        values = network.config[name]
+        if not isinstance(values, list | tuple) or len(values) != network.config.z_dim:
+            raise UsageError(f"vae config has {name}={values!r}: {network.config.z_dim} numbers (z_dim) would do")
+    patch, channels = network.config.patch_size, network.config.out_channels
+    if patch not in (None, 1, 2, 4, 8) or channels != 3 * (patch or 1) ** 2:
+        raise UsageError(f"vae config has patch_size={patch!r}, out_channels={channels!r}: 3 x patch_size^2 channels would do")
+    return cast(nn.Module, network)
 
 
 def _cut(x: Tensor, axis: int, start: int, first: int, last: int) -> tuple[Tensor, int]:

@@ -8,10 +8,10 @@ from typing import Any
 from chitu_diffusion.errors import UsageError
 
 _QK_NORM = "rms_norm_across_heads"
+_NO_SIZES = ("patch_size", "cross_attn_norm", "qk_norm", "eps")
 
 # Fields of diffusers' config.json that belong to other Wan models (image-to-video, VACE, animate). None (or False) is
 # what a text-to-video checkpoint says there; anything else means parts that `WanTransformer` does not have.
-_NO_SIZES = ("patch_size", "cross_attn_norm", "qk_norm", "eps")
 _FOREIGN_FIELDS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "add_img_emb", "vace_layers")
 
 
@@ -51,6 +51,8 @@ class WanConfig:
         for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} must be a whole number from 1, not {value!r}")
+        if isinstance(self.eps, bool) or not isinstance(self.eps, int | float) or not 0 < self.eps < 1:
+            raise UsageError(f"eps must be a number between 0 and 1, not {self.eps!r}")
         if self.attention_head_dim % 2 or self.freq_dim % 2:
             raise UsageError(
                 "attention_head_dim and freq_dim must be even (rotary pairs, cosine-sine pairs); they are "
