@@ -142,7 +142,7 @@ class RankGroups:
         Raises:
             ValueError: nobody gave a number.
         """
-        own = torch.tensor([float("-inf") if value is None else value], dtype=torch.float64, device=self._device)
+        own = torch.tensor([float("-inf") if value is None else value], dtype=torch.float64, device=self.device)
         largest = max(float(part) for part in self.world.all_gather(own))
         if largest == float("-inf"):
             raise ValueError("no rank gave a number to agree on")
