@@ -65,7 +65,7 @@ def parse_strategy(value: str | Mapping[str, Any]) -> tuple[str, Strategy]:
     known = {field.name for field in fields(STRATEGIES[name])}
     for key in asked:
         if key not in known:
-            raise UsageError(f"flexcache '{name}' has no parameter '{key}'.{nearest(key, known)}", field="flexcache")
+            raise UsageError(f"flexcache '{name}' has no parameter '{key}'.{nearest(str(key), known)}", field="flexcache")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()}
     return name, STRATEGIES[name](**values)
 
