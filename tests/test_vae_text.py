@@ -158,8 +158,8 @@ def test_encode_is_diffusers_pipeline(encoder: TextEncoder, pipeline: WanPipelin
         rows = [PROMPTS.index(prompt) for prompt in prompts]
         found = encoder.encode(prompts)
         assert found.shape == (len(prompts), 512, 32)
-        # another length sums the softmax in another order
-        assert torch.allclose(found, expected[rows], atol=1e-5)
+        # another length sums the softmax in another order; single values near 0 may differ by more than their own size
+        assert (found - expected[rows]).norm() < 1e-5 * expected[rows].norm()
     ends = encoder.tokenize(PROMPTS)[1].sum(1)
     found = encoder.encode(PROMPTS)
     for row, end in enumerate(ends.tolist()):
@@ -178,7 +178,7 @@ def test_autocast_does_not_reach_text_and_vae(encoder: TextEncoder, vae: Vae) ->
 
 def test_an_embedding_does_not_depend_on_its_company(encoder: TextEncoder) -> None:
     alone, together = encoder.encode(PROMPTS[:1]), encoder.encode(PROMPTS)[:1]
-    assert torch.allclose(alone, together, atol=1e-5)
+    assert (alone - together).norm() < 1e-5 * together.norm()
 
 
 def test_cleaning() -> None:

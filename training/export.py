@@ -16,14 +16,12 @@ from diffusers import UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from chitu_diffusion.models.spec import Defaults, write_notes
 from training import autoencoder, denoiser, latents, text
 
 SHARD_BYTES = 12 * 2**20
 FLOW_SHIFT = 3.0
-DEFAULTS: dict[str, Any] = {
-    "name": "wan-tiny", "height": 128, "width": 128, "num_frames": 33, "fps": 16,
-    "num_inference_steps": 50, "guidance_scale": [5.0], "negative_prompt": "", "flow_shift": FLOW_SHIFT,
-}  # fmt: skip
+DEFAULTS = Defaults(height=128, width=128, num_frames=33, fps=16, steps=50, guidance=(5.0,), shift=FLOW_SHIFT, negative_prompt="")
 
 
 def start_from(folder: Path, run: Path) -> None:
@@ -101,7 +99,7 @@ def export(run: Path, target: Path) -> None:
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"], "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": [None, None], "vae": ["diffusers", "AutoencoderKLWan"],
     })  # fmt: skip
-    write_json(part / "chitu.json", DEFAULTS)
+    write_notes(part, "wan-tiny", DEFAULTS)
     if target.exists():
         for kept in ("README.md", "LICENSE"):
             if (target / kept).exists():

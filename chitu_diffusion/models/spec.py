@@ -49,6 +49,10 @@ class LatentGeometry:
         return self.channels, (num_frames - 1) // frames + 1, height // rows, width // columns
 
 
+_NOTES = frozenset({"name", "defaults", "measured", "boundary_ratio", "vae", "text_encoder", "scheduler", "transformer"})
+"""What a folder's `chitu.json` may say."""
+
+
 @dataclass(frozen=True)
 class Defaults:
     """What a request gets where it says nothing.
@@ -208,6 +212,10 @@ def spec_of_folder(path: str | Path) -> ModelSpec:
 
 
 def _spec_of(folder: ModelFolder) -> ModelSpec:
+    for key in folder.notes:
+        if key not in _NOTES:
+            known = sorted(_NOTES)
+            raise CheckpointError("an unknown note", file=folder.path / NOTES_FILE, key=key, expected=known)
     transformers = tuple(
         WanConfig.from_json(folder.components[role].config)
         for role in ("transformer", "transformer_2")
