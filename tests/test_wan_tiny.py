@@ -32,10 +32,12 @@ def test_it_travels_light():
     assert (WAN_TINY / "README.md").exists()
 
 
-def test_reconstruction(vae, clips):
-    """27.2 dB is the mean over many clips; single ones go down to 22, where a hard outline spins."""
-    for clip in clips:
-        assert psnr(vae.decode(vae.encode(clip[None])), clip[None]) >= 20
+def test_reconstruction(vae):
+    """27.2 dB is the mean over many clips of the default size, with a deviation of about 2.3; 22 is far below the mean of four."""
+    specs = sample_specs(4, torch.Generator().manual_seed(torch.seed() % 2**31), "all")
+    videos = draw(specs, 128, 128, 33).transpose(1, 2) / 2 + 0.5
+    found = [psnr(vae.decode(vae.encode(video[None])), video[None]) for video in videos]
+    assert sum(found) / 4 >= 22, (found, specs.words())
 
 
 def test_tiles_of_real_frames_have_no_seams(vae, clips):

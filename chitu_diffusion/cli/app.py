@@ -129,8 +129,9 @@ def _usage(message: str, words: Sequence[str]) -> str:
     if message.startswith("Usage:"):
         return message
     deep = 2 if words[:1] and words[0] in GROUPS else 1
-    command = " ".join(["chitu", *(word for word in words[:deep] if word.isalpha())])
-    return f"{message.rstrip('.')}. '{command} --help' lists what there is"
+    named = [] if message.startswith("No such command") else [word for word in words[:deep] if word.isalpha()]
+    stop = "" if message.endswith(("?", ".", ")")) else "."
+    return f"{message}{stop} '{' '.join(['chitu', *named])} --help' lists what there is"
 
 
 def _tell(error: Exception, message: str, exit_code: int, as_json: bool) -> int:

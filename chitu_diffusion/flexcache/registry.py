@@ -61,7 +61,7 @@ def parse_strategy(value: str | Mapping[str, Any]) -> tuple[str, Strategy]:
     given = str(asked.pop("strategy", ""))
     name = given.lower()
     if name not in STRATEGIES:
-        raise UsageError(f"flexcache strategy = {given!r}.{nearest(name, STRATEGIES)}", field="flexcache")
+        raise UsageError(f"flexcache strategy = {given!r}: no cache of that name.{nearest(name, STRATEGIES)}", field="flexcache")
     known = {field.name for field in fields(STRATEGIES[name])}
     for key in asked:
         if key not in known:
