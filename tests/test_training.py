@@ -104,7 +104,7 @@ def test_weights_survive_keep_and_export(tokenizer, tmp_path):
     other = denoiser.build(len(tokenizer), torch.device("cpu"))
     assert denoiser.restore(tmp_path / "dit.pt", other, denoiser.optimizers(other), torch.device("cpu")) == (7, 1.5)
     vae = autoencoder.build()
-    autoencoder.keep(tmp_path, vae, [p.detach() for p in vae.parameters()], torch.optim.AdamW(vae.parameters()), 1, 1.0)
+    autoencoder.keep(tmp_path / "vae.pt", vae, [p.detach() for p in vae.parameters()], [], 1, 1.0)
     latents.save_statistics(tmp_path, torch.arange(16.0), torch.ones(16))
     export.export(tmp_path, tmp_path / "out")
     pipeline = WanPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.float32)

@@ -12,8 +12,9 @@ spares the costly full-resolution layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from chitu_diffusion.evaluation.world import draw, sample_specs
 from training.clips import drawn
 from training.clock import Clock, Every, learning_rate
+from training.muon import Muon
 
 SIZES: dict[str, Any] = {
     "base_dim": 24,
@@ -46,9 +48,10 @@ SIZES: dict[str, Any] = {
     "latents_mean": [0.0] * 16,
     "latents_std": [1.0] * 16,
 }
-PEAK_RATE = 1e-3
+MUON_RATE, ADAM_RATE = 2e-3, 1e-3
 KL_WEIGHT = 3e-4
 ABSOLUTE_WEIGHT, EDGE_WEIGHT = 0.1, 0.1
+LOG_WEIGHT, LOG_EDGE_WEIGHT = 0.02, 0.02
 
 
 def build() -> AutoencoderKLWan:
@@ -159,6 +162,10 @@ def reconstruction_psnr(net: WholeClip, clips: int, device: torch.device, seed: 
     return total / clips
 
 
+Part = Literal["vae", "decoder"]
+Loss = Callable[[WholeClip, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
 def loss_of(net: WholeClip, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, mean squared error, KL per latent value) of a batch of clips."""
     mean, log_variance = net.encode(video)
@@ -171,14 +178,25 @@ def loss_of(net: WholeClip, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return 2 * squared + ABSOLUTE_WEIGHT * error.abs().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl, squared, kl
 
 
+def decoder_loss(net: WholeClip, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`loss_of` for a decoder alone: the logarithm of each clip's squared error, whose mean is the mean PSNR."""
+    with torch.no_grad():
+        mean, log_variance = net.encode(video)
+        latent = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+    error = net.decode(latent).float() - video
+    edges = sum(error.diff(dim=axis).abs().mean() for axis in (-1, -2))
+    squared = error.square().flatten(1).mean(1)
+    return LOG_WEIGHT * squared.log().mean() + LOG_EDGE_WEIGHT * edges, squared.mean(), torch.zeros_like(edges)
+
+
 class Step:
     """Loss and gradients of one batch; on a GPU one replay of a CUDA graph, since launching is what costs there.
 
     Gradients lie in `parameter.grad` after each call and are overwritten by the next: do not clear them.
     """
 
-    def __init__(self, net: WholeClip, video: Tensor) -> None:
-        self.net, self.graph = net, None
+    def __init__(self, net: WholeClip, video: Tensor, loss: Loss) -> None:
+        self.net, self.loss, self.graph = net, loss, None
         if not video.is_cuda:
             return
         self.video = video.contiguous(memory_format=torch.channels_last_3d)
@@ -205,67 +223,97 @@ class Step:
     def _compute(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kind = video.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False):
-            loss, squared, kl = loss_of(self.net, video)
+            loss, squared, kl = self.loss(self.net, video)
         loss.backward()
         return loss.detach(), squared.detach(), kl.detach()
 
 
-def train(folder: Path, minutes: float, device: torch.device, batch: int, size: int, frames: int) -> None:
-    """Train until the minutes are over; resumes from `folder/vae.pt`, leaves `folder/vae.safetensors`."""
+def train(
+    folder: Path,
+    minutes: float,
+    device: torch.device,
+    batch: int,
+    size: int,
+    frames: int,
+    part: Literal["vae", "decoder"] = "vae",
+) -> None:
+    """Train until the minutes are over; resumes from `folder/{part}.pt`, leaves `folder/vae.safetensors`.
+
+    "decoder" keeps the encoder as it is, so that whoever learns its latents can do so at the same time, and minimises the
+    logarithm of each clip's squared error: its mean is the mean PSNR.
+    """
     torch.manual_seed(0)
     vae = channels_last(build().to(device))
+    if part == "decoder":
+        vae.requires_grad_(False)
+        for module in (vae.post_quant_conv, vae.decoder):
+            module.requires_grad_(True)
     net = WholeClip(vae, fuse=device.type == "cuda")
-    parameters = list(vae.parameters())
-    optimizer = torch.optim.AdamW(parameters, PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")
-    average = [p.detach().clone() for p in parameters]
-    step, spent = restore(folder, vae, average, optimizer, device)
+    parameters = [p for p in vae.parameters() if p.requires_grad]
+    solvers = optimizers(parameters)
+    average = [p.detach().clone() for p in vae.parameters()]
+    state = folder / f"{part}.pt"
+    step, spent = restore(state, vae, average, solvers, device)
     source = drawn((size, size, frames), batch, "train", torch.Generator().manual_seed(1000 + step), device)
-    compute = Step(net, next(source)[0])
+    compute = Step(net, next(source)[0], loss_of if part == "vae" else decoder_loss)
     clock, report, save = Clock(minutes, spent), Every(10), Every(60)
     while not clock.over:
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * learning_rate(clock.progress, hold=0.15)
+        for solver, peak in zip(solvers, (MUON_RATE, ADAM_RATE), strict=True):
+            for group in solver.param_groups:
+                group["lr"] = peak * learning_rate(clock.progress, hold=0.3)
         loss, squared, kl = compute(next(source)[0])
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for solver in solvers:
+            solver.step()
         step += 1
         with torch.no_grad():
-            torch._foreach_lerp_(average, parameters, 1 - min(0.999, (1 + step) / (10 + step)))
+            torch._foreach_lerp_(average, list(vae.parameters()), 1 - min(0.999, (1 + step) / (10 + step)))
         if report() or clock.over or step == 1:
             psnr = float(-10 * torch.log10(squared / 4))
             numbers = f"loss {float(loss):.4f} psnr {psnr:.2f} dB kl {float(kl):.3f}"
-            print(f"vae step {step} {clock.spent:.0f}s {numbers}", flush=True)
+            print(f"{part} step {step} {clock.spent:.0f}s {numbers}", flush=True)
         if save() or clock.over:
-            keep(folder, vae, average, optimizer, step, clock.spent)
+            keep(state, vae, average, solvers, step, clock.spent)
     with torch.no_grad():
-        for parameter, slow in zip(parameters, average, strict=True):
-            parameter.copy_(slow)
-    print(f"vae: reconstruction PSNR {reconstruction_psnr(net, 32, device):.2f} dB on fresh clips", flush=True)
+        torch._foreach_copy_(list(vae.parameters()), average)
+    print(f"{part}: reconstruction PSNR {reconstruction_psnr(net, 32, device):.2f} dB on fresh clips", flush=True)
+
+
+def optimizers(parameters: list[Tensor]) -> list[torch.optim.Optimizer]:
+    """Muon for convolution kernels (those of several output channels), AdamW for everything else."""
+    kernels = [p for p in parameters if p.ndim >= 4 and p.shape[0] > 12 and p.shape[1] > 12]
+    chosen = {id(p) for p in kernels}
+    others = [p for p in parameters if id(p) not in chosen]
+    return [Muon(kernels, lr=MUON_RATE), torch.optim.AdamW(others, ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def keep(
-    folder: Path, vae: AutoencoderKLWan, average: list[Tensor], optimizer: torch.optim.Optimizer, step: int, spent: float
+    path: Path, vae: AutoencoderKLWan, average: list[Tensor], solvers: list[torch.optim.Optimizer], step: int, spent: float
 ) -> None:
-    """What a restart needs (`vae.pt`), and the averaged weights alone (`vae.safetensors`)."""
-    state = {"vae": vae.state_dict(), "average": average, "optimizer": optimizer.state_dict(), "step": step, "spent": spent}
-    torch.save(state, folder / "vae.part")
-    (folder / "vae.part").rename(folder / "vae.pt")
+    """What a restart needs (`path`), and the averaged weights alone (`vae.safetensors` beside it)."""
+    state = {
+        "vae": vae.state_dict(), "average": average, "solvers": [solver.state_dict() for solver in solvers],
+        "step": step, "spent": spent,
+    }  # fmt: skip
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").rename(path)
     names = [name for name, _ in vae.named_parameters()]
-    save_file({n: a.cpu().contiguous() for n, a in zip(names, average, strict=True)}, folder / "vae.safetensors")
+    save_file({n: a.cpu().contiguous() for n, a in zip(names, average, strict=True)}, path.with_name("vae.safetensors"))
 
 
 def restore(
-    folder: Path, vae: AutoencoderKLWan, average: list[Tensor], optimizer: torch.optim.Optimizer, device: torch.device
+    path: Path, vae: AutoencoderKLWan, average: list[Tensor], solvers: list[torch.optim.Optimizer], device: torch.device
 ) -> tuple[int, float]:
     """Take up a run where it stopped: (steps done, seconds spent). `vae.safetensors` alone is a start with these weights."""
-    if not (folder / "vae.pt").exists():
-        if (folder / "vae.safetensors").exists():
-            vae.load_state_dict(load_file(folder / "vae.safetensors"))
+    if not path.exists():
+        if path.with_name("vae.safetensors").exists():
+            vae.load_state_dict(load_file(path.with_name("vae.safetensors")))
             torch._foreach_copy_(average, [p.detach() for p in vae.parameters()])
         return 0, 0.0
-    state = torch.load(folder / "vae.pt", map_location=device, weights_only=True)
+    state = torch.load(path, map_location=device, weights_only=True)
     vae.load_state_dict(state["vae"])
-    optimizer.load_state_dict(state["optimizer"])
+    for solver, saved in zip(solvers, state["solvers"], strict=True):
+        solver.load_state_dict(saved)
     torch._foreach_copy_(average, state["average"])
     return state["step"], state["spent"]
 

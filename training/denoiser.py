@@ -124,6 +124,7 @@ def train(
         nets.dit.compile_blocks()
     empty = text.tokenize(tokenizer, [""])[0].to(device)
     source = latents.batches(buckets, shapes, batch, random.Random(step), device)
+    started = step
     clock, report, save, look = Clock(minutes, spent), Every(10), Every(45), Every(150)
     while not clock.over:
         for solver, peak in zip(solvers, (MUON_RATE, ADAM_RATE), strict=True):
@@ -141,8 +142,8 @@ def train(
         step += 1
         with torch.no_grad():
             torch._foreach_lerp_(nets.average, nets.parameters, 1 - min(0.998, (1 + step) / (10 + step)))
-        if step == 1:
-            clock.restart()  # compilation does not count as learning
+        if step == started + len(shapes):
+            clock.restart()  # compiling for every size does not count as learning
         if report() or clock.over:
             print(f"dit step {step} {clock.spent:.0f}s loss {float(loss.detach()):.4f}", flush=True)
         if save() or clock.over:

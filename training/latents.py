@@ -36,9 +36,16 @@ ONE_SHAPE: Shapes = {(128, 128, 33): 1.0}
 
 @dataclass
 class Bucket:
-    """Clips of one size: latents [N, 16, T, H, W] bfloat16 (not normalised), ids [N, CAPTIONS, L] int16."""
+    """Clips of one size.
+
+    latents: [N, 16, T, H, W] bfloat16, the means of the encoder, not normalised. Drawing from the encoder's distribution
+        instead would ask the transformer to predict noise: channels that the autoencoder does not use are nothing else.
+    spread: [N, 16] float32, the encoder's variance, averaged over each clip.
+    ids: [N, CAPTIONS, L] int16.
+    """
 
     latents: Tensor
+    spread: Tensor
     ids: Tensor
 
 
@@ -49,10 +56,9 @@ def encode_batch(
     video = video.contiguous(memory_format=torch.channels_last_3d)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         mean, log_variance = net.encode(video)
-    latent = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
     captions = [caption(words, rng) for words in specs.words() for _ in range(CAPTIONS)]
     ids = tokenize(tokenizer, captions).unflatten(0, (len(specs), CAPTIONS))
-    return Bucket(latent.bfloat16(), ids.to(device))
+    return Bucket(mean.bfloat16(), log_variance.exp().mean(dim=(2, 3, 4)), ids.to(device))
 
 
 def fill(
@@ -78,22 +84,32 @@ def fill(
         if report():
             print(f"latents {done} clips {clock.spent:.0f}s", flush=True)
     print(f"latents: {done} clips in {clock.spent:.0f}s", flush=True)
-    return {s: Bucket(torch.cat([p.latents for p in ps]), torch.cat([p.ids for p in ps])) for s, ps in parts.items()}
+    return {shape: Bucket(*map(torch.cat, zip(*map(fields, ps), strict=True))) for shape, ps in parts.items()}
+
+
+def fields(bucket: Bucket) -> tuple[Tensor, Tensor, Tensor]:
+    """A bucket's tensors, in its own order."""
+    return bucket.latents, bucket.spread, bucket.ids
 
 
 def statistics(bucket: Bucket) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each latent channel, [16] float32."""
+    """Mean and deviation of each latent channel as the encoder draws it, [16] float32: its spread belongs to it.
+
+    Without the spread an unused channel, whose mean hardly moves, would be divided by next to nothing.
+    """
     sample = bucket.latents[:2048].float()
-    return sample.mean(dim=(0, 2, 3, 4)), sample.std(dim=(0, 2, 3, 4))
+    variance = sample.var(dim=(0, 2, 3, 4)) + bucket.spread[:2048].mean(dim=0)
+    return sample.mean(dim=(0, 2, 3, 4)), variance.sqrt()
 
 
 def batches(
     buckets: dict[Shape, Bucket], shapes: Shapes, batch: int, rng: random.Random, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (latent [B, 16, T, H, W] float32, ids [B, L]), sizes by their shares."""
+    """Endless (latent [B, 16, T, H, W] float32, ids [B, L]): each size once, then by their shares."""
     sizes, weights = list(shapes), list(shapes.values())
+    first = list(shapes)
     while True:
-        bucket = buckets[rng.choices(sizes, weights)[0]]
+        bucket = buckets[first.pop() if first else rng.choices(sizes, weights)[0]]
         rows = torch.randint(len(bucket.latents), (batch,), device=device)
         which = torch.randint(CAPTIONS, (batch,), device=device)
         yield bucket.latents[rows].float(), bucket.ids[rows, which]

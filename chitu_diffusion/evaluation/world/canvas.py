@@ -26,10 +26,13 @@ def rgb(red: int, green: int, blue: int) -> tuple[float, float, float]:
 
 INK = rgb(26, 20, 30)
 
+EDGE = 2.0
+"""Width of the ramp from outside to inside a shape, in pixels."""
+
 
 @dataclass
 class Canvas:
-    """Pixels being painted over.
+    """Pixels being painted over. Edges run over `EDGE` pixels: sharper ones would be beyond an 8x smaller latent.
 
     pixels: `[n, 3, T, h, w]` in [-1, 1], changed in place.
     x, y: the pixel centres in the painter's own units, broadcastable to `[n, T, h, w]`.
@@ -45,13 +48,13 @@ class Canvas:
 
     def fill(self, distance: Tensor, colour: Colour, strength: Tensor | float = 1.0) -> None:
         """Paints a shape without an outline; `strength` below 1 lets what is behind shine through."""
-        cover = (distance * -self.sharpness).add_(0.5).clamp_(0, 1)
+        cover = (distance * (-self.sharpness / EDGE)).add_(0.5).clamp_(0, 1)
         self._blend(cover * strength if isinstance(strength, Tensor) or strength != 1.0 else cover, colour)
 
     def outlined(self, distance: Tensor, colour: Colour) -> None:
         """Paints a shape with a dark line around it."""
-        depth = (distance * -self.sharpness).add_(0.5)
-        self._blend((depth + self.line).clamp_(0, 1), INK)
+        depth = (distance * (-self.sharpness / EDGE)).add_(0.5)
+        self._blend((depth + self.line / EDGE).clamp_(0, 1), INK)
         self._blend(depth.clamp_(0, 1), colour)
 
     def glow(self, distance: Tensor, colour: Colour, softness: float) -> None:
