@@ -12,7 +12,7 @@ so that tiles need no blending.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -28,13 +28,12 @@ from chitu_diffusion.models.vae_decoder import (
     Window,
     best_ways,
     decode_bytes,
-    reaches,
     searching_kernels,
     spans,
 )
 
 _MOST_FRAMES = 5
-_MEMORY_BUDGET = 9 * 2**30
+_MEMORY_BUDGET, _TILED_BUDGET = 9 * 2**30, 5 * 2**29
 _LOWER_FRAMES = 16  # latent frames a call of the cheap half
 
 
@@ -46,7 +45,7 @@ class Vae(nn.Module):
         frames_per_call: latent frames that one pass of the decoder takes; more is faster and costs memory. None takes
             up to 5, as `memory_budget` allows.
         memory_budget: bytes that a decode's activations may take on the device, the video included; a decode that cannot
-            keep to it is refused. None aims at 9 GiB, and refuses nothing.
+            keep to it is refused. None aims at 9 GiB, of tiles at 2.5, and refuses nothing.
         ways: how to compute; None takes the fastest for the device.
     """
 
@@ -117,16 +116,6 @@ class Vae(nn.Module):
         window = whole._replace(left=low, right=high) if axis == -1 else whole._replace(top=low, bottom=high)
         return self._decoded(latent, window, None)
 
-    def peak_bytes(self, frames: int, height: int, width: int, frames_per_call: int = 1) -> int:
-        """Bytes of activations that a decode needs at its worst moment, without the weights and cuDNN's workspace.
-
-        Args:
-            frames, height, width: of the latent, in latent cells; for tiles, of a tile with its margins.
-            frames_per_call: latent frames that one pass takes.
-        """
-        item = self._weight.dtype.itemsize
-        return decode_bytes(self.network.decoder, self._patch, (frames, height, width), frames_per_call, item)
-
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """The most likely latent of a video.
@@ -143,6 +132,23 @@ class Vae(nn.Module):
         mean, deviation = self._statistics(latent)
         return cast(Tensor, (latent - mean) / deviation)
 
+    def peak_bytes(self, latent: Tensor, tiles: Sequence[Window] = (), frames_per_call: int = 1) -> int:
+        """Bytes that decoding takes on the device at its worst moment, the video included, the weights and cuDNN's
+        workspace not.
+
+        Args:
+            latent: for its shape, [B, C, T, H, W].
+            tiles: what is decoded at once, one after the other; none for whole frames.
+            frames_per_call: latent frames that one pass takes.
+        """
+        frame = self._whole(latent)
+        video = 4 * 3 * 64 * frame.cells * 4 * latent.shape[2] * len(latent)
+        frames, ways = latent.shape[2], self._ways()
+        return video + max(decode_bytes(self.network, ways, frames, frame, tile, frames_per_call) for tile in tiles or [frame])
+
+    def _ways(self) -> DecodeWays:
+        return self.ways or best_ways(self._weight.device, self.network.decoder.conv_in.out_channels)
+
     @property
     def _weight(self) -> Tensor:
         return cast(Tensor, self.network.post_quant_conv.weight)
@@ -154,9 +160,7 @@ class Vae(nn.Module):
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         config = self.network.config
-        mean, deviation = (
-            like.new_tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)
-        )
+        mean, deviation = (like.new_tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
         return mean, deviation
 
     def _whole(self, latent: Tensor) -> Window:
@@ -167,12 +171,9 @@ class Vae(nn.Module):
 
     def _decoded(self, latent: Tensor, window: Window, tile_size: int | None) -> Tensor:
         """A window of the video, in tiles or at once."""
-        tiles = [window] if tile_size is None else list(_tiles(window, tile_size))
-        margin = reaches(self.network.decoder)[0]
-        read = [tile.grown(margin, *latent.shape[-2:]) for tile in tiles]
-        most = self._frames_a_call(latent.shape[2], read)
-        device = self._weight.device
-        ways = self.ways or best_ways(device, self.network.decoder.conv_in.out_channels)
+        tiles = [window] if tile_size is None else _tiles(window, tile_size)
+        most = self._frames_a_call(latent, tiles)
+        device, ways = self._weight.device, self._ways()
         frames, height, width = 4 * (latent.shape[2] - 1) + 1, window.bottom - window.top, window.right - window.left
         video = torch.empty(len(latent), frames, 3, 8 * height, 8 * width, device=device)
         with torch.autocast(device.type, enabled=False), searching_kernels(ways.search):  # runs in the dtype it was loaded in
@@ -189,7 +190,7 @@ class Vae(nn.Module):
         mean, deviation = self._statistics(clip)
         return cast(Tensor, self.network.post_quant_conv((clip * deviation + mean).to(self._weight)))[0].permute(1, 2, 3, 0)
 
-    def _frames_a_call(self, frames: int, tiles: list[Window]) -> int:
+    def _frames_a_call(self, latent: Tensor, tiles: list[Window]) -> int:
         """Latent frames a call that the budget has room for.
 
         Raises:
@@ -197,17 +198,15 @@ class Vae(nn.Module):
         """
         if self.frames_per_call is not None:
             return self.frames_per_call
-        height = max(tile.bottom - tile.top for tile in tiles)
-        width = max(tile.right - tile.left for tile in tiles)
-        budget = self.memory_budget or _MEMORY_BUDGET
-        most = next((n for n in range(_MOST_FRAMES, 0, -1) if self.peak_bytes(frames, height, width, n) <= budget), 0)
-        if not most and self.memory_budget is not None:
-            need = self.peak_bytes(frames, height, width)
+        budget = self.memory_budget or (_MEMORY_BUDGET if len(tiles) == 1 else _TILED_BUDGET)
+        needs = {n: self.peak_bytes(latent, tiles, n) for n in range(_MOST_FRAMES, 0, -1)}
+        if needs[1] > budget and self.memory_budget is not None:
+            frames, height, width = latent.shape[2:]
             raise UsageError(
-                f"decoding {frames} latent frames of {height} x {width} cells takes {need / 2**30:.2f} GiB, the budget is "
-                f"{budget / 2**30:.2f} GiB: decode smaller tiles (low_mem_level = 1), or allow more"
+                f"decoding {frames} latent frames of {height} x {width} cells takes {needs[1] / 2**30:.2f} GiB at least, the "
+                f"budget is {budget / 2**30:.2f} GiB: decode smaller tiles (low_mem_level = 1), or allow more"
             )
-        return max(most, 1)
+        return next((n for n, need in needs.items() if need <= budget), 1)
 
 
 def build_vae(config: Mapping[str, Any]) -> nn.Module:

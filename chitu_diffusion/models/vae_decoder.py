@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,11 @@ class Window(NamedTuple):
         top, left = max(self.top - by, 0), max(self.left - by, 0)
         return Window(top, min(self.bottom + by, height), left, min(self.right + by, width))
 
+    @property
+    def cells(self) -> int:
+        """How many."""
+        return (self.bottom - self.top) * (self.right - self.left)
+
     def times(self, factor: int) -> Window:
         """The same at another resolution."""
         return Window(*(factor * edge for edge in self))
@@ -148,13 +153,11 @@ class Decoder:
     # -- layers
 
     def _residual(self, block: Any, parts: Sum, memory: Memory) -> Sum:
-        total = self._buffer(parts, parts.shape)
+        total = parts.value.new_empty(parts.shape)
         seen = self._normed(block.norm1, block.conv1, parts, total, memory)
-        del parts
-        inner = Sum(self._convolved(block.conv1, seen, memory), block.conv1.bias)
+        parts = Sum(self._convolved(block.conv1, seen, memory), block.conv1.bias)
         del seen
-        seen = self._normed(block.norm2, block.conv2, inner, None, memory)
-        del inner
+        seen = self._normed(block.norm2, block.conv2, parts, None, memory)
         value = self._convolved(block.conv2, seen, memory)
         if not isinstance(block.conv_shortcut, nn.Identity):
             shortcut = block.conv_shortcut
@@ -162,7 +165,7 @@ class Decoder:
         return Sum(value, block.conv2.bias, total)
 
     def _attended(self, block: Any, x: Tensor) -> Sum:
-        frames, height, width, channels = x.shape
+        channels = x.shape[-1]
         wide = x.float() if x.dtype.itemsize < 4 else x
         normed = (F.normalize(wide, dim=-1) * (block.norm.gamma.flatten() * channels**0.5)).to(x.dtype)
         qkv = F.linear(normed.flatten(1, 2), block.to_qkv.weight.flatten(1), block.to_qkv.bias)
@@ -186,6 +189,7 @@ class Decoder:
         """Twice the frames: a frame's channels become those of two."""
         seen = self._seen(conv, parts.shape, parts.value, memory)
         self._add_up(parts, seen[_REMEMBERED:])
+        parts.release()
         pairs = self._convolved(conv, seen, memory).unflatten(-1, (2, -1)).permute(0, 3, 1, 2, 4)  # [T, 2, H, W, C]
         frames = pairs.new_empty(pairs.shape)
         return torch.add(pairs, conv.bias.view(2, 1, 1, -1), out=frames).flatten(0, 1)
@@ -196,6 +200,7 @@ class Decoder:
         """What `conv` sees of the normalised sum: the frames that it remembers, and the new ones behind them."""
         seen = self._seen(conv, parts.shape, parts.value, memory)
         self._norm_silu(parts, norm.gamma.flatten(), seen[_REMEMBERED:], total)
+        parts.release()
         return seen
 
     def _seen(self, conv: nn.Module, shape: tuple[int, ...], like: Tensor, memory: Memory) -> Tensor:
@@ -211,12 +216,10 @@ class Decoder:
     def _total(self, parts: Sum) -> Tensor:
         if parts.bias is None and parts.residual is None and not parts.phased:
             return parts.value.contiguous()
-        total = self._buffer(parts, parts.shape)
+        total = parts.value.new_empty(parts.shape)
         self._add_up(parts, total)
+        parts.release()
         return total
-
-    def _buffer(self, parts: Sum, shape: tuple[int, ...]) -> Tensor:
-        return parts.value.new_empty(shape)
 
     def _weight(self, conv: Any) -> Tensor:
         name = self._names[conv]
@@ -252,36 +255,45 @@ def spans(frames: int, most: int) -> Iterator[tuple[int, int]]:
             yield start, min(start + size, frames)
 
 
-def decode_bytes(decoder: Any, patch: int, shape: tuple[int, int, int], frames_per_call: int, item: int) -> int:
-    """Bytes of activations at the worst moment of a decode, the video included, the weights and cuDNN's workspace not.
+def decode_bytes(network: Any, ways: DecodeWays, frames: int, frame: Window, window: Window, frames_per_call: int) -> int:
+    """Bytes at the worst moment of decoding one clip: activations, and the laid out copy of the weights.
 
     Args:
-        decoder: diffusers'.
-        patch: pixels a side that come out of the last convolution as channels.
-        shape: (T, H, W) of the latent, or for tiles of a tile with its margins.
+        network: diffusers' `AutoencoderKLWan`.
+        ways: how it is computed. What cuDNN takes besides is not known here.
+        frames: of the latent.
+        frame, window: the whole frame and what is decoded at once, in latent cells.
         frames_per_call: latent frames a call.
-        item: bytes of a number.
     """
-    frames, height, width = shape
-    batch, area = min(frames_per_call, max(frames - 1, 1)), height * width
-    whole = frames * area * decoder.conv_in.out_channels * item  # what the lower half leaves
-    remembered, worst, before = 0, 0, 0
-    for block in decoder.up_blocks:
+    decoder, item = network.decoder, network.post_quant_conv.weight.dtype.itemsize
+    _, height, _, width = frame
+    batch, cells = min(frames_per_call, max(frames - 1, 1)), height * width
+    widest = decoder.conv_in.out_channels
+    features = 2 * frames * cells * widest * item  # what the lower half leaves, in parts and joined
+    worst = features + 4 * min(frames, 16) * cells * widest * item
+    remembered = 0
+    *block_reaches, last_reach = reaches(decoder)
+    for block, reach in zip(decoder.up_blocks, block_reaches, strict=True):
+        area = window.grown(reach, height, width).cells * item
         into, out = block.resnets[0].conv1.in_channels, block.resnets[0].conv1.out_channels
-        remembered += _REMEMBERED * area * (into + (2 * len(block.resnets) - 1) * out) * item
-        widest = batch * area * max(into, out) * item
-        # at once: a sum's value and residual, the sum, and what the next convolution sees of it
-        worst = max(worst, before + 4 * widest)
-        before = 0
+        remembered += _REMEMBERED * area * (into + (2 * len(block.resnets) - 1) * out)
+        # at once: a sum's value and residual, the sum itself, and what the next convolution sees of it
+        maps = (4 * item + 2 * max(item, 4) * (ways.norm == "torch")) // item
+        worst = max(worst, remembered + maps * max(into, out) * (batch + 1) * area)
         if block.upsamplers is not None:
             if block.upsamplers[0].mode == "upsample3d":
-                remembered += _REMEMBERED * area * out * item
-                worst = max(worst, 5 * batch * area * out * item)  # a sum of two, what the convolution sees, twice the frames
+                remembered += _REMEMBERED * area * out
+                worst = max(worst, remembered + 6 * batch * area * out)
                 batch *= 2
-            area, before = 4 * area, batch * area * out * item
-    remembered += _REMEMBERED * area * decoder.conv_out.in_channels * item
-    video = _STEPS_IN_TIME * frames * area * patch * patch * 3 * 4
-    return int(whole + remembered + worst + video + 3 * batch * area * decoder.conv_out.out_channels * 4)
+            larger = 4 * batch * area * block.upsamplers[0].resample[1].out_channels
+            worst = max(worst, remembered + 2 * batch * area * out + larger)
+            window, height, width = window.times(2), 2 * height, 2 * width
+    last = window.grown(last_reach, height, width).cells
+    remembered += _REMEMBERED * last * decoder.conv_out.in_channels * item
+    pixels = 2 * batch * last * decoder.conv_out.out_channels * item
+    worst = max(worst, remembered + 3 * (batch + 1) * last * decoder.conv_out.in_channels * item)
+    copies = 2 * sum(weight.numel() for weight in decoder.parameters()) * item  # nearly; phased weights are larger
+    return int(features + worst + pixels + copies)
 
 
 @contextmanager
@@ -315,4 +327,4 @@ def _cut(parts: Sum, here: Window, there: Window) -> tuple[Sum, Window]:
 def _unpatched(x: Tensor, patch: int) -> Tensor:
     """[T, H, W, C patch patch] -> [T, C, patch H, patch W]; of a pixel's channels the column runs before the row."""
     x = x.unflatten(-1, (-1, patch, patch)).permute(0, 3, 1, 5, 2, 4)  # [T, C, H, row, W, column]
-    return cast(Tensor, x.flatten(4, 5).flatten(2, 3))
+    return x.flatten(4, 5).flatten(2, 3)

@@ -20,9 +20,9 @@ from chitu_diffusion.models.vae_triton import triton_add_up, triton_norm_silu
 _SMALLEST_NORM = 1e-12  # torch.nn.functional.normalize's, which diffusers calls
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sum:
-    """An activation whose parts are not added up yet.
+    """An activation whose parts are not added up yet. Whoever adds them up `release`s them.
 
     Attributes:
         value: [T, H, W, C] of any strides but 1 in the channel; of `phased` sums [T, H/2 + 1, W/2 + 1, 4 C], see
@@ -51,6 +51,10 @@ class Sum:
             return replace(self, window=(self.window[0] + top, self.window[1] + left, height, width))
         residual = None if self.residual is None else self.residual[:, top : top + height, left : left + width]
         return replace(self, value=self.value[:, top : top + height, left : left + width], residual=residual)
+
+    def release(self) -> None:
+        """Lets go of the parts, which callers may still hold."""
+        self.value, self.residual = self.value.new_empty(0), None
 
 
 # -- add up, normalise, SiLU
