@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chitu_diffusion.models.vae_flat import flat_conv, flat_weight, suits_flat
 from chitu_diffusion.models.vae_kernels import (
     CONVOLUTIONS,
     NORMS,
@@ -45,7 +46,7 @@ class DecodeWays:
 
     Attributes:
         norm: "torch", or "triton" (one pass).
-        convolution: a key of `vae_kernels.CONVOLUTIONS`.
+        convolution: a key of `vae_kernels.CONVOLUTIONS`, or "flat" (`vae_flat` where it suits, conv3d elsewhere).
         upsample: "phased" (a 2 x 2 convolution at the low resolution), or "nearest" (3 x 3 at the high one).
         attention: "sdpa", or "product" (float32 logits written out; one frame at a time).
         search: let cuDNN time its kernels for each new shape, in the decode alone.
@@ -58,7 +59,7 @@ class DecodeWays:
     search: bool = False
 
     def __post_init__(self) -> None:
-        assert self.norm in NORMS and self.convolution in CONVOLUTIONS, self
+        assert self.norm in NORMS and self.convolution in (*CONVOLUTIONS, "flat"), self
         assert self.upsample in ("phased", "nearest") and self.attention in ("sdpa", "product"), self
 
 
@@ -105,7 +106,8 @@ class Decoder:
         self.net, self.ways = network.decoder, ways
         self.patch = int(network.config.patch_size or 1)
         self._norm_silu, self._add_up = NORMS[ways.norm]
-        self._convolve = CONVOLUTIONS[ways.convolution]
+        self._plain = "conv3d" if ways.convolution == "flat" else ways.convolution
+        self._convolve = CONVOLUTIONS[self._plain]
         self._weights: dict[str, Tensor] = {}
         self._names = {module: name for name, module in self.net.named_modules()}
         self.reaches = reaches(self.net)
@@ -115,7 +117,7 @@ class Decoder:
     def lower(self, x: Tensor, memory: Memory) -> Tensor:
         """[T, H, W, z] -> [T, H, W, C] at the latent's resolution, frames following those that `memory` saw."""
         seen = self._seen(self.net.conv_in, x.shape, x, memory)
-        seen[_REMEMBERED:] = x
+        self._new(self.net.conv_in, seen).copy_(x)
         parts = Sum(self._convolved(self.net.conv_in, seen, memory), self.net.conv_in.bias)
         middle = self.net.mid_block
         parts = self._residual(middle.resnets[0], parts, memory)
@@ -199,18 +201,36 @@ class Decoder:
     def _normed(self, norm: Any, conv: nn.Module, parts: Sum, total: Tensor | None, memory: Memory) -> Tensor:
         """What `conv` sees of the normalised sum: the frames that it remembers, and the new ones behind them."""
         seen = self._seen(conv, parts.shape, parts.value, memory)
-        self._norm_silu(parts, norm.gamma.flatten(), seen[_REMEMBERED:], total)
+        self._norm_silu(parts, norm.gamma.flatten(), self._new(conv, seen), total)
         parts.release()
         return seen
 
     def _seen(self, conv: nn.Module, shape: tuple[int, ...], like: Tensor, memory: Memory) -> Tensor:
-        seen = like.new_empty(_REMEMBERED + shape[0], *shape[1:])
+        """A convolution's input with the remembered frames in their place and the new ones yet to be written."""
+        frames, height, width, channels = shape
+        border = self._border(conv)
+        seen = like.new_empty(_REMEMBERED + frames, height + 2 * border, width + 2 * border, channels)
+        if border:
+            seen[:, 0] = seen[:, -1] = seen[:, :, 0] = seen[:, :, -1] = 0
         before = memory.get(self._names[conv])
         seen[:_REMEMBERED] = 0 if before is None else before
         return seen
 
+    def _new(self, conv: nn.Module, seen: Tensor) -> Tensor:
+        """Where the new frames go, [T, H, W, C]."""
+        return seen[_REMEMBERED:, 1:-1, 1:-1] if self._border(conv) else seen[_REMEMBERED:]
+
+    def _border(self, conv: Any) -> int:
+        """1 for convolutions that `flat_conv` takes, which needs a border of zeros; 0 for others."""
+        weight = conv.weight
+        # its kernel would round float32 to TF32
+        flat = self.ways.convolution == "flat" and (weight.dtype.itemsize == 2 or not weight.is_cuda)
+        return int(flat and suits_flat(weight))
+
     def _convolved(self, conv: nn.Module, seen: Tensor, memory: Memory) -> Tensor:
         memory[self._names[conv]] = seen[-_REMEMBERED:].clone()
+        if self._border(conv):
+            return flat_conv(seen, self._weight(conv), on_gpu=self.ways.norm == "triton")
         return self._convolve(seen, self._weight(conv))
 
     def _total(self, parts: Sum) -> Tensor:
@@ -225,8 +245,10 @@ class Decoder:
         name = self._names[conv]
         if name not in self._weights:
             weight = conv.weight
-            if weight.ndim == 5:
-                self._weights[name] = weight_for(self.ways.convolution, weight)
+            if self._border(conv):
+                self._weights[name] = flat_weight(weight)
+            elif weight.ndim == 5:
+                self._weights[name] = weight_for(self._plain, weight)
             elif self.ways.upsample == "phased":
                 self._weights[name] = phased_weight(weight)
             else:

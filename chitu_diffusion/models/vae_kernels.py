@@ -17,6 +17,7 @@ from torch import Tensor
 
 from chitu_diffusion.models.vae_triton import triton_add_up, triton_norm_silu
 
+_TILE = 128
 _SMALLEST_NORM = 1e-12  # torch.nn.functional.normalize's, which diffusers calls
 
 
@@ -142,12 +143,26 @@ def conv_stacked(x: Tensor, weight: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 1).contiguous()
 
 
-CONVOLUTIONS: dict[str, Convolution] = {"conv3d": conv3d, "frames": conv_frames, "stacked": conv_stacked}
+def conv_widened(x: Tensor, weight: Tensor) -> Tensor:
+    """conv3d with 128 output channels where 65 to 127 are asked for: libraries' tiles are 128 wide."""
+    width = len(weight)
+    if not _TILE // 2 < width < _TILE:
+        return conv3d(x, weight)
+    wider = F.pad(weight, (0, 0) * 4 + (0, _TILE - width)).contiguous(memory_format=torch.channels_last_3d)
+    return conv3d(x, wider)[..., :width]
+
+
+CONVOLUTIONS: dict[str, Convolution] = {
+    "conv3d": conv3d,
+    "widened": conv_widened,
+    "frames": conv_frames,
+    "stacked": conv_stacked,
+}
 
 
 def weight_for(convolution: str, weight: Tensor) -> Tensor:
     """The weight [C', C, kt, kh, kw] laid out so that this convolution need not lay it out again; same values, same shape."""
-    if convolution == "conv3d":
+    if convolution in ("conv3d", "widened"):
         return weight.contiguous(memory_format=torch.channels_last_3d)
     taps, out, into, high, wide = 2, 0, 1, 3, 4
     order = (out, high, wide, taps, into) if convolution == "stacked" else (taps, out, high, wide, into)
