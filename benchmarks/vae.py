@@ -250,13 +250,15 @@ def one_layer(bench: Bench, x: Tensor, weight: Tensor) -> dict[str, Any]:
     bordered = None
     if suits_flat(weight):
         bordered = F.pad(x, (0, 0, 1, 1, 1, 1)).contiguous()
-        calls["flat"] = partial(flat_conv, weight=flat_weight(weight), on_gpu=bench.device.type == "cuda")
+        for rows in (128, 256):
+            on_gpu = bench.device.type == "cuda"
+            calls[f"flat, {rows} rows"] = partial(flat_conv, weight=flat_weight(weight), on_gpu=on_gpu, rows=rows)
     exact = CONVOLUTIONS["conv3d"](x[:4].float(), weight.float())
     products = 2 * weight.numel() * (len(x) - 2) * x.shape[1] * x.shape[2] / 1e12
     found: dict[str, Any] = {}
     for name, call in calls.items():
-        given = x if name != "flat" or bordered is None else bordered
-        searches = (False, True) if bench.device.type == "cuda" and name != "flat" else (False,)
+        given = x if bordered is None or not name.startswith("flat") else bordered
+        searches = (False, True) if bench.device.type == "cuda" and not name.startswith("flat") else (False,)
         for search in searches:
             key = f"{name}, search" if search else name
             try:

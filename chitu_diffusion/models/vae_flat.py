@@ -8,8 +8,9 @@ in registers; it is for widths such as 96, at which cuDNN takes a kernel of an o
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
+import torch
 from torch import Tensor
 
 try:
@@ -19,9 +20,9 @@ try:
 except ImportError:  # a CPU build of torch brings no triton
     triton = None
 
-_ROWS = 256  # of the output, a program
 _WIDEST = 128  # channels: a program holds all of a row's
 _NARROWEST = 16
+_DEEPEST = 64  # channels a step
 
 
 def suits_flat(weight: Tensor) -> bool:
@@ -34,20 +35,24 @@ def flat_weight(weight: Tensor) -> Tensor:
     return weight.permute(2, 3, 4, 1, 0).flatten(0, 3).contiguous()
 
 
-def flat_conv(x: Tensor, weight: Tensor, on_gpu: bool) -> Tensor:
+def flat_conv(x: Tensor, weight: Tensor, on_gpu: bool, rows: int = 256) -> Tensor:
     """The convolution, without bias.
 
     Args:
         x: [2 + T, H + 2, W + 2, C], contiguous; zero in the outermost cells of each frame.
         weight: of `flat_weight`.
         on_gpu: by the Triton kernel (or its interpreter), else in plain torch.
+        rows: of the result that one program of the kernel makes, 128 or 256.
 
     Returns:
         [T, H, W, C'], a view.
     """
     frames, height, width, channels = x.shape
     out = x.new_empty((frames - 2) * height * width, weight.shape[1])
-    (_multiplied if on_gpu else _multiplied_plainly)(x.view(-1, channels), weight, out, height * width, width)
+    if on_gpu:
+        _multiplied(x.view(-1, channels), weight, out, height * width, width, rows)
+    else:
+        _multiplied_plainly(x.view(-1, channels), weight, out, height * width, width)
     return out.view(frames - 2, height, width, -1)[:, 1:-1, 1:-1]
 
 
@@ -62,29 +67,28 @@ def _multiplied_plainly(x: Tensor, weight: Tensor, out: Tensor, plane: int, line
     inner.copy_(total)
 
 
-def _multiplied(x: Tensor, weight: Tensor, out: Tensor, plane: int, line: int) -> None:
-    channels, width = x.shape[1], weight.shape[1]
-    deep, wide = cast(tuple[int, int], _parts(channels)), cast(tuple[int, int], _parts(width))
-    rows = min(_ROWS, triton.next_power_of_2(plane))
+def _multiplied(x: Tensor, weight: Tensor, out: Tensor, plane: int, line: int, rows: int) -> None:
+    channels, (first, second) = x.shape[1], cast(tuple[int, int], _parts(weight.shape[1]))
+    depth = min(channels & -channels, _DEEPEST)  # the largest power of two that divides them
+    rows = min(rows, triton.next_power_of_2(plane))
+    left = TensorDescriptor.from_tensor(x, [rows, depth])
     # without a second part its descriptor is never used; any shape that can be will do
-    left = [TensorDescriptor.from_tensor(x, [rows, depth or deep[0]]) for depth in deep]
-    right = [TensorDescriptor.from_tensor(weight, [depth or deep[0], part or wide[0]]) for depth in deep for part in wide]
+    right = [TensorDescriptor.from_tensor(weight, [depth, part or first]) for part in (first, second)]
     frames = len(out) // plane
     _shifted_products[(triton.cdiv(plane, rows) * frames,)](
-        *left,
+        left,
         *right,
         out,
         frames,
         plane,
         line,
-        WIDTH=width,
-        K0=deep[0],
-        K1=deep[1],
-        N0=wide[0],
-        N1=wide[1],
+        CHANNELS=channels,
+        DEPTH=depth,
+        FIRST=first,
+        SECOND=second,
         ROWS=rows,
-        num_warps=8,
-        num_stages=3,
+        num_warps=8 if rows > 128 else 4,
+        num_stages=5,
     )
 
 
@@ -101,45 +105,36 @@ if triton is not None:
 
     @triton.jit
     def _shifted_products(
-        x0: Any,
-        x1: Any,
-        w00: Any,
-        w01: Any,
-        w10: Any,
-        w11: Any,
-        out: Any,
-        frames: Any,
-        plane: Any,
-        line: Any,
-        WIDTH: tl.constexpr,
-        K0: tl.constexpr,
-        K1: tl.constexpr,
-        N0: tl.constexpr,
-        N1: tl.constexpr,
+        x,
+        weight0,
+        weight1,
+        out,
+        frames,
+        plane,
+        line,
+        CHANNELS: tl.constexpr,
+        DEPTH: tl.constexpr,
+        FIRST: tl.constexpr,
+        SECOND: tl.constexpr,
         ROWS: tl.constexpr,
-    ) -> None:
+    ):
         # neighbouring programs take the same cells of successive frames, which read the same rows
         program = tl.program_id(0)
         frame, cell = program % frames, program // frames * ROWS
-        first = frame * plane + cell
-        sum0 = tl.zeros([ROWS, N0], dtype=tl.float32)
-        if N1 > 0:
-            sum1 = tl.zeros([ROWS, N1], dtype=tl.float32)
-        for tap in range(27):
-            row = first + tap // 9 * plane + (tap // 3 % 3 - 1) * line + tap % 3 - 1
-            depth = tap * (K0 + K1)
-            a = x0.load([row, 0])
-            sum0 = tl.dot(a, w00.load([depth, 0]), sum0)
-            if N1 > 0:
-                sum1 = tl.dot(a, w01.load([depth, N0]), sum1)
-            if K1 > 0:
-                b = x1.load([row, K0])
-                sum0 = tl.dot(b, w10.load([depth + K0, 0]), sum0)
-                if N1 > 0:
-                    sum1 = tl.dot(b, w11.load([depth + K0, N0]), sum1)
+        start = frame * plane + cell
+        sum0 = tl.zeros([ROWS, FIRST], dtype=tl.float32)
+        if SECOND > 0:
+            sum1 = tl.zeros([ROWS, SECOND], dtype=tl.float32)
+        for step in range(27 * CHANNELS // DEPTH):
+            tap, channel = step // (CHANNELS // DEPTH), step % (CHANNELS // DEPTH) * DEPTH
+            row = start + tap // 9 * plane + (tap // 3 % 3 - 1) * line + tap % 3 - 1
+            seen = x.load([row, channel])
+            sum0 = tl.dot(seen, weight0.load([step * DEPTH, 0]), sum0)
+            if SECOND > 0:
+                sum1 = tl.dot(seen, weight1.load([step * DEPTH, FIRST]), sum1)
         rows = tl.arange(0, ROWS)
         inside = (cell + rows < plane)[:, None]
-        places = (first + rows).to(tl.int64)[:, None] * WIDTH
-        tl.store(out + places + tl.arange(0, N0)[None, :], sum0.to(out.dtype.element_ty), mask=inside)
-        if N1 > 0:
-            tl.store(out + places + N0 + tl.arange(0, N1)[None, :], sum1.to(out.dtype.element_ty), mask=inside)
+        places = (start + rows).to(tl.int64)[:, None] * (FIRST + SECOND)
+        tl.store(out + places + tl.arange(0, FIRST)[None, :], sum0.to(out.dtype.element_ty), mask=inside)
+        if SECOND > 0:
+            tl.store(out + places + FIRST + tl.arange(0, SECOND)[None, :], sum1.to(out.dtype.element_ty), mask=inside)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -81,30 +81,30 @@ if triton is not None:
 
     @triton.jit
     def _sum_norm_silu(
-        value: Any,
-        residual: Any,
-        bias: Any,
-        gamma: Any,
-        total: Any,
-        out: Any,
-        value_t: Any,
-        value_h: Any,
-        value_w: Any,
-        residual_t: Any,
-        residual_h: Any,
-        residual_w: Any,
-        total_t: Any,
-        total_h: Any,
-        total_w: Any,
-        out_t: Any,
-        out_h: Any,
-        out_w: Any,
-        top: Any,
-        left: Any,
-        height: Any,
-        width: Any,
-        channels: Any,
-        root: Any,
+        value,
+        residual,
+        bias,
+        gamma,
+        total,
+        out,
+        value_t,
+        value_h,
+        value_w,
+        residual_t,
+        residual_h,
+        residual_w,
+        total_t,
+        total_h,
+        total_w,
+        out_t,
+        out_h,
+        out_w,
+        top,
+        left,
+        height,
+        width,
+        channels,
+        root,
         HAS_RESIDUAL: tl.constexpr,
         HAS_BIAS: tl.constexpr,
         HAS_TOTAL: tl.constexpr,
@@ -112,7 +112,7 @@ if triton is not None:
         PHASED: tl.constexpr,
         BLOCK_W: tl.constexpr,
         BLOCK_C: tl.constexpr,
-    ) -> None:
+    ):
         row = tl.program_id(0)
         t, h = (row // height).to(tl.int64), row % height
         w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
