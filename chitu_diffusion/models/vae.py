@@ -33,7 +33,7 @@ from chitu_diffusion.models.vae_decoder import (
 )
 
 _MOST_FRAMES = 5
-_MEMORY_BUDGET, _TILED_BUDGET = 9 * 2**30, 5 * 2**29
+_MEMORY_BUDGET, _TILED_BUDGET, _CPU_BUDGET = 9 * 2**30, 5 * 2**29, 3 * 2**30
 _LOWER_FRAMES = 16  # latent frames a call of the cheap half
 
 
@@ -45,7 +45,8 @@ class Vae(nn.Module):
         frames_per_call: latent frames that one pass of the decoder takes; more is faster and costs memory. None takes
             up to 5, as `memory_budget` allows.
         memory_budget: bytes that a decode's activations may take on the device, the video included; a decode that cannot
-            keep to it is refused. None aims at 9 GiB, of tiles at 2.5, and refuses nothing.
+            keep to it is refused. None aims at 9 GiB (tiles at 2.5, a CPU at 3) or what the device has free, and refuses
+            nothing.
         ways: how to compute; None takes the fastest for the device.
     """
 
@@ -198,7 +199,7 @@ class Vae(nn.Module):
         """
         if self.frames_per_call is not None:
             return self.frames_per_call
-        budget = self.memory_budget or (_MEMORY_BUDGET if len(tiles) == 1 else _TILED_BUDGET)
+        budget = self.memory_budget or self._usual_budget(len(tiles) > 1)
         needs = {n: self.peak_bytes(latent, tiles, n) for n in range(_MOST_FRAMES, 0, -1)}
         if needs[1] > budget and self.memory_budget is not None:
             frames, height, width = latent.shape[2:]
@@ -207,6 +208,13 @@ class Vae(nn.Module):
                 f"budget is {budget / 2**30:.2f} GiB: decode smaller tiles (low_mem_level = 1), or allow more"
             )
         return next((n for n, need in needs.items() if need <= budget), 1)
+
+    def _usual_budget(self, tiled: bool) -> int:
+        device, budget = self._weight.device, _TILED_BUDGET if tiled else _MEMORY_BUDGET
+        if device.type != "cuda":
+            return min(budget, _CPU_BUDGET)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return min(budget, torch.cuda.mem_get_info(device)[0] + unused)
 
 
 def build_vae(config: Mapping[str, Any]) -> nn.Module:

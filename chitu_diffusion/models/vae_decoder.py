@@ -49,7 +49,8 @@ class DecodeWays:
         convolution: a key of `vae_kernels.CONVOLUTIONS`, or "flat" (`vae_flat` where it suits, conv3d elsewhere).
         upsample: "phased" (a 2 x 2 convolution at the low resolution), or "nearest" (3 x 3 at the high one).
         attention: "sdpa", or "product" (float32 logits written out; one frame at a time).
-        search: let cuDNN time its kernels for each new shape, in the decode alone.
+        search: let cuDNN time its kernels for each new shape, in the decode alone. The first decode of a shape takes
+            longer, and two processes may choose differently, which shows in the last bits.
     """
 
     norm: str = "torch"
