@@ -116,7 +116,7 @@ class Generator:
 
     @torch.no_grad()
     def decode_vae_tiled(self, latent: Tensor, tile_size: int = 8) -> Tensor:
-        """`decode_vae` in overlapping, blended tiles of `tile_size` latent pixels: less memory, more time."""
+        """`decode_vae` in tiles of `tile_size` latent pixels, equal up to rounding: less memory, more time."""
         self.backend.residency.use(VAE)
         return self.backend.vae.decode_tiled(latent.to(self.backend.device), tile_size=tile_size)
 

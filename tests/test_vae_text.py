@@ -12,10 +12,11 @@ from tiny_model import write_tiny_model
 from torch import Tensor
 
 from chitu_diffusion.errors import CheckpointError, UsageError
+from chitu_diffusion.models import vae_decoder
 from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_text_encoder, load_vae
 from chitu_diffusion.models.text import TextEncoder, clean_prompt, load_tokenizer
-from chitu_diffusion.models.vae import Vae, _tiles, build_vae
+from chitu_diffusion.models.vae import Vae, build_vae
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +56,6 @@ def by_diffusers(network: AutoencoderKLWan, latent: Tensor) -> Tensor:
     return video
 
 
-def psnr(found: Tensor, expected: Tensor) -> float:
-    return float(-10 * (found - expected).square().mean().log10())
-
-
 # -- VAE
 
 
@@ -86,56 +83,11 @@ def test_encode_is_diffusers(vae: Vae, pipeline: WanPipeline) -> None:
     assert torch.allclose(found, (latent - mean) / deviation, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def wide() -> Vae:
-    """A VAE with Wan's own number of layers, so that a pixel sees as far as in Wan's; every layer carries weight."""
-    network = build_vae({"base_dim": 8, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4})
-    network = network.to_empty(device="cpu").eval()
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            fan = parameter[0].numel() if parameter.ndim > 1 else 1
-            parameter.fill_(1.0) if "gamma" in name else parameter.normal_(0, fan**-0.5 if parameter.ndim > 1 else 0.02)
-    return Vae(network)
-
-
-def test_tiles_with_a_full_margin_are_exact(wide: Vae) -> None:
-    latent = torch.randn(1, 4, 1, 17, 30)
-    whole = wide.decode(latent)
-    assert whole.std() > 0.02  # the decoder says something
-    assert (wide.decode_tiled(latent, tile_size=8, overlap=14) - whole).abs().max() < 1e-4
-
-
-def test_default_tiles_leave_no_seams(wide: Vae) -> None:
-    """On a smooth latent, a step between neighbouring pixels at a tile's edge is no larger than elsewhere."""
-    y, x = torch.meshgrid(torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 24), indexing="ij")
-    ways = torch.randn(4, 2)
-    latent = (ways[:, :1, None] * y + ways[:, 1:, None] * x)[None, :, None].repeat(1, 1, 2, 1, 1)
-    whole, tiled = wide.decode(latent), wide.decode_tiled(latent)
-    assert psnr(tiled, whole) >= 45
-    for axis, edges in ((-1, (64, 128)), (-2, (64,))):
-        new, old = tiled.diff(dim=axis), whole.diff(dim=axis)
-        for edge in edges:
-            # a seam is a jump of one sign along the edge, which the mean over the edge keeps and noise does not
-            jump = (new - old).narrow(axis, edge - 1, 1).mean(dim=(-1, -2)).abs().max()
-            assert jump < 2 / 255
-
-
-@pytest.mark.parametrize("size", [1, 5, 8, 9, 16, 19, 31])
-@pytest.mark.parametrize(("tile", "overlap"), [(8, 4), (8, 0), (4, 3), (3, 6), (8, 1)])
-def test_weights_of_tiles_sum_to_one(size: int, tile: int, overlap: int) -> None:
-    total = torch.zeros(size * 8, dtype=torch.float64)
-    for start, end, fade in _tiles(size, tile, overlap):
-        assert 0 <= start < end <= size
-        total[start * 8 : end * 8] += fade(8, total)
-    assert torch.allclose(total, torch.ones_like(total), atol=1e-12)
-
-
 def test_decode_refuses(vae: Vae) -> None:
     with pytest.raises(UsageError, match="expected \\[B, 4, T, H, W\\]"):
         vae.decode(torch.zeros(1, 5, 1, 2, 2))
-    for tile, overlap in ((0, 1), (8, -1)):
-        with pytest.raises(UsageError, match="tile_size"):
-            vae.decode_tiled(torch.zeros(1, 4, 1, 2, 2), tile, overlap)
+    with pytest.raises(UsageError, match="tile_size"):
+        vae.decode_tiled(torch.zeros(1, 4, 1, 2, 2), 0)
     with pytest.raises(UsageError, match="is_residual"):
         build_vae({"is_residual": True})
 
@@ -169,9 +121,9 @@ def test_encode_is_diffusers_pipeline(encoder: TextEncoder, pipeline: WanPipelin
 
 def test_autocast_does_not_reach_text_and_vae(encoder: TextEncoder, vae: Vae) -> None:
     latent, video = torch.randn(1, 4, 2, 2, 2), torch.rand(1, 5, 3, 16, 16)
-    plain = encoder.encode(PROMPTS[:2]), vae.decode(latent), vae.decode_tiled(latent, 1, 1), vae.encode(video)
+    plain = encoder.encode(PROMPTS[:2]), vae.decode(latent), vae.decode_tiled(latent, 1), vae.encode(video)
     with torch.autocast("cpu", torch.float16):
-        again = encoder.encode(PROMPTS[:2]), vae.decode(latent), vae.decode_tiled(latent, 1, 1), vae.encode(video)
+        again = encoder.encode(PROMPTS[:2]), vae.decode(latent), vae.decode_tiled(latent, 1), vae.encode(video)
     for found, expected in zip(again, plain, strict=True):
         assert torch.equal(found, expected)
 
@@ -210,7 +162,7 @@ def test_strips_are_the_whole_frame_cut_up(axis: int, vae: Vae) -> None:
 def test_a_strip_takes_no_neighbour_that_does_not_matter(vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
     latent = torch.randn(1, 4, 2, 3, 44)
     expected = vae.decode(latent)[..., 8 * 20 : 8 * 22]
-    reaches = vae._reaches()
+    reaches = vae_decoder.reaches(vae.network.decoder)
     assert reaches == [9, 8, 7, 5, 1]  # two residual blocks a stage; with Wan2.1's three: 13, 12, 10, 7, 1
-    monkeypatch.setattr(vae, "_reaches", lambda: [reach - 1 for reach in reaches])
+    monkeypatch.setattr(vae_decoder, "reaches", lambda _decoder: [reach - 1 for reach in reaches])
     assert (vae.decode_strip(latent, 20, 22) - expected).abs().max() > 1e-4

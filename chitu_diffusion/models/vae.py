@@ -1,19 +1,18 @@
-"""The video autoencoder: diffusers' `AutoencoderKLWan` behind a room that speaks this project's shapes.
+"""The video autoencoder: the weights of diffusers' `AutoencoderKLWan` behind a room that speaks this project's shapes.
 
 Latents come and go normalised (zero mean, unit deviation by the VAE's own statistics); videos are [B, T, C, H, W]
-float32 in [0, 1]. The room owns the loop over frames and tiles and knows the decoder's parts; it knows no request or
-device plan.
+float32 in [0, 1]. The room owns the loop over frames, tiles and their memory; `vae_decoder` owns the decoder's layers. It
+knows no request or device plan. Encoding is diffusers' own.
 
-Decoding has two halves. At the latent's resolution stand the only parts that look at a whole frame (the middle block's
-attention); they are cheap, so they always see the whole frame. The up-sampling half is convolutions alone and takes
-nearly all time and memory; it is what `decode_tiled` cuts into tiles. A tile's error therefore comes only from the
-missing neighbours beyond its margin, and fades within it.
+Decoding computes what diffusers computes, in another order: in float32 the video differs by rounding (relative error
+about 1e-6), in bf16 by about as much as either differs from float32 (norms and sums are rounded once here, there after
+each step). Whole frames, tiles and strips are one function: a window is decoded with all neighbours that matter to it,
+so that tiles need no blending.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -22,16 +21,20 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.models.vae_decoder import (
+    Decoder,
+    DecodeWays,
+    Memory,
+    Window,
+    best_ways,
+    decode_bytes,
+    searching_kernels,
+    spans,
+)
 
-_FADE_CELLS = 1.0
-_MOST_FRAMES = 4
-_FEATURE_BYTES = 512 * 2**20
-_REMEMBERED = 2  # frames that a causal convolution of length 3 in time needs from before
-
-# A convolution's memory: the last frames it saw, None at the start, or a word of diffusers' own for "the first frame".
-Memory = list[Any]
-Piece = Callable[[Tensor, Memory], Tensor]
-Fade = Callable[[int, Tensor], Tensor]  # (pixels a cell, a tensor for device and dtype) -> weights along an axis
+_MOST_FRAMES = 5
+_MEMORY_BUDGET, _TILED_BUDGET, _CPU_BUDGET = 9 * 2**30, 5 * 2**29, 3 * 2**30
+_LOWER_FRAMES = 16  # latent frames a call of the cheap half
 
 
 class Vae(nn.Module):
@@ -40,13 +43,26 @@ class Vae(nn.Module):
     Args:
         network: diffusers' VAE, with weights.
         frames_per_call: latent frames that one pass of the decoder takes; more is faster and costs memory. None takes
-            up to 4, as long as a feature map at full resolution stays within 512 MiB.
+            up to 5, as `memory_budget` allows.
+        memory_budget: bytes that a decode's activations may take on the device, the video included; a decode that cannot
+            keep to it is refused. None aims at 9 GiB (tiles at 2.5, a CPU at 3) or what the device has free, and refuses
+            nothing.
+        ways: how to compute; None takes the fastest for the device.
     """
 
-    def __init__(self, network: nn.Module, frames_per_call: int | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        frames_per_call: int | None = None,
+        *,
+        memory_budget: int | None = None,
+        ways: DecodeWays | None = None,
+    ) -> None:
         super().__init__()
         self.network: Any = network  # diffusers is untyped
         self.frames_per_call = frames_per_call
+        self.memory_budget = memory_budget
+        self.ways = ways
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
@@ -59,47 +75,25 @@ class Vae(nn.Module):
             Video [B, 4 (T - 1) + 1, 3, 8 H, 8 W], float32 in [0, 1].
 
         Raises:
-            UsageError: a latent of another shape.
+            UsageError: a latent of another shape, or one that the memory budget has no room for.
         """
-        pixels = self._run(self._upper, self._run(self._lower, self._denormalised(latent)))
-        return _as_video(pixels)
+        return self._decoded(latent, self._whole(latent), None)
 
     @torch.no_grad()
-    def decode_tiled(self, latent: Tensor, tile_size: int = 8, overlap: int = 5) -> Tensor:
-        """Decodes tile by tile: memory follows the tile, not the frame.
-
-        Each tile is decoded with a margin of `overlap` on every inner side. Neighbours fade into each other linearly
-        over the inner part of the margin (one cell, at most half of it) and as far into the tile; what lies beyond is
-        context and is thrown away.
+    def decode_tiled(self, latent: Tensor, tile_size: int = 8) -> Tensor:
+        """Decodes tile by tile: memory follows the tile, not the frame. The same video as `decode`, up to rounding.
 
         Args:
             latent: [B, C, T, H, W], normalised.
-            tile_size: of a tile without its margin, in latent cells.
-            overlap: margin, in latent cells; from 14 on the result equals `decode` up to rounding.
+            tile_size: in latent cells; a tile's neighbours, which are decoded with it, come on top. On 60 x 104 cells,
+                tiles of 32 cost a quarter more time than the whole frame, tiles of 8 three times as much.
 
-        Returns:
+        Returns, Raises:
             As `decode`.
-
-        Raises:
-            UsageError: a latent of another shape, or tiles that cannot be.
         """
-        if tile_size < 1 or overlap < 0:
-            raise UsageError(f"tile_size = {tile_size}, overlap = {overlap}: at least 1 cell, and at least 0, would do")
-        low = self._run(self._lower, self._denormalised(latent))
-        rows, columns = (list(_tiles(size, tile_size, overlap)) for size in low.shape[-2:])
-        if len(rows) == len(columns) == 1:
-            return _as_video(self._run(self._upper, low))
-        video: Tensor | None = None
-        for top, bottom, row_fade in rows:
-            for left, right, column_fade in columns:
-                tile = self._run(self._upper, low[..., top:bottom, left:right]).float()
-                scale = tile.shape[-1] // (right - left)
-                if video is None:
-                    video = tile.new_zeros(*tile.shape[:3], low.shape[-2] * scale, low.shape[-1] * scale)
-                weight = row_fade(scale, tile)[:, None] * column_fade(scale, tile)
-                video[..., top * scale : bottom * scale, left * scale : right * scale] += tile * weight
-        assert video is not None
-        return _as_video(video)
+        if tile_size < 1:
+            raise UsageError(f"tile_size = {tile_size}: at least 1 cell would do")
+        return self._decoded(latent, self._whole(latent), tile_size)
 
     @torch.no_grad()
     def decode_strip(self, latent: Tensor, low: int, high: int, axis: int = -1) -> Tensor:
@@ -117,10 +111,11 @@ class Vae(nn.Module):
             As `decode`, with 8 (high - low) pixels along `axis`.
 
         Raises:
-            UsageError: a latent of another shape.
+            UsageError: as `decode`.
         """
-        lower = self._run(self._lower, self._denormalised(latent))
-        return _as_video(self._run(partial(self._upper_strip, axis=axis, low=low, high=high), lower))
+        whole = self._whole(latent)
+        window = whole._replace(left=low, right=high) if axis == -1 else whole._replace(top=low, bottom=high)
+        return self._decoded(latent, window, None)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -138,6 +133,23 @@ class Vae(nn.Module):
         mean, deviation = self._statistics(latent)
         return cast(Tensor, (latent - mean) / deviation)
 
+    def peak_bytes(self, latent: Tensor, tiles: Sequence[Window] = (), frames_per_call: int = 1) -> int:
+        """Bytes that decoding takes on the device at its worst moment, the video included, the weights and cuDNN's
+        workspace not.
+
+        Args:
+            latent: for its shape, [B, C, T, H, W].
+            tiles: what is decoded at once, one after the other; none for whole frames.
+            frames_per_call: latent frames that one pass takes.
+        """
+        frame = self._whole(latent)
+        video = 4 * 3 * 64 * frame.cells * 4 * latent.shape[2] * len(latent)
+        frames, ways = latent.shape[2], self._ways()
+        return video + max(decode_bytes(self.network, ways, frames, frame, tile, frames_per_call) for tile in tiles or [frame])
+
+    def _ways(self) -> DecodeWays:
+        return self.ways or best_ways(self._weight.device, self.network.decoder.conv_in.out_channels)
+
     @property
     def _weight(self) -> Tensor:
         return cast(Tensor, self.network.post_quant_conv.weight)
@@ -149,63 +161,60 @@ class Vae(nn.Module):
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         config = self.network.config
-        mean, deviation = (
-            like.new_tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)
-        )
+        mean, deviation = (like.new_tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
         return mean, deviation
 
-    def _denormalised(self, latent: Tensor) -> Tensor:
+    def _whole(self, latent: Tensor) -> Window:
         channels = self.network.config.z_dim
         if latent.ndim != 5 or latent.shape[1] != channels or 0 in latent.shape:
             raise UsageError(f"latent is {list(latent.shape)}; expected [B, {channels}, T, H, W]")
-        latent = latent.to(self._weight)
-        mean, deviation = self._statistics(latent)
-        with torch.autocast(latent.device.type, enabled=False):
-            return cast(Tensor, self.network.post_quant_conv(latent * deviation + mean))
+        return Window(0, latent.shape[-2], 0, latent.shape[-1])
 
-    def _run(self, piece: Piece, x: Tensor) -> Tensor:
-        """A causal piece over all frames, some at a time. The first frame goes alone: it is not doubled in time."""
-        memory: Memory = [None] * len(list(self.network.decoder.modules()))
-        starts = [0, *range(1, x.shape[2], self.frames_per_call or self._affordable_frames(x))]
-        ends = [*starts[1:], x.shape[2]]
-        with torch.autocast(x.device.type, enabled=False):  # the VAE runs in the dtype it was loaded in
-            return torch.cat([piece(x[:, :, start:end], memory) for start, end in zip(starts, ends, strict=True)], dim=2)
+    def _decoded(self, latent: Tensor, window: Window, tile_size: int | None) -> Tensor:
+        """A window of the video, in tiles or at once."""
+        tiles = [window] if tile_size is None else _tiles(window, tile_size)
+        most = self._frames_a_call(latent, tiles)
+        device, ways = self._weight.device, self._ways()
+        frames, height, width = 4 * (latent.shape[2] - 1) + 1, window.bottom - window.top, window.right - window.left
+        video = torch.empty(len(latent), frames, 3, 8 * height, 8 * width, device=device)
+        with torch.autocast(device.type, enabled=False), searching_kernels(ways.search):  # runs in the dtype it was loaded in
+            decoder = Decoder(self.network, ways)
+            for clip, out in zip(latent, video, strict=True):
+                low = _lower(decoder, self._denormalised(clip))
+                for tile in tiles:
+                    _upper(decoder, low, tile, most, _within(out, tile, window))
+        return video
 
-    def _affordable_frames(self, x: Tensor) -> int:
-        # a latent cell becomes 4 x 8 x 8 pixels, in patches of conv_out's input channels
-        channels, side = self.network.decoder.conv_out.in_channels, 8 // self._patch
-        frame_bytes = x.shape[0] * x.shape[-2] * x.shape[-1] * 4 * side * side * channels * x.element_size()
-        return int(max(1, min(_MOST_FRAMES, _FEATURE_BYTES // frame_bytes)))
+    def _denormalised(self, clip: Tensor) -> Tensor:
+        """[C, T, H, W], normalised -> what the decoder takes, [T, H, W, C]."""
+        clip = clip.to(self._weight.device, torch.promote_types(clip.dtype, torch.float32))[None]
+        mean, deviation = self._statistics(clip)
+        return cast(Tensor, self.network.post_quant_conv((clip * deviation + mean).to(self._weight)))[0].permute(1, 2, 3, 0)
 
-    def _lower(self, x: Tensor, memory: Memory) -> Tensor:
-        decoder = self.network.decoder
-        x = _causal(decoder.conv_in, x, memory, 0)
-        return cast(Tensor, decoder.mid_block(x, feat_cache=memory, feat_idx=[1]))
+    def _frames_a_call(self, latent: Tensor, tiles: list[Window]) -> int:
+        """Latent frames a call that the budget has room for.
 
-    def _upper(self, x: Tensor, memory: Memory) -> Tensor:
-        return self._upper_strip(x, memory, axis=-1, low=0, high=x.shape[-1])
+        Raises:
+            UsageError: not even one.
+        """
+        if self.frames_per_call is not None:
+            return self.frames_per_call
+        budget = self.memory_budget or self._usual_budget(len(tiles) > 1)
+        needs = {n: self.peak_bytes(latent, tiles, n) for n in range(_MOST_FRAMES, 0, -1)}
+        if needs[1] > budget and self.memory_budget is not None:
+            frames, height, width = latent.shape[2:]
+            raise UsageError(
+                f"decoding {frames} latent frames of {height} x {width} cells takes {needs[1] / 2**30:.2f} GiB at least, the "
+                f"budget is {budget / 2**30:.2f} GiB: decode smaller tiles (low_mem_level = 1), or allow more"
+            )
+        return next((n for n, need in needs.items() if need <= budget), 1)
 
-    def _upper_strip(self, x: Tensor, memory: Memory, *, axis: int, low: int, high: int) -> Tensor:
-        """The upper half for cells low..high along an axis of x: each block gets just as many neighbours as still matter."""
-        decoder, place, start, size = self.network.decoder, [1], 0, x.shape[axis]
-        *reaches, last_reach = self._reaches()
-        for block, reach in zip(decoder.up_blocks, reaches, strict=True):
-            x, start = _cut(x, axis, start, max(low - reach, 0), min(high + reach, size))
-            x = block(x, feat_cache=memory, feat_idx=place)  # advances place[0]
-            if block.upsamplers is not None:
-                low, high, start, size = 2 * low, 2 * high, 2 * start, 2 * size
-        x, start = _cut(x, axis, start, max(low - last_reach, 0), min(high + last_reach, size))
-        x = _causal(decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x)), memory, 0)
-        return _unpatched(_cut(x, axis, start, low, high)[0], self._patch)
-
-    def _reaches(self) -> list[int]:
-        """Cells beyond an edge that the result looks at: at the entrance of each block, and before the last convolution."""
-        reaches = [1]
-        for block in reversed(self.network.decoder.up_blocks):
-            # the upsampler's convolution at twice the resolution, then two convolutions in each residual block
-            after = reaches[0] if block.upsamplers is None else (reaches[0] + 2) // 2
-            reaches.insert(0, after + 2 * len(block.resnets))
-        return reaches
+    def _usual_budget(self, tiled: bool) -> int:
+        device, budget = self._weight.device, _TILED_BUDGET if tiled else _MEMORY_BUDGET
+        if device.type != "cuda":
+            return min(budget, _CPU_BUDGET)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return min(budget, torch.cuda.mem_get_info(device)[0] + unused)
 
 
 def build_vae(config: Mapping[str, Any]) -> nn.Module:
@@ -230,54 +239,35 @@ def build_vae(config: Mapping[str, Any]) -> nn.Module:
     return cast(nn.Module, network)
 
 
-def _cut(x: Tensor, axis: int, start: int, first: int, last: int) -> tuple[Tensor, int]:
-    """Cells first..last of an x that begins at cell `start`; and where the result begins."""
-    return x.narrow(axis, first - start, last - first), first
+def _lower(decoder: Decoder, x: Tensor) -> Tensor:
+    memory: Memory = {}
+    starts = range(0, len(x), _LOWER_FRAMES)
+    return torch.cat([decoder.lower(x[start : start + _LOWER_FRAMES], memory) for start in starts])
 
 
-def _causal(conv: nn.Module, x: Tensor, memory: Memory, place: int) -> Tensor:
-    """One causal convolution, which sees the frames that it remembers before x and then remembers x's last ones."""
-    before = memory[place]
-    seen = x if before is None else torch.cat([before, x], dim=2)
-    memory[place] = seen[:, :, -_REMEMBERED:].clone()
-    return cast(Tensor, conv(x, before))
+def _upper(decoder: Decoder, low: Tensor, window: Window, most: int, out: Tensor) -> None:
+    """Decodes a window of all frames into `out`, [T', 3, 8 h, 8 w], in [0, 1]."""
+    memory: Memory = {}
+    done = 0
+    for start, end in spans(len(low), most):
+        pixels = decoder.upper(low[start:end], window, memory)
+        part = out[done : done + len(pixels)]
+        part.copy_(pixels).clamp_(-1, 1).div_(2).add_(0.5)
+        done += len(pixels)
 
 
-def _unpatched(x: Tensor, patch: int) -> Tensor:
-    """[B, C patch patch, T, H, W] -> [B, C, T, patch H, patch W]; of a pixel's channels the column runs before the row."""
-    if patch == 1:
-        return x
-    x = x.unflatten(1, (-1, patch, patch)).permute(0, 1, 4, 5, 3, 6, 2)  # [B, C, T, H, row, W, column]
-    return x.flatten(5, 6).flatten(3, 4)
+def _tiles(window: Window, size: int) -> list[Window]:
+    """The tiles that a window is cut into; a last one of less than half the size joins its neighbour."""
+
+    def edges(low: int, high: int) -> list[int]:
+        cuts = list(range(low + size, high, size))
+        return [low, *(cut for cut in cuts if 2 * (high - cut) >= size), high]
+
+    rows, columns = edges(window.top, window.bottom), edges(window.left, window.right)
+    return [Window(*row, *column) for row in pairwise(rows) for column in pairwise(columns)]
 
 
-def _as_video(pixels: Tensor) -> Tensor:
-    return (pixels.float().clamp(-1, 1) / 2 + 0.5).transpose(1, 2)
-
-
-def _tiles(size: int, tile: int, overlap: int) -> Iterator[tuple[int, int, Fade]]:
-    """(start, end, weights) along one axis: margins included, clipped at the frame; weights sum to 1 over all tiles."""
-    cuts = [*range(tile, size, tile)]
-    edges = [0, *cuts, size]
-    if len(edges) > 2 and 2 * (edges[-1] - edges[-2]) < tile:
-        del edges[-2]  # a sliver joins its neighbour
-    # two fades of one tile may not meet, or the weights would not sum to 1
-    reach = min(overlap / 2, tile / 2, _FADE_CELLS)
-    for low, high in pairwise(edges):
-        start, end = max(low - overlap, 0), min(high + overlap, size)
-        yield start, end, _fade(start, end, low if low > 0 else None, high if high < size else None, reach)
-
-
-def _fade(start: int, end: int, low: int | None, high: int | None, reach: float) -> Fade:
-    """Weights of a tile's pixels along one axis: linear ramps of `reach` cells to both sides of an inner edge."""
-
-    def ramp(places: Tensor, edge: int) -> Tensor:
-        return ((places - edge) / (2 * reach) + 0.5).clamp(0, 1) if reach else (places > edge).to(places.dtype)
-
-    def weights(scale: int, like: Tensor) -> Tensor:
-        # the pixels' centres, in cells
-        places = start + (torch.arange((end - start) * scale, device=like.device, dtype=like.dtype) + 0.5) / scale
-        rising = ramp(places, low) if low is not None else torch.ones_like(places)
-        return rising * (1 - ramp(places, high)) if high is not None else rising
-
-    return weights
+def _within(video: Tensor, tile: Window, window: Window) -> Tensor:
+    """A tile's place in the video, [T, 3, H, W] of `window`."""
+    top, bottom = 8 * (tile.top - window.top), 8 * (tile.bottom - window.top)
+    return video[..., top:bottom, 8 * (tile.left - window.left) : 8 * (tile.right - window.left)]
