@@ -1,0 +1,328 @@
+"""The sections of `benchmarks.latency`: what each times, on which network, and what it writes into the report.
+
+Knows variants and clocks; no command line. Each section stands alone, so that any can be left out, except that the
+end-to-end and the profile take the fastest variant from the sections before them where these ran.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measuring import (
+    GIB,
+    TERA,
+    Work,
+    alternating_ms,
+    breakdown,
+    ceilings,
+    forward_work,
+    kernel_spans,
+    longest,
+    peak_bytes,
+    timed_ms,
+)
+from benchmarks.report import Report, first_line, ratios
+from benchmarks.variants import Absent, Bench, Builder, Case, Variant, case_of, diffusers, ours, small_case
+from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.generator import Generator
+from chitu_diffusion.models.folder import read_folder
+from chitu_diffusion.models.loading import load_tokenizer
+from chitu_diffusion.models.spec import ASSETS, TINY
+from chitu_diffusion.models.text import TextEncoder, build_text_encoder
+from chitu_diffusion.models.vae import Vae, build_vae
+from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
+
+EXACT_PEERS: Mapping[str, Builder] = {
+    "diffusers_eager": diffusers(),
+    "diffusers_compiled_cudnn": diffusers("_native_cudnn", compile=True),
+    "diffusers_compiled_fa3": diffusers("_flash_3", compile=True),
+}
+EIGHT_BIT_PEERS: Mapping[str, Builder] = {
+    "diffusers_compiled_fa3": diffusers("_flash_3", compile=True),
+    "diffusers_compiled_torchao_fp8": diffusers(compile=True, eight_bit=True),
+}
+OURS_EXACT: Mapping[str, Builder] = {
+    "ours_auto": ours(attn_type="auto"),
+    "ours_cudnn": ours(attn_type="cudnn"),
+    "ours_fa3": ours(attn_type="fa3"),
+}
+OURS_EIGHT_BIT: Mapping[str, Builder] = {
+    "ours_fp8_fa3": ours(attn_type="fa3", quant="fp8"),
+    "ours_fp8_fa3_fp8": ours(attn_type="fa3_fp8", quant="fp8"),
+}
+UMT5_XXL: Mapping[str, Any] = {
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": False,
+    "tie_word_embeddings": False,
+    "dropout_rate": 0.0,
+}
+"""Of the encoder that Wan's checkpoints hold (google/umt5-xxl)."""
+
+
+class Latency:
+    """What the sections share: benches with their variants, the machine's ceilings, how often to time.
+
+    Args:
+        device: where.
+        small: networks that a CPU runs in a blink, to see that all of it works.
+        rounds: timed calls of each variant.
+        steps: of the end-to-end video.
+        folder: for videos.
+    """
+
+    def __init__(self, device: torch.device, *, small: bool, rounds: int, steps: int, folder: Path) -> None:
+        self.device, self.small, self.rounds, self.steps, self.folder = device, small, rounds, steps, folder
+        self.compiler = "inductor" if device.type == "cuda" else "eager"
+        self.ceiling: dict[str, float] = {}
+        self._benches: dict[str, Bench] = {}
+        self._variants: dict[tuple[str, str], Variant | None] = {}
+        self.times: dict[tuple[str, str], float] = {}
+
+    # -- networks
+
+    def case(self, model: str, size: tuple[int, int, int] = (832, 480, 81), timed_layers: int | None = None) -> Case:
+        """The case of a name, or its stand-in for a small run."""
+        if not self.small:
+            return case_of(model, size, timed_layers)
+        label = f"small {model.removeprefix('Wan2.1-T2V-')} {size[0]}x{size[1]}"
+        return small_case(label, 4 if timed_layers else 2, 2)
+
+    def bench(self, case: Case) -> Bench:
+        """The case's bench, made at the first asking; benches of other networks are let go."""
+        for name in [name for name, bench in self._benches.items() if bench.case.spec != case.spec]:
+            del self._benches[name]
+            self._variants = {key: variant for key, variant in self._variants.items() if key[0] != name}
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if case.name not in self._benches:
+            self._benches[case.name] = Bench(case, self.device, self.compiler)
+        return self._benches[case.name]
+
+    def variant(self, bench: Bench, name: str, builder: Builder, report: Report) -> Variant | None:
+        """A variant, built at the first asking; None, with a note, where it is absent or fails."""
+        key = bench.case.name, name
+        if key not in self._variants:
+            self._variants[key] = None  # what failed once is not tried again
+            try:
+                self._variants[key] = builder(bench)
+            except Absent as error:
+                report.note(f"{bench.case.name}: {name} is absent: {first_line(error)}")
+            except Exception as error:
+                traceback.print_exc()
+                report.note(f"{bench.case.name}: {name} failed: {type(error).__name__}: {first_line(error)}")
+        return self._variants[key]
+
+    def fastest(self, case: Case, prefix: str, *, eight_bit: bool) -> str | None:
+        """The fastest of a case's variants that were timed, by its name's beginning."""
+        names = [name for at, name in self.times if at == case.name and name.startswith(prefix) and ("fp8" in name) == eight_bit]
+        return min(names, key=lambda name: self.times[case.name, name], default=None)
+
+    # -- forwards
+
+    def forwards(self, report: Report, case: Case, builders: Mapping[str, Builder], rounds: int | None = None) -> None:
+        """A table of one forward in each of these ways, timed in turn."""
+        bench = self.bench(case)
+        built = {name: self.variant(bench, name, builder, report) for name, builder in builders.items()}
+        ready = {name: variant for name, variant in built.items() if variant is not None}
+        found = alternating_ms({name: each.call for name, each in ready.items()}, rounds or self.rounds, self.device)
+        each_ms = {name: [ms / ready[name].forwards for ms in times] for name, times in found.items()}
+        times = {name: float(median(ms)) for name, ms in each_ms.items()}
+        self.times |= {(case.name, name): ms for name, ms in times.items()}
+        bare = self.bare_ms(bench) if case.layers != case.config.num_layers else 0.0
+        compared = ratios(times)
+        for name, variant in ready.items():
+            row = self.row(case, name, variant, each_ms[name], bare)
+            row["error_to_first"] = relative_error(variant.velocity, next(iter(ready.values())).velocity)
+            report.add(f"Forward, {case.name}", {**row, **compared.get(name, {})})
+
+    def row(self, case: Case, name: str, variant: Variant, ms: list[float], bare: float) -> dict[str, Any]:
+        """One variant's figures."""
+        work = forward_work(case.config, case.tokens, case.spec.text_tokens)
+        middle = float(median(ms))
+        row: dict[str, Any] = {"variant": name, "layers": case.config.num_layers, "ms": middle, "min": min(ms), "max": max(ms)}
+        if case.layers != case.config.num_layers:
+            row[f"ms_{case.layers}_layers_from_{case.config.num_layers}"] = carried_over(middle, bare, case)
+        row |= rates(work, middle, self.ceiling)
+        row |= {"warm_up_s": variant.warm_up, "weights_gib": variant.weights / GIB, "work_gib": variant.activations / GIB}
+        return row
+
+    def bare_ms(self, bench: Bench) -> float:
+        """A forward without its blocks: embedding, head and unpatchify."""
+        network = bench.network()
+
+        @torch.no_grad()
+        def call() -> None:
+            embedded = network.embed(bench.latent, bench.timestep, bench.text[:1])
+            network.unpatchify(network.head(embedded.tokens, embedded.time), embedded.grid)
+
+        return min(timed_ms(call, self.device) for _ in range(4))
+
+    # -- the sections
+
+    def ceilings(self, report: Report) -> None:
+        """What a large product and a large copy reach."""
+        self.ceiling = ceilings(self.device)
+        report.add("Ceilings", self.ceiling)
+
+    def small_exact(self, report: Report) -> None:
+        """1.3B in 16 bits."""
+        peers = EXACT_PEERS if self.device.type == "cuda" else {**EXACT_PEERS, "diffusers_compiled": diffusers(compile=True)}
+        self.forwards(report, self.case("Wan2.1-T2V-1.3B"), {**peers, **OURS_EXACT})
+
+    def small_eight_bit(self, report: Report) -> None:
+        """1.3B in 8 bits."""
+        self.forwards(report, self.case("Wan2.1-T2V-1.3B"), {**EIGHT_BIT_PEERS, **OURS_EIGHT_BIT})
+
+    def large_exact(self, report: Report) -> None:
+        """14B in 16 bits, on 8 layers."""
+        peers = {"diffusers_compiled_fa3": EXACT_PEERS["diffusers_compiled_fa3"]}
+        self.forwards(report, self.case("Wan2.1-T2V-14B", timed_layers=8), {**peers, **OURS_EXACT})
+
+    def large_eight_bit(self, report: Report) -> None:
+        """14B in 8 bits, on 8 layers."""
+        self.forwards(report, self.case("Wan2.1-T2V-14B", timed_layers=8), {**EIGHT_BIT_PEERS, **OURS_EIGHT_BIT})
+
+    def large_720p(self, report: Report) -> None:
+        """14B at 1280x720, on 8 layers, in the ways that were fastest at 832x480."""
+        smaller = self.case("Wan2.1-T2V-14B", timed_layers=8)
+        case = self.case("Wan2.1-T2V-14B", (1280, 720, 81), timed_layers=8)
+        self.forwards(report, case, self.best_of(smaller) or {**OURS_EXACT, **OURS_EIGHT_BIT}, rounds=2)
+
+    def large_40(self, report: Report) -> None:
+        """14B with all of its layers, ours alone."""
+        smaller = self.case("Wan2.1-T2V-14B", timed_layers=8)
+        self.forwards(report, self.case("Wan2.1-T2V-14B"), self.best_of(smaller) or OURS_EXACT, rounds=2)
+
+    def best_of(self, case: Case) -> dict[str, Builder]:
+        """Our fastest exact and our fastest 8-bit variant of a case, of those that were timed."""
+        names = [self.fastest(case, "ours_", eight_bit=False), self.fastest(case, "ours_", eight_bit=True)]
+        return {name: {**OURS_EXACT, **OURS_EIGHT_BIT}[name] for name in names if name is not None}
+
+    def end_to_end(self, report: Report) -> None:
+        """A video of 1.3B from prompt to file, by our generator, with an encoder and a VAE of full size and random weights."""
+        case = self.case("Wan2.1-T2V-1.3B")
+        bench = self.bench(case)
+        name = self.fastest(case, "ours_", eight_bit=False)
+        kept = self._variants.get((case.name, name)) if name is not None else None
+        settings = dict((kept.settings if kept is not None else None) or {"attn_type": "auto"})
+        backend = bench.backend(settings, *random_ends(self.device, bench.dtype, self.small))
+        warm_up = self.video(backend, case, 1)
+        whole: dict[str, float] = {}
+        peak = peak_bytes(lambda: whole.update(self.video(backend, case, self.steps)), self.device)
+        row: dict[str, Any] = {"variant": name or "ours", "steps": self.steps, "seconds": sum(whole.values()), **whole}
+        forward_ms = self.times.get((case.name, name or ""))
+        if forward_ms is not None:
+            loop = whole[f"{TaskStatus.DENOISING}_s"]
+            row["loop_share_beyond_forwards"] = 1 - 2 * self.steps * forward_ms / 1e3 / loop
+        row |= {"warm_up_s": sum(warm_up.values()), "work_gib": peak / GIB}
+        report.add("End to end, prompt to file", row)
+        self.idle(report, backend, case)
+        backend.terminate()
+
+    def video(self, backend: DiffusionBackend, case: Case, steps: int) -> dict[str, float]:
+        """Seconds of each stage of one video."""
+        path = str(self.folder / f"latency-{steps}.npy")
+        params = DiffusionUserParams(
+            "A cat walking on grass",
+            seed=1,
+            height=case.height,
+            width=case.width,
+            num_frames=case.frames,
+            num_inference_steps=steps,
+            save_path=path,
+        )
+        task = DiffusionTask.from_user_request(params)
+        for _ in Generator(backend).run(task):
+            pass
+        if task.error is not None:
+            raise task.error
+        Path(path).unlink(missing_ok=True)
+        return {f"{stage}_s": seconds for stage, seconds in task.seconds.items()}
+
+    def idle(self, report: Report, backend: DiffusionBackend, case: Case, steps: int = 3) -> None:
+        """Share of the denoising loop in which no kernel runs, by the profiler, over a few steps."""
+        generator = Generator(backend)
+        embeddings = generator.encode_text(["A cat walking on grass", "blurry"])
+        noise = torch.randn(case.latent_shape)
+        spans = kernel_spans(lambda: generator.denoise_loop(noise, embeddings, steps, 5.0), self.device)
+        found = breakdown(spans)
+        row = {"variant": f"loop of {steps} steps", "idle_share": idle_share(found), **found}
+        report.add("Where the time goes, ms", row)
+
+    def profile(self, report: Report) -> None:
+        """Kernels by kind for our fastest variants and the fastest peers, at 1.3B."""
+        case = self.case("Wan2.1-T2V-1.3B")
+        names = [self.fastest(case, prefix, eight_bit=eight) for prefix in ("diffusers_", "ours_") for eight in (False, True)]
+        for name in (name for name in names if name is not None):
+            variant = self._variants.get((case.name, name))
+            if variant is None:
+                continue
+            spans = kernel_spans(variant.call, self.device)
+            found = {kind: ms / variant.forwards for kind, ms in breakdown(spans).items()}
+            report.add("Where the time goes, ms", {"variant": name, "idle_share": idle_share(found), **found})
+            for kernel in longest(spans):
+                report.add(f"Longest kernels, {name}", kernel)
+
+
+def carried_over(ms: float, bare: float, case: Case) -> float:
+    """Milliseconds with all layers from those with some: what the blocks take grows with their number, the rest does not."""
+    return (ms - bare) * case.layers / case.config.num_layers + bare
+
+
+def rates(work: Work, ms: float, ceiling: Mapping[str, float]) -> dict[str, float]:
+    """Achieved TFLOP/s, and its share of this run's large 16-bit product."""
+    reached = work.total / (ms / 1e3) / TERA
+    found = {"tflops": reached}
+    if "bf16_tflops" in ceiling:
+        found["share_of_bf16_product"] = reached / ceiling["bf16_tflops"]
+    return found
+
+
+def idle_share(found: Mapping[str, float]) -> float:
+    """Of the span of a breakdown, the part in which no kernel runs."""
+    return found["gaps"] / found["span"] if found["span"] > 0 else 0.0
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """Norm of the difference over the norm of b."""
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def random_ends(device: torch.device, dtype: torch.dtype, small: bool) -> tuple[TextEncoder, Vae] | tuple[()]:
+    """An encoder of UMT5-XXL's size with wan-tiny's tokenizer, and Wan's VAE, with random weights; nothing for a small run."""
+    if small:
+        return ()
+    folder = read_folder(ASSETS / TINY)
+    encoder: Any = filled(build_text_encoder(UMT5_XXL), device, dtype)
+    encoder.encoder.embed_tokens.weight = encoder.shared.weight  # one table, as in the checkpoint
+    vae = filled(build_vae({}), device, dtype)
+    return TextEncoder(encoder, load_tokenizer(folder.tokenizer)), Vae(vae)
+
+
+@torch.no_grad()
+def filled(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A network from the meta device with random weights that keep activations finite."""
+    network = network.to(dtype).to_empty(device=device)
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 1 or "norm" in name or "gamma" in name:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+    return network
