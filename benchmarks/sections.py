@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,6 +57,16 @@ OURS_EXACT: Mapping[str, Builder] = {
 OURS_EIGHT_BIT: Mapping[str, Builder] = {
     "ours_fp8_fa3": ours(attn_type="fa3", quant="fp8"),
     "ours_fp8_fa3_fp8": ours(attn_type="fa3_fp8", quant="fp8"),
+}
+OUR_GUESS: Mapping[bool, str] = {False: "ours_auto", True: "ours_fp8_fa3_fp8"}
+PEERS_GUESS: Mapping[bool, str] = {False: "diffusers_compiled_fa3", True: "diffusers_compiled_torchao_fp8"}
+"""Whether 8 bits -> which is taken for the fastest where none was timed."""
+EVERY: Mapping[str, Builder] = {
+    "diffusers_compiled": diffusers(compile=True),
+    **EXACT_PEERS,
+    **EIGHT_BIT_PEERS,
+    **OURS_EXACT,
+    **OURS_EIGHT_BIT,
 }
 UMT5_XXL: Mapping[str, Any] = {
     "vocab_size": 256384,
@@ -183,17 +193,17 @@ class Latency:
 
     def small_exact(self, report: Report) -> None:
         """1.3B in 16 bits."""
-        peers = EXACT_PEERS if self.device.type == "cuda" else {**EXACT_PEERS, "diffusers_compiled": diffusers(compile=True)}
-        self.forwards(report, self.case("Wan2.1-T2V-1.3B"), {**peers, **OURS_EXACT})
+        plain = [] if self.device.type == "cuda" else ["diffusers_compiled"]  # there the other compiled ones are absent
+        self.forwards(report, self.case("Wan2.1-T2V-1.3B"), chosen([*EXACT_PEERS, *plain, *OURS_EXACT]))
 
     def small_eight_bit(self, report: Report) -> None:
         """1.3B in 8 bits."""
         self.forwards(report, self.case("Wan2.1-T2V-1.3B"), {**EIGHT_BIT_PEERS, **OURS_EIGHT_BIT})
 
     def large_exact(self, report: Report) -> None:
-        """14B in 16 bits, on 8 layers."""
-        peers = {"diffusers_compiled_fa3": EXACT_PEERS["diffusers_compiled_fa3"]}
-        self.forwards(report, self.case("Wan2.1-T2V-14B", timed_layers=8), {**peers, **OURS_EXACT})
+        """14B in 16 bits, on 8 layers: the best peer, what `auto` chooses, and what was fastest at 1.3B."""
+        names = ["diffusers_compiled_fa3", "ours_auto", self.fastest(self.case("Wan2.1-T2V-1.3B"), "ours_", eight_bit=False)]
+        self.forwards(report, self.case("Wan2.1-T2V-14B", timed_layers=8), chosen(names))
 
     def large_eight_bit(self, report: Report) -> None:
         """14B in 8 bits, on 8 layers."""
@@ -201,19 +211,17 @@ class Latency:
 
     def large_720p(self, report: Report) -> None:
         """14B at 1280x720, on 8 layers, in the ways that were fastest at 832x480."""
-        smaller = self.case("Wan2.1-T2V-14B", timed_layers=8)
         case = self.case("Wan2.1-T2V-14B", (1280, 720, 81), timed_layers=8)
-        self.forwards(report, case, self.best_of(smaller) or {**OURS_EXACT, **OURS_EIGHT_BIT}, rounds=2)
+        self.forwards(report, case, self.our_best(), rounds=2)
 
     def large_40(self, report: Report) -> None:
         """14B with all of its layers, ours alone."""
-        smaller = self.case("Wan2.1-T2V-14B", timed_layers=8)
-        self.forwards(report, self.case("Wan2.1-T2V-14B"), self.best_of(smaller) or OURS_EXACT, rounds=2)
+        self.forwards(report, self.case("Wan2.1-T2V-14B"), self.our_best(), rounds=1)
 
-    def best_of(self, case: Case) -> dict[str, Builder]:
-        """Our fastest exact and our fastest 8-bit variant of a case, of those that were timed."""
-        names = [self.fastest(case, "ours_", eight_bit=False), self.fastest(case, "ours_", eight_bit=True)]
-        return {name: {**OURS_EXACT, **OURS_EIGHT_BIT}[name] for name in names if name is not None}
+    def our_best(self) -> dict[str, Builder]:
+        """Our fastest exact and our fastest 8-bit variant of 14B on 8 layers; where none was timed, a guess."""
+        case = self.case("Wan2.1-T2V-14B", timed_layers=8)
+        return chosen([self.fastest(case, "ours_", eight_bit=eight) or OUR_GUESS[eight] for eight in (False, True)])
 
     def end_to_end(self, report: Report) -> None:
         """A video of 1.3B from prompt to file, by our generator, with an encoder and a VAE of full size and random weights."""
@@ -267,11 +275,15 @@ class Latency:
         report.add("Where the time goes, ms", row)
 
     def profile(self, report: Report) -> None:
-        """Kernels by kind for our fastest variants and the fastest peers, at 1.3B."""
+        """Kernels by kind at 1.3B for our fastest exact and 8-bit variants and the fastest peers, or a guess at these."""
         case = self.case("Wan2.1-T2V-1.3B")
-        names = [self.fastest(case, prefix, eight_bit=eight) for prefix in ("diffusers_", "ours_") for eight in (False, True)]
-        for name in (name for name in names if name is not None):
-            variant = self._variants.get((case.name, name))
+        bench = self.bench(case)
+        sides = (("diffusers_", PEERS_GUESS), ("ours_", OUR_GUESS))
+        names = [
+            self.fastest(case, prefix, eight_bit=eight) or guess[eight] for prefix, guess in sides for eight in (False, True)
+        ]
+        for name, builder in chosen(names).items():
+            variant = self.variant(bench, name, builder, report)
             if variant is None:
                 continue
             spans = kernel_spans(variant.call, self.device)
@@ -279,6 +291,11 @@ class Latency:
             report.add("Where the time goes, ms", {"variant": name, "idle_share": idle_share(found), **found})
             for kernel in longest(spans):
                 report.add(f"Longest kernels, {name}", kernel)
+
+
+def chosen(names: Iterable[str | None]) -> dict[str, Builder]:
+    """Variants by name, each once."""
+    return {name: EVERY[name] for name in names if name is not None}
 
 
 def carried_over(ms: float, bare: float, case: Case) -> float:
