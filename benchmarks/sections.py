@@ -169,6 +169,8 @@ class Latency:
         row: dict[str, Any] = {"variant": name, "layers": case.config.num_layers, "ms": middle, "min": min(ms), "max": max(ms)}
         if case.layers != case.config.num_layers:
             row[f"ms_{case.layers}_layers_from_{case.config.num_layers}"] = carried_over(middle, bare, case)
+        if variant.backend is not None:
+            row["attention"] = variant.backend.attn_backend.name
         row |= rates(work, middle, self.ceiling)
         row |= {"warm_up_s": variant.warm_up, "weights_gib": variant.weights / GIB, "work_gib": variant.activations / GIB}
         return row
