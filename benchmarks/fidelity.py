@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.latency import machine
 from benchmarks.report import RESULTS, Report, Section, file_name, run_sections
-from benchmarks.variants import as_task_text
+from benchmarks.variants import as_task_text, known
 from chitu_diffusion import forward
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig
@@ -42,15 +42,20 @@ from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 EXACT, LOSSY = "exact", "8 bits"
 REFERENCE = "float32 math"
+_ALL = {"quant": "fp8", "quant_keep": "", "quant_from": 0.0}  # no layer and no step in 16 bits
 WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    REFERENCE: (EXACT, {"dtype": "float32", "attn_type": "math"}),
-    "float32 sdpa": (EXACT, {"dtype": "float32", "attn_type": "sdpa"}),
-    "bfloat16 sdpa": (EXACT, {"dtype": "bfloat16", "attn_type": "sdpa"}),
-    "bfloat16 cudnn": (EXACT, {"dtype": "bfloat16", "attn_type": "cudnn"}),
-    "bfloat16 fa3": (EXACT, {"dtype": "bfloat16", "attn_type": "fa3"}),
-    "fp8 linears, fa3": (LOSSY, {"dtype": "bfloat16", "attn_type": "fa3", "quant": "fp8"}),
-    "bfloat16, fa3_fp8 attention": (LOSSY, {"dtype": "bfloat16", "attn_type": "fa3_fp8"}),
+    REFERENCE: (EXACT, {"dtype": "float32", "attn_type": "math", "fused": False}),
+    "float32 sdpa, fused": (EXACT, {"dtype": "float32", "attn_type": "sdpa"}),
+    "bfloat16 sdpa": (EXACT, {"dtype": "bfloat16", "attn_type": "sdpa", "fused": False}),
+    "bfloat16 flash, fused": (EXACT, {"dtype": "bfloat16", "attn_type": "flash"}),
+    "bfloat16 cudnn, fused": (EXACT, {"dtype": "bfloat16", "attn_type": "cudnn"}),
+    "bfloat16 fa3, fused": (EXACT, {"dtype": "bfloat16", "attn_type": "fa3"}),
+    "fp8 linears": (LOSSY, {"dtype": "bfloat16", "attn_type": "auto", "quant": "fp8"}),
+    "fp8 linears, every layer and step": (LOSSY, {"dtype": "bfloat16", "attn_type": "auto", **_ALL}),
+    "fa3_fp8 attention": (LOSSY, {"dtype": "bfloat16", "attn_type": "fa3_fp8"}),
+    "sage attention": (LOSSY, {"dtype": "bfloat16", "attn_type": "sage"}),
     "fp8 linears, fa3_fp8 attention": (LOSSY, {"dtype": "bfloat16", "attn_type": "fa3_fp8", "quant": "fp8"}),
+    "fp8 linears, every layer and step, fa3_fp8 attention": (LOSSY, {"dtype": "bfloat16", "attn_type": "fa3_fp8", **_ALL}),
 }
 """Name -> (kind, settings of `infer`). The reference comes first; what this machine or version lacks is noted as absent."""
 
@@ -95,7 +100,7 @@ class Fidelity:
         """All of one way's videos and its row."""
         kind, settings = WAYS[name]
         try:
-            backend = DiffusionBackend(EngineConfig(models={"name": TINY}, infer={"device": self.device, **settings}))
+            backend = DiffusionBackend(EngineConfig(models={"name": TINY}, infer={"device": self.device, **known(settings)}))
         except (UsageError, ImportError) as error:
             report.note(f"{name} is absent: {str(error).splitlines()[0]}")
             return

@@ -42,12 +42,12 @@ def section_table(latency: Any, small: bool) -> list[Section]:
     shape = Shape(32, 5, 3) if small else Shape()
     table = [
         ("ceilings", "large product, large copy", 20, latency.ceilings),
-        ("small-exact", "1.3B 832x480x81, 16 bits, ours and diffusers", 65, latency.small_exact),
-        ("small-8bit", "the same in 8 bits, beside torchao", 33, latency.small_eight_bit),
+        ("small-exact", "1.3B 832x480x81, 16 bits, ours and diffusers", 80, latency.small_exact),
+        ("small-8bit", "the same in 8 bits, beside torchao", 48, latency.small_eight_bit),
         ("end-to-end", f"1.3B, {latency.steps} steps, prompt to file", 10 + 0.86 * latency.steps, latency.end_to_end),
         ("profile", "kernels by kind", 6, latency.profile),
         ("large-exact", "14B 832x480x81 on 8 layers, 16 bits", 28, latency.large_exact),
-        ("large-8bit", "the same in 8 bits, beside torchao", 30, latency.large_eight_bit),
+        ("large-8bit", "the same in 8 bits, beside torchao", 40, latency.large_eight_bit),
         ("large-40", "14B 832x480x81, all 40 layers, ours", 25, latency.large_40),
         ("large-720p", "14B 1280x720x81 on 8 layers, ours", 26, latency.large_720p),
         ("tiny-cpu", "wan-tiny on the CPU beside WanPipeline", 60, lambda report: tiny_on_cpu(report, shape)),

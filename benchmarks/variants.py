@@ -20,7 +20,7 @@ from benchmarks import peers
 from benchmarks.measuring import peak_bytes, synchronise
 from chitu_diffusion import forward
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.config import EngineConfig
+from chitu_diffusion.config import EngineConfig, InferSettings
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_text_encoder, load_vae
@@ -172,7 +172,7 @@ class Bench:
             Absent: a setting or a kernel that is not there.
         """
         try:
-            args = EngineConfig(infer={"device": str(self.device), **settings})
+            args = EngineConfig(infer={"device": str(self.device), **known(settings)})
             ends = (encoder or self._ends[0], vae or self._ends[1])
             networks = Networks(self.case.spec, [self.network()], *ends, read_folder(ASSETS / TINY).scheduler)
             return DiffusionBackend.from_networks(networks, args)
@@ -259,6 +259,11 @@ def diffusers(attention: str | None = None, *, compile: bool = False, eight_bit:
             raise Absent(str(error)) from error
 
     return checked
+
+
+def known(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `infer` without those that switch off what this version does not have anyway."""
+    return {name: value for name, value in settings.items() if name in InferSettings.model_fields or value is not False}
 
 
 def as_task_text(embeddings: Tensor) -> Any:
