@@ -47,6 +47,7 @@ WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     REFERENCE: (EXACT, {"dtype": "float32", "attn_type": "math", "fused": False}),
     "float32 sdpa, fused": (EXACT, {"dtype": "float32", "attn_type": "sdpa"}),
     "bfloat16 sdpa": (EXACT, {"dtype": "bfloat16", "attn_type": "sdpa", "fused": False}),
+    "bfloat16 math, fused": (EXACT, {"dtype": "bfloat16", "attn_type": "math"}),
     "bfloat16 flash, fused": (EXACT, {"dtype": "bfloat16", "attn_type": "flash"}),
     "bfloat16 cudnn, fused": (EXACT, {"dtype": "bfloat16", "attn_type": "cudnn"}),
     "bfloat16 fa3, fused": (EXACT, {"dtype": "bfloat16", "attn_type": "fa3"}),
