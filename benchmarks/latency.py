@@ -33,7 +33,7 @@ PACKAGES = ("torch", "triton", "diffusers", "torchao", "fa3-fwd", "transformers"
 def section_table(latency: Any, small: bool) -> list[Section]:
     """The sections in the order of their importance, as far as those that share a network stand together.
 
-    Estimates, on one H200: 13 s for each compiled variant's first call and 3 s for one of ours, and (warm-up + memory +
+    Estimates, on one H200: 13 s for each compiled variant's first call and 3 s for one of ours, and (warm-up +
     rounds) calls at the milliseconds measured on an H100 (1.3B 405 to 627; 14B on 8 layers 330 to 500, at 720p 1300 to 1850,
     on 40 layers 1650 to 2350), ours counting double: both guidance branches. 20 s for imports and building are in the first.
     """
@@ -42,14 +42,15 @@ def section_table(latency: Any, small: bool) -> list[Section]:
     shape = Shape(32, 5, 3) if small else Shape()
     table = [
         ("ceilings", "large product, large copy", 20, latency.ceilings),
-        ("small-exact", "1.3B 832x480x81, 16 bits, ours and diffusers", 80, latency.small_exact),
-        ("small-8bit", "the same in 8 bits, beside torchao", 48, latency.small_eight_bit),
+        ("small-exact", "1.3B 832x480x81, 16 bits, ours and diffusers", 50, latency.small_exact),
+        ("small-compiled", "the same, our blocks compiled", 35, latency.small_compiled),
+        ("small-8bit", "the same in 8 bits, beside torchao", 45, latency.small_eight_bit),
         ("end-to-end", f"1.3B, {latency.steps} steps, prompt to file", 10 + 0.86 * latency.steps, latency.end_to_end),
         ("profile", "kernels by kind", 6, latency.profile),
         ("large-exact", "14B 832x480x81 on 8 layers, 16 bits", 28, latency.large_exact),
-        ("large-8bit", "the same in 8 bits, beside torchao", 40, latency.large_eight_bit),
-        ("large-40", "14B 832x480x81, all 40 layers, ours", 25, latency.large_40),
-        ("large-720p", "14B 1280x720x81 on 8 layers, ours", 26, latency.large_720p),
+        ("large-8bit", "the same in 8 bits, beside torchao", 35, latency.large_eight_bit),
+        ("large-40", "14B 832x480x81, all 40 layers, ours", 22, latency.large_40),
+        ("large-720p", "14B 1280x720x81 on 8 layers, ours", 22, latency.large_720p),
         ("tiny-cpu", "wan-tiny on the CPU beside WanPipeline", 60, lambda report: tiny_on_cpu(report, shape)),
     ]
     return [Section(name, about, 0.0 if small else float(estimate), run) for name, about, estimate, run in table]

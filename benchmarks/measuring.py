@@ -74,17 +74,32 @@ def timed_ms(call: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end)
 
 
-def alternating_ms(calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round, one after the other within a round, so that a warming chip slows all alike.
+@dataclass
+class Timing:
+    """Of one call: milliseconds in each round, and bytes that the first of them allocated beyond what was there."""
+
+    ms: list[float]
+    allocated: int = 0
+
+
+def alternating(calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Timing]:
+    """Times each call in each round, one after the other within a round, so that a warming chip slows all alike.
 
     The order turns round from one round to the next: who comes second finds a warmer chip than who comes first. Calls
     must have been made once before.
     """
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    found = {name: Timing([]) for name in calls}
     names = list(calls)
-    for _ in range(rounds):
+    for number in range(rounds):
         for name in names:
-            found[name].append(timed_ms(calls[name], device))
+
+            def timed(name: str = name) -> None:
+                found[name].ms.append(timed_ms(calls[name], device))
+
+            if number == 0:
+                found[name].allocated = peak_bytes(timed, device)
+            else:
+                timed()
         names.reverse()
     return found
 
@@ -149,6 +164,10 @@ _WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
+_NO_KERNELS = ("##", "Torch-Compiled Region", "TorchDynamo", "ProfilerStep", "Activity Buffer", "Lazy Function", "cuda")
+"""Beginnings of the profiler's other events: compiled regions around what they run, calls of the runtime, its own work."""
+
+
 @dataclass(frozen=True)
 class Span:
     """One kernel: its name, and when it ran, in microseconds."""
@@ -200,7 +219,7 @@ def kernel_spans(call: Callable[[], object], device: torch.device) -> list[Span]
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as found:
         call()
         synchronise(device)
-    events = [event for event in found.events() if not getattr(event, "is_user_annotation", False)]
+    events = [event for event in found.events() if not event.name.startswith(_NO_KERNELS)]
     if gpu:
         kernels = [event for event in events if event.device_type == DeviceType.CUDA]
         return [Span(event.name, event.time_range.start, event.time_range.end) for event in kernels]

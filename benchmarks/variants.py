@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
-from benchmarks.measuring import peak_bytes, synchronise
+from benchmarks.measuring import synchronise
 from chitu_diffusion import forward
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig, InferSettings
@@ -189,7 +189,6 @@ class Variant:
         forwards: how many; ours runs both guidance branches, for it shares work between them.
         warm_up: seconds of the first call: compiling, choosing kernels.
         weights: bytes of its parameters.
-        activations: bytes that a call allocates beyond them.
         velocity: [1, C, T, H, W] of the prompt's branch: every variant must find about the same.
         backend: ours.
         settings: of `infer`, ours.
@@ -199,7 +198,6 @@ class Variant:
     forwards: int
     warm_up: float
     weights: int
-    activations: int
     velocity: Tensor
     backend: DiffusionBackend | None = None
     settings: Mapping[str, Any] | None = None
@@ -212,6 +210,8 @@ def ours(**settings: Any) -> Builder:
     """Our engine with some settings of `infer`: a guided step's two forwards."""
 
     def build(bench: Bench) -> Variant:
+        if settings.get("compile") and bench.device.type != "cuda":
+            raise Absent("compiling takes minutes on a CPU, and is worth it on a GPU alone")
         backend = bench.backend(settings)
         text = as_task_text(bench.text)
 
@@ -220,9 +220,7 @@ def ours(**settings: Any) -> Builder:
                 return forward.stacked_velocity(backend, bench.latent, text, bench.timestep[0], expert=0)
 
         velocity, warm_up = first_call(call, bench.device)
-        activations = peak_bytes(call, bench.device)
-        weights = weight_bytes(backend.model_pool[0])
-        return Variant(call, 2, warm_up, weights, activations, velocity[:1], backend, settings)
+        return Variant(call, 2, warm_up, weight_bytes(backend.model_pool[0]), velocity[:1], backend, settings)
 
     return build
 
@@ -249,8 +247,7 @@ def diffusers(attention: str | None = None, *, compile: bool = False, eight_bit:
                 model.set_attention_backend(attention)
             call = peers.one_forward(shell, bench.latent.to(bench.dtype), bench.timestep, bench.text[:1])
             velocity, warm_up = compiled_call(model, call, bench) if compile else first_call(call, bench.device)
-            activations = peak_bytes(call, bench.device)
-        return Variant(call, 1, warm_up, weight_bytes(model), activations, velocity)
+        return Variant(call, 1, warm_up, weight_bytes(model), velocity)
 
     def checked(bench: Bench) -> Variant:
         try:

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import fidelity, latency, peers
-from benchmarks.measuring import Span, alternating_ms, breakdown, forward_work, kernel_spans, kind_of, longest
+from benchmarks.measuring import Span, alternating, breakdown, forward_work, kernel_spans, kind_of, longest
 from benchmarks.report import Report, Section, file_name, plain, ratios, run_sections, table_of
 from benchmarks.sections import carried_over, relative_error
 from benchmarks.variants import Bench, Variant, case_of, diffusers, ours, random_weights, small_case
@@ -216,8 +216,8 @@ def test_profiler_sees_the_operators():
 
 def test_variants_take_turns():
     order = []
-    found = alternating_ms({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU)
-    assert "".join(order) == "abbaab" and [len(times) for times in found.values()] == [3, 3]
+    found = alternating({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU)
+    assert "".join(order) == "abbaab" and [len(timing.ms) for timing in found.values()] == [3, 3]
 
 
 # -- variants
@@ -248,15 +248,15 @@ def test_random_weights_are_loaded_as_a_checkpoint_is():
     assert 0.5 < float(weights["blocks.0.ffn.net.0.proj.weight"].float().std()) * config.dim**0.5 < 1.5
 
 
-_FAKE = '''
+_FAKE = """
 import torch
 library = torch.library.Library("fa3_fwd", "DEF")
 library.define("fwd(Tensor q, Tensor k, Tensor? v=None, Tensor(out!)? out=None, float? scale=None) -> (Tensor(out!), Tensor)")
 library.impl("fwd", lambda q, k, v=None, out=None, scale=None: (q + k, k), "CPU")
 def flash_attn_func(*values): return "attended"
 def flash_attn_varlen_func(*values): return "attended"
-'''
-_ASK = '''
+"""
+_ASK = """
 import sys, torch
 from benchmarks.peers import offer_flash_attention_3
 assert offer_flash_attention_3() is None
@@ -269,7 +269,7 @@ _fa3._fa3_import_module("flash_attn_interface")
 ours, theirs = (str(library.fwd.default._schema) for library in (torch.ops.flash_attn_3, torch.ops.fa3_fwd))
 assert ours.removeprefix("flash_attn_3") == theirs.removeprefix("fa3_fwd"), (ours, theirs)
 print("offered")
-'''
+"""
 
 
 def test_diffusers_and_torch_find_the_bridge(tmp_path):
