@@ -49,8 +49,8 @@ def section_table(latency: Any, small: bool) -> list[Section]:
         ("profile", "kernels by kind", 6, latency.profile),
         ("large-exact", "14B 832x480x81 on 8 layers, 16 bits", 28, latency.large_exact),
         ("large-8bit", "the same in 8 bits, beside torchao", 35, latency.large_eight_bit),
-        ("large-40", "14B 832x480x81, all 40 layers, ours", 22, latency.large_40),
         ("large-720p", "14B 1280x720x81 on 8 layers, ours", 22, latency.large_720p),
+        ("large-40", "14B 832x480x81, all 40 layers, ours", 22, latency.large_40),
         ("tiny-cpu", "wan-tiny on the CPU beside WanPipeline", 60, lambda report: tiny_on_cpu(report, shape)),
     ]
     return [Section(name, about, 0.0 if small else float(estimate), run) for name, about, estimate, run in table]

@@ -76,6 +76,7 @@ EVERY: Mapping[str, Builder] = {
     **OURS_COMPILED,
     **OURS_EIGHT_BIT,
 }
+PROMPT = "A cat walking on grass"
 UMT5_XXL: Mapping[str, Any] = {
     "vocab_size": 256384,
     "d_model": 4096,
@@ -154,8 +155,16 @@ class Latency:
 
     # -- forwards
 
-    def forwards(self, report: Report, case: Case, builders: Mapping[str, Builder], rounds: int | None = None) -> None:
-        """A table of one forward in each of these ways, timed in turn."""
+    def forwards(self, report: Report, case: Case, part: str, builders: Mapping[str, Builder], rounds: int | None = None) -> None:
+        """A table of one forward in each of these ways, timed in turn.
+
+        Args:
+            report: gets the table.
+            case: network and size.
+            part: of the case, for the table's heading: one table is one taking of turns.
+            builders: the ways, by name; the first is what the others' velocities are compared with.
+            rounds: timed calls of each; None is the command line's.
+        """
         bench = self.bench(case)
         ready: dict[str, Variant] = {}
         for name, builder in builders.items():
@@ -174,7 +183,7 @@ class Latency:
             row = self.row(case, name, variant, each_ms[name], bare)
             row["work_gib"] = found[name].allocated / GIB
             row["error_to_first"] = relative_error(variant.velocity, next(iter(ready.values())).velocity)
-            report.add(f"Forward, {case.name}", {**row, **compared.get(name, {})})
+            report.add(f"Forward, {case.name}: {part}", {**row, **compared.get(name, {})})
 
     def row(self, case: Case, name: str, variant: Variant, ms: list[float], bare: float) -> dict[str, Any]:
         """One variant's figures."""
@@ -210,37 +219,38 @@ class Latency:
     def small_exact(self, report: Report) -> None:
         """1.3B in 16 bits."""
         plain = [] if self.device.type == "cuda" else ["diffusers_compiled"]  # there the other compiled ones are absent
-        self.forwards(report, self.case("Wan2.1-T2V-1.3B"), chosen([*EXACT_PEERS, *plain, *OURS_EXACT]))
+        self.forwards(report, self.case("Wan2.1-T2V-1.3B"), "16 bits", chosen([*EXACT_PEERS, *plain, *OURS_EXACT]))
 
     def small_compiled(self, report: Report) -> None:
         """1.3B in 16 bits, our blocks compiled: beside, and in place of, the fused kernels."""
-        self.forwards(report, self.case("Wan2.1-T2V-1.3B"), chosen(["diffusers_compiled_fa3", "ours_auto", *OURS_COMPILED]), 2)
+        names = ["diffusers_compiled_fa3", "ours_auto", *OURS_COMPILED]
+        self.forwards(report, self.case("Wan2.1-T2V-1.3B"), "16 bits, compiled", chosen(names), 2)
 
     def small_eight_bit(self, report: Report) -> None:
         """1.3B in 8 bits."""
-        self.forwards(report, self.case("Wan2.1-T2V-1.3B"), {**EIGHT_BIT_PEERS, **OURS_EIGHT_BIT})
+        self.forwards(report, self.case("Wan2.1-T2V-1.3B"), "8 bits", {**EIGHT_BIT_PEERS, **OURS_EIGHT_BIT})
 
     def large_exact(self, report: Report) -> None:
         """14B in 16 bits, on 8 layers: the best peer, what `auto` chooses, and what was fastest at 1.3B."""
         names = ["diffusers_compiled_fa3", "ours_auto", self.fastest(self.case("Wan2.1-T2V-1.3B"), "ours_", eight_bit=False)]
-        self.forwards(report, self.case("Wan2.1-T2V-14B", timed_layers=8), chosen(names))
+        self.forwards(report, self.case("Wan2.1-T2V-14B", timed_layers=8), "16 bits", chosen(names))
 
     def large_eight_bit(self, report: Report) -> None:
         """14B in 8 bits, on 8 layers: none of them kept in 16, for of 8 layers these would be a quarter, of 40 a twentieth."""
         small = self.case("Wan2.1-T2V-1.3B")
         timed = [name for at, name in self.times if at == small.name and name.startswith("ours_fp8_all")]
         fastest = min(timed, key=lambda name: self.times[small.name, name], default=OUR_GUESS[True])
-        self.forwards(report, self.case("Wan2.1-T2V-14B", timed_layers=8), chosen([*EIGHT_BIT_PEERS, fastest]))
+        self.forwards(report, self.case("Wan2.1-T2V-14B", timed_layers=8), "8 bits", chosen([*EIGHT_BIT_PEERS, fastest]))
 
     def large_720p(self, report: Report) -> None:
         """14B at 1280x720, on 8 layers, in the ways that were fastest at 832x480."""
         case = self.case("Wan2.1-T2V-14B", (1280, 720, 81), timed_layers=8)
-        self.forwards(report, case, chosen([self.best_of_14b(eight_bit=eight) for eight in (False, True)]), rounds=2)
+        self.forwards(report, case, "ours", chosen([self.best_of_14b(eight_bit=eight) for eight in (False, True)]), rounds=2)
 
     def large_40(self, report: Report) -> None:
         """14B with all of its layers, ours alone: fastest exact, 8 bits by the settings' defaults."""
         names = [self.best_of_14b(eight_bit=False), "ours_fp8"]
-        self.forwards(report, self.case("Wan2.1-T2V-14B"), chosen(names), rounds=1)
+        self.forwards(report, self.case("Wan2.1-T2V-14B"), "ours", chosen(names), rounds=1)
 
     def best_of_14b(self, *, eight_bit: bool) -> str:
         """Our fastest variant of 14B on 8 layers; where none was timed, a guess."""
@@ -255,7 +265,7 @@ class Latency:
         kept = self._variants.get((case.name, name)) if name is not None else None
         settings = dict((kept.settings if kept is not None else None) or {"attn_type": "auto"})
         backend = bench.backend(settings, *random_ends(self.device, bench.dtype, self.small))
-        warm_up = self.video(backend, case, 1)
+        warm_up = self.video(backend, case, 1, "A red fish swims left in the sea")  # prompts are encoded once, so another
         whole: dict[str, float] = {}
         peak = peak_bytes(lambda: whole.update(self.video(backend, case, self.steps)), self.device)
         row: dict[str, Any] = {"variant": name or "ours", "steps": self.steps, "seconds": sum(whole.values()), **whole}
@@ -268,11 +278,11 @@ class Latency:
         self.idle(report, backend, case)
         backend.terminate()
 
-    def video(self, backend: DiffusionBackend, case: Case, steps: int) -> dict[str, float]:
+    def video(self, backend: DiffusionBackend, case: Case, steps: int, prompt: str = PROMPT) -> dict[str, float]:
         """Seconds of each stage of one video."""
         path = str(self.folder / f"latency-{steps}.npy")
         params = DiffusionUserParams(
-            "A cat walking on grass",
+            prompt,
             seed=1,
             height=case.height,
             width=case.width,
@@ -291,7 +301,7 @@ class Latency:
     def idle(self, report: Report, backend: DiffusionBackend, case: Case, steps: int = 3) -> None:
         """Share of the denoising loop in which no kernel runs, by the profiler, over a few steps."""
         generator = Generator(backend)
-        embeddings = generator.encode_text(["A cat walking on grass", "blurry"])
+        embeddings = generator.encode_text([PROMPT, "blurry"])
         noise = torch.randn(case.latent_shape)
         spans = kernel_spans(lambda: generator.denoise_loop(noise, embeddings, steps, 5.0), self.device)
         found = breakdown(spans)

@@ -213,11 +213,11 @@ def ours(**settings: Any) -> Builder:
         if settings.get("compile") and bench.device.type != "cuda":
             raise Absent("compiling takes minutes on a CPU, and is worth it on a GPU alone")
         backend = bench.backend(settings)
-        text = as_task_text(bench.text)
+        text, moment = as_task_text(bench.text), bench.timestep[0].cpu()  # where the solver keeps it
 
         def call() -> Tensor:
             with torch.no_grad():
-                return forward.stacked_velocity(backend, bench.latent, text, bench.timestep[0], expert=0)
+                return forward.stacked_velocity(backend, bench.latent, text, moment, expert=0)
 
         velocity, warm_up = first_call(call, bench.device)
         return Variant(call, 2, warm_up, weight_bytes(backend.model_pool[0]), velocity[:1], backend, settings)

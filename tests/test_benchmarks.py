@@ -296,6 +296,21 @@ def test_latency_writes_its_results(tmp_path):
     assert len(list(tmp_path.glob("*-latency-small-cpu.*"))) == 2
 
 
-def test_every_way_of_fidelity_names_a_setting():
-    assert next(iter(fidelity.WAYS)) == fidelity.REFERENCE
-    assert all(settings["dtype"] in ("float32", "bfloat16") for _, settings in fidelity.WAYS.values())
+def test_fidelity_tells_precisions_apart(tmp_path):
+    """Three steps of a small video: another float32 kernel differs by rounding, 16 bits by some 1e-2 and still a video."""
+    found, report = fidelity.Fidelity("cpu", 1, small=True), report_in(tmp_path)
+    for name in (fidelity.REFERENCE, "float32 sdpa, fused", "bfloat16 sdpa", "bfloat16 math, fused"):
+        found.way(name, report)
+    found.noise_floor(report)
+    reference, single, half, _, floor = report.tables["Fidelity"]
+    assert not report.notes and reference["way"] == next(iter(fidelity.WAYS))
+    assert single["forward_error_max"] < 1e-4 < 1e-3 < half["forward_error_mean"] < 0.1
+    assert half["psnr_db_min"] > 15 and single["psnr_db_min"] > half["psnr_db_min"] + 20
+    assert floor["kind"] == "noise floor" and 15 < floor["psnr_db_mean"] < 60
+    assert 0 <= half["adherence_low"] <= half["adherence"] <= half["adherence_high"] <= 1
+
+
+def test_a_way_that_is_not_there_is_noted(tmp_path):
+    found, report = fidelity.Fidelity("cpu", 1, small=True), report_in(tmp_path)
+    found.way("sage attention", report)
+    assert "Fidelity" not in report.tables and report.notes[0].startswith("sage attention is absent: attn_type = 'sage'")
