@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from datetime import date
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import fidelity, latency, peers
 from benchmarks.measuring import Span, alternating, breakdown, forward_work, kernel_spans, kind_of, longest
 from benchmarks.report import Report, Section, file_name, plain, ratios, run_sections, table_of
-from benchmarks.sections import carried_over, relative_error
+from benchmarks.sections import Latency, carried_over, chosen, relative_error
 from benchmarks.variants import Bench, Variant, case_of, diffusers, ours, random_weights, small_case
 from chitu_diffusion.models.wan import WanTransformer
 from chitu_diffusion.models.wan_config import WanConfig
@@ -279,6 +280,18 @@ def test_diffusers_and_torch_find_the_bridge(tmp_path):
         [sys.executable, "-c", _ASK], env={"PYTHONPATH": f"{tmp_path}:.", "PATH": ""}, capture_output=True, text=True, timeout=120
     )
     assert found.stdout.strip() == "offered", found.stderr
+
+
+def test_the_fastest_by_kind():
+    """8-bit variants have fp8 in their names; peers and ours are asked for apart, and another case's times do not count."""
+    found = Latency(CPU, small=True, rounds=1, steps=1, folder=Path())
+    case, other = small_case("a", 2, 2), small_case("b", 2, 2)
+    found.times = {(case.name, "ours_auto"): 3.0, (case.name, "ours_fa3"): 2.0, (case.name, "ours_fp8"): 1.0}
+    found.times |= {(other.name, "ours_cudnn"): 0.1, (case.name, "diffusers_eager"): 0.5}
+    assert found.fastest(case, "ours_", eight_bit=False) == "ours_fa3"
+    assert found.fastest(case, "ours_", eight_bit=True) == "ours_fp8"
+    assert found.fastest(case, "diffusers_", eight_bit=True) is None
+    assert set(chosen(["ours_fa3", None, "ours_fa3", "diffusers_eager"])) == {"ours_fa3", "diffusers_eager"}
 
 
 # -- the commands
