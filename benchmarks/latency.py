@@ -1,8 +1,8 @@
 """How fast, beside diffusers, in one run: forwards, a whole video, and where the time goes. One command, any GPU.
 
-    python -m benchmarks.latency                                # everything but tiny-cpu, about 270 s on one H200
+    python -m benchmarks.latency                                # all but tiny-cpu: about 315 s on one H200, 85 s of it compiling
     python -m benchmarks.latency --sections ceilings small-exact --rounds 5
-    python -m benchmarks.latency --budget 120                   # the most important first; what does not fit is left out
+    python -m benchmarks.latency --budget 270                   # the most important first; what does not fit is left out
     python -m benchmarks.latency --small --device cpu           # does it work?
 
 Both sides run the same random weights at the same shapes in the same process, and their timed calls take turns. The first
