@@ -1,6 +1,6 @@
 """How fast, beside diffusers, in one run: forwards, a whole video, and where the time goes. One command, any GPU.
 
-    python -m benchmarks.latency                                # all but tiny-cpu: about 315 s on one H200, 85 s of it compiling
+    python -m benchmarks.latency                                # everything: about 315 s on one H200, 85 s of it compiling
     python -m benchmarks.latency --sections ceilings small-exact --rounds 5
     python -m benchmarks.latency --budget 270                   # the most important first; what does not fit is left out
     python -m benchmarks.latency --small --device cpu           # does it work?
@@ -8,7 +8,8 @@
 Both sides run the same random weights at the same shapes in the same process, and their timed calls take turns. The first
 call of each (compiling, choosing kernels) is timed apart as `warm_up_s`. For diffusers a call is one forward, for ours a
 guided step's two, of which the half is shown: the two share work. Results go to `benchmarks/results/` after every
-section. FlashAttention-3 wants the wheel `fa3-fwd`, 8-bit diffusers `torchao`; what is missing is noted as absent.
+section. FlashAttention-3 wants the wheel `fa3-fwd`, 8-bit diffusers `torchao`; what is missing is noted as absent. The CPU
+beside diffusers' pipeline is `benchmarks/cpu_latency.py`'s.
 """
 
 from __future__ import annotations
@@ -37,9 +38,6 @@ def section_table(latency: Any, small: bool) -> list[Section]:
     rounds) calls at the milliseconds measured on an H100 (1.3B 405 to 627; 14B on 8 layers 330 to 500, at 720p 1300 to 1850,
     on 40 layers 1650 to 2350), ours counting double: both guidance branches. 20 s for imports and building are in the first.
     """
-    from benchmarks.tiny import Shape, tiny_on_cpu
-
-    shape = Shape(32, 5, 3) if small else Shape()
     table = [
         ("ceilings", "large product, large copy", 20, latency.ceilings),
         ("small-exact", "1.3B 832x480x81, 16 bits, ours and diffusers", 50, latency.small_exact),
@@ -51,7 +49,6 @@ def section_table(latency: Any, small: bool) -> list[Section]:
         ("large-8bit", "the same in 8 bits, beside torchao", 35, latency.large_eight_bit),
         ("large-720p", "14B 1280x720x81 on 8 layers, ours", 22, latency.large_720p),
         ("large-40", "14B 832x480x81, all 40 layers, ours", 22, latency.large_40),
-        ("tiny-cpu", "wan-tiny on the CPU beside WanPipeline", 60, lambda report: tiny_on_cpu(report, shape)),
     ]
     return [Section(name, about, 0.0 if small else float(estimate), run) for name, about, estimate, run in table]
 
@@ -84,13 +81,6 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def names_of(asked: argparse.Namespace, sections: list[Section]) -> list[str]:
-    """Which sections run: those named; else all, on a GPU without the one that leaves it idle."""
-    named = [*asked.sections, *(["profile"] if asked.profile else [])]
-    idle = [] if asked.device == "cpu" else ["tiny-cpu"]
-    return named or [section.name for section in sections if section.name not in idle]
-
-
 def main(words: list[str] | None = None) -> Report:
     """Runs the sections that were asked for and fit the budget."""
     began, asked = time.monotonic(), parsed(words)
@@ -112,7 +102,13 @@ def main(words: list[str] | None = None) -> Report:
         latency = Latency(device, small=asked.small, rounds=asked.rounds, steps=steps, folder=Path(folder))
         sections = section_table(latency, asked.small)
         try:
-            run_sections(sections, report, asked=names_of(asked, sections), budget=asked.budget, began=began)
+            run_sections(
+                sections,
+                report,
+                asked=[*asked.sections, *(["profile"] if asked.profile else [])],
+                budget=asked.budget,
+                began=began,
+            )
         except ValueError as error:
             raise SystemExit(str(error)) from None
     for path in report.write():
