@@ -17,7 +17,6 @@ from benchmarks.measuring import Span, alternating, breakdown, forward_work, ker
 from benchmarks.report import Report, Section, file_name, plain, ratios, run_sections, table_of
 from benchmarks.sections import Latency, carried_over, chosen, relative_error
 from benchmarks.variants import Bench, Variant, case_of, diffusers, ours, random_weights, small_case
-from chitu_diffusion.models.wan import WanTransformer
 from chitu_diffusion.models.wan_config import WanConfig
 
 CPU = torch.device("cpu")
@@ -27,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def test_work_is_what_torch_counts():
-    """Every shape drawn anew; the formula must agree with torch's counter to the last operation.
+    """Every shape drawn anew; the formula must agree with torch's counter on diffusers' network to the last operation.
 
     Attention as plain products: torch's counter does not know the CPU's flash kernel.
     """
@@ -41,10 +40,11 @@ def test_work_is_what_torch_counts():
         num_layers=draw.randint(1, 3),
     )
     frames, rows, columns, texts = draw.randint(1, 3), 2 * draw.randint(1, 4), 2 * draw.randint(1, 4), draw.randint(1, 9)
-    network = WanTransformer(config).eval()
+    network = peers.twin(config, random_weights(config, CPU, torch.float32), CPU)
+    latent, text = torch.randn(1, 16, frames, rows, columns), torch.randn(1, texts, config.text_dim)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
-        network(torch.randn(1, 16, frames, rows, columns), torch.tensor([3.0]), torch.randn(1, texts, config.text_dim))
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        peers.one_forward(network, latent, torch.tensor([3.0]), text)()
     assert counter.get_total_flops() == forward_work(config, frames * rows * columns // 4, texts).total, config
 
 
