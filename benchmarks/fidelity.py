@@ -1,0 +1,227 @@
+"""How true each kernel and precision stays, on wan-tiny's trained weights, beside exact float32. One command.
+
+    python -m benchmarks.fidelity                             # on the GPU, 8 prompts, about 60 s
+    python -m benchmarks.fidelity --prompts 32                # narrower intervals
+    python -m benchmarks.fidelity --small --device cpu        # does it work?
+
+For each way of computing: the relative error of one forward's velocity (norm of the difference over norm) on latents of
+the reference's own path, PSNR of whole videos against the reference's with the same seed, and adherence by the judge. One
+table; its noise floor is the PSNR between two exact 16-bit kernels, neither of which is the truth: a way of computing
+that lies no further from float32 than exact kernels lie from each other cannot be told from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.latency import machine
+from benchmarks.report import RESULTS, Report, Section, file_name, run_sections
+from benchmarks.variants import as_task_text, known
+from chitu_diffusion import forward
+from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.config import EngineConfig
+from chitu_diffusion.errors import UsageError
+from chitu_diffusion.evaluation.adherence import PROMPT_SEED, wilson
+from chitu_diffusion.evaluation.compare import psnr
+from chitu_diffusion.evaluation.judge import CLASSES, Judge, load_judge, name_parts
+from chitu_diffusion.evaluation.world import Words, held_out_prompts
+from chitu_diffusion.generator import Generator
+from chitu_diffusion.models.spec import TINY
+from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
+
+EXACT, LOSSY = "exact", "8 bits"
+REFERENCE = "float32 math"
+_ALL = {"quant": "fp8", "quant_keep": "", "quant_from": 0.0}  # no layer and no step in 16 bits
+WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    REFERENCE: (EXACT, {"dtype": "float32", "attn_type": "math", "fused": False}),
+    "float32 sdpa, fused": (EXACT, {"dtype": "float32", "attn_type": "sdpa"}),
+    "bfloat16 sdpa": (EXACT, {"dtype": "bfloat16", "attn_type": "sdpa", "fused": False}),
+    "bfloat16 math, fused": (EXACT, {"dtype": "bfloat16", "attn_type": "math"}),
+    "bfloat16 flash, fused": (EXACT, {"dtype": "bfloat16", "attn_type": "flash"}),
+    "bfloat16 cudnn, fused": (EXACT, {"dtype": "bfloat16", "attn_type": "cudnn"}),
+    "bfloat16 fa3, fused": (EXACT, {"dtype": "bfloat16", "attn_type": "fa3"}),
+    "fp8 linears": (LOSSY, {"dtype": "bfloat16", "attn_type": "sdpa", "quant": "fp8"}),
+    "fp8 linears, every layer and step": (LOSSY, {"dtype": "bfloat16", "attn_type": "sdpa", **_ALL}),
+    "fa3_fp8 attention": (LOSSY, {"dtype": "bfloat16", "attn_type": "fa3_fp8"}),
+    "sage attention": (LOSSY, {"dtype": "bfloat16", "attn_type": "sage"}),
+    "fp8 linears, fa3_fp8 attention": (LOSSY, {"dtype": "bfloat16", "attn_type": "fa3_fp8", "quant": "fp8"}),
+    "fp8 linears, every layer and step, fa3_fp8 attention": (LOSSY, {"dtype": "bfloat16", "attn_type": "fa3_fp8", **_ALL}),
+}
+"""Name -> (kind, settings of `infer`). The reference comes first; what this machine or version lacks is noted as absent."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point of the reference's path: what the network saw, and what it answered."""
+
+    latent: Tensor
+    embeddings: Tensor
+    timestep: Tensor
+    velocity: Tensor
+
+
+@dataclass
+class Outcome:
+    """What one way of computing gave: videos [T, 3, H, W] on the CPU, in the prompts' order."""
+
+    videos: list[Tensor] = field(default_factory=list)
+    found: list[Words] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Fidelity:
+    """Runs every way over the same prompts and compares.
+
+    Args:
+        device: where.
+        prompts: how many held-out ones.
+        small: three steps of a small video: only to see that it works.
+    """
+
+    def __init__(self, device: str, prompts: int, *, small: bool) -> None:
+        self.device = device
+        self.asked = held_out_prompts(prompts, PROMPT_SEED)
+        self.shape: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 3} if small else {}
+        self.judge: Judge = load_judge()
+        self.moments: list[Moment] = []
+        self.outcomes: dict[str, Outcome] = {}
+
+    def way(self, name: str, report: Report) -> None:
+        """All of one way's videos and its row."""
+        kind, settings = WAYS[name]
+        try:
+            backend = DiffusionBackend(EngineConfig(models={"name": TINY}, infer={"device": self.device, **known(settings)}))
+        except (UsageError, ImportError) as error:
+            report.note(f"{name} is absent: {str(error).splitlines()[0]}")
+            return
+        if name == REFERENCE:
+            self.moments = [moment for prompt, _ in self.asked[:2] for moment in self.path(backend, prompt)]
+        outcome = self.videos(backend)
+        row = {"way": name, "kind": kind, **self.compared(backend, outcome), **self.adherence(outcome.found)}
+        report.add("Fidelity", {**row, "seconds_a_video": outcome.seconds / len(self.asked)})
+        self.outcomes[name] = outcome
+        backend.terminate()
+
+    def task(self, prompt: str, seed: int = 0) -> DiffusionTask:
+        """A request at the model's defaults."""
+        return DiffusionTask.from_user_request(DiffusionUserParams(prompt, seed=seed, **self.shape))
+
+    def videos(self, backend: DiffusionBackend) -> Outcome:
+        """A video of each prompt, and what the judge sees in it."""
+        outcome, generator, began = Outcome(), Generator(backend), time.perf_counter()
+        for prompt, _ in self.asked:
+            task = self.task(prompt)
+            while task.status is not TaskStatus.SAVING:
+                generator.generate_step(task)
+                if task.error is not None:
+                    raise task.error
+            assert task.buffer.video is not None
+            outcome.videos.append(task.buffer.video[0].cpu())
+        outcome.seconds = time.perf_counter() - began
+        outcome.found = [name_parts(self.judge, video[None])[0] for video in outcome.videos]
+        return outcome
+
+    def path(self, backend: DiffusionBackend, prompt: str, moments: int = 4) -> list[Moment]:
+        """Points evenly spread over one denoising, with the velocities of both branches."""
+        generator, sampler = Generator(backend), backend.sampler
+        task = self.task(prompt)
+        generator.generate_step(task)
+        wanted = {round(place * (task.num_inference_steps - 1) / (moments - 1)) for place in range(moments)}
+        found = []
+        while task.status is TaskStatus.DENOISING:
+            state, latent = task.buffer.sampler, task.buffer.latent
+            if task.current_step in wanted and state is not None and latent is not None:
+                embeddings, timestep = both_branches(generator, prompt), sampler.timestep(state)
+                found.append(Moment(latent, embeddings, timestep, velocity(backend, latent, embeddings, timestep)))
+            generator.generate_step(task)
+            if task.error is not None:
+                raise task.error
+        return found
+
+    def compared(self, backend: DiffusionBackend, outcome: Outcome) -> dict[str, float]:
+        """Errors of single forwards, PSNR of whole videos; nothing for the reference against itself."""
+        if REFERENCE not in self.outcomes:
+            return {}
+        errors = []
+        for moment in self.moments:
+            embeddings = moment.embeddings.to(backend.device)
+            answer = velocity(backend, moment.latent.to(backend.device), embeddings, moment.timestep)
+            errors.append(float((answer.float() - moment.velocity.float()).norm() / moment.velocity.float().norm()))
+        decibels = [psnr(a, b) for a, b in zip(outcome.videos, self.outcomes[REFERENCE].videos, strict=True)]
+        return {
+            "forward_error_mean": mean(errors),
+            "forward_error_max": max(errors),
+            "psnr_db_mean": mean(decibels),
+            "psnr_db_min": min(decibels),
+        }
+
+    def adherence(self, found: Sequence[Words]) -> dict[str, float]:
+        """Share of parts (actor, colour, scene, motion) that the judge found as asked, with a 95 % interval."""
+        pairs = [(asdict(words), asdict(asked)) for words, (_, asked) in zip(found, self.asked, strict=True)]
+        right = [words[part] == asked[part] for words, asked in pairs for part in CLASSES]
+        share = sum(right) / len(right)
+        low, high = wilson(share, len(right))
+        return {"adherence": share, "adherence_low": low, "adherence_high": high}
+
+    def noise_floor(self, report: Report) -> None:
+        """PSNR between each two of the exact 16-bit ways."""
+        names = [name for name in self.outcomes if WAYS[name][0] == EXACT and name.startswith("bfloat16")]
+        for index, first in enumerate(names):
+            for second in names[index + 1 :]:
+                pairs = zip(self.outcomes[first].videos, self.outcomes[second].videos, strict=True)
+                decibels = [psnr(a, b) for a, b in pairs]
+                row = {"way": f"{first} against {second}", "kind": "noise floor"}
+                report.add("Fidelity", {**row, "psnr_db_mean": mean(decibels), "psnr_db_min": min(decibels)})
+        if len(names) < 2:
+            report.note("no noise floor: it takes two exact 16-bit kernels")
+
+
+def both_branches(generator: Generator, prompt: str) -> Tensor:
+    """[2, L, D]."""
+    return generator.encode_text([prompt, generator.backend.spec.defaults.negative_prompt])
+
+
+def velocity(backend: DiffusionBackend, latent: Tensor, embeddings: Tensor, timestep: Tensor) -> Tensor:
+    """Both branches' [2, C, T, H, W]."""
+    with torch.no_grad():
+        return forward.stacked_velocity(backend, latent, as_task_text(embeddings.to(latent.device)), timestep, expert=0)
+
+
+def main(words: list[str] | None = None) -> Report:
+    """Runs every way and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS")
+    parser.add_argument("--small", action="store_true", help="three steps of a small video: only to see that it works")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
+    asked = parser.parse_args(words)
+    torch.backends.cudnn.allow_tf32 = False  # the reference's convolutions too are float32
+    facts = machine(torch.device(asked.device))
+    kind = "fidelity-small" if asked.small else "fidelity"
+    report = Report("Fidelity of kernels and precisions, wan-tiny", facts, asked.out, file_name(kind, facts["device"]))
+    found = Fidelity(asked.device, 1 if asked.small else asked.prompts, small=asked.small)
+    # wan-tiny's steps are short of work for a GPU: about 8 ms each by launches alone
+    estimate = 0.0 if asked.small or asked.device == "cpu" else 0.7 * asked.prompts + 1
+    sections = [Section(name, WAYS[name][0], estimate, partial(found.way, name)) for name in WAYS]
+    sections.append(Section("noise floor", "exact kernels against each other", 0.0, found.noise_floor))
+    run_sections(sections, report, budget=asked.budget)
+    for path in report.write():
+        print(path)
+    print(report.markdown())
+    return report
+
+
+if __name__ == "__main__":
+    main()

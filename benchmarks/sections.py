@@ -1,0 +1,385 @@
+"""The sections of `benchmarks.latency`: what each times, on which network, and what it writes into the report.
+
+Knows variants and clocks; no command line. Each section stands alone, so that any can be left out, except that the
+end-to-end and the profile take the fastest variant from the sections before them where these ran.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measuring import (
+    GIB,
+    TERA,
+    Work,
+    alternating,
+    breakdown,
+    ceilings,
+    forward_work,
+    kernel_spans,
+    longest,
+    peak_bytes,
+    timed_ms,
+)
+from benchmarks.report import Report, first_line, ratios
+from benchmarks.variants import Absent, Bench, Builder, Case, Variant, case_of, diffusers, ours, small_case
+from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.generator import Generator
+from chitu_diffusion.models.folder import read_folder
+from chitu_diffusion.models.loading import load_tokenizer
+from chitu_diffusion.models.spec import ASSETS, TINY
+from chitu_diffusion.models.text import TextEncoder, build_text_encoder
+from chitu_diffusion.models.vae import Vae, build_vae
+from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
+
+EXACT_PEERS: Mapping[str, Builder] = {
+    "diffusers_eager": diffusers(),
+    "diffusers_compiled_cudnn": diffusers("_native_cudnn", compile=True),
+    "diffusers_compiled_fa3": diffusers("_flash_3", compile=True),
+}
+EIGHT_BIT_PEERS: Mapping[str, Builder] = {
+    "diffusers_compiled_fa3": diffusers("_flash_3", compile=True),
+    "diffusers_compiled_torchao_fp8": diffusers(compile=True, eight_bit=True),
+}
+OURS_EXACT: Mapping[str, Builder] = {
+    "ours_eager": ours(attn_type="auto", fused=False),
+    "ours_auto": ours(attn_type="auto"),
+    "ours_cudnn": ours(attn_type="cudnn"),
+    "ours_fa3": ours(attn_type="fa3"),
+}
+OURS_COMPILED: Mapping[str, Builder] = {
+    "ours_compiled": ours(attn_type="auto", compile=True, fused=False),
+    "ours_fused_compiled": ours(attn_type="auto", compile=True),
+}
+OURS_EIGHT_BIT: Mapping[str, Builder] = {
+    "ours_fp8": ours(attn_type="fa3_fp8", quant="fp8"),
+    "ours_fp8_all": ours(attn_type="fa3_fp8", quant="fp8", quant_keep="", quant_originals=False),
+    "ours_fp8_all_compiled": ours(attn_type="fa3_fp8", quant="fp8", quant_keep="", quant_originals=False, compile=True),
+}
+"""`ours_fp8` keeps the first and the last block in 16 bits, as the settings' defaults do; "all" keeps none, as torchao does."""
+OUR_GUESS: Mapping[bool, str] = {False: "ours_auto", True: "ours_fp8_all"}
+PEERS_GUESS: Mapping[bool, str] = {False: "diffusers_compiled_fa3", True: "diffusers_compiled_torchao_fp8"}
+"""Whether 8 bits -> which is taken for the fastest where none was timed."""
+EVERY: Mapping[str, Builder] = {
+    "diffusers_compiled": diffusers(compile=True),
+    **EXACT_PEERS,
+    **EIGHT_BIT_PEERS,
+    **OURS_EXACT,
+    **OURS_COMPILED,
+    **OURS_EIGHT_BIT,
+}
+PROMPT = "A cat walking on grass"
+UMT5_XXL: Mapping[str, Any] = {
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": False,
+    "tie_word_embeddings": False,
+    "dropout_rate": 0.0,
+}
+"""Of the encoder that Wan's checkpoints hold (google/umt5-xxl)."""
+
+
+class Latency:
+    """What the sections share: benches with their variants, the machine's ceilings, how often to time.
+
+    Args:
+        device: where.
+        small: networks that a CPU runs in a blink, to see that all of it works.
+        rounds: timed calls of each variant.
+        steps: of the end-to-end video.
+        folder: for videos.
+    """
+
+    def __init__(self, device: torch.device, *, small: bool, rounds: int, steps: int, folder: Path) -> None:
+        self.device, self.small, self.rounds, self.steps, self.folder = device, small, rounds, steps, folder
+        self.compiler = "inductor" if device.type == "cuda" else "eager"
+        self.ceiling: dict[str, float] = {}
+        self._benches: dict[str, Bench] = {}
+        self._variants: dict[tuple[str, str], Variant | None] = {}
+        self.times: dict[tuple[str, str], float] = {}
+
+    # -- networks
+
+    def case(self, model: str, size: tuple[int, int, int] = (832, 480, 81), timed_layers: int | None = None) -> Case:
+        """The case of a name, or its stand-in for a small run."""
+        if not self.small:
+            return case_of(model, size, timed_layers)
+        label = f"small {model.removeprefix('Wan2.1-T2V-')} {size[0]}x{size[1]}"
+        return small_case(label, 6 if timed_layers else 3, 3)
+
+    def bench(self, case: Case) -> Bench:
+        """The case's bench, made at the first asking; benches of other networks are let go."""
+        for name in [name for name, bench in self._benches.items() if bench.case.spec != case.spec]:
+            del self._benches[name]
+            self._variants = {key: variant for key, variant in self._variants.items() if key[0] != name}
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if case.name not in self._benches:
+            self._benches[case.name] = Bench(case, self.device, self.compiler)
+        return self._benches[case.name]
+
+    def variant(self, bench: Bench, name: str, builder: Builder, report: Report) -> Variant | None:
+        """A variant, built at the first asking; None, with a note, where it is absent or fails."""
+        key = bench.case.name, name
+        if key not in self._variants:
+            self._variants[key] = None  # what failed once is not tried again
+            try:
+                self._variants[key] = builder(bench)
+            except Absent as error:
+                report.note(f"{bench.case.name}: {name} is absent: {first_line(error)}")
+            except Exception as error:
+                traceback.print_exc()
+                report.note(f"{bench.case.name}: {name} failed: {type(error).__name__}: {first_line(error)}")
+        return self._variants[key]
+
+    def fastest(self, case: Case, prefix: str, *, eight_bit: bool) -> str | None:
+        """The fastest of a case's variants that were timed, by its name's beginning."""
+        names = [name for at, name in self.times if at == case.name and name.startswith(prefix) and ("fp8" in name) == eight_bit]
+        return min(names, key=lambda name: self.times[case.name, name], default=None)
+
+    # -- forwards
+
+    def forwards(self, report: Report, case: Case, part: str, builders: Mapping[str, Builder], rounds: int | None = None) -> None:
+        """A table of one forward in each of these ways, timed in turn.
+
+        Args:
+            report: gets the table.
+            case: network and size.
+            part: of the case, for the table's heading: one table is one taking of turns.
+            builders: the ways, by name; the first is what the others' velocities are compared with.
+            rounds: timed calls of each; None is the command line's.
+        """
+        bench = self.bench(case)
+        ready: dict[str, Variant] = {}
+        for name, builder in builders.items():
+            if name == f"ours_{auto_kernel(ready)}":
+                continue  # "auto" is this one
+            variant = self.variant(bench, name, builder, report)
+            if variant is not None:
+                ready[name] = variant
+        found = alternating({name: each.call for name, each in ready.items()}, rounds or self.rounds, self.device)
+        each_ms = {name: [ms / ready[name].forwards for ms in timing.ms] for name, timing in found.items()}
+        times = {name: float(median(ms)) for name, ms in each_ms.items()}
+        self.times |= {(case.name, name): ms for name, ms in times.items()}
+        bare = self.bare_ms(bench) if case.layers != case.config.num_layers else 0.0
+        compared = ratios(times)
+        for name, variant in ready.items():
+            row = self.row(case, name, variant, each_ms[name], bare)
+            row["work_gib"] = found[name].allocated / GIB
+            row["error_to_first"] = relative_error(variant.velocity, next(iter(ready.values())).velocity)
+            report.add(f"Forward, {case.name}: {part}", {**row, **compared.get(name, {})})
+
+    def row(self, case: Case, name: str, variant: Variant, ms: list[float], bare: float) -> dict[str, Any]:
+        """One variant's figures."""
+        work = forward_work(case.config, case.tokens, case.spec.text_tokens)
+        middle = float(median(ms))
+        row: dict[str, Any] = {"variant": name, "layers": case.config.num_layers, "ms": middle, "min": min(ms), "max": max(ms)}
+        if case.layers != case.config.num_layers:
+            row[f"ms_{case.layers}_layers_from_{case.config.num_layers}"] = carried_over(middle, bare, case)
+        if variant.backend is not None:
+            row["attention"] = variant.backend.attn_backend.name
+        row |= rates(work, middle, self.ceiling)
+        row |= {"warm_up_s": variant.warm_up, "weights_gib": variant.weights / GIB}
+        return row
+
+    def bare_ms(self, bench: Bench) -> float:
+        """A forward without its blocks: embedding, head and unpatchify."""
+        network = bench.network()
+
+        @torch.no_grad()
+        def call() -> None:
+            embedded = network.embed(bench.latent, bench.timestep, bench.text[:1])
+            network.unpatchify(network.head(embedded.tokens, embedded.time), embedded.grid)
+
+        return min(timed_ms(call, self.device) for _ in range(4))
+
+    # -- the sections
+
+    def ceilings(self, report: Report) -> None:
+        """What a large product and a large copy reach."""
+        self.ceiling = ceilings(self.device)
+        report.add("Ceilings", self.ceiling)
+
+    def small_exact(self, report: Report) -> None:
+        """1.3B in 16 bits."""
+        plain = [] if self.device.type == "cuda" else ["diffusers_compiled"]  # there the other compiled ones are absent
+        self.forwards(report, self.case("Wan2.1-T2V-1.3B"), "16 bits", chosen([*EXACT_PEERS, *plain, *OURS_EXACT]))
+
+    def small_compiled(self, report: Report) -> None:
+        """1.3B in 16 bits, our blocks compiled: beside, and in place of, the fused kernels."""
+        names = ["diffusers_compiled_fa3", "ours_auto", *OURS_COMPILED]
+        self.forwards(report, self.case("Wan2.1-T2V-1.3B"), "16 bits, compiled", chosen(names), 2)
+
+    def small_eight_bit(self, report: Report) -> None:
+        """1.3B in 8 bits."""
+        self.forwards(report, self.case("Wan2.1-T2V-1.3B"), "8 bits", {**EIGHT_BIT_PEERS, **OURS_EIGHT_BIT})
+
+    def large_exact(self, report: Report) -> None:
+        """14B in 16 bits, on 8 layers: the best peer, what `auto` chooses, and what was fastest at 1.3B."""
+        names = ["diffusers_compiled_fa3", "ours_auto", self.fastest(self.case("Wan2.1-T2V-1.3B"), "ours_", eight_bit=False)]
+        self.forwards(report, self.case("Wan2.1-T2V-14B", timed_layers=8), "16 bits", chosen(names))
+
+    def large_eight_bit(self, report: Report) -> None:
+        """14B in 8 bits, on 8 layers: none of them kept in 16, for of 8 layers these would be a quarter, of 40 a twentieth."""
+        small = self.case("Wan2.1-T2V-1.3B")
+        timed = [name for at, name in self.times if at == small.name and name.startswith("ours_fp8_all")]
+        fastest = min(timed, key=lambda name: self.times[small.name, name], default=OUR_GUESS[True])
+        self.forwards(report, self.case("Wan2.1-T2V-14B", timed_layers=8), "8 bits", chosen([*EIGHT_BIT_PEERS, fastest]))
+
+    def large_720p(self, report: Report) -> None:
+        """14B at 1280x720, on 8 layers, in the ways that were fastest at 832x480."""
+        case = self.case("Wan2.1-T2V-14B", (1280, 720, 81), timed_layers=8)
+        self.forwards(report, case, "ours", chosen([self.best_of_14b(eight_bit=eight) for eight in (False, True)]), rounds=2)
+
+    def large_40(self, report: Report) -> None:
+        """14B with all of its layers, ours alone: fastest exact, 8 bits by the settings' defaults."""
+        names = [self.best_of_14b(eight_bit=False), "ours_fp8"]
+        self.forwards(report, self.case("Wan2.1-T2V-14B"), "ours", chosen(names), rounds=1)
+
+    def best_of_14b(self, *, eight_bit: bool) -> str:
+        """Our fastest variant of 14B on 8 layers; where none was timed, a guess."""
+        case = self.case("Wan2.1-T2V-14B", timed_layers=8)
+        return self.fastest(case, "ours_", eight_bit=eight_bit) or OUR_GUESS[eight_bit]
+
+    def end_to_end(self, report: Report) -> None:
+        """A video of 1.3B from prompt to file, by our generator, with an encoder and a VAE of full size and random weights."""
+        case = self.case("Wan2.1-T2V-1.3B")
+        bench = self.bench(case)
+        name = self.fastest(case, "ours_", eight_bit=False)
+        kept = self._variants.get((case.name, name)) if name is not None else None
+        settings = dict((kept.settings if kept is not None else None) or {"attn_type": "auto"})
+        backend = bench.backend(settings, *random_ends(self.device, bench.dtype, self.small))
+        warm_up = self.video(backend, case, 1, "A red fish swims left in the sea")  # prompts are encoded once, so another
+        whole: dict[str, float] = {}
+        peak = peak_bytes(lambda: whole.update(self.video(backend, case, self.steps)), self.device)
+        row: dict[str, Any] = {"variant": name or "ours", "steps": self.steps, "seconds": sum(whole.values()), **whole}
+        forward_ms = self.times.get((case.name, name or ""))
+        if forward_ms is not None:
+            loop = whole[f"{TaskStatus.DENOISING}_s"]
+            row["loop_share_beyond_forwards"] = 1 - 2 * self.steps * forward_ms / 1e3 / loop
+        row |= {"warm_up_s": sum(warm_up.values()), "work_gib": peak / GIB}
+        report.add("End to end, prompt to file", row)
+        self.idle(report, backend, case)
+        backend.terminate()
+
+    def video(self, backend: DiffusionBackend, case: Case, steps: int, prompt: str = PROMPT) -> dict[str, float]:
+        """Seconds of each stage of one video."""
+        path = str(self.folder / f"latency-{steps}.npy")
+        params = DiffusionUserParams(
+            prompt,
+            seed=1,
+            height=case.height,
+            width=case.width,
+            num_frames=case.frames,
+            num_inference_steps=steps,
+            save_path=path,
+        )
+        task = DiffusionTask.from_user_request(params)
+        for _ in Generator(backend).run(task):
+            pass
+        if task.error is not None:
+            raise task.error
+        Path(path).unlink(missing_ok=True)
+        return {f"{stage}_s": seconds for stage, seconds in task.seconds.items()}
+
+    def idle(self, report: Report, backend: DiffusionBackend, case: Case, steps: int = 3) -> None:
+        """Share of the denoising loop in which no kernel runs, by the profiler, over a few steps."""
+        generator = Generator(backend)
+        embeddings = generator.encode_text([PROMPT, "blurry"])
+        noise = torch.randn(case.latent_shape)
+        spans = kernel_spans(lambda: generator.denoise_loop(noise, embeddings, steps, 5.0), self.device)
+        found = breakdown(spans)
+        row = {"variant": f"loop of {steps} steps", "idle_share": idle_share(found), **found}
+        report.add("Where the time goes, ms", row)
+
+    def profile(self, report: Report) -> None:
+        """Kernels by kind at 1.3B for our fastest exact and 8-bit variants and the fastest peers, or a guess at these."""
+        case = self.case("Wan2.1-T2V-1.3B")
+        bench = self.bench(case)
+        sides = (("diffusers_", PEERS_GUESS), ("ours_", OUR_GUESS))
+        names = [
+            self.fastest(case, prefix, eight_bit=eight) or guess[eight] for prefix, guess in sides for eight in (False, True)
+        ]
+        for name, builder in chosen(names).items():
+            variant = self.variant(bench, name, builder, report)
+            if variant is None:
+                continue
+            spans = kernel_spans(variant.call, self.device)
+            found = {kind: ms / variant.forwards for kind, ms in breakdown(spans).items()}
+            report.add("Where the time goes, ms", {"variant": name, "idle_share": idle_share(found), **found})
+            for kernel in longest(spans):
+                report.add(f"Longest kernels, {name}", kernel)
+
+
+def chosen(names: Iterable[str | None]) -> dict[str, Builder]:
+    """Variants by name, each once."""
+    return {name: EVERY[name] for name in names if name is not None}
+
+
+def auto_kernel(ready: Mapping[str, Variant]) -> str | None:
+    """The attention that `ours_auto` chose, if it is among the variants."""
+    backend = ready["ours_auto"].backend if "ours_auto" in ready else None
+    return None if backend is None else backend.attn_backend.name
+
+
+def carried_over(ms: float, bare: float, case: Case) -> float:
+    """Milliseconds with all layers from those with some: what the blocks take grows with their number, the rest does not."""
+    return (ms - bare) * case.layers / case.config.num_layers + bare
+
+
+def rates(work: Work, ms: float, ceiling: Mapping[str, float]) -> dict[str, float]:
+    """Achieved TFLOP/s, and its share of this run's large 16-bit product."""
+    reached = work.total / (ms / 1e3) / TERA
+    found = {"tflops": reached}
+    if "bf16_tflops" in ceiling:
+        found["share_of_bf16_product"] = reached / ceiling["bf16_tflops"]
+    return found
+
+
+def idle_share(found: Mapping[str, float]) -> float:
+    """Of the span of a breakdown, the part in which no kernel runs."""
+    return found["gaps"] / found["span"] if found["span"] > 0 else 0.0
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """Norm of the difference over the norm of b."""
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def random_ends(device: torch.device, dtype: torch.dtype, small: bool) -> tuple[TextEncoder, Vae] | tuple[()]:
+    """An encoder of UMT5-XXL's size with wan-tiny's tokenizer, and Wan's VAE, with random weights; nothing for a small run."""
+    if small:
+        return ()
+    folder = read_folder(ASSETS / TINY)
+    encoder: Any = filled(build_text_encoder(UMT5_XXL), device, dtype)
+    encoder.encoder.embed_tokens.weight = encoder.shared.weight  # one table, as in the checkpoint
+    vae = filled(build_vae({}), device, dtype)
+    return TextEncoder(encoder, load_tokenizer(folder.tokenizer)), Vae(vae)
+
+
+@torch.no_grad()
+def filled(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A network from the meta device with random weights that keep activations finite."""
+    network = network.to(dtype).to_empty(device=device)
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 1 or "norm" in name or "gamma" in name:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+    return network
