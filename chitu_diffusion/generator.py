@@ -97,13 +97,13 @@ class Generator:
             negative = self.encode_text(self.backend.spec.defaults.negative_prompt)
             embeddings = torch.cat([embeddings.to(negative.device), negative])
         embeddings, latent = embeddings.to(self.backend.device), latent.to(self.backend.device, torch.float32)
-        sampler = self.backend.sampler
+        sampler, text = self.backend.sampler, forward.TaskText(embeddings)
         state = sampler.begin(num_steps)
         while not sampler.is_done(state):
             timestep = sampler.timestep(state)
             expert = self._expert_at(timestep)
-            text = forward.branches_for(embeddings, scales[expert])
-            velocity = forward.stacked_velocity(self.backend, latent, text, timestep, expert=expert)
+            asked = forward.branches_for(scales[expert])
+            velocity = forward.stacked_velocity(self.backend, latent, text, timestep, expert=expert, branches=asked)
             latent, state = sampler.step(state, forward.combine(velocity, scales[expert]), latent)
             self.check_nan(latent, "latent")
         return latent
@@ -164,6 +164,7 @@ class Generator:
             self.backend.flexcache_manager.release()
         if out_of_memory is not None:
             # raised outside of the handler and without its frames, which hold the unit's tensors
+            task.buffer.text = None  # made anew when it is needed
             self.backend.residency.leave_device()
             raise out_of_memory
         seconds = time.perf_counter() - began
@@ -225,7 +226,8 @@ class Generator:
             timestep: scalar or [1].
         """
         time = torch.as_tensor(timestep).reshape(-1)[0]
-        return forward.stacked_velocity(self.backend, latent, embeddings, time, expert=self._expert_at(time))
+        text = forward.TaskText(embeddings.to(self.backend.device))
+        return forward.stacked_velocity(self.backend, latent, text, time, expert=self._expert_at(time))
 
     @torch.no_grad()
     def forward_with_cfg_parallel(
@@ -242,8 +244,9 @@ class Generator:
         time = torch.as_tensor(timestep).reshape(-1)[0]
         expert = self._expert_at(time)
         scale = self.backend.spec.defaults.guidance[expert] if guidance_scale is None else guidance_scale
-        text = forward.branches_for(embeddings, scale)
-        return forward.combine(forward.stacked_velocity(self.backend, latent, text, time, expert=expert), scale)
+        text, asked = forward.TaskText(embeddings.to(self.backend.device)), forward.branches_for(scale)
+        velocity = forward.stacked_velocity(self.backend, latent, text, time, expert=expert, branches=asked)
+        return forward.combine(velocity, scale)
 
     @torch.no_grad()
     def forward_with_cache(
@@ -260,15 +263,21 @@ class Generator:
         """
         time = torch.as_tensor(timestep).reshape(-1)[0]
         expert = self._expert_at(time) if expert is None else expert
+        text = forward.TaskText(embeddings.to(self.backend.device))
+        return self._cached_velocity(latent, text, tuple(range(len(text))), time, step_idx, expert)
+
+    def _cached_velocity(
+        self, latent: Tensor, text: forward.TaskText, asked: tuple[int, ...], timestep: Tensor, step_idx: int, expert: int
+    ) -> Tensor:
         manager = self.backend.flexcache_manager
 
         def compute(branches: tuple[int, ...]) -> Tensor:
             cache_for = partial(manager.cache_for, step_idx)
             return forward.stacked_velocity(
-                self.backend, latent, embeddings, time, expert=expert, branches=branches, cache_for=cache_for
+                self.backend, latent, text, timestep, expert=expert, branches=branches, cache_for=cache_for
             )
 
-        return manager.velocity(step_idx, latent, tuple(range(len(embeddings))), compute)
+        return manager.velocity(step_idx, latent, asked, compute)
 
     # -- the units: each computes first and changes the task last
 
@@ -294,23 +303,24 @@ class Generator:
         timestep = sampler.timestep(state)
         expert = self._expert_at(timestep) if stage.expert is None else stage.expert
         scale = guidance_pair(resolved.guidance_scale)[expert]
-        text = forward.branches_for(_present(buffer.embeddings).to(self.backend.device), scale)
+        text = buffer.text or forward.TaskText(_present(buffer.embeddings).to(self.backend.device))
+        asked = forward.branches_for(scale)[: len(text)]
         # the manager writes into a copy, which becomes the task's only when the unit is done
         cache = None if buffer.cache is None else fork(buffer.cache)
         schedule = forward.schedule_of(self.backend, state) if cache is not None and cache["plan"] is None else None
-        self.backend.flexcache_manager.bind(cache, key=[expert, len(text), *latent.shape], schedule=schedule)
-        velocity = self.forward_with_cache(latent, text, timestep, task.current_step, expert)
+        self.backend.flexcache_manager.bind(cache, key=[expert, len(asked), *latent.shape], schedule=schedule)
+        velocity = self._cached_velocity(latent, text, asked, timestep, task.current_step, expert)
         latent, state = sampler.step(state, forward.combine(velocity, scale), latent)
         self.check_nan(latent, "latent")
         message = f"expert {expert}" if task.expert is not None and task.expert != expert else None
-        buffer.latent, buffer.sampler, buffer.cache, task.expert = latent, state, cache, expert
+        buffer.latent, buffer.sampler, buffer.cache, buffer.text, task.expert = latent, state, cache, text, expert
         task.current_step += 1
         if sampler.is_done(state):
             buffer.sampler = None
             task.cascade_stage += 1
             if task.cascade_stage == len(stages):
                 task.status = TaskStatus.DECODING
-                buffer.embeddings = buffer.cache = None
+                buffer.embeddings = buffer.cache = buffer.text = None
                 if cache is not None:
                     message = f"cache {cache['strategy']} saved work in {cache['reused']} of {cache['num_steps']} steps"
         return message

@@ -54,10 +54,26 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa_weighted(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Attention whose scores get `bias` [B, L] added, by key: log n makes one key weigh as much as n equal ones."""
-    mask = bias.to(q.dtype)[:, None, None, :]
+    """Attention whose scores get `bias` [B or 1, L] float32 added, by key: log n makes one key weigh as much as n equal ones.
+
+    The bias must not be rounded to 16 bits: at log 500 that is 1.6 % of the key's weight. The CPU's kernel takes it in
+    float32. CUDA's want it in q's dtype; there each key stands twice, with the rounded bias and with the log of what its
+    weight then lacks, which leaves 1.6 % of 1.6 %.
+    """
+    if bias.dtype != q.dtype and q.device.type != "cpu":
+        coarse = _rounded_down(bias, q.dtype)
+        missing = (bias.exp() - coarse.float().exp()).clamp_min(0).log()  # -inf where nothing is missing
+        bias = torch.cat([coarse, missing.to(q.dtype)], dim=1)
+        k, v = torch.cat([k, k], dim=1), torch.cat([v, v], dim=1)
+    mask = bias[:, None, None, :]
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return out.transpose(1, 2)
+
+
+def _rounded_down(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a coarser dtype, never above it; for x >= 0."""
+    near = x.to(dtype)
+    return torch.where(near.float() > x, near * (1 - torch.finfo(dtype).eps), near)
 
 
 def _math_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
