@@ -99,13 +99,18 @@ class Generator:
         embeddings, latent = embeddings.to(self.backend.device), latent.to(self.backend.device, torch.float32)
         sampler, text = self.backend.sampler, forward.TaskText(embeddings)
         state = sampler.begin(num_steps)
+        check: FiniteCheck | None = None
         while not sampler.is_done(state):
             timestep = sampler.timestep(state)
             expert = self._expert_at(timestep)
             asked = forward.branches_for(scales[expert])
             velocity = forward.stacked_velocity(self.backend, latent, text, timestep, expert=expert, branches=asked)
             latent, state = sampler.step(state, forward.combine(velocity, scales[expert]), latent)
-            self.check_nan(latent, "latent")
+            before, check = check, FiniteCheck(latent, "latent")
+            if before is not None:
+                before.require()
+        if check is not None:
+            check.require()
         return latent
 
     @torch.no_grad()
@@ -208,9 +213,7 @@ class Generator:
         Raises:
             NonFiniteError (a ValueError): "NaN detected in NAME", or "Inf ...".
         """
-        if not torch.isfinite(tensor).all():
-            kind = "NaN" if torch.isnan(tensor).any() else "Inf"
-            raise NonFiniteError(f"{kind} detected in {name}")
+        FiniteCheck(tensor, name).require()
 
     # -- forwards of the page
 
@@ -311,9 +314,16 @@ class Generator:
         self.backend.flexcache_manager.bind(cache, key=[expert, len(asked), *latent.shape], schedule=schedule)
         velocity = self._cached_velocity(latent, text, asked, timestep, task.current_step, expert)
         latent, state = sampler.step(state, forward.combine(velocity, scale), latent)
-        self.check_nan(latent, "latent")
+        check, before = FiniteCheck(latent, "latent"), buffer.check
+        if before is not None:
+            before.require()  # while the device works on this step: see `FiniteCheck`
+        pending: FiniteCheck | None = check
+        if check.is_known or sampler.is_done(state):
+            check.require()
+            pending = None
         message = f"expert {expert}" if task.expert is not None and task.expert != expert else None
         buffer.latent, buffer.sampler, buffer.cache, buffer.text, task.expert = latent, state, cache, text, expert
+        buffer.check = pending
         task.current_step += 1
         if sampler.is_done(state):
             buffer.sampler = None
@@ -401,6 +411,46 @@ class Generator:
             pace = task.seconds.get(TaskStatus.DENOISING, 0.0) / task.current_step
             eta = pace * (task.num_inference_steps - task.current_step)
         return Progress(task.task_id, task.status, stage, task.current_step, task.num_inference_steps, seconds, eta, message)
+
+
+class FiniteCheck:
+    """Whether a tensor is free of NaN and Inf: asked now, answered later.
+
+    On a GPU the answer travels while the device works on, so that whoever asks for it a step later waits for that step's
+    end alone and the device never runs empty. On a CPU it is known at once.
+
+    Args:
+        tensor: of any shape.
+        name: what an error calls it.
+    """
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        self._name = name
+        found = torch.stack([torch.isnan(tensor).any(), torch.isinf(tensor).any()])
+        self._arrival: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._found = torch.empty(2, dtype=torch.bool, pin_memory=True).copy_(found, non_blocking=True)
+            self._arrival = torch.cuda.Event()
+            self._arrival.record(torch.cuda.current_stream(tensor.device))
+        else:
+            self._found = found
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the answer is there already."""
+        return self._arrival is None
+
+    def require(self) -> None:
+        """Wait for the answer.
+
+        Raises:
+            NonFiniteError (a ValueError): "NaN detected in NAME", or "Inf ...".
+        """
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        nan, inf = self._found.tolist()
+        if nan or inf:
+            raise NonFiniteError(f"{'NaN' if nan else 'Inf'} detected in {self._name}")
 
 
 def tile_size_for(latent: Tensor) -> int:

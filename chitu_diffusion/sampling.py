@@ -11,7 +11,7 @@ Matching for Generative Modeling", arXiv:2210.02747). `unipc` is UniPC (arXiv:23
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,15 +188,42 @@ class Sampler:
             raise UsageError(f"this latent was begun with sampler '{state['sampler']}', not '{self.name}'", field="infer.sampler")
         if self.is_done(state):
             raise UsageError(f"all {state['schedule']} steps are taken", field="num_inference_steps")
+        solve = self._solved if latent.device.type == "cpu" else self._weighed
+        moved, history = solve(state, velocity.float(), latent.float())
+        return moved, {**state, "index": state["index"] + 1, "history": history}
+
+    def _solved(self, state: SamplerState, velocity: Tensor, latent: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The library's own step: the next latent, and what the solver remembers then."""
         scheduler = self._scheduler(state["schedule"])
         scheduler.set_begin_index(state["index"])
         for name, value in state["history"].items():
             setattr(scheduler, name, list(value) if isinstance(value, list) else value)
         # the solver's own arithmetic stays in float32 whatever autocast is on around the network
         with torch.autocast(device_type=latent.device.type, enabled=False):
-            moved = scheduler.step(velocity.float(), self.timestep(state), latent.float(), return_dict=False)[0]
-        history = {name: getattr(scheduler, name) for name in self._solver.history}
-        return moved, {**state, "index": state["index"] + 1, "history": history}
+            moved = scheduler.step(velocity, self.timestep(state), latent, return_dict=False)[0]
+        return moved, {name: getattr(scheduler, name) for name in self._solver.history}
+
+    def _weighed(self, state: SamplerState, velocity: Tensor, latent: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """`_solved` for tensors on a device that works by itself, without ever waiting for it; equal within rounding.
+
+        The library moves each coefficient to the device and solves there for some of them, and every time the device runs
+        empty. But a step is linear in the velocity, the latent and the remembered tensors. So the library takes its step
+        on the CPU with unit vectors in their place, and what comes out are the weights of the sums to take on the device.
+        """
+        known = {id(tensor): tensor for tensor in (velocity, latent, *_entries(state["history"]))}
+        units = dict(zip(known, torch.eye(len(known)).split(1), strict=True))  # [1, known] each
+        on_units = {**state, "history": _exchanged(state["history"], lambda tensor: units[id(tensor)])}
+        row, rows = self._solved(on_units, units[id(velocity)], units[id(latent)])
+        sums: dict[int, Tensor] = {}
+
+        def sum_of(row: Tensor) -> Tensor:
+            if id(row) not in sums:
+                weights = row[0].tolist()
+                alone = weights.index(1.0) if weights.count(0.0) == len(weights) - 1 and 1.0 in weights else None
+                sums[id(row)] = _weighted(weights, list(known.values())) if alone is None else list(known.values())[alone]
+            return sums[id(row)]
+
+        return sum_of(row), _exchanged(rows, sum_of)
 
     def renoise(self, state: SamplerState, latent: Tensor, noise: Tensor) -> Tensor:
         """Bring a clean latent [B, C, T, H, W] to the noise level at which the coming step expects it: float32."""
@@ -215,6 +242,32 @@ class Sampler:
         else:
             scheduler.set_timesteps(steps)
         return scheduler
+
+
+def _entries(history: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of a latent's shape that a solver remembers. The times that it remembers are scalars."""
+    values = [entry for value in history.values() for entry in (value if isinstance(value, list) else [value])]
+    return [value for value in values if isinstance(value, Tensor) and value.ndim]
+
+
+def _weighted(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, each times its weight."""
+    total = torch.zeros_like(tensors[0])
+    for weight, tensor in zip(weights, tensors, strict=True):
+        if weight:
+            total.add_(tensor, alpha=weight)
+    return total
+
+
+def _exchanged(history: Mapping[str, Any], other: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """A solver's memory with every tensor that is no scalar exchanged for `other` of it."""
+
+    def exchange(value: Any) -> Any:
+        if isinstance(value, list):
+            return [exchange(entry) for entry in value]
+        return other(value) if isinstance(value, Tensor) and value.ndim else value
+
+    return {name: exchange(value) for name, value in history.items()}
 
 
 def initial_noise(shape: Sequence[int], seed: int, stream: int = 0) -> Tensor:
