@@ -62,14 +62,19 @@ class Generator:
     def encode_text(self, prompt: str | list[str]) -> Tensor:
         """Text embeddings [B, seq_len, hidden] of a prompt (B = 1) or of several; rank 0 encodes for all.
 
+        What was encoded before is remembered by its content, the negative prompt first of all; then nothing is run or moved.
         Autocast is off here: T5's activations do not fit float16's range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
 
         def encode() -> Tensor:
+            encoder, device = self.backend.text_encoder, self.backend.device
+            known = encoder.recall(prompts, device)
+            if known is not None:
+                return known
             self.backend.residency.use(TEXT_ENCODER)
-            with torch.autocast(device_type=self.backend.device.type, enabled=False):
-                return self.backend.text_encoder.encode(prompts)
+            with torch.autocast(device_type=device.type, enabled=False):
+                return encoder.encode(prompts)
 
         return from_first(encode, self.backend.groups.world, self.backend.device)
 

@@ -25,6 +25,8 @@ SamplerState = dict[str, Any]
 """sampler: its name; schedule: number of steps in the whole schedule; index: the step that comes next; timesteps [schedule];
 sigmas [schedule + 1]; history: what the solver remembers (tensors, numbers, lists of tensors)."""
 
+Weights = tuple[float, ...]
+
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 _MOST_TIMESTEPS = 10_000
 
@@ -210,20 +212,26 @@ class Sampler:
         empty. But a step is linear in the velocity, the latent and the remembered tensors. So the library takes its step
         on the CPU with unit vectors in their place, and what comes out are the weights of the sums to take on the device.
         """
-        known = {id(tensor): tensor for tensor in (velocity, latent, *_entries(state["history"]))}
-        units = dict(zip(known, torch.eye(len(known)).split(1), strict=True))  # [1, known] each
-        on_units = {**state, "history": _exchanged(state["history"], lambda tensor: units[id(tensor)])}
-        row, rows = self._solved(on_units, units[id(velocity)], units[id(latent)])
-        sums: dict[int, Tensor] = {}
+        known = list({id(tensor): tensor for tensor in (velocity, latent, *_latents_in(state["history"]))}.values())
+        moved, history = self._weights(state, velocity, latent, known)
+        sums: dict[Weights, Tensor] = {}
 
-        def sum_of(row: Tensor) -> Tensor:
-            if id(row) not in sums:
-                weights = row[0].tolist()
-                alone = weights.index(1.0) if weights.count(0.0) == len(weights) - 1 and 1.0 in weights else None
-                sums[id(row)] = _weighted(weights, list(known.values())) if alone is None else list(known.values())[alone]
-            return sums[id(row)]
+        def sum_of(weights: Weights) -> Tensor:
+            if weights not in sums:
+                sums[weights] = _weighted(weights, known)
+            return sums[weights]
 
-        return sum_of(row), _exchanged(rows, sum_of)
+        return sum_of(moved), _exchanged(history, tuple, sum_of)
+
+    def _weights(
+        self, state: SamplerState, velocity: Tensor, latent: Tensor, known: Sequence[Tensor]
+    ) -> tuple[Weights, dict[str, Any]]:
+        """What `_solved` gives, with each tensor as its weights over the known ones. Works on the CPU alone."""
+        # [1, known] each
+        units = {id(tensor): unit for tensor, unit in zip(known, torch.eye(len(known)).split(1), strict=True)}
+        history = _exchanged(state["history"], Tensor, lambda tensor: units[id(tensor)])
+        moved, kept = self._solved({**state, "history": history}, units[id(velocity)], units[id(latent)])
+        return tuple(moved[0].tolist()), _exchanged(kept, Tensor, lambda row: tuple(row[0].tolist()))
 
     def renoise(self, state: SamplerState, latent: Tensor, noise: Tensor) -> Tensor:
         """Bring a clean latent [B, C, T, H, W] to the noise level at which the coming step expects it: float32."""
@@ -244,30 +252,34 @@ class Sampler:
         return scheduler
 
 
-def _entries(history: Mapping[str, Any]) -> list[Tensor]:
+def _latents_in(history: Mapping[str, Any]) -> list[Tensor]:
     """The tensors of a latent's shape that a solver remembers. The times that it remembers are scalars."""
-    values = [entry for value in history.values() for entry in (value if isinstance(value, list) else [value])]
-    return [value for value in values if isinstance(value, Tensor) and value.ndim]
+    found: list[Tensor] = []
+    _exchanged(history, Tensor, found.append)
+    return found
 
 
-def _weighted(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors of one shape, each times its weight."""
-    total = torch.zeros_like(tensors[0])
-    for weight, tensor in zip(weights, tensors, strict=True):
-        if weight:
-            total.add_(tensor, alpha=weight)
-    return total
-
-
-def _exchanged(history: Mapping[str, Any], other: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """A solver's memory with every tensor that is no scalar exchanged for `other` of it."""
+def _exchanged(history: Mapping[str, Any], kind: type, other: Callable[[Any], Any]) -> dict[str, Any]:
+    """A solver's memory with whatever stands for a latent, of that kind, exchanged for `other` of it."""
 
     def exchange(value: Any) -> Any:
         if isinstance(value, list):
             return [exchange(entry) for entry in value]
-        return other(value) if isinstance(value, Tensor) and value.ndim else value
+        scalar = isinstance(value, Tensor) and value.ndim == 0
+        return other(value) if isinstance(value, kind) and not scalar else value
 
     return {name: exchange(value) for name, value in history.items()}
+
+
+def _weighted(weights: Weights, tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, each times its weight; the very tensor where that is all there is."""
+    terms = [(weight, tensor) for weight, tensor in zip(weights, tensors, strict=True) if weight]
+    if len(terms) == 1 and terms[0][0] == 1:
+        return terms[0][1]
+    total = torch.zeros_like(tensors[0])
+    for weight, tensor in terms:
+        total.add_(tensor, alpha=weight)
+    return total
 
 
 def initial_noise(shape: Sequence[int], seed: int, stream: int = 0) -> Tensor:
