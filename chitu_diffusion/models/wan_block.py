@@ -17,6 +17,8 @@ from chitu_diffusion.flexcache.seam import Level
 from chitu_diffusion.models.prepared_text import TextKeys
 from chitu_diffusion.models.wan_config import WanConfig
 
+_ONEDNN = torch.backends.mkldnn.is_available()
+
 Rope = tuple[Tensor, Tensor]  # (cos, sin), each [S, head_dim / 2] float32
 Ask = Callable[[Level, Callable[[], Tensor], Tensor], Tensor]  # (level, compute, entering tokens) -> module output
 
@@ -76,6 +78,8 @@ class GeluLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dim] -> [..., ffn_dim]."""
+        if _has_fused_gelu(x, self.proj):
+            return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.proj.weight, self.proj.bias, "gelu", [], "tanh"))
         return F.gelu(self.proj(x), approximate="tanh")
 
 
@@ -174,8 +178,22 @@ class WanBlock(nn.Module):
         return cast(Tensor, self.ffn((self.norm3(tokens) * (1 + shifts[4]) + shifts[3]).to(dtype)))
 
 
+def _has_fused_gelu(x: Tensor, linear: nn.Module) -> bool:
+    """Whether oneDNN's product with a GELU in it may stand for the two: GELU alone takes a CPU as long as the product.
+
+    It knows no gradients and no autocast.
+    """
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and isinstance(linear, nn.Linear)
+    plain = plain and linear.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return plain and _ONEDNN and not torch.is_grad_enabled()
+
+
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turns each neighbouring pair of channels of x [B, S, heads, head_dim] by its token's angles; in float32."""
+    if x.device.type == "cpu":
+        # the same products and sums in one pass, as complex numbers, for which a compiler for GPUs has no code
+        turns = torch.complex(*rope)[:, None, :]  # [S, 1, head_dim / 2]
+        return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(-2).to(x.dtype)
     cos, sin = (part[:, None, :] for part in rope)  # [S, 1, head_dim / 2]
     even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
