@@ -232,6 +232,18 @@ def test_caches_see_every_branch(mode, cache, tiny_folder, make_config) -> None:
     assert relative_error(latent, other) < 1e-5
 
 
+@torch.no_grad()
+def test_compiled_blocks_share_too() -> None:
+    ours = twin(reference(CONFIG))
+    latent, text = torch.randn(1, 6, 2, 4, 4), torch.randn(2, 7, CONFIG.text_dim)
+    names, expected = list(ours.state_dict()), ours(latent, torch.tensor([300.0]), text)
+    torch._dynamo.reset()
+    ours.compile_blocks(backend="eager", fullgraph=True)
+    assert torch.equal(ours(latent, torch.tensor([300.0]), text), expected)
+    assert list(ours.state_dict()) == names
+    torch._dynamo.reset()
+
+
 def test_the_rotary_table_is_made_once_a_shape() -> None:
     ours = WanTransformer(CONFIG)
     first, again = ours.rope_table((2, 3, 4)), ours.rope_table((2, 3, 4))

@@ -346,6 +346,8 @@ class WanTransformer(nn.Module):
         """Compiles every block in place with `torch.compile`; names of the parameters stay."""
         for block in self.blocks:
             block.compile(**options)
+        # what branches share is run apart from the block
+        self.blocks[0].attend = torch.compile(cast(WanBlock, self.blocks[0]).attend, **options)  # type: ignore[call-overload]
 
     @torch.no_grad()
     def init_weights(self) -> None:
