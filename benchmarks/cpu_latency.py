@@ -3,8 +3,9 @@
     python benchmarks/cpu_latency.py [--model wan-tiny] [--steps 20] [--rounds 5] [--threads 1] [--results benchmarks/results]
 
 Both run in one process, float32, with the same threads, prompt, noise and steps, by turns, so that whatever else the machine
-does meets both; each round takes another prompt. Medians over the rounds. What is compared must be equal: the last latents'
-relative error and the frames' PSNR stand in the same table, and beyond 1e-3 or below 50 dB the program fails.
+does meets both; each round takes another prompt. Medians over the rounds, of wall time by stage and of the process's
+own CPU time, which other work on the machine disturbs least. What is compared must be equal: the last latents' relative error
+and the frames' PSNR stand beside the table, and beyond 1e-3 or below 50 dB the program fails.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -40,12 +42,13 @@ PROMPTS = (
     "A yellow ball bounces on a table",
 )
 STAGES = ("text", "denoising", "decoding")
+ROWS = (*STAGES, "whole", "CPU time")
 FARTHEST, LEAST_PSNR = 1e-3, 50.0
 
 
 @dataclass(frozen=True)
 class Run:
-    """One video: seconds by stage and in all, the last latent and the frames [T, 3, H, W] in [0, 1]."""
+    """One video: seconds by `ROWS`, the last latent and the frames [T, 3, H, W] in [0, 1]."""
 
     seconds: dict[str, float]
     latent: Tensor
@@ -75,16 +78,17 @@ def ours(backend: DiffusionBackend, prompt: str, seed: int, steps: int) -> Run:
     """The engine's own units, up to the frames in memory."""
     params = DiffusionUserParams(prompt, negative_prompt="", seed=seed, num_inference_steps=steps)
     task, generator = DiffusionTask.from_user_request(params), Generator(backend)
-    began, latent = time.perf_counter(), None
+    began, worked, latent = time.perf_counter(), time.process_time(), None
     while task.status is not TaskStatus.SAVING:
         latent = task.buffer.latent if task.status is TaskStatus.DECODING else latent
         generator.generate_step(task)
         if task.error is not None:
             raise SystemExit(task.error_message)
-    whole = time.perf_counter() - began
+    whole, work = time.perf_counter() - began, time.process_time() - worked
     names = zip(STAGES, (TaskStatus.ENCODING, TaskStatus.DENOISING, TaskStatus.DECODING), strict=True)
     assert latent is not None and task.buffer.video is not None
-    return Run({name: task.seconds[stage] for name, stage in names} | {"whole": whole}, latent, task.buffer.video[0])
+    seconds = {name: task.seconds[stage] for name, stage in names} | {"whole": whole, "CPU time": work}
+    return Run(seconds, latent, task.buffer.video[0])
 
 
 def theirs(pipeline: Any, backend: DiffusionBackend, prompt: str, seed: int, steps: int) -> Run:
@@ -92,7 +96,7 @@ def theirs(pipeline: Any, backend: DiffusionBackend, prompt: str, seed: int, ste
     defaults, clock, kept = backend.spec.defaults, Clock(), {}
     encode, decode = pipeline.encode_prompt, pipeline.vae.decode
     pipeline.encode_prompt, pipeline.vae.decode = clock.timed("text", encode), clock.timed("decoding", decode)
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     try:
         frames = pipeline(
             prompt,
@@ -106,11 +110,11 @@ def theirs(pipeline: Any, backend: DiffusionBackend, prompt: str, seed: int, ste
             output_type="pt",
             callback_on_step_end=lambda _pipeline, _step, _time, tensors: kept.update(tensors) or {},
         ).frames
-        whole = time.perf_counter() - began
+        whole, work = time.perf_counter() - began, time.process_time() - worked
     finally:
         pipeline.encode_prompt, pipeline.vae.decode = encode, decode
     clock.seconds["denoising"] = whole - clock.seconds["text"] - clock.seconds["decoding"]
-    return Run(clock.seconds | {"whole": whole}, kept["latents"], frames[0])
+    return Run(clock.seconds | {"whole": whole, "CPU time": work}, kept["latents"], frames[0])
 
 
 def psnr(found: Tensor, expected: Tensor) -> float:
@@ -136,14 +140,13 @@ def measure(backend: DiffusionBackend, pipeline: Any, steps: int, rounds: int) -
         errors.append(float((mine.latent - other.latent).norm() / other.latent.norm()))
         decibels.append(psnr(mine.frames, other.frames))
         print(f"round {number + 1}: {mine.seconds['whole']:.1f} s, diffusers {other.seconds['whole']:.1f} s", file=sys.stderr)
-    stages = (*STAGES, "whole")
-    median = {name: {s: statistics.median(run[s] for run in runs) for s in stages} for name, runs in seconds.items()}
-    least = {name: {s: min(run[s] for run in runs) for s in stages} for name, runs in seconds.items()}
+    median = {name: {s: statistics.median(run[s] for run in runs) for s in ROWS} for name, runs in seconds.items()}
+    least = {name: {s: min(run[s] for run in runs) for s in ROWS} for name, runs in seconds.items()}
     return {
         "seconds_median": median,
         "seconds_least": least,
-        "ratio_vs_diffusers": {stage: median["diffusers"][stage] / median["ours"][stage] for stage in stages},
-        "ratio_vs_diffusers_least": {stage: least["diffusers"][stage] / least["ours"][stage] for stage in stages},
+        "ratio_vs_diffusers": {stage: median["diffusers"][stage] / median["ours"][stage] for stage in ROWS},
+        "ratio_vs_diffusers_least": {stage: least["diffusers"][stage] / least["ours"][stage] for stage in ROWS},
         "latent_relative_error_most": max(errors),
         "frames_psnr_least": min(decibels),
         "rounds": seconds,
@@ -157,6 +160,8 @@ def about(asked: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},
         "commit": commit,
@@ -171,12 +176,13 @@ def table(facts: dict[str, Any], found: dict[str, Any]) -> str:
     median, ratio, least = found["seconds_median"], found["ratio_vs_diffusers"], found["ratio_vs_diffusers_least"]
     rows = [
         f"| {stage} | {median['ours'][stage]:.2f} | {median['diffusers'][stage]:.2f} | {ratio[stage]:.2f} | {least[stage]:.2f} |"
-        for stage in (*STAGES, "whole")
+        for stage in ROWS
     ]
     head = [
         f"# {facts['model']} on a CPU beside diffusers, {facts['date']}",
         "",
-        f"{facts['steps']} steps, float32, {facts['threads']} thread(s), {facts['machine']}; "
+        f"{facts['steps']} steps, float32, {facts['threads']} thread(s), {facts['machine']}, "
+        f"{facts['cores']} cores under a load of {facts['load']}; "
         + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         + f"; commit {facts['commit']}. `{facts['command']}`",
         "",

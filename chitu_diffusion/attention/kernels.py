@@ -68,7 +68,7 @@ def sdpa_weighted(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def split_weight(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bias [B, L] >= 0 for keys that stand twice, [B, 2 L] in a coarser dtype, of the same weight to 5e-4.
+    """A bias [B, L], >= 0 or -inf, for keys that stand twice, [B, 2 L] in a coarser dtype, of the same weight to 5e-4.
 
     First the bias rounded down, then the log of the weight that this lacks (-inf for none): 1.6 % of 1.6 % is left.
     """

@@ -427,7 +427,7 @@ def sinusoids(timestep: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def rope_table(grid: Grid, head_dim: int, device: torch.device) -> Rope:
     """Rotary cosines and sines of a grid, each [S, head_dim / 2] float32: 17 MB both at 32,760 tokens and 128 channels.
 
