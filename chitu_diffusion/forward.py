@@ -96,7 +96,7 @@ class TaskText:
 def stacked_velocity(
     backend: DiffusionBackend,
     latent: Tensor,
-    text: TaskText,
+    text: TaskText | Tensor,
     timestep: Tensor,
     *,
     expert: int,
@@ -107,12 +107,14 @@ def stacked_velocity(
 
     Args:
         latent: [B, C, T, H, W].
-        text: of one or two branches, the prompt's first; each for all of the batch.
+        text: of one or two branches, the prompt's first; each for all of the batch. A bare [branches, L, D] is prepared for
+            this call alone.
         timestep: scalar on the CPU.
         expert: index into the model pool.
         branches: which of `text`'s branches run; those that `text` lacks are left out.
         cache_for: branches that share a forward -> the cache which that forward asks.
     """
+    text = TaskText(text) if isinstance(text, Tensor) else text
     if len(text) > 2:
         shape = list(text.embeddings.shape)
         raise UsageError(f"embeddings are {shape}: [1, L, D], or [2, L, D] with the prompt's branch first, would do")

@@ -234,7 +234,7 @@ class Generator:
             timestep: scalar or [1].
         """
         time = torch.as_tensor(timestep).reshape(-1)[0]
-        text = forward.TaskText(embeddings.to(self.backend.device))
+        text = embeddings.to(self.backend.device)
         return forward.stacked_velocity(self.backend, latent, text, time, expert=self._expert_at(time))
 
     @torch.no_grad()
@@ -252,7 +252,7 @@ class Generator:
         time = torch.as_tensor(timestep).reshape(-1)[0]
         expert = self._expert_at(time)
         scale = self.backend.spec.defaults.guidance[expert] if guidance_scale is None else guidance_scale
-        text, asked = forward.TaskText(embeddings.to(self.backend.device)), forward.branches_for(scale)
+        text, asked = embeddings.to(self.backend.device), forward.branches_for(scale)
         velocity = forward.stacked_velocity(self.backend, latent, text, time, expert=expert, branches=asked)
         return forward.combine(velocity, scale)
 
