@@ -27,6 +27,7 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.cli.options import parse_cache
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.generator import Generator
+from chitu_diffusion.models.prepared_text import TextKeys
 from chitu_diffusion.models.wan_block import WanBlock
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
@@ -73,9 +74,10 @@ def counted_work(backend: DiffusionBackend) -> Iterator[list[float]]:
         rows, tokens = x.shape[0], x.shape[1]
         if len(inputs) == 1:  # feed-forward
             total[0] += rows * tokens * sum(weight.numel() for weight in module.parameters() if weight.ndim == 2)
+        elif isinstance(inputs[1], TextKeys):  # keys and values are the prompt's, made once
+            total[0] += rows * (2 * tokens * width**2 + 2 * tokens * inputs[1].k.shape[1] * width)
         else:
-            others = inputs[1].shape[1]
-            total[0] += rows * (2 * (tokens + others) * width**2 + 2 * tokens * others * width)
+            total[0] += rows * (4 * tokens * width**2 + 2 * tokens**2 * width)
 
     for network in backend.model_pool:
         for block in network.blocks:

@@ -174,6 +174,8 @@ class Engine:
                 failure = error
                 without_frames(error)
             stage = task.status
+            for waiting in self.pool:
+                waiting.buffer.text = None  # a few megabytes on the device each, made anew when needed
             free_memory(self.backend.device)
             level = self.backend.low_mem_level + 1
             if level > top_useful_level(self.backend.device):

@@ -18,7 +18,8 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.flexcache.seam import NO_CACHE, StepCache
-from chitu_diffusion.models.wan import Embedded, WanTransformer
+from chitu_diffusion.models.prepared_text import PreparedText, rows_that_differ
+from chitu_diffusion.models.wan import Embedded, SharedStart, WanTransformer
 from chitu_diffusion.parallel.guidance import all_branches, own_branches
 from chitu_diffusion.parallel.sequence import Shards, sharded_attention
 from chitu_diffusion.residency import expert_part
@@ -37,9 +38,9 @@ def expert_at(timestep: Tensor, boundary: float | None) -> int:
     return 0 if boundary is None or float(timestep) >= boundary * TRAINED_STEPS else 1
 
 
-def branches_for(embeddings: Tensor, guidance_scale: float) -> Tensor:
-    """The text of the branches that a guidance scale needs: both, or the prompt's alone for a scale of at most 1."""
-    return embeddings if guidance_scale > 1 else embeddings[:1]
+def branches_for(guidance_scale: float) -> tuple[int, ...]:
+    """The guidance branches that a scale needs: both, or the prompt's alone for a scale of at most 1."""
+    return (0, 1) if guidance_scale > 1 else (0,)
 
 
 def combine(velocity: Tensor, guidance_scale: float) -> Tensor:
@@ -58,10 +59,44 @@ def uncached(branches: tuple[int, ...]) -> StepCache:
     return NO_CACHE
 
 
+class TaskText:
+    """A task's text, and what the networks made of it: projected rows and cross-attention keys, for all of its steps.
+
+    Lies in the task, so that tasks can take turns; what it holds beyond `embeddings` can be dropped at any time and comes
+    back by itself.
+
+    Args:
+        embeddings: [branches, L, D], the prompt's branch first.
+    """
+
+    def __init__(self, embeddings: Tensor) -> None:
+        self.embeddings = embeddings
+        self._rows = rows_that_differ(embeddings)
+        self._prepared: dict[tuple[object, ...], PreparedText] = {}
+
+    def __len__(self) -> int:
+        return self.embeddings.shape[0]
+
+    @property
+    def bytes(self) -> int:
+        """Memory held beyond the embeddings; see `PreparedText.bytes`."""
+        return sum(prepared.bytes for prepared in self._prepared.values())
+
+    def under(self, network: WanTransformer, expert: int, branches: tuple[int, ...], batch: int) -> PreparedText:
+        """Some branches' text, each `batch` times, for one expert, whose weights are on the device now."""
+        device = self.embeddings.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        place = (expert, branches, batch, autocast)
+        if place not in self._prepared:
+            text = self.embeddings[list(branches)].repeat_interleave(batch, dim=0)
+            self._prepared[place] = network.prepare_text(text, self._rows)
+        return self._prepared[place]
+
+
 def stacked_velocity(
     backend: DiffusionBackend,
     latent: Tensor,
-    text: Tensor,
+    text: TaskText | Tensor,
     timestep: Tensor,
     *,
     expert: int,
@@ -72,16 +107,28 @@ def stacked_velocity(
 
     Args:
         latent: [B, C, T, H, W].
-        text: [branches, L, D], the prompt's branch first; each for all of the batch.
-        timestep: scalar.
+        text: of one or two branches, the prompt's first; each for all of the batch. A bare [branches, L, D] is prepared for
+            this call alone.
+        timestep: scalar on the CPU.
         expert: index into the model pool.
         branches: which of `text`'s branches run; those that `text` lacks are left out.
         cache_for: branches that share a forward -> the cache which that forward asks.
     """
-    asked, peers = tuple(branch for branch in branches if branch < text.shape[0]), backend.groups.branches
-    batches = _as_batches(backend, latent, own_branches(asked, peers))
-    time = timestep.to(backend.device).reshape(1)
-    found = [_forward(backend, *_aligned(latent, text[list(some)]), time, expert, cache_for(some)) for some in batches]
+    text = TaskText(text) if isinstance(text, Tensor) else text
+    if len(text) > 2:
+        shape = list(text.embeddings.shape)
+        raise UsageError(f"embeddings are {shape}: [1, L, D], or [2, L, D] with the prompt's branch first, would do")
+    asked, peers = tuple(branch for branch in branches if branch < len(text)), backend.groups.branches
+    own = own_branches(asked, peers)
+    backend.residency.use(expert_part(expert))
+    model = backend.model_pool[expert]
+    # filled in place: a copy from the CPU would wait for all that the device still has to do
+    time = torch.full((1,), float(timestep), device=backend.device)
+    start, found = SharedStart() if len(own) > 1 else None, []
+    for some in _as_batches(backend, latent, own):
+        embedded = model.embed(latent, time, text.under(model, expert, some, latent.shape[0]))
+        embedded = replace(embedded, start=embedded.start or start)
+        found.append(_forward(backend, embedded, expert, cache_for(some)))
     return all_branches(found[0] if len(found) == 1 else torch.cat(found), len(asked), peers)
 
 
@@ -106,14 +153,6 @@ def schedule_of(backend: DiffusionBackend, state: SamplerState) -> Schedule:
     )
 
 
-def _aligned(latent: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Latent [B, ...] and text [branches, L, D] with one batch: [branches * B, ...] each, branch by branch."""
-    batch, branches = latent.shape[0], text.shape[0]
-    if branches > 2:
-        raise UsageError(f"embeddings are {list(text.shape)}: [1, L, D], or [2, L, D] with the prompt's branch first, would do")
-    return latent.repeat(branches, 1, 1, 1, 1), text.repeat_interleave(batch, dim=0)
-
-
 def _as_batches(backend: DiffusionBackend, latent: Tensor, branches: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Which branches share a forward."""
     mode = backend.args.infer.diffusion.cfg_batch
@@ -124,11 +163,9 @@ def _as_batches(backend: DiffusionBackend, latent: Tensor, branches: tuple[int, 
     return [(branch,) for branch in branches]
 
 
-def _forward(backend: DiffusionBackend, latent: Tensor, text: Tensor, time: Tensor, expert: int, cache: StepCache) -> Tensor:
-    name = expert_part(expert)
-    backend.residency.use(name)
-    model, stream = backend.model_pool[expert], backend.residency.stream_of(name)
-    own, shards = _own_tokens(backend, model.embed(latent, time, text))
+def _forward(backend: DiffusionBackend, embedded: Embedded, expert: int, cache: StepCache) -> Tensor:
+    model, stream = backend.model_pool[expert], backend.residency.stream_of(expert_part(expert))
+    own, shards = _own_tokens(backend, embedded)
     groups = backend.groups
     attention = sharded_attention(backend.attn_backend, groups.ulysses, groups.ring, shards.lengths)
     return _whole(backend, model, model.run_blocks(own, attention=attention, cache=cache, blocks=stream), own, shards)

@@ -62,14 +62,19 @@ class Generator:
     def encode_text(self, prompt: str | list[str]) -> Tensor:
         """Text embeddings [B, seq_len, hidden] of a prompt (B = 1) or of several; rank 0 encodes for all.
 
+        What was encoded before is remembered by its content, the negative prompt first of all; then nothing is run or moved.
         Autocast is off here: T5's activations do not fit float16's range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
 
         def encode() -> Tensor:
+            encoder, device = self.backend.text_encoder, self.backend.device
+            known = encoder.recall(prompts, device)
+            if known is not None:
+                return known
             self.backend.residency.use(TEXT_ENCODER)
-            with torch.autocast(device_type=self.backend.device.type, enabled=False):
-                return self.backend.text_encoder.encode(prompts)
+            with torch.autocast(device_type=device.type, enabled=False):
+                return encoder.encode(prompts)
 
         return from_first(encode, self.backend.groups.world, self.backend.device)
 
@@ -97,15 +102,20 @@ class Generator:
             negative = self.encode_text(self.backend.spec.defaults.negative_prompt)
             embeddings = torch.cat([embeddings.to(negative.device), negative])
         embeddings, latent = embeddings.to(self.backend.device), latent.to(self.backend.device, torch.float32)
-        sampler = self.backend.sampler
+        sampler, text = self.backend.sampler, forward.TaskText(embeddings)
         state = sampler.begin(num_steps)
+        check: FiniteCheck | None = None
         while not sampler.is_done(state):
             timestep = sampler.timestep(state)
             expert = self._expert_at(timestep)
-            text = forward.branches_for(embeddings, scales[expert])
-            velocity = forward.stacked_velocity(self.backend, latent, text, timestep, expert=expert)
+            asked = forward.branches_for(scales[expert])
+            velocity = forward.stacked_velocity(self.backend, latent, text, timestep, expert=expert, branches=asked)
             latent, state = sampler.step(state, forward.combine(velocity, scales[expert]), latent)
-            self.check_nan(latent, "latent")
+            before, check = check, FiniteCheck(latent, "latent")
+            if before is not None:
+                before.require()
+        if check is not None:
+            check.require()
         return latent
 
     @torch.no_grad()
@@ -164,6 +174,7 @@ class Generator:
             self.backend.flexcache_manager.release()
         if out_of_memory is not None:
             # raised outside of the handler and without its frames, which hold the unit's tensors
+            task.buffer.text = None  # made anew when it is needed
             self.backend.residency.leave_device()
             raise out_of_memory
         seconds = time.perf_counter() - began
@@ -207,9 +218,7 @@ class Generator:
         Raises:
             NonFiniteError (a ValueError): "NaN detected in NAME", or "Inf ...".
         """
-        if not torch.isfinite(tensor).all():
-            kind = "NaN" if torch.isnan(tensor).any() else "Inf"
-            raise NonFiniteError(f"{kind} detected in {name}")
+        FiniteCheck(tensor, name).require()
 
     # -- forwards of the page
 
@@ -225,7 +234,8 @@ class Generator:
             timestep: scalar or [1].
         """
         time = torch.as_tensor(timestep).reshape(-1)[0]
-        return forward.stacked_velocity(self.backend, latent, embeddings, time, expert=self._expert_at(time))
+        text = embeddings.to(self.backend.device)
+        return forward.stacked_velocity(self.backend, latent, text, time, expert=self._expert_at(time))
 
     @torch.no_grad()
     def forward_with_cfg_parallel(
@@ -242,8 +252,9 @@ class Generator:
         time = torch.as_tensor(timestep).reshape(-1)[0]
         expert = self._expert_at(time)
         scale = self.backend.spec.defaults.guidance[expert] if guidance_scale is None else guidance_scale
-        text = forward.branches_for(embeddings, scale)
-        return forward.combine(forward.stacked_velocity(self.backend, latent, text, time, expert=expert), scale)
+        text, asked = embeddings.to(self.backend.device), forward.branches_for(scale)
+        velocity = forward.stacked_velocity(self.backend, latent, text, time, expert=expert, branches=asked)
+        return forward.combine(velocity, scale)
 
     @torch.no_grad()
     def forward_with_cache(
@@ -260,15 +271,21 @@ class Generator:
         """
         time = torch.as_tensor(timestep).reshape(-1)[0]
         expert = self._expert_at(time) if expert is None else expert
+        text = forward.TaskText(embeddings.to(self.backend.device))
+        return self._cached_velocity(latent, text, tuple(range(len(text))), time, step_idx, expert)
+
+    def _cached_velocity(
+        self, latent: Tensor, text: forward.TaskText, asked: tuple[int, ...], timestep: Tensor, step_idx: int, expert: int
+    ) -> Tensor:
         manager = self.backend.flexcache_manager
 
         def compute(branches: tuple[int, ...]) -> Tensor:
             cache_for = partial(manager.cache_for, step_idx)
             return forward.stacked_velocity(
-                self.backend, latent, embeddings, time, expert=expert, branches=branches, cache_for=cache_for
+                self.backend, latent, text, timestep, expert=expert, branches=branches, cache_for=cache_for
             )
 
-        return manager.velocity(step_idx, latent, tuple(range(len(embeddings))), compute)
+        return manager.velocity(step_idx, latent, asked, compute)
 
     # -- the units: each computes first and changes the task last
 
@@ -294,23 +311,31 @@ class Generator:
         timestep = sampler.timestep(state)
         expert = self._expert_at(timestep) if stage.expert is None else stage.expert
         scale = guidance_pair(resolved.guidance_scale)[expert]
-        text = forward.branches_for(_present(buffer.embeddings).to(self.backend.device), scale)
+        text = buffer.text or forward.TaskText(_present(buffer.embeddings).to(self.backend.device))
+        asked = forward.branches_for(scale)[: len(text)]
         # the manager writes into a copy, which becomes the task's only when the unit is done
         cache = None if buffer.cache is None else fork(buffer.cache)
         schedule = forward.schedule_of(self.backend, state) if cache is not None and cache["plan"] is None else None
-        self.backend.flexcache_manager.bind(cache, key=[expert, len(text), *latent.shape], schedule=schedule)
-        velocity = self.forward_with_cache(latent, text, timestep, task.current_step, expert)
+        self.backend.flexcache_manager.bind(cache, key=[expert, len(asked), *latent.shape], schedule=schedule)
+        velocity = self._cached_velocity(latent, text, asked, timestep, task.current_step, expert)
         latent, state = sampler.step(state, forward.combine(velocity, scale), latent)
-        self.check_nan(latent, "latent")
+        check, before = FiniteCheck(latent, "latent"), buffer.check
+        if before is not None:
+            before.require()  # while the device works on this step: see `FiniteCheck`
+        pending: FiniteCheck | None = check
+        if check.is_known or sampler.is_done(state):
+            check.require()
+            pending = None
         message = f"expert {expert}" if task.expert is not None and task.expert != expert else None
-        buffer.latent, buffer.sampler, buffer.cache, task.expert = latent, state, cache, expert
+        buffer.latent, buffer.sampler, buffer.cache, buffer.text, task.expert = latent, state, cache, text, expert
+        buffer.check = pending
         task.current_step += 1
         if sampler.is_done(state):
             buffer.sampler = None
             task.cascade_stage += 1
             if task.cascade_stage == len(stages):
                 task.status = TaskStatus.DECODING
-                buffer.embeddings = buffer.cache = None
+                buffer.embeddings = buffer.cache = buffer.text = None
                 if cache is not None:
                     message = f"cache {cache['strategy']} saved work in {cache['reused']} of {cache['num_steps']} steps"
         return message
@@ -391,6 +416,46 @@ class Generator:
             pace = task.seconds.get(TaskStatus.DENOISING, 0.0) / task.current_step
             eta = pace * (task.num_inference_steps - task.current_step)
         return Progress(task.task_id, task.status, stage, task.current_step, task.num_inference_steps, seconds, eta, message)
+
+
+class FiniteCheck:
+    """Whether a tensor is free of NaN and Inf: asked now, answered later.
+
+    On a GPU the answer travels while the device works on, so that whoever asks for it a step later waits for that step's
+    end alone and the device never runs empty. On a CPU it is known at once.
+
+    Args:
+        tensor: of any shape.
+        name: what an error calls it.
+    """
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        self._name = name
+        found = torch.stack([torch.isnan(tensor).any(), torch.isinf(tensor).any()])
+        self._arrival: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._found = torch.empty(2, dtype=torch.bool, pin_memory=True).copy_(found, non_blocking=True)
+            self._arrival = torch.cuda.Event()
+            self._arrival.record(torch.cuda.current_stream(tensor.device))
+        else:
+            self._found = found
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the answer is there already."""
+        return self._arrival is None
+
+    def require(self) -> None:
+        """Wait for the answer.
+
+        Raises:
+            NonFiniteError (a ValueError): "NaN detected in NAME", or "Inf ...".
+        """
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        nan, inf = self._found.tolist()
+        if nan or inf:
+            raise NonFiniteError(f"{'NaN' if nan else 'Inf'} detected in {self._name}")
 
 
 def tile_size_for(latent: Tensor) -> int:

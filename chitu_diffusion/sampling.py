@@ -11,7 +11,7 @@ Matching for Generative Modeling", arXiv:2210.02747). `unipc` is UniPC (arXiv:23
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ from chitu_diffusion.errors import CheckpointError, UsageError, nearest
 SamplerState = dict[str, Any]
 """sampler: its name; schedule: number of steps in the whole schedule; index: the step that comes next; timesteps [schedule];
 sigmas [schedule + 1]; history: what the solver remembers (tensors, numbers, lists of tensors)."""
+
+Weights = tuple[float, ...]
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 _MOST_TIMESTEPS = 10_000
@@ -188,15 +190,48 @@ class Sampler:
             raise UsageError(f"this latent was begun with sampler '{state['sampler']}', not '{self.name}'", field="infer.sampler")
         if self.is_done(state):
             raise UsageError(f"all {state['schedule']} steps are taken", field="num_inference_steps")
+        solve = self._solved if latent.device.type == "cpu" else self._weighed
+        moved, history = solve(state, velocity.float(), latent.float())
+        return moved, {**state, "index": state["index"] + 1, "history": history}
+
+    def _solved(self, state: SamplerState, velocity: Tensor, latent: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The library's own step: the next latent, and what the solver remembers then."""
         scheduler = self._scheduler(state["schedule"])
         scheduler.set_begin_index(state["index"])
         for name, value in state["history"].items():
             setattr(scheduler, name, list(value) if isinstance(value, list) else value)
         # the solver's own arithmetic stays in float32 whatever autocast is on around the network
         with torch.autocast(device_type=latent.device.type, enabled=False):
-            moved = scheduler.step(velocity.float(), self.timestep(state), latent.float(), return_dict=False)[0]
-        history = {name: getattr(scheduler, name) for name in self._solver.history}
-        return moved, {**state, "index": state["index"] + 1, "history": history}
+            moved = scheduler.step(velocity, self.timestep(state), latent, return_dict=False)[0]
+        return moved, {name: getattr(scheduler, name) for name in self._solver.history}
+
+    def _weighed(self, state: SamplerState, velocity: Tensor, latent: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """`_solved` for tensors on a device that works by itself, without ever waiting for it; equal within rounding.
+
+        The library moves each coefficient to the device and solves there for some of them, and every time the device runs
+        empty. But a step is linear in the velocity, the latent and the remembered tensors. So the library takes its step
+        on the CPU with unit vectors in their place, and what comes out are the weights of the sums to take on the device.
+        """
+        known = list({id(tensor): tensor for tensor in (velocity, latent, *_latents_in(state["history"]))}.values())
+        moved, history = self._weights(state, velocity, latent, known)
+        sums: dict[Weights, Tensor] = {}
+
+        def sum_of(weights: Weights) -> Tensor:
+            if weights not in sums:
+                sums[weights] = _weighted(weights, known)
+            return sums[weights]
+
+        return sum_of(moved), _exchanged(history, tuple, sum_of)
+
+    def _weights(
+        self, state: SamplerState, velocity: Tensor, latent: Tensor, known: Sequence[Tensor]
+    ) -> tuple[Weights, dict[str, Any]]:
+        """What `_solved` gives, with each tensor as its weights over the known ones. Works on the CPU alone."""
+        # [1, known] each
+        units = {id(tensor): unit for tensor, unit in zip(known, torch.eye(len(known)).split(1), strict=True)}
+        history = _exchanged(state["history"], Tensor, lambda tensor: units[id(tensor)])
+        moved, kept = self._solved({**state, "history": history}, units[id(velocity)], units[id(latent)])
+        return tuple(moved[0].tolist()), _exchanged(kept, Tensor, lambda row: tuple(row[0].tolist()))
 
     def renoise(self, state: SamplerState, latent: Tensor, noise: Tensor) -> Tensor:
         """Bring a clean latent [B, C, T, H, W] to the noise level at which the coming step expects it: float32."""
@@ -215,6 +250,36 @@ class Sampler:
         else:
             scheduler.set_timesteps(steps)
         return scheduler
+
+
+def _latents_in(history: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of a latent's shape that a solver remembers. The times that it remembers are scalars."""
+    found: list[Tensor] = []
+    _exchanged(history, Tensor, found.append)
+    return found
+
+
+def _exchanged(history: Mapping[str, Any], kind: type, other: Callable[[Any], Any]) -> dict[str, Any]:
+    """A solver's memory with whatever stands for a latent, of that kind, exchanged for `other` of it."""
+
+    def exchange(value: Any) -> Any:
+        if isinstance(value, list):
+            return [exchange(entry) for entry in value]
+        scalar = isinstance(value, Tensor) and value.ndim == 0
+        return other(value) if isinstance(value, kind) and not scalar else value
+
+    return {name: exchange(value) for name, value in history.items()}
+
+
+def _weighted(weights: Weights, tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, each times its weight; the very tensor where that is all there is."""
+    terms = [(weight, tensor) for weight, tensor in zip(weights, tensors, strict=True) if weight]
+    if len(terms) == 1 and terms[0][0] == 1:
+        return terms[0][1]
+    total = torch.zeros_like(tensors[0])
+    for weight, tensor in terms:
+        total.add_(tensor, alpha=weight)
+    return total
 
 
 def initial_noise(shape: Sequence[int], seed: int, stream: int = 0) -> Tensor:

@@ -25,6 +25,9 @@ from chitu_diffusion.errors import UsageError, nearest
 if TYPE_CHECKING:
     import torch
 
+    from chitu_diffusion.forward import TaskText
+    from chitu_diffusion.generator import FiniteCheck
+
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 20_000
 SIZE_STEP = 16
@@ -263,12 +266,15 @@ class TaskBuffer:
     """The tensors of a task on its way, and where its video ends up.
 
     Shapes: `embeddings` [branches, L, D], the prompt's branch first; `latent` [1, C, T, H, W] float32;
-    `video` [1, T, C, H, W] float32 in [0, 1]. `sampler` is the solver's whole state as plain
-    values and tensors; `cache` belongs to the task's cache strategy. All of them are None once
-    the task has ended.
+    `video` [1, T, C, H, W] float32 in [0, 1]. `text` is what the networks made of the embeddings and
+    may be dropped at any time; `check` tells whether the latent is finite, where that is not known
+    yet. `sampler` is the solver's whole state as plain values and tensors; `cache` belongs to the
+    task's cache strategy. All of them are None once the task has ended.
     """
 
     embeddings: torch.Tensor | None = None
+    text: TaskText | None = None
+    check: FiniteCheck | None = None
     latent: torch.Tensor | None = None
     sampler: dict[str, Any] | None = None
     cache: dict[str, Any] | None = None
@@ -277,7 +283,7 @@ class TaskBuffer:
 
     def release(self) -> None:
         """Drop every tensor; the path stays."""
-        self.embeddings = self.latent = self.sampler = self.cache = self.video = None
+        self.embeddings = self.text = self.latent = self.check = self.sampler = self.cache = self.video = None
 
 
 @dataclass(frozen=True)

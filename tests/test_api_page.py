@@ -168,6 +168,7 @@ def test_out_of_memory_snippet_goes_on_with_a_new_generator(page, unit, monkeypa
 
     backend = page["backend"]
     monkeypatch.setattr(backend.text_encoder, "encode", out_of_memory)
+    monkeypatch.setattr(backend.text_encoder, "recall", lambda *_: None)
     monkeypatch.setattr(backend.sampler, "step", out_of_memory)
     monkeypatch.setattr(backend.vae, "decode", out_of_memory)
     run(OUT_OF_MEMORY, page)

@@ -77,6 +77,7 @@ def poison_encoder(engine: Engine, monkeypatch) -> None:
         return encode(prompts) * (1e38 if prompts[0] == "poison denoising" else 1)
 
     monkeypatch.setattr(engine.backend.text_encoder, "encode", poisoned)
+    monkeypatch.setattr(engine.backend.text_encoder, "recall", lambda *_: None)
 
 
 @pytest.mark.parametrize("policy", ["fifo", "fair", "priority"])
@@ -124,6 +125,7 @@ def test_out_of_memory_raises_the_level_and_retries_the_unit(engine, monkeypatch
     expected = engine.submit(params(save_path=str(tmp_path / "a.npy")))
     engine.run_until_idle()
     owner, name = place.split(".")
+    monkeypatch.setattr(engine.backend.text_encoder, "recall", lambda *_: None)
     holder = {"text_encoder": engine.backend.text_encoder, "sampler": engine.backend.sampler, "vae": engine.backend.vae}[owner]
     monkeypatch.setattr(holder, name, raising(error, 1, getattr(holder, name)))
     task, messages = engine.submit(params(save_path=str(tmp_path / "b.npy"))), []

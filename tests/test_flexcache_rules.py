@@ -244,7 +244,7 @@ def test_first_blocks_decide_by_their_residual(backend, monkeypatch, name, thres
     with torch.no_grad():
         for step, latent in enumerate(latents):
             e = network.embed(latent, timesteps[step].reshape(1), text)
-            after = network.blocks[0](e.tokens, e.text, e.modulation, e.rope, backend.attn_backend)
+            after = network.blocks[0](e.tokens, e.text.keys(0, network.blocks[0].text_keys), e.modulation, e.rope)
             residual = (after - e.tokens).double()
             skips = 4 <= step < STEPS - 1 and not (longest and run >= longest)
             skips = skips and float((residual - known).abs().mean() / known.abs().mean()) < threshold

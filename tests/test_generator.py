@@ -74,14 +74,15 @@ def test_forwards_of_the_page(backend):
     latent, embeddings = initial_noise((1, 4, 2, 4, 4), 0), generator.encode_text([CAT, "ugly"])
     timestep = torch.tensor([700])
     plain = backend.model_pool[0](latent.expand(2, -1, -1, -1, -1), timestep, embeddings)
-    assert torch.allclose(generator.forward_with_cp(latent, embeddings, timestep), plain, atol=1e-6)
+    assert torch.allclose(generator.forward_with_cp(latent, embeddings, timestep), plain, atol=1e-5)
     guided = generator.forward_with_cfg_parallel(latent, embeddings, timestep, guidance_scale=3.0)
-    assert torch.allclose(guided, plain[1:] + 3.0 * (plain[:1] - plain[1:]), atol=1e-5)
+    # folded padding differs by rounding, some 2e-6, and guidance multiplies it
+    assert torch.allclose(guided, plain[1:] + 3.0 * (plain[:1] - plain[1:]), atol=5e-5)
     own = generator.forward_with_cfg_parallel(latent, embeddings, timestep)
-    assert torch.allclose(own, plain[1:] + 5.0 * (plain[:1] - plain[1:]), atol=1e-5)
+    assert torch.allclose(own, plain[1:] + 5.0 * (plain[:1] - plain[1:]), atol=5e-5)
     # nobody is bound: computes
-    assert torch.allclose(generator.forward_with_cache(latent, embeddings, timestep, 0), plain, atol=1e-6)
-    assert torch.allclose(generator.forward_with_cache(latent, embeddings, timestep, 1), plain, atol=1e-6)
+    assert torch.allclose(generator.forward_with_cache(latent, embeddings, timestep, 0), plain, atol=1e-5)
+    assert torch.allclose(generator.forward_with_cache(latent, embeddings, timestep, 1), plain, atol=1e-5)
 
 
 def test_decode_tiled_is_close(backend):

@@ -81,11 +81,13 @@ def traffic(backend: DiffusionBackend, layout: str) -> list[int]:
 
 
 def expected_traffic(plan: ParallelPlan, tokens: int = 32, dim: int = 16 * HEADS, blocks: int = 2) -> list[int]:
-    """The same by formula, float32: 4 s d (U-1)/U for Ulysses, 2 s d (R-1) for the ring, both a block and a branch."""
+    """The same by formula, float32: 4 s d (U-1)/U for Ulysses, 2 s d (R-1) for the ring, both a block and a branch;
+    but branches on one rank share the first block's."""
     batch = 2 if plan.cfg == 1 else 1
     own = tokens // plan.sequence
-    ulysses = blocks * batch * 4 * own * dim * (plan.ulysses - 1) // plan.ulysses
-    ring = blocks * batch * 2 * own * dim * (plan.ring - 1)
+    attentions = blocks * batch - (batch - 1)
+    ulysses = attentions * 4 * own * dim * (plan.ulysses - 1) // plan.ulysses
+    ring = attentions * 2 * own * dim * (plan.ring - 1)
     gather = batch * own * 16 * (plan.sequence - 1)  # 2 x 2 patches of 4 channels
     guidance = 4 * 2 * 8 * 8 if plan.cfg == 2 else 0
     return [4 * numbers for numbers in (ulysses, ring, gather, guidance)]

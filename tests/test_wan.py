@@ -17,7 +17,7 @@ from chitu_diffusion.flexcache.seam import Level, Signal, Site
 from chitu_diffusion.models.layouts import official_transformer_name
 from chitu_diffusion.models.spec import FULL_SIZE
 from chitu_diffusion.models.wan import KEEP_FLOAT32, WanConfig, WanTransformer
-from chitu_diffusion.models.wan_block import WanBlock
+from chitu_diffusion.models.wan_block import GeluLinear, WanBlock, rotate
 
 CONFIG = WanConfig(
     num_attention_heads=3,
@@ -215,7 +215,7 @@ def test_pieces_work_on_shards_of_the_sequence() -> None:
     # one block at a time over both shards, with the keys and values of both: what a parallel attention will do
     block = ours.blocks[0]
     assert isinstance(block, WanBlock)
-    shifts = block.modulate(whole.modulation)
+    shifts, text = block.modulate(whole.modulation), whole.text.keys(0, block.text_keys)
     kept: list[tuple[Tensor, Tensor]] = []
 
     def collect(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -223,13 +223,13 @@ def test_pieces_work_on_shards_of_the_sequence() -> None:
         return q
 
     for shard in shards:
-        block.self_attention(shard.tokens, shifts, shard.text.dtype, shard.rope, collect)
+        block.self_attention(shard.tokens, shifts, text.v.dtype, shard.rope, collect)
     keys, values = torch.cat([k for k, _ in kept], 1), torch.cat([v for _, v in kept], 1)
     for shard in shards:
         inner.append(
-            block(shard.tokens, shard.text, shard.modulation, shard.rope, lambda q, k, v: sdpa(q, keys, values))
+            block(shard.tokens, text, shard.modulation, shard.rope, lambda q, k, v: sdpa(q, keys, values))
         )
-    expected = block(whole.tokens, whole.text, whole.modulation, whole.rope, sdpa)
+    expected = block(whole.tokens, text, whole.modulation, whole.rope, sdpa)
     assert relative_error(torch.cat(inner, 1), expected) < 1e-5
     parts = torch.cat([ours.head(part, whole.time) for part in inner], 1)
     assert (
@@ -316,6 +316,26 @@ def test_blocks_compile_whole_and_once() -> None:
         assert torch.equal(ours(*args, cache=Asked("step", "block")), expected)
         assert torch.equal(ours(*args), expected)
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_cpus_own_ways_are_the_plain_ones() -> None:
+    """Turning as complex numbers is the same arithmetic; GELU inside the product rounds otherwise, by a few bits."""
+    x, angles = torch.randn(2, 30, 3, 20), torch.rand(30, 10) * 6
+    rope = (angles.cos(), angles.sin())
+    for dtype in (torch.float32, torch.bfloat16):
+        even, odd = x.to(dtype).float().unflatten(-1, (10, 2)).unbind(-1)
+        cos, sin = (part[:, None] for part in rope)
+        expected = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+        found = rotate(x.to(dtype), rope)
+        assert found.dtype == dtype and relative_error(found, expected) < 1e-7 + torch.finfo(dtype).eps
+    layer, rows = GeluLinear(24, 40), torch.randn(2, 9, 24) * 3
+    exact = torch.nn.functional.gelu(layer.double().proj(rows.double()), approximate="tanh")
+    fused = layer.float()(rows)
+    with torch.enable_grad():
+        plain = layer(rows)
+    assert plain.requires_grad and not fused.requires_grad
+    assert relative_error(fused, exact) < 1e-6 and relative_error(plain, exact) < 1e-6
 
 
 @torch.no_grad()

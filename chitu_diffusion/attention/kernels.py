@@ -54,10 +54,28 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa_weighted(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Attention whose scores get `bias` [B, L] added, by key: log n makes one key weigh as much as n equal ones."""
-    mask = bias.to(q.dtype)[:, None, None, :]
+    """Attention whose scores get `bias` [B or 1, L] float32 added, by key: log n makes one key weigh as much as n equal ones.
+
+    The bias must not be rounded to 16 bits: at log 500 that is 1.6 % of the key's weight. The CPU's kernel takes it in
+    float32. CUDA's want it in q's dtype; there each key stands twice, see `split_weight`.
+    """
+    if bias.dtype != q.dtype and q.device.type != "cpu":
+        bias = split_weight(bias, q.dtype)
+        k, v = torch.cat([k, k], dim=1), torch.cat([v, v], dim=1)
+    mask = bias[:, None, None, :]
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return out.transpose(1, 2)
+
+
+def split_weight(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bias [B, L], >= 0 or -inf, for keys that stand twice, [B, 2 L] in a coarser dtype, of the same weight to 5e-4.
+
+    First the bias rounded down, then the log of the weight that this lacks (-inf for none): 1.6 % of 1.6 % is left.
+    """
+    coarse = bias.to(dtype)
+    coarse = torch.where(coarse.float() > bias, coarse * (1 - torch.finfo(dtype).eps), coarse)
+    missing = (bias.exp() - coarse.float().exp()).clamp_min(0).log()
+    return torch.cat([coarse, missing.to(dtype)], dim=1)
 
 
 def _math_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -29,33 +30,66 @@ class TextEncoder(nn.Module):
         network: the encoder, with weights.
         tokenizer: its own.
         max_tokens: positions of an embedding; longer prompts are cut, as Wan's are.
+        remembered: how many prompts' embeddings are kept in main memory, the last used ones; at most 4 MB each.
     """
 
-    def __init__(self, network: nn.Module, tokenizer: PreTrainedTokenizerBase, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(
+        self, network: nn.Module, tokenizer: PreTrainedTokenizerBase, max_tokens: int = MAX_TOKENS, remembered: int = 64
+    ) -> None:
         super().__init__()
         self.network: Any = network  # transformers' types do not say what its forward gives
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self._remembered = remembered
+        # (cleaned prompt, weights) -> [tokens, D] in main memory, the last used at the end
+        self._known: OrderedDict[tuple[str, object], Tensor] = OrderedDict()
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings of prompts.
+        """Embeddings of prompts, computed or remembered.
 
-        The encoder runs at the length of the longest prompt, not at `max_tokens`: padding is masked in every layer and
-        its rows become zeros, so this changes nothing but the time.
+        The encoder runs each prompt by itself and at its own length, not at `max_tokens`: padding is masked in every
+        layer and its rows become zeros, so this changes nothing but the time, and a prompt's embedding is the same bits
+        whatever stands beside it and whatever was encoded before.
 
         Args:
             prompts: as people typed them.
 
         Returns:
-            [B, max_tokens, D] in the encoder's dtype, zeros beyond each prompt's end.
+            [B, max_tokens, D] in the encoder's dtype and on its device, zeros beyond each prompt's end.
         """
-        ids, mask = self.tokenize(prompts)
         device = self.network.shared.weight.device
-        with torch.autocast(device.type, enabled=False):  # T5 overflows float16
-            hidden = self.network(ids.to(device), mask.to(device)).last_hidden_state  # [B, longest, D]
-        hidden = hidden * mask.to(hidden)[..., None]
-        return torch.nn.functional.pad(hidden, (0, 0, 0, self.max_tokens - hidden.shape[1]))
+        return torch.stack([self._padded(self._tokens_of(prompt), device) for prompt in prompts])
+
+    def recall(self, prompts: Sequence[str], device: torch.device) -> Tensor | None:
+        """What `encode` would give, on a device, if all of it is remembered: then the encoder's weights are not needed."""
+        places = [self._place(prompt) for prompt in prompts]
+        if not all(place in self._known for place in places):
+            return None
+        return torch.stack([self._padded(self._known[place], device) for place in places])
+
+    def _tokens_of(self, prompt: str) -> Tensor:
+        """[tokens, D] of a prompt, the end mark included, in main memory."""
+        place = self._place(prompt)
+        if place not in self._known:
+            ids, mask = self.tokenize([prompt])
+            device = self.network.shared.weight.device
+            with torch.autocast(device.type, enabled=False):  # T5 overflows float16
+                hidden = self.network(ids.to(device), mask.to(device)).last_hidden_state  # [1, tokens, D]
+            self._known[place] = hidden[0].to("cpu", copy=True)
+            if len(self._known) > self._remembered:
+                self._known.popitem(last=False)
+        self._known.move_to_end(place)
+        return self._known[place]
+
+    def _place(self, prompt: str) -> tuple[str, object]:
+        weights = list(self.network.parameters())
+        # moving weights between devices leaves these as they are; loading others, or converting them, does not
+        identity = (weights[0].dtype, sum(weight._version for weight in weights))
+        return clean_prompt(prompt), identity
+
+    def _padded(self, rows: Tensor, device: torch.device) -> Tensor:
+        return torch.nn.functional.pad(rows.to(device), (0, 0, 0, self.max_tokens - rows.shape[0]))
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(ids, mask) of cleaned prompts, each [B, longest] int64; the mask is 1 on tokens, the end mark included."""

@@ -15,7 +15,7 @@ stream and the time embedding stay float32.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import cast
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from chitu_diffusion.attention.kernels import AttentionFn, sdpa
 from chitu_diffusion.flexcache.seam import MODULE_LEVELS, NO_CACHE, Level, Signal, Site, StepCache
+from chitu_diffusion.models.prepared_text import PreparedText, fold
 from chitu_diffusion.models.wan_block import Float32LayerNorm, Rope, WanBlock
 from chitu_diffusion.models.wan_config import WanConfig
 
@@ -39,6 +40,31 @@ _TIME_PERIOD = 10000.0
 Grid = tuple[int, int, int]  # tokens along (frames, rows, columns)
 
 
+@dataclass(eq=False)
+class SharedStart:
+    """The stream after the first block's self-attention, for guidance branches of one latent at one time.
+
+    Up to the first cross-attention nothing depends on the text: the branches' tokens are equal, and one computation does
+    for all. That saves one self-attention in 2 x blocks, exactly.
+
+    Attributes:
+        copies: branches along the batch of this forward: row b of branch i is row i * B + b of B * copies.
+        attended: [B, S, dim], kept for the next forward where each branch has its own and they are handed one object.
+    """
+
+    copies: int = 1
+    attended: Tensor | None = None
+
+    def get(self, tokens: Tensor, modulation: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The stream [copies * B, S, dim]; `attend` takes one branch's rows of tokens and modulation."""
+        if self.copies > 1:
+            one = modulation if len(modulation) == 1 else modulation[: len(modulation) // self.copies]
+            return attend(tokens[: len(tokens) // self.copies], one).repeat(self.copies, 1, 1)
+        if self.attended is None:
+            self.attended = attend(tokens, modulation)
+        return self.attended
+
+
 @dataclass(frozen=True)
 class Embedded:
     """What `embed` hands to the blocks and the head.
@@ -48,23 +74,21 @@ class Embedded:
 
     Attributes:
         tokens: [B, S, dim], the residual stream.
-        text: [B, L, dim], projected text, in the dtype in which the blocks multiply.
-        time: [B, dim], the time embedding, for the head.
-        modulation: [B, 6, dim], its projection, for the blocks.
+        text: of B rows; of `prepare_text`.
+        time: [B, dim] or, where the batch has one time, [1, dim]: the time embedding, for the head.
+        modulation: [B or 1, 6, dim], its projection, for the blocks.
         rope: rotary cosines and sines of these tokens' positions.
         grid: tokens along frames, rows, columns of the whole latent.
-        text_bias: [B, L] float32 added to the scores of the cross-attention, or None. A text row that stands for n
-            equal rows carries log n: softmax then gives them their whole weight, so 512 padded positions cost as few as
-            one.
+        start: where branches of one latent share the first block's self-attention; None where nothing is known to be equal.
     """
 
     tokens: Tensor
-    text: Tensor
+    text: PreparedText
     time: Tensor
     modulation: Tensor
     rope: Rope
     grid: Grid
-    text_bias: Tensor | None = None
+    start: SharedStart | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +205,7 @@ class WanTransformer(nn.Module):
             attention: self-attention, in layout [B, S, heads, head_dim].
             cache: asked at the sites whose level is among `cache.levels`.
             blocks: yields this network's blocks in order, each ready to run: for whoever streams them to the device.
-            text_bias: see `Embedded.text_bias`.
+            text_bias: [B, L] float32, see `TextKeys.bias`, or None.
 
         Returns:
             Velocity in the dtype of the last matrix product.
@@ -189,7 +213,8 @@ class WanTransformer(nn.Module):
         Raises:
             ValueError: shapes that do not fit the network or each other.
         """
-        embedded = replace(self.embed(latent, timestep, text), text_bias=text_bias)
+        embedded = self.embed(latent, timestep, text)
+        embedded.text.bias = text_bias
         tokens = self.run_blocks(embedded, attention=attention, cache=cache, blocks=blocks)
         return self.unpatchify(self.head(tokens, embedded.time), embedded.grid)
 
@@ -231,22 +256,44 @@ class WanTransformer(nn.Module):
         tokens = embedded.tokens + cached_features.residual
         return self.unpatchify(self.head(tokens, embedded.time), embedded.grid)
 
-    def embed(self, latent: Tensor, timestep: Tensor, text: Tensor) -> Embedded:
+    def prepare_text(self, text: Tensor, rows: int | None = None) -> PreparedText:
+        """A padded text [B, N, text_dim] for any number of forwards with these weights; see `prepared_text`.
+
+        Args:
+            rows: of `rows_that_differ`; None looks, which on a GPU waits for the device.
+        """
+        folded, positions, bias = fold(text, rows)
+        return PreparedText(self.condition_embedder.text_embedder(folded), positions, bias, keep=True)
+
+    def embed(self, latent: Tensor, timestep: Tensor, text: Tensor | PreparedText) -> Embedded:
         """Everything before the blocks: tokens, projected text, time embedding and positions.
+
+        Args:
+            latent: [B, C, T, H, W].
+            timestep: [B], or [1] for all.
+            text: [B, L, text_dim] for this forward alone, or of `prepare_text` for several. A text of k B rows is that of k
+                guidance branches of the latent, branch by branch: all that follows has k B rows, and what the branches
+                have in common is computed once.
 
         Raises:
             ValueError: shapes that do not fit the network or each other.
         """
-        grid = self._checked_grid(latent, timestep, text)
+        grid, copies = self._checked_grid(latent, timestep, text)
         time, modulation = self.condition_embedder.embed_time(timestep.to(latent.device))
+        if len(timestep) > 1:
+            time, modulation = time.repeat(copies, 1), modulation.repeat(copies, 1, 1)
+        if isinstance(text, Tensor):
+            text = PreparedText(self.condition_embedder.text_embedder(text), text.shape[1])
+        # autocast gives 16 bits here; the stream keeps the weights' dtype
+        tokens = self.patch_embedding(latent).to(self.patch_embedding.weight.dtype)
         return Embedded(
-            # autocast gives 16 bits here; the stream keeps the weights' dtype
-            tokens=self.patch_embedding(latent).to(self.patch_embedding.weight.dtype),
-            text=self.condition_embedder.text_embedder(text),
+            tokens=tokens.repeat(copies, 1, 1) if copies > 1 else tokens,
+            text=text,
             time=time,
             modulation=modulation,
             rope=self.rope_table(grid, latent.device),
             grid=grid,
+            start=SharedStart(copies) if copies > 1 else None,
         )
 
     def run_blocks(
@@ -282,28 +329,14 @@ class WanTransformer(nn.Module):
         return values.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def rope_table(self, grid: Grid, device: torch.device | str = "cpu") -> Rope:
-        """Rotary cosines and sines of a whole grid, each [S, head_dim / 2] float32.
-
-        "RoFormer" (arXiv 2104.09864) along three axes: rows and columns take 2 * (head_dim // 6) channels each, frames
-        the rest. Angles are float64 until after the cosine.
+        """Rotary cosines and sines of a whole grid, each [S, head_dim / 2] float32; the last few grids' are remembered.
 
         Raises:
             ValueError: a grid axis longer than `rope_max_seq_len`.
         """
         if max(grid) > self.config.rope_max_seq_len:
             raise ValueError(f"token grid {grid} exceeds the longest axis, {self.config.rope_max_seq_len}")
-        side = 2 * (self.config.attention_head_dim // 6)
-        widths = (self.config.attention_head_dim - 2 * side, side, side)
-        angles = []
-        for axis, (length, width) in enumerate(zip(grid, widths, strict=True)):
-            frequencies = _ROPE_THETA ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
-            # [length, width / 2]
-            along = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequencies)
-            view = [1, 1, 1, width // 2]
-            view[axis] = length
-            angles.append(along.view(view).expand(*grid, -1))
-        table = torch.cat(angles, dim=-1).flatten(0, 2)  # [S, head_dim / 2]
-        return table.cos().float().to(device), table.sin().float().to(device)
+        return rope_table(grid, self.config.attention_head_dim, torch.device(device))
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Training keeps only each block's input and recomputes the rest; without gradients it changes nothing."""
@@ -313,6 +346,8 @@ class WanTransformer(nn.Module):
         """Compiles every block in place with `torch.compile`; names of the parameters stay."""
         for block in self.blocks:
             block.compile(**options)
+        # what branches share is run apart from the block
+        self.blocks[0].attend = torch.compile(cast(WanBlock, self.blocks[0]).attend, **options)  # type: ignore[call-overload]
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -347,11 +382,16 @@ class WanTransformer(nn.Module):
     def _run_block(
         self, block: WanBlock, index: int, embedded: Embedded, attention: AttentionFn, cache: StepCache
     ) -> Tensor:
-        inputs = (embedded.tokens, embedded.text, embedded.modulation, embedded.rope, attention, embedded.text_bias)
+        text = embedded.text.keys(index, block.text_keys)
+        inputs = (embedded.tokens, text, embedded.modulation, embedded.rope, attention)
         if MODULE_LEVELS & cache.levels:
             return block.forward_at_sites(*inputs, ask=partial(self._ask, cache, index, embedded.modulation))
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
+        if index == 0 and embedded.start is not None:
+            attend = partial(block.attend, rope=embedded.rope, dtype=text.v.dtype, attention=attention)
+            attended = embedded.start.get(embedded.tokens, embedded.modulation, attend)
+            return cast(Tensor, block(attended, text, embedded.modulation, None, attention))
         return cast(Tensor, block(*inputs))
 
     def _ask(
@@ -361,7 +401,8 @@ class WanTransformer(nn.Module):
             return compute()
         return cache.at(Site(level, index, len(self.blocks)), compute, Signal(entering, time))
 
-    def _checked_grid(self, latent: Tensor, timestep: Tensor, text: Tensor) -> Grid:
+    def _checked_grid(self, latent: Tensor, timestep: Tensor, text: Tensor | PreparedText) -> tuple[Grid, int]:
+        """The token grid, and how many branches' text there is for the latent."""
         channels, patch = self.config.in_channels, self.config.patch_size
         if latent.ndim != 5 or latent.shape[1] != channels:
             raise ValueError(f"latent is {list(latent.shape)}; expected [B, {channels}, T, H, W]")
@@ -370,10 +411,11 @@ class WanTransformer(nn.Module):
         batch = latent.shape[0]
         if timestep.ndim != 1 or len(timestep) not in (1, batch):
             raise ValueError(f"timestep is {list(timestep.shape)}; expected [{batch}] or [1]")
-        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != self.config.text_dim:
-            raise ValueError(f"text is {list(text.shape)}; expected [{batch}, L, {self.config.text_dim}]")
+        given, width = (text, self.config.text_dim) if isinstance(text, Tensor) else (text.rows, self.config.dim)
+        if given.ndim != 3 or given.shape[0] % batch or not given.shape[0] or given.shape[2] != width:
+            raise ValueError(f"text is {list(given.shape)}; expected [{batch}, L, {width}]")
         frames, rows, columns = (size // step for size, step in zip(latent.shape[2:], patch, strict=True))
-        return frames, rows, columns
+        return (frames, rows, columns), given.shape[0] // batch
 
 
 def sinusoids(timestep: Tensor, width: int) -> Tensor:
@@ -383,3 +425,25 @@ def sinusoids(timestep: Tensor, width: int) -> Tensor:
     exponent = -math.log(_TIME_PERIOD) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
     angles = timestep.float()[:, None] * exponent.exp()[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+@lru_cache(maxsize=4)
+def rope_table(grid: Grid, head_dim: int, device: torch.device) -> Rope:
+    """Rotary cosines and sines of a grid, each [S, head_dim / 2] float32: 17 MB both at 32,760 tokens and 128 channels.
+
+    "RoFormer" (arXiv 2104.09864) along three axes: rows and columns take 2 * (head_dim // 6) channels each, frames
+    the rest. Angles are float64 until after the cosine. They depend on nothing but the arguments, so that all networks and
+    tasks share them; nobody may write into them.
+    """
+    side = 2 * (head_dim // 6)
+    widths = (head_dim - 2 * side, side, side)
+    angles = []
+    for axis, (length, width) in enumerate(zip(grid, widths, strict=True)):
+        frequencies = _ROPE_THETA ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
+        # [length, width / 2]
+        along = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequencies)
+        view = [1, 1, 1, width // 2]
+        view[axis] = length
+        angles.append(along.view(view).expand(*grid, -1))
+    table = torch.cat(angles, dim=-1).flatten(0, 2)  # [S, head_dim / 2]
+    return table.cos().float().to(device), table.sin().float().to(device)

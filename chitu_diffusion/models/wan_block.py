@@ -6,7 +6,6 @@ Precision is told in `chitu_diffusion.models.wan`.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import cast
 
 import torch
@@ -15,7 +14,10 @@ from torch import Tensor, nn
 
 from chitu_diffusion.attention.kernels import AttentionFn, sdpa, sdpa_weighted
 from chitu_diffusion.flexcache.seam import Level
+from chitu_diffusion.models.prepared_text import TextKeys
 from chitu_diffusion.models.wan_config import WanConfig
+
+_ONEDNN = torch.backends.mkldnn.is_available()
 
 Rope = tuple[Tensor, Tensor]  # (cos, sin), each [S, head_dim / 2] float32
 Ask = Callable[[Level, Callable[[], Tensor], Tensor], Tensor]  # (level, compute, entering tokens) -> module output
@@ -44,18 +46,27 @@ class WanAttention(nn.Module):
         self.norm_q = nn.RMSNorm(dim, eps=eps)
         self.norm_k = nn.RMSNorm(dim, eps=eps)
 
-    def forward(self, x: Tensor, source: Tensor, rope: Rope | None, attention: AttentionFn) -> Tensor:
-        """x [B, S, dim] attends to source [B, L, dim]; with `rope`, q and k are turned by position (then L = S)."""
-        # norms over all heads at once, then [B, S, heads, head_dim]
-        q, k = self.to_q(x), self.to_k(source)
-        # in the norm's own dtype: under autocast that is float32, where the products are 16 bits
-        q = self.norm_q(q.to(self.norm_q.weight.dtype)).unflatten(2, (self.heads, -1))
-        k = self.norm_k(k.to(self.norm_k.weight.dtype)).unflatten(2, (self.heads, -1))
-        v = self.to_v(source).unflatten(2, (self.heads, -1))
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        out = attention(q.to(v.dtype), k.to(v.dtype), v)
+    def forward(self, x: Tensor, where: Rope | TextKeys, attention: AttentionFn = sdpa) -> Tensor:
+        """x [B, S, dim] attends to itself, with q and k turned by `where`'s positions, or to the keys of a text."""
+        q = self.queries(x)
+        if not isinstance(where, TextKeys):
+            k, v = self.keys(x)
+            out = attention(rotate(q, where).to(v.dtype), rotate(k, where).to(v.dtype), v)
+        elif where.bias is None:
+            out = sdpa(q.to(where.v.dtype), where.k, where.v)
+        else:
+            out = sdpa_weighted(q.to(where.v.dtype), where.k, where.v, where.bias)
         return cast(Tensor, self.to_out[0](out.flatten(2)))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Normalised queries of x [B, S, dim]: [B, S, heads, head_dim], in the norm's dtype."""
+        # normed over all heads at once; under autocast the norm's dtype is float32, where the product is 16 bits
+        return self.norm_q(self.to_q(x).to(self.norm_q.weight.dtype)).unflatten(2, (self.heads, -1))
+
+    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised keys (in the norm's dtype) and values of x [B, L, dim], each [B, L, heads, head_dim]."""
+        k = self.norm_k(self.to_k(x).to(self.norm_k.weight.dtype))
+        return k.unflatten(2, (self.heads, -1)), self.to_v(x).unflatten(2, (self.heads, -1))
 
 
 class GeluLinear(nn.Module):
@@ -67,6 +78,8 @@ class GeluLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dim] -> [..., ffn_dim]."""
+        if _has_fused_gelu(x, self.proj):
+            return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.proj.weight, self.proj.bias, "gelu", [], "tanh"))
         return F.gelu(self.proj(x), approximate="tanh")
 
 
@@ -87,7 +100,7 @@ class WanBlock(nn.Module):
 
     `self_attention`, `cross_attention` and `feed_forward` give what each module adds before its gate; `add_gated` and
     plain addition put it on the stream. `forward` is all of them in one piece, the unit that is compiled, checkpointed
-    and streamed.
+    and streamed; `attend` is its first third alone.
     """
 
     def __init__(self, config: WanConfig) -> None:
@@ -102,46 +115,48 @@ class WanBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
-        self,
-        tokens: Tensor,
-        text: Tensor,
-        modulation: Tensor,
-        rope: Rope,
-        attention: AttentionFn,
-        text_bias: Tensor | None = None,
+        self, tokens: Tensor, text: TextKeys, modulation: Tensor, rope: Rope | None, attention: AttentionFn = sdpa
     ) -> Tensor:
         """One block.
 
         Args:
             tokens: [B, S, dim], the stream.
-            text: [B, L, dim]; its dtype is the one in which this block multiplies.
-            modulation: [B, 6, dim], the projected time embedding.
-            rope: (cos, sin) of the tokens' positions, [S, head_dim / 2] float32.
+            text: of `text_keys`; its dtype is the one in which this block multiplies.
+            modulation: [B, 6, dim] or [1, 6, dim], the projected time embedding.
+            rope: (cos, sin) of the tokens' positions, [S, head_dim / 2] float32; None where `attend` was run already.
             attention: self-attention, in layout [B, S, heads, head_dim].
-            text_bias: [B, L] added to the scores of the cross-attention, or None.
         """
+        dtype, shifts = text.v.dtype, self.modulate(modulation)
+        if rope is not None:
+            tokens = add_gated(tokens, self.self_attention(tokens, shifts, dtype, rope, attention), shifts[2])
+        tokens = add(tokens, self.cross_attention(tokens, text))
+        return add_gated(tokens, self.feed_forward(tokens, shifts, dtype), shifts[5])
+
+    def attend(
+        self, tokens: Tensor, modulation: Tensor, rope: Rope, dtype: torch.dtype, attention: AttentionFn = sdpa
+    ) -> Tensor:
+        """The stream after the self-attention, which knows nothing of the text; `forward` without `rope` does the rest."""
         shifts = self.modulate(modulation)
-        tokens = add_gated(tokens, self.self_attention(tokens, shifts, text.dtype, rope, attention), shifts[2])
-        tokens = add(tokens, self.cross_attention(tokens, text, text_bias))
-        return add_gated(tokens, self.feed_forward(tokens, shifts, text.dtype), shifts[5])
+        return add_gated(tokens, self.self_attention(tokens, shifts, dtype, rope, attention), shifts[2])
 
     def forward_at_sites(
-        self,
-        tokens: Tensor,
-        text: Tensor,
-        modulation: Tensor,
-        rope: Rope,
-        attention: AttentionFn,
-        text_bias: Tensor | None,
-        ask: Ask,
+        self, tokens: Tensor, text: TextKeys, modulation: Tensor, rope: Rope, attention: AttentionFn, ask: Ask
     ) -> Tensor:
         """`forward`, where `ask(level, compute, entering)` answers for each of the three modules."""
-        shifts, dtype = self.modulate(modulation), text.dtype
+        shifts, dtype = self.modulate(modulation), text.v.dtype
         added = ask("attention", lambda: self.self_attention(tokens, shifts, dtype, rope, attention), tokens)
         attended = add_gated(tokens, added, shifts[2])
-        crossed = add(attended, ask("cross", lambda: self.cross_attention(attended, text, text_bias), attended))
+        crossed = add(attended, ask("cross", lambda: self.cross_attention(attended, text), attended))
         added = ask("ffn", lambda: self.feed_forward(crossed, shifts, dtype), crossed)
         return add_gated(crossed, added, shifts[5])
+
+    def text_keys(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v of the cross-attention for projected text rows [B, L, dim], each [B, L, heads, head_dim] in one dtype.
+
+        They depend on the text alone: `PreparedText` asks once for all steps.
+        """
+        k, v = self.attn2.keys(rows)
+        return k.to(v.dtype), v
 
     def modulate(self, modulation: Tensor) -> tuple[Tensor, ...]:
         """(shift, scale, gate) of the self-attention, then of the feed-forward; six of [B, 1, dim] float32."""
@@ -152,20 +167,33 @@ class WanBlock(nn.Module):
     ) -> Tensor:
         """What the self-attention gives before its gate, [B, S, dim]."""
         x = (self.norm1(tokens) * (1 + shifts[1]) + shifts[0]).to(dtype)
-        return cast(Tensor, self.attn1(x, x, rope, attention))
+        return cast(Tensor, self.attn1(x, rope, attention))
 
-    def cross_attention(self, tokens: Tensor, text: Tensor, text_bias: Tensor | None = None) -> Tensor:
+    def cross_attention(self, tokens: Tensor, text: TextKeys) -> Tensor:
         """What the attention to the text gives, [B, S, dim]. It has neither gate nor modulation."""
-        attention = sdpa if text_bias is None else partial(sdpa_weighted, bias=text_bias)
-        return cast(Tensor, self.attn2(self.norm2(tokens).to(text.dtype), text, None, attention))
+        return cast(Tensor, self.attn2(self.norm2(tokens).to(text.v.dtype), text))
 
     def feed_forward(self, tokens: Tensor, shifts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """What the feed-forward gives before its gate, [B, S, dim]."""
         return cast(Tensor, self.ffn((self.norm3(tokens) * (1 + shifts[4]) + shifts[3]).to(dtype)))
 
 
+def _has_fused_gelu(x: Tensor, linear: nn.Module) -> bool:
+    """Whether oneDNN's product with a GELU in it may stand for the two: GELU alone takes a CPU as long as the product.
+
+    It knows no gradients and no autocast.
+    """
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and isinstance(linear, nn.Linear)
+    plain = plain and linear.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return plain and _ONEDNN and not torch.is_grad_enabled()
+
+
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turns each neighbouring pair of channels of x [B, S, heads, head_dim] by its token's angles; in float32."""
+    if x.device.type == "cpu":
+        # the same products and sums in one pass, as complex numbers, for which a compiler for GPUs has no code
+        turns = torch.complex(*rope)[:, None, :]  # [S, 1, head_dim / 2]
+        return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(-2).to(x.dtype)
     cos, sin = (part[:, None, :] for part in rope)  # [S, 1, head_dim / 2]
     even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -1,0 +1,106 @@
+"""A text as a network's blocks see it: what depends on the prompt alone, computed once and used by every step.
+
+Per network these are the projected rows and, for each block, the keys and values of its cross-attention. They belong to
+whoever runs a task, never to the network, so that tasks can take turns on one network. Knows rows and blocks; no
+prompt, guidance or task.
+
+Padding. Wan pads every prompt to 512 rows, and the padding takes part in the attention: n equal rows. Only one of them
+is projected and kept. How it counts n times depends on the kernel: on a CPU the scores take a bias of log n, in float32,
+and the attention runs over the few rows that differ. Flash kernels on a GPU (cuDNN, FlashAttention-3) take no bias, and
+those that do cost more than 512 keys against 512 without; there the kept row is copied n times on the way into the
+attention, 10 MB a block at 14B, which is nothing beside a block. Either equals the padded text within rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TextKeys(NamedTuple):
+    """What one block's cross-attention looks at.
+
+    Attributes:
+        k, v: [B, L, heads, head_dim]; k is normalised. Their dtype is the one in which the block multiplies.
+        bias: [B, L] or [1, L] float32, added to the scores, or None. Log n makes a row weigh as much as n equal ones.
+    """
+
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(eq=False)
+class PreparedText:
+    """A text under one network.
+
+    Attributes:
+        rows: [B, L, dim], projected text, in the dtype in which the blocks multiply.
+        positions: how many rows stand before the attention; where more than L, copies of the last row make up the rest.
+        bias: see `TextKeys`; rows are weighted in place of being copied.
+        keep: whether a block's keys stay for the next forward. They hold for as long as the network's weights and the
+            autocast setting do.
+    """
+
+    rows: Tensor
+    positions: int
+    bias: Tensor | None = None
+    keep: bool = False
+    _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def keys(self, block: int, make: Callable[[Tensor], tuple[Tensor, Tensor]]) -> TextKeys:
+        """The keys of a block, made when they are first asked for: that is when a streamed block's weights are there.
+
+        Args:
+            block: its index.
+            make: rows [B, L, dim] -> k, v, each [B, L, heads, head_dim].
+        """
+        k, v = self._kept.get(block) or make(self.rows)
+        if self.keep:
+            self._kept[block] = (k, v)
+        missing = self.positions - k.shape[1]
+        if missing:
+            k, v = (torch.cat([x, x[:, -1:].expand(-1, missing, -1, -1)], dim=1) for x in (k, v))
+        return TextKeys(k, v, self.bias)
+
+    @property
+    def bytes(self) -> int:
+        """Memory held, on the network's device: 2 x dim x L numbers a block and branch. At 14B in bfloat16 0.8 MiB a row,
+        so some 25 MiB for a prompt of 30 tokens and 100 MiB for Wan's negative prompt, where 512 rows would be 400 MiB."""
+        kept = [tensor for pair in self._kept.values() for tensor in pair]
+        return sum(tensor.numel() * tensor.element_size() for tensor in [self.rows, *kept])
+
+
+def rows_that_differ(text: Tensor) -> int:
+    """How many leading rows of a padded text [B, N, D] say everything: the last of them and all behind it are equal.
+
+    Reads the text once; on a GPU that waits for the device.
+    """
+    same = (text[:, 1:] == text[:, :-1]).all(dim=-1).all(dim=0)  # [N - 1], row equals the one before it, in every branch
+    behind = same.flip(0).int().cumprod(0).sum()  # length of the run of equal rows at the end
+    return int(text.shape[1] - behind)
+
+
+def fold(text: Tensor, rows: int | None = None) -> tuple[Tensor, int, Tensor | None]:
+    """The rows of a padded text [B, N, D] that differ, how many stand for them, and their bias (see the file's head).
+
+    Args:
+        rows: of `rows_that_differ`, where it is known.
+
+    Returns:
+        text [B, rows, D], positions, bias [1, rows] float32 or None.
+    """
+    rows = rows_that_differ(text) if rows is None else rows
+    count = text.shape[1] - rows + 1
+    if count == 1:
+        return text, rows, None
+    if text.device.type != "cpu":
+        return text[:, :rows], text.shape[1], None
+    bias = torch.zeros(1, rows)
+    bias[:, -1] = math.log(count)
+    return text[:, :rows], rows, bias
