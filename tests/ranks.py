@@ -81,14 +81,16 @@ class Counting:
         self.sent += numbers * x.element_size()
         self.calls += 1
 
-    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        row = x[0].numel()
-        self._count(row * (sum(send) - send[self.index]), x)
-        return self.peers.all_to_all(x, send, receive)
+    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> None:
+        for peer, x in enumerate(leaving):
+            if peer != self.index:
+                self._count(x.numel(), x)
+        self.peers.swap(leaving, arriving)
 
-    def pass_on(self, x: Tensor, arriving: Tensor):
-        self._count(x.numel(), x)
-        return self.peers.pass_on(x, arriving)
+    def pass_on(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]):
+        for x in leaving:
+            self._count(x.numel(), x)
+        return self.peers.pass_on(leaving, arriving)
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         self._count(x.numel() * (self.size - 1), x)
