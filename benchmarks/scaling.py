@@ -104,10 +104,10 @@ class Model:
         work = self.case.step(self.weights(), groups)
         velocity = work()
         times = self.ranks.timed(work, self.asked.repeats)
-        alone = self.ranks.results.get(f"{self.name} alone", {}).get("seconds", float("nan"))
+        alone = self.ranks.results.get(f"{self.name} alone", {}).get("seconds")
         sent, formula = bytes_sent(groups, work), self.case.formula(groups)
-        found = {**times, "plan": str(plan), "speedup": alone / times["seconds"], "peak_bytes": self.ranks.peak(work)}
-        found |= {"bytes_sent": sent, "formula_numbers": asdict(formula)}
+        found = {**times, "plan": str(plan), "speedup": alone and alone / times["seconds"]}
+        found |= {"peak_bytes": self.ranks.peak(work), "bytes_sent": sent, "formula_numbers": asdict(formula)}
         if len(self.reference):
             found["error_to_alone"] = relative(velocity, self.reference)
         if len(self.float32):
@@ -196,14 +196,14 @@ def vae(ranks: Ranks, small: bool, repeats: int, shared: bool) -> dict[str, Any]
         return strips_on_first(lambda low, high: decoder.decode_strip(latent, low, high), shape[-1], -1, groups.world)
 
     found = {**ranks.timed(strips, repeats), "peak_bytes": ranks.peak(strips)}
-    alone = ranks.results.get("vae alone", {}).get("seconds", float("nan"))
+    alone = ranks.results.get("vae alone", {}).get("seconds")
     whole, video = decoder.decode(latent), strips()
     error = {} if video is None else {"error_to_alone": relative(video, whole), "largest": float((video - whole).abs().max())}
-    return {**found, "speedup": alone / found["seconds"], **error}
+    return {**found, "speedup": alone and alone / found["seconds"], **error}
 
 
 def fault(ranks: Ranks) -> dict[str, Any]:
-    """The last rank raises while the others wait in an exchange with it: how long they wait, and whether groups can be made again."""
+    """The last rank raises while the others wait in an exchange with it: how long they wait, and whether groups open again."""
     groups = ranks.layout(auto_plan(ranks.world, ranks.world))
     x = torch.zeros(1 << 20, device=ranks.device)
     groups.world.all_gather(x)

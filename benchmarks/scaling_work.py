@@ -7,15 +7,20 @@ no clock and no results.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+if find_spec("ftfy") is None:
+    sys.modules["ftfy"] = ModuleType("ftfy")  # mends prompts; none is read here, and not every test machine has it
 
 from chitu_diffusion import forward
 from chitu_diffusion.attention import attention_kernel
@@ -32,6 +37,7 @@ from chitu_diffusion.parallel.traffic import Counting, Traffic, traffic
 TEXT_ROWS = 512
 AXES = ("ulysses", "ring", "sequence", "branches")
 Span = tuple[float, float]
+Work = Callable[[], object]
 
 
 def filled(module: nn.Module, device: torch.device, dtype: torch.dtype, keep: Sequence[str] = (), seed: int = 0) -> nn.Module:
@@ -126,7 +132,7 @@ def bytes_sent(groups: RankGroups, work: Callable[[], object]) -> dict[str, int]
     return {name: counter.sent for name, counter in counters.items()}
 
 
-def link_exchanges(groups: RankGroups, device: torch.device, sizes: Sequence[int]) -> Iterable[tuple[str, int, Callable[[], object]]]:
+def link_exchanges(groups: RankGroups, device: torch.device, sizes: Sequence[int]) -> Iterable[tuple[str, int, Work]]:
     """(kind, bytes that a rank sends, the exchange) for both ways in which blocks talk: `pass_on` and `swap`."""
     peers = groups.world
     for size in sizes:
@@ -149,7 +155,9 @@ class Elsewhere:
         """Nothing travels."""
 
 
-def kernels(case: Case, attention: Sequence[tuple[int, int]], rows: Sequence[tuple[int, int]]) -> Iterable[tuple[dict[str, Any], Callable[[], object]]]:
+def kernels(
+    case: Case, attention: Sequence[tuple[int, int]], rows: Sequence[tuple[int, int]]
+) -> Iterable[tuple[dict[str, Any], Work]]:
     """(what, work) for every piece of which a forward on any layout is made.
 
     Args:

@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def _between(known: Sequence[tuple[float, float]], size: float) -> float:
     """Linear between the measured sizes; the last bandwidth beyond them, the first time below."""
     if size <= known[0][0]:
         return known[0][1]
-    for (low, first), (high, second) in zip(known, known[1:]):
+    for (low, first), (high, second) in pairwise(known):
         if size <= high:
             return first + (second - first) * (size - low) / (high - low)
     return known[-1][1] * size / known[-1][0]
@@ -195,19 +196,23 @@ def studied(results: Piece) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     checks: list[dict[str, Any]] = []
     factors: dict[str, float] = {}
+    if "rows" not in results.get("links", {}):
+        raise ValueError("the links were not measured; run benchmarks.scaling with its section 'links'")
+    links = Links(results["links"]["rows"], FABRICS[0])
     for section, found in results.items():
         if not section.endswith(" kernels") or "pieces" not in found:
             continue
         name = section.removesuffix(" kernels")
         alone = results.get(f"{name} alone", {}).get("seconds")
         for fabric in FABRICS:
-            links = Links(results["links"]["rows"], fabric)
-            study = Study(found["model"], found["pieces"], links, alone, factors.get(name.split()[0], 1.0))
+            fabric_links = Links(results["links"]["rows"], fabric)
+            study = Study(found["model"], found["pieces"], fabric_links, alone, factors.get(name.split()[0], 1.0))
             factors[name.split()[0]] = study.factor
             rows += _rows(name, fabric, study)
         checks += _checked(name, study, results)
     errors = [abs(check["error"]) for check in checks]
-    return {"reached": links.reached, "factors": factors, "checks": checks, "largest_error": max(errors, default=None), "rows": rows}
+    largest = max(errors, default=None)
+    return {"reached": links.reached, "factors": factors, "checks": checks, "largest_error": largest, "rows": rows}
 
 
 def _rows(name: str, fabric: Fabric, study: Study) -> list[dict[str, Any]]:
@@ -240,8 +245,8 @@ def as_markdown(study: Mapping[str, Any]) -> str:
     for check in study["checks"]:
         lines.append(f"| {check['case']} | {check['predicted']:.3f} | {check['measured']:.3f} | {check['error']:+.1%} |")
     for model in dict.fromkeys(row["model"] for row in study["rows"]):
-        lines += ["", f"## {model}", "", "| GPUs | between nodes | layout | s a step | speed-up | efficiency | waiting | sent, GB | best |"]
-        lines.append("|---|---|---|---|---|---|---|---|---|")
+        columns = ["GPUs", "between nodes", "layout", "s a step", "speed-up", "efficiency", "waiting", "sent, GB", "best"]
+        lines += ["", f"## {model}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for row in (row for row in study["rows"] if row["model"] == model):
             if row["gpus"] <= NODE and row["fabric"] != FABRICS[0].name:
                 continue

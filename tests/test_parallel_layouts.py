@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Counting, run_ranks
+from conftest import WAN_TINY
+from ranks import run_ranks
 from running import config_for, latent_and_video, psnr, relative_error, task_for
 
 from chitu_diffusion import forward
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.generator import Generator
+from chitu_diffusion.networks import load_networks
 from chitu_diffusion.parallel.groups import RankGroups
 from chitu_diffusion.parallel.plan import ParallelPlan, parse_layout, plan_for
+from chitu_diffusion.parallel.traffic import Counting
+from chitu_diffusion.parallel.traffic import traffic as by_formula
 from chitu_diffusion.task import TaskStatus
 
 HEADS = 4
@@ -25,6 +29,8 @@ CASES = {
     "unguided": {"guidance_scale": 1.0},
 }
 SIZE = {"height": 48, "width": 48, "num_frames": 9, "num_inference_steps": 4}
+OTHERS = {"wan-tiny": (2, 4), "experts": (2,)}  # other models, and the worlds in which they run
+OTHER_SIZE = {"height": 48, "width": 48, "num_frames": 5, "num_inference_steps": 3}  # 18 tokens
 
 
 def plan_of(layout: str) -> ParallelPlan:
@@ -32,16 +38,25 @@ def plan_of(layout: str) -> ParallelPlan:
     return plan_for(asked["cfg"] * asked["cp"], HEADS, **asked)
 
 
-def run_case(generator: Generator, case: str) -> dict[str, torch.Tensor]:
+def run_case(generator: Generator, case: str, **params) -> dict[str, torch.Tensor]:
     """Latent, and on rank 0 the video."""
-    task = task_for(**SIZE, **CASES[case])
+    task = task_for(**(params or {**SIZE, **CASES[case]}))
     latent, video = latent_and_video(generator, task)
     assert task.status is TaskStatus.SAVING
+    if case == "experts":
+        assert "expert 1" in task.events, "both experts shall have run"
     return {f"{case} latent": latent, **({} if video is None else {f"{case} video": video})}
+
+
+def folder_of(other: str, folder: Path) -> Path:
+    return WAN_TINY if other == "wan-tiny" else folder.with_name(other)
 
 
 def all_layouts(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
     """Every layout of a world on one set of processes; results go to files."""
+    configs = {name: config_for(folder_of(name, Path(folder)), Path(out)) for name, worlds in OTHERS.items() if world in worlds}
+    device = torch.device("cpu")
+    others = {name: load_networks(config, device, torch.float32, encodes=rank == 0) for name, config in configs.items()}
     for layout in LAYOUTS[world]:
         groups = RankGroups(plan_of(layout), rank, store=dist.PrefixStore(layout, store), timeout=30)
         groups.open()
@@ -50,8 +65,12 @@ def all_layouts(rank: int, world: int, store: dist.Store, folder: str, out: str)
         results: dict[str, torch.Tensor] = {}
         for case in CASES:
             results |= run_case(generator, case)
+        for name, networks in others.items():
+            other = DiffusionBackend.from_networks(networks, configs[name], groups)
+            results |= run_case(Generator(other), name, **OTHER_SIZE)
         results |= by_hand(generator)
         results |= {"sent": torch.tensor(traffic(backend, layout))}
+        results |= {"encoder": torch.tensor([not weight.is_meta for weight in backend.text_encoder.parameters()])}
         torch.save(results, Path(out, f"{layout}-{rank}.pt"))
         groups.close()
 
@@ -97,7 +116,9 @@ def expected_traffic(plan: ParallelPlan, tokens: int = 32, dim: int = 16 * HEADS
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_model import write_tiny_model
 
-    return write_tiny_model(tmp_path_factory.mktemp("parallel") / "tiny", heads=HEADS)
+    folder = tmp_path_factory.mktemp("parallel")
+    write_tiny_model(folder / "experts", experts=2, shift=12.0, heads=HEADS)
+    return write_tiny_model(folder / "tiny", heads=HEADS)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +127,9 @@ def one_process(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     results: dict[str, torch.Tensor] = by_hand(generator)
     for case in CASES:
         results |= run_case(generator, case)
+    for name in OTHERS:
+        other = DiffusionBackend(config_for(folder_of(name, model), tmp_path_factory.mktemp("one")))
+        results |= run_case(Generator(other), name, **OTHER_SIZE)
     return results
 
 
@@ -121,7 +145,7 @@ def ranks_results(request, model: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_every_layout_makes_the_same_video(ranks_results, one_process) -> None:
     for layout, ranks in ranks_results.items():
-        for case in CASES:
+        for case in (*CASES, *(name for name, worlds in OTHERS.items() if len(ranks) in worlds)):
             latents = [rank[f"{case} latent"] for rank in ranks]
             error = relative_error(latents[0], one_process[f"{case} latent"])
             assert error < 1e-4, f"{layout}, {case}: relative error {error}"
@@ -142,3 +166,16 @@ def test_ranks_send_what_the_formula_says(ranks_results) -> None:
     for layout, ranks in ranks_results.items():
         for rank, results in enumerate(ranks):
             assert results["sent"].tolist() == expected_traffic(plan_of(layout)), f"{layout}, rank {rank}"
+
+
+def test_the_package_knows_the_formula() -> None:
+    for layout in (word for words in LAYOUTS.values() for word in words):
+        plan = plan_of(layout)
+        found = by_formula(plan, tokens=32, dim=16 * HEADS, blocks=2, values=16, latent=4 * 2 * 8 * 8)
+        assert [4 * part for part in (found.ulysses, found.ring, found.gather, found.guidance)] == expected_traffic(plan)
+
+
+def test_only_rank_0_has_the_text_encoder(ranks_results) -> None:
+    for ranks in ranks_results.values():
+        assert ranks[0]["encoder"].all()
+        assert not any(rank["encoder"].any() for rank in ranks[1:])
