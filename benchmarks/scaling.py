@@ -26,7 +26,8 @@ from benchmarks.scaling_ranks import Ranks, in_processes
 from benchmarks.scaling_report import as_markdown
 from benchmarks.scaling_work import (
     Case,
-    bytes_sent,
+    beside,
+    counted,
     kernels,
     link_exchanges,
     random_transformer,
@@ -34,7 +35,6 @@ from benchmarks.scaling_work import (
     traced,
 )
 from benchmarks.simulate_scaling import needed_shapes
-from chitu_diffusion.attention import attention_kernel
 from chitu_diffusion.config import rank_place
 from chitu_diffusion.models.spec import resolve_model
 from chitu_diffusion.models.wan import WanTransformer
@@ -44,10 +44,15 @@ from chitu_diffusion.parallel.sharing import strips_on_first
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = {"480p": (832, 480, 81), "720p": (1280, 720, 81), "small": (64, 64, 5)}
-INNER = 4
-"""Calls of a short kernel for one reading of the clock."""
+INNER, SHORT = 4, 0.005
+"""Calls for one reading of the clock, for kernels of less than so many seconds."""
 DIFFUSERS = {"ulysses2": {"ulysses_degree": 2}, "ring2": {"ring_degree": 2}}
 SMALL_VAE = {"base_dim": 8, "num_res_blocks": 1}
+
+
+def settings_of(asked: argparse.Namespace) -> dict[str, str]:
+    """The command line's settings by dotted name."""
+    return dict(text.split("=", 1) for text in asked.set)
 
 
 def relative(found: Tensor, reference: Tensor) -> float:
@@ -71,7 +76,8 @@ class Model:
         cuda = ranks.device.type == "cuda"
         spec, _ = resolve_model(name)
         dtype = torch.bfloat16 if cuda else torch.float32
-        self.case = Case(spec, SIZES[size], ranks.device, dtype, asked.attention)
+        self.case = Case(spec, SIZES[size], ranks.device, dtype, settings_of(asked))
+        self.kernel_names = ["auto", "auto"]  # of one rank, and of a ring: those that the steps took
         self.network: WanTransformer | None = None
         self.reference = self.float32 = torch.empty(0)
 
@@ -83,14 +89,12 @@ class Model:
 
     def alone(self) -> dict[str, Any]:
         """One GPU; every rank by itself."""
-        network, groups = self.weights(), RankGroups()
+        began, network = time.monotonic(), self.weights()
         sums = self.ranks.gathered([float(x.double().sum()) for x in list(network.parameters())[:8]])
-        work = self.case.step(network, groups)
-        began = time.monotonic()
-        self.reference = work()
-        times = self.ranks.timed(work, self.asked.repeats)
-        found = {**times, "peak_bytes": self.ranks.peak(work), "weights_agree": all(each == sums[0] for each in sums)}
-        found |= {"kernel": attention_kernel(self.asked.attention).name, "to_first_step": time.monotonic() - began}
+        backend = self.case.backend(network, RankGroups())
+        found, self.reference = self._timed(self.case.step(backend))
+        self.kernel_names[0] = found["kernel"] = backend.attn_backend.name
+        found |= {"weights_agree": all(each == sums[0] for each in sums), "section_to_here": time.monotonic() - began}
         if self.exact:
             self.float32 = self._in_float32(network)
             found["error_to_float32"] = relative(self.reference[:1], self.float32)
@@ -98,23 +102,34 @@ class Model:
 
     def layout(self, word: str) -> dict[str, Any]:
         """One layout of all ranks."""
-        asked = parse_layout(word)
-        plan = plan_for(self.ranks.world, self.case.config.num_attention_heads, **asked)
+        plan = plan_for(self.ranks.world, self.case.config.num_attention_heads, **parse_layout(word))
         groups = self.ranks.layout(plan)
-        work = self.case.step(self.weights(), groups)
-        velocity = work()
-        times = self.ranks.timed(work, self.asked.repeats)
+        backend = self.case.backend(self.weights(), groups)
+        work = self.case.step(backend)
+        with counted(groups) as sent:
+            found, velocity = self._timed(work)
+        kernel, calls = backend.attn_backend.name, 1 + self.asked.repeats
+        if plan.ring > 1:
+            self.kernel_names[1] = kernel
         alone = self.ranks.results.get(f"{self.name} alone", {}).get("seconds")
-        sent, formula = bytes_sent(groups, work), self.case.formula(groups)
-        found = {**times, "plan": str(plan), "speedup": alone and alone / times["seconds"]}
-        found |= {"peak_bytes": self.ranks.peak(work), "bytes_sent": sent, "formula_numbers": asdict(formula)}
+        found |= {"kernel": kernel, "plan": str(plan), "speedup": alone and alone / found["seconds"]}
+        found |= {"bytes_sent": {name: counter.sent // calls for name, counter in sent.items()}}
+        found |= {"formula_numbers": asdict(self.case.formula(groups))}
         if len(self.reference):
             found["error_to_alone"] = relative(velocity, self.reference)
         if len(self.float32):
             found["error_to_float32"] = relative(velocity[:1], self.float32)
-        if self.ranks.device.type == "cuda":
+        if self.exact and plan.sequence > 1 and self.ranks.device.type == "cuda":
             found["trace"] = traced(work)
         return found
+
+    def overlap(self) -> dict[str, Any]:
+        """A hop of the ring: its kernel, its transfer, and both at once."""
+        world = self.ranks.world
+        groups = self.ranks.layout(plan_for(world, self.case.config.num_attention_heads, cp=world, ulysses=1))
+        kernel = self.case.kernel(self.kernel_names[1], True)
+        works = beside(self.case, groups, kernel)
+        return {"kernel": kernel.name, **{name: self.ranks.timed(work, 5)["seconds"] for name, work in works.items()}}
 
     def diffusers(self, word: str) -> dict[str, Any]:
         """diffusers' transformer with the same weights, alone or with its own context parallelism."""
@@ -133,7 +148,7 @@ class Model:
         if word != "alone":
             self.ranks.layout(plan_for(self.ranks.world, self.case.config.num_attention_heads, cp=self.ranks.world, ulysses=1))
             model.enable_parallelism(config=ContextParallelConfig(**DIFFUSERS[word]))
-        latent, time_row = self.case.latent.to(self.case.dtype), self.case.time.reshape(1)
+        latent, time_row = self.case.latent.to(self.case.dtype), self.case.time.reshape(1).to(self.ranks.device)
 
         def step() -> list[Tensor]:
             return [model(latent, time_row, row[None], return_dict=False)[0] for row in self.case.text]
@@ -147,16 +162,30 @@ class Model:
     def kernels(self) -> dict[str, Any]:
         """Times of the pieces of a forward, for every shape that the simulation asks for."""
         attention, rows = needed_shapes(self.case.config.num_attention_heads, self.case.tokens)
-        inner = INNER if self.ranks.device.type == "cuda" else 1
         pieces = []
-        for what, work in kernels(self.case, attention, rows):
-            took = self.ranks.timed(lambda work=work: [work() for _ in range(inner)], 3)["seconds"] / inner
+        names = self.kernel_names
+        chosen = [self.case.kernel(name, needs_lse) for name, needs_lse in zip(names, (False, True), strict=True)]
+        for what, work in kernels(self.case, attention, rows, *chosen):
+            took = self.ranks.timed(work, 1)["seconds"]
+            if took < SHORT and self.ranks.device.type == "cuda":
+                # a single short call is mostly the clock
+                took = self.ranks.timed(lambda work=work: [work() for _ in range(INNER)], 3)["seconds"] / INNER
             pieces.append({**what, "seconds": took})
         config = self.case.config
         shape = {"tokens": self.case.tokens, "heads": config.num_attention_heads, "dim": config.dim}
         shape |= {"blocks": config.num_layers, "values": config.patch_values * config.out_channels}
         shape |= {"latent": self.case.latent.numel(), "bytes_per_number": self.case.dtype.itemsize}
-        return {"model": shape, "pieces": pieces}
+        return {"model": shape, "kernels": [kernel.name for kernel in chosen], "pieces": pieces}
+
+    def _timed(self, work: Callable[[], Tensor]) -> tuple[dict[str, Any], Tensor]:
+        """Times of a step, and the velocities of the last."""
+        last = torch.empty(0)
+
+        def call() -> None:
+            nonlocal last
+            last = work()
+
+        return self.ranks.timed(call, self.asked.repeats), last
 
     def release(self) -> None:
         """Let go of the weights."""
@@ -169,7 +198,7 @@ class Model:
             exact = WanTransformer(self.case.config)
         exact.load_state_dict({name: x.float() for name, x in network.state_dict().items()}, assign=True)
         case = self.case
-        return exact.eval()(case.latent, case.time.reshape(1), case.text[:1].float())
+        return exact.eval()(case.latent, case.time.reshape(1).to(case.device), case.text[:1].float())
 
 
 def links(ranks: Ranks, sizes: list[int]) -> dict[str, Any]:
@@ -189,13 +218,13 @@ def vae(ranks: Ranks, small: bool, repeats: int, shared: bool) -> dict[str, Any]
     shape = (1, 16, 3, 8, 8) if small else (1, 16, 21, 60, 104)
     latent = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(ranks.device)
     if not shared:
-        return {**ranks.timed(lambda: decoder.decode(latent), repeats), "peak_bytes": ranks.peak(lambda: decoder.decode(latent))}
+        return ranks.timed(lambda: decoder.decode(latent), repeats)
     groups = ranks.layout(auto_plan(ranks.world, ranks.world))
 
     def strips() -> Tensor | None:
         return strips_on_first(lambda low, high: decoder.decode_strip(latent, low, high), shape[-1], -1, groups.world)
 
-    found = {**ranks.timed(strips, repeats), "peak_bytes": ranks.peak(strips)}
+    found = ranks.timed(strips, repeats)
     alone = ranks.results.get("vae alone", {}).get("seconds")
     whole, video = decoder.decode(latent), strips()
     error = {} if video is None else {"error_to_alone": relative(video, whole), "largest": float((video - whole).abs().max())}
@@ -246,19 +275,21 @@ def sections(ranks: Ranks, asked: argparse.Namespace) -> list[tuple[str, Callabl
     rows: list[tuple[str, Callable[[], dict[str, Any]], float]] = [("machine", lambda: warm_up(ranks), 0)]
     rows.append(("links", lambda: links(ranks, message), 4))
     for index, model in enumerate(models):
-        rows.append((f"{model.name} alone", model.alone, 16 if index == 0 else 28))
+        rows.append((f"{model.name} alone", model.alone, 15 if index == 0 else 25))
         for word in asked.layouts.split(","):
-            rows.append((f"{model.name} {word}", lambda m=model, w=word: m.layout(w), 7 if index == 0 else 18))
+            rows.append((f"{model.name} {word}", lambda m=model, w=word: m.layout(w), 6 if index == 0 else 13))
         if index == 0:
             for word in ("alone", *(DIFFUSERS if not small else ())):
-                rows.append((f"diffusers {model.name} {word}", lambda m=model, w=word: m.diffusers(w), 9))
-        rows.append((f"{model.name} kernels", model.kernels, 4 if index == 0 else 8))
+                rows.append((f"diffusers {model.name} {word}", lambda m=model, w=word: m.diffusers(w), 7))
+            rows.append((f"{model.name} overlap", model.overlap, 3))
+        rows.append((f"{model.name} kernels", model.kernels, 4 if index == 0 else 6))
         rows.append((f"{model.name} released", lambda m=model: m.release() or {}, 0))
     rows.insert(2, ("vae alone", lambda: vae(ranks, small, 2, False), 10))
     rows.insert(3, ("vae shared", lambda: vae(ranks, small, 2, True), 8))
     for name in [] if small else names:
         larger = Model(ranks, name, "720p", asked, exact=False)
-        rows.append((f"{larger.name} kernels", larger.kernels, 6 if name == names[0] else 14))
+        larger.kernel_names = models[names.index(name)].kernel_names  # one list: filled by the sections before
+        rows.append((f"{larger.name} kernels", larger.kernels, 3 if name == names[0] else 8))
     rows.append(("fault", lambda: fault(ranks), 6))
     chosen = asked.only.split(",") if asked.only else [""]
     return [row for row in rows if any(word in row[0] for word in chosen)]
@@ -273,7 +304,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="wan-tiny's shape, 64x64, 5 frames")
     parser.add_argument("--repeats", type=int, default=3, help="counted readings of a step")
     parser.add_argument("--layouts", default="cfg2,u2,r2")
-    parser.add_argument("--attention", default="auto", help="the kernel's name")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as infer.attn_type=math")
     parser.add_argument("--only", default="", help="sections whose names hold one of these words, comma-separated")
     parser.add_argument("--budget", type=float, default=200.0, help="seconds; what would not fit is skipped")
     parser.add_argument("--out", type=Path, default=None, help="JSON; a table is written beside it")

@@ -114,33 +114,30 @@ class Ranks:
             self.broken.append(name)
             found = {"failed": {rank: said for rank, said in enumerate(errors) if said}}
         self._groups.close()
+        self._groups = RankGroups()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self._keep(name, {**found, "section_seconds": round(self.elapsed - began, 2)})
 
     def timed(self, work: Callable[[], object], repeats: int) -> dict[str, Any]:
-        """Seconds of `work` on the slowest rank: the first call, and the median of `repeats` more.
+        """Seconds of `work` on the slowest rank: the first call, and the median of `repeats` more; and each rank's peak.
 
-        All ranks begin together; on a GPU its own events are the clock.
+        All ranks begin together; on a GPU its own events are the clock. The peak is of bytes allocated, 0 on a CPU.
         """
-        peers, tick = self._groups.world, torch.zeros(1, device=self.device)
+        peers, tick, cuda = self._groups.world, torch.zeros(1, device=self.device), self.device.type == "cuda"
         times = []
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
         for _ in range(repeats + 1):
             peers.all_gather(tick)
             self._sync()
             times.append(self._clock(work))
-        slowest = [max(column) for column in zip(*self.gathered(times), strict=True)]
-        return {"first": slowest[0], "seconds": median(slowest[1:]), "all": slowest[1:]}
-
-    def peak(self, work: Callable[[], object]) -> list[int]:
-        """Bytes allocated on each rank's device at the worst moment of `work`; zeros on a CPU."""
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        work()
-        self._sync()
-        return self.gathered(torch.cuda.max_memory_allocated(self.device) if cuda else 0)
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else 0
+        everyone = self.gathered({"times": times, "peak": peak})
+        slowest = [max(column) for column in zip(*(rank["times"] for rank in everyone), strict=True)]
+        found = {"first": slowest[0], "seconds": median(slowest[1:]), "all": slowest[1:]}
+        return {**found, "peak_bytes": [rank["peak"] for rank in everyone]}
 
     def fall(self) -> None:
         """This rank gives the section's exchanges up; the others' are cut short."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,18 +25,28 @@ if find_spec("ftfy") is None:
     sys.modules["ftfy"] = ModuleType("ftfy")  # mends prompts; none is read here, and not every test machine has it
 
 from chitu_diffusion import forward
-from chitu_diffusion.attention import attention_kernel
+from chitu_diffusion.attention import AttentionKernel, attention_kernel
 from chitu_diffusion.attention.merge import merge
 from chitu_diffusion.attention.ulysses import ulysses
-from chitu_diffusion.config import EngineConfig
+from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.config import load_config
 from chitu_diffusion.models.spec import ModelSpec
+from chitu_diffusion.models.text import TextEncoder, build_text_encoder
 from chitu_diffusion.models.vae import Vae, build_vae
 from chitu_diffusion.models.wan import KEEP_FLOAT32, WanTransformer
 from chitu_diffusion.models.wan_config import WanConfig
+from chitu_diffusion.networks import Networks
 from chitu_diffusion.parallel.groups import RankGroups
 from chitu_diffusion.parallel.traffic import Counting, Traffic, traffic
 
 TEXT_ROWS = 512
+SCHEDULER = {
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+    "num_train_timesteps": 1000,
+}
 AXES = ("ulysses", "ring", "sequence", "branches")
 Span = tuple[float, float]
 Work = Callable[[], object]
@@ -49,11 +61,12 @@ def filled(module: nn.Module, device: torch.device, dtype: torch.dtype, keep: Se
         keep: parts of parameter names that stay float32.
         seed: the same seed gives the same weights on the same kind of device.
     """
-    module.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in module.named_parameters():
         if not any(part in name for part in keep):
             parameter.data = parameter.data.to(dtype)
+    module.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in module.named_parameters():
         if parameter.ndim > 1 and "gamma" not in name:
             parameter.data.normal_(generator=generator).mul_(max(parameter[0].numel(), 1) ** -0.5)
         else:
@@ -81,33 +94,40 @@ class Case:
         spec: the model.
         size: (width, height, frames) in pixels.
         device, dtype: of the network.
-        attention: the kernel's name.
+        settings: dotted names of the engine's settings and their values, as text.
     """
 
     def __init__(
-        self, spec: ModelSpec, size: tuple[int, int, int], device: torch.device, dtype: torch.dtype, attention: str
+        self, spec: ModelSpec, size: tuple[int, int, int], device: torch.device, dtype: torch.dtype, settings: Mapping[str, str]
     ) -> None:
-        self.spec, self.config, self.device, self.dtype, self.attention = spec, spec.transformers[0], device, dtype, attention
+        self.spec, self.config, self.device, self.dtype = spec, spec.transformers[0], device, dtype
+        kind = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
+        self.args, _ = load_config(None, {"infer.device": str(device), "infer.dtype": kind, **settings}, {})
         width, height, frames = size
         self.tokens = spec.tokens(frames, height, width)
         generator = torch.Generator().manual_seed(1)
         shape = (1, *spec.geometry.latent_shape(frames, height, width))
         self.latent = torch.randn(shape, generator=generator).to(device)
         self.text = torch.randn(2, TEXT_ROWS, self.config.text_dim, generator=generator).to(device, dtype)
-        self.time = torch.tensor(500.0, device=device)
+        self.time = torch.tensor(500.0)
 
-    def step(self, network: WanTransformer, groups: RankGroups) -> Callable[[], Tensor]:
+    def backend(self, network: WanTransformer, groups: RankGroups) -> DiffusionBackend:
+        """The engine's own backend; of text encoder and VAE it has the shapes alone."""
+        encoder = TextEncoder(build_text_encoder({}), tokenizer=None)  # type: ignore[arg-type]
+        networks = Networks(self.spec, [network], encoder, Vae(build_vae({})), SCHEDULER)
+        return DiffusionBackend.from_networks(networks, self.args, groups)
+
+    def step(self, backend: DiffusionBackend) -> Callable[[], Tensor]:
         """Both branches' velocities, as the engine computes them."""
-        standing = SimpleNamespace(
-            groups=groups,
-            device=self.device,
-            args=EngineConfig(),
-            spec=self.spec,
-            model_pool=[network],
-            attn_backend=attention_kernel(self.attention, needs_lse=groups.plan.ring > 1),
-            residency=SimpleNamespace(use=lambda name: None, stream_of=lambda name: None),
-        )
-        return lambda: forward.stacked_velocity(standing, self.latent, self.text, self.time, expert=0)  # type: ignore[arg-type]
+        # what can be prepared once for all of a task's steps is, where the engine does so
+        text = forward.TaskText(self.text) if hasattr(forward, "TaskText") else self.text
+        return lambda: forward.stacked_velocity(backend, self.latent, text, self.time, expert=0)
+
+    def kernel(self, name: str, needs_lse: bool) -> AttentionKernel:
+        """A kernel by name, or the first that this device offers."""
+        place = {"device": self.device, "dtype": self.dtype, "head_dim": self.config.attention_head_dim}
+        asked = {key: value for key, value in place.items() if key in signature(attention_kernel).parameters}
+        return attention_kernel(name, needs_lse=needs_lse, **asked)
 
     def formula(self, groups: RankGroups) -> Traffic:
         """Numbers that a rank sends in a step."""
@@ -121,15 +141,33 @@ class Case:
         )
 
 
-def bytes_sent(groups: RankGroups, work: Callable[[], object]) -> dict[str, int]:
-    """Bytes that this rank sends while `work` runs, by axis."""
+@contextmanager
+def counted(groups: RankGroups) -> Iterator[dict[str, Counting]]:
+    """What this rank sends inside, by axis; exchanges go on as they are."""
     counters = {name: Counting(vars(groups)[name]) for name in AXES}
     for name, counter in counters.items():
         setattr(groups, name, counter)
-    work()
-    for name, counter in counters.items():
-        setattr(groups, name, counter.peers)
-    return {name: counter.sent for name, counter in counters.items()}
+    try:
+        yield counters
+    finally:
+        for name, counter in counters.items():
+            setattr(groups, name, counter.peers)
+
+
+def beside(case: Case, groups: RankGroups, kernel: AttentionKernel) -> dict[str, Work]:
+    """A ring's hop taken apart: the kernel, the transfer of the next keys and values, and both at once."""
+    peers, config, with_lse = groups.world, case.config, kernel.run_with_lse
+    assert with_lse is not None
+    shape = (4, 1, case.tokens // peers.size, config.num_attention_heads, config.attention_head_dim)
+    q, k, v, x = torch.randn(shape, device=case.device).to(case.dtype).unbind()
+    y = torch.empty_like(x)
+
+    def both() -> None:
+        wait = peers.pass_on([k, v], [x, y])
+        with_lse(q, k, v)
+        wait()
+
+    return {"attention": lambda: with_lse(q, k, v), "transfer": lambda: peers.pass_on([k, v], [x, y])(), "both": both}
 
 
 def link_exchanges(groups: RankGroups, device: torch.device, sizes: Sequence[int]) -> Iterable[tuple[str, int, Work]]:
@@ -156,7 +194,11 @@ class Elsewhere:
 
 
 def kernels(
-    case: Case, attention: Sequence[tuple[int, int]], rows: Sequence[tuple[int, int]]
+    case: Case,
+    attention: Sequence[tuple[int, int]],
+    rows: Sequence[tuple[int, int]],
+    plain: AttentionKernel,
+    with_lse: AttentionKernel,
 ) -> Iterable[tuple[dict[str, Any], Work]]:
     """(what, work) for every piece of which a forward on any layout is made.
 
@@ -164,21 +206,22 @@ def kernels(
         case: the model and size.
         attention: (tokens, heads) that one kernel call sees.
         rows: (own tokens, ulysses degree) of a rank.
+        plain, with_lse: the kernels of one rank and of a ring.
     """
-    config, device, dtype = case.config, case.device, case.dtype
-    plain, lse = attention_kernel(case.attention), attention_kernel(case.attention, needs_lse=True)
+    config, device, dtype, lse = case.config, case.device, case.dtype, with_lse.run_with_lse
+    assert lse is not None
     for tokens, heads in attention:
         q, k, v = torch.randn(3, 1, tokens, heads, config.attention_head_dim, device=device).to(dtype).unbind()
         yield {"kind": "attention", "tokens": tokens, "heads": heads}, lambda q=q, k=k, v=v: plain(q, k, v)
-        assert lse.run_with_lse is not None
-        out, sums = lse.run_with_lse(q, k, v)
-        yield {"kind": "attention_lse", "tokens": tokens, "heads": heads}, lambda q=q, k=k, v=v: lse.run_with_lse(q, k, v)
+        out, sums = lse(q, k, v)
+        yield {"kind": "attention_lse", "tokens": tokens, "heads": heads}, lambda q=q, k=k, v=v: lse(q, k, v)
         yield (
             {"kind": "merge", "tokens": tokens, "heads": heads},
             lambda out=out, sums=sums: merge(out, sums, out, sums, out.dtype),
         )
     network = random_transformer(replace(config, num_layers=1), device, dtype)
-    whole = network.embed(case.latent, case.time.reshape(1), case.text[:1])
+    text = network.prepare_text(case.text[:1]) if hasattr(network, "prepare_text") else case.text[:1]
+    whole = network.embed(case.latent, case.time.reshape(1).to(device), text)
     for own in sorted({own for own, _ in rows}, reverse=True):
         cos, sin = (part[:own] for part in whole.rope)
         part = replace(whole, tokens=whole.tokens[:, :own], rope=(cos, sin))
@@ -189,12 +232,12 @@ def kernels(
             heads = torch.randn(3, 1, own, config.num_attention_heads, config.attention_head_dim, device=device).to(dtype)
             pack = ulysses(lambda q, k, v: q.contiguous(), Elsewhere(degree), [own] * degree)  # type: ignore[arg-type]
             yield {"kind": "pack", "tokens": own, "ulysses": degree}, lambda x=heads, pack=pack: pack(*x.unbind())
-    yield {"kind": "ends", "tokens": case.tokens}, lambda: ends(network, case)
+    yield {"kind": "ends", "tokens": case.tokens}, lambda: ends(network, case, text)
 
 
-def ends(network: WanTransformer, case: Case) -> Tensor:
+def ends(network: WanTransformer, case: Case, text: Any) -> Tensor:
     """A forward without blocks: embedding and head."""
-    embedded = network.embed(case.latent, case.time.reshape(1), case.text[:1])
+    embedded = network.embed(case.latent, torch.full((1,), 500.0, device=case.device), text)
     return network.unpatchify(network.head(embedded.tokens, embedded.time), embedded.grid)
 
 

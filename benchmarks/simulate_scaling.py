@@ -4,7 +4,8 @@
 
 Takes kernel times and link times as `benchmarks.scaling` measured them, and the traffic that `parallel.traffic` states. A
 block is its attention (one call, or one a hop of the ring), the rest of it, packing for Ulysses, and what its exchanges
-cost: those of Ulysses in full, a hop of the ring as far as it outlasts the hop's kernel. All kernels are scaled by one
+cost: those of Ulysses in full, a hop of the ring as far as it outlasts the hop's kernel, and what the kernel was seen to
+lose with a transfer beside it. All kernels are scaled by one
 factor, so that one GPU's step is what was measured (long runs clock lower than short ones). Nothing else is fitted: the
 two-GPU predictions are checked against the measurement. Writes a table, JSON and a plot beside the input.
 
@@ -136,10 +137,25 @@ class Study:
         links: of the machine.
         alone: seconds that one GPU's step took; None leaves the kernels' times as they are.
         factor: on the kernels' times, where `alone` is None.
+        beside: of a hop alone (`attention`), its transfer alone (`transfer`) and both at once; None: they do not disturb
+            each other.
     """
 
-    def __init__(self, model: Piece, pieces: Sequence[Piece], links: Links, alone: float | None, factor: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: Piece,
+        pieces: Sequence[Piece],
+        links: Links,
+        alone: float | None,
+        factor: float = 1.0,
+        beside: Piece | None = None,
+    ) -> None:
         self.model, self._pieces, self._links, self.factor = model, pieces, links, 1.0
+        # seconds that a hop loses for each second of transfer beside it
+        self.disturbance = 0.0
+        if beside is not None:
+            lost = beside["both"] - max(beside["attention"], beside["transfer"])
+            self.disturbance = max(0.0, lost / beside["transfer"])
         self.factor = factor if alone is None else alone / self.predict(ParallelPlan()).seconds
 
     def predict(self, plan: ParallelPlan) -> Prediction:
@@ -161,7 +177,7 @@ class Study:
         waits = sum(self._links.seconds("swap", size, plan.ulysses > NODE, NODE) for size in packed)
         if plan.ring > 1:
             transfer = self._links.seconds("ring", sent.ring / calls / (plan.ring - 1) * item, spread, plan.ulysses)
-            waits += (plan.ring - 1) * max(0.0, transfer - hop)
+            waits += (plan.ring - 1) * (max(0.0, transfer - hop) + self.disturbance * min(transfer, hop))
         compute = forwards * self._time("ends", tokens=tokens) + calls * kernels
         exposed = calls * waits + forwards * self._links.seconds("swap", sent.gather / forwards * item, spread, NODE)
         exposed += self._links.seconds("swap", sent.guidance * item, plan.world > NODE, NODE)
@@ -199,6 +215,7 @@ def studied(results: Piece) -> dict[str, Any]:
     if "rows" not in results.get("links", {}):
         raise ValueError("the links were not measured; run benchmarks.scaling with its section 'links'")
     links = Links(results["links"]["rows"], FABRICS[0])
+    beside = next((found for name, found in results.items() if name.endswith(" overlap") and "both" in found), None)
     for section, found in results.items():
         if not section.endswith(" kernels") or "pieces" not in found:
             continue
@@ -206,7 +223,8 @@ def studied(results: Piece) -> dict[str, Any]:
         alone = results.get(f"{name} alone", {}).get("seconds")
         for fabric in FABRICS:
             fabric_links = Links(results["links"]["rows"], fabric)
-            study = Study(found["model"], found["pieces"], fabric_links, alone, factors.get(name.split()[0], 1.0))
+            factor = factors.get(name.split()[0], 1.0)
+            study = Study(found["model"], found["pieces"], fabric_links, alone, factor, beside)
             factors[name.split()[0]] = study.factor
             rows += _rows(name, fabric, study)
         checks += _checked(name, study, results)

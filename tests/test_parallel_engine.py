@@ -118,9 +118,10 @@ def scenes(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[
 def test_both_ranks_know_the_same_of_every_task(scenes) -> None:
     leader, follower = (dict(seen) for seen in scenes[0])
     ours, theirs = leader.pop("poisoned"), follower.pop("poisoned")
-    # the rank that failed knows its own error; the others know whose it was, too
+    # the rank that failed knows its own error; the others know whose it was, and where that runs
     assert ours[0][3].endswith(theirs[0][3])
-    assert ours[1:] == theirs[1:]
+    assert ours[1][3].split(": ", 1)[1] == theirs[1][3].split(": ", 1)[1]
+    assert ours[2:] == theirs[2:]
     assert leader == follower
     assert leader["own"][2] == "finished"
 

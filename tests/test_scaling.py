@@ -36,7 +36,7 @@ def run(out: Path, *words: str) -> tuple[dict, list[str]]:
 
 
 def test_a_small_run_without_a_gpu(tmp_path: Path) -> None:
-    results, codes = run(tmp_path, "--only", "links,u2,r2,kernels,fault")
+    results, codes = run(tmp_path, "--only", "links,u2,r2,overlap,kernels,fault")
     assert codes == ["0", "0"]
     assert not [name for name, found in results.items() if "failed" in found or "skipped" in found]
     for word in ("u2", "r2"):
@@ -57,7 +57,7 @@ def test_a_small_run_without_a_gpu(tmp_path: Path) -> None:
 
 
 def test_a_section_that_fails_fails_on_all_ranks_and_the_run_goes_on(tmp_path: Path) -> None:
-    results, codes = run(tmp_path, "--only", "r2,links", "--attention", "nonsense")
+    results, codes = run(tmp_path, "--only", "r2,links", "--set", "infer.attn_type=nonsense")
     assert codes == ["1", "1"]
     assert "rows" in results["links"]
     assert set(results["wan-tiny small r2"]["failed"]) == {"0", "1"}
@@ -146,6 +146,16 @@ def test_a_machine_that_clocks_lower_under_load_is_scaled_by_one_factor() -> Non
     assert study["factors"]["wan"] == pytest.approx(1.2)
     one = next(row for row in study["rows"] if row["gpus"] == 1)
     assert one["seconds"] == pytest.approx(1.2 * seconds["alone"]) and one["speedup"] == pytest.approx(1)
+
+
+def test_what_a_transfer_costs_the_kernel_beside_it_is_counted() -> None:
+    results, seconds = synthetic(NVLINK), by_hand(NVLINK)
+    results |= {"wan r2": {"plan": str(PLANS["r2"]), "seconds": seconds["r2"]}, "wan alone": {"seconds": seconds["alone"]}}
+    results["wan overlap"] = {"attention": 3e-3, "transfer": 1e-3, "both": 3.4e-3}
+    (check,) = studied(results)["checks"]
+    tokens, blocks = MODEL["tokens"], MODEL["blocks"]
+    transfer = 2 * (tokens / 2) * MODEL["dim"] * 2 / NVLINK
+    assert check["predicted"] == pytest.approx(seconds["r2"] + 2 * blocks * 0.4 * transfer)
 
 
 def test_a_slower_fabric_never_helps() -> None:
