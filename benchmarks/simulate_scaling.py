@@ -4,10 +4,10 @@
 
 Takes kernel times and link times as `benchmarks.scaling` measured them, and the traffic that `parallel.traffic` states. A
 block is its attention (one call, or one a hop of the ring), the rest of it, packing for Ulysses, and what its exchanges
-cost: those of Ulysses in full, a hop of the ring as far as it outlasts the hop's kernel, and what the kernel was seen to
-lose with a transfer beside it. All kernels are scaled by one
-factor, so that one GPU's step is what was measured (long runs clock lower than short ones). Nothing else is fitted: the
-two-GPU predictions are checked against the measurement. Writes a table, JSON and a plot beside the input.
+cost: those of Ulysses in full, or by half where they go in two pieces, a hop of the ring as far as it outlasts the hop's
+kernel, and what that kernel was seen to lose with a transfer beside it. All kernels are scaled by one factor, so that one
+GPU's step is what was measured (long runs clock lower than short ones). Nothing else is fitted: the two-GPU predictions
+are checked against the measurement. Writes a table, JSON and a plot beside the input.
 
 Assumed, and stated in the table: 8 GPUs a node. NVLink as measured; between nodes a stated speed times the share of its
 nominal speed that NVLink reached, plus a latency. InfiniBand is per GPU, Ethernet per node and shared by who crosses.
@@ -24,6 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from chitu_diffusion.attention.ulysses import pieces_for
 from chitu_diffusion.parallel.plan import ParallelPlan, auto_plan
 from chitu_diffusion.parallel.traffic import PACKED, Traffic, traffic
 
@@ -173,8 +174,7 @@ class Study:
         if plan.ring > 1:
             kernels += (plan.ring - 1) * self._time("merge", tokens=seen, heads=heads)
         spread = plan.sequence > NODE
-        packed = [sent.ulysses / calls * share * item for share in (PACKED, 1 - PACKED)]
-        waits = sum(self._links.seconds("swap", size, plan.ulysses > NODE, NODE) for size in packed)
+        waits = self._ulysses_waits(plan, sent.ulysses / calls * item, hop, own) if plan.ulysses > 1 else 0.0
         if plan.ring > 1:
             transfer = self._links.seconds("ring", sent.ring / calls / (plan.ring - 1) * item, spread, plan.ulysses)
             waits += (plan.ring - 1) * (max(0.0, transfer - hop) + self.disturbance * min(transfer, hop))
@@ -182,6 +182,17 @@ class Study:
         exposed = calls * waits + forwards * self._links.seconds("swap", sent.gather / forwards * item, spread, NODE)
         exposed += self._links.seconds("swap", sent.guidance * item, plan.world > NODE, NODE)
         return Prediction(str(plan), compute + exposed, compute, exposed, sent.total * item)
+
+    def _ulysses_waits(self, plan: ParallelPlan, size: float, kernel: float, own: int) -> float:
+        """Seconds in which a block's kernels wait for its two exchanges of `size` bytes together."""
+        inward, outward = size * PACKED, size * (1 - PACKED)
+        pieces = pieces_for(self.model["heads"] // plan.ulysses, inward) if plan.ring == 1 else 1
+        first, last = (self._links.seconds("swap", part / pieces, plan.ulysses > NODE, NODE) for part in (inward, outward))
+        if pieces == 1:
+            return first + last
+        # the second piece is packed while the first travels; three of the four copies of a block are packing
+        packing = self._time("pack", tokens=own, ulysses=plan.ulysses) * PACKED / 2
+        return max(0.0, first - packing) + max(0.0, first - kernel / 2) + last + max(0.0, last - kernel / 2)
 
     def best(self, world: int) -> Prediction:
         """The fastest layout of that many ranks."""

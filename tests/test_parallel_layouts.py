@@ -12,6 +12,8 @@ from ranks import run_ranks
 from running import config_for, latent_and_video, psnr, relative_error, task_for
 
 from chitu_diffusion import forward
+from chitu_diffusion.attention import sdpa
+from chitu_diffusion.attention.ulysses import pieces_for, shard_heads, ulysses
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.networks import load_networks
@@ -69,6 +71,7 @@ def all_layouts(rank: int, world: int, store: dist.Store, folder: str, out: str)
             other = DiffusionBackend.from_networks(networks, configs[name], groups)
             results |= run_case(Generator(other), name, **OTHER_SIZE)
         results |= by_hand(generator)
+        results |= in_pieces(groups)
         results |= {"sent": torch.tensor(traffic(backend, layout))}
         results |= {"encoder": torch.tensor([not weight.is_meta for weight in backend.text_encoder.parameters()])}
         torch.save(results, Path(out, f"{layout}-{rank}.pt"))
@@ -84,6 +87,16 @@ def by_hand(generator: Generator) -> dict[str, torch.Tensor]:
         "cp": generator.forward_with_cp(latent, text, time),
         "cfg": generator.forward_with_cfg_parallel(latent, text, time, guidance_scale=3.0),
     }
+
+
+def in_pieces(groups: RankGroups) -> dict[str, torch.Tensor]:
+    """An attention with three heads a rank over shards of unequal length, in one, two and four (that is, three) pieces."""
+    peers, generator = groups.ulysses, torch.Generator().manual_seed(7)
+    lengths = [3 + rank for rank in range(peers.size)]
+    whole = torch.randn(3, 2, sum(lengths), 3 * peers.size, 8, generator=generator)  # q, k, v of all
+    own = slice(sum(lengths[: peers.index]), sum(lengths[: peers.index + 1]))
+    found = [ulysses(sdpa, peers, lengths, pieces)(*whole[:, :, own].unbind()) for pieces in (1, 2, 4)]
+    return {"pieces": torch.stack([*found, sdpa(*whole.unbind())[:, own]])}
 
 
 def traffic(backend: DiffusionBackend, layout: str) -> list[int]:
@@ -153,6 +166,19 @@ def test_every_layout_makes_the_same_video(ranks_results, one_process) -> None:
             decibels = psnr(ranks[0][f"{case} video"], one_process[f"{case} video"])
             assert decibels >= 60, f"{layout}, {case}: {decibels} dB"
             assert not any(f"{case} video" in rank for rank in ranks[1:]), "only rank 0 has the video"
+
+
+def test_ulysses_in_pieces_is_the_same_attention(ranks_results) -> None:
+    for layout, ranks in ranks_results.items():
+        for results in ranks:
+            *found, alone = results["pieces"]
+            for each in found:
+                assert relative_error(each, alone) < 1e-6, layout
+
+
+def test_large_exchanges_go_in_two_pieces() -> None:
+    assert [pieces_for(6, 75e6), pieces_for(6, 1e6), pieces_for(1, 75e6)] == [2, 1, 1]
+    assert shard_heads(3, 2) == [2, 1] and shard_heads(1, 2) == [1]
 
 
 def test_the_page_forwards_agree_on_every_rank(ranks_results, one_process) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks import new_store
 
+from chitu_diffusion.config import set_nccl_defaults
 from chitu_diffusion.parallel.groups import Pace, RankGroups
 from chitu_diffusion.parallel.watch import Watch
 
@@ -121,3 +123,13 @@ def test_groups_that_are_not_open_cannot_be_cut_short() -> None:
     groups = RankGroups()
     groups.interrupt("late")
     assert groups.broken is None and groups.waiting() == 0
+
+
+def test_torch_is_told_not_to_end_the_process_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_NCCL_ENABLE_MONITORING")
+    for name in (*names, "TORCH_NCCL_HIGH_PRIORITY"):
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(names[2], "1")
+    set_nccl_defaults()
+    assert [os.environ[name] for name in names] == ["0", "0", "1"]

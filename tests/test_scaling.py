@@ -112,10 +112,12 @@ def by_hand(bandwidth: float) -> dict[str, float]:
     hop = ATTENTION * (tokens / 2) ** 2 * heads
     ring = 2 * hop + MERGE * tokens / 2 * heads + max(0.0, sent["r2"].ring / (2 * blocks) * 2 / bandwidth - hop)
     ulysses = whole / 2 + PACK * tokens / 2
+    inward, outward = (sent["u2"].ulysses * share / (2 * blocks) * 2 / bandwidth for share in (0.75, 0.25))
+    assert inward * bandwidth < 8 * 2**20  # so that it goes in one piece
     return {
         "alone": 2 * (ENDS + blocks * (whole + rest)),
         "cfg2": ENDS + blocks * (whole + rest) + guidance,
-        "u2": 2 * (ENDS + blocks * (ulysses + rest / 2)) + sent["u2"].ulysses * 2 / bandwidth + gather,
+        "u2": 2 * (ENDS + blocks * (ulysses + rest / 2 + inward + outward)) + gather,
         "r2": 2 * (ENDS + blocks * (ring + rest / 2)) + gather,
     }
 
@@ -146,6 +148,19 @@ def test_a_machine_that_clocks_lower_under_load_is_scaled_by_one_factor() -> Non
     assert study["factors"]["wan"] == pytest.approx(1.2)
     one = next(row for row in study["rows"] if row["gpus"] == 1)
     assert one["seconds"] == pytest.approx(1.2 * seconds["alone"]) and one["speedup"] == pytest.approx(1)
+
+
+def test_a_large_exchange_waits_for_half_of_itself() -> None:
+    results = synthetic(NVLINK)
+    results["wan kernels"]["model"] = model = {**MODEL, "dim": 15360}  # ten times as much to send
+    results |= {"wan u2": {"plan": str(PLANS["u2"]), "seconds": 1.0}}
+    (check,) = studied(results)["checks"]
+    tokens, blocks, heads = model["tokens"], model["blocks"], model["heads"]
+    piece = 3 / 2 * (tokens / 2) * model["dim"] * 2 / 2 / NVLINK  # of q, k and v of half of the heads
+    waits = piece - PACK * tokens / 2 * 3 / 8 + piece / 3
+    block = ATTENTION * tokens**2 * heads / 2 + PACK * tokens / 2 + REST * tokens / 2 + waits
+    gather = tokens / 2 * 64 * 2 / NVLINK
+    assert check["predicted"] == pytest.approx(2 * (ENDS + blocks * block + gather))
 
 
 def test_what_a_transfer_costs_the_kernel_beside_it_is_counted() -> None:

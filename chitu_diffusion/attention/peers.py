@@ -19,8 +19,11 @@ class Peers(Protocol):
         """Which of them this one is."""
         ...
 
-    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> None:
-        """Send leaving[p] to each other peer p and fill arriving[p] from it, all contiguous; this one's own places stay."""
+    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
+        """Begin to send leaving[p] to each other peer p and to fill arriving[p] from it; the result waits for all.
+
+        All contiguous; this one's own places stay as they are.
+        """
         ...
 
     def pass_on(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
@@ -50,8 +53,9 @@ class Alone:
     size = 1
     index = 0
 
-    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> None:
+    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
         """Nobody else is there."""
+        return lambda: None
 
     def pass_on(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
         """What leaves comes back."""

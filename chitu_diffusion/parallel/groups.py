@@ -6,8 +6,8 @@ do so in the same order. Knows torch.distributed; no network, no task.
 
 On a GPU exchanges are queued and the host goes on, so nothing raises on a rank whose peer is gone: it waits on the device
 for good. There the watch asks `waiting`, and cuts the exchange short with `interrupt`, from its own thread. What the
-device computed from then on is void, which `broken` says. (torch's own NCCL watchdog would end the process instead; the
-engine switches that off, see `config.set_nccl_defaults`.)
+device computed from then on is void, which `broken` says. (torch's own NCCL watchdog would end the process instead, and
+is switched off by `config.set_nccl_defaults`.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from chitu_diffusion.attention.peers import ALONE, Peers
 from chitu_diffusion.parallel.plan import ParallelPlan
 
 _LAST_RESORT = 10
-"""torch's own timeout for exchanges on a GPU, as a multiple of ours, which is measured by progress and comes first."""
+"""torch's own timeout for groups on a GPU, as a multiple of ours: torch counts from the moment of queueing, we from the last
+progress, and ours shall come first."""
 
 
 class Pace:
@@ -45,7 +46,7 @@ class Pace:
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Around the call that begins an exchange and makes the current stream wait for it."""
+        """Around a call that begins an exchange, or makes the current stream wait for one."""
         if not self._cuda:
             yield
             return
@@ -88,26 +89,28 @@ class GroupPeers:
         self.size = len(self._ranks)
         self.index = self._ranks.index(dist.get_rank())
 
-    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> None:
+    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
         """See `Peers`."""
         moves = []
         for step in range(1, self.size):
             to, source = (self.index + step) % self.size, (self.index - step) % self.size
             moves += [self._send(leaving[to], to), self._receive(arriving[source], source)]
-        with self._pace.exchange():
-            for work in dist.batch_isend_irecv(moves):
-                work.wait()
+        return self._begin(moves)
 
     def pass_on(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
         """See `Peers`."""
         following, before = ((self.index + step) % self.size for step in (1, -1))
-        moves = [self._send(x, following) for x in leaving] + [self._receive(x, before) for x in arriving]
-        under_way = dist.batch_isend_irecv(moves)
+        return self._begin([self._send(x, following) for x in leaving] + [self._receive(x, before) for x in arriving])
+
+    def _begin(self, moves: list[dist.P2POp]) -> Callable[[], None]:
+        with self._pace.exchange():
+            under_way = dist.batch_isend_irecv(moves)
 
         def wait() -> None:
             with self._pace.exchange():
                 for work in under_way:
                     work.wait()
+            moves.clear()  # until here what travels must not be reused
 
         return wait
 
@@ -126,15 +129,11 @@ class GroupPeers:
 
     def send_to_first(self, x: Tensor) -> None:
         """See `Peers`."""
-        with self._pace.exchange():
-            for work in dist.batch_isend_irecv([self._send(x.contiguous(), 0)]):
-                work.wait()
+        self._begin([self._send(x.contiguous(), 0)])()
 
     def receive_from(self, index: int, arriving: Tensor) -> Tensor:
         """See `Peers`."""
-        with self._pace.exchange():
-            for work in dist.batch_isend_irecv([self._receive(arriving, index)]):
-                work.wait()
+        self._begin([self._receive(arriving, index)])()
         return arriving
 
     def _send(self, x: Tensor, index: int) -> dist.P2POp:

@@ -81,10 +81,10 @@ class Counting:
         self.sent += times * sum(x.numel() * x.element_size() for x in tensors)
         self.calls += 1
 
-    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> None:
+    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
         """See `Peers`."""
         self._count([x for peer, x in enumerate(leaving) if peer != self.index])
-        self.peers.swap(leaving, arriving)
+        return self.peers.swap(leaving, arriving)
 
     def pass_on(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
         """See `Peers`."""
