@@ -154,7 +154,6 @@ class RankGroups:
         timeout: seconds after which an exchange that does not move raises.
 
     Attributes:
-        generation: how often the groups were opened; the same on all ranks.
         broken: why the exchanges of this generation were cut short; None as long as they were not.
         world, branches, sequence, ulysses, ring: this rank's group along each axis; `ALONE` where it has one rank.
     """
@@ -169,7 +168,7 @@ class RankGroups:
     ) -> None:
         self.plan, self.rank = plan or ParallelPlan(), rank
         self.device, self._store, self._timeout = device or torch.device("cpu"), store, timedelta(seconds=timeout)
-        self.generation = 0
+        self._generation = 0
         self.broken: str | None = None
         self._open = False
         self._lock = threading.Lock()  # the watch interrupts while the main thread may be abandoning
@@ -180,6 +179,11 @@ class RankGroups:
         self.ulysses: Peers = ALONE
         self.ring: Peers = ALONE
 
+    @property
+    def generation(self) -> int:
+        """How often the groups were made: what ranks agreed on before does not bind them after."""
+        return self._generation
+
     def open(self) -> None:
         """Make the groups, if they are not there. Every rank must come.
 
@@ -189,14 +193,14 @@ class RankGroups:
         if self._open or self.plan.world == 1:
             return
         assert self._store is not None
-        self.generation += 1
+        self._generation += 1
         self.broken, self._pace = None, Pace(self.device)
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            store=dist.PrefixStore(f"groups/{self.generation}", self._store),
+            store=dist.PrefixStore(f"groups/{self._generation}", self._store),
             rank=self.rank,
             world_size=self.plan.world,
             timeout=self._timeout * (_LAST_RESORT if cuda else 1),
@@ -262,7 +266,7 @@ class RankGroups:
             generation: leaves later ones alone; None means the one that is open.
         """
         with self._lock:
-            if not self._open or self.broken is not None or generation not in (None, self.generation):
+            if not self._open or self.broken is not None or generation not in (None, self._generation):
                 return
             self.broken = why
             if self.device.type == "cuda" and dist.is_initialized():
