@@ -40,6 +40,8 @@ from chitu_diffusion.parallel.groups import RankGroups
 from chitu_diffusion.parallel.traffic import Counting, Traffic, traffic
 
 TEXT_ROWS = 512
+SHARED = int("SharedStart" in vars(forward))
+"""Self-attentions that two branches of one latent have in common: the first, where the engine knows that."""
 SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
     "prediction_type": "flow_prediction",
@@ -138,6 +140,7 @@ class Case:
             blocks=self.config.num_layers,
             values=self.config.patch_values * self.config.out_channels,
             latent=self.latent.numel(),
+            shared=SHARED,
         )
 
 

@@ -24,6 +24,7 @@ from chitu_diffusion.parallel.traffic import traffic as by_formula
 from chitu_diffusion.task import TaskStatus
 
 HEADS = 4
+SHARED = int("SharedStart" in vars(forward))  # whether branches on one rank run the first self-attention once
 LAYOUTS = {2: ("cfg2", "u2", "r2"), 4: ("u4", "r4", "u2r2", "cfg2u2", "cfg2r2")}
 CASES = {
     "plain": {},  # 27 tokens: no layout shares them evenly
@@ -106,7 +107,7 @@ def traffic(backend: DiffusionBackend, layout: str) -> list[int]:
         counters.append(Counting(vars(groups)[name]))
         setattr(groups, name, counters[-1])
     latent, text = torch.zeros(1, 4, 2, 8, 8), torch.zeros(2, 7, 32)
-    forward.stacked_velocity(backend, latent, text, torch.tensor(500.0), expert=0)
+    Generator(backend).forward_with_cp(latent, text, torch.tensor(500.0))
     for name, counter in zip(("ulysses", "ring", "sequence", "branches"), counters, strict=True):
         setattr(groups, name, counter.peers)
     return [counter.sent for counter in counters]
@@ -117,7 +118,7 @@ def expected_traffic(plan: ParallelPlan, tokens: int = 32, dim: int = 16 * HEADS
     but branches on one rank share the first block's."""
     batch = 2 if plan.cfg == 1 else 1
     own = tokens // plan.sequence
-    attentions = blocks * batch - (batch - 1)
+    attentions = blocks * batch - SHARED * (batch - 1)
     ulysses = attentions * 4 * own * dim * (plan.ulysses - 1) // plan.ulysses
     ring = attentions * 2 * own * dim * (plan.ring - 1)
     gather = batch * own * 16 * (plan.sequence - 1)  # 2 x 2 patches of 4 channels
@@ -197,7 +198,7 @@ def test_ranks_send_what_the_formula_says(ranks_results) -> None:
 def test_the_package_knows_the_formula() -> None:
     for layout in (word for words in LAYOUTS.values() for word in words):
         plan = plan_of(layout)
-        found = by_formula(plan, tokens=32, dim=16 * HEADS, blocks=2, values=16, latent=4 * 2 * 8 * 8)
+        found = by_formula(plan, tokens=32, dim=16 * HEADS, blocks=2, values=16, latent=512, shared=SHARED)
         assert [4 * part for part in (found.ulysses, found.ring, found.gather, found.guidance)] == expected_traffic(plan)
 
 

@@ -40,7 +40,16 @@ class Traffic:
 
 
 def traffic(
-    plan: ParallelPlan, *, tokens: int, dim: int, blocks: int, values: int, latent: int, branches: int = 2, batch: int = 1
+    plan: ParallelPlan,
+    *,
+    tokens: int,
+    dim: int,
+    blocks: int,
+    values: int,
+    latent: int,
+    branches: int = 2,
+    batch: int = 1,
+    shared: int = 0,
 ) -> Traffic:
     """By formula, for shards of mean length.
 
@@ -53,12 +62,14 @@ def traffic(
         latent: numbers in one velocity.
         branches: of the guidance; with as many ranks along it, each runs one.
         batch: videos at once.
+        shared: self-attentions that the branches of one rank have in common, and so run once.
     """
-    forwards = batch * (1 if branches == plan.cfg else branches)
+    each = 1 if branches == plan.cfg else branches
+    forwards, attentions = batch * each, batch * (each * blocks - (each - 1) * shared)
     own = tokens / plan.sequence
     return Traffic(
-        ulysses=forwards * blocks * 4 * own * dim * (plan.ulysses - 1) / plan.ulysses,
-        ring=forwards * blocks * 2 * own * dim * (plan.ring - 1),
+        ulysses=attentions * 4 * own * dim * (plan.ulysses - 1) / plan.ulysses,
+        ring=attentions * 2 * own * dim * (plan.ring - 1),
         gather=forwards * own * values * (plan.sequence - 1),
         guidance=batch * latent * (plan.cfg - 1) if branches == plan.cfg else 0.0,
     )
