@@ -11,6 +11,7 @@ are checked against the measurement. Writes a table, JSON and a plot beside the 
 
 Assumed, and stated in the table: 8 GPUs a node. NVLink as measured; between nodes a stated speed times the share of its
 nominal speed that NVLink reached, plus a latency. InfiniBand is per GPU, Ethernet per node and shared by who crosses.
+A forward of either expert of Wan2.2-T2V-A14B is one of Wan2.1-T2V-14B.
 """
 
 from __future__ import annotations
