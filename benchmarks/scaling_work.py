@@ -40,8 +40,8 @@ from chitu_diffusion.parallel.groups import RankGroups
 from chitu_diffusion.parallel.traffic import Counting, Traffic, traffic
 
 TEXT_ROWS = 512
-SHARED = int("SharedStart" in vars(forward))
-"""Self-attentions that two branches of one latent have in common: the first, where the engine knows that."""
+SHARED = 1
+"""Self-attentions that two branches of one latent have in common: the first."""
 SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
     "prediction_type": "flow_prediction",
@@ -121,8 +121,7 @@ class Case:
 
     def step(self, backend: DiffusionBackend) -> Callable[[], Tensor]:
         """Both branches' velocities, as the engine computes them."""
-        # what can be prepared once for all of a task's steps is, where the engine does so
-        text = forward.TaskText(self.text) if hasattr(forward, "TaskText") else self.text
+        text = forward.TaskText(self.text)
         return lambda: forward.stacked_velocity(backend, self.latent, text, self.time, expert=0)
 
     def kernel(self, name: str, needs_lse: bool) -> AttentionKernel:
@@ -224,7 +223,7 @@ def kernels(
             lambda out=out, sums=sums: merge(out, sums, out, sums, out.dtype),
         )
     network = random_transformer(replace(config, num_layers=1), device, dtype)
-    text = network.prepare_text(case.text[:1]) if hasattr(network, "prepare_text") else case.text[:1]
+    text = network.prepare_text(case.text[:1])
     whole = network.embed(case.latent, case.time.reshape(1).to(device), text)
     for own in sorted({own for own, _ in rows}, reverse=True):
         cos, sin = (part[:own] for part in whole.rope)

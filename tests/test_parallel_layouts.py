@@ -11,7 +11,6 @@ from conftest import WAN_TINY
 from ranks import run_ranks
 from running import config_for, latent_and_video, psnr, relative_error, task_for
 
-from chitu_diffusion import forward
 from chitu_diffusion.attention import sdpa
 from chitu_diffusion.attention.ulysses import pieces_for, shard_heads, ulysses
 from chitu_diffusion.backend import DiffusionBackend
@@ -24,7 +23,7 @@ from chitu_diffusion.parallel.traffic import traffic as by_formula
 from chitu_diffusion.task import TaskStatus
 
 HEADS = 4
-SHARED = int("SharedStart" in vars(forward))  # whether branches on one rank run the first self-attention once
+SHARED = 1  # self-attentions that two branches on one rank have in common: the first
 LAYOUTS = {2: ("cfg2", "u2", "r2"), 4: ("u4", "r4", "u2r2", "cfg2u2", "cfg2r2")}
 CASES = {
     "plain": {},  # 27 tokens: no layout shares them evenly
