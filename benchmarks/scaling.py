@@ -1,102 +1,333 @@
-"""Seconds per guided step and per VAE decode on every layout that fits the ranks, on random weights.
+"""Seconds per guided step and per VAE decode on one GPU and on every layout of the ranks, in one run, on random weights.
 
-    torchrun --nproc-per-node 2 benchmarks/scaling.py --model Wan2.1-T2V-1.3B --size 832x480 --frames 81
-    torchrun --nproc-per-node 2 benchmarks/scaling.py --model wan-tiny --size 64x64 --frames 5 --repeats 1   (CPU, gloo)
+    python -m benchmarks.scaling --ranks 2                                    two GPUs of this machine
+    torchrun --nproc-per-node 2 -m benchmarks.scaling --budget 200            the same, started by hand
+    python -m benchmarks.scaling --ranks 2 --small --device cpu               the same road without a GPU (gloo)
 
-One JSON line a layout on rank 0's stdout. The one-rank figure is taken on rank 0 in the same run while the others wait.
-Knows the engine's layers; measures nothing of files or of the text encoder.
+Beside them diffusers' own context parallelism, the links' bandwidth by message size, and the kernels' times, from which
+`benchmarks.simulate_scaling` computes more ranks. Sections stand for themselves: one that fails fails on all ranks, and the
+run goes on. Results are rewritten after each. Warm-up is reported and not counted; a time is the slowest rank's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
-from chitu_diffusion.attention import attention_kernel
+from benchmarks.scaling_ranks import Ranks, in_processes
+from benchmarks.scaling_report import as_markdown
+from benchmarks.scaling_work import (
+    Case,
+    beside,
+    counted,
+    kernels,
+    link_exchanges,
+    random_transformer,
+    random_vae,
+    traced,
+)
+from benchmarks.simulate_scaling import needed_shapes
 from chitu_diffusion.config import rank_place
 from chitu_diffusion.models.spec import resolve_model
 from chitu_diffusion.models.wan import WanTransformer
 from chitu_diffusion.parallel.groups import RankGroups
-from chitu_diffusion.parallel.guidance import all_branches, own_branches
-from chitu_diffusion.parallel.plan import ParallelPlan, parse_layout, plan_for
-from chitu_diffusion.parallel.sequence import Shards, sharded_attention
+from chitu_diffusion.parallel.plan import auto_plan, parse_layout, plan_for
+from chitu_diffusion.parallel.sharing import strips_on_first
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SIZES = {"480p": (832, 480, 81), "720p": (1280, 720, 81), "small": (64, 64, 5)}
+INNER, SHORT = 4, 0.005
+"""Calls for one reading of the clock, for kernels of less than so many seconds."""
+DIFFUSERS = {"ulysses2": {"ulysses_degree": 2}, "ring2": {"ring_degree": 2}}
+SMALL_VAE = {"base_dim": 8, "num_res_blocks": 1}
 
 
-def guided_step(network: WanTransformer, latent: torch.Tensor, text: torch.Tensor, groups: RankGroups) -> torch.Tensor:
-    """Both branches' velocities, as `chitu_diffusion.forward` computes them, one branch after the other."""
-    kernel = attention_kernel("auto", needs_lse=groups.plan.ring > 1)
-    parts = []
-    for branch in own_branches(text, groups.branches).split(1):
-        embedded = network.embed(latent, torch.tensor([500.0], device=latent.device), branch)
-        shards = Shards.of(embedded.tokens.shape[1], groups.sequence)
-        cos, sin = (shards.take(part, 0) for part in embedded.rope)
-        own = type(embedded)(**{**vars(embedded), "tokens": shards.take(embedded.tokens, 1), "rope": (cos, sin)})
-        attention = sharded_attention(kernel, groups.ulysses, groups.ring, shards.lengths)
-        tokens = network.run_blocks(own, attention=attention)
-        values = shards.gather(network.head(tokens, own.time), groups.sequence)
-        parts.append(network.unpatchify(values, own.grid))
-    return all_branches(torch.cat(parts), len(text), groups.branches)
+def settings_of(asked: argparse.Namespace) -> dict[str, str]:
+    """The command line's settings by dotted name."""
+    return dict(text.split("=", 1) for text in asked.set)
 
 
-def seconds(work: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Median time, the device drained before and after."""
-    times = []
-    for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return sorted(times[1:])[repeats // 2]
+def relative(found: Tensor, reference: Tensor) -> float:
+    """Error of norms."""
+    return float((found.float() - reference.float()).norm() / reference.float().norm())
+
+
+class Model:
+    """The sections of one model: alone, then each layout beside it.
+
+    Args:
+        ranks: the run.
+        name: of the model, and of its results.
+        size: a key of `SIZES`.
+        asked: the command line.
+        exact: also compare with float32.
+    """
+
+    def __init__(self, ranks: Ranks, name: str, size: str, asked: argparse.Namespace, exact: bool) -> None:
+        self.ranks, self.name, self.asked, self.exact = ranks, f"{name} {size}", asked, exact
+        cuda = ranks.device.type == "cuda"
+        spec, _ = resolve_model(name)
+        dtype = torch.bfloat16 if cuda else torch.float32
+        self.case = Case(spec, SIZES[size], ranks.device, dtype, settings_of(asked))
+        self.kernel_names = ["auto", "auto"]  # of one rank, and of a ring: those that the steps took
+        self.network: WanTransformer | None = None
+        self.reference = self.float32 = torch.empty(0)
+
+    def weights(self) -> WanTransformer:
+        """The network; drawn at the first call."""
+        if self.network is None:
+            self.network = random_transformer(self.case.config, self.case.device, self.case.dtype)
+        return self.network
+
+    def alone(self) -> dict[str, Any]:
+        """One GPU; every rank by itself."""
+        began, network = time.monotonic(), self.weights()
+        sums = self.ranks.gathered([float(x.double().sum()) for x in list(network.parameters())[:8]])
+        backend = self.case.backend(network, RankGroups())
+        found, self.reference = self._timed(self.case.step(backend))
+        self.kernel_names[0] = found["kernel"] = backend.attn_backend.name
+        found |= {"weights_agree": all(each == sums[0] for each in sums), "section_to_here": time.monotonic() - began}
+        if self.exact:
+            self.float32 = self._in_float32(network)
+            found["error_to_float32"] = relative(self.reference[:1], self.float32)
+        return found
+
+    def layout(self, word: str) -> dict[str, Any]:
+        """One layout of all ranks."""
+        plan = plan_for(self.ranks.world, self.case.config.num_attention_heads, **parse_layout(word))
+        groups = self.ranks.layout(plan)
+        backend = self.case.backend(self.weights(), groups)
+        work = self.case.step(backend)
+        with counted(groups) as sent:
+            found, velocity = self._timed(work)
+        kernel, calls = backend.attn_backend.name, 1 + self.asked.repeats
+        if plan.ring > 1:
+            self.kernel_names[1] = kernel
+        alone = self.ranks.results.get(f"{self.name} alone", {}).get("seconds")
+        found |= {"kernel": kernel, "plan": str(plan), "speedup": alone and alone / found["seconds"]}
+        found |= {"bytes_sent": {name: counter.sent // calls for name, counter in sent.items()}}
+        found |= {"formula_numbers": asdict(self.case.formula(groups))}
+        if len(self.reference):
+            found["error_to_alone"] = relative(velocity, self.reference)
+        if len(self.float32):
+            found["error_to_float32"] = relative(velocity[:1], self.float32)
+        if self.exact and plan.sequence > 1 and self.ranks.device.type == "cuda":
+            found["trace"] = traced(work)
+        return found
+
+    def overlap(self) -> dict[str, Any]:
+        """A hop of the ring: its kernel, its transfer, and both at once."""
+        world = self.ranks.world
+        groups = self.ranks.layout(plan_for(world, self.case.config.num_attention_heads, cp=world, ulysses=1))
+        kernel = self.case.kernel(self.kernel_names[1], True)
+        works = beside(self.case, groups, kernel)
+        return {"kernel": kernel.name, **{name: self.ranks.timed(work, 5)["seconds"] for name, work in works.items()}}
+
+    def diffusers(self, word: str) -> dict[str, Any]:
+        """diffusers' transformer with the same weights, alone or with its own context parallelism."""
+        from diffusers import ContextParallelConfig, WanTransformer3DModel
+
+        with torch.device("meta"):
+            model = WanTransformer3DModel.from_config(self.case.config.to_json())
+        model.load_state_dict(self.weights().state_dict(), assign=True)
+        # computed in the constructor, and not weights: made again where the weights are
+        with self.ranks.device:
+            model.rope = type(model.rope)(
+                self.case.config.attention_head_dim, self.case.config.patch_size, self.case.config.rope_max_seq_len
+            )
+        backend = "_native_cudnn" if self.ranks.device.type == "cuda" else "native"
+        model.eval().set_attention_backend(backend)
+        if word != "alone":
+            self.ranks.layout(plan_for(self.ranks.world, self.case.config.num_attention_heads, cp=self.ranks.world, ulysses=1))
+            model.enable_parallelism(config=ContextParallelConfig(**DIFFUSERS[word]))
+        latent, time_row = self.case.latent.to(self.case.dtype), self.case.time.reshape(1).to(self.ranks.device)
+
+        def step() -> list[Tensor]:
+            return [model(latent, time_row, row[None], return_dict=False)[0] for row in self.case.text]
+
+        found = {**self.ranks.timed(step, max(1, self.asked.repeats - 1)), "backend": backend}
+        if len(self.reference):
+            found["error_to_ours_alone"] = relative(torch.cat(step()), self.reference)
+        alone = self.ranks.results.get(f"diffusers {self.name} alone", {}).get("seconds")
+        return found if alone is None else {**found, "speedup": alone / found["seconds"]}
+
+    def kernels(self) -> dict[str, Any]:
+        """Times of the pieces of a forward, for every shape that the simulation asks for."""
+        attention, rows = needed_shapes(self.case.config.num_attention_heads, self.case.tokens)
+        pieces = []
+        names = self.kernel_names
+        chosen = [self.case.kernel(name, needs_lse) for name, needs_lse in zip(names, (False, True), strict=True)]
+        for what, work in kernels(self.case, attention, rows, *chosen):
+            took = self.ranks.timed(work, 1)["seconds"]
+            if took < SHORT and self.ranks.device.type == "cuda":
+                # a single short call is mostly the clock
+                took = self.ranks.timed(lambda work=work: [work() for _ in range(INNER)], 3)["seconds"] / INNER
+            pieces.append({**what, "seconds": took})
+        config = self.case.config
+        shape = {"tokens": self.case.tokens, "heads": config.num_attention_heads, "dim": config.dim}
+        shape |= {"blocks": config.num_layers, "values": config.patch_values * config.out_channels}
+        shape |= {"latent": self.case.latent.numel(), "bytes_per_number": self.case.dtype.itemsize}
+        return {"model": shape, "kernels": [kernel.name for kernel in chosen], "pieces": pieces}
+
+    def _timed(self, work: Callable[[], Tensor]) -> tuple[dict[str, Any], Tensor]:
+        """Times of a step, and the velocities of the last."""
+        last = torch.empty(0)
+
+        def call() -> None:
+            nonlocal last
+            last = work()
+
+        return self.ranks.timed(call, self.asked.repeats), last
+
+    def release(self) -> None:
+        """Let go of the weights."""
+        self.network = None
+        self.reference = self.float32 = torch.empty(0)
+
+    def _in_float32(self, network: WanTransformer) -> Tensor:
+        """The prompt's velocity with the same weights, everything in float32."""
+        with torch.device("meta"):
+            exact = WanTransformer(self.case.config)
+        exact.load_state_dict({name: x.float() for name, x in network.state_dict().items()}, assign=True)
+        case = self.case
+        return exact.eval()(case.latent, case.time.reshape(1).to(case.device), case.text[:1].float())
+
+
+def links(ranks: Ranks, sizes: list[int]) -> dict[str, Any]:
+    """Seconds of both kinds of exchange by bytes that a rank sends; bandwidth is of one direction of one rank."""
+    groups = ranks.layout(plan_for(ranks.world, ranks.world, cp=ranks.world, ulysses=ranks.world))
+    rows = []
+    for kind, size, work in link_exchanges(groups, ranks.device, sizes):
+        took = ranks.timed(lambda work=work: [work() for _ in range(INNER)], 3)["seconds"] / INNER
+        rows.append({"kind": kind, "bytes": size, "seconds": took, "gigabytes_per_second": size / took / 1e9})
+    return {"ranks": ranks.world, "rows": rows}
+
+
+def vae(ranks: Ranks, small: bool, repeats: int, shared: bool) -> dict[str, Any]:
+    """A decode by each rank alone, or in strips over all."""
+    dtype = torch.float32 if small else torch.bfloat16
+    decoder = random_vae(SMALL_VAE if small else {}, ranks.device, dtype)
+    shape = (1, 16, 3, 8, 8) if small else (1, 16, 21, 60, 104)
+    latent = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(ranks.device)
+    if not shared:
+        return ranks.timed(lambda: decoder.decode(latent), repeats)
+    groups = ranks.layout(auto_plan(ranks.world, ranks.world))
+
+    def strips() -> Tensor | None:
+        return strips_on_first(lambda low, high: decoder.decode_strip(latent, low, high), shape[-1], -1, groups.world)
+
+    found = ranks.timed(strips, repeats)
+    alone = ranks.results.get("vae alone", {}).get("seconds")
+    whole, video = decoder.decode(latent), strips()
+    error = {} if video is None else {"error_to_alone": relative(video, whole), "largest": float((video - whole).abs().max())}
+    return {**found, "speedup": alone and alone / found["seconds"], **error}
+
+
+def fault(ranks: Ranks) -> dict[str, Any]:
+    """The last rank raises while the others wait in an exchange with it: how long they wait, and whether groups open again."""
+    groups = ranks.layout(auto_plan(ranks.world, ranks.world))
+    x = torch.zeros(1 << 20, device=ranks.device)
+    groups.world.all_gather(x)
+    began = time.monotonic()
+    said = ""
+    try:
+        if ranks.rank == ranks.world - 1:
+            time.sleep(1.0)
+            ranks.fall()
+            raise ValueError("on purpose")
+        groups.world.all_gather(x)
+        float(x.sum())  # the host waits for the device here
+    except (ValueError, RuntimeError) as error:
+        said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    waited = time.monotonic() - began
+    reason = groups.broken
+    facts = ranks.gathered({"seconds": waited, "broken": reason, "raised": said})
+    groups.abandon()
+    groups.open()
+    again = [float(part[0]) for part in groups.world.all_gather(torch.full((1,), float(ranks.rank), device=ranks.device))]
+    return {"ranks": facts, "groups_again": again == [float(rank) for rank in range(ranks.world)]}
+
+
+def warm_up(ranks: Ranks) -> dict[str, Any]:
+    """Libraries, and what the machine is."""
+    cuda = ranks.device.type == "cuda"
+    x = torch.randn(256, 256, device=ranks.device)
+    (x @ x).sum().item()
+    facts: dict[str, Any] = {"device": torch.cuda.get_device_name(ranks.device) if cuda else "cpu", "ranks": ranks.world}
+    facts |= {"torch": torch.__version__, "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None}
+    return {**facts, "to_first_section": ranks.elapsed}
+
+
+def sections(ranks: Ranks, asked: argparse.Namespace) -> list[tuple[str, Callable[[], dict[str, Any]], float]]:
+    """(name, work, seconds that it takes on H200) in order: what matters first."""
+    small, names = asked.small, ["wan-tiny"] if asked.small else ["Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B"]
+    size = "small" if small else "480p"
+    models = [Model(ranks, name, size, asked, exact=index == 0) for index, name in enumerate(names)]
+    message = [1 << power for power in ((12, 16) if small else range(16, 29, 2))]
+    rows: list[tuple[str, Callable[[], dict[str, Any]], float]] = [("machine", lambda: warm_up(ranks), 0)]
+    rows.append(("links", lambda: links(ranks, message), 4))
+    for index, model in enumerate(models):
+        rows.append((f"{model.name} alone", model.alone, 15 if index == 0 else 25))
+        for word in asked.layouts.split(","):
+            rows.append((f"{model.name} {word}", lambda m=model, w=word: m.layout(w), 6 if index == 0 else 13))
+        if index == 0:
+            for word in ("alone", *(DIFFUSERS if not small else ())):
+                rows.append((f"diffusers {model.name} {word}", lambda m=model, w=word: m.diffusers(w), 7))
+            rows.append((f"{model.name} overlap", model.overlap, 3))
+        rows.append((f"{model.name} kernels", model.kernels, 4 if index == 0 else 6))
+        rows.append((f"{model.name} released", lambda m=model: m.release() or {}, 0))
+    rows.insert(2, ("vae alone", lambda: vae(ranks, small, 2, False), 10))
+    rows.insert(3, ("vae shared", lambda: vae(ranks, small, 2, True), 8))
+    for name in [] if small else names:
+        larger = Model(ranks, name, "720p", asked, exact=False)
+        larger.kernel_names = models[names.index(name)].kernel_names  # one list: filled by the sections before
+        rows.append((f"{larger.name} kernels", larger.kernels, 3 if name == names[0] else 8))
+    rows.append(("fault", lambda: fault(ranks), 6))
+    chosen = asked.only.split(",") if asked.only else [""]
+    return [row for row in rows if any(word in row[0] for word in chosen)]
 
 
 @torch.no_grad()
-def main() -> None:
+def main() -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="wan-tiny")
-    parser.add_argument("--size", default="64x64")
-    parser.add_argument("--frames", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=2, help="processes, where torchrun did not start this one")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--small", action="store_true", help="wan-tiny's shape, 64x64, 5 frames")
+    parser.add_argument("--repeats", type=int, default=3, help="counted readings of a step")
     parser.add_argument("--layouts", default="cfg2,u2,r2")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as infer.attn_type=math")
+    parser.add_argument("--only", default="", help="sections whose names hold one of these words, comma-separated")
+    parser.add_argument("--budget", type=float, default=200.0, help="seconds; what would not fit is skipped")
+    parser.add_argument("--out", type=Path, default=None, help="JSON; a table is written beside it")
     asked = parser.parse_args()
     place = rank_place()
     if place is None:
-        raise SystemExit("start this with torchrun")
-    cuda = torch.cuda.is_available()
+        return in_processes("benchmarks.scaling", asked.ranks, sys.argv[1:])
+    cuda = torch.cuda.is_available() if asked.device == "auto" else asked.device == "cuda"
     device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
-    store = next(iter(dist.rendezvous("env://")))[0]
-    spec, _ = resolve_model(asked.model, None)
-    torch.manual_seed(0)
-    with device:
-        network = WanTransformer(spec.transformers[0]).to(torch.bfloat16 if cuda else torch.float32).eval()
-    width, height = (int(side) for side in asked.size.split("x"))
-    latent = torch.randn(1, *spec.geometry.latent_shape(asked.frames, height, width), device=device)
-    text = torch.randn(2, 512, spec.transformers[0].text_dim, device=device)
-    alone, reference = 0.0, torch.empty(0)
-    if place.rank == 0:
-        reference = guided_step(network, latent, text, RankGroups())
-        alone = seconds(lambda: guided_step(network, latent, text, RankGroups()), asked.repeats, device)
-        print(json.dumps({"layout": str(ParallelPlan()), "seconds": alone}), flush=True)
-    for layout in asked.layouts.split(","):
-        plan = plan_for(place.world, spec.transformers[0].num_attention_heads, **parse_layout(layout))
-        groups = RankGroups(plan, place.rank, device, dist.PrefixStore(layout, store), timeout=600)
-        groups.open()
-        found = guided_step(network, latent, text, groups)
-        took = seconds(lambda groups=groups: guided_step(network, latent, text, groups), asked.repeats, device)
-        if place.rank == 0:
-            error = float((found - reference).float().norm() / reference.float().norm())
-            memory = torch.cuda.max_memory_allocated(device) if cuda else 0
-            facts = {"seconds": took, "speedup": alone / took, "relative_error": error, "peak_bytes": memory}
-            print(json.dumps({"layout": str(plan), **facts}), flush=True)
-        groups.close()
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    out = asked.out or RESULTS / f"scaling-{place.world}-{'gpus' if cuda else 'cpu'}.json"
+    ranks = Ranks(place, device, out, asked.budget)
+    for name, work, estimate in sections(ranks, asked):
+        ranks.section(name, work, 0 if asked.small else estimate)
+        if ranks.rank == 0:
+            out.with_suffix(".md").write_text(as_markdown(ranks.results))
+    broken = ranks.broken
+    ranks.close()
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

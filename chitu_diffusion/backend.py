@@ -61,7 +61,7 @@ class DiffusionBackend:
     def __init__(self, args: EngineConfig, logging_level: int | None = None, groups: RankGroups | None = None) -> None:
         self._begin(args, logging_level, groups)
         try:
-            self._install(load_networks(self.args, self.device, self.dtype))
+            self._install(load_networks(self.args, self.device, self.dtype, encodes=self.groups.rank == 0))
         except BaseException:
             free_memory(self.device)
             raise
@@ -123,7 +123,7 @@ class DiffusionBackend:
 
     @property
     def text_encoder(self) -> TextEncoder:
-        """Prompts to embeddings."""
+        """Prompts to embeddings; on ranks but the first it has no weights."""
         return self._alive().text_encoder
 
     @property

@@ -239,6 +239,24 @@ def rank_place(environment: Mapping[str, str] | None = None) -> RankPlace | None
     return RankPlace(*(int(text) for text in texts))
 
 
+_NCCL_DEFAULTS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_HIGH_PRIORITY": "1",
+}
+
+
+def set_nccl_defaults() -> None:
+    """What torch's NCCL groups shall do, unless the environment says otherwise; to be called before the first is made.
+
+    Errors are not handled there: its watchdog and its monitor would end the process, where `parallel.watch` ends a task or
+    names the rank. Exchanges get high priority, so that one that runs beside a kernel need not wait for its last wave.
+    """
+    for name, value in _NCCL_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

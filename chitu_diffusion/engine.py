@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 
 from chitu_diffusion.backend import BackendState, DiffusionBackend, pick_device
-from chitu_diffusion.config import EngineConfig, rank_place
+from chitu_diffusion.config import EngineConfig, rank_place, set_nccl_defaults
 from chitu_diffusion.errors import StageError, UsageError, WillNotFitError
 from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache
 from chitu_diffusion.generator import Generator, without_frames
@@ -242,6 +242,7 @@ def join_ranks(args: EngineConfig) -> Crew | None:
     )
     device = pick_device(args.infer.device)
     device = pick_device(f"cuda:{place.local_rank}") if device.type == "cuda" else device
+    set_nccl_defaults()
     return Crew(plan, place.rank, device=device, timeout=args.ranks.timeout, lost_after=args.ranks.lost_after)
 
 

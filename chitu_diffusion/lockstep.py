@@ -117,7 +117,7 @@ class Together(Alone):
         before, status = _Snapshot(task), task.status
         event, outcome, raised = self._run(task)
         if outcome["how"] != "done":
-            self._crew.groups.abandon()
+            self._crew.fall()
         try:
             votes = self._orders.vote(outcome, self._patience(outcome, status))
         except KeyboardInterrupt:
@@ -272,11 +272,19 @@ class Together(Alone):
             return None, {"how": "interrupted"}, without_frames(error)
         except Exception as error:
             how = "memory" if is_out_of_memory(error) else "failed"
-            vote = {"how": how, "error": f"{type(error).__name__}: {error}", "exchange": _is_exchange(error)}
+            vote = {"how": how, "error": f"{type(error).__name__}: {error}", "exchange": self._is_exchange(error)}
             return None, vote, without_frames(error)
-        if task.status is not TaskStatus.FAILED:
-            return event, {"how": "done"}, None
-        return event, {"how": "failed", "error": task.error_message, "exchange": _is_exchange(task.error)}, None
+        if task.status is TaskStatus.FAILED:
+            return event, {"how": "failed", "error": task.error_message, "exchange": self._is_exchange(task.error)}, None
+        if self._crew.groups.broken is not None:
+            # on a GPU a queued exchange that is cut short raises nothing; what came after it was computed from anything
+            return None, {"how": "failed", "error": f"cut short: {self._crew.groups.broken}", "exchange": True}, None
+        return event, {"how": "done"}, None
+
+    def _is_exchange(self, error: BaseException | None) -> bool:
+        """Whether an error says only that the other ranks could not be reached: somebody else's failure, most likely."""
+        words = any(word in str(error) for word in _EXCHANGE_FAILURES)
+        return words or isinstance(error, dist.DistError) or self._crew.groups.broken is not None
 
     def _patience(self, outcome: dict[str, Any], status: TaskStatus) -> float | None:
         """How long the others may take from here; saving is rank 0's alone and takes what it takes."""
@@ -314,11 +322,6 @@ class _Snapshot:
         """Put it back."""
         for name, value in self._fields.items():
             setattr(self._task, name, value)
-
-
-def _is_exchange(error: BaseException | None) -> bool:
-    """Whether an error says only that the other ranks could not be reached: somebody else's failure, most likely."""
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in _EXCHANGE_FAILURES)
 
 
 def _stand_in(how: str, votes: list[dict[str, Any]]) -> BaseException:

@@ -21,6 +21,7 @@ from chitu_diffusion.models.vae import Vae
 from chitu_diffusion.models.wan import WanTransformer
 
 _HOME = torch.device("cpu")
+_NOWHERE = torch.device("meta")
 _EXPERTS: tuple[Literal["transformer", "transformer_2"], ...] = ("transformer", "transformer_2")
 
 
@@ -43,8 +44,13 @@ class Networks:
     folder: Path | None = None
 
 
-def load_networks(args: EngineConfig, device: torch.device, dtype: torch.dtype) -> Networks:
+def load_networks(args: EngineConfig, device: torch.device, dtype: torch.dtype, *, encodes: bool = True) -> Networks:
     """The networks of the model that the settings name.
+
+    Args:
+        args: the settings.
+        device, dtype: where and as what.
+        encodes: False where another rank encodes the text: the encoder is then its shapes alone, without weights.
 
     The text encoder is loaded into main memory from memory level 2, the transformers from level 3; the rest onto the
     device. In float16 the text encoder is bfloat16: T5's activations do not fit float16's range.
@@ -58,7 +64,7 @@ def load_networks(args: EngineConfig, device: torch.device, dtype: torch.dtype) 
         raise missing_model(spec)
     folder, level = read_folder(path), args.infer.diffusion.low_mem_level
     experts_on = _HOME if level >= 3 else device
-    text_on = _HOME if level >= 2 else device
+    text_on = _NOWHERE if not encodes else _HOME if level >= 2 else device
     text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     text_encoder = load_text_encoder(folder, device=text_on, dtype=text_dtype)
     experts = [load_transformer(folder, role, device=experts_on, dtype=dtype) for role in _EXPERTS if role in folder.components]

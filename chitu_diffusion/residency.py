@@ -112,7 +112,7 @@ class Part:
         if self._there is True and self._left_out is leave_out:
             return
         self._there = None
-        for tensor in tensors_of(self.module):
+        for tensor in self._tensors():
             if tensor not in leave_out and self._is_home(tensor):
                 # a blocking copy: whoever changes the home's owner next need not ask whether it is done
                 tensor.data = self._home_of(tensor).to(self.device, copy=True)
@@ -123,14 +123,18 @@ class Part:
         if not self._apart or self._there is False:
             return
         self._there = None
-        for tensor in tensors_of(self.module):
+        for tensor in self._tensors():
             if not self._is_home(tensor):
                 tensor.data = self._home_of(tensor)
         self._there = False
 
     def is_on_device(self) -> bool:
         """Whether every tensor is there."""
-        return not any(self._is_home(tensor) for tensor in tensors_of(self.module))
+        return not any(self._is_home(tensor) for tensor in self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        # weights that this process does not have are nowhere and stay there
+        return [tensor for tensor in tensors_of(self.module) if not tensor.is_meta]
 
     def _is_home(self, tensor: Tensor) -> bool:
         if self.device != HOME:

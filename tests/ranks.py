@@ -1,4 +1,4 @@
-"""Several ranks in one test: processes that run a function together, and exchanges that count what they send."""
+"""Several ranks in one test: processes that run a function together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 _CONTEXT = multiprocessing.get_context("forkserver")  # one import of everything, then each rank is a fork of it
 _CONTEXT.set_forkserver_preload(["chitu_diffusion.engine", "diffusers.models.autoencoders.autoencoder_kl_wan", "transformers"])
@@ -67,29 +66,3 @@ def _rank(work: Work, rank: int, world: int, port: int, errors: str, given: tupl
     except BaseException:
         Path(errors, f"{rank}.txt").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         raise
-
-
-class Counting:
-    """Peers that count the bytes which this rank sends to others."""
-
-    def __init__(self, peers) -> None:
-        self.peers, self.size, self.index = peers, peers.size, peers.index
-        self.sent = 0
-        self.calls = 0
-
-    def _count(self, numbers: int, x: Tensor) -> None:
-        self.sent += numbers * x.element_size()
-        self.calls += 1
-
-    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        row = x[0].numel()
-        self._count(row * (sum(send) - send[self.index]), x)
-        return self.peers.all_to_all(x, send, receive)
-
-    def pass_on(self, x: Tensor, arriving: Tensor):
-        self._count(x.numel(), x)
-        return self.peers.pass_on(x, arriving)
-
-    def all_gather(self, x: Tensor) -> list[Tensor]:
-        self._count(x.numel() * (self.size - 1), x)
-        return self.peers.all_gather(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from conftest import Chitu
 from tiny_model import write_tiny_model
 
 from chitu_diffusion.cli.launch import without_gpus
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_two_workers_make_one_video(tmp_path: Path) -> None:
@@ -20,6 +24,48 @@ def test_two_workers_make_one_video(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "cat.npy\n"), done.stderr
     assert done.stderr.count("done in") == 1
     assert (tmp_path / "cat.npy").exists()
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from chitu_diffusion import (
+    DiffusionTask, DiffusionTaskPool, DiffusionUserParams, EngineConfig, chitu_generate, chitu_init, chitu_start, chitu_terminate,
+)
+from chitu_diffusion.config import rank_place
+
+folder, out = sys.argv[1:]
+args = EngineConfig(models={"name": folder}, output={"dir": out}, infer={"device": "cpu", "threads": 1})
+chitu_init(args)
+chitu_start()
+for seed in (1, 2):
+    params = DiffusionUserParams(prompt="A cat walking on grass", num_inference_steps=2, seed=seed, task_id=f"cat-{seed}")
+    DiffusionTaskPool.add(DiffusionTask.from_user_request(params))
+turns = 0
+while not DiffusionTaskPool.all_finished():
+    chitu_generate()
+    turns += 1
+seen = [[task.task_id, str(task.status), task.current_step] for task in DiffusionTaskPool]
+Path(out, f"{rank_place().rank}.json").write_text(json.dumps({"turns": turns, "tasks": seen}))
+chitu_terminate()
+"""
+
+
+def test_the_page_loop_is_right_on_every_rank_under_torchrun(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny")
+    script = tmp_path / "loop.py"
+    script.write_text(SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH", "")) if path)
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, str(script), str(model), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first["tasks"] == [["cat-1", "finished", 2], ["cat-2", "finished", 2]]
+    assert sorted(file.name for file in tmp_path.glob("*.mp4")) == ["cat-1.mp4", "cat-2.mp4"]
 
 
 def test_a_layout_that_cannot_be_is_refused_at_once(chitu: Chitu, tiny_folder: Path, nothing_loads: None) -> None:

@@ -64,6 +64,8 @@ def poisoned(rank: int):
         poison = velocity.poison
         if rank == 1 and poison == "error" and timestep < 900:
             raise ValueError("boom")
+        if rank == 1 and poison == "cut" and timestep < 900:
+            backend.groups.interrupt("as the watch does")  # on a GPU nothing raises here: the unit ends well, with anything
         if rank == 1 and poison == "memory" and once:
             once.clear()
             raise MemoryError("no room on this rank")
@@ -87,7 +89,7 @@ def lead_and_follow(rank: int, world: int, store: dist.Store, folder: str, out: 
     drive(engine)
     seen["own"] = [task.task_id, task.seed, str(task.status)]
 
-    for poison in ("error", "", "memory"):
+    for poison in ("error", "cut", "", "memory"):
         velocity.poison = poison
         engine.submit(params(task_id=f"poison-{poison}"))
         drive(engine)
@@ -102,7 +104,7 @@ def lead_and_follow(rank: int, world: int, store: dist.Store, folder: str, out: 
         engine.run_until_idle()
     engine.close()  # the other rank serves until rank 0 closes
     engine.close()
-    seen["end"] = facts(engine)[5:]
+    seen["end"] = facts(engine)[6:]
     Path(out, f"{rank}.json").write_text(json.dumps(seen))
 
 
@@ -116,9 +118,10 @@ def scenes(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[
 def test_both_ranks_know_the_same_of_every_task(scenes) -> None:
     leader, follower = (dict(seen) for seen in scenes[0])
     ours, theirs = leader.pop("poisoned"), follower.pop("poisoned")
-    # the rank that failed knows its own error; the others know whose it was, too
+    # the rank that failed knows its own error; the others know whose it was, and where that runs
     assert ours[0][3].endswith(theirs[0][3])
-    assert ours[1:] == theirs[1:]
+    assert ours[1][3].split(": ", 1)[1] == theirs[1][3].split(": ", 1)[1]
+    assert ours[2:] == theirs[2:]
     assert leader == follower
     assert leader["own"][2] == "finished"
 
@@ -130,10 +133,17 @@ def test_only_rank_0_saves(scenes) -> None:
 
 
 def test_an_exception_on_one_rank_fails_the_task_on_all_and_the_group_lives(scenes) -> None:
-    failed, after, _ = scenes[0][0]["poisoned"]
+    failed, _, after, _ = scenes[0][0]["poisoned"]
     assert failed[2] == "failed"
     assert "rank 1 of 2" in failed[3] and "boom" in failed[3] and "denoising, step" in failed[3]
     assert after[2] == "finished"
+
+
+def test_what_was_computed_after_an_interrupted_exchange_is_void(scenes) -> None:
+    for seen in scenes[0]:
+        _, cut, after, _ = seen["poisoned"]
+        assert cut[2] == "failed" and "rank 1 of 2" in cut[3] and "cut short: as the watch does" in cut[3]
+        assert after[2] == "finished"
 
 
 def test_memory_that_runs_out_on_one_rank_raises_the_level_on_all(scenes) -> None:

@@ -7,17 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Counting, run_ranks
+from conftest import WAN_TINY
+from ranks import run_ranks
 from running import config_for, latent_and_video, psnr, relative_error, task_for
 
-from chitu_diffusion import forward
+from chitu_diffusion.attention import sdpa
+from chitu_diffusion.attention.ulysses import pieces_for, shard_heads, ulysses
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.generator import Generator
+from chitu_diffusion.networks import load_networks
 from chitu_diffusion.parallel.groups import RankGroups
 from chitu_diffusion.parallel.plan import ParallelPlan, parse_layout, plan_for
+from chitu_diffusion.parallel.traffic import Counting
+from chitu_diffusion.parallel.traffic import traffic as by_formula
 from chitu_diffusion.task import TaskStatus
 
 HEADS = 4
+SHARED = 1  # self-attentions that two branches on one rank have in common: the first
 LAYOUTS = {2: ("cfg2", "u2", "r2"), 4: ("u4", "r4", "u2r2", "cfg2u2", "cfg2r2")}
 CASES = {
     "plain": {},  # 27 tokens: no layout shares them evenly
@@ -25,6 +31,8 @@ CASES = {
     "unguided": {"guidance_scale": 1.0},
 }
 SIZE = {"height": 48, "width": 48, "num_frames": 9, "num_inference_steps": 4}
+OTHERS = {"wan-tiny": (2, 4), "experts": (2,)}  # other models, and the worlds in which they run
+OTHER_SIZE = {"height": 48, "width": 48, "num_frames": 5, "num_inference_steps": 3}  # 18 tokens
 
 
 def plan_of(layout: str) -> ParallelPlan:
@@ -32,16 +40,25 @@ def plan_of(layout: str) -> ParallelPlan:
     return plan_for(asked["cfg"] * asked["cp"], HEADS, **asked)
 
 
-def run_case(generator: Generator, case: str) -> dict[str, torch.Tensor]:
+def run_case(generator: Generator, case: str, **params) -> dict[str, torch.Tensor]:
     """Latent, and on rank 0 the video."""
-    task = task_for(**SIZE, **CASES[case])
+    task = task_for(**(params or {**SIZE, **CASES[case]}))
     latent, video = latent_and_video(generator, task)
     assert task.status is TaskStatus.SAVING
+    if case == "experts":
+        assert "expert 1" in task.events, "both experts shall have run"
     return {f"{case} latent": latent, **({} if video is None else {f"{case} video": video})}
+
+
+def folder_of(other: str, folder: Path) -> Path:
+    return WAN_TINY if other == "wan-tiny" else folder.with_name(other)
 
 
 def all_layouts(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
     """Every layout of a world on one set of processes; results go to files."""
+    configs = {name: config_for(folder_of(name, Path(folder)), Path(out)) for name, worlds in OTHERS.items() if world in worlds}
+    device = torch.device("cpu")
+    others = {name: load_networks(config, device, torch.float32, encodes=rank == 0) for name, config in configs.items()}
     for layout in LAYOUTS[world]:
         groups = RankGroups(plan_of(layout), rank, store=dist.PrefixStore(layout, store), timeout=30)
         groups.open()
@@ -50,8 +67,13 @@ def all_layouts(rank: int, world: int, store: dist.Store, folder: str, out: str)
         results: dict[str, torch.Tensor] = {}
         for case in CASES:
             results |= run_case(generator, case)
+        for name, networks in others.items():
+            other = DiffusionBackend.from_networks(networks, configs[name], groups)
+            results |= run_case(Generator(other), name, **OTHER_SIZE)
         results |= by_hand(generator)
+        results |= in_pieces(groups)
         results |= {"sent": torch.tensor(traffic(backend, layout))}
+        results |= {"encoder": torch.tensor([not weight.is_meta for weight in backend.text_encoder.parameters()])}
         torch.save(results, Path(out, f"{layout}-{rank}.pt"))
         groups.close()
 
@@ -67,6 +89,16 @@ def by_hand(generator: Generator) -> dict[str, torch.Tensor]:
     }
 
 
+def in_pieces(groups: RankGroups) -> dict[str, torch.Tensor]:
+    """An attention with three heads a rank over shards of unequal length, in one, two and four (that is, three) pieces."""
+    peers, generator = groups.ulysses, torch.Generator().manual_seed(7)
+    lengths = [3 + rank for rank in range(peers.size)]
+    whole = torch.randn(3, 2, sum(lengths), 3 * peers.size, 8, generator=generator)  # q, k, v of all
+    own = slice(sum(lengths[: peers.index]), sum(lengths[: peers.index + 1]))
+    found = [ulysses(sdpa, peers, lengths, pieces)(*whole[:, :, own].unbind()) for pieces in (1, 2, 4)]
+    return {"pieces": torch.stack([*found, sdpa(*whole.unbind())[:, own]])}
+
+
 def traffic(backend: DiffusionBackend, layout: str) -> list[int]:
     """Bytes that this rank sends in one guided forward over 32 tokens: ulysses, ring, gather, guidance."""
     groups, counters = backend.groups, []
@@ -74,7 +106,7 @@ def traffic(backend: DiffusionBackend, layout: str) -> list[int]:
         counters.append(Counting(vars(groups)[name]))
         setattr(groups, name, counters[-1])
     latent, text = torch.zeros(1, 4, 2, 8, 8), torch.zeros(2, 7, 32)
-    forward.stacked_velocity(backend, latent, text, torch.tensor(500.0), expert=0)
+    Generator(backend).forward_with_cp(latent, text, torch.tensor(500.0))
     for name, counter in zip(("ulysses", "ring", "sequence", "branches"), counters, strict=True):
         setattr(groups, name, counter.peers)
     return [counter.sent for counter in counters]
@@ -85,7 +117,7 @@ def expected_traffic(plan: ParallelPlan, tokens: int = 32, dim: int = 16 * HEADS
     but branches on one rank share the first block's."""
     batch = 2 if plan.cfg == 1 else 1
     own = tokens // plan.sequence
-    attentions = blocks * batch - (batch - 1)
+    attentions = blocks * batch - SHARED * (batch - 1)
     ulysses = attentions * 4 * own * dim * (plan.ulysses - 1) // plan.ulysses
     ring = attentions * 2 * own * dim * (plan.ring - 1)
     gather = batch * own * 16 * (plan.sequence - 1)  # 2 x 2 patches of 4 channels
@@ -97,7 +129,9 @@ def expected_traffic(plan: ParallelPlan, tokens: int = 32, dim: int = 16 * HEADS
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_model import write_tiny_model
 
-    return write_tiny_model(tmp_path_factory.mktemp("parallel") / "tiny", heads=HEADS)
+    folder = tmp_path_factory.mktemp("parallel")
+    write_tiny_model(folder / "experts", experts=2, shift=12.0, heads=HEADS)
+    return write_tiny_model(folder / "tiny", heads=HEADS)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +140,9 @@ def one_process(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     results: dict[str, torch.Tensor] = by_hand(generator)
     for case in CASES:
         results |= run_case(generator, case)
+    for name in OTHERS:
+        other = DiffusionBackend(config_for(folder_of(name, model), tmp_path_factory.mktemp("one")))
+        results |= run_case(Generator(other), name, **OTHER_SIZE)
     return results
 
 
@@ -121,7 +158,7 @@ def ranks_results(request, model: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_every_layout_makes_the_same_video(ranks_results, one_process) -> None:
     for layout, ranks in ranks_results.items():
-        for case in CASES:
+        for case in (*CASES, *(name for name, worlds in OTHERS.items() if len(ranks) in worlds)):
             latents = [rank[f"{case} latent"] for rank in ranks]
             error = relative_error(latents[0], one_process[f"{case} latent"])
             assert error < 1e-4, f"{layout}, {case}: relative error {error}"
@@ -129,6 +166,19 @@ def test_every_layout_makes_the_same_video(ranks_results, one_process) -> None:
             decibels = psnr(ranks[0][f"{case} video"], one_process[f"{case} video"])
             assert decibels >= 60, f"{layout}, {case}: {decibels} dB"
             assert not any(f"{case} video" in rank for rank in ranks[1:]), "only rank 0 has the video"
+
+
+def test_ulysses_in_pieces_is_the_same_attention(ranks_results) -> None:
+    for layout, ranks in ranks_results.items():
+        for results in ranks:
+            *found, alone = results["pieces"]
+            for each in found:
+                assert relative_error(each, alone) < 1e-6, layout
+
+
+def test_large_exchanges_go_in_two_pieces() -> None:
+    assert [pieces_for(6, 75e6), pieces_for(6, 1e6), pieces_for(1, 75e6)] == [2, 1, 1]
+    assert shard_heads(3, 2) == [2, 1] and shard_heads(1, 2) == [1]
 
 
 def test_the_page_forwards_agree_on_every_rank(ranks_results, one_process) -> None:
@@ -142,3 +192,16 @@ def test_ranks_send_what_the_formula_says(ranks_results) -> None:
     for layout, ranks in ranks_results.items():
         for rank, results in enumerate(ranks):
             assert results["sent"].tolist() == expected_traffic(plan_of(layout)), f"{layout}, rank {rank}"
+
+
+def test_the_package_knows_the_formula() -> None:
+    for layout in (word for words in LAYOUTS.values() for word in words):
+        plan = plan_of(layout)
+        found = by_formula(plan, tokens=32, dim=16 * HEADS, blocks=2, values=16, latent=512, shared=SHARED)
+        assert [4 * part for part in (found.ulysses, found.ring, found.gather, found.guidance)] == expected_traffic(plan)
+
+
+def test_only_rank_0_has_the_text_encoder(ranks_results) -> None:
+    for ranks in ranks_results.values():
+        assert ranks[0]["encoder"].all()
+        assert not any(rank["encoder"].any() for rank in ranks[1:])

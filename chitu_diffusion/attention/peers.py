@@ -19,12 +19,15 @@ class Peers(Protocol):
         """Which of them this one is."""
         ...
 
-    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """Rows of x [sum(send), ...], `send[p]` of them to peer p; returns [sum(receive), ...], in the order of peers."""
+    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
+        """Begin to send leaving[p] to each other peer p and to fill arriving[p] from it; the result waits for all.
+
+        All contiguous; this one's own places stay as they are.
+        """
         ...
 
-    def pass_on(self, x: Tensor, arriving: Tensor) -> Callable[[], Tensor]:
-        """Begin to send x to the next peer and to fill `arriving` from the one before; the result waits for both."""
+    def pass_on(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
+        """Begin to send tensors to the next peer and to fill `arriving` from the one before; the result waits for both."""
         ...
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
@@ -50,13 +53,15 @@ class Alone:
     size = 1
     index = 0
 
-    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """x."""
-        return x
+    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
+        """Nobody else is there."""
+        return lambda: None
 
-    def pass_on(self, x: Tensor, arriving: Tensor) -> Callable[[], Tensor]:
-        """x."""
-        return lambda: x
+    def pass_on(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
+        """What leaves comes back."""
+        for source, target in zip(leaving, arriving, strict=True):
+            target.copy_(source)
+        return lambda: None
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """x alone."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.attention.kernels import AttentionFn, AttentionKernel
+from chitu_diffusion.attention.merge import merge
 from chitu_diffusion.attention.peers import Peers
 from chitu_diffusion.errors import UsageError
 
@@ -40,25 +41,22 @@ def ring(kernel: AttentionKernel, peers: Peers, lengths: Sequence[int]) -> Atten
         )
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        held = torch.stack([k, v])  # [2, B, s, H, D]
-        out: Tensor | None = None
-        lse: Tensor | None = None
+        held = [k.contiguous(), v.contiguous()]
+        out, lse = q, q  # replaced at the first hop
         for hop in range(peers.size):
-            arrived = None
-            if hop + 1 < peers.size:
-                coming = lengths[(peers.index - hop - 1) % peers.size]
-                arrived = peers.pass_on(held, held.new_empty(2, q.shape[0], coming, *q.shape[2:]))
+            coming = (q.shape[0], lengths[(peers.index - hop - 1) % peers.size], *k.shape[2:])
+            more = hop + 1 < peers.size
+            arriving = [x.new_empty(coming) for x in held] if more else []
+            # sent before the kernel is started, so that the copies get their share of the chip at once
+            arrived = peers.pass_on(held, arriving) if more else None
             part, part_lse = with_lse(q, held[0], held[1])
-            out, lse = (part.float(), part_lse) if out is None or lse is None else merge(out, lse, part, part_lse)
+            if hop == 0:
+                out, lse = part, part_lse
+            else:
+                out, lse = merge(out, lse, part, part_lse, torch.float32 if more else q.dtype)
             if arrived is not None:
-                held = arrived()
-        assert out is not None
-        return out.to(q.dtype)
+                arrived()
+                held = arriving
+        return out
 
     return attend
-
-
-def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys, from the attention over each; out [B, S, H, D] and lse [B, S, H] float32."""
-    both = torch.logaddexp(lse, part_lse)
-    return out * (lse - both).exp()[..., None] + part.float() * (part_lse - both).exp()[..., None], both

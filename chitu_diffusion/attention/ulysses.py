@@ -1,8 +1,10 @@
 """Ulysses: ranks trade heads for tokens around an attention (DeepSpeed Ulysses, arXiv:2309.14509).
 
 Each rank comes with its tokens and all heads, attends with all the group's tokens and its share of the heads, and leaves
-with its tokens and all heads. Two exchanges a call: q, k and v packed into one, and the output. A rank's traffic is
-4 B s d (P - 1) / P numbers, s its tokens and d all heads' channels. Tokens may be shared unevenly; nothing is padded.
+with its tokens and all heads. Two exchanges a call: q, k and v packed into one, and the output; each tensor is copied
+once on either side, and what a rank keeps for itself does not travel. Large exchanges go in two pieces, half of the heads
+each, so that one travels while the other is computed. A rank's traffic is 4 B s d (P - 1) / P numbers,
+s its tokens and d all heads' channels. Tokens may be shared unevenly; nothing is padded.
 """
 
 from collections.abc import Sequence
@@ -14,14 +16,29 @@ from chitu_diffusion.attention.kernels import AttentionFn
 from chitu_diffusion.attention.peers import Peers
 from chitu_diffusion.errors import UsageError
 
+_WORTH_TWO_PIECES = 8 * 2**20
 
-def ulysses(inner: AttentionFn, peers: Peers, lengths: Sequence[int]) -> AttentionFn:
+
+def pieces_for(heads: int, sent: float) -> int:
+    """In how many pieces a rank's heads go: two where the first exchange is so large that hiding half of it is worth more
+    than a call more.
+
+    Args:
+        heads: of one rank.
+        sent: bytes that a rank with the longest shard sends with q, k and v.
+    """
+    return 2 if heads > 1 and sent >= _WORTH_TWO_PIECES else 1
+
+
+def ulysses(inner: AttentionFn, peers: Peers, lengths: Sequence[int], pieces: int | None = None) -> AttentionFn:
     """An attention over the tokens of all peers.
 
     Args:
-        inner: attends with [B, sum(lengths), H / P, D].
+        inner: attends with [B, sum(lengths), heads of a piece, D].
         peers: the group, in the order of its tokens.
         lengths: each peer's tokens.
+        pieces: a rank's heads are attended to in so many calls, at most one a head; while one is computed, the next one's q,
+            k and v arrive and the last one's output leaves. None leaves it to `pieces_for`.
 
     Returns:
         (q, k, v) -> out, all [B, lengths[own], H, D].
@@ -31,20 +48,41 @@ def ulysses(inner: AttentionFn, peers: Peers, lengths: Sequence[int]) -> Attenti
     """
     if peers.size == 1:
         return inner
-    receive = list(lengths)
+    rows, index = list(lengths), peers.index
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, own, heads, channels = q.shape
         if heads % peers.size:
             raise UsageError(f"{heads} heads cannot be shared by {peers.size} ranks", field="infer.diffusion.up")
-        share, send = heads // peers.size, [own] * peers.size
-        # [3, B, s, P, h, D] -> rows [P * s, 3, B, h, D]: peer p gets its heads of all our tokens
-        packed = torch.stack([q, k, v]).unflatten(3, (peers.size, share)).permute(3, 2, 0, 1, 4, 5)
-        rows = packed.reshape(peers.size * own, 3, batch, share, channels)
-        here = peers.all_to_all(rows, send, receive)  # [S, 3, B, h, D]
-        out = inner(*(part.transpose(0, 1) for part in here.unbind(1)))  # [B, S, h, D]
-        back = peers.all_to_all(out.transpose(0, 1).contiguous(), receive, send)
-        # [P, s, B, h, D] -> [B, s, P, h, D]
-        return back.unflatten(0, (peers.size, own)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+        share = heads // peers.size
+        # the longest shard, not ours: all ranks must decide alike
+        sent = 3 * batch * max(rows) * (heads - share) * channels * q.element_size()
+        coming, leaving_soon, first = [], [], 0
+        for some in shard_heads(share, pieces or pieces_for(share, sent)):
+            here = q.new_empty(sum(rows), 3, batch, some, channels)  # q, k, v of everybody's tokens, our heads
+            arriving, leaving = here.split(rows), list(q.new_empty(peers.size, own, *here.shape[1:]).unbind())
+            leaving[index] = arriving[index]  # what stays is written where it will be read
+            for peer, place in enumerate(leaving):
+                theirs = slice(peer * share + first, peer * share + first + some)
+                torch.stack([x[:, :, theirs].transpose(0, 1) for x in (q, k, v)], dim=1, out=place)
+            coming.append((here, peers.swap(leaving, arriving)))
+            first += some
+        for here, arrived in coming:
+            arrived()
+            out = inner(*(part.transpose(0, 1) for part in here.unbind(1)))  # [B, S, h, D]
+            leaving = list(out.transpose(0, 1).contiguous().split(rows))
+            back = list(out.new_empty(peers.size, *leaving[index].shape).unbind())  # our tokens, everybody's heads
+            back[index] = leaving[index]
+            leaving_soon.append((back, peers.swap(leaving, back)))
+        for _, returned in leaving_soon:
+            returned()
+        # [s, B, h, D] of each peer's piece -> [B, s, H, D], heads in their order
+        return torch.cat([back[peer].transpose(0, 1) for peer in range(peers.size) for back, _ in leaving_soon], dim=2)
 
     return attend
+
+
+def shard_heads(heads: int, pieces: int) -> list[int]:
+    """Heads of each piece, as even as can be; no more pieces than heads."""
+    pieces = min(heads, pieces)
+    return [heads // pieces + (piece < heads % pieces) for piece in range(pieces)]

@@ -115,7 +115,10 @@ def load_vae(
 def load_text_encoder(
     folder: ModelFolder, *, device: Device = "cpu", dtype: torch.dtype | None = None, progress: Progress | None = None
 ) -> TextEncoder:
-    """The text encoder with its weights and its tokenizer. Arguments and errors as for `load_transformer`."""
+    """The text encoder with its weights and its tokenizer. Arguments and errors as for `load_transformer`.
+
+    On the meta device nothing is read: sizes without weights, for a rank that never encodes.
+    """
     tokenizer = load_tokenizer(folder.tokenizer)
     return TextEncoder(_loaded(folder, "text_encoder", device, dtype, progress), tokenizer).eval()
 
@@ -145,6 +148,8 @@ def _loaded(
     folder: ModelFolder, role: Role, device: Device, dtype: torch.dtype | None, progress: Progress | None
 ) -> nn.Module:
     plan = blueprint(folder, role, dtype)
+    if torch.device(device).type == "meta":
+        return plan.module.to(dtype).eval().requires_grad_(False)
     load_into(
         plan.module,
         open_weights(folder, role),

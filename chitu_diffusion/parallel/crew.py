@@ -42,11 +42,25 @@ class Crew:
         self.rank, self.size, self.timeout = rank, plan.world, timeout
         meeting = dist.PrefixStore("chitu", store if store is not None else next(iter(dist.rendezvous("env://")))[0])
         self.groups = RankGroups(plan, rank, device, meeting, timeout)
-        self.watch = Watch(rank, plan.world, meeting, lost_after=lost_after, on_lost=self.groups.interrupt)
+        self.watch = Watch(
+            rank,
+            plan.world,
+            meeting,
+            lost_after=lost_after,
+            timeout=timeout,
+            interrupt=self.groups.interrupt,
+            waiting=self.groups.waiting,
+        )
         self.orders = Orders(meeting, self.watch)
         self.groups.open()
+
+    def fall(self) -> None:
+        """Give up the exchanges that are under way, and wake whoever waits in them. The groups can be opened again."""
+        self.watch.fell(self.groups.generation)
+        self.groups.abandon()
 
     def leave(self, why: str | None = None) -> None:
         """Go; with a reason, the others learn that the group is at its end."""
         self.watch.leave(why)
-        self.groups.abandon() if self.watch.lost is not None else self.groups.close()
+        # in peace all come; alone, a rank would wait for the others' goodbye
+        self.groups.abandon() if self.watch.lost is not None or why is not None else self.groups.close()

@@ -69,4 +69,6 @@ def sharded_attention(kernel: AttentionKernel, ulysses_peers: Peers, ring_peers:
     degree = ulysses_peers.size
     neighbourhoods = [lengths[first : first + degree] for first in range(0, len(lengths), degree)]
     passed = ring(kernel, ring_peers, [sum(shards) for shards in neighbourhoods])
-    return ulysses(passed, ulysses_peers, neighbourhoods[ring_peers.index])
+    # with a ring inside, whose own exchanges are hidden already, a second piece would only double their number
+    pieces = None if ring_peers.size == 1 else 1
+    return ulysses(passed, ulysses_peers, neighbourhoods[ring_peers.index], pieces)

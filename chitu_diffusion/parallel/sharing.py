@@ -24,7 +24,7 @@ def from_first(compute: Callable[[], Tensor], peers: Peers, device: torch.device
     """
     if peers.size == 1:
         return compute()
-    first = compute().contiguous() if peers.index == 0 else None
+    first = compute().to(device).contiguous() if peers.index == 0 else None
     header = torch.zeros(2 + _MOST_AXES, dtype=torch.int64)
     if first is not None:
         header[: 2 + first.ndim] = torch.tensor([_DTYPES.index(first.dtype), first.ndim, *first.shape])

@@ -2,7 +2,9 @@
 
 Two threads: one talks to the store, the other only looks at the clock, for the store itself may freeze with the rank it
 lies in. A lost rank is first an error that the main thread can raise; a main thread that cannot (it hangs in an exchange
-with the lost one) is ended, with its stack on stderr. Knows ranks and places in words; no task, no tensors.
+with the lost one) is ended, with its stack on stderr. A rank that raised in the middle of a unit has fallen: it lives, but
+the others' exchanges with it are cut short, for on a GPU nothing else would wake them; so are exchanges that do not move.
+Knows ranks and places in words; no task, no tensors.
 """
 
 from __future__ import annotations
@@ -40,22 +42,36 @@ class Watch:
         rank, size: ours, and how many there are.
         store: where the ranks meet; a connection of the watch's own is made.
         lost_after: seconds of silence after which a rank is lost.
-        on_lost: called once, from the watching thread, when one is; cuts short what waits for it.
+        timeout: seconds after which an exchange that does not move is cut short.
+        interrupt: (why, generation or None) cuts short the exchanges of that generation, or all; from another thread.
+        waiting: seconds that an exchange has not moved.
     """
 
-    def __init__(self, rank: int, size: int, store: dist.Store, *, lost_after: float, on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        store: dist.Store,
+        *,
+        lost_after: float,
+        timeout: float,
+        interrupt: Callable[[str, int | None], None],
+        waiting: Callable[[], float],
+    ) -> None:
         self.rank, self.size = rank, size
         self.host = socket.gethostname()
         self.lost: RankLostError | None = None
-        self._store, self._lost_after, self._on_lost = store.clone(), lost_after, on_lost  # type: ignore[attr-defined]
+        self._store, self._lost_after, self._timeout = store.clone(), lost_after, timeout  # type: ignore[attr-defined]
+        self._interrupt, self._waiting = interrupt, waiting
         self._place, self._arrived, self._busy = "starting", time.monotonic(), False
         self._main = threading.get_ident()
         now = time.monotonic()
         self._seen = dict.fromkeys((other for other in range(size) if other != rank), now)
         self._beats: dict[int, dict[str, Any]] = {}
         self._heard = now
-        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._stop, self._speak, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._left: str | None = None
+        self._fallen: int | None = None
         self._talking = threading.Thread(target=self._talk, name="chitu-signs-of-life", daemon=True)
         self._talking.start()
         threading.Thread(target=self._look, name="chitu-watch", daemon=True).start()
@@ -87,6 +103,11 @@ class Watch:
         """Take a rank for lost that gives signs of life but does nothing else."""
         self._lose(rank, why)
 
+    def fell(self, generation: int) -> None:
+        """This rank raised and gave up the exchanges of that generation: the others shall not wait for it in them."""
+        self._fallen = generation
+        self._speak.set()
+
     def describe(self, rank: int) -> str:
         """A rank as people know it: `rank 1 of 4 (HOST, process 123)`."""
         beat = self._beats.get(rank)
@@ -97,6 +118,7 @@ class Watch:
         """Stop watching; with a reason, the others learn that this rank will not come back."""
         self._left = why if self._left is None else self._left
         self._stop.set()
+        self._speak.set()
         self._talking.join(BEAT)  # its last word; a store that is gone or frozen will not hear it
 
     # -- threads
@@ -104,6 +126,7 @@ class Watch:
     def _talk(self) -> None:
         try:
             while True:
+                self._speak.clear()
                 leaving = self._stop.is_set()
                 self._store.set(f"beat/{self.rank}", json.dumps(self._beat()))
                 if leaving:
@@ -111,7 +134,7 @@ class Watch:
                 for other in self._seen:
                     self._listen(other)
                 self._heard = time.monotonic()
-                self._stop.wait(BEAT)
+                self._speak.wait(BEAT)
         except RuntimeError as error:
             # the store went away with whoever had it: rank 0, or the launcher
             if not self._stop.is_set() and self.lost is None:
@@ -123,7 +146,7 @@ class Watch:
         if frame is not None and time.monotonic() - self._arrived > _STACK_AFTER:
             stack = "".join(traceback.format_stack(frame)[-_STACK_LINES:])
         now = time.monotonic()
-        facts = {"host": self.host, "pid": os.getpid(), "machine": _machine(), "left": self._left}
+        facts = {"host": self.host, "pid": os.getpid(), "machine": _machine(), "left": self._left, "fallen": self._fallen}
         return {**facts, "beat": now, "place": self._place, "stack": stack}
 
     def _listen(self, other: int) -> None:
@@ -134,8 +157,14 @@ class Watch:
         self._beats[other] = beat
         if before is None or before["beat"] != beat["beat"]:
             self._seen[other] = time.monotonic()
+        if beat["fallen"] is not None and (before is None or before["fallen"] != beat["fallen"]):
+            self._cut_short(f"{self.describe(other)} gave up in {beat['place']}", beat["fallen"])
         if beat["left"] is not None and self.lost is None:
             self._lose(other, f"it left: {beat['left']}")
+
+    def _cut_short(self, why: str, generation: int | None = None) -> None:
+        # in a thread of its own: the watch goes on if that should hang
+        threading.Thread(target=self._interrupt, args=(why, generation), name="chitu-interrupt", daemon=True).start()
 
     def _look(self) -> None:
         last = time.monotonic()
@@ -146,6 +175,8 @@ class Watch:
                 self._heard = now
                 self._seen = dict.fromkeys(self._seen, now)
             last = now
+            if self._waiting() > self._timeout:
+                self._cut_short(f"an exchange has not moved for {self._timeout:g} s")
             if now - self._heard > self._lost_after:
                 _end_frozen(self._beats.get(0, {}))
                 self._lose(0, f"its store has not answered for {self._lost_after:g} s")
@@ -161,7 +192,7 @@ class Watch:
             if self.lost is not None:
                 return
             self.lost = RankLostError(self._report(other, why, place, stack))
-        self._on_lost()
+        self._cut_short(str(self.lost))
         deadline = time.monotonic() + _GRACE
         while self._busy and time.monotonic() < deadline:
             time.sleep(_GLANCE / 5)

@@ -1,0 +1,62 @@
+"""Two partial attentions as one: against float64, in torch and in the Triton kernel (interpreted on the CPU)."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from chitu_diffusion.attention.kernels import math
+from chitu_diffusion.attention.merge import merge
+
+
+def parts(tokens: int = 37, heads: int = 3, channels: int = 20, dtype: torch.dtype = torch.float32):
+    """q, and two sets of keys and values; fresh. The second set's scores are larger, so that it weighs more."""
+    q = torch.randn(2, tokens, heads, channels)
+    sizes = [(11, 1), (5, 3)]
+    sets = [(scale * torch.randn(2, keys, heads, channels), torch.randn(2, keys, heads, channels)) for keys, scale in sizes]
+    found = [math.run_with_lse(q, k, v) for k, v in sets]
+    k, v = (torch.cat([each[index] for each in sets], dim=1) for index in (0, 1))
+    scores = torch.einsum("bshd,blhd->bhsl", q.double(), k.double()) / channels**0.5
+    whole = torch.einsum("bhsl,blhd->bshd", scores.softmax(-1), v.double())
+    return [(out.to(dtype), lse) for out, lse in found], whole, scores.logsumexp(-1).transpose(1, 2)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch):
+    """The kernel's own function, its module freshly read with Triton's interpreter on."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, "chitu_diffusion.attention.merge_triton", raising=False)
+    spec = importlib.util.find_spec("chitu_diffusion.attention.merge_triton")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.merge_fused
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_parts_are_the_attention_over_all_keys(fused: bool, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    work = request.getfixturevalue("interpreted") if fused else merge
+    ((out, lse), (part, part_lse)), whole, sums = parts(dtype=dtype)
+    # as kernels give them: the log-sum-exp heads first, the output out of a wider tensor
+    lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+    part = torch.cat([part, part], dim=-1)[..., : part.shape[-1]]
+    merged, both = work(out, lse, part, part_lse, dtype)
+    assert merged.dtype == dtype and both.dtype == torch.float32
+    # float32: rounding of the parts; bfloat16: 8 bits, once in the parts and once in the result
+    allowed = 2e-6 if dtype == torch.float32 else 8e-3
+    assert (merged.double() - whole).norm() / whole.norm() < allowed
+    assert (both.double() - sums).abs().max() < 1e-5
+    wide, _ = work(out, lse, part, part_lse, torch.float32)
+    assert wide.dtype == torch.float32
+
+
+def test_both_roads_agree(interpreted) -> None:
+    ((out, lse), (part, part_lse)), _, _ = parts()
+    lse = lse + 200  # far apart, where an exponential of one alone would overflow
+    given = (out, lse, part, part_lse, torch.float32)
+    for ours, theirs in zip(interpreted(*given), merge(*given), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,135 @@
+"""Who wakes whom: ranks that fell, exchanges that do not move, and what becomes of groups that were cut short."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import new_store
+
+from chitu_diffusion.config import set_nccl_defaults
+from chitu_diffusion.parallel.groups import Pace, RankGroups
+from chitu_diffusion.parallel.watch import Watch
+
+
+class Exchanges:
+    """Stands for a rank's groups: remembers who cut them short, and has waited as long as it is told."""
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+        self.cut: list[tuple[str, int | None]] = []
+
+    def interrupt(self, why: str, generation: int | None) -> None:
+        self.cut.append((why, generation))
+        self.waited = 0.0
+
+
+@pytest.fixture
+def pair():
+    """Two ranks in one process: their watches and exchanges."""
+    store = new_store()
+    exchanges = [Exchanges(), Exchanges()]
+    watches = [
+        Watch(
+            rank,
+            2,
+            dist.PrefixStore("pair", store),
+            lost_after=20,
+            timeout=0.5,
+            interrupt=exchanges[rank].interrupt,
+            waiting=lambda rank=rank: exchanges[rank].waited,
+        )
+        for rank in (0, 1)
+    ]
+    yield watches, exchanges
+    for watch in watches:
+        watch.leave()
+
+
+def within(seconds: float, true) -> bool:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return true()
+
+
+def test_a_rank_that_fell_wakes_the_others(pair) -> None:
+    watches, exchanges = pair
+    watches[1].at("denoising, step 7 of task cat")
+    watches[1].fell(3)
+    assert within(5, lambda: bool(exchanges[0].cut))
+    why, generation = exchanges[0].cut[0]
+    assert "rank 1 of 2" in why and "denoising, step 7 of task cat" in why and generation == 3
+    assert exchanges[1].cut == []
+    watches[1].at("waiting for work")
+    time.sleep(2.2)  # two more signs of life tell it again
+    assert len(exchanges[0].cut) == 1
+    assert watches[0].lost is None
+
+
+def test_an_exchange_that_does_not_move_is_cut_short(pair) -> None:
+    _, exchanges = pair
+    exchanges[0].waited = 0.4
+    time.sleep(0.6)
+    assert exchanges[0].cut == []
+    exchanges[0].waited = 0.6
+    assert within(2, lambda: bool(exchanges[0].cut))
+    assert exchanges[0].cut == [("an exchange has not moved for 0.5 s", None)]
+
+
+class Event:
+    """A device's event that happens when it is told to."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.recorded = False
+
+    def record(self) -> None:
+        self.recorded = True
+
+    def query(self) -> bool:
+        return self.done
+
+
+def test_pace_is_the_time_since_an_exchange_last_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Event] = []
+    monkeypatch.setattr(torch.cuda, "Event", lambda: events.append(Event()) or events[-1])
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    pace = Pace(torch.device("cuda"))
+    assert pace.waiting() == 0
+    clock[0] += 50  # nothing is under way
+    for _ in range(2):
+        with pace.exchange():
+            assert pace.waiting() == 0
+            clock[0] += 1
+            assert pace.waiting() == 1  # the host hangs in the call
+            clock[0] -= 1
+    clock[0] += 30
+    assert pace.waiting() == 30
+    events[0].done = True
+    assert pace.waiting() == 0
+    clock[0] += 10
+    assert pace.waiting() == 10
+    events[1].done = True
+    assert pace.waiting() == 0
+    assert all(event.recorded for event in events)
+
+
+def test_groups_that_are_not_open_cannot_be_cut_short() -> None:
+    groups = RankGroups()
+    groups.interrupt("late")
+    assert groups.broken is None and groups.waiting() == 0
+
+
+def test_torch_is_told_not_to_end_the_process_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_NCCL_ENABLE_MONITORING")
+    for name in (*names, "TORCH_NCCL_HIGH_PRIORITY"):
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(names[2], "1")
+    set_nccl_defaults()
+    assert [os.environ[name] for name in names] == ["0", "0", "1"]
