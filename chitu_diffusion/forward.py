@@ -156,6 +156,7 @@ def schedule_of(backend: DiffusionBackend, state: SamplerState, guidance: tuple[
         measured=backend.spec.measured,
         model=backend.spec.name,
         guidance=tuple(guidance[expert] for expert in experts),
+        sampler=backend.sampler.name,
         response=partial(backend.sampler.response, state),
         calibration=backend.spec.calibration,
         weights_sha256=backend.weights_sha256,

@@ -37,6 +37,7 @@ def calibrate(
     size: options.Size = None,
     frames: options.Frames = None,
     guidance_scale: options.GuidanceScale = None,
+    dtype: options.Dtype = None,
     device: options.Device = None,
     workers: Annotated[int, typer.Option("--workers", min=1, max=64, help="Processes that share the device.")] = 1,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Not beside the model, but here.")] = None,
@@ -47,7 +48,7 @@ def calibrate(
 
     The last quarter of the prompts, with another seed, is for the check. The result is flexcache.json beside the weights.
     """
-    config, _ = options.settings(config=None, set_=set_, model=model, device=device)
+    config, _ = options.settings(config=None, set_=set_, model=model, dtype=dtype, device=device)
     _, folder = find_model(config)
     width, height = options.parse_size(size)
     asked: dict[str, Any] = {
@@ -57,13 +58,16 @@ def calibrate(
         "num_frames": frames,
         "guidance_scale": options.parse_guidance(guidance_scale),
     }
-    sentences = list(PROMPTS) if prompts is None else read_prompts(prompts)
     numbers = options.parse_seeds(seeds) or [0]
     options.make_folder("-o", output)
+    from chitu_diffusion.evaluation.cache_table import read_prompts
     from chitu_diffusion.evaluation.calibrate import Job
     from chitu_diffusion.evaluation.calibrate import calibrate as measure
     from chitu_diffusion.flexcache.calibration import write_calibration
 
+    sentences = list(PROMPTS) if prompts is None else read_prompts(prompts)
+    if len(sentences) < 2:
+        raise UsageError(f"--prompts {prompts}: one prompt; at least two would do, one to check on", field="prompts")
     kept = max(1, len(sentences) // 4)
     fitted_on = [Job(prompt, seed) for seed in numbers for prompt in sentences[:-kept]]
     checked_on = [Job(prompt, max(numbers) + 1) for prompt in sentences[-kept:]]
@@ -85,19 +89,3 @@ def calibrate(
             f"| {ssim[0]:.4f} ({ssim[1]:.4f} to {ssim[2]:.4f}) |"
         )
     print(path)
-
-
-def read_prompts(file: Path) -> list[str]:
-    """The lines of a file that say something.
-
-    Raises:
-        UsageError: it cannot be read, or holds fewer than two.
-    """
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts {file}: {error}; a text file with one prompt a line would do", field="prompts") from error
-    found = [line for line in lines if line]
-    if len(found) < 2:
-        raise UsageError(f"--prompts {file}: {len(found)} prompt(s); at least two would do, one to check on", field="prompts")
-    return found

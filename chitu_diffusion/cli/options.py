@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.task import parse_seeds as parse_seeds
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig, Origins
@@ -144,22 +145,6 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
     if not (times and _is_number(width) and _is_number(height)):
         raise UsageError(f"--size {text}: WIDTHxHEIGHT in pixels would do, such as 832x480", field="size")
     return int(width), int(height)
-
-
-def parse_seeds(text: str | None) -> list[int] | None:
-    """`7` -> [7]; `7..9` -> [7, 8, 9]; None -> None.
-
-    Raises:
-        UsageError: neither a number nor a rising range of at most 1000.
-    """
-    if text is None:
-        return None
-    first, dots, last = text.partition("..")
-    if _is_number(first) and (not dots or _is_number(last)):
-        low, high = int(first), int(last or first)
-        if low <= high < low + 1000:
-            return list(range(low, high + 1))
-    raise UsageError(f"--seed {text}: a whole number (42) or a rising range of at most 1000 (42..45) would do", field="seed")
 
 
 def _is_number(text: str) -> bool:

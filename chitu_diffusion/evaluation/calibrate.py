@@ -80,7 +80,7 @@ def calibrate(
         steps = int(about["steps"])
         if steps < 4:
             raise UsageError(f"--steps {steps}: at least 4 would do; a cache has nothing to skip", field="num_inference_steps")
-        probes = sorted({max(2, round(share * steps)) for share in _PROBED})
+        probes = sorted({min(max(2, round(share * steps)), steps - 1) for share in _PROBED})
         for number, job in enumerate(fitted_on):
             crew.submit(trace, {"prompt": job.prompt, "seed": job.seed, **settings}, probes if number < _PROBED_RUNS else ())
         exact: dict[tuple[str, int], Frames] = {}

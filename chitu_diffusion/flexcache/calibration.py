@@ -54,6 +54,7 @@ class Calibration:
         gain: of an error at each step, [steps].
         measured: "teacache" and "magcache", as `schedule.Measured`.
         table: by rising speed.
+        plans: those that were calculated from this, by what they were asked for; kept while the model is.
     """
 
     about: Mapping[str, Any]
@@ -62,6 +63,7 @@ class Calibration:
     gain: tuple[float, ...]
     measured: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     table: tuple[Verified, ...] = ()
+    plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def traces(self) -> Traces:
         """The moments as `planning` takes them; sampler weights and guidance are those of the runs' own schedule."""
@@ -132,7 +134,8 @@ def write_calibration(calibration: Calibration, folder: str | Path) -> Path:
     path = Path(folder) / CALIBRATION_FILE
     part = path.with_name(path.name + ".part")
     try:
-        part.write_text(json.dumps({"format": _FORMAT, **asdict(calibration)}) + "\n", encoding="utf-8")
+        said = {name: value for name, value in asdict(calibration).items() if name != "plans"}
+        part.write_text(json.dumps({"format": _FORMAT, **said}) + "\n", encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
         raise UsageError(

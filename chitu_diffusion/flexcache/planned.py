@@ -8,7 +8,7 @@ sync, no memory but the last `order` velocities and one latent, and all ranks ag
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +20,8 @@ from chitu_diffusion.flexcache.strategy import Kept, Plan, Strategy, check_choic
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from chitu_diffusion.flexcache.calibration import Calibration
 
 _LONGEST = 6
 """Skipped steps in a row that a plan may have at the least, where many are computed."""
@@ -80,39 +82,13 @@ class CalibratedPlan(Strategy):
         count = self.fresh or max(1, math.floor(schedule.num_steps / self.speedup + 1e-9))
         if count >= schedule.num_steps:
             return {"velocity": ["compute"] * schedule.num_steps}, {}
-        from chitu_diffusion.flexcache import planning
-
-        calibration = schedule.calibration
-        if calibration is None or schedule.response is None:
-            raise UsageError(
-                f"flexcache plan: {schedule.model} was not calibrated; 'chitu calibrate --model {schedule.model}' does that, and "
-                "meancache needs none",
-                field="flexcache",
-            )
-        found, here = calibration.about.get("weights_sha256"), schedule.weights_sha256()
-        if None not in (found, here) and found != here:
-            raise UsageError(
-                f"flexcache plan: {schedule.model} was calibrated with other weights (sha256 {str(found)[:12]}, here "
-                f"{str(here)[:12]}); 'chitu calibrate --model {schedule.model}' measures these",
-                field="flexcache",
-            )
-        traces = calibration.traces()
-        if max(schedule.guidance) <= 1:
-            traces = traces.of_prompt()
-        traces = traces.resampled(schedule.sigmas, schedule.response(), schedule.guidance)
+        calibration = _calibration_for(schedule)
         longest = self.longest or max(_LONGEST, math.ceil(2.5 * schedule.num_steps / count))
-        required = [step for step, guarded in enumerate(self.protected(schedule)) if guarded]
-        plans = planning.best_plans(
-            traces, count, order=self.order, longest=longest, required=required, switches=schedule.switches()
-        )
-        if count not in plans:
-            raise UsageError(
-                f"flexcache plan: no plan computes {count} of {schedule.num_steps} steps with at most {longest} skipped in a row "
-                f"and {len(required)} protected; {min(plans, default=schedule.num_steps)} would do (fresh=)",
-                field="flexcache",
-            )
-        fresh = plans[count].fresh
-        fits = planning.predictions(traces, fresh, self.order, schedule.switches())
+        required = tuple(step for step, guarded in enumerate(self.protected(schedule)) if guarded)
+        asked = (schedule.sampler, schedule.sigmas, schedule.guidance, schedule.experts, required, count, self.order, longest)
+        if asked not in calibration.plans:
+            calibration.plans[asked] = _calculated(calibration, schedule, required, count, self.order, longest)
+        fits = calibration.plans[asked]
         return {"velocity": ["predict" if step in fits else "compute" for step in range(schedule.num_steps)]}, fits
 
     def velocity(self, moment: Moment, latent: Tensor, compute: Callable[[tuple[int, ...]], Tensor], kept: Kept) -> Tensor:
@@ -137,3 +113,52 @@ class CalibratedPlan(Strategy):
         older = [{**record, "latent": None} for record in kept.records.get(place, [])]
         record = {"step": moment.step, "at": moment.sigma, "value": value, "latent": signal.entering}
         kept.records[place] = [*older, record][-self.order :]
+
+
+def _calibration_for(schedule: Schedule) -> Calibration:
+    """What the schedule's model was calibrated to, if it was with these weights.
+
+    Raises:
+        UsageError: it was not.
+    """
+    calibration, remedy = schedule.calibration, f"'chitu calibrate --model {schedule.model}'"
+    if calibration is None:
+        raise UsageError(
+            f"flexcache plan: {schedule.model} was not calibrated; {remedy} does that; meancache needs none", field="flexcache"
+        )
+    found, here = calibration.about.get("weights_sha256"), schedule.weights_sha256()
+    if None not in (found, here) and found != here:
+        raise UsageError(
+            f"flexcache plan: {schedule.model} was calibrated with other weights (sha256 {str(found)[:12]}, here "
+            f"{str(here)[:12]}); {remedy} measures these",
+            field="flexcache",
+        )
+    return calibration
+
+
+def _calculated(
+    calibration: Calibration, schedule: Schedule, required: Sequence[int], count: int, order: int, longest: int
+) -> dict[int, Any]:
+    """Predictions of the best plan's skipped steps.
+
+    Raises:
+        UsageError: no plan computes so few steps.
+    """
+    from chitu_diffusion.flexcache import planning
+
+    traces, switches, steps = calibration.traces(), schedule.switches(), schedule.num_steps
+    guidance = schedule.guidance or (1.0,) * steps
+    if max(guidance) <= 1:
+        traces = traces.of_prompt()
+    widths = [after - before for before, after in zip(schedule.sigmas, schedule.sigmas[1:], strict=False)]
+    weights = widths if schedule.response is None else schedule.response()
+    traces = traces.resampled(schedule.sigmas, weights, guidance)
+    plans = planning.best_plans(traces, count, order=order, longest=longest, required=required, switches=switches)
+    if count not in plans:
+        fewest = min(planning.best_plans(traces, steps, order=order, longest=longest, required=required, switches=switches))
+        raise UsageError(
+            f"flexcache plan: no plan computes {count} of {steps} steps with at most {longest} skipped in a row and "
+            f"{len(required)} protected; fresh={fewest} would do",
+            field="flexcache",
+        )
+    return planning.predictions(traces, plans[count].fresh, order, switches)

@@ -35,6 +35,7 @@ class Schedule:
         measured: on this model.
         model: its name, for messages.
         guidance: scale at each step; at most 1 runs the prompt's branch alone. Empty is 1 throughout.
+        sampler: its name.
         response: gives d(last latent) / d(velocity) of each step, the sampler's own weights; None where no sampler is at hand.
         calibration: full-compute runs of this model (`chitu calibrate`), or None.
         weights_sha256: gives the weights' fingerprint, or None for weights made in memory.
@@ -47,6 +48,7 @@ class Schedule:
     measured: Measured = field(default_factory=lambda: NOTHING_MEASURED)
     model: str = "this model"
     guidance: tuple[float, ...] = ()
+    sampler: str = ""
     response: Callable[[], tuple[float, ...]] | None = None
     calibration: Calibration | None = None
     weights_sha256: Callable[[], str | None] = lambda: None
