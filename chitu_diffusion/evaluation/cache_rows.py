@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import ChituError
 from chitu_diffusion.evaluation.compare import compare
-from chitu_diffusion.evaluation.judge import Judge, load_judge
+from chitu_diffusion.evaluation.judge import Judge, load_judge, name_parts
 from chitu_diffusion.evaluation.videos import Made, make_video
 from chitu_diffusion.flexcache.registry import parse_setting
 
@@ -101,7 +102,7 @@ class Place:
 def make_row(backend: DiffusionBackend, setting: str, video: Video, settings: Mapping[str, Any], place: Place) -> Row:
     """Makes the video, compares it and writes its row. An error becomes the row's; the other rows go on."""
     try:
-        row = _row(setting, video, _made(backend, setting, video, settings), place)
+        row = _row(setting, video, _made(backend, setting, video, settings), place, backend.device)
     except (ChituError, RuntimeError, ValueError) as error:
         row = Row(setting, video.prompt, video.seed, error=f"{type(error).__name__}: {error}")
     _write(place.row(setting, video), json.dumps(asdict(row)).encode())
@@ -120,7 +121,7 @@ def _made(backend: DiffusionBackend, setting: str, video: Video, settings: Mappi
     return make_video(backend, flexcache=parse_setting(setting), **asked)
 
 
-def _row(setting: str, video: Video, made: Made, place: Place) -> Row:
+def _row(setting: str, video: Video, made: Made, place: Place, device: torch.device) -> Row:
     row = Row(
         setting,
         video.prompt,
@@ -135,17 +136,13 @@ def _row(setting: str, video: Video, made: Made, place: Place) -> Row:
         np.save(part, made.frames)
         os.replace(part, place.frames(video))
         return row
-    near = compare(np.load(place.frames(video)), made.frames)
+    near = compare(np.load(place.frames(video)), made.frames, device)
     return Row(**{**asdict(row), "psnr": float(np.mean(near.psnr)), "ssim": float(np.mean(near.ssim)), "flicker": near.flicker})
 
 
 def _share_right(made: Made, video: Video) -> float | None:
     if video.words is None:
         return None
-    import torch
-
-    from chitu_diffusion.evaluation.judge import name_parts
-
     clip = torch.from_numpy(made.frames).permute(0, 3, 1, 2)[None].float() / 255
     found = asdict(name_parts(_judge(), clip)[0])
     return sum(found[part] == word for part, word in video.words.items()) / len(video.words)

@@ -85,7 +85,7 @@ def calibrate(
             crew.submit(trace, {"prompt": job.prompt, "seed": job.seed, **settings}, probes if number < _PROBED_RUNS else ())
         exact: dict[tuple[str, int], Frames] = {}
         for job in checked_on:
-            crew.submit(frames_of, job, settings, None, None)
+            crew.submit(frames_of, job, settings)
         traces: list[Trace] = []
         while crew.waiting:
             arguments, found = crew.result()
@@ -93,7 +93,7 @@ def calibrate(
                 traces.append(found)
                 tell(f"run {len(traces)} of {len(fitted_on)} traced")
             else:
-                exact[arguments[0].prompt, arguments[0].seed] = found[0]
+                exact[arguments[0].prompt, arguments[0].seed] = found
                 tell(f"full compute {len(exact)} of {len(checked_on)} for the check")
         about |= {"prompts": len({job.prompt for job in fitted_on}), "runs": len(fitted_on)}
         calibration = fit(traces, about)
@@ -123,14 +123,21 @@ def describe(backend: DiffusionBackend, settings: dict[str, Any]) -> dict[str, A
     }
 
 
-def frames_of(
-    backend: DiffusionBackend, job: Job, settings: dict[str, Any], flexcache: Any, calibration: Calibration | None
-) -> tuple[Frames, float]:
-    """A video's frames, and its forwards of one branch."""
-    if calibration is not None:
+def frames_of(backend: DiffusionBackend, job: Job, settings: dict[str, Any]) -> Frames:
+    """A video's frames by full compute."""
+    return make_video(backend, prompt=job.prompt, seed=job.seed, **settings).frames
+
+
+def nearness(
+    backend: DiffusionBackend, job: Job, settings: dict[str, Any], speed: float, calibration: Calibration, exact: Frames
+) -> tuple[float, float]:
+    """PSNR and SSIM, means over frames, of a video by the plan of a speed."""
+    if backend.spec.calibration != calibration:
         backend.use_calibration(calibration)
-    made = make_video(backend, prompt=job.prompt, seed=job.seed, flexcache=flexcache, **settings)
-    return made.frames, made.work
+    plan = {"strategy": "plan", "speedup": speed}
+    made = make_video(backend, prompt=job.prompt, seed=job.seed, flexcache=plan, **settings)
+    found = compare(exact, made.frames, backend.device)
+    return float(np.mean(found.psnr)), float(np.mean(found.ssim))
 
 
 def fit(traces: Sequence[Trace], about: dict[str, Any]) -> Calibration:
@@ -188,13 +195,12 @@ def _checked(
     near: dict[float, list[tuple[float, float]]] = {float(speed): [] for speed in speeds if steps / speed >= 2}
     for speed in near:
         for job in jobs:
-            crew.submit(frames_of, job, settings, {"strategy": "plan", "speedup": speed}, calibration)
+            crew.submit(nearness, job, settings, speed, calibration, exact[job.prompt, job.seed])
     while crew.waiting:
-        (job, _, plan, _), (frames, _) = crew.result()
-        rows, found = near[plan["speedup"]], compare(exact[job.prompt, job.seed], frames)
-        rows.append((float(np.mean(found.psnr)), float(np.mean(found.ssim))))
-        if len(rows) == len(jobs):
-            tell(f"{plan['speedup']:g}x: {np.mean([psnr for psnr, _ in rows]):.1f} dB")
+        (_, _, speed, _, _), found = crew.result()
+        near[speed].append(found)
+        if len(near[speed]) == len(jobs):
+            tell(f"{speed:g}x: {np.mean([psnr for psnr, _ in near[speed]]):.1f} dB")
     table = []
     for speed, rows in near.items():
         psnr, ssim = (mean_interval(column) for column in zip(*rows, strict=True))

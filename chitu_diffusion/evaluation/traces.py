@@ -26,6 +26,9 @@ from chitu_diffusion.request import guidance_pair, resolve_request
 from chitu_diffusion.sampling import SamplerState, initial_noise
 from chitu_diffusion.task import DiffusionUserParams
 
+_PIECE = 2**18
+"""Numbers of a latent that are float64 at a time: a long video's runs take gigabytes as they are."""
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -86,8 +89,9 @@ def trace(backend: DiffusionBackend, params: dict[str, Any], probes: Sequence[in
         states.append(state)
         latent, state = backend.sampler.step(state, run.guided(velocity, state), latent)
     by_branch = [torch.stack(branch).flatten(1) for branch in zip(*(v.chunk(run.branches) for v in velocities), strict=True)]
-    rows = torch.cat([*by_branch, torch.stack(latents).flatten(1)]).double()
-    moments = (rows @ rows.T / rows.shape[1]).cpu().numpy()
+    rows = torch.cat([*by_branch, torch.stack(latents).flatten(1)])
+    pieces = (piece.double() for piece in rows.split(_PIECE, dim=1))
+    moments = (sum((piece @ piece.T for piece in pieces), start=rows.new_zeros((), dtype=torch.float64)) / rows.shape[1]).cpu().numpy()
     gains = {step: run.gain(step, velocities, latents[step], states, latent) for step in probes}
     sizes, changed = (np.array(column) for column in zip(*run.residuals, strict=True))
     signals = embedding_changes(forward.schedule_of(backend, states[0]), "modulation")

@@ -37,9 +37,10 @@ class Workers:
     """
 
     def __init__(self, config: EngineConfig, count: int = 1) -> None:
-        self.waiting = 0
         self._config, self._count = config, count
-        self._own: deque[tuple[Work, tuple[Any, ...]]] = deque()
+        self._own: deque[tuple[int, Work]] = deque()
+        self._asked: dict[int, tuple[Any, ...]] = {}
+        self._number = 0
         self._backend: DiffusionBackend | None = None
         self._processes: list[Any] = []
         if count > 1:
@@ -65,13 +66,19 @@ class Workers:
         if self._backend is not None:
             self._backend.terminate()
 
+    @property
+    def waiting(self) -> int:
+        """Pieces whose result has not been taken yet."""
+        return len(self._asked)
+
     def submit(self, work: Work, *arguments: Any) -> None:
         """Queue `work(backend, *arguments)`."""
-        self.waiting += 1
+        self._number += 1
+        self._asked[self._number] = arguments
         if self._count > 1:
-            self._work.put((work, arguments))
+            self._work.put((self._number, work, arguments))
         else:
-            self._own.append((work, arguments))
+            self._own.append((self._number, work))
 
     def result(self) -> tuple[tuple[Any, ...], Any]:
         """The next finished piece: its arguments, and what it gave.
@@ -79,15 +86,15 @@ class Workers:
         Raises:
             ChituError: it failed, or a process died.
         """
-        self.waiting -= 1
         if self._count == 1:
-            work, arguments = self._own.popleft()
+            number, work = self._own.popleft()
             if self._backend is None:
                 self._backend = DiffusionBackend(self._config)
+            arguments = self._asked.pop(number)
             return arguments, work(self._backend, *arguments)
         while True:
             try:
-                arguments, found, failure = self._results.get(timeout=_PATIENCE)
+                number, found, failure = self._results.get(timeout=_PATIENCE)
             except queue.Empty:
                 dead = [process for process in self._processes if not process.is_alive()]
                 if dead:
@@ -97,7 +104,7 @@ class Workers:
                 continue
             if failure is not None:
                 raise TaskError(failure)
-            return arguments, found
+            return self._asked.pop(number), found
 
 
 def _serve(plain: dict[str, Any], threads: int, work: Any, results: Any) -> None:
@@ -106,10 +113,10 @@ def _serve(plain: dict[str, Any], threads: int, work: Any, results: Any) -> None
     try:
         backend = DiffusionBackend(EngineConfig(**plain))
         while (piece := work.get()) is not None:
-            function, arguments = piece
-            results.put((arguments, function(backend, *arguments), None))
+            number, function, arguments = piece
+            results.put((number, function(backend, *arguments), None))
     except ChituError as error:
-        results.put(((), None, str(error)))
+        results.put((0, None, str(error)))
     except Exception as error:
         # recorded: the process that asked raises it
-        results.put(((), None, f"a worker failed with {type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        results.put((0, None, f"a worker failed with {type(error).__name__}: {error}\n{traceback.format_exc()}"))
