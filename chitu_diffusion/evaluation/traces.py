@@ -90,8 +90,10 @@ def trace(backend: DiffusionBackend, params: dict[str, Any], probes: Sequence[in
         latent, state = backend.sampler.step(state, run.guided(velocity, state), latent)
     by_branch = [torch.stack(branch).flatten(1) for branch in zip(*(v.chunk(run.branches) for v in velocities), strict=True)]
     rows = torch.cat([*by_branch, torch.stack(latents).flatten(1)])
-    pieces = (piece.double() for piece in rows.split(_PIECE, dim=1))
-    moments = (sum((piece @ piece.T for piece in pieces), start=rows.new_zeros((), dtype=torch.float64)) / rows.shape[1]).cpu().numpy()
+    products = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+    for piece in rows.split(_PIECE, dim=1):
+        products += piece.double() @ piece.double().T
+    moments = (products / rows.shape[1]).cpu().numpy()
     gains = {step: run.gain(step, velocities, latents[step], states, latent) for step in probes}
     sizes, changed = (np.array(column) for column in zip(*run.residuals, strict=True))
     signals = embedding_changes(forward.schedule_of(backend, states[0]), "modulation")
