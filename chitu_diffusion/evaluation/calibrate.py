@@ -192,7 +192,9 @@ def _checked(
 ) -> tuple[Verified, ...]:
     """Plans of these speeds against full compute."""
     steps = len(calibration.sigmas) - 1
-    near: dict[float, list[tuple[float, float]]] = {float(speed): [] for speed in speeds if steps / speed >= 2}
+    # of speeds that come to the same number of computed steps the slowest stays, for it promises no more than it keeps
+    counts = {int(steps / speed + 1e-9): float(speed) for speed in sorted(speeds, reverse=True)}
+    near: dict[float, list[tuple[float, float]]] = {speed: [] for count, speed in sorted(counts.items())[::-1] if count > 1}
     for speed in near:
         for job in jobs:
             crew.submit(nearness, job, settings, speed, calibration, exact[job.prompt, job.seed])
