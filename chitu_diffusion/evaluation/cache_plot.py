@@ -19,10 +19,15 @@ Point = tuple[float, float]
 
 
 def draw(lines: Sequence[Line], title: str, path: Path) -> None:
-    """Times fewer forwards to the right, mean PSNR upwards; plans and fewer steps as curves, the rest as named dots."""
+    """Times fewer forwards to the right, mean PSNR upwards; plans and fewer steps as curves, the rest as named dots.
+
+    The noise floor lies far above everything; it is drawn at the top, with its figure.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
-    shown = [(line.setting, line.fewer, line.psnr[0]) for line in lines if line.psnr is not None]
+    found = [(line.setting, line.fewer, line.psnr[0]) for line in lines if line.psnr is not None]
+    top = max((psnr for name, _, psnr in found if not name.startswith("kernel=")), default=100.0) + 3
+    shown = [(name, fewer, psnr) if psnr <= top else (f"{name}: {psnr:.0f} dB", fewer, top) for name, fewer, psnr in found]
     image = Image.new("RGB", (_WIDTH, _HEIGHT), (255, 255, 255))
     pen = ImageDraw.Draw(image)
     font, small = ImageFont.load_default(20), ImageFont.load_default(14)

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from chitu_diffusion import forward
 from chitu_diffusion.attention import attention_kernel
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import TaskError
 from chitu_diffusion.flexcache.manager import FlexCacheManager
+from chitu_diffusion.flexcache.registry import strategy_of
 from chitu_diffusion.flexcache.seam import Agree, Level, Signal, Site, StepCache
 from chitu_diffusion.generator import Generator
+from chitu_diffusion.request import guidance_pair
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ def make_video(backend: DiffusionBackend, *, kernel: str | None = None, **params
     task, generator = DiffusionTask.from_user_request(DiffusionUserParams(**params)), Generator(backend)
     with _kernel(backend, kernel), counted(backend) as count:
         _advance(generator, task)  # the text
+        _lay_out(backend, task)
         began = _now(backend)
         while task.status is TaskStatus.DENOISING:
             _advance(generator, task)
@@ -68,6 +72,14 @@ def make_video(backend: DiffusionBackend, *, kernel: str | None = None, **params
     frames = video[0].mul(255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     task.end(TaskStatus.FINISHED)
     return Made(frames, seconds, count.seconds, count.work)
+
+
+def _lay_out(backend: DiffusionBackend, task: DiffusionTask) -> None:
+    """Calculate a plan that the model keeps: the first task of a process pays for it, and is no measure of the others."""
+    steps, guidance = task.num_inference_steps, guidance_pair(task.resolved.guidance_scale if task.resolved else None)
+    if task.buffer.cache is not None:
+        schedule = forward.schedule_of(backend, backend.sampler.begin(steps), guidance)
+        strategy_of(task.buffer.cache).laid_out(schedule)
 
 
 def _advance(generator: Generator, task: DiffusionTask) -> None:
