@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from chitu_diffusion.evaluation.cache_table import Line
 
-_WIDTH, _HEIGHT = 1200, 760
-_LEFT, _RIGHT, _TOP, _BOTTOM = 90, 40, 70, 80
+_SCALE = 2
+"""Pixels drawn for one that is kept: Pillow's circles and slanted lines have no soft edges of their own."""
+_WIDTH, _HEIGHT = 1200 * _SCALE, 760 * _SCALE
+_LEFT, _RIGHT, _TOP, _BOTTOM = 90 * _SCALE, 40 * _SCALE, 70 * _SCALE, 80 * _SCALE
+_DOT, _TEXT = 5 * _SCALE, 14 * _SCALE
 _INK, _GRID = (40, 40, 40), (225, 225, 225)
 _PLAN, _FEWER, _OTHER, _KERNEL = (200, 40, 40), (60, 110, 190), (110, 110, 110), (40, 140, 80)
 
 Point = tuple[float, float]
+Box = tuple[float, float, float, float]
 
 
 def draw(lines: Sequence[Line], title: str, path: Path) -> None:
@@ -30,21 +34,21 @@ def draw(lines: Sequence[Line], title: str, path: Path) -> None:
     shown = [(name, fewer, psnr) if psnr <= top else (f"{name}: {psnr:.0f} dB", fewer, top) for name, fewer, psnr in found]
     image = Image.new("RGB", (_WIDTH, _HEIGHT), (255, 255, 255))
     pen = ImageDraw.Draw(image)
-    font, small = ImageFont.load_default(20), ImageFont.load_default(14)
-    pen.text((_LEFT, 20), title, fill=_INK, font=font)
+    font, small = ImageFont.load_default(20 * _SCALE), ImageFont.load_default(_TEXT)
+    pen.text((_LEFT, 20 * _SCALE), title, fill=_INK, font=font)
     if shown:
         place = _axes(pen, small, [(fewer, psnr) for _, fewer, psnr in shown])
         for start, colour in (("plan", _PLAN), ("steps=", _FEWER)):
             curve = sorted((fewer, psnr) for name, fewer, psnr in shown if name.startswith(start))
-            pen.line([place(*point) for point in curve], fill=colour, width=3)
-        taken: list[Point] = []
-        for name, fewer, psnr in shown:
-            x, y = place(fewer, psnr)
-            pen.ellipse((x - 5, y - 5, x + 5, y + 5), fill=_colour(name))
-            label = _free((x + 8, y - 8), taken)
-            taken.append(label)
-            pen.text(label, name, fill=_colour(name), font=small)
-    image.save(path)
+            pen.line([place(*point) for point in curve], fill=colour, width=2 * _SCALE, joint="curve")
+        dots = [place(fewer, psnr) for _, fewer, psnr in shown]
+        taken = [(x - _DOT, y - _DOT, x + _DOT, y + _DOT) for x, y in dots]
+        for (name, _, _), (x, y) in zip(shown, dots, strict=True):
+            pen.ellipse((x - _DOT, y - _DOT, x + _DOT, y + _DOT), fill=_colour(name))
+            box = _free((x, y), small.getlength(name), taken)
+            taken.append(box)
+            pen.text(box[:2], name, fill=_colour(name), font=small)
+    image.resize((_WIDTH // _SCALE, _HEIGHT // _SCALE), Image.Resampling.LANCZOS).save(path)
 
 
 def _colour(name: str) -> tuple[int, int, int]:
@@ -52,12 +56,18 @@ def _colour(name: str) -> tuple[int, int, int]:
     return next((colour for start, colour in kinds if name.startswith(start)), _OTHER)
 
 
-def _free(wanted: Point, taken: Sequence[Point]) -> Point:
-    """The nearest place below where no label stands yet."""
-    x, y = wanted
-    while any(abs(x - a) < 130 and abs(y - b) < 15 for a, b in taken):
-        y += 15
-    return x, y
+def _free(dot: Point, width: float, taken: Sequence[Box]) -> Box:
+    """Where a label stands free beside its dot: right of it, left, above or below, then ever lower."""
+    (x, y), height, gap = dot, _TEXT * 1.15, _DOT * 1.6
+    beside, above, below = y - height / 2, y - height * 1.3, y + height * 0.3
+    sides = [(x + gap, beside), (x - gap - width, beside), (x + gap, above), (x + gap, below)]
+    lower = [(x + gap, y + height * (0.3 + step)) for step in range(1, 40)]
+    boxes = [(left, top, left + width, top + height) for left, top in sides + lower]
+    return next((box for box in boxes if box[0] > _LEFT and not any(_overlap(box, other) for other in taken)), boxes[-1])
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _axes(pen: Any, font: Any, points: Sequence[Point]) -> Callable[[float, float], Point]:
@@ -72,12 +82,12 @@ def _axes(pen: Any, font: Any, points: Sequence[Point]) -> Callable[[float, floa
 
     for half in range(2, int(most * 2) + 1):
         x, y = place(half / 2, low)
-        pen.line((x, _TOP, x, y), fill=_GRID)
-        pen.text((x - 12, y + 8), f"{half / 2:g}x", fill=_INK, font=font)
+        pen.line((x, _TOP, x, y), fill=_GRID, width=_SCALE)
+        pen.text((x - 12 * _SCALE, y + 8 * _SCALE), f"{half / 2:g}x", fill=_INK, font=font)
     for decibels in range(low, high + 1, 5):
         x, y = place(1, decibels)
-        pen.line((x, y, _WIDTH - _RIGHT, y), fill=_GRID)
-        pen.text((x - 34, y - 9), str(decibels), fill=_INK, font=font)
-    pen.text((_WIDTH // 2 - 120, _HEIGHT - 36), "times fewer transformer forwards", fill=_INK, font=font)
-    pen.text((12, _TOP - 24), "PSNR against full compute, dB", fill=_INK, font=font)
+        pen.line((x, y, _WIDTH - _RIGHT, y), fill=_GRID, width=_SCALE)
+        pen.text((x - 34 * _SCALE, y - 9 * _SCALE), str(decibels), fill=_INK, font=font)
+    pen.text((_WIDTH / 2 - 120 * _SCALE, _HEIGHT - 36 * _SCALE), "times fewer transformer forwards", fill=_INK, font=font)
+    pen.text((12 * _SCALE, _TOP - 24 * _SCALE), "PSNR against full compute, dB", fill=_INK, font=font)
     return place
