@@ -68,6 +68,7 @@ def test_an_evaluation_goes_on_where_it_stopped(tiny_folder, tmp_path, monkeypat
 
     # what is there is not made again; what failed is tried again
     made = []
+    monkeypatch.setattr("chitu_diffusion.evaluation.cache_rows._warm", lambda *_: None)
     monkeypatch.setattr("chitu_diffusion.evaluation.cache_rows.make_video", lambda *_, **asked: made.append(asked) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate(config, videos, work, chosen=chosen, settings=own)
@@ -114,6 +115,7 @@ def test_results_are_three_files(tmp_path) -> None:
     rows += [row(name, psnr=value, ssim=0.9, seconds=0.5, work=5.0) for name, value in NEAR.items()]
     lines = sum_up(rows, list(NEAR))
     about = {"model": "m", "steps": 50, "guidance": [5.0, 5.0], "size": [32, 32, 5], "device": "cpu", "dtype": "float32"}
+    about["workers"] = 1
     write_results(lines, about, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.json", "cache.md", "cache.png"]
     said = json.loads((tmp_path / "cache.json").read_text())

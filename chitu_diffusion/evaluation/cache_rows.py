@@ -102,11 +102,18 @@ class Place:
 def make_row(backend: DiffusionBackend, setting: str, video: Video, settings: Mapping[str, Any], place: Place) -> Row:
     """Makes the video, compares it and writes its row. An error becomes the row's; the other rows go on."""
     try:
+        _warm(backend, tuple(settings.items()))
         row = _row(setting, video, _made(backend, setting, video, settings), place, backend.device)
     except (ChituError, RuntimeError, ValueError) as error:
         row = Row(setting, video.prompt, video.seed, error=f"{type(error).__name__}: {error}")
     _write(place.row(setting, video), json.dumps(asdict(row)).encode())
     return row
+
+
+@cache
+def _warm(backend: DiffusionBackend, settings: tuple[tuple[str, Any], ...]) -> None:
+    """Once a process, so that no row's seconds hold what a device does at its first forward."""
+    make_video(backend, **{"prompt": "-", "seed": 0, **dict(settings), "num_inference_steps": 2})
 
 
 def _made(backend: DiffusionBackend, setting: str, video: Video, settings: Mapping[str, Any]) -> Made:

@@ -196,7 +196,7 @@ def evaluate(
             (_, video, _, _), row = crew.result()
             take(row)
             follow(row, video)
-    return sum_up(list(rows.values()), chosen), about
+    return sum_up(list(rows.values()), chosen), about | {"workers": workers}
 
 
 def _calibration_of(config: EngineConfig) -> str:
@@ -293,5 +293,6 @@ def write_results(lines: Sequence[Line], about: Mapping[str, Any], folder: Path)
     (folder / "cache.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     size = "x".join(map(str, about["size"]))
     title = f"{about['model']}, {about['steps']} steps, guidance {about['guidance'][0]:g}, {size}, {lines[0].videos} videos"
-    (folder / "cache.md").write_text(f"{title}; {about['device']}, {about['dtype']}.\n\n{table(lines)}\n", encoding="utf-8")
+    where = f"{about['device']}, {about['dtype']}, timed with {about['workers']} process(es) on the device"
+    (folder / "cache.md").write_text(f"{title}; {where}.\n\n{table(lines)}\n", encoding="utf-8")
     draw(lines, title, folder / "cache.png")
