@@ -69,11 +69,11 @@ def test_a_trace_is_the_run_that_a_task_makes(tiny_folder, tmp_path) -> None:
     velocities, latents, entered, left = [], [], [], []
     network = backend.model_pool[0]
     hooks = [
-        network.blocks[0].register_forward_hook(lambda _, inputs, __: entered.append(inputs[0].chunk(2)[0].double())),
+        network.patch_embedding.register_forward_hook(lambda _, __, output: entered.append(output[:1].double())),
         network.blocks[-1].register_forward_hook(lambda _, __, output: left.append(output.chunk(2)[0].double())),
     ]
     task, generator = task_for(num_inference_steps=6), Generator(backend)
-    usual = generator.forward_with_cache
+    usual = generator._cached_velocity
 
     def noted(latent, *rest):
         velocity = usual(latent, *rest)
@@ -81,7 +81,7 @@ def test_a_trace_is_the_run_that_a_task_makes(tiny_folder, tmp_path) -> None:
         velocities.append([branch.double().flatten() for branch in velocity.chunk(2)])
         return velocity
 
-    generator.forward_with_cache = noted
+    generator._cached_velocity = noted
     latent_and_video(generator, task)
     for hook in hooks:
         hook.remove()

@@ -112,7 +112,7 @@ class _Run:
         self.scales = guidance_pair(resolved.guidance_scale)
         prompts = [resolved.prompt] + ([resolved.negative_prompt or ""] if max(self.scales) > 1 else [])
         self.branches = len(prompts)
-        self.text = Generator(backend).encode_text(prompts).to(backend.device)
+        self.text = forward.TaskText(Generator(backend).encode_text(prompts).to(backend.device))
         self.residuals: list[tuple[float, float]] = []
         self._last: list[Tensor] = []
         frames, height, width = resolved.num_frames or 1, resolved.height or 0, resolved.width or 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +65,7 @@ def make_video(backend: DiffusionBackend, *, kernel: str | None = None, **params
         while task.status is TaskStatus.DENOISING:
             _advance(generator, task)
         seconds = _now(backend) - began
+        count.settle()
     _advance(generator, task)  # the frames
     video = task.buffer.video
     if video is None:
@@ -110,6 +111,26 @@ class Count:
 
     work: float = 0.0
     seconds: float = 0.0
+    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    @contextmanager
+    def clock(self, device: torch.device) -> Iterator[None]:
+        """Times what is inside; on a GPU by events, for which no step has to wait."""
+        if device.type == "cuda":
+            begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begun.record()
+            yield
+            ended.record()
+            self._events.append((begun, ended))
+        else:
+            began = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - began
+
+    def settle(self) -> None:
+        """Add up what the GPU's events say; the device has done its work."""
+        self.seconds += sum(begun.elapsed_time(ended) for begun, ended in self._events) / 1000
+        self._events.clear()
 
 
 @contextmanager
@@ -138,9 +159,8 @@ class _CountingManager(FlexCacheManager):
         self._tokens = latent[0, 0].numel() // (patch[0] * patch[1] * patch[2])
 
         def noted(some: tuple[int, ...]) -> Tensor:
-            began = _now(self._backend)
-            value = compute(some)
-            self._count.seconds += _now(self._backend) - began
+            with self._count.clock(self._backend.device):
+                value = compute(some)
             self._count.work += len(some)
             return value
 
