@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from chitu_diffusion.attention import AttentionKernel, attention_kernel
 from chitu_diffusion.config import EngineConfig, cache_dir
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.flexcache.calibration import Calibration
 from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.memory import Sizes, free_memory
 from chitu_diffusion.models.spec import ModelSpec
@@ -140,6 +142,11 @@ class DiffusionBackend:
     def low_mem_level(self, level: int) -> None:
         self.require_alive()
         self.residency.set_level(level)
+
+    def use_calibration(self, calibration: Calibration | None) -> None:
+        """Let caches rest on these measurements from the next task on."""
+        networks = self._alive()
+        self._networks = replace(networks, spec=replace(networks.spec, calibration=calibration))
 
     def start(self) -> None:
         """Enter the running state."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -132,8 +133,12 @@ def stacked_velocity(
     return all_branches(found[0] if len(found) == 1 else torch.cat(found), len(asked), peers)
 
 
-def schedule_of(backend: DiffusionBackend, state: SamplerState) -> Schedule:
-    """What is known of a task's steps before the first, for a cache's plan."""
+def schedule_of(backend: DiffusionBackend, state: SamplerState, guidance: tuple[float, float] = (1.0, 1.0)) -> Schedule:
+    """What is known of a task's steps before the first, for a cache's plan.
+
+    Args:
+        guidance: scale of (high noise, low noise).
+    """
     timesteps = [state["timesteps"][step] for step in range(state["index"], state["schedule"])]
     experts = tuple(expert_at(timestep, backend.spec.boundary) for timestep in timesteps)
 
@@ -150,6 +155,11 @@ def schedule_of(backend: DiffusionBackend, state: SamplerState) -> Schedule:
         embed_time=embed_time,
         measured=backend.spec.measured,
         model=backend.spec.name,
+        guidance=tuple(guidance[expert] for expert in experts),
+        sampler=backend.sampler.name,
+        response=partial(backend.sampler.response, state),
+        calibration=backend.spec.calibration,
+        weights_sha256=backend.weights_sha256,
     )
 
 

@@ -310,12 +310,14 @@ class Generator:
         latent, state = self._position(task, stage)
         timestep = sampler.timestep(state)
         expert = self._expert_at(timestep) if stage.expert is None else stage.expert
-        scale = guidance_pair(resolved.guidance_scale)[expert]
+        scales = guidance_pair(resolved.guidance_scale)
+        scale = scales[expert]
         text = buffer.text or forward.TaskText(_present(buffer.embeddings).to(self.backend.device))
         asked = forward.branches_for(scale)[: len(text)]
         # the manager writes into a copy, which becomes the task's only when the unit is done
         cache = None if buffer.cache is None else fork(buffer.cache)
-        schedule = forward.schedule_of(self.backend, state) if cache is not None and cache["plan"] is None else None
+        unplanned = cache is not None and cache["plan"] is None
+        schedule = forward.schedule_of(self.backend, state, scales) if unplanned else None
         self.backend.flexcache_manager.bind(cache, key=[expert, len(asked), *latent.shape], schedule=schedule)
         velocity = self._cached_velocity(latent, text, asked, timestep, task.current_step, expert)
         latent, state = sampler.step(state, forward.combine(velocity, scale), latent)

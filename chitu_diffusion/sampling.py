@@ -233,6 +233,19 @@ class Sampler:
         moved, kept = self._solved({**state, "history": history}, units[id(velocity)], units[id(latent)])
         return tuple(moved[0].tolist()), _exchanged(kept, Tensor, lambda row: tuple(row[0].tolist()))
 
+    def response(self, state: SamplerState) -> tuple[float, ...]:
+        """d(last latent) / d(velocity) of each step that is left: a solver is linear in the velocities that it is given."""
+        timesteps = state["timesteps"][state["index"] :]
+        scheduler = self._scheduler(state["schedule"])
+        scheduler.set_begin_index(state["index"])
+        latent = torch.zeros(1, len(timesteps), 1, 1, 1)
+        for step, timestep in enumerate(timesteps):
+            # one channel for each step: its velocity is 1 at that step and 0 at the others
+            velocity = torch.zeros_like(latent)
+            velocity[:, step] = 1
+            latent = scheduler.step(velocity, timestep, latent, return_dict=False)[0]
+        return tuple(latent.flatten().tolist())
+
     def renoise(self, state: SamplerState, latent: Tensor, noise: Tensor) -> Tensor:
         """Bring a clean latent [B, C, T, H, W] to the noise level at which the coming step expects it: float32."""
         sigma = self.sigma(state)

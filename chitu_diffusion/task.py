@@ -261,6 +261,26 @@ def draw_seed() -> int:
     return secrets.randbelow(2**31)
 
 
+def parse_seeds(text: str | None) -> list[int] | None:
+    """`7` -> [7]; `7..9` -> [7, 8, 9]; None -> None.
+
+    Raises:
+        UsageError: neither a number nor a rising range of at most 1000.
+    """
+    if text is None:
+        return None
+    first, dots, last = text.partition("..")
+    if _is_seed(first) and (not dots or _is_seed(last)):
+        low, high = int(first), int(last or first)
+        if low <= high < low + 1000:
+            return list(range(low, high + 1))
+    raise UsageError(f"--seed {text}: a whole number (42) or a rising range of at most 1000 (42..45) would do", field="seed")
+
+
+def _is_seed(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
 @dataclass
 class TaskBuffer:
     """The tensors of a task on its way, and where its video ends up.

@@ -12,6 +12,8 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.cli.options import parse_cache
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.errors import UsageError, WillNotFitError
+from chitu_diffusion.evaluation.calibrate import fit
+from chitu_diffusion.evaluation.traces import trace
 from chitu_diffusion.flexcache.registry import STRATEGIES, cache_bytes, parse_flexcache, parse_strategy
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.spec import FULL_SIZE
@@ -31,6 +33,7 @@ NEVER = {
     "magcache": {"threshold": 0, "ratios": RATIOS},
     "meancache": {"fresh": STEPS},
     "pab": {"self_range": 1, "cross_range": 1},
+    "plan": {"fresh": STEPS},
     "taylorseer": {"interval": 1},
     "teacache": {"threshold": 0},
 }
@@ -44,6 +47,7 @@ OFTEN = {
     "magcache": {"ratios": RATIOS},
     "meancache": {"fresh": 6},
     "pab": {"low": 0.0, "high": 1000.0},
+    "plan": {"speedup": 1.6},
     "taylorseer": {"warmup": 1},
     "teacache": {"threshold": 1.2},
 }
@@ -62,7 +66,10 @@ COMBINED = [
 
 @pytest.fixture(scope="module")
 def backend(tiny_folder, tmp_path_factory):
-    return DiffusionBackend(config_for(tiny_folder, tmp_path_factory.mktemp("outputs")))
+    backend = DiffusionBackend(config_for(tiny_folder, tmp_path_factory.mktemp("outputs")))
+    run = trace(backend, {"prompt": "A cat walking on grass", "seed": 1, "num_inference_steps": STEPS})
+    backend.use_calibration(fit([run], {"guidance": [5.0, 5.0]}))
+    return backend
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +114,11 @@ def test_tasks_with_different_caches_take_turns(backend) -> None:
 def test_one_branch_after_the_other_decides_and_gives_the_same(backend, tiny_folder, make_config, name) -> None:
     own = {"strategy": name, **OFTEN[name]}
     sequential = DiffusionBackend(make_config(tiny_folder, infer__diffusion__cfg_batch="sequential"))
+    sequential.use_calibration(backend.spec.calibration)
     assert relative_error(latent_of(sequential, own), latent_of(backend, own)) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["easycache", "fbcache", "meancache", "taylorseer"])
+@pytest.mark.parametrize("name", ["easycache", "fbcache", "meancache", "plan", "taylorseer"])
 def test_a_step_that_ran_out_of_memory_is_run_again_to_the_same_bits(backend, monkeypatch, name) -> None:
     own = {"strategy": name, **OFTEN[name]}
     expected = latent_of(backend, own)

@@ -190,3 +190,20 @@ def test_refusals():
         sampler.begin(4, strength=0.0)
     with pytest.raises(UsageError, match="begun with sampler"):
         Sampler("euler", WAN).step(sampler.begin(2), torch.ones(SHAPE), torch.ones(SHAPE))
+
+
+@pytest.mark.parametrize("name", sampler_names())
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_the_response_says_what_an_error_of_a_velocity_does_to_the_last_latent(name, strength):
+    """Solvers are linear in their velocities: random ones with random errors, float32 rounding aside."""
+    sampler, steps = Sampler(name, WAN), 9
+    begun = sampler.begin(steps, strength)
+    velocities, errors = torch.randn(steps, *SHAPE), torch.randn(steps, *SHAPE)
+    ends = []
+    for given in (velocities, velocities + errors):
+        latent, state = initial_noise(SHAPE, 7), begun
+        for velocity in given:
+            latent, state = sampler.step(state, velocity, latent)
+        ends.append(latent)
+    expected = sum(weight * error for weight, error in zip(sampler.response(begun), errors, strict=True))
+    torch.testing.assert_close(ends[1] - ends[0], expected, rtol=0, atol=2e-4)

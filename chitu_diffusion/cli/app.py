@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 
 from chitu_diffusion.cli.batch import batch
+from chitu_diffusion.cli.calibrate import calibrate
 from chitu_diffusion.cli.doctor import doctor
 from chitu_diffusion.cli.generate import generate
 from chitu_diffusion.cli.models import models_app
@@ -45,6 +46,7 @@ def build(*, with_evaluation: bool) -> typer.Typer:
     app.callback()(_common)
     app.command()(generate)
     app.command()(batch)
+    app.command()(calibrate)
     app.command()(info)
     app.add_typer(models_app, name="models")
     app.command()(doctor)

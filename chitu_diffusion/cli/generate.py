@@ -15,6 +15,8 @@ import typer
 from chitu_diffusion.cli import options
 from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.cli.plan import find_model, resolved_requests, show_plan
+from chitu_diffusion.cli.words import say
+from chitu_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
@@ -33,6 +35,8 @@ def generate(
     guidance_scale: options.GuidanceScale = None,
     seed: Annotated[str | None, typer.Option("--seed", metavar="N | A..B", help="One seed, or one video for each.")] = None,
     cache: options.Cache = None,
+    fidelity: options.Fidelity = None,
+    speedup: options.Speedup = None,
     low_mem_level: options.LowMemLevel = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -66,6 +70,8 @@ def generate(
         "guidance_scale": options.parse_guidance(guidance_scale),
         "flexcache": options.parse_cache(cache),
     }
+    if fidelity is not None or speedup is not None:
+        asked["flexcache"] = picked_cache(engine_config, asked, fidelity, speedup)
     requests = requests_for_seeds(asked, options.parse_seeds(seed), output, engine_config.output.dir)
     spec, _ = find_model(engine_config)
     resolved_requests(spec, engine_config, requests)
@@ -77,6 +83,42 @@ def generate(
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, engine_config)
     return make_videos(engine_config, requests, profile=profile, as_json=json_)
+
+
+def picked_cache(config: EngineConfig, asked: dict[str, Any], fidelity: str | None, speedup: float | None) -> dict[str, Any]:
+    """The calibrated setting for `--fidelity` or `--speedup`; says which it is and what to expect.
+
+    Raises:
+        UsageError: both, or a cache besides, or a model that was not calibrated, or more than it was found to keep.
+    """
+    if asked["flexcache"] is not None or None not in (fidelity, speedup):
+        raise UsageError("--cache, --fidelity and --speedup: one of them would do", field="flexcache")
+    spec, _ = find_model(config)
+    if spec.calibration is None:
+        raise UsageError(
+            f"{'--speedup' if fidelity is None else '--fidelity'}: {spec.name} was not calibrated; "
+            f"'chitu calibrate --model {config.models.name}' does that",
+            field="flexcache",
+        )
+    flexcache, expected, about = {}, None, spec.calibration.about
+    if fidelity is not None:
+        row = spec.calibration.for_fidelity(options.parse_fidelity(fidelity))
+        flexcache, expected, speedup = dict(row.flexcache), row.psnr[0], row.speedup
+    elif speedup is not None:
+        flexcache, expected = spec.calibration.for_speedup(speedup)
+    kept = "beyond what was checked" if expected is None else f"{expected:.1f} dB to expect"
+    usual = (about.get("steps"), about.get("guidance"))
+    say(
+        f"cache {setting_text(flexcache)}: {speedup:.3g} times fewer forwards, {kept} (PSNR against full compute, "
+        f"mean of the check at {usual[0]} steps, guidance {usual[1][0] if usual[1] else '-'})"
+    )
+    return flexcache
+
+
+def setting_text(flexcache: dict[str, Any]) -> str:
+    """As `--cache` takes it."""
+    more = ",".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in flexcache.items())
+    return f"{flexcache['strategy']}:{more.partition(',')[2]}".removesuffix(":")
 
 
 def requests_for_seeds(

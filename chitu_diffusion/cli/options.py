@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.task import parse_seeds as parse_seeds
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig, Origins
@@ -36,6 +37,10 @@ GuidanceScale = Annotated[
 Cache = Annotated[
     str | None, typer.Option("--cache", metavar="NAME[:KEY=VALUE,..]", help="A lossy feature cache: teacache:threshold=0.1.")
 ]
+Fidelity = Annotated[
+    str | None, typer.Option("--fidelity", metavar="DB", help="The fastest calibrated plan that keeps this PSNR: 35dB.")
+]
+Speedup = Annotated[float | None, typer.Option("--speedup", metavar="X", help="The calibrated plan of this speed: 2.")]
 LowMemLevel = Annotated[
     int | None, typer.Option("--low-mem-level", help="0 all resident .. 4 blocks streamed; each level needs less memory.")
 ]
@@ -142,22 +147,6 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
     return int(width), int(height)
 
 
-def parse_seeds(text: str | None) -> list[int] | None:
-    """`7` -> [7]; `7..9` -> [7, 8, 9]; None -> None.
-
-    Raises:
-        UsageError: neither a number nor a rising range of at most 1000.
-    """
-    if text is None:
-        return None
-    first, dots, last = text.partition("..")
-    if _is_number(first) and (not dots or _is_number(last)):
-        low, high = int(first), int(last or first)
-        if low <= high < low + 1000:
-            return list(range(low, high + 1))
-    raise UsageError(f"--seed {text}: a whole number (42) or a rising range of at most 1000 (42..45) would do", field="seed")
-
-
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 20
 
@@ -187,25 +176,27 @@ def parse_cache(text: str | None) -> str | dict[str, Any] | None:
     Raises:
         UsageError: a part that is not KEY=VALUE.
     """
-    name, colon, rest = (text or "").partition(":")
-    if not colon:
-        return name or None
-    chosen: dict[str, Any] = {"strategy": name}
-    for part in rest.split(","):
-        key, equals, value = part.partition("=")
-        if not equals or not key:
-            raise UsageError(f"--cache {text}: NAME:KEY=VALUE,KEY=VALUE would do", field="flexcache")
-        chosen[key.strip()] = _number_or_text(value.strip())
-    return chosen
+    from chitu_diffusion.flexcache.registry import parse_setting
+
+    if not text:
+        return None
+    try:
+        return parse_setting(text)
+    except UsageError as error:
+        raise UsageError(f"--cache {error}", field=error.field) from error
 
 
-def _number_or_text(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def parse_fidelity(text: str) -> float:
+    """`35dB` or `35` -> 35.0.
+
+    Raises:
+        UsageError: not a number of decibels.
+    """
+    number = text.lower().removesuffix("db").strip()
+    try:
+        return float(number)
+    except ValueError:
+        raise UsageError(f"--fidelity {text}: decibels would do, such as 35dB", field="fidelity") from None
 
 
 def default_path(folder: str, seed: int) -> str:

@@ -63,3 +63,44 @@ def compare(
             print(f"{name} was encoded with a loss of its own; .npy would show the model's alone", file=sys.stderr, flush=True)
     found = compare_files(a, b, output, fps=fps)
     print(json.dumps(found.to_mapping()) if json_ else f"{found.table()}\n{output}/contact.png, {output}/side_by_side.mp4")
+
+
+@app.command()
+def cache(
+    model: Annotated[str, typer.Option("--model", help="A name ('chitu models ls'), or a folder.")] = "wan-tiny",
+    prompts: Annotated[
+        str, typer.Option("--prompts", metavar="N | FILE", help="N held-out prompts of the drawn world, or one a line.")
+    ] = "16",
+    seeds: Annotated[str, typer.Option("--seeds", metavar="A..B", help="One video of each prompt for each.")] = "0..2",
+    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; the model's own by default.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--settings", help="steps=N, kernel=NAME, or as --cache; repeatable. All methods by default."),
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:N.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, max=64, help="Processes that share the device.")] = 1,
+    output: Annotated[Path, typer.Option("-o", "--output", help="For table, numbers and picture.")] = Path("outputs/cache"),
+    work: Annotated[Path | None, typer.Option("--work", help="Folder for rows and frames; OUTPUT/work by default.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Caches x settings against full compute: speed, fidelity, adherence. Goes on where it stopped."""
+    from chitu_diffusion.config import load_config
+    from chitu_diffusion.evaluation.cache_rows import Row
+    from chitu_diffusion.evaluation.cache_table import SETTINGS, check_settings, evaluate, table, videos_for, write_results
+
+    videos = videos_for(prompts, seeds)
+    chosen = list(dict.fromkeys(settings or SETTINGS))
+    check_settings(chosen)
+    config, _ = load_config(flags={"models.name": model, "infer.device": device, "infer.dtype": dtype})
+    asked: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
+
+    def tell(done: int, total: int, row: Row) -> None:
+        near = row.error or ("" if row.psnr is None else f"{row.psnr:.1f} dB")
+        print(f"[{done}/{total}] {row.setting}, {row.prompt!r}, seed {row.seed}: {near}", file=sys.stderr, flush=True)
+
+    lines, about = evaluate(
+        config, videos, work or output / "work", chosen=chosen, settings=asked, workers=workers, on_row=tell
+    )
+    write_results(lines, about, output)
+    print((output / "cache.json").read_text(encoding="utf-8") if json_ else f"{table(lines)}\n{output}/cache.json, .md, .png")

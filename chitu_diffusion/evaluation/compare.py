@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from chitu_diffusion.errors import UsageError
@@ -73,15 +72,18 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare(a: Frames, b: Frames) -> Comparison:
+def compare(a: Frames, b: Frames, device: torch.device | str = "cpu") -> Comparison:
     """Compares frames uint8 [T, H, W, 3].
+
+    Args:
+        device: where the arithmetic is done.
 
     Raises:
         UsageError: shapes that differ.
     """
     if a.shape != b.shape:
         raise UsageError(f"the videos are {list(a.shape)} and {list(b.shape)}: equal frames, height and width would do")
-    first, second = (torch.from_numpy(frames).permute(0, 3, 1, 2) for frames in (a, b))  # [T, 3, H, W]
+    first, second = (torch.from_numpy(frames).to(device).permute(0, 3, 1, 2) for frames in (a, b))  # [T, 3, H, W]
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         # frame by frame: a whole video in float64 takes gigabytes
@@ -104,17 +106,18 @@ def psnr(a: Tensor, b: Tensor) -> float:
 def ssim(a: Tensor, b: Tensor) -> float:
     """Structural similarity of images [1, 3, H, W] in [0, 1], mean over colours and whole windows."""
     size = min(_WINDOW, a.shape[-1], a.shape[-2])
-    places = torch.arange(size, dtype=a.dtype) - (size - 1) / 2
+    places = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     line = torch.exp(-places.square() / (2 * _DEVIATION**2))
-    line = line / line.sum()
-    kernel = torch.outer(line, line).expand(3, 1, size, size)
-
-    def local(x: Tensor) -> Tensor:
-        return F.conv2d(x, kernel, groups=3)
-
-    mean_a, mean_b = local(a), local(b)
-    variances = local(a * a) - mean_a**2 + local(b * b) - mean_b**2
-    covariance = local(a * b) - mean_a * mean_b
+    weights = (line / line.sum()).tolist()
+    # the window is a product of two lines: sums of shifted images, first along rows, then along columns
+    maps = torch.cat([a, b, a * a, b * b, a * b])  # [5, 3, H, W]
+    columns, rows = maps.shape[-1] - size + 1, maps.shape[-2] - size + 1
+    along = sum((weight * maps[..., k : k + columns] for k, weight in enumerate(weights)), start=maps.new_zeros(()))
+    mean_a, mean_b, square_a, square_b, product = sum(
+        (weight * along[..., k : k + rows, :] for k, weight in enumerate(weights)), start=maps.new_zeros(())
+    )
+    variances = square_a - mean_a**2 + square_b - mean_b**2
+    covariance = product - mean_a * mean_b
     c1, c2 = _K1**2, _K2**2
     found = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))
     return float(found.mean())

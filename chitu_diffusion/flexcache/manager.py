@@ -87,7 +87,8 @@ class FlexCacheManager:
         self._strategy = strategy_of(state)
         if state["plan"] is None:
             schedule = schedule or Schedule.bare(state["num_steps"])
-            state.update(plan=self._strategy.plan(schedule), timesteps=schedule.timesteps, sigmas=schedule.sigmas)
+            plan, fits = self._strategy.laid_out(schedule)
+            state.update(plan=plan, fits=fits, timesteps=schedule.timesteps, sigmas=schedule.sigmas)
         if state["key"] != key:
             state.update(emptied(), key=key)
 
@@ -153,7 +154,7 @@ class FlexCacheManager:
 
     def _kept(self) -> Kept:
         state = self._state or emptied()
-        return Kept(state.get("plan") or {}, state["records"], state["notes"], self._agree)
+        return Kept(state.get("plan") or {}, state["records"], state["notes"], self._agree, state.get("fits") or {})
 
     def _moment(self, step: int, branches: tuple[int, ...]) -> Moment:
         state = self._state or {}

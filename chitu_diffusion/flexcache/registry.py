@@ -19,6 +19,7 @@ from chitu_diffusion.flexcache.interval import Interval
 from chitu_diffusion.flexcache.magcache import MagCache
 from chitu_diffusion.flexcache.meancache import MeanCache
 from chitu_diffusion.flexcache.pab import PAB
+from chitu_diffusion.flexcache.planned import CalibratedPlan
 from chitu_diffusion.flexcache.schedule import Shapes
 from chitu_diffusion.flexcache.strategy import Strategy
 from chitu_diffusion.flexcache.taylorseer import TaylorSeer
@@ -35,6 +36,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType(
         "magcache": MagCache,
         "meancache": MeanCache,
         "pab": PAB,
+        "plan": CalibratedPlan,
         "taylorseer": TaylorSeer,
         "teacache": TeaCache,
     }
@@ -42,11 +44,40 @@ STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType(
 
 CacheState = dict[str, Any]
 """A task's cache, as plain data. strategy and its parameters; num_steps: of the task; timesteps, sigmas: of its schedule;
-plan: per level the action of each step, or None before it is made; records: fresh values by place, oldest first; notes: what
-else the strategy remembers; key: what both are valid for; reused: how many steps did less than a whole forward; features,
-computed_at: what the page's `update_cache` was given, and at which step."""
+plan: per level the action of each step, or None before it is made; fits: what the strategy laid out besides it; records:
+fresh values by place, oldest first; notes: what else the strategy remembers; key: what both are valid for; reused: how many
+steps did less than a whole forward; features, computed_at: what the page's `update_cache` was given, and at which step."""
 
-_EMPTY: Mapping[str, Any] = MappingProxyType({"plan": None, "timesteps": (), "sigmas": (), "key": None, "reused": 0})
+_EMPTY: Mapping[str, Any] = MappingProxyType(
+    {"plan": None, "fits": None, "timesteps": (), "sigmas": (), "key": None, "reused": 0}
+)
+
+
+def parse_setting(text: str) -> str | dict[str, Any]:
+    """`teacache` -> "teacache"; `teacache:threshold=0.1` -> {"strategy": "teacache", "threshold": 0.1}.
+
+    Raises:
+        UsageError: a part that is not KEY=VALUE.
+    """
+    name, colon, rest = text.partition(":")
+    if not colon:
+        return name
+    chosen: dict[str, Any] = {"strategy": name}
+    for part in rest.split(","):
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{text}: NAME:KEY=VALUE,KEY=VALUE would do", field="flexcache")
+        chosen[key.strip()] = _number_or_text(value.strip())
+    return chosen
+
+
+def _number_or_text(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def parse_strategy(value: str | Mapping[str, Any]) -> tuple[str, Strategy]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from chitu_diffusion.flexcache.calibration import Calibration
+
 Measured = Mapping[str, tuple[float, ...]]
 """What was measured on a model, by name: "teacache" and "teacache_time" (polynomials, highest power first), "magcache"
 (one ratio a step of the run on which they were measured)."""
@@ -32,6 +34,11 @@ class Schedule:
             hand.
         measured: on this model.
         model: its name, for messages.
+        guidance: scale at each step; at most 1 runs the prompt's branch alone. Empty is 1 throughout.
+        sampler: its name.
+        response: gives d(last latent) / d(velocity) of each step, the sampler's own weights; None where no sampler is at hand.
+        calibration: full-compute runs of this model (`chitu calibrate`), or None.
+        weights_sha256: gives the weights' fingerprint, or None for weights made in memory.
     """
 
     timesteps: tuple[float, ...]
@@ -40,6 +47,11 @@ class Schedule:
     embed_time: Callable[[int], tuple[Tensor, Tensor]] | None = None
     measured: Measured = field(default_factory=lambda: NOTHING_MEASURED)
     model: str = "this model"
+    guidance: tuple[float, ...] = ()
+    sampler: str = ""
+    response: Callable[[], tuple[float, ...]] | None = None
+    calibration: Calibration | None = None
+    weights_sha256: Callable[[], str | None] = lambda: None
 
     @classmethod
     def bare(cls, num_steps: int) -> Schedule:

@@ -8,7 +8,7 @@ answers by itself (`answer`, `velocity`). Knows sites, moments and predictors; n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -33,6 +33,7 @@ class Kept:
         records: by `place_of`, oldest first. Replace a list, never write into it; tensors likewise.
         notes: whatever else a strategy remembers between steps: numbers, tensors.
         agree: makes a number common to all ranks.
+        fits: what a plan takes in a skipped step's place, where it says so itself; made with it, see `Strategy.laid_out`.
         scratch: for one forward; nothing of it stays.
     """
 
@@ -40,6 +41,7 @@ class Kept:
     records: dict[str, list[Record]]
     notes: dict[str, Any]
     agree: Agree
+    fits: Mapping[int, Any] = field(default_factory=dict)
     scratch: dict[str, Any] = field(default_factory=dict)
 
     def action(self, level: Level, step: int) -> Action:
@@ -142,6 +144,10 @@ class Strategy:
         flags = zip(self.computed(schedule), self.protected(schedule), strict=True)
         actions: list[Action] = ["compute" if fresh or guarded else saved for fresh, guarded in flags]
         return {level: list(actions) for level in self.levels_used()}
+
+    def laid_out(self, schedule: Schedule) -> tuple[Plan, dict[int, Any]]:
+        """The plan, and for each step what the strategy needs besides it, as plain data; nothing for most."""
+        return self.plan(schedule), {}
 
     def span(self, depth: int) -> tuple[int, int]:
         """First and last block that a saved step skips; of interest at level "block" alone."""

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from chitu_diffusion.errors import CheckpointError, ModelMissingError, UsageError, nearest
+from chitu_diffusion.flexcache.calibration import Calibration, read_calibration
 from chitu_diffusion.flexcache.schedule import NOTHING_MEASURED, Measured
 from chitu_diffusion.models.folder import NOTES_FILE, ModelFolder, read_folder
 from chitu_diffusion.models.measured import WAN_1_3B, WAN_14B
@@ -84,6 +85,7 @@ class ModelSpec:
         hub_ids: on the Hugging Face hub; diffusers' layout first, then the official one.
         text_tokens, text_dim: shape of the text embeddings.
         measured: on this model, for caches that rest on it.
+        calibration: what `chitu calibrate` left in its folder, or None.
     """
 
     name: str
@@ -94,6 +96,7 @@ class ModelSpec:
     defaults: Defaults = field(default_factory=Defaults)
     text_tokens: int = 512
     measured: Measured = field(default_factory=lambda: NOTHING_MEASURED)
+    calibration: Calibration | None = None
 
     @property
     def text_dim(self) -> int:
@@ -229,7 +232,8 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
             expected="a number between 0 and 1",
         )
     twin = next((spec for spec in FULL_SIZE.values() if spec.transformers == transformers), None)
-    vae = folder.components["vae"].config
+    vae, calibration = folder.components["vae"].config, read_calibration(folder.path)
+    measured = _folder_measured(folder, twin.measured if twin else NOTHING_MEASURED)
     return ModelSpec(
         name=str(folder.notes.get("name") or (twin.name if twin else folder.path.resolve().name)),
         transformers=transformers,
@@ -237,7 +241,8 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
         hub_ids=twin.hub_ids if twin else (),
         geometry=LatentGeometry(channels=int(vae.get("z_dim", 16))),
         defaults=_folder_defaults(folder, twin.defaults if twin else _SMALL_DEFAULTS, len(transformers)),
-        measured=_folder_measured(folder, twin.measured if twin else NOTHING_MEASURED),
+        measured=measured if calibration is None else MappingProxyType({**measured, **calibration.measured}),
+        calibration=calibration,
     )
 
 

@@ -1,0 +1,210 @@
+"""One video from a prompt to raw frames, with its denoising timed and its forwards counted.
+
+Forwards are counted at the seam where caches are asked, so that a skipped step, branch, block or module counts for what it
+is, whatever the strategy. Knows the generator and the seam; no strategy, no file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from chitu_diffusion import forward
+from chitu_diffusion.attention import attention_kernel
+from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.errors import TaskError
+from chitu_diffusion.flexcache.manager import FlexCacheManager
+from chitu_diffusion.flexcache.registry import strategy_of
+from chitu_diffusion.flexcache.seam import Agree, Level, Signal, Site, StepCache
+from chitu_diffusion.generator import Generator
+from chitu_diffusion.request import guidance_pair
+from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
+
+if TYPE_CHECKING:
+    from chitu_diffusion.video import Frames
+
+
+@dataclass(frozen=True)
+class Made:
+    """A video and what it took.
+
+    Attributes:
+        frames: uint8 [T, H, W, 3].
+        seconds: of denoising.
+        forward_seconds: of these, in the transformer and the cache's sites inside it.
+        work: forwards of one branch; a part of one counts by its multiplications.
+    """
+
+    frames: Frames
+    seconds: float
+    forward_seconds: float
+    work: float
+
+
+def make_video(backend: DiffusionBackend, *, kernel: str | None = None, **params: Any) -> Made:
+    """Runs a request up to its frames; nothing is written.
+
+    Args:
+        kernel: name of the attention kernel; None is the backend's own.
+        params: of `DiffusionUserParams`.
+
+    Raises:
+        ChituError: the request cannot be, or a stage of it failed.
+    """
+    task, generator = DiffusionTask.from_user_request(DiffusionUserParams(**params)), Generator(backend)
+    with _kernel(backend, kernel), counted(backend) as count:
+        _advance(generator, task)  # the text
+        _lay_out(backend, task)
+        began = _now(backend)
+        while task.status is TaskStatus.DENOISING:
+            _advance(generator, task)
+        seconds = _now(backend) - began
+        count.settle()
+    _advance(generator, task)  # the frames
+    video = task.buffer.video
+    if video is None:
+        raise TaskError(f"'{task.params.prompt}' ended as {task.status} without frames")
+    frames = video[0].mul(255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    task.end(TaskStatus.FINISHED)
+    return Made(frames, seconds, count.seconds, count.work)
+
+
+def _lay_out(backend: DiffusionBackend, task: DiffusionTask) -> None:
+    """Calculate a plan that the model keeps: the first task of a process pays for it, and is no measure of the others."""
+    steps, guidance = task.num_inference_steps, guidance_pair(task.resolved.guidance_scale if task.resolved else None)
+    if task.buffer.cache is not None:
+        schedule = forward.schedule_of(backend, backend.sampler.begin(steps), guidance)
+        strategy_of(task.buffer.cache).laid_out(schedule)
+
+
+def _advance(generator: Generator, task: DiffusionTask) -> None:
+    generator.generate_step(task)
+    if task.error is not None:
+        raise task.error
+
+
+def _now(backend: DiffusionBackend) -> float:
+    if backend.device.type == "cuda":
+        torch.cuda.synchronize(backend.device)
+    return time.perf_counter()
+
+
+@contextmanager
+def _kernel(backend: DiffusionBackend, name: str | None) -> Iterator[None]:
+    usual = backend.attn_backend
+    backend.attn_backend = usual if name is None else attention_kernel(name)
+    try:
+        yield
+    finally:
+        backend.attn_backend = usual
+
+
+@dataclass
+class Count:
+    """Forwards of one branch that were run, and the seconds that went into them."""
+
+    work: float = 0.0
+    seconds: float = 0.0
+    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    @contextmanager
+    def clock(self, device: torch.device) -> Iterator[None]:
+        """Times what is inside; on a GPU by events, for which no step has to wait."""
+        if device.type == "cuda":
+            begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begun.record()
+            yield
+            ended.record()
+            self._events.append((begun, ended))
+        else:
+            began = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - began
+
+    def settle(self) -> None:
+        """Add up what the GPU's events say; the device has done its work."""
+        self.seconds += sum(begun.elapsed_time(ended) for begun, ended in self._events) / 1000
+        self._events.clear()
+
+
+@contextmanager
+def counted(backend: DiffusionBackend) -> Iterator[Count]:
+    """Counts what is computed inside; strategies work as ever."""
+    usual, count = backend.flexcache_manager, Count()
+    backend.flexcache_manager = _CountingManager(backend, count, backend.groups.agree)
+    try:
+        yield count
+    finally:
+        backend.flexcache_manager = usual
+
+
+class _CountingManager(FlexCacheManager):
+    """Notes every forward, and takes off it what the cache answered for."""
+
+    def __init__(self, backend: DiffusionBackend, count: Count, agree: Agree) -> None:
+        super().__init__(agree)
+        self._backend, self._count = backend, count
+        self._tokens = 0
+
+    def velocity(
+        self, step_idx: int, latent: Tensor, branches: tuple[int, ...], compute: Callable[[tuple[int, ...]], Tensor]
+    ) -> Tensor:
+        patch = self._backend.spec.transformers[0].patch_size
+        self._tokens = latent[0, 0].numel() // (patch[0] * patch[1] * patch[2])
+
+        def noted(some: tuple[int, ...]) -> Tensor:
+            with self._count.clock(self._backend.device):
+                value = compute(some)
+            self._count.work += len(some)
+            return value
+
+        return super().velocity(step_idx, latent, branches, noted)
+
+    def cache_for(self, step_idx: int, branches: tuple[int, ...]) -> StepCache:
+        inner = super().cache_for(step_idx, branches)
+        return _Noting(inner, self._count, len(branches), self._shares()) if inner.levels else inner
+
+    def _shares(self) -> dict[Level, float]:
+        """Share of a forward's multiplications at one site of each level, before it is divided by the depth."""
+        spec, tokens = self._backend.spec, self._tokens
+        config = spec.transformers[0]
+        dim, text = config.dim, spec.text_tokens
+        attention = 4 * tokens * dim**2 + 2 * tokens**2 * dim
+        cross = 2 * (tokens + text) * dim**2 + 2 * tokens * text * dim
+        ffn = 2 * tokens * dim * config.ffn_dim
+        whole = attention + cross + ffn
+        return {"step": 1.0, "block": 1.0, "attention": attention / whole, "cross": cross / whole, "ffn": ffn / whole}
+
+
+@dataclass(frozen=True)
+class _Noting:
+    """A cache that takes what it answers for off the count."""
+
+    inner: StepCache
+    count: Count
+    branches: int
+    shares: dict[Level, float]
+
+    @property
+    def levels(self) -> frozenset[Level]:
+        return self.inner.levels
+
+    def at(self, site: Site, compute: Callable[[], Tensor], signal: Signal) -> Tensor:
+        computed = False
+
+        def noted() -> Tensor:
+            nonlocal computed
+            computed = True
+            return compute()
+
+        value = self.inner.at(site, noted, signal)
+        if not computed:
+            parts = 1 if site.level == "step" else site.depth
+            self.count.work -= self.branches * self.shares[site.level] / parts
+        return value

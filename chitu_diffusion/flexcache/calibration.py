@@ -1,0 +1,174 @@
+"""What `chitu calibrate` measured on a model, as a file beside its weights, and what is picked from it.
+
+Second moments of full-compute runs, from which a plan for any number of steps follows (`planning`); TeaCache's polynomial and
+MagCache's ratios; and a table of plans that were really run, with what they kept of the picture. Plain data: no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chitu_diffusion.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from chitu_diffusion.flexcache.planning import Traces
+
+CALIBRATION_FILE = "flexcache.json"
+_FORMAT = 1
+_DIGITS = 9
+"""Decimals of a moment: divided differences of neighbouring steps are some 1e-4 of the moments themselves."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A setting that was really run against full compute.
+
+    Attributes:
+        flexcache: as a request names it.
+        speedup: forwards of full compute over forwards of the setting.
+        psnr, ssim: on raw frames, mean over videos with its 95 % interval: (mean, low, high).
+        videos: how many, of prompts and seeds that the fits did not see.
+    """
+
+    flexcache: Mapping[str, Any]
+    speedup: float
+    psnr: tuple[float, float, float]
+    ssim: tuple[float, float, float]
+    videos: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """See the file's docstring.
+
+    Attributes:
+        about: what it was measured on: weights_sha256, sampler, shift, steps, guidance, size, prompts, seeds, versions.
+        sigmas: noise levels of the runs, [steps + 1].
+        moments: rows of the lower triangle of the mean inner products, see `planning.Traces`.
+        gain: of an error at each step, [steps].
+        measured: "teacache" and "magcache", as `schedule.Measured`.
+        table: by rising speed.
+        plans: those that were calculated from this, by what they were asked for; kept while the model is.
+    """
+
+    about: Mapping[str, Any]
+    sigmas: tuple[float, ...]
+    moments: tuple[tuple[float, ...], ...]
+    gain: tuple[float, ...]
+    measured: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    table: tuple[Verified, ...] = ()
+    plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def traces(self) -> Traces:
+        """The moments as `planning` takes them; sampler weights and guidance are those of the runs' own schedule."""
+        import numpy as np
+
+        from chitu_diffusion.flexcache.planning import Traces
+
+        lower = np.zeros((len(self.moments), len(self.moments)))
+        for row, values in enumerate(self.moments):
+            lower[row, : row + 1] = values
+        sigmas, steps = np.array(self.sigmas), len(self.sigmas) - 1
+        scale = float(self.about["guidance"][0])
+        return Traces(
+            sigmas=sigmas,
+            moments=lower + np.tril(lower, -1).T,
+            response=np.diff(sigmas),
+            gain=np.array(self.gain),
+            guidance=np.full(steps, scale),
+        )
+
+    def for_fidelity(self, decibels: float) -> Verified:
+        """The fastest setting whose mean PSNR was at least this.
+
+        Raises:
+            UsageError: none was.
+        """
+        good = [row for row in self.table if row.psnr[0] >= decibels]
+        if not good:
+            best = max((row.psnr[0] for row in self.table), default=math.nan)
+            raise UsageError(
+                f"--fidelity {decibels:g}dB: the nearest calibrated plan kept {best:.1f} dB; leave the cache out for exact "
+                "videos",
+                field="fidelity",
+            )
+        return max(good, key=lambda row: row.speedup)
+
+    def for_speedup(self, speedup: float) -> tuple[dict[str, Any], float | None]:
+        """A plan of this speed, and the PSNR to expect: between its neighbours in the table, None beyond them.
+
+        Raises:
+            UsageError: not above 1.
+        """
+        if not 1 < speedup < math.inf:
+            raise UsageError(f"--speedup {speedup:g}: a number above 1 would do, such as 2", field="speedup")
+        rows = [row for row in self.table if row.flexcache.get("strategy") == "plan"]
+        below = [row for row in rows if row.speedup <= speedup + 1e-9]
+        above = [row for row in rows if row.speedup >= speedup - 1e-9]
+        flexcache = {"strategy": "plan", "speedup": float(speedup)}
+        if not below or not above:
+            return flexcache, None
+        low, high = max(below, key=lambda row: row.speedup), min(above, key=lambda row: row.speedup)
+        span = high.speedup - low.speedup
+        share = (speedup - low.speedup) / span if span else 0.0
+        return flexcache, low.psnr[0] + share * (high.psnr[0] - low.psnr[0])
+
+
+def triangle(moments: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    """The lower triangle of a symmetric matrix, rounded as it is stored."""
+    return tuple(tuple(round(float(value), _DIGITS) for value in row[: index + 1]) for index, row in enumerate(moments))
+
+
+def write_calibration(calibration: Calibration, folder: str | Path) -> Path:
+    """Writes the file into a model's folder, whole or not at all.
+
+    Raises:
+        UsageError: the folder cannot be written to.
+    """
+    path = Path(folder) / CALIBRATION_FILE
+    part = path.with_name(path.name + ".part")
+    try:
+        said = {name: value for name, value in asdict(calibration).items() if name != "plans"}
+        part.write_text(json.dumps({"format": _FORMAT, **said}) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path}: {error.strerror or error}; copy the model to a folder of your own", field="output"
+        ) from error
+    return path
+
+
+def read_calibration(folder: str | Path) -> Calibration | None:
+    """What was measured on the model in a folder; None where nothing was.
+
+    Raises:
+        CheckpointError: the file cannot be used.
+    """
+    path = Path(folder) / CALIBRATION_FILE
+    remedy = "delete the file, or measure again with 'chitu calibrate'"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the calibration cannot be read: {error}", file=path, remedy=remedy) from error
+    try:
+        if data.pop("format") != _FORMAT:
+            raise ValueError("another version of chitu wrote it")
+        table = tuple(Verified(**{**row, "psnr": tuple(row["psnr"]), "ssim": tuple(row["ssim"])}) for row in data.pop("table"))
+        return Calibration(
+            about=data["about"],
+            sigmas=tuple(data["sigmas"]),
+            moments=tuple(tuple(row) for row in data["moments"]),
+            gain=tuple(data["gain"]),
+            measured={name: tuple(values) for name, values in data["measured"].items()},
+            table=table,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the calibration cannot be used: {error}", file=path, remedy=remedy) from error
