@@ -103,6 +103,11 @@ class RankGroups:
         self.ulysses: Peers = ALONE
         self.ring: Peers = ALONE
 
+    @property
+    def generation(self) -> int:
+        """How often the groups were made: what ranks agreed on before does not bind them after."""
+        return self._generation
+
     def open(self) -> None:
         """Make the groups, if they are not there. Every rank must come.
 
