@@ -218,7 +218,7 @@ def test_triton_compiles_for_hopper(tmp_path: Path) -> None:
     if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists():
         pytest.skip("this triton has no assembler for NVIDIA")
     root = str(Path(__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": root, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": root, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", COMPILED_FOR_HOPPER], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
