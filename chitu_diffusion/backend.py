@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from chitu_diffusion.attention import AttentionKernel, attention_kernel
+from chitu_diffusion.attention import AttentionKernel
+from chitu_diffusion.attention.choice import KernelChoice, Shape
 from chitu_diffusion.config import EngineConfig, cache_dir
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.calibration import Calibration
 from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.memory import Sizes, free_memory
-from chitu_diffusion.models.spec import ModelSpec
+from chitu_diffusion.models.spec import ModelSpec, resolve_model
 from chitu_diffusion.models.text import TextEncoder
 from chitu_diffusion.models.vae import Vae
 from chitu_diffusion.models.wan import WanTransformer
@@ -61,7 +62,8 @@ class DiffusionBackend:
     """
 
     def __init__(self, args: EngineConfig, logging_level: int | None = None, groups: RankGroups | None = None) -> None:
-        self._begin(args, logging_level, groups)
+        spec, _ = resolve_model(args.models.name, args.models.ckpt_dir)
+        self._begin(args, spec, logging_level, groups)
         try:
             self._install(load_networks(self.args, self.device, self.dtype, encodes=self.groups.rank == 0))
         except BaseException:
@@ -74,11 +76,19 @@ class DiffusionBackend:
     ) -> DiffusionBackend:
         """A backend of networks that are in memory already. They keep their dtype and are moved to the device."""
         backend = cls.__new__(cls)
-        backend._begin(args or EngineConfig(), None, groups)
+        attended = next(weight.dtype for weight in networks.experts[0].blocks.parameters() if weight.ndim == 2)
+        backend._begin(args or EngineConfig(), networks.spec, None, groups, attended)
         backend._install(networks)
         return backend
 
-    def _begin(self, args: EngineConfig, logging_level: int | None, groups: RankGroups | None) -> None:
+    def _begin(
+        self,
+        args: EngineConfig,
+        spec: ModelSpec,
+        logging_level: int | None,
+        groups: RankGroups | None,
+        attended: torch.dtype | None = None,
+    ) -> None:
         self.state = BackendState.UNINITIALIZED
         if logging_level is not None:
             logging.getLogger("chitu_diffusion").setLevel(logging_level)
@@ -87,7 +97,16 @@ class DiffusionBackend:
         _check_ranks(self.args, self.groups.plan.world)
         self.device = pick_device(self.args.infer.device)
         self.dtype = pick_dtype(self.args.infer.dtype, self.device)
-        self.attn_backend: AttentionKernel = attention_kernel(self.args.infer.attn_type, needs_lse=self.groups.plan.ring > 1)
+        self._attention = KernelChoice(
+            self.args.infer.attn_type,
+            self.device,
+            attended or self.dtype,
+            spec.transformers[0].attention_head_dim,
+            needs_lse=self.groups.plan.ring > 1,
+            folder=cache_dir(),
+            agree=self.groups.agree if self.groups.plan.world > 1 else None,
+            leads=self.groups.rank == 0,
+        )
         self.flexcache_manager = FlexCacheManager(self.groups.agree)
         if self.args.infer.threads is not None:
             torch.set_num_threads(self.args.infer.threads)
@@ -112,6 +131,25 @@ class DiffusionBackend:
                 expert.enable_gradient_checkpointing()
         self._networks: Networks | None = networks
         self.state = BackendState.INITIALIZED
+
+    @property
+    def attn_backend(self) -> AttentionKernel:
+        """The kernel of self-attention, after `choose_attention` the fastest; one that is put here stays."""
+        return self._attention.kernel
+
+    @attn_backend.setter
+    def attn_backend(self, kernel: AttentionKernel) -> None:
+        self._attention.pin(kernel)
+
+    def choose_attention(self, tokens: int, expert: int = 0) -> None:
+        """Let `attn_backend` be right for forwards over `tokens` tokens, shared by all ranks; every rank must ask alike.
+
+        Raises:
+            UsageError: rank 0 found a kernel that cannot run on this rank.
+        """
+        config, plan = self._alive().spec.transformers[expert], self.groups.plan
+        shape = Shape(-(-tokens // plan.ring), max(1, config.num_attention_heads // plan.ulysses), config.attention_head_dim)
+        self._attention.for_shape(shape, epoch=self.groups.generation)
 
     @property
     def spec(self) -> ModelSpec:

@@ -119,6 +119,7 @@ def stacked_velocity(
     if len(text) > 2:
         shape = list(text.embeddings.shape)
         raise UsageError(f"embeddings are {shape}: [1, L, D], or [2, L, D] with the prompt's branch first, would do")
+    backend.choose_attention(tokens_of(backend, latent), expert)  # here, where no rank is without a branch to run
     asked, peers = tuple(branch for branch in branches if branch < len(text)), backend.groups.branches
     own = own_branches(asked, peers)
     backend.residency.use(expert_part(expert))
@@ -166,11 +167,15 @@ def schedule_of(backend: DiffusionBackend, state: SamplerState, guidance: tuple[
 def _as_batches(backend: DiffusionBackend, latent: Tensor, branches: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Which branches share a forward."""
     mode = backend.args.infer.diffusion.cfg_batch
-    patch = backend.spec.transformers[0].patch_size
-    tokens = latent[0, 0].numel() // (patch[0] * patch[1] * patch[2])
-    if mode == "batched" or (mode == "auto" and tokens <= _BATCH_UP_TO):
+    if mode == "batched" or (mode == "auto" and tokens_of(backend, latent) <= _BATCH_UP_TO):
         return [branches]
     return [(branch,) for branch in branches]
+
+
+def tokens_of(backend: DiffusionBackend, latent: Tensor) -> int:
+    """Tokens that each of a batch of latents [B, C, T, H, W] becomes."""
+    patch = backend.spec.transformers[0].patch_size
+    return latent[0, 0].numel() // (patch[0] * patch[1] * patch[2])
 
 
 def _forward(backend: DiffusionBackend, embedded: Embedded, expert: int, cache: StepCache) -> Tensor:

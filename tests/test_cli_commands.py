@@ -138,6 +138,10 @@ def test_doctor(chitu: Chitu, tiny_folder: Path, tmp_path: Path) -> None:
     assert "chitu generate" in err
     code, out, _ = chitu("doctor", "--model", "wan-tony", "--json")
     report = json.loads(out)
+    kernels = {finding["name"]: finding for finding in report["findings"] if finding["name"].startswith("attention ")}
+    assert kernels["attention sdpa"]["status"] == "ok"
+    assert all(finding["remedy"] for finding in kernels.values() if finding["status"] != "ok")
+    assert "lossy" in kernels["attention fa3_fp8"]["found"]
     assert code == 1
     assert not report["ok"]
     lacks = [finding for finding in report["findings"] if finding["status"] == "lack"]

@@ -343,7 +343,7 @@ def test_kernels_agree_with_float64() -> None:
     q, k, v = torch.randn(2, 9, 3, 8), torch.randn(2, 1500, 3, 8), torch.randn(2, 1500, 3, 8)
     scores = torch.einsum("bshd,blhd->bshl", q.double(), k.double()) / 8**0.5
     expected = torch.einsum("bshl,blhd->bshd", scores.softmax(-1), v.double())
-    for kernel in KERNELS.values():
+    for kernel in (each for each in KERNELS.values() if each.why_unavailable(q.device) is None):
         assert kernel.exact
         assert relative_error(kernel(q, k, v), expected) < 1e-6
         assert kernel.gives_lse == (kernel.run_with_lse is not None)

@@ -7,11 +7,13 @@ sequence is spread over ranks is composed around a kernel elsewhere.
 
 import math as arithmetic
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from chitu_diffusion.attention.needs import Needs
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttentionWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -30,17 +32,26 @@ class AttentionKernel:
         run: (q, k, v) -> out.
         run_with_lse: (q, k, v) -> (out, lse [B, S, H] float32), or None. Ring attention merges partial results by the
             log-sum-exp of the scaled scores and admits only kernels that have it.
+        needs: devices, dtypes, head sizes and packages.
+        contends: whether `auto` times it against others; the rest is what `auto` falls back on, in the registry's order.
     """
 
     name: str
     exact: bool
     run: AttentionFn
     run_with_lse: AttentionWithLse | None = None
+    needs: Needs = field(default_factory=Needs)
+    contends: bool = False
 
     @property
     def gives_lse(self) -> bool:
         """Whether the log-sum-exp can be had."""
         return self.run_with_lse is not None
+
+    def why_unavailable(self, device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None) -> str | None:
+        """Why it cannot be used there, and what to do about it; None if it can. A dtype or head size of None is not asked."""
+        lack = self.needs.lack(device, dtype, head_dim)
+        return None if lack is None else str(lack)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of q [B, S, H, D] over k, v [B, L, H, D]; returns [B, S, H, D]."""

@@ -128,12 +128,21 @@ def _devices() -> Iterator[Finding]:
 
 
 def _attention() -> Iterator[Finding]:
-    from chitu_diffusion.attention import KERNELS, attention_kernel
+    from chitu_diffusion.attention import KERNELS, candidates
+    from chitu_diffusion.backend import pick_device, pick_dtype
 
-    chosen = attention_kernel("auto").name
+    device = pick_device("auto")
+    dtype = pick_dtype("auto", device)
+    automatic = {kernel.name for kernel in candidates(device, dtype)}
     for name, kernel in KERNELS.items():
-        exactness = "exact" if kernel.exact else "lossy"
-        yield Finding(f"attention {name}", "ok", exactness + (", the automatic choice" if name == chosen else ""))
+        about = ("exact" if kernel.exact else "lossy, by name only") + (", for ring attention too" if kernel.gives_lse else "")
+        if name in automatic:
+            about += ", the automatic choice" if len(automatic) == 1 else ", timed by auto"
+        lack = kernel.needs.lack(device, dtype)
+        if lack is None:
+            yield Finding(f"attention {name}", "ok", about)
+        else:
+            yield Finding(f"attention {name}", "note", f"{about}; not here: {lack.reason}", lack.remedy)
 
 
 def _video() -> Iterator[Finding]:

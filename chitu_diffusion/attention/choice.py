@@ -1,0 +1,203 @@
+"""`attn_type=auto`: the fastest exact kernel for a shape, found by timing once and remembered on disk.
+
+One file holds, for each machine (device, versions of torch, CUDA, cuDNN and the kernels' packages), the answer for each dtype,
+head size, number of heads and bucket of lengths, two buckets to an octave. Knows kernels and tensors; which folder, which ranks
+and when are told by the backend.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chitu_diffusion.attention import KERNELS, attention_kernel, candidates
+from chitu_diffusion.attention.kernels import AttentionKernel
+
+logger = logging.getLogger(__name__)
+
+Timer = Callable[[AttentionKernel, "Shape"], float]  # -> milliseconds
+FILE = "attention-kernels.json"
+_OPERATIONS = 4e12
+"""Multiplications and additions of one timed call at most (about 6 ms on an H100): heads beyond that are left out."""
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A self-attention: tokens and heads of one rank, channels of a head."""
+
+    tokens: int
+    heads: int
+    head_dim: int
+
+    def bucket(self, dtype: torch.dtype) -> str:
+        """The name under which its answer is kept."""
+        octave = round(2 * math.log2(self.tokens)) / 2
+        return f"{str(dtype).removeprefix('torch.')} heads={self.heads} head_dim={self.head_dim} log2(tokens)={octave:g}"
+
+
+class KernelChoice:
+    """The kernel of each call: the one that a setting names, or for "auto" the fastest exact one.
+
+    Args:
+        name: a kernel's, or "auto".
+        device, dtype, head_dim: of q, k and v.
+        needs_lse: whether ring attention will ask for the log-sum-exp.
+        folder: where answers are kept between runs; None keeps them in memory alone.
+        agree: a number common to all ranks, the one that the leading rank gives; None for one rank.
+        leads: whether this rank times for all.
+        timer: measures one kernel; None uses the device.
+
+    Raises:
+        UsageError: no such kernel, or one that cannot run there.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int | None = None,
+        *,
+        needs_lse: bool = False,
+        folder: Path | None = None,
+        agree: Callable[[float | None], float] | None = None,
+        leads: bool = True,
+        timer: Timer | None = None,
+    ) -> None:
+        self.kernel = attention_kernel(name, needs_lse=needs_lse, device=device, dtype=dtype, head_dim=head_dim)
+        self._automatic, self._device, self._dtype, self._needs_lse = name == "auto", device, dtype, needs_lse
+        self._folder, self._agree, self._leads = folder, agree, leads
+        self._timer = timer or self._time_on_device
+        self._found: dict[tuple[int, str], AttentionKernel] = {}
+
+    def for_shape(self, shape: Shape, epoch: int = 0) -> AttentionKernel:
+        """The kernel for a shape; `kernel` is it until the next call. The first call of a shape may take some milliseconds.
+
+        With several ranks all must call it with the same shapes in the same order.
+
+        Args:
+            shape: of every rank alike.
+            epoch: changes when the ranks have lost each other and met again: then they agree anew.
+
+        Raises:
+            UsageError: the leading rank's kernel cannot run on this one.
+        """
+        if not self._automatic:
+            return self.kernel
+        key = epoch, shape.bucket(self._dtype)
+        if key not in self._found:
+            self._found[key] = self._agreed(shape)
+            logger.info("attention %s for %s", self._found[key].name, key[1])
+        self.kernel = self._found[key]
+        return self.kernel
+
+    def pin(self, kernel: AttentionKernel) -> None:
+        """Take this one from now on, whatever the shape."""
+        self.kernel, self._automatic = kernel, False
+
+    def _agreed(self, shape: Shape) -> AttentionKernel:
+        among = candidates(self._device, self._dtype, shape.head_dim, needs_lse=self._needs_lse)
+        if self._agree is None:
+            return self._fastest(among, shape)
+        names = list(KERNELS)
+        number = self._agree(float(names.index(self._fastest(among, shape).name)) if self._leads else None)
+        return attention_kernel(
+            names[int(number)], needs_lse=self._needs_lse, device=self._device, dtype=self._dtype, head_dim=shape.head_dim
+        )
+
+    def _fastest(self, among: Sequence[AttentionKernel], shape: Shape) -> AttentionKernel:
+        if len(among) == 1:
+            return among[0]
+        machine, bucket = machine_name(self._device, among), shape.bucket(self._dtype)
+        kept = recall(self._folder).get(machine, {})
+        names = {kernel.name: kernel for kernel in among}
+        known = kept.get(bucket) if isinstance(kept, dict) else None
+        if isinstance(known, dict) and known.get("kernel") in names:
+            return names[known["kernel"]]
+        times = self._times(among, shape)
+        if not times:
+            return among[0]
+        best = min(times, key=lambda name: times[name])
+        if len(times) == len(among):  # one that failed, perhaps for want of memory, gets another chance in the next run
+            remember(self._folder, machine, bucket, {"kernel": best, "ms": {name: round(ms, 4) for name, ms in times.items()}})
+        return names[best]
+
+    def _times(self, among: Sequence[AttentionKernel], shape: Shape) -> dict[str, float]:
+        times = {}
+        for kernel in among:
+            try:
+                times[kernel.name] = self._timer(kernel, shape)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                logger.warning("attention %s failed when it was timed, and is left out: %s", kernel.name, error)
+        return times
+
+    def _time_on_device(self, kernel: AttentionKernel, shape: Shape) -> float:
+        run = kernel.run_with_lse if self._needs_lse else kernel.run
+        assert run is not None
+        return time_attention(run, shape, self._device, self._dtype)
+
+
+def time_attention(
+    run: Callable[..., Any], shape: Shape, device: torch.device, dtype: torch.dtype, repeats: int = _REPEATS
+) -> float:
+    """Milliseconds of one call on a CUDA device, the median; fewer heads where all would take long."""
+    each = 4.0 * shape.tokens**2 * shape.head_dim
+    heads = max(1, min(shape.heads, int(_OPERATIONS / each)))
+    size = (1, shape.tokens, heads, shape.head_dim)
+    generator = torch.Generator(device).manual_seed(0)  # leaves the global state alone
+    q, k, v = (torch.randn(size, device=device, dtype=dtype, generator=generator) for _ in range(3))
+    run(q, k, v)
+    taken = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run(q, k, v)
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end))
+    return statistics.median(taken)
+
+
+def machine_name(device: torch.device, kernels: Sequence[AttentionKernel]) -> str:
+    """What an answer depends on besides the shape: the device, and the versions of all that takes part."""
+    parts = [torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, f"torch {torch.__version__}"]
+    parts += [f"cuda {torch.version.cuda}", f"cudnn {torch.backends.cudnn.version()}"]
+    parts += sorted(f"{k.name} {k.needs.package.version()}" if k.needs.package else k.name for k in kernels)
+    return ", ".join(parts)
+
+
+def recall(folder: Path | None) -> dict[str, Any]:
+    """What the file of answers holds; nothing if there is none or it is spoilt, which costs timing once more."""
+    if folder is None:
+        return {}
+    try:
+        data = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def remember(folder: Path | None, machine: str, bucket: str, answer: dict[str, Any]) -> None:
+    """Add an answer to the file: written aside and renamed, so that no reader sees half of it."""
+    if folder is None:
+        return
+    data = recall(folder)
+    kept = data.get(machine)
+    data[machine] = {**(kept if isinstance(kept, dict) else {}), bucket: answer}
+    part = folder / f"{FILE}.{os.getpid()}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        part.replace(folder / FILE)
+    except OSError as error:
+        logger.debug("cannot remember the fastest attention in %s: %s", folder, error)  # the next run times once more
