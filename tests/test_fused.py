@@ -52,10 +52,12 @@ def assert_same_rows(found: Tensor | Float8Rows, expected: Tensor | Float8Rows) 
     assert found.scale.shape == expected.scale.shape
     assert relative_error(found.scale, expected.scale) < 1e-6
     codes, other = found.values.float(), expected.values.float()
-    # Triton's interpreter forgets the carry where rounding up reaches the next power of two; a GPU does not
-    carry = (codes.abs() * 2 == other.abs()) & (torch.frexp(other)[0].abs() == 0.5) & (not ON_GPU)
-    # a sum in another order moves a few numbers over the middle between two codes
-    assert ((codes != other) & ~carry).float().mean() < 2e-3
+    # Triton's interpreter forgets the carry where rounding up reaches the next power of two, and cuts off numbers below
+    # the smallest normal one; a GPU does neither
+    carry = (codes.abs() * 2 == other.abs()) & (torch.frexp(other)[0].abs() == 0.5)
+    excused = (carry | (other.abs() <= 2**-6)) & (not ON_GPU)
+    # a sum in another order moves a number in ten thousand over the middle between two codes
+    assert ((codes != other) & ~excused).sum() <= 1 + codes.numel() // 1000
 
 
 @needs_triton

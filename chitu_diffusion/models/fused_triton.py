@@ -20,8 +20,6 @@ FLOAT8_MAX = 448.0
 """Largest number of 4 exponent and 3 mantissa bits (e4m3fn)."""
 SMALLEST_AMAX = 1e-12
 """A row of zeros gets this as its largest magnitude, so that nothing is divided by zero."""
-_ROWS = 4
-"""Rows of one program: what is common to all rows (gate, scale, shift) is read once for them."""
 
 
 @triton.jit
@@ -64,11 +62,6 @@ def _residual_norm(
     batch = tl.program_id(1)
     channel = tl.arange(0, BLOCK)
     real = channel < dim
-    if GATE:
-        g = tl.load(gate + batch * gate_stride + channel, mask=real, other=0.0).to(tl.float32)
-    if AFFINE:
-        w = tl.load(weight + batch * weight_stride + channel, mask=real, other=0.0).to(tl.float32)
-        b = tl.load(bias + batch * bias_stride + channel, mask=real, other=0.0).to(tl.float32)
     for turn in range(ROWS):
         own = tl.program_id(0) * ROWS + turn
         inside = real & (own < rows)
@@ -77,7 +70,9 @@ def _residual_norm(
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         if ADD:
             more = tl.load(added + at, mask=inside, other=0.0).to(tl.float32)
-            value = value + more * g if GATE else value + more
+            if GATE:
+                more *= tl.load(gate + batch * gate_stride + channel, mask=real, other=0.0).to(tl.float32)
+            value += more
             rounded = value.to(stream.dtype.element_ty)
             tl.store(stream + at, rounded, mask=inside)
             value = rounded.to(tl.float32)  # the norm sees what the stream keeps
@@ -86,7 +81,8 @@ def _residual_norm(
             centred = tl.where(inside, value - mean, 0.0)
             y = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / dim + eps))
             if AFFINE:
-                y = y * w + b
+                w = tl.load(weight + batch * weight_stride + channel, mask=real, other=0.0).to(tl.float32)
+                y = y * w + tl.load(bias + batch * bias_stride + channel, mask=real, other=0.0).to(tl.float32)
             _store_row(normed, scale, row, at, y, inside, FLOAT8_TOP, FLOOR, QUANTISE)
 
 
@@ -191,9 +187,9 @@ def residual_norm(
     stream, normed, scale = _outputs(x, added, dtype, norm, quantise)
     gate = None if gate is None else _by_batch(gate, batch)
     weight, bias = (None if each is None else _by_batch(each, batch) for each in (weight, bias))
-    block = triton.next_power_of_2(dim)
+    block, per_program, options = launch(dim)
     with _on(x):
-        _residual_norm[(triton.cdiv(rows, _ROWS), batch)](
+        _residual_norm[(triton.cdiv(rows, per_program), batch)](
             x,
             x if added is None else added.contiguous(),
             x if gate is None else gate,
@@ -216,8 +212,8 @@ def residual_norm(
             FLOAT8_TOP=FLOAT8_MAX,
             FLOOR=SMALLEST_AMAX,
             BLOCK=block,
-            ROWS=_ROWS,
-            num_warps=_warps(block),
+            ROWS=per_program,
+            **options,
         )
     return stream, normed, scale
 
@@ -249,9 +245,9 @@ def qk_norm_rotate(
     batch, rows, dim = q.shape
     q, k = q.contiguous(), k.contiguous()
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    block = triton.next_power_of_2(dim)
+    block, per_program, options = launch(dim)
     with _on(q):
-        _qk_norm_rotate[(triton.cdiv(rows, _ROWS), batch)](
+        _qk_norm_rotate[(triton.cdiv(rows, per_program), batch)](
             q,
             k,
             q_weight,
@@ -265,8 +261,8 @@ def qk_norm_rotate(
             cos.shape[-1],
             eps,
             BLOCK=block,
-            ROWS=_ROWS,
-            num_warps=_warps(block),
+            ROWS=per_program,
+            **options,
         )
     return q_out, k_out
 
@@ -285,7 +281,7 @@ def activation(x: Tensor, bias: Tensor | None, gelu: bool, quantise: bool) -> tu
     """
     x, dim = x.contiguous(), x.shape[-1]
     out, scale = _like(x, FLOAT8 if quantise else x.dtype), _scales(x, quantise)
-    block = triton.next_power_of_2(dim)
+    block, _, options = launch(dim)
     with _on(x):
         _activation[(x.numel() // dim,)](
             x,
@@ -299,7 +295,7 @@ def activation(x: Tensor, bias: Tensor | None, gelu: bool, quantise: bool) -> tu
             FLOAT8_TOP=FLOAT8_MAX,
             FLOOR=SMALLEST_AMAX,
             BLOCK=block,
-            num_warps=_warps(block),
+            **options,
         )
     return out, scale
 
@@ -330,9 +326,15 @@ def _by_batch(x: Tensor, batch: int) -> Tensor:
     return (flat if flat.stride(-1) == 1 else flat.contiguous()).expand(batch, -1)
 
 
-def _warps(block: int) -> int:
-    """16 channels a thread, in 1 to 16 warps."""
-    return min(16, max(1, block // 512))
+def launch(dim: int) -> tuple[int, int, dict[str, int]]:
+    """(channels held, rows of a program, options of the launch) for rows of `dim` channels.
+
+    16 channels a thread: 32 bytes of a bfloat16 row, two loads. Few registers, so that several programs share a core and
+    hide each other's waiting: without a limit the wide ones would run alone.
+    """
+    block = triton.next_power_of_2(dim)
+    options = {"num_warps": min(16, max(1, block // 512))}
+    return (block, 4, options) if block <= 2048 else (block, 1, options | {"maxnreg": 64})
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
