@@ -215,7 +215,7 @@ def test_pieces_work_on_shards_of_the_sequence() -> None:
     # one block at a time over both shards, with the keys and values of both: what a parallel attention will do
     block = ours.blocks[0]
     assert isinstance(block, WanBlock)
-    shifts, text = block.modulate(whole.modulation), whole.text.keys(0, block.text_keys)
+    text = whole.text.keys(0, block.text_keys)
     kept: list[tuple[Tensor, Tensor]] = []
 
     def collect(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def test_pieces_work_on_shards_of_the_sequence() -> None:
         return q
 
     for shard in shards:
-        block.self_attention(shard.tokens, shifts, text.v.dtype, shard.rope, collect)
+        block.self_attention(shard.tokens, whole.modulation, shard.rope, text.v.dtype, collect)
     keys, values = torch.cat([k for k, _ in kept], 1), torch.cat([v for _, v in kept], 1)
     for shard in shards:
         inner.append(

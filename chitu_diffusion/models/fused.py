@@ -164,3 +164,24 @@ def gelu(x: Tensor, bias: Tensor | None = None, *, float8: bool = False, fused: 
     if bias is not None:
         x = (x.float() + bias.float()).to(x.dtype)
     return quantise(F.gelu(x.float(), approximate="tanh")) if float8 else F.gelu(x, approximate="tanh")
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU of x [..., in] times weight [out, in] plus bias, inside the matrix product where the library can (CUDA).
+
+    Against the product and then the GELU it saves a read and a write of [..., out], and one rounding.
+    """
+    return _linear_gelu(x, weight, bias)
+
+
+@torch.library.custom_op("chitu_diffusion::linear_gelu", mutates_args=())
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if not x.is_cuda:  # there the operator below takes the GELU that is not approximated
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return y.unflatten(0, x.shape[:-1])
+
+
+@_linear_gelu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))

@@ -121,6 +121,11 @@ class Float8Linear(nn.Linear):
         return (self.weight_float8.float() * self.weight_scale).to(dtype)
 
 
+def wants_float8(layer: object) -> bool:
+    """Whether a linear layer multiplies in 8 bits now, so that whoever makes its rows may round them as well."""
+    return isinstance(layer, Float8Linear) and layer.in_float8
+
+
 @cache
 def has_float8_products(device: torch.device) -> bool:
     """Whether the device multiplies float8: sm_89 (Ada), sm_90 (Hopper) and later. Asked once a device."""

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from types import MethodType
 from typing import cast
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from chitu_diffusion.attention.kernels import AttentionFn, sdpa
 from chitu_diffusion.flexcache.seam import MODULE_LEVELS, NO_CACHE, Level, Signal, Site, StepCache
+from chitu_diffusion.models.fused import can_fuse, layer_norm
 from chitu_diffusion.models.prepared_text import PreparedText, fold
 from chitu_diffusion.models.wan_block import Float32LayerNorm, Rope, WanBlock
 from chitu_diffusion.models.wan_config import WanConfig
@@ -176,6 +178,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.fused = True
         self.patch_embedding = PatchEmbedding(
             config.in_channels, config.dim, kernel_size=config.patch_size, stride=config.patch_size
         )
@@ -317,8 +320,8 @@ class WanTransformer(nn.Module):
     def head(self, tokens: Tensor, time: Tensor) -> Tensor:
         """tokens [B, S, dim], time [B, dim] -> [B, S, patch values x channels]. Each token for itself."""
         shift, scale = (self.scale_shift_table.float() + time.float().unsqueeze(1)).chunk(2, dim=1)
-        x = self.norm_out(tokens) * (1 + scale) + shift
-        return cast(Tensor, self.proj_out(x.to(self.proj_out.weight.dtype)))
+        dtype, fused = self.proj_out.weight.dtype, self.fused and can_fuse(tokens)
+        return cast(Tensor, self.proj_out(layer_norm(tokens, (1 + scale, shift), self.config.eps, dtype, fused=fused)))
 
     def unpatchify(self, values: Tensor, grid: Grid) -> Tensor:
         """[B, S, patch values x channels] of the whole sequence -> [B, C, T, H, W]."""
@@ -343,11 +346,25 @@ class WanTransformer(nn.Module):
         self.gradient_checkpointing = enabled
 
     def compile_blocks(self, **options: object) -> None:
-        """Compiles every block in place with `torch.compile`; names of the parameters stay."""
+        """Compiles the pieces of the blocks (`WanBlock.PIECES`) with `torch.compile`, each once for all blocks.
+
+        One graph for each shape of the latent and each set of dtypes. A piece that cannot be compiled whole raises: nothing
+        is left uncompiled in silence.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        settings = {"fullgraph": True, "dynamic": False, **options}
+        for name in WanBlock.PIECES:
+            compiled = torch.compile(getattr(WanBlock, name), **settings)  # type: ignore[call-overload]
+            for block in self.blocks:
+                setattr(block, name, MethodType(compiled, block))
+
+    def use_fused(self, fused: bool) -> None:
+        """Whether kernels of `models.fused` do the work between the products, where they can run."""
+        self.fused = fused
         for block in self.blocks:
-            block.compile(**options)
-        # what branches share is run apart from the block
-        self.blocks[0].attend = torch.compile(cast(WanBlock, self.blocks[0]).attend, **options)  # type: ignore[call-overload]
+            cast(WanBlock, block).fused = fused
 
     @torch.no_grad()
     def init_weights(self) -> None:
