@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,19 @@ import torch
 from conftest import WAN_TINY
 from torch import Tensor, nn
 
+from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.fused import FLOAT8, quantise
 from chitu_diffusion.models.loading import load_transformer
-from chitu_diffusion.models.quant import Float8Linear, Float8Plan, set_float8, to_float8
+from chitu_diffusion.models.quant import Float8Linear, Float8Plan, float8_begins, set_float8, to_float8
 from chitu_diffusion.models.wan import WanTransformer
+from chitu_diffusion.recipe import recipe_of
 from chitu_diffusion.residency import BlockStream, HostMemory, bytes_of
-
-EVERYTHING = Float8Plan(keep=())
+from chitu_diffusion.sampling import Sampler
+from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +160,56 @@ def test_trained_network_in_8_bits() -> None:
         assert 1e-4 < error < 0.15
     set_float8(layers_of(lossy), False)
     assert torch.equal(lossy(latent, time, text), exact(latent, time, text))
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "euler", "dpm++"])
+@pytest.mark.parametrize("shift", [1.0, 5.0, 12.0])
+def test_a_share_of_the_steps_comes_first(sampler: str, shift: float) -> None:
+    solver = Sampler(sampler, {"_class_name": "UniPCMultistepScheduler", "flow_shift": shift})
+    for steps in (4, 10, 40, 50):
+        timesteps = solver.begin(steps)["timesteps"].tolist()
+        for share in (0.0, 0.25, 0.5, 1.0):
+            wide = sum(time > float8_begins(share, solver.shift) for time in timesteps)
+            assert abs(wide - share * steps) <= 1
+            assert wide == 0 if share == 0 else wide > 0
+            assert wide == steps or share < 1
+
+
+def test_a_task_in_8_bits(tiny_folder: Path, make_config: Callable[..., EngineConfig]) -> None:
+    asked = {"infer__quant": "fp8", "infer__quant_keep": "attn2.to_k"}
+    plain, lossy = DiffusionBackend(make_config(tiny_folder)), DiffusionBackend(make_config(tiny_folder, **asked))
+    modes: list[bool] = []
+    original = lossy.set_precision
+    lossy.set_precision = lambda *args: modes.append(original(*args)) or modes[-1]  # type: ignore[method-assign,func-returns-value]
+    videos = []
+    for backend in (plain, lossy):
+        task = DiffusionTask.from_user_request(DiffusionUserParams("a red fish", seed=3, save_path=None))
+        generator = Generator(backend)
+        while task.status is not TaskStatus.SAVING:
+            generator.generate_step(task)
+            assert task.error is None
+        videos.append(task.buffer.video)
+    assert modes == [False, True, True, True]  # a quarter of four steps
+    assert 0 < relative_error(videos[1], videos[0]) < 0.2
+    recipe = recipe_of(task, lossy)
+    assert recipe["quant"] == {"name": "fp8", "lossy": True, "keep": "attn2.to_k", "from": 0.25, "originals": True}
+    assert recipe_of(task, plain)["quant"] is None
+    assert lossy.sizes().parts["expert_0"] > plain.sizes().parts["expert_0"]
+    small = DiffusionBackend(make_config(tiny_folder, infer__quant_originals=False, **asked))
+    assert small.sizes().parts["expert_0"] < 0.6 * plain.sizes().parts["expert_0"]
+
+
+def test_numbers_without_8_bit_products_are_announced(
+    tiny_folder: Path, make_config: Callable[..., EngineConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    DiffusionBackend(make_config(tiny_folder, infer__quant="fp8", infer__quant_keep=""))
+    assert "has no 8-bit products" in caplog.text
+    with pytest.raises(UsageError, match="every layer of 2 block"):
+        DiffusionBackend(make_config(tiny_folder, infer__quant="fp8"))
+
+
+def test_a_dry_run_says_that_it_is_lossy(chitu: Callable[..., tuple[int, str, str]], tiny_folder: Path) -> None:
+    code, _, told = chitu("generate", "a fish", "--model", tiny_folder, "--quant", "fp8", "--dry-run")
+    assert code == 0 and "fp8 linear layers after 25% of the steps" in told and "lossy" in told
+    code, _, told = chitu("generate", "a fish", "--model", tiny_folder, "--quant", "fp9", "--dry-run")
+    assert code == 2 and "--quant" in told

@@ -35,6 +35,7 @@ def generate(
     cache: options.Cache = None,
     low_mem_level: options.LowMemLevel = None,
     dtype: options.Dtype = None,
+    quant: options.Quant = None,
     device: options.Device = None,
     quality: options.Quality = None,
     gpus: options.Gpus = None,
@@ -52,7 +53,7 @@ def generate(
     """
     engine_config, _ = options.settings(
         config=config, set_=set_, model=model, low_mem_level=low_mem_level, dtype=dtype, device=device, quality=quality,
-        parallel=parallel,
+        quant=quant, parallel=parallel,
     )
     width, height = options.parse_size(size)
     asked: dict[str, Any] = {

@@ -170,11 +170,27 @@ def to_float8(blocks: Sequence[nn.Module], plan: Float8Plan) -> list[Float8Linea
     return layers
 
 
-def set_float8(layers: Iterable[Float8Linear], in_float8: bool) -> None:
-    """Multiply in 8 bits from now on, or in 16. Layers must be on the device on which they will run."""
+def set_float8(layers: Iterable[Float8Linear], in_float8: bool, device: torch.device | None = None) -> None:
+    """Multiply in 8 bits from now on, or in 16.
+
+    Args:
+        layers: of `to_float8`.
+        in_float8: which.
+        device: on which they will run; None is where they are.
+    """
     for layer in layers:
         layer.in_float8 = in_float8
-        layer.emulated = not has_float8_products(layer.weight_float8.device)
+        layer.emulated = not has_float8_products(device or layer.weight_float8.device)
+
+
+def float8_begins(share: float, shift: float) -> float:
+    """The timestep, 0 to 1000, at and below which a schedule with this shift has left `share` of its steps behind.
+
+    Steps are even before the shift s = shift: sigma = s u / (1 + (s - 1) u) with u from 1 to 0. Half a timestep is added,
+    since solvers round. It looks at the time alone, so that every rank, stage and number of steps follows one rule.
+    """
+    rest = 1 - share
+    return 1000 * shift * rest / (1 + (shift - 1) * rest) + 0.5
 
 
 def _replaced(block: nn.Module, name: str, linear: nn.Linear, originals: bool) -> Float8Linear:

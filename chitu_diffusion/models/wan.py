@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from chitu_diffusion.attention.kernels import AttentionFn, sdpa
 from chitu_diffusion.flexcache.seam import MODULE_LEVELS, NO_CACHE, Level, Signal, Site, StepCache
+from chitu_diffusion.models.compiled import compiled, let_length_vary
 from chitu_diffusion.models.fused import can_fuse, layer_norm
 from chitu_diffusion.models.prepared_text import PreparedText, fold
 from chitu_diffusion.models.wan_block import Float32LayerNorm, Rope, WanBlock
@@ -178,7 +179,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.fused = True
+        self.fused, self.compiled = True, False
         self.patch_embedding = PatchEmbedding(
             config.in_channels, config.dim, kernel_size=config.patch_size, stride=config.patch_size
         )
@@ -348,17 +349,17 @@ class WanTransformer(nn.Module):
     def compile_blocks(self, **options: object) -> None:
         """Compiles the pieces of the blocks (`WanBlock.PIECES`) with `torch.compile`, each once for all blocks.
 
-        One graph for each shape of the latent and each set of dtypes. A piece that cannot be compiled whole raises: nothing
-        is left uncompiled in silence.
+        One graph for each shape of the latent; the text may have any length. A piece that cannot be compiled whole raises
+        `CompileError`: nothing is left uncompiled in silence.
 
         Args:
             options: of `torch.compile`.
         """
-        settings = {"fullgraph": True, "dynamic": False, **options}
+        self.compiled = True
         for name in WanBlock.PIECES:
-            compiled = torch.compile(getattr(WanBlock, name), **settings)  # type: ignore[call-overload]
+            piece = compiled(getattr(WanBlock, name), **options)
             for block in self.blocks:
-                setattr(block, name, MethodType(compiled, block))
+                setattr(block, name, MethodType(piece, block))
 
     def use_fused(self, fused: bool) -> None:
         """Whether kernels of `models.fused` do the work between the products, where they can run."""
@@ -400,6 +401,8 @@ class WanTransformer(nn.Module):
         self, block: WanBlock, index: int, embedded: Embedded, attention: AttentionFn, cache: StepCache
     ) -> Tensor:
         text = embedded.text.keys(index, block.text_keys)
+        if self.compiled:
+            let_length_vary(text)
         inputs = (embedded.tokens, text, embedded.modulation, embedded.rope, attention)
         if MODULE_LEVELS & cache.levels:
             return block.forward_at_sites(*inputs, ask=partial(self._ask, cache, index, embedded.modulation))
