@@ -85,7 +85,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     def run(*args: Any) -> Any:
         try:
             return inner(*args)
-        except (dynamo.exc.TorchDynamoException, InductorError) as error:
+        except (dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit, InductorError) as error:
             cause = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CompileError(
                 f"{function.__qualname__} cannot be compiled: {type(error).__name__}: {cause}; "

@@ -91,8 +91,9 @@ class GeluLinear(nn.Module):
 
     def forward(self, x: Activation, float8: bool, fused: bool) -> Activation:
         """x [..., dim] -> [..., ffn_dim], in 8 bits if whoever comes next wants that."""
-        if fused and not float8 and type(self.proj) is nn.Linear and isinstance(x, Tensor):
-            return linear_gelu(x, self.proj.weight, self.proj.bias)
+        weight = None if wants_float8(self.proj) else self.proj.weight
+        if fused and not float8 and isinstance(x, Tensor) and weight is not None and weight.dtype == x.dtype:
+            return linear_gelu(x, weight, self.proj.bias)
         return gelu(self.proj(x), float8=float8, fused=fused)
 
 
