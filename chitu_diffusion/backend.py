@@ -19,6 +19,7 @@ from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.memory import Sizes, free_memory
 from chitu_diffusion.models.compiled import CompileWatch
+from chitu_diffusion.models.fused import HAS_TRITON
 from chitu_diffusion.models.quant import float8_begins, has_float8_products, set_float8, to_float8
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.text import TextEncoder
@@ -98,6 +99,8 @@ class DiffusionBackend:
     def _install(self, networks: Networks) -> None:
         for network in (*networks.experts, networks.text_encoder, networks.vae):
             network.eval().requires_grad_(False)
+        if self.args.infer.fused and self.device.type == "cuda" and not HAS_TRITON:
+            logger.warning("infer.fused = true: Triton is not installed (pip install triton); norms and gates take several passes")
         plan = float8_plan(self.args)
         self._float8 = [[] if plan is None else to_float8(list(expert.blocks), plan) for expert in networks.experts]
         for expert in networks.experts:
