@@ -100,7 +100,7 @@ class DiffusionBackend:
         for network in (*networks.experts, networks.text_encoder, networks.vae):
             network.eval().requires_grad_(False)
         if self.args.infer.fused and self.device.type == "cuda" and not HAS_TRITON:
-            logger.warning("infer.fused = true: Triton is not installed (pip install triton); norms and gates take several passes")
+            logger.warning("infer.fused = true: Triton is not there (pip install triton); norms take several passes")
         plan = float8_plan(self.args)
         self._float8 = [[] if plan is None else to_float8(list(expert.blocks), plan) for expert in networks.experts]
         for expert in networks.experts:

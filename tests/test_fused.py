@@ -181,6 +181,16 @@ def test_twins_are_the_formulas() -> None:
     assert relative_error(found, F.gelu(x.double() + bias[0, 0].double(), approximate="tanh")) < 1e-6
 
 
+@torch.no_grad()
+def test_gelu_inside_a_product() -> None:
+    x, weight, bias = (torch.randn(*shape, device=DEVICE) for shape in ((2, 7, 48), (80, 48), (80,)))
+    assert fused.has_linear_gelu(x, weight, True) and not fused.has_linear_gelu(x.bfloat16(), weight, True)
+    with torch.enable_grad():
+        assert not fused.has_linear_gelu(x, weight, True)
+    expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
+    assert relative_error(fused.linear_gelu(x, weight, bias), expected) < (1e-3 if ON_GPU else 1e-6)  # TensorFloat-32
+
+
 def test_eight_bits_hold_the_largest_number_and_are_near_the_rest() -> None:
     x = rows((2, 9, 12, 128))
     x[0, 0, 0], x[0, 1] = 3e4, 0

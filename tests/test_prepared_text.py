@@ -171,7 +171,7 @@ def test_running_out_of_memory_drops_the_keys(backend, monkeypatch) -> None:
         made.generate_step(task)
     assert task.buffer.text is not None and task.buffer.text.bytes > 0
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(WanAttention, "queries", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
+        patch.setattr(WanAttention, "over_text", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
         made.generate_step(task)
     assert task.buffer.text is None
     assert torch.equal(latent_and_video(made, task)[0], expected)

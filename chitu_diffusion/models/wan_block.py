@@ -20,6 +20,7 @@ from chitu_diffusion.models.fused import (
     add_gated_norm,
     can_fuse,
     gelu,
+    has_linear_gelu,
     layer_norm,
     linear_gelu,
     norm_and_rotate,
@@ -89,10 +90,10 @@ class GeluLinear(nn.Module):
         super().__init__()
         self.proj = nn.Linear(dim, ffn_dim)
 
-    def forward(self, x: Activation, float8: bool, fused: bool) -> Activation:
+    def forward(self, x: Activation, float8: bool = False, fused: bool = False) -> Activation:
         """x [..., dim] -> [..., ffn_dim], in 8 bits if whoever comes next wants that."""
         weight = None if wants_float8(self.proj) else self.proj.weight
-        if fused and not float8 and isinstance(x, Tensor) and weight is not None and weight.dtype == x.dtype:
+        if not float8 and isinstance(x, Tensor) and weight is not None and has_linear_gelu(x, weight, fused):
             return linear_gelu(x, weight, self.proj.bias)
         return gelu(self.proj(x), float8=float8, fused=fused)
 
