@@ -309,6 +309,8 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
         sampler=Sampler(name, {"flow_shift": 3.0}),
         model_pool=[network],
         attn_backend=sdpa,
+        set_precision=lambda expert, timestep: False,
+        compile_note=lambda: None,
         flexcache_manager=FlexCacheManager(),
         residency=SimpleNamespace(use=lambda name: None, stream_of=lambda name: None),
         args=SimpleNamespace(infer=SimpleNamespace(diffusion=SimpleNamespace(cfg_batch=mode))),
