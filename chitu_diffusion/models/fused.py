@@ -194,7 +194,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh"))
 
 
-@torch.library.custom_op("chitu_diffusion::linear_gelu", mutates_args=())
+@torch.library.custom_op(
+    "chitu_diffusion::linear_gelu", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor bias) -> Tensor"
+)
 def _linear_gelu_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     # on CUDA, and there alone, its GELU is the tanh-approximated one
     y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)

@@ -157,7 +157,12 @@ def _activation(
     _store_row(out, scale, row, at, y, inside, FLOAT8_TOP, FLOOR, QUANTISE)
 
 
-@torch.library.custom_op("chitu_diffusion::residual_norm", mutates_args=())
+@torch.library.custom_op(
+    "chitu_diffusion::residual_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? added, Tensor? gate, Tensor? weight, Tensor? bias, float eps, ScalarType dtype, bool norm, "
+    "bool quantise) -> (Tensor, Tensor, Tensor)",
+)
 def residual_norm(
     x: Tensor,
     added: Tensor | None,
@@ -233,7 +238,11 @@ def _(
     return _outputs(x, added, dtype, norm, quantise)
 
 
-@torch.library.custom_op("chitu_diffusion::qk_norm_rotate", mutates_args=())
+@torch.library.custom_op(
+    "chitu_diffusion::qk_norm_rotate",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
+)
 def qk_norm_rotate(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -272,7 +281,11 @@ def _(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin
     return _like(q, q.dtype), _like(k, k.dtype)
 
 
-@torch.library.custom_op("chitu_diffusion::activation", mutates_args=())
+@torch.library.custom_op(
+    "chitu_diffusion::activation",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? bias, bool gelu, bool quantise) -> (Tensor, Tensor)",
+)
 def activation(x: Tensor, bias: Tensor | None, gelu: bool, quantise: bool) -> tuple[Tensor, Tensor]:
     """tanh-approximated GELU of x [..., dim] + bias [dim], or (gelu False) the sum itself.
 
