@@ -75,7 +75,7 @@ class InferSettings(Settings):
     )
     quant_from: float = Field(0.25, ge=0, le=1, description="share of the schedule that stays in 16 bits before fp8 begins")
     quant_originals: bool = Field(
-        True, description="keep 16-bit weights beside fp8 for these first steps; false needs a third of the memory"
+        True, description="keep 16-bit weights beside fp8 for these first steps; false needs less than half of the memory"
     )
     sampler: Literal["unipc", "euler", "dpm++"] = Field("unipc", description="solver of the flow's ODE")
 

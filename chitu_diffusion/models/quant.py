@@ -8,7 +8,7 @@ layout is found, stay in 16 bits.
 
 Two ways to run those first steps. `originals=True` keeps the 16-bit weights beside the 8-bit ones: exact there, three
 bytes a weight. `originals=False` keeps the 8-bit ones alone, one byte, and the first steps multiply 16-bit rows by widened
-weights: half of the rounding is there from the start. 14B needs 43 GB the first way, 15 GB the second.
+weights: half of the rounding is there from the start. 14B (28.6 GB in 16 bits) needs 40 GB the first way, 17 GB the second.
 
 Where no 8-bit products are (CPU, GPUs before sm_89) the same numbers are multiplied in float32: it shows what 8 bits do to
 a video, slower than 16 bits would. This file knows linear layers and their names; not which network, step or setting.
