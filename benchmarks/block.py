@@ -81,6 +81,7 @@ class Bench:
         for name, parameter in self.network.named_parameters():
             if set(name.split(".")).isdisjoint(KEEP_FLOAT32):
                 parameter.data = parameter.data.to(self.dtype)
+        self.prepared = self.network.prepare_text(self.text, self.text.shape[1])
         patch = self.config.patch_size
         self.tokens = self.latent[0, 0].numel() // (patch[0] * patch[1] * patch[2])
         self.float8: list[Float8Linear] = []
@@ -133,7 +134,8 @@ class Bench:
         return 1e3 * statistics.median(self.seconds(work, repeats))
 
     def forward(self) -> Tensor:
-        return self.network(self.latent, self.time, self.text, attention=self.attention)
+        """One velocity; the text's keys are made by the first call, as a task's first step makes them."""
+        return self.network(self.latent, self.time, self.prepared, attention=self.attention)
 
     def section(self, name: str, work: Callable[[], None]) -> None:
         """Runs a section, if there is time; whatever happens is written down."""
@@ -155,7 +157,8 @@ class Bench:
         """JSON and Markdown of all that is known."""
         self.asked.out.mkdir(parents=True, exist_ok=True)
         slug = f"{self.facts['model']}-{self.facts['device']}".lower().replace(" ", "-")
-        file = self.asked.out / f"{datetime.date.today()}-block-{slug}.json"
+        kind = "launches" if self.asked.tune else "block"
+        file = self.asked.out / f"{datetime.date.today()}-{kind}-{slug}.json"
         spent = round(time.perf_counter() - self.began, 1)
         data = {"facts": self.facts, "seconds": spent, **self.rows, "failures": self.failures}
         file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -232,6 +235,29 @@ def kernels(bench: Bench) -> None:
         bench.add("kernels", **row)
 
 
+def launches(bench: Bench) -> None:
+    """Rows a program and channels a warp, for the widths of both model sizes: which the kernels' `launch` should choose."""
+    own, item = fused.fused_triton.launch, bench.dtype.itemsize
+    for heads in (12, 40):
+        with bench.device:
+            x, added = (torch.randn(1, bench.tokens, 128 * heads).to(bench.dtype) for _ in range(2))
+            gate, scale, shift = torch.randn(1, 3, 128 * heads).chunk(3, dim=1)
+            angles = torch.rand(bench.tokens, 64)
+        rope, weights = (angles.cos(), angles.sin()), (scale[0, 0].to(x.dtype), shift[0, 0].to(x.dtype))
+        chosen = own(128 * heads)
+        for rows, warps in [(rows, warps) for rows in (1, 4) for warps in (4, 8, 16)]:
+            fused.fused_triton.launch = lambda _: (chosen[0], rows, {"num_warps": warps})  # noqa: B023
+            try:
+                norm = bench.ms(lambda: fused.add_gated_norm(x, added, gate, (scale, shift), 1e-6, x.dtype, fused=True))  # noqa: B023
+                turn = bench.ms(lambda: fused.norm_and_rotate(x, added, weights, 1e-6, rope, heads, fused=True))  # noqa: B023
+            finally:
+                fused.fused_triton.launch = own
+            size = 4 * item * x.numel() / 1e6
+            row = {"dim": 128 * heads, "rows": rows, "warps": warps, "residual_norm_gb_per_s": size / norm}
+            mark = chosen[1] == rows and chosen[2]["num_warps"] == warps
+            bench.add("launches", **row, norm_turn_gb_per_s=size / turn, chosen="yes" if mark else None)
+
+
 def products(bench: Bench) -> None:
     """Matrix products in 16 and 8 bits, and the GELU inside or behind one."""
     dim, ffn = bench.config.dim, bench.config.ffn_dim
@@ -267,11 +293,11 @@ def reference(bench: Bench) -> None:
 def variant(bench: Bench, name: str, fuse: bool, compile_: bool, in_float8: bool) -> None:
     """One way to run the network: first call, later calls, one block alone, memory, error, and where the time goes."""
     network = bench.network
-    network.use_fused(fuse)
     if in_float8 and not bench.float8:
         keep = Float8Plan().keep if bench.config.num_layers > 2 else ()
         bench.float8 = to_float8(list(network.blocks), Float8Plan(keep))
     set_float8(bench.float8, in_float8)
+    network.use_fused(fuse)
     if compile_ and not network.compiled:
         keep_compiled_code()
         network.compile_blocks(**({"mode": bench.asked.mode} if bench.cuda else {"backend": "eager"}))
@@ -288,7 +314,7 @@ def variant(bench: Bench, name: str, fuse: bool, compile_: bool, in_float8: bool
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if bench.reference is not None:
         row["relative_error"] = relative_error(velocity, bench.reference)
-    embedded = bench.network.embed(bench.latent, bench.time, bench.text)
+    embedded = bench.network.embed(bench.latent, bench.time, bench.prepared)
     block, text = network.blocks[1], embedded.text.keys(1, network.blocks[1].text_keys)
     row["block_ms"] = bench.ms(lambda: block(embedded.tokens, text, embedded.modulation, embedded.rope, bench.attention))
     bench.add("forwards", **row)
@@ -326,9 +352,12 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--mode", help="of torch.compile, such as max-autotune-no-cudagraphs")
     parser.add_argument("--variants", default=",".join(name for name, *_ in VARIANTS), help="of the forwards, by name")
+    parser.add_argument("--tune", action="store_true", help="only time the kernels' launch options, on a GPU")
     parser.add_argument("--seconds", type=float, default=110, help="begin no section after this")
     parser.add_argument("--out", type=Path, default=RESULTS)
     bench = Bench(parser.parse_args())
+    if bench.asked.tune:
+        return bench.section("launches", lambda: launches(bench))
     bench.section("kernels", lambda: kernels(bench))
     bench.section("products", lambda: products(bench))
     bench.section("reference", lambda: reference(bench))

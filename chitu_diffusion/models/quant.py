@@ -60,6 +60,7 @@ class Float8Linear(nn.Linear):
     Attributes:
         weight: [out, in], 16 or 32 bits; None once dropped.
         weight_float8, weight_scale: [out, in] float8 and [out, 1] float32.
+        fused: whether rows are rounded by a kernel, where it can run.
         in_float8: whether rows are multiplied in 8 bits now; see `set_float8`.
         emulated: whether that happens in float32, for want of 8-bit products.
     """
@@ -70,7 +71,7 @@ class Float8Linear(nn.Linear):
     def __init__(self, linear: nn.Linear, originals: bool = True) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self._originals = originals
+        self._originals, self.fused = originals, True
         self.in_float8, self.emulated = True, True
         # not in the state dict: checkpoints hold `weight`
         self.register_buffer("weight_float8", None, persistent=False)
@@ -96,7 +97,7 @@ class Float8Linear(nn.Linear):
             return F.linear(x, self._wide(x.dtype), self.bias)
         if isinstance(x, Float8Rows):
             return self._product(x, self.weight_scale.dtype if self.bias is None else self.bias.dtype)
-        return self._product(quantise(x, fused=can_fuse(x)), x.dtype)
+        return self._product(quantise(x, fused=self.fused and can_fuse(x)), x.dtype)
 
     def _product(self, x: Float8Rows, dtype: torch.dtype) -> Tensor:
         rows, scale = x.values.flatten(0, -2), x.scale.flatten(0, -2)  # [M, in], [M, 1]

@@ -29,6 +29,7 @@ from chitu_diffusion.flexcache.seam import MODULE_LEVELS, NO_CACHE, Level, Signa
 from chitu_diffusion.models.compiled import compiled, let_length_vary
 from chitu_diffusion.models.fused import can_fuse, layer_norm
 from chitu_diffusion.models.prepared_text import PreparedText, fold
+from chitu_diffusion.models.quant import Float8Linear
 from chitu_diffusion.models.wan_block import Float32LayerNorm, Rope, WanBlock
 from chitu_diffusion.models.wan_config import WanConfig
 
@@ -364,8 +365,9 @@ class WanTransformer(nn.Module):
     def use_fused(self, fused: bool) -> None:
         """Whether kernels of `models.fused` do the work between the products, where they can run."""
         self.fused = fused
-        for block in self.blocks:
-            cast(WanBlock, block).fused = fused
+        for module in self.blocks.modules():
+            if isinstance(module, WanBlock | Float8Linear):
+                module.fused = fused
 
     @torch.no_grad()
     def init_weights(self) -> None:
