@@ -16,16 +16,19 @@ import torch
 
 from chitu_diffusion.attention import AttentionKernel
 from chitu_diffusion.attention.choice import KernelChoice, Shape
-from chitu_diffusion.config import EngineConfig, cache_dir
+from chitu_diffusion.config import EngineConfig, cache_dir, keep_compiled_code
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.calibration import Calibration
 from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.memory import Sizes, free_memory
+from chitu_diffusion.models.compiled import CompileWatch
+from chitu_diffusion.models.fused import HAS_TRITON
+from chitu_diffusion.models.quant import float8_begins, has_float8_products, set_float8, to_float8
 from chitu_diffusion.models.spec import ModelSpec, resolve_model
 from chitu_diffusion.models.text import TextEncoder
 from chitu_diffusion.models.vae import Vae
 from chitu_diffusion.models.wan import WanTransformer
-from chitu_diffusion.networks import Networks, load_networks
+from chitu_diffusion.networks import Networks, float8_plan, load_networks
 from chitu_diffusion.parallel.groups import RankGroups
 from chitu_diffusion.residency import Residency
 from chitu_diffusion.sampling import Sampler
@@ -111,10 +114,23 @@ class DiffusionBackend:
         if self.args.infer.threads is not None:
             torch.set_num_threads(self.args.infer.threads)
         self._sha256: str | None = None
+        self._watch: CompileWatch | None = None
+        _check_quant(self.args, self.device, self.dtype)
 
     def _install(self, networks: Networks) -> None:
         for network in (*networks.experts, networks.text_encoder, networks.vae):
             network.eval().requires_grad_(False)
+        if self.args.infer.fused and self.device.type == "cuda" and not HAS_TRITON:
+            logger.warning("infer.fused = true: Triton is not there (pip install triton); norms take several passes")
+        plan = float8_plan(self.args)
+        self._float8 = [[] if plan is None else to_float8(list(expert.blocks), plan) for expert in networks.experts]
+        for expert in networks.experts:
+            expert.use_fused(self.args.infer.fused)
+        if self.args.infer.compile:
+            keep_compiled_code()
+            self._watch = CompileWatch()
+            for expert in networks.experts:
+                expert.compile_blocks()
         self.sampler = Sampler(self.args.infer.sampler, _with_shift(networks.scheduler, networks.spec.defaults.shift))
         self.residency = Residency(
             self.device,
@@ -186,6 +202,17 @@ class DiffusionBackend:
         networks = self._alive()
         self._networks = replace(networks, spec=replace(networks.spec, calibration=calibration))
 
+    def set_precision(self, expert: int, timestep: float) -> bool:
+        """Ready an expert's layers for a step: 8 bits from where the settings say, 16 before. True for 8 bits."""
+        layers = self._float8[expert]
+        in_float8 = bool(layers) and timestep <= float8_begins(self.args.infer.quant_from, self.sampler.shift)
+        set_float8(layers, in_float8, self.device)
+        return in_float8
+
+    def compile_note(self) -> str | None:
+        """What was compiled since the last call; None for nothing."""
+        return None if self._watch is None else self._watch.take()
+
     def start(self) -> None:
         """Enter the running state."""
         self.require_alive()
@@ -202,6 +229,8 @@ class DiffusionBackend:
     def terminate(self) -> None:
         """Let go of every network; silent the second time."""
         if self._networks is not None:
+            if self._watch is not None:
+                self._watch.close()
             self.residency.close()
             del self.residency
             self._networks = None
@@ -276,6 +305,17 @@ def _check_ranks(args: EngineConfig, world: int) -> None:
                 "--gpus or torchrun",
                 field=field,
             )
+
+
+def _check_quant(args: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """8-bit products give bfloat16; where there are none, the numbers are right and the speed is not."""
+    if args.infer.quant == "none":
+        return
+    if not has_float8_products(device):
+        logger.warning("infer.quant = fp8: %s has no 8-bit products; their numbers are computed in float32, slowly", device)
+    elif dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise UsageError(f"infer.quant = fp8 with dtype {name}: bfloat16 would do", field="infer.quant")
 
 
 def _with_shift(scheduler: Mapping[str, Any], shift: float | None) -> Mapping[str, Any]:

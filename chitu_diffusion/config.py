@@ -67,6 +67,16 @@ class InferSettings(Settings):
         "auto", description="of weights and matrix products; auto: float32 on CPU, bfloat16 on a GPU"
     )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; None leaves torch's own choice")
+    fused: bool = Field(True, description="on a GPU, one kernel for each norm, gate, turn or GELU between two matrix products")
+    compile: bool = Field(False, description="torch.compile the transformer's blocks: seconds once for each size, then faster")
+    quant: Literal["none", "fp8"] = Field("none", description="linear layers in 8 bits: lossy; faster from Ada and Hopper on")
+    quant_keep: str = Field(
+        "edges,attn2.to_k,attn2.to_v", description="layers that fp8 leaves alone; 'edges' is the first and last block"
+    )
+    quant_from: float = Field(0.25, ge=0, le=1, description="share of the schedule that stays in 16 bits before fp8 begins")
+    quant_originals: bool = Field(
+        True, description="keep 16-bit weights beside fp8 for these first steps; false needs less than half of the memory"
+    )
     sampler: Literal["unipc", "euler", "dpm++"] = Field("unipc", description="solver of the flow's ODE")
 
 
@@ -262,6 +272,13 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read the settings file {path}: {error}") from error
+
+
+def keep_compiled_code() -> None:
+    """Has torch keep what it compiles where it outlives a restart of the machine, unless the environment names a place."""
+    folder = cache_dir()
+    if folder is not None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
 
 
 def cache_dir(environment: Mapping[str, str] | None = None) -> Path | None:

@@ -8,6 +8,7 @@ The tree, with the exit code that the command line gives for each:
     ├── ModelError            4    no usable model
     │   ├── ModelMissingError      nothing of that name on this machine
     │   └── CheckpointError        a file of it is incomplete, misshapen or mislabelled
+    ├── CompileError          1    torch cannot compile a part of the network: names it and the switch
     ├── RankLostError         1    a rank of the group died or froze, and with it the group
     └── TaskError             1    one task failed; the engine and every other task go on
         ├── StageError             a stage raised: stage, step and cause are named
@@ -83,6 +84,10 @@ class CheckpointError(ModelError):
         parts.append(remedy)
         super().__init__("; ".join(parts))
         self.file, self.key, self.expected, self.found = file, key, expected, found
+
+
+class CompileError(ChituError):
+    """A part of the network cannot be compiled; the message names it, the cause, and how to do without."""
 
 
 class RankLostError(ChituError):

@@ -124,6 +124,7 @@ def stacked_velocity(
     own = own_branches(asked, peers)
     backend.residency.use(expert_part(expert))
     model = backend.model_pool[expert]
+    backend.set_precision(expert, float(timestep))
     # filled in place: a copy from the CPU would wait for all that the device still has to do
     time = torch.full((1,), float(timestep), device=backend.device)
     start, found = SharedStart() if len(own) > 1 else None, []

@@ -328,7 +328,8 @@ class Generator:
         if check.is_known or sampler.is_done(state):
             check.require()
             pending = None
-        message = f"expert {expert}" if task.expert is not None and task.expert != expert else None
+        notes = [f"expert {expert}"] if task.expert is not None and task.expert != expert else []
+        notes += [note for note in (self.backend.compile_note(),) if note]
         buffer.latent, buffer.sampler, buffer.cache, buffer.text, task.expert = latent, state, cache, text, expert
         buffer.check = pending
         task.current_step += 1
@@ -339,8 +340,8 @@ class Generator:
                 task.status = TaskStatus.DECODING
                 buffer.embeddings = buffer.cache = buffer.text = None
                 if cache is not None:
-                    message = f"cache {cache['strategy']} saved work in {cache['reused']} of {cache['num_steps']} steps"
-        return message
+                    notes.append(f"cache {cache['strategy']} saved work in {cache['reused']} of {cache['num_steps']} steps")
+        return "; ".join(notes) or None
 
     def _position(self, task: DiffusionTask, stage: CascadeStage) -> tuple[Tensor, SamplerState]:
         """The latent and solver state before the coming step; at a stage's first step they are made."""

@@ -15,6 +15,7 @@ import torch
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_text_encoder, load_transformer, load_vae
+from chitu_diffusion.models.quant import Float8Plan
 from chitu_diffusion.models.spec import ModelSpec, missing_model, resolve_model
 from chitu_diffusion.models.text import TextEncoder
 from chitu_diffusion.models.vae import Vae
@@ -44,6 +45,13 @@ class Networks:
     folder: Path | None = None
 
 
+def float8_plan(args: EngineConfig) -> Float8Plan | None:
+    """Which layers the settings want in 8 bits; None for none."""
+    if args.infer.quant == "none":
+        return None
+    return Float8Plan.from_text(args.infer.quant_keep, args.infer.quant_originals)
+
+
 def load_networks(args: EngineConfig, device: torch.device, dtype: torch.dtype, *, encodes: bool = True) -> Networks:
     """The networks of the model that the settings name.
 
@@ -57,7 +65,7 @@ def load_networks(args: EngineConfig, device: torch.device, dtype: torch.dtype, 
 
     Raises:
         ModelError: no such model on this machine, or a faulty checkpoint.
-        UsageError: no such name.
+        UsageError: no such name, or a plan for 8 bits that does not fit the network.
     """
     spec, path = resolve_model(args.models.name, args.models.ckpt_dir)
     if path is None:
@@ -67,6 +75,10 @@ def load_networks(args: EngineConfig, device: torch.device, dtype: torch.dtype, 
     text_on = _NOWHERE if not encodes else _HOME if level >= 2 else device
     text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     text_encoder = load_text_encoder(folder, device=text_on, dtype=text_dtype)
-    experts = [load_transformer(folder, role, device=experts_on, dtype=dtype) for role in _EXPERTS if role in folder.components]
+    experts = [
+        load_transformer(folder, role, device=experts_on, dtype=dtype, float8=float8_plan(args))
+        for role in _EXPERTS
+        if role in folder.components
+    ]
     vae = load_vae(folder, device=device, dtype=dtype)
     return Networks(spec, experts, text_encoder, vae, folder.scheduler, Path(path))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.task import DiffusionTask
 
 _PACKAGES = ("chitu-diffusion", "torch", "diffusers", "transformers")
@@ -26,10 +27,22 @@ def recipe_of(task: DiffusionTask, backend: DiffusionBackend) -> dict[str, Any]:
         "dtype": str(backend.dtype).removeprefix("torch."),
         "device": device_name(backend.device),
         "attention": backend.attn_backend.name,
+        "fused": backend.args.infer.fused,
+        "compile": backend.args.infer.compile,
+        "quant": quant_of(backend.args),
         "low_mem_level": backend.low_mem_level,
         "sampler": {"name": backend.sampler.name, "shift": backend.sampler.shift},
         "seconds": {stage: round(seconds, 3) for stage, seconds in task.seconds.items()},
     }
+
+
+def quant_of(args: EngineConfig) -> dict[str, Any] | None:
+    """How linear layers were rounded; None for not at all. It is lossy, so a video says it."""
+    infer = args.infer
+    if infer.quant == "none":
+        return None
+    kept, begins, originals = infer.quant_keep, infer.quant_from, infer.quant_originals
+    return {"name": infer.quant, "lossy": True, "keep": kept, "from": begins, "originals": originals}
 
 
 def device_name(device: torch.device) -> str:

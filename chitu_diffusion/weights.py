@@ -39,6 +39,7 @@ def load_into(
     names: Mapping[str, str] | None = None,
     ties: Mapping[str, str] | None = None,
     progress: Progress | None = None,
+    placed: Callable[[str], None] | None = None,
 ) -> None:
     """Fills a module (built on the meta device) from files, each tensor straight to its device and dtype.
 
@@ -50,6 +51,8 @@ def load_into(
         names: our name -> name in the files; None: the same.
         ties: {second name: first name} of parameters that are one tensor. Files may hold either or both.
         progress: called after each tensor.
+        placed: called with each tensor's name when it is in its module, which may then make something else of it: the next
+            tensor is read afterwards.
 
     Raises:
         CheckpointError: a tensor is missing, extra or misshapen; nothing has been loaded then.
@@ -65,6 +68,9 @@ def load_into(
         loaded = torch.empty(stored.shape, dtype=torch.float32 if kept else dtype or stored.dtype, device=device)
         loaded.copy_(weights.read(key))
         _put(module, name, loaded, wanted[name])
+        del loaded
+        if placed is not None:
+            placed(name)
         done += stored.bytes
         if progress is not None:
             progress(done, total)

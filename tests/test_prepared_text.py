@@ -171,7 +171,7 @@ def test_running_out_of_memory_drops_the_keys(backend, monkeypatch) -> None:
         made.generate_step(task)
     assert task.buffer.text is not None and task.buffer.text.bytes > 0
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(WanAttention, "queries", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
+        patch.setattr(WanAttention, "over_text", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
         made.generate_step(task)
     assert task.buffer.text is None
     assert torch.equal(latent_and_video(made, task)[0], expected)
@@ -310,6 +310,8 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
         model_pool=[network],
         attn_backend=sdpa,
         choose_attention=lambda tokens, expert: None,
+        set_precision=lambda expert, timestep: False,
+        compile_note=lambda: None,
         flexcache_manager=FlexCacheManager(),
         residency=SimpleNamespace(use=lambda name: None, stream_of=lambda name: None),
         args=SimpleNamespace(infer=SimpleNamespace(diffusion=SimpleNamespace(cfg_batch=mode))),

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from chitu_diffusion.attention import KERNELS, attention_kernel, math, sdpa
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.seam import Level, Signal, Site
+from chitu_diffusion.models.fused import rotate
 from chitu_diffusion.models.layouts import official_transformer_name
 from chitu_diffusion.models.spec import FULL_SIZE
 from chitu_diffusion.models.wan import KEEP_FLOAT32, WanConfig, WanTransformer
-from chitu_diffusion.models.wan_block import GeluLinear, WanBlock, rotate
+from chitu_diffusion.models.wan_block import GeluLinear, WanBlock
 
 CONFIG = WanConfig(
     num_attention_heads=3,
@@ -215,7 +216,7 @@ def test_pieces_work_on_shards_of_the_sequence() -> None:
     # one block at a time over both shards, with the keys and values of both: what a parallel attention will do
     block = ours.blocks[0]
     assert isinstance(block, WanBlock)
-    shifts, text = block.modulate(whole.modulation), whole.text.keys(0, block.text_keys)
+    text = whole.text.keys(0, block.text_keys)
     kept: list[tuple[Tensor, Tensor]] = []
 
     def collect(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -223,7 +224,7 @@ def test_pieces_work_on_shards_of_the_sequence() -> None:
         return q
 
     for shard in shards:
-        block.self_attention(shard.tokens, shifts, text.v.dtype, shard.rope, collect)
+        block.self_attention(shard.tokens, whole.modulation, shard.rope, text.v.dtype, collect)
     keys, values = torch.cat([k for k, _ in kept], 1), torch.cat([v for _, v in kept], 1)
     for shard in shards:
         inner.append(

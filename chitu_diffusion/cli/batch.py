@@ -86,6 +86,7 @@ def batch(
     cache: options.Cache = None,
     low_mem_level: options.LowMemLevel = None,
     dtype: options.Dtype = None,
+    quant: options.Quant = None,
     device: options.Device = None,
     quality: options.Quality = None,
     gpus: options.Gpus = None,
@@ -103,7 +104,7 @@ def batch(
     """
     engine_config, _ = options.settings(
         config=config, set_=set_, model=model, low_mem_level=low_mem_level, dtype=dtype, device=device, quality=quality,
-        parallel=parallel,
+        quant=quant, parallel=parallel,
     )
     width, height = options.parse_size(size)
     defaults = {

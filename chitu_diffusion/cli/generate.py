@@ -39,6 +39,7 @@ def generate(
     speedup: options.Speedup = None,
     low_mem_level: options.LowMemLevel = None,
     dtype: options.Dtype = None,
+    quant: options.Quant = None,
     device: options.Device = None,
     quality: options.Quality = None,
     gpus: options.Gpus = None,
@@ -56,7 +57,7 @@ def generate(
     """
     engine_config, _ = options.settings(
         config=config, set_=set_, model=model, low_mem_level=low_mem_level, dtype=dtype, device=device, quality=quality,
-        parallel=parallel,
+        quant=quant, parallel=parallel,
     )
     width, height = options.parse_size(size)
     asked: dict[str, Any] = {

@@ -80,11 +80,16 @@ def show_plan(config: EngineConfig, requests: Sequence[DiffusionUserParams], *, 
     spec, folder = find_model(config)
     level = config.infer.diffusion.low_mem_level
     plans = [plan_of(spec, resolved) for resolved in resolved_requests(spec, config, requests)]
+    quant = config.infer.quant
     if as_json:
-        emit("plan", model=spec.name, folder=folder, device=config.infer.device, low_mem_level=level, tasks=plans)
+        device = config.infer.device
+        emit("plan", model=spec.name, folder=folder, device=device, low_mem_level=level, quant=quant, tasks=plans)
         return 0
     say(f"model   {spec.name} in {folder}")
     say(f"device  {config.infer.device}, dtype {config.infer.dtype}, memory level {level}, attention {config.infer.attn_type}")
+    if quant != "none":
+        share, kept = f"{config.infer.quant_from:.0%}", config.infer.quant_keep or "none"
+        say(f"quant   {quant} linear layers after {share} of the steps (kept in 16 bits: {kept}); lossy")
     for plan in plans:
         say(
             f"video   {quoted(plan['prompt'])}\n"

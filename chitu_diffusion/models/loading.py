@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from chitu_diffusion.models.layouts import (
     official_transformer_name,
     official_vae_name,
 )
+from chitu_diffusion.models.quant import Float8Linear, Float8Plan, to_float8
 from chitu_diffusion.models.text import TextEncoder, build_text_encoder, load_tokenizer
 from chitu_diffusion.models.vae import Vae, build_vae
 from chitu_diffusion.models.wan import KEEP_FLOAT32, WanConfig, WanTransformer
@@ -88,6 +90,7 @@ def load_transformer(
     device: Device = "cpu",
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    float8: Float8Plan | None = None,
 ) -> WanTransformer:
     """A diffusion transformer with its weights; of two experts, "transformer" is the high-noise one.
 
@@ -96,11 +99,13 @@ def load_transformer(
         role: which.
         device, dtype: where and as what; None keeps the stored dtype. `KEEP_FLOAT32` stays float32.
         progress: called with (bytes read, bytes in all).
+        float8: which linear layers are rounded to 8 bits, each as soon as it is read.
 
     Raises:
         CheckpointError: files or tensors that are not what the config says.
+        UsageError: a plan for 8 bits that does not fit the network.
     """
-    network = _loaded(folder, role, device, dtype, progress)
+    network = _loaded(folder, role, device, dtype, progress, float8)
     assert isinstance(network, WanTransformer)
     return network
 
@@ -145,11 +150,18 @@ def _blueprint(
 
 
 def _loaded(
-    folder: ModelFolder, role: Role, device: Device, dtype: torch.dtype | None, progress: Progress | None
+    folder: ModelFolder,
+    role: Role,
+    device: Device,
+    dtype: torch.dtype | None,
+    progress: Progress | None,
+    float8: Float8Plan | None = None,
 ) -> nn.Module:
     plan = blueprint(folder, role, dtype)
     if torch.device(device).type == "meta":
         return plan.module.to(dtype).eval().requires_grad_(False)
+    if float8 is not None and isinstance(plan.module, WanTransformer):
+        to_float8(list(plan.module.blocks), float8)
     load_into(
         plan.module,
         open_weights(folder, role),
@@ -159,5 +171,14 @@ def _loaded(
         names=plan.names(folder.layout),
         ties=plan.ties,
         progress=progress,
+        placed=partial(_rounded, plan.module),
     )
     return plan.module.eval().requires_grad_(False)
+
+
+def _rounded(network: nn.Module, name: str) -> None:
+    """Rounds a weight that has just been read, if its layer multiplies in 8 bits: only one is there in full at a time."""
+    owner, _, leaf = name.rpartition(".")
+    layer = network.get_submodule(owner)
+    if leaf == "weight" and isinstance(layer, Float8Linear):
+        layer.quantise_weight()

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from types import MethodType
 from typing import cast
 
 import torch
@@ -25,7 +26,10 @@ from torch.utils.checkpoint import checkpoint
 
 from chitu_diffusion.attention.kernels import AttentionFn, sdpa
 from chitu_diffusion.flexcache.seam import MODULE_LEVELS, NO_CACHE, Level, Signal, Site, StepCache
+from chitu_diffusion.models.compiled import compiled, let_length_vary
+from chitu_diffusion.models.fused import can_fuse, layer_norm
 from chitu_diffusion.models.prepared_text import PreparedText, fold
+from chitu_diffusion.models.quant import Float8Linear
 from chitu_diffusion.models.wan_block import Float32LayerNorm, Rope, WanBlock
 from chitu_diffusion.models.wan_config import WanConfig
 
@@ -176,6 +180,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.fused, self.compiled = True, False
         self.patch_embedding = PatchEmbedding(
             config.in_channels, config.dim, kernel_size=config.patch_size, stride=config.patch_size
         )
@@ -317,8 +322,8 @@ class WanTransformer(nn.Module):
     def head(self, tokens: Tensor, time: Tensor) -> Tensor:
         """tokens [B, S, dim], time [B, dim] -> [B, S, patch values x channels]. Each token for itself."""
         shift, scale = (self.scale_shift_table.float() + time.float().unsqueeze(1)).chunk(2, dim=1)
-        x = self.norm_out(tokens) * (1 + scale) + shift
-        return cast(Tensor, self.proj_out(x.to(self.proj_out.weight.dtype)))
+        dtype, fused = self.proj_out.weight.dtype, self.fused and can_fuse(tokens)
+        return cast(Tensor, self.proj_out(layer_norm(tokens, (1 + scale, shift), self.config.eps, dtype, fused=fused)))
 
     def unpatchify(self, values: Tensor, grid: Grid) -> Tensor:
         """[B, S, patch values x channels] of the whole sequence -> [B, C, T, H, W]."""
@@ -343,11 +348,26 @@ class WanTransformer(nn.Module):
         self.gradient_checkpointing = enabled
 
     def compile_blocks(self, **options: object) -> None:
-        """Compiles every block in place with `torch.compile`; names of the parameters stay."""
-        for block in self.blocks:
-            block.compile(**options)
-        # what branches share is run apart from the block
-        self.blocks[0].attend = torch.compile(cast(WanBlock, self.blocks[0]).attend, **options)  # type: ignore[call-overload]
+        """Compiles the pieces of the blocks (`WanBlock.PIECES`) with `torch.compile`, each once for all blocks.
+
+        One graph for each shape of the latent; the text may have any length. A piece that cannot be compiled whole raises
+        `CompileError`: nothing is left uncompiled in silence.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        self.compiled = True
+        for name in WanBlock.PIECES:
+            piece = compiled(getattr(WanBlock, name), **options)
+            for block in self.blocks:
+                setattr(block, name, MethodType(piece, block))
+
+    def use_fused(self, fused: bool) -> None:
+        """Whether kernels of `models.fused` do the work between the products, where they can run."""
+        self.fused = fused
+        for module in self.blocks.modules():
+            if isinstance(module, WanBlock | Float8Linear):
+                module.fused = fused
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -383,6 +403,8 @@ class WanTransformer(nn.Module):
         self, block: WanBlock, index: int, embedded: Embedded, attention: AttentionFn, cache: StepCache
     ) -> Tensor:
         text = embedded.text.keys(index, block.text_keys)
+        if self.compiled:
+            let_length_vary(text)
         inputs = (embedded.tokens, text, embedded.modulation, embedded.rope, attention)
         if MODULE_LEVELS & cache.levels:
             return block.forward_at_sites(*inputs, ask=partial(self._ask, cache, index, embedded.modulation))

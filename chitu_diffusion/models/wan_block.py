@@ -14,12 +14,23 @@ from torch import Tensor, nn
 
 from chitu_diffusion.attention.kernels import AttentionFn, sdpa, sdpa_weighted
 from chitu_diffusion.flexcache.seam import Level
+from chitu_diffusion.models.fused import (
+    Float8Rows,
+    add_gated,
+    add_gated_norm,
+    can_fuse,
+    gelu,
+    has_linear_gelu,
+    layer_norm,
+    linear_gelu,
+    norm_and_rotate,
+)
 from chitu_diffusion.models.prepared_text import TextKeys
+from chitu_diffusion.models.quant import wants_float8
 from chitu_diffusion.models.wan_config import WanConfig
 
-_ONEDNN = torch.backends.mkldnn.is_available()
-
 Rope = tuple[Tensor, Tensor]  # (cos, sin), each [S, head_dim / 2] float32
+Activation = Tensor | Float8Rows  # what enters a matrix product: 8 bits only where its layer wants them
 Ask = Callable[[Level, Callable[[], Tensor], Tensor], Tensor]  # (level, compute, entering tokens) -> module output
 
 
@@ -46,27 +57,30 @@ class WanAttention(nn.Module):
         self.norm_q = nn.RMSNorm(dim, eps=eps)
         self.norm_k = nn.RMSNorm(dim, eps=eps)
 
-    def forward(self, x: Tensor, where: Rope | TextKeys, attention: AttentionFn = sdpa) -> Tensor:
-        """x [B, S, dim] attends to itself, with q and k turned by `where`'s positions, or to the keys of a text."""
-        q = self.queries(x)
-        if not isinstance(where, TextKeys):
-            k, v = self.keys(x)
-            out = attention(rotate(q, where).to(v.dtype), rotate(k, where).to(v.dtype), v)
-        elif where.bias is None:
-            out = sdpa(q.to(where.v.dtype), where.k, where.v)
-        else:
-            out = sdpa_weighted(q.to(where.v.dtype), where.k, where.v, where.bias)
-        return cast(Tensor, self.to_out[0](out.flatten(2)))
+    def project(self, x: Activation, rope: Rope, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of x [B, S, dim], each [B, S, heads, head_dim]: q and k normed over all heads and turned by position."""
+        # in the norms' own dtype: under autocast that is float32, where the products are 16 bits
+        q, k = (project(x).to(self.norm_q.weight.dtype) for project in (self.to_q, self.to_k))
+        weights, eps = (self.norm_q.weight, self.norm_k.weight), cast(float, self.norm_q.eps)
+        q, k = norm_and_rotate(q, k, weights, eps, rope, self.heads, fused=fused)
+        v = self.to_v(x).unflatten(2, (self.heads, -1))
+        return q.to(v.dtype), k.to(v.dtype), v
 
-    def queries(self, x: Tensor) -> Tensor:
-        """Normalised queries of x [B, S, dim]: [B, S, heads, head_dim], in the norm's dtype."""
-        # normed over all heads at once; under autocast the norm's dtype is float32, where the product is 16 bits
-        return self.norm_q(self.to_q(x).to(self.norm_q.weight.dtype)).unflatten(2, (self.heads, -1))
+    def over_text(self, x: Activation, text: TextKeys) -> Tensor:
+        """x [B, S, dim] attends to the keys of a text; [B, S, dim]."""
+        q = self.norm_q(self.to_q(x).to(self.norm_q.weight.dtype)).unflatten(2, (self.heads, -1)).to(text.v.dtype)
+        if text.bias is None:
+            return self.out(sdpa(q, text.k, text.v))
+        return self.out(sdpa_weighted(q, text.k, text.v, text.bias))
 
     def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised keys (in the norm's dtype) and values of x [B, L, dim], each [B, L, heads, head_dim]."""
         k = self.norm_k(self.to_k(x).to(self.norm_k.weight.dtype))
         return k.unflatten(2, (self.heads, -1)), self.to_v(x).unflatten(2, (self.heads, -1))
+
+    def out(self, attended: Tensor) -> Tensor:
+        """attended [B, S, heads, head_dim] -> [B, S, dim]."""
+        return cast(Tensor, self.to_out[0](attended.flatten(2)))
 
 
 class GeluLinear(nn.Module):
@@ -76,11 +90,12 @@ class GeluLinear(nn.Module):
         super().__init__()
         self.proj = nn.Linear(dim, ffn_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., dim] -> [..., ffn_dim]."""
-        if _has_fused_gelu(x, self.proj):
-            return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.proj.weight, self.proj.bias, "gelu", [], "tanh"))
-        return F.gelu(self.proj(x), approximate="tanh")
+    def forward(self, x: Activation, float8: bool = False, fused: bool = False) -> Activation:
+        """x [..., dim] -> [..., ffn_dim], in 8 bits if whoever comes next wants that."""
+        weight = None if wants_float8(self.proj) else self.proj.weight
+        if not float8 and isinstance(x, Tensor) and weight is not None and has_linear_gelu(x, weight, fused):
+            return linear_gelu(x, weight, self.proj.bias)
+        return gelu(self.proj(x), float8=float8, fused=fused)
 
 
 class FeedForward(nn.Module):
@@ -90,22 +105,30 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleList([GeluLinear(dim, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, dim)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activation, fused: bool = False) -> Tensor:
         """x [..., dim] -> [..., dim]."""
-        return cast(Tensor, self.net[2](self.net[0](x)))
+        return cast(Tensor, self.net[2](self.net[0](x, wants_float8(self.net[2]), fused)))
 
 
 class WanBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward on a residual stream.
 
-    `self_attention`, `cross_attention` and `feed_forward` give what each module adds before its gate; `add_gated` and
-    plain addition put it on the stream. `forward` is all of them in one piece, the unit that is compiled, checkpointed
-    and streamed; `attend` is its first third alone.
+    `self_attention`, `cross_attention` and `feed_forward` give what each module adds before its gate. `forward` is all of
+    them in one piece, the unit that is checkpointed and streamed; `attend` is its first third alone. `PIECES` are what is
+    compiled: all but the self-attention itself, which may be any callable (another library's kernel, an exchange between
+    ranks) and never enters a graph.
+
+    Attributes:
+        fused: whether the work between the products is done by the kernels of `models.fused`, where they can run.
     """
+
+    PIECES = ("project", "after_attention", "cross_attention", "feed_forward")
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         dim, heads, eps = config.dim, config.num_attention_heads, config.eps
+        self.fused = True
+        self.eps = eps
         self.norm1 = Float32LayerNorm(dim, eps, elementwise_affine=False)
         self.attn1 = WanAttention(dim, heads, eps)
         self.attn2 = WanAttention(dim, heads, eps)
@@ -126,29 +149,29 @@ class WanBlock(nn.Module):
             rope: (cos, sin) of the tokens' positions, [S, head_dim / 2] float32; None where `attend` was run already.
             attention: self-attention, in layout [B, S, heads, head_dim].
         """
-        dtype, shifts = text.v.dtype, self.modulate(modulation)
-        if rope is not None:
-            tokens = add_gated(tokens, self.self_attention(tokens, shifts, dtype, rope, attention), shifts[2])
-        tokens = add(tokens, self.cross_attention(tokens, text))
-        return add_gated(tokens, self.feed_forward(tokens, shifts, dtype), shifts[5])
+        if rope is None:
+            return self.after_attention(tokens, None, text, modulation)
+        attended = attention(*self.project(tokens, modulation, rope, text.v.dtype))
+        return self.after_attention(tokens, attended, text, modulation)
 
     def attend(
         self, tokens: Tensor, modulation: Tensor, rope: Rope, dtype: torch.dtype, attention: AttentionFn = sdpa
     ) -> Tensor:
         """The stream after the self-attention, which knows nothing of the text; `forward` without `rope` does the rest."""
-        shifts = self.modulate(modulation)
-        return add_gated(tokens, self.self_attention(tokens, shifts, dtype, rope, attention), shifts[2])
+        added = self.self_attention(tokens, modulation, rope, dtype, attention)
+        return add_gated(tokens, added, self.modulate(modulation)[2], fused=self._fuses(tokens))
 
     def forward_at_sites(
         self, tokens: Tensor, text: TextKeys, modulation: Tensor, rope: Rope, attention: AttentionFn, ask: Ask
     ) -> Tensor:
         """`forward`, where `ask(level, compute, entering)` answers for each of the three modules."""
-        shifts, dtype = self.modulate(modulation), text.v.dtype
-        added = ask("attention", lambda: self.self_attention(tokens, shifts, dtype, rope, attention), tokens)
-        attended = add_gated(tokens, added, shifts[2])
-        crossed = add(attended, ask("cross", lambda: self.cross_attention(attended, text), attended))
-        added = ask("ffn", lambda: self.feed_forward(crossed, shifts, dtype), crossed)
-        return add_gated(crossed, added, shifts[5])
+        shifts, dtype, fused = self.modulate(modulation), text.v.dtype, self._fuses(tokens)
+        added = ask("attention", lambda: self.self_attention(tokens, modulation, rope, dtype, attention), tokens)
+        attended = add_gated(tokens, added, shifts[2], fused=fused)
+        added = ask("cross", lambda: self.cross_attention(attended, text), attended)
+        crossed = add_gated(attended, added, None, fused=fused)
+        added = ask("ffn", lambda: self.feed_forward(crossed, modulation, dtype), crossed)
+        return add_gated(crossed, added, shifts[5], fused=fused)
 
     def text_keys(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """k, v of the cross-attention for projected text rows [B, L, dim], each [B, L, heads, head_dim] in one dtype.
@@ -163,47 +186,58 @@ class WanBlock(nn.Module):
         return (self.scale_shift_table.float() + modulation.float()).chunk(6, dim=1)
 
     def self_attention(
-        self, tokens: Tensor, shifts: tuple[Tensor, ...], dtype: torch.dtype, rope: Rope, attention: AttentionFn
+        self, tokens: Tensor, modulation: Tensor, rope: Rope, dtype: torch.dtype, attention: AttentionFn
     ) -> Tensor:
         """What the self-attention gives before its gate, [B, S, dim]."""
-        x = (self.norm1(tokens) * (1 + shifts[1]) + shifts[0]).to(dtype)
-        return cast(Tensor, self.attn1(x, rope, attention))
+        return self.attn1.out(attention(*self.project(tokens, modulation, rope, dtype)))
+
+    def project(
+        self, tokens: Tensor, modulation: Tensor, rope: Rope, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of the self-attention, each [B, S, heads, head_dim]."""
+        shifts, fused = self.modulate(modulation), self._fuses(tokens)
+        float8 = all(wants_float8(layer) for layer in (self.attn1.to_q, self.attn1.to_k, self.attn1.to_v))
+        x = layer_norm(tokens, (1 + shifts[1], shifts[0]), self.eps, dtype, float8=float8, fused=fused)
+        return self.attn1.project(x, rope, fused)
+
+    def after_attention(self, tokens: Tensor, attended: Tensor | None, text: TextKeys, modulation: Tensor) -> Tensor:
+        """The block from the self-attention's output [B, S, heads, head_dim] on; None: the stream holds it already."""
+        shifts, dtype, fused = self.modulate(modulation), text.v.dtype, self._fuses(tokens)
+        if attended is not None and self._norm2 is not None:
+            added = self.attn1.out(attended)
+            to_8 = wants_float8(self.attn2.to_q)
+            tokens, x = add_gated_norm(tokens, added, shifts[2], self._norm2, self.eps, dtype, float8=to_8, fused=fused)
+        else:
+            if attended is not None:
+                tokens = add_gated(tokens, self.attn1.out(attended), shifts[2], fused=fused)
+            x = self._before_text(tokens, dtype)
+        added, after = self.attn2.over_text(x, text), (1 + shifts[4], shifts[3])
+        to_8 = wants_float8(self.ffn.net[0].proj)
+        tokens, x = add_gated_norm(tokens, added, None, after, self.eps, dtype, float8=to_8, fused=fused)
+        return add_gated(tokens, self.ffn(x, fused), shifts[5], fused=fused)
 
     def cross_attention(self, tokens: Tensor, text: TextKeys) -> Tensor:
         """What the attention to the text gives, [B, S, dim]. It has neither gate nor modulation."""
-        return cast(Tensor, self.attn2(self.norm2(tokens).to(text.v.dtype), text))
+        return self.attn2.over_text(self._before_text(tokens, text.v.dtype), text)
 
-    def feed_forward(self, tokens: Tensor, shifts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def feed_forward(self, tokens: Tensor, modulation: Tensor, dtype: torch.dtype) -> Tensor:
         """What the feed-forward gives before its gate, [B, S, dim]."""
-        return cast(Tensor, self.ffn((self.norm3(tokens) * (1 + shifts[4]) + shifts[3]).to(dtype)))
+        shifts, fused = self.modulate(modulation), self._fuses(tokens)
+        float8 = wants_float8(self.ffn.net[0].proj)
+        x = layer_norm(tokens, (1 + shifts[4], shifts[3]), self.eps, dtype, float8=float8, fused=fused)
+        return cast(Tensor, self.ffn(x, fused))
 
+    @property
+    def _norm2(self) -> tuple[Tensor, Tensor] | None:
+        """Weight and bias of the norm before the cross-attention, where there is one."""
+        return (self.norm2.weight, self.norm2.bias) if isinstance(self.norm2, Float32LayerNorm) else None
 
-def _has_fused_gelu(x: Tensor, linear: nn.Module) -> bool:
-    """Whether oneDNN's product with a GELU in it may stand for the two: GELU alone takes a CPU as long as the product.
+    def _before_text(self, tokens: Tensor, dtype: torch.dtype) -> Activation:
+        """What the cross-attention looks at, [B, S, dim]."""
+        if self._norm2 is None:
+            return tokens.to(dtype)
+        float8 = wants_float8(self.attn2.to_q)
+        return layer_norm(tokens, self._norm2, self.eps, dtype, float8=float8, fused=self._fuses(tokens))
 
-    It knows no gradients and no autocast.
-    """
-    plain = x.device.type == "cpu" and x.dtype == torch.float32 and isinstance(linear, nn.Linear)
-    plain = plain and linear.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return plain and _ONEDNN and not torch.is_grad_enabled()
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turns each neighbouring pair of channels of x [B, S, heads, head_dim] by its token's angles; in float32."""
-    if x.device.type == "cpu":
-        # the same products and sums in one pass, as complex numbers, for which a compiler for GPUs has no code
-        turns = torch.complex(*rope)[:, None, :]  # [S, 1, head_dim / 2]
-        return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(-2).to(x.dtype)
-    cos, sin = (part[:, None, :] for part in rope)  # [S, 1, head_dim / 2]
-    even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
-
-
-def add(tokens: Tensor, added: Tensor) -> Tensor:
-    """tokens + added in the stream's dtype, which autocast's own must not widen."""
-    return tokens + added.to(tokens.dtype)
-
-
-def add_gated(tokens: Tensor, added: Tensor, gate: Tensor) -> Tensor:
-    """tokens + added * gate, summed in float32 and rounded once to the stream's dtype."""
-    return (tokens.float() + added.float() * gate).to(tokens.dtype)
+    def _fuses(self, tokens: Tensor) -> bool:
+        return self.fused and can_fuse(tokens)
