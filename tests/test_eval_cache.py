@@ -16,6 +16,7 @@ from chitu_diffusion.evaluation import cache_table
 from chitu_diffusion.evaluation.cache_rows import FULL, Row, Video
 from chitu_diffusion.evaluation.cache_table import SETTINGS, check_settings, evaluate, sum_up, table, write_results
 from chitu_diffusion.evaluation.videos import make_video
+from chitu_diffusion.evaluation.workers import Workers
 
 STEPS = 6
 
@@ -159,3 +160,13 @@ def test_the_command_with_two_processes(chitu, tiny_folder, tmp_path) -> None:
     assert sorted(path.name for path in (tmp_path / "found").iterdir()) == ["cache.json", "cache.md", "cache.png"]
     line = json.loads((tmp_path / "found" / "cache.json").read_text())["lines"][1]
     assert line["adherence"] is not None and dataclasses.asdict(Video("a", 0))["words"] is None
+
+
+def test_workers_do_not_choose_kernels_by_timing(tiny_folder, tmp_path, monkeypatch) -> None:
+    """Two processes that time on a shared device might choose differently."""
+    asked = []
+    monkeypatch.setattr("chitu_diffusion.attention.choice.candidates", lambda *_, **__: asked.append(1) or [])
+    with Workers(config_for(tiny_folder, tmp_path)) as crew:
+        crew.submit(DiffusionBackend.choose_attention, 77)
+        crew.result()
+    assert not asked

@@ -97,8 +97,11 @@ def _now(backend: DiffusionBackend) -> float:
 
 @contextmanager
 def _kernel(backend: DiffusionBackend, name: str | None) -> Iterator[None]:
+    if name is None:
+        yield
+        return
     usual = backend.attn_backend
-    backend.attn_backend = usual if name is None else attention_kernel(name)
+    backend.attn_backend = attention_kernel(name, device=backend.device, dtype=backend.dtype)
     try:
         yield
     finally:

@@ -89,7 +89,7 @@ class Workers:
         if self._count == 1:
             number, work = self._own.popleft()
             if self._backend is None:
-                self._backend = DiffusionBackend(self._config)
+                self._backend = _loaded(self._config)
             arguments = self._asked.pop(number)
             return arguments, work(self._backend, *arguments)
         while True:
@@ -107,11 +107,19 @@ class Workers:
             return self._asked.pop(number), found
 
 
+def _loaded(config: EngineConfig) -> DiffusionBackend:
+    """The model, with its attention kernel pinned: "auto" times kernels, and on a device that others use it might choose
+    differently in each process, so that videos would be compared across kernels."""
+    backend = DiffusionBackend(config)
+    backend.attn_backend = backend.attn_backend
+    return backend
+
+
 def _serve(plain: dict[str, Any], threads: int, work: Any, results: Any) -> None:
     """A process's life: load, work until told to stop."""
     torch.set_num_threads(threads)
     try:
-        backend = DiffusionBackend(EngineConfig(**plain))
+        backend = _loaded(EngineConfig(**plain))
         while (piece := work.get()) is not None:
             number, function, arguments = piece
             results.put((number, function(backend, *arguments), None))
