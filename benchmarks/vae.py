@@ -169,8 +169,7 @@ def variants(device: torch.device) -> dict[str, DecodeWays]:
     """The fastest ways, and each with one of them changed."""
     best = best_ways(device, 384)
     found = {"ours": best}
-    if best.search:
-        found["ours, no cuDNN search"] = replace(best, search=False)
+    found[f"ours, {'no ' if best.search else ''}cuDNN search"] = replace(best, search=not best.search)
     for name in ("flat", *CONVOLUTIONS):
         if name != best.convolution:
             found[f"ours, convolution {name}"] = replace(best, convolution=name)
@@ -207,7 +206,7 @@ def whole(bench: Bench, network: AutoencoderKLWan, fidelity: list[Fidelity]) -> 
 
     ways = variants(bench.device)
     tile_size = max(2, min(32, bench.shape[2] // 3))
-    first = ["ours, no cuDNN search", "ours, convolution flat"]
+    first = ["ours, convolution flat", "ours, convolution conv3d"]
     bench.section("diffusers", diffusers_whole)
     bench.section("ours", ours("ours", Vae(network)))
     for name in (name for name in first if name in ways):

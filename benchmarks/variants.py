@@ -243,8 +243,8 @@ def diffusers(attention: str | None = None, *, compile: bool = False, eight_bit:
             if eight_bit:
                 peers.eight_bit_linears(model)
                 shell = peers.eight_bit_attention(model)
-            if attention is not None:
-                model.set_attention_backend(attention)
+            # named always: diffusers keeps the backend of the last model for all that come after
+            model.set_attention_backend(attention or "native")
             call = peers.one_forward(shell, bench.latent.to(bench.dtype), bench.timestep, bench.text[:1])
             velocity, warm_up = compiled_call(model, call, bench) if compile else first_call(call, bench.device)
         return Variant(call, 1, warm_up, weight_bytes(model), velocity)
