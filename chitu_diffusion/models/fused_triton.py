@@ -30,50 +30,27 @@ def _channels(FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _store_row(
-    target, scale, row, dim, head, tail,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr, QUANTISE: tl.constexpr,
-    FLOAT8_TOP: tl.constexpr, FLOOR: tl.constexpr,
-):  # fmt: skip
-    # head [HEAD], tail [TAIL] float32, zero outside. No number is above the top by more than its last bit, which rounding takes
-    if QUANTISE:
-        largest = tl.maximum(tl.max(tl.abs(head), axis=0), tl.max(tl.abs(tail), axis=0))
-        step = tl.maximum(largest, FLOOR) / FLOAT8_TOP
-        head *= 1.0 / step
-        tail *= 1.0 / step
-        tl.store(scale + row, step)
+def _read_row(x, dim, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr):
+    # the first HEAD channels, which every row has, and up to TAIL more, in float32; zero outside
     last = _channels(HEAD, TAIL, WIDTH)
-    tl.store(target + row * dim + _channels(0, HEAD, WIDTH), head.to(target.dtype.element_ty))
-    tl.store(target + row * dim + last, tail.to(target.dtype.element_ty), mask=last < dim)
+    head = tl.load(x + _channels(0, HEAD, WIDTH)).to(tl.float32)
+    return head, tl.load(x + last, mask=last < dim, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _stream(
-    x, added, gate, stream, start, dim,
-    ADD: tl.constexpr, GATE: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    # x + added * gate of SIZE channels, stored and as it is stored; zero outside
-    channel = _channels(FIRST, SIZE, WIDTH)
-    real = channel < dim
-    value = tl.load(x + start + channel, mask=real, other=0.0).to(tl.float32)
-    if ADD:
-        more = tl.load(added + start + channel, mask=real, other=0.0).to(tl.float32)
-        if GATE:
-            more *= tl.load(gate + channel, mask=real, other=0.0).to(tl.float32)
-        rounded = (value + more).to(stream.dtype.element_ty)
-        tl.store(stream + start + channel, rounded, mask=real)
-        value = rounded.to(tl.float32)  # the norm sees what the stream keeps
-    return value
+def _write_row(target, head, tail, dim, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr):
+    last = _channels(HEAD, TAIL, WIDTH)
+    tl.store(target + _channels(0, HEAD, WIDTH), head.to(target.dtype.element_ty))
+    tl.store(target + last, tail.to(target.dtype.element_ty), mask=last < dim)
 
 
 @triton.jit
-def _affine(y, weight, bias, dim, AFFINE: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    if AFFINE:
-        channel = _channels(FIRST, SIZE, WIDTH)
-        real = channel < dim
-        w = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
-        y = y * w + tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
-    return y
+def _in_8_bits(scale, head, tail, FLOAT8_TOP: tl.constexpr, FLOOR: tl.constexpr):
+    # what is rounded next. No number is above the top by more than its last bit, which the rounding takes
+    largest = tl.maximum(tl.max(tl.abs(head), axis=0), tl.max(tl.abs(tail), axis=0))
+    step = tl.maximum(largest, FLOOR) / FLOAT8_TOP
+    tl.store(scale, step)
+    return head * (1.0 / step), tail * (1.0 / step)
 
 
 @triton.jit
@@ -85,19 +62,34 @@ def _residual_norm(
 ):  # fmt: skip
     batch = tl.program_id(1)
     row = batch.to(tl.int64) * rows + tl.program_id(0)
-    gate += batch * gate_stride
-    head = _stream(x, added, gate, stream, row * dim, dim, ADD, GATE, 0, HEAD, WIDTH)
-    tail = _stream(x, added, gate, stream, row * dim, dim, ADD, GATE, HEAD, TAIL, WIDTH)
+    at = row * dim
+    # every load stands before the first store, which no later one may overtake
+    head, tail = _read_row(x + at, dim, HEAD, TAIL, WIDTH)
+    if ADD:
+        more_head, more_tail = _read_row(added + at, dim, HEAD, TAIL, WIDTH)
+        if GATE:
+            gate_head, gate_tail = _read_row(gate + batch * gate_stride, dim, HEAD, TAIL, WIDTH)
+            more_head *= gate_head
+            more_tail *= gate_tail
+        rounded_head = (head + more_head).to(stream.dtype.element_ty)
+        rounded_tail = (tail + more_tail).to(stream.dtype.element_ty)
+        _write_row(stream + at, rounded_head, rounded_tail, dim, HEAD, TAIL, WIDTH)
+        head, tail = rounded_head.to(tl.float32), rounded_tail.to(tl.float32)  # the norm sees what the stream keeps
     if NORM:
         mean = (tl.sum(head, axis=0) + tl.sum(tail, axis=0)) / dim
         head -= mean
         tail = tl.where(_channels(HEAD, TAIL, WIDTH) < dim, tail - mean, 0.0)
         factor = 1.0 / tl.sqrt((tl.sum(head * head, axis=0) + tl.sum(tail * tail, axis=0)) / dim + eps)
-        weight += batch * weight_stride
-        bias += batch * bias_stride
-        head = _affine(head * factor, weight, bias, dim, AFFINE, 0, HEAD, WIDTH)
-        tail = _affine(tail * factor, weight, bias, dim, AFFINE, HEAD, TAIL, WIDTH)
-        _store_row(normed, scale, row, dim, head, tail, HEAD, TAIL, WIDTH, QUANTISE, FLOAT8_TOP, FLOOR)
+        head *= factor
+        tail *= factor
+        if AFFINE:
+            weight_head, weight_tail = _read_row(weight + batch * weight_stride, dim, HEAD, TAIL, WIDTH)
+            bias_head, bias_tail = _read_row(bias + batch * bias_stride, dim, HEAD, TAIL, WIDTH)
+            head = head * weight_head + bias_head
+            tail = tail * weight_tail + bias_tail
+        if QUANTISE:
+            head, tail = _in_8_bits(scale + row, head, tail, FLOAT8_TOP, FLOOR)
+        _write_row(normed + at, head, tail, dim, HEAD, TAIL, WIDTH)
 
 
 @triton.jit
@@ -144,22 +136,11 @@ def _qk_norm_rotate(
 
 
 @triton.jit
-def _activated(
-    x, bias, start, dim,
-    BIAS: tl.constexpr, GELU: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    channel = _channels(FIRST, SIZE, WIDTH)
-    real = channel < dim
-    y = tl.load(x + start + channel, mask=real, other=0.0).to(tl.float32)
-    if BIAS:
-        y += tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
-        y = y.to(x.dtype.element_ty).to(tl.float32)  # as a matrix product with bias would hand it out
-    if GELU:
-        # 0.5 y (1 + tanh u) = y / (1 + exp(-2 u)), u = sqrt(2 / pi) (y + 0.044715 y^3); the constants are -2 sqrt(2 / pi)
-        # over ln 2. A GPU has an instruction for exp2 and one for 1 / sqrt; exp and a division would be ten
-        root = tl.rsqrt(1.0 + tl.exp2(y * (-2.302208198144325 - 0.1029432395800235 * (y * y))))
-        y = y * root * root
-    return y
+def _tanh_gelu(y):
+    # 0.5 y (1 + tanh u) = y / (1 + exp(-2 u)), u = sqrt(2 / pi) (y + 0.044715 y^3); the constants are -2 sqrt(2 / pi) over ln 2.
+    # A GPU has an instruction for exp2 and one for 1 / sqrt; exp and a division would be ten
+    root = tl.rsqrt(1.0 + tl.exp2(y * (-2.302208198144325 - 0.1029432395800235 * (y * y))))
+    return y * root * root
 
 
 @triton.jit
@@ -169,9 +150,17 @@ def _activation(
     HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    head = _activated(x, bias, row * dim, dim, BIAS, GELU, 0, HEAD, WIDTH)
-    tail = _activated(x, bias, row * dim, dim, BIAS, GELU, HEAD, TAIL, WIDTH)
-    _store_row(out, scale, row, dim, head, tail, HEAD, TAIL, WIDTH, QUANTISE, FLOAT8_TOP, FLOOR)
+    head, tail = _read_row(x + row * dim, dim, HEAD, TAIL, WIDTH)
+    if BIAS:
+        bias_head, bias_tail = _read_row(bias, dim, HEAD, TAIL, WIDTH)
+        # rounded as a matrix product with bias would hand it out
+        head = (head + bias_head).to(x.dtype.element_ty).to(tl.float32)
+        tail = (tail + bias_tail).to(x.dtype.element_ty).to(tl.float32)
+    if GELU:
+        head, tail = _tanh_gelu(head), _tanh_gelu(tail)
+    if QUANTISE:
+        head, tail = _in_8_bits(scale + row, head, tail, FLOAT8_TOP, FLOOR)
+    _write_row(out + row * dim, head, tail, dim, HEAD, TAIL, WIDTH)
 
 
 @torch.library.custom_op(
