@@ -236,26 +236,30 @@ def kernels(bench: Bench) -> None:
 
 
 def launches(bench: Bench) -> None:
-    """Rows a program and channels a warp, for the widths of both model sizes: which the kernels' `launch` should choose."""
-    own, item = fused.fused_triton.launch, bench.dtype.itemsize
-    for heads in (12, 40):
+    """Warps of a program, for the widths of both model sizes: which the kernels' launches should choose."""
+    ours, item = fused.fused_triton, bench.dtype.itemsize
+    own = ours.launch, ours.launch_row
+    for dim in (128 * 12, 128 * 40):
         with bench.device:
-            x, added = (torch.randn(1, bench.tokens, 128 * heads).to(bench.dtype) for _ in range(2))
-            gate, scale, shift = torch.randn(1, 3, 128 * heads).chunk(3, dim=1)
+            x, added = (torch.randn(1, bench.tokens, dim).to(bench.dtype) for _ in range(2))
+            gate, scale, shift = torch.randn(1, 3, dim).chunk(3, dim=1)
             angles = torch.rand(bench.tokens, 64)
         rope, weights = (angles.cos(), angles.sin()), (scale[0, 0].to(x.dtype), shift[0, 0].to(x.dtype))
-        chosen = own(128 * heads)
-        for rows, warps in [(rows, warps) for rows in (1, 4) for warps in (4, 8, 16)]:
-            fused.fused_triton.launch = lambda _: (chosen[0], rows, {"num_warps": warps})  # noqa: B023
+        turned, row = own[0](dim), own[1](dim)
+        works = {
+            "residual, norm": lambda: fused.add_gated_norm(x, added, gate, (scale, shift), 1e-6, x.dtype, fused=True),  # noqa: B023
+            "q, k norm, turn": lambda: fused.norm_and_rotate(x, added, weights, 1e-6, rope, dim // 128, fused=True),  # noqa: B023
+        }
+        for warps in (1, 2, 4, 8, 16):
+            ours.launch = lambda _: (*turned[:2], {"num_warps": warps})  # noqa: B023
+            ours.launch_row = lambda _: (*row[:2], {"num_warps": warps})  # noqa: B023
             try:
-                norm = bench.ms(lambda: fused.add_gated_norm(x, added, gate, (scale, shift), 1e-6, x.dtype, fused=True))  # noqa: B023
-                turn = bench.ms(lambda: fused.norm_and_rotate(x, added, weights, 1e-6, rope, heads, fused=True))  # noqa: B023
+                speeds = {name: 4e-6 * item * x.numel() / bench.ms(work) for name, work in works.items()}
             finally:
-                fused.fused_triton.launch = own
-            size = 4 * item * x.numel() / 1e6
-            row = {"dim": 128 * heads, "rows": rows, "warps": warps, "residual_norm_gb_per_s": size / norm}
-            mark = chosen[1] == rows and chosen[2]["num_warps"] == warps
-            bench.add("launches", **row, norm_turn_gb_per_s=size / turn, chosen="yes" if mark else None)
+                ours.launch, ours.launch_row = own
+            chosen = [name for name, (_, _, options) in zip(works, (row, turned), strict=True) if options["num_warps"] == warps]
+            names = {"residual_norm_gb_per_s": speeds["residual, norm"], "norm_turn_gb_per_s": speeds["q, k norm, turn"]}
+            bench.add("launches", dim=dim, warps=warps, **names, chosen=" and ".join(chosen) or None)
 
 
 def products(bench: Bench) -> None:

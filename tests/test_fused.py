@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import subprocess
 import sys
@@ -157,6 +158,48 @@ def test_operators_tell_torch_compile_their_shapes() -> None:
     angles = torch.randn(5, 10, device=DEVICE)
     args = (x, x + 1, weight[0, 0], bias[0, 0], angles.cos(), angles.sin(), EPS)
     torch.library.opcheck(fused_triton.qk_norm_rotate, args, test_utils=checks)
+
+
+COMPILED_FOR_HOPPER = """
+import sys
+from pathlib import Path
+from chitu_diffusion.models import fused_triton as ours
+from hopper import build
+
+EIGHT = {"QUANTISE": True, "FLOAT8_TOP": 448.0, "FLOOR": 1e-12}
+ROW = {"x": "*bf16", "bias": "*fp32", "scale": "*fp32", "out": "*fp8e4nv"}
+NORM = {"x": "*bf16", "added": "*bf16", "gate": "*fp32", "weight": "*fp32", "bias": "*fp32", "stream": "*bf16",
+        "normed": "*fp8e4nv", "scale": "*fp32"}
+ALL = {"ADD": True, "GATE": True, "NORM": True, "AFFINE": True, "WIDTH": 4}
+for kernel, pointers, constants, dim in (
+    (ours._activation, ROW, {"BIAS": False, "GELU": True, "WIDTH": 8}, 8960),
+    (ours._activation, ROW, {"BIAS": False, "GELU": False, "WIDTH": 8}, 1536),
+    (ours._residual_norm, NORM, ALL, 1536),
+    (ours._residual_norm, NORM, ALL, 5120),
+):
+    head, tail, options = ours.launch_row(dim)
+    assert head < dim <= head + tail <= 1.2 * dim, (head, tail)
+    built = build(kernel, pointers, {"HEAD": head, "TAIL": tail, **EIGHT, **constants}, Path(sys.argv[1]), **options)
+    assert not built.spilled, (kernel, built.spilled)
+    assert built.registers <= 96, (kernel, built.registers)  # of a thread: 20 warps and more share a multiprocessor
+    assert "convert_layout" not in built.ttgir, "numbers change threads between a load and a store"
+    # loads and stores of neighbouring threads leave no gap, in 8, 16 and 32 bits alike
+    assert "sizePerThread = [16]" not in built.ttgir
+    assert built.ptx.count("div.full.f32") <= 5, "a division for each number, and not for each row"
+"""
+
+
+def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    """Layouts and registers, on which the speed depends and which the interpreter does not see. Needs no GPU."""
+    triton = pytest.importorskip("triton")
+    if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists():
+        pytest.skip("this triton has no assembler for NVIDIA")
+    here = Path(__file__).parent
+    paths = os.pathsep.join((str(here.parent), str(here)))
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", COMPILED_FOR_HOPPER, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 @torch.no_grad()

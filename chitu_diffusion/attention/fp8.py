@@ -39,7 +39,7 @@ from chitu_diffusion.attention.kernels import AttentionKernel
 from chitu_diffusion.attention.needs import Needs
 
 FLOAT8 = torch.float8_e4m3fn
-_LARGEST = 448.0
+LARGEST = 448.0
 _RMS = 2.0
 """The root mean square before rounding; float8 goes up to 224 times that, and down to 1/128 of it at full precision."""
 _SAMPLE = 8
@@ -94,7 +94,7 @@ def quantise(x: Tensor, shift: Tensor | None, factor: Tensor, rotation: Tensor |
     x = x * factor[:, None]
     if rotation is not None:
         x = x @ rotation.float()
-    return x.clamp(-_LARGEST, _LARGEST).to(FLOAT8)
+    return x.clamp(-LARGEST, LARGEST).to(FLOAT8)
 
 
 def finish(out: Tensor, scale: Tensor, bias: Tensor, q: Tensor, matrix: Tensor) -> Tensor:
@@ -169,7 +169,8 @@ def steps_on(device: torch.device) -> Steps:
 
 def mean_square(q: Tensor) -> Tensor:
     """Of q [B, S, H, D] over tokens, [B, H, D] float32; of a sample of them where there are many."""
-    return q[:, :: _SAMPLE if q.shape[1] >= 64 * _SAMPLE else 1].float().square().mean(1)
+    sample = q[:, :: _SAMPLE if q.shape[1] >= 64 * _SAMPLE else 1]
+    return torch.linalg.vector_norm(sample, dim=1, dtype=torch.float32).square() / sample.shape[1]  # one pass
 
 
 def attend_in_fp8(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, steps: Steps) -> tuple[Tensor, Tensor]:
