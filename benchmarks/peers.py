@@ -93,11 +93,14 @@ def twin(config: WanConfig, weights: Mapping[str, Tensor], device: torch.device)
     return model.to(device).eval().requires_grad_(False)
 
 
-def eight_bit_linears(model: nn.Module) -> None:
-    """torchao's float8 for weights and activations, a scale for each row, in every linear layer of the blocks."""
+def eight_bit_linears(model: nn.Module, tuned: bool = True) -> None:
+    """torchao's float8 for weights and activations, a scale for each row, in every linear layer of the blocks.
+
+    tuned: with the compiler's options that torchao sets, which time each kernel's launch: two minutes for one block.
+    """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=tuned)
     quantize_(model, config, filter_fn=lambda module, name: isinstance(module, nn.Linear) and name.startswith("blocks."))
 
 

@@ -225,13 +225,14 @@ def ours(**settings: Any) -> Builder:
     return build
 
 
-def diffusers(attention: str | None = None, *, compile: bool = False, eight_bit: bool = False) -> Builder:
+def diffusers(attention: str | None = None, *, compile: bool = False, eight_bit: bool = False, tuned: bool = True) -> Builder:
     """diffusers' transformer: one forward of the prompt's branch.
 
     Args:
         attention: one of diffusers' attention backends; None is its default.
         compile: its repeated blocks.
         eight_bit: torchao's linear layers and attention.
+        tuned: with torchao's own options for the compiler.
     """
 
     def build(bench: Bench) -> Variant:
@@ -241,7 +242,7 @@ def diffusers(attention: str | None = None, *, compile: bool = False, eight_bit:
         with peers.compiler_settings_kept():
             shell: nn.Module = model
             if eight_bit:
-                peers.eight_bit_linears(model)
+                peers.eight_bit_linears(model, tuned)
                 shell = peers.eight_bit_attention(model)
             # named always: diffusers keeps the backend of the last model for all that come after
             model.set_attention_backend(attention or "native")

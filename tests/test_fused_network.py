@@ -50,7 +50,7 @@ def test_kernels_and_torch_give_one_velocity(cross_attn_norm: bool, float8: bool
     assert not launched
     network.use_fused(True)
     # the interpreter's own rounding to 8 bits is coarser than a GPU's, see test_fused
-    bound = (2e-2 if DEVICE == "cpu" else 5e-3) if float8 else 1e-5
+    bound = (3e-2 if DEVICE == "cpu" else 5e-3) if float8 else 1e-5
     assert relative_error(network(latent, time, text), expected) < bound
     # in every block q's and k's turn; a norm before the first module and one residual behind each of the three; the head's norm
     assert launched.count("qk_norm_rotate") == 2
