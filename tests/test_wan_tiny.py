@@ -33,11 +33,11 @@ def test_it_travels_light():
 
 
 def test_reconstruction(vae):
-    """27.2 dB is the mean over many clips of the default size, give or take 2.3: four lie above 22 on average."""
+    """35.6 dB is the mean over many clips of the default size; the aim is 30, which four clips reach on average."""
     specs = sample_specs(4, torch.Generator().manual_seed(torch.seed() % 2**31), "all")
     videos = draw(specs, 128, 128, 33).transpose(1, 2) / 2 + 0.5
     found = [psnr(vae.decode(vae.encode(video[None])), video[None]) for video in videos]
-    assert sum(found) / 4 >= 22, (found, specs.words())
+    assert sum(found) / 4 >= 30, (found, specs.words())
 
 
 def test_tiles_of_real_frames_have_no_seams(vae, clips):
