@@ -38,6 +38,16 @@ def test_batch_makes_skips_and_remakes(chitu: Chitu, tiny_folder: Path) -> None:
     assert Path("out/0001.mp4").stat().st_mtime_ns == made
 
 
+@pytest.mark.parametrize("other", [("--set", "infer.quant_keep=", "--quant", "fp8"), ("--set", "infer.sampler=euler")])
+def test_a_video_of_other_settings_is_not_this_one(chitu: Chitu, tiny_folder: Path, other: tuple[str, ...]) -> None:
+    """A lossy video is not passed off as the exact one."""
+    Path("p.txt").write_text("a red cat\n", encoding="utf-8")
+    words = ("batch", "p.txt", "-o", "out", "--model", tiny_folder, "--steps", 1, "--dtype", "float32")
+    for flags, told in ((other, None), ((), None), ((), "1 done already"), (other, None)):
+        code, _, err = chitu(*words, *flags)
+        assert code == 0 and (told or "") in err and ("done already" in err) == (told is not None), err
+
+
 def test_batch_rows_have_their_own_values(chitu: Chitu, tiny_folder: Path) -> None:
     rows = [
         {"prompt": "猫", "seed": 5, "num_frames": 9, "save_path": "sub/cat.npy"},

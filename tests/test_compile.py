@@ -21,6 +21,7 @@ from chitu_diffusion.config import EngineConfig, keep_compiled_code
 from chitu_diffusion.errors import CompileError
 from chitu_diffusion.flexcache.seam import Signal, Site
 from chitu_diffusion.generator import Generator
+from chitu_diffusion.models.fused import has_linear_gelu
 from chitu_diffusion.models.quant import Float8Plan, set_float8, to_float8
 from chitu_diffusion.models.wan import WanConfig, WanTransformer
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
@@ -183,3 +184,15 @@ def test_compiled_code_is_kept_between_runs(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     keep_compiled_code()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+
+
+def test_a_gelu_inside_a_product_is_left_to_the_compiler_on_a_cpu() -> None:
+    """Code generation has nothing for oneDNN's: `infer.compile` would end at the first block."""
+    x, weight = torch.randn(2, 8, 16), torch.randn(32, 16)
+
+    def chosen(x: Tensor) -> Tensor:
+        return x + has_linear_gelu(x, weight, False)
+
+    with torch.no_grad():
+        assert torch.equal(torch.compile(chosen, fullgraph=True, backend="eager")(x), x)
+        assert torch.equal(chosen(x), x + torch.backends.mkldnn.is_available())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -170,3 +172,20 @@ def test_workers_do_not_choose_kernels_by_timing(tiny_folder, tmp_path, monkeypa
         crew.submit(DiffusionBackend.choose_attention, 77)
         crew.result()
     assert not asked
+
+
+def test_no_worker_outlives_a_killed_parent(tiny_folder) -> None:
+    """Each would hold its model in the device's memory for good. They share the parent's stdout, which ends with the last."""
+    code = (
+        "import sys, time; from chitu_diffusion.config import load_config; "
+        "from chitu_diffusion.evaluation.workers import Workers; "
+        "crew = Workers(load_config(flags={'models.name': sys.argv[1], 'infer.device': 'cpu'})[0], 2); "
+        "print('begun', flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tiny_folder)], stdout=subprocess.PIPE)
+    assert parent.stdout is not None and parent.stdout.readline() == b"begun\n"
+    parent.kill()
+    try:
+        assert parent.communicate(timeout=30)[0] == b""
+    finally:
+        parent.stdout.close()

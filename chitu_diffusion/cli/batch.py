@@ -24,6 +24,7 @@ from chitu_diffusion.cli.words import duration, emit, printable, say, table
 from chitu_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
+    from chitu_diffusion.config import EngineConfig
     from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 Resolve = Callable[["DiffusionUserParams"], "DiffusionUserParams"]
@@ -123,7 +124,7 @@ def batch(
         check_layout(engine_config, spec, gpus)
     given = {name: value for name, value in defaults.items() if value is not None}
     rows = read_rows(file, output, given, lambda params: resolve(spec, engine_config, params))
-    todo = [row for row in rows if not is_done(row, spec.name)]
+    todo = [row for row in rows if not is_done(row, spec.name, engine_config)]
     left, done = {row.line for row in todo}, len(rows) - len(todo)
     if dry_run or not todo:
         say(f"{len(rows)} rows: {done} done already, {len(todo)} to make")
@@ -167,8 +168,9 @@ def _summary(rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask]
     return 1 if failed else 0
 
 
-def is_done(row: Row, model: str) -> bool:
-    """Whether the row's file is there, was made by the same model, and its recipe says what the row says."""
+def is_done(row: Row, model: str, config: EngineConfig) -> bool:
+    """Whether the row's file is there, was made by the same model, and its recipe says what the row and the settings say."""
+    from chitu_diffusion.recipe import quant_of
     from chitu_diffusion.video import read_recipe
 
     if not Path(row.path).exists():
@@ -179,6 +181,12 @@ def is_done(row: Row, model: str) -> bool:
         return False
     made = recipe.get("params")
     if not isinstance(made, dict) or recipe.get("model") != model:
+        return False
+    # settings that make another video; "auto" attention is exact, and which exact kernel it was is no matter
+    sampler, kernel = recipe.get("sampler"), config.infer.attn_type
+    if recipe.get("quant") != quant_of(config) or not isinstance(sampler, dict) or sampler.get("name") != config.infer.sampler:
+        return False
+    if kernel != "auto" and recipe.get("attention") != kernel:
         return False
     mine = json.loads(json.dumps(row.resolved.to_mapping(), default=str))
     ignored = {"save_path", "task_id", "role", "priority"} | ({"seed"} if row.params.seed is None else set())

@@ -11,7 +11,8 @@ import queue
 import traceback
 from collections import deque
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from types import TracebackType
 from typing import Any
 
@@ -115,8 +116,15 @@ def _loaded(config: EngineConfig) -> DiffusionBackend:
     return backend
 
 
+def _end_with(parent: Any) -> None:
+    """Ends this process once its parent has: one that was killed sends no word, and its workers would hold the device."""
+    parent.join()
+    os._exit(1)
+
+
 def _serve(plain: dict[str, Any], threads: int, work: Any, results: Any) -> None:
-    """A process's life: load, work until told to stop."""
+    """A process's life: load, work until told to stop, or until nobody is left to work for."""
+    Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     torch.set_num_threads(threads)
     try:
         backend = _loaded(EngineConfig(**plain))

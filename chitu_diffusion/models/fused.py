@@ -174,12 +174,14 @@ def gelu(x: Tensor, bias: Tensor | None = None, *, float8: bool = False, fused: 
 def has_linear_gelu(x: Tensor, weight: Tensor, fused: bool) -> bool:
     """Whether `linear_gelu` can run: cuBLASLt on a GPU (asked for by `fused`), oneDNN on a CPU in float32.
 
-    Neither knows gradients or autocast.
+    Neither knows gradients or autocast. The compiler has code for cuBLASLt's alone.
     """
     if torch.is_grad_enabled() or x.dtype != weight.dtype:
         return False
     if x.is_cuda:
         return fused
+    if torch.compiler.is_compiling():
+        return False
     return x.device.type == "cpu" and x.dtype == torch.float32 and _ONEDNN and not torch.is_autocast_enabled("cpu")
 
 
