@@ -135,9 +135,7 @@ def test_a_plan_runs_on_schedules_of_other_lengths_and_without_guidance(calibrat
 def test_a_plan_that_skips_nothing_changes_no_bit(calibrated) -> None:
     backend = backend_of(calibrated[0])
     plan = {"strategy": "plan", "fresh": STEPS}
-    assert torch.equal(
-        video_of(backend, num_inference_steps=STEPS, flexcache=plan), video_of(backend, num_inference_steps=STEPS)
-    )
+    assert torch.equal(video_of(backend, num_inference_steps=STEPS, flexcache=plan), video_of(backend, num_inference_steps=STEPS))
 
 
 def test_protected_steps_stay_computed_and_impossible_plans_name_one_that_is(calibrated) -> None:
@@ -187,9 +185,25 @@ def test_other_weights_and_broken_files_are_refused(calibrated, tmp_path) -> Non
     task = task_for(num_inference_steps=STEPS, flexcache="plan")
     with pytest.raises(AssertionError, match="calibrated with other weights.*chitu calibrate"):
         latent_and_video(Generator(backend_of(other)), task)
-    (other / CALIBRATION_FILE).write_text("{}")
+
+
+@pytest.mark.parametrize("harm", [
+    lambda said: {}, lambda said: [], lambda said: {**said, "about": {}}, lambda said: {**said, "gain": said["gain"][1:]},
+    lambda said: {**said, "moments": said["moments"][:-1]}, lambda said: {**said, "sigmas": said["sigmas"][::-1]},
+    lambda said: {**said, "gain": [float("nan")] * len(said["gain"])},
+])  # fmt: skip
+def test_a_damaged_file_is_as_none(calibrated, tmp_path, caplog, harm) -> None:
+    """The model still opens, with a warning that names the file and what to do."""
+    folder, _ = calibrated
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    assert spec_of_folder(other).calibration is not None
+    file = other / CALIBRATION_FILE
+    file.write_text(json.dumps(harm(json.loads(file.read_text()))))
     with pytest.raises(CheckpointError, match="measure again with 'chitu calibrate'"):
-        spec_of_folder(other)
+        read_calibration(other)
+    assert spec_of_folder(other).calibration is None
+    assert str(file) in caplog.text
 
 
 # -- the command line

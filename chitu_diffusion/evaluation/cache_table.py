@@ -109,7 +109,7 @@ def videos_for(prompts: str, seeds: str) -> list[Video]:
 
 
 def read_prompts(file: str | Path) -> list[str]:
-    """The lines of a file that say something.
+    """The lines of a file that say something, each once.
 
     Raises:
         UsageError: it cannot be read, or says nothing.
@@ -118,7 +118,7 @@ def read_prompts(file: str | Path) -> list[str]:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UsageError(f"--prompts {file}: {error}; a text file with one prompt a line would do", field="prompts") from error
-    found = [line for line in lines if line]
+    found = list(dict.fromkeys(line for line in lines if line))  # twice the same would be one video counted twice
     if not found:
         raise UsageError(f"--prompts {file}: no prompt in it; one a line would do", field="prompts")
     return found
@@ -133,7 +133,7 @@ def check_settings(chosen: Sequence[str]) -> None:
     for setting in chosen:
         kind, equals, value = setting.partition("=")
         if equals and kind == "steps":
-            if not value.isdigit() or int(value) < 1:
+            if not (value.isascii() and value.isdigit()) or int(value) < 1:
                 raise UsageError(f"--settings {setting}: steps=30 would do", field="settings")
         elif equals and kind == "kernel":
             attention_kernel(value)

@@ -162,7 +162,7 @@ def read_calibration(folder: str | Path) -> Calibration | None:
         if data.pop("format") != _FORMAT:
             raise ValueError("another version of chitu wrote it")
         table = tuple(Verified(**{**row, "psnr": tuple(row["psnr"]), "ssim": tuple(row["ssim"])}) for row in data.pop("table"))
-        return Calibration(
+        found = Calibration(
             about=data["about"],
             sigmas=tuple(data["sigmas"]),
             moments=tuple(tuple(row) for row in data["moments"]),
@@ -170,5 +170,24 @@ def read_calibration(folder: str | Path) -> Calibration | None:
             measured={name: tuple(values) for name, values in data["measured"].items()},
             table=table,
         )
+        _check(found)
+        return found
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the calibration cannot be used: {error}", file=path, remedy=remedy) from error
+
+
+def _check(found: Calibration) -> None:
+    """Raises ValueError where the parts do not fit together."""
+    steps, rows = len(found.sigmas) - 1, len(found.moments)
+    if steps < 2 or any(high <= low for high, low in zip(found.sigmas, found.sigmas[1:], strict=False)):
+        raise ValueError("sigmas do not fall")
+    if rows not in (2 * steps, 3 * steps) or any(len(row) != index + 1 for index, row in enumerate(found.moments)):
+        raise ValueError(f"moments are not the triangle of one or two branches at {steps} steps")
+    if len(found.gain) != steps:
+        raise ValueError(f"{len(found.gain)} gains for {steps} steps")
+    if not all(math.isfinite(value) for row in (found.gain, *found.moments) for value in row):
+        raise ValueError("a number is not finite")
+    if not isinstance(found.about, Mapping) or not {"weights_sha256", "guidance", "steps"} <= set(found.about):
+        raise ValueError("it does not say what it was measured on")
+    if not all(isinstance(row.flexcache, Mapping) for row in found.table):
+        raise ValueError("a row of the table names no cache")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from chitu_diffusion.flexcache.schedule import NOTHING_MEASURED, Measured
 from chitu_diffusion.models.folder import NOTES_FILE, ModelFolder, read_folder
 from chitu_diffusion.models.measured import WAN_1_3B, WAN_14B
 from chitu_diffusion.models.wan_config import WanConfig
+
+logger = logging.getLogger(__name__)
 
 TINY = "wan-tiny"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -232,7 +235,7 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
             expected="a number between 0 and 1",
         )
     twin = next((spec for spec in FULL_SIZE.values() if spec.transformers == transformers), None)
-    vae, calibration = folder.components["vae"].config, read_calibration(folder.path)
+    vae, calibration = folder.components["vae"].config, _calibration_of(folder.path)
     measured = _folder_measured(folder, twin.measured if twin else NOTHING_MEASURED)
     return ModelSpec(
         name=str(folder.notes.get("name") or (twin.name if twin else folder.path.resolve().name)),
@@ -244,6 +247,15 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
         measured=measured if calibration is None else MappingProxyType({**measured, **calibration.measured}),
         calibration=calibration,
     )
+
+
+def _calibration_of(folder: Path) -> Calibration | None:
+    """A file that cannot be used is as none: only what rests on it fails, and measuring again replaces it."""
+    try:
+        return read_calibration(folder)
+    except CheckpointError as error:
+        logger.warning("%s", error)
+        return None
 
 
 def write_notes(path: str | Path, name: str, defaults: Defaults, **more: Any) -> None:
