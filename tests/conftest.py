@@ -90,3 +90,11 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a bad value reached the engine")
 
     monkeypatch.setattr("chitu_diffusion.cli.run.run_requests", refuse)
+
+
+@pytest.fixture
+def gelu_apart(monkeypatch):
+    """GELU outside oneDNN's product, as the compiler has it on a CPU: then compiled and not compiled agree to the bit."""
+    from chitu_diffusion.models import fused
+
+    monkeypatch.setattr(fused, "_ONEDNN", False)

@@ -78,6 +78,7 @@ class EverySite:
         return compute()
 
 
+@pytest.mark.usefixtures("gelu_apart")
 @torch.no_grad()
 def test_blocks_share_graphs_and_a_new_size_adds_one_set() -> None:
     ours, first, second = network(), inputs(), inputs(3, 4, 6)
@@ -92,6 +93,7 @@ def test_blocks_share_graphs_and_a_new_size_adds_one_set() -> None:
     assert sum(counters["graph_break"].values()) == 0
 
 
+@pytest.mark.usefixtures("gelu_apart")
 @torch.no_grad()
 def test_texts_and_attentions_may_vary() -> None:
     ours = network()
@@ -104,6 +106,7 @@ def test_texts_and_attentions_may_vary() -> None:
     assert graphs() == 2
 
 
+@pytest.mark.usefixtures("gelu_apart")
 @torch.no_grad()
 def test_caches_inside_blocks_run_compiled_pieces() -> None:
     ours, args = network(), inputs()
@@ -115,6 +118,7 @@ def test_caches_inside_blocks_run_compiled_pieces() -> None:
     assert graphs() == 4  # and now after_attention
 
 
+@pytest.mark.usefixtures("gelu_apart")
 @torch.no_grad()
 def test_8_bits_are_one_more_set_and_switching_is_free() -> None:
     ours, args = network(), inputs()
@@ -151,6 +155,7 @@ def test_too_many_sizes_are_an_error_and_not_uncompiled() -> None:
             ours(*inputs(columns=columns))
 
 
+@pytest.mark.usefixtures("gelu_apart")
 def test_a_task_hears_of_it(
     tiny_folder: Path,
     make_config: Callable[..., EngineConfig],

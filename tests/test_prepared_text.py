@@ -232,6 +232,7 @@ def test_caches_see_every_branch(mode, cache, tiny_folder, make_config) -> None:
     assert relative_error(latent, other) < 1e-5
 
 
+@pytest.mark.usefixtures("gelu_apart")
 @torch.no_grad()
 def test_compiled_blocks_share_too() -> None:
     ours = twin(reference(CONFIG))

@@ -305,6 +305,7 @@ def test_a_fresh_network_starts_at_zero_and_learns() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.usefixtures("gelu_apart")
 @torch.no_grad()
 def test_blocks_compile_whole_and_once() -> None:
     ours = twin(reference(CONFIG))
