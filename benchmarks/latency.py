@@ -72,6 +72,9 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", default=[], metavar="NAME", help="only these; a wrong name lists all")
     parser.add_argument("--profile", action="store_true", help="the profile alone; short for --sections profile")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="VARIANT", help="variants to leave out, as what compiles for minutes"
+    )
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="for all of it")
     parser.add_argument("--rounds", type=int, default=3, help="timed calls of each variant")
     parser.add_argument("--steps", type=int, default=50, help="of the end-to-end video")
@@ -99,7 +102,7 @@ def main(words: list[str] | None = None) -> Report:
         report.note(missing)
     steps = min(asked.steps, 3) if asked.small else asked.steps
     with tempfile.TemporaryDirectory() as folder:
-        latency = Latency(device, small=asked.small, rounds=asked.rounds, steps=steps, folder=Path(folder))
+        latency = Latency(device, small=asked.small, rounds=asked.rounds, steps=steps, folder=Path(folder), without=asked.without)
         sections = section_table(latency, asked.small)
         try:
             run_sections(

@@ -58,6 +58,7 @@ OURS_EXACT: Mapping[str, Builder] = {
     "ours_auto": ours(attn_type="auto"),
     "ours_cudnn": ours(attn_type="cudnn"),
     "ours_fa3": ours(attn_type="fa3"),
+    "ours_batched": ours(attn_type="auto", diffusion={"cfg_batch": "batched"}),
 }
 OURS_COMPILED: Mapping[str, Builder] = {
     "ours_compiled": ours(attn_type="auto", compile=True, fused=False),
@@ -67,6 +68,9 @@ OURS_EIGHT_BIT: Mapping[str, Builder] = {
     "ours_fp8": ours(attn_type="fa3_fp8", quant="fp8"),
     "ours_fp8_all": ours(attn_type="fa3_fp8", quant="fp8", quant_keep="", quant_originals=False),
     "ours_fp8_all_compiled": ours(attn_type="fa3_fp8", quant="fp8", quant_keep="", quant_originals=False, compile=True),
+    "ours_fp8_all_batched": ours(
+        attn_type="fa3_fp8", quant="fp8", quant_keep="", quant_originals=False, diffusion={"cfg_batch": "batched"}
+    ),
 }
 """`ours_fp8` keeps the first and the last block in 16 bits, as the settings' defaults do; "all" keeps none, as torchao does."""
 OUR_GUESS: Mapping[bool, str] = {False: "ours_auto", True: "ours_fp8_all"}
@@ -108,10 +112,14 @@ class Latency:
         rounds: timed calls of each variant.
         steps: of the end-to-end video.
         folder: for videos.
+        without: names of variants to leave out.
     """
 
-    def __init__(self, device: torch.device, *, small: bool, rounds: int, steps: int, folder: Path) -> None:
+    def __init__(
+        self, device: torch.device, *, small: bool, rounds: int, steps: int, folder: Path, without: Iterable[str] = ()
+    ) -> None:
         self.device, self.small, self.rounds, self.steps, self.folder = device, small, rounds, steps, folder
+        self.without = frozenset(without)
         self.compiler = "inductor" if device.type == "cuda" else "eager"
         self.ceiling: dict[str, float] = {}
         self._benches: dict[str, Bench] = {}
@@ -145,6 +153,8 @@ class Latency:
         if key not in self._variants:
             self._variants[key] = None  # what failed once is not tried again
             try:
+                if name in self.without:
+                    raise Absent("left out by --without")
                 self._variants[key] = builder(bench)
             except Absent as error:
                 report.note(f"{bench.case.name}: {name} is absent: {first_line(error)}")
@@ -329,7 +339,7 @@ class Latency:
             spans = kernel_spans(variant.call, self.device)
             found = {kind: ms / variant.forwards for kind, ms in breakdown(spans).items()}
             report.add("Where the time goes, ms", {"variant": name, "idle_share": idle_share(found), **found})
-            for kernel in longest(spans):
+            for kernel in longest(spans, 30):
                 report.add(f"Longest kernels, {name}", kernel)
 
 
