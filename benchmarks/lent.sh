@@ -22,6 +22,7 @@ cache_table() { # seconds
   cp $model/flexcache.json "$results/"
   say "$1" cache python3 -m chitu_diffusion eval cache --model wan-tiny --prompts 16 --seeds 0..2 --steps 50 --dtype float32 \
     --workers 14 -o "$results/cache" --work runs/cachework
+  tar czf "$results/rows.tgz" --exclude='*.npy' runs/cachework
   say 60 beside python3 -m chitu_diffusion eval cache --model wan-tiny --prompts 1 --seeds 0 --steps 50 --dtype float32 \
     --settings plan:fresh=25 --settings plan:fresh=16 -o "$results/alone" --work runs/alonework
 }
