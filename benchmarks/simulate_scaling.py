@@ -4,10 +4,10 @@
 
 Takes kernel times and link times as `benchmarks.scaling` measured them, and the traffic that `parallel.traffic` states. A
 block is its attention (one call, or one a hop of the ring), the rest of it, packing for Ulysses, and what its exchanges
-cost: those of Ulysses in full, or by half where they go in two pieces, a hop of the ring as far as it outlasts the hop's
-kernel, and what that kernel was seen to lose with a transfer beside it. All kernels are scaled by one factor, so that one
-GPU's step is what was measured (long runs clock lower than short ones). Nothing else is fitted: the two-GPU predictions
-are checked against the measurement. Writes a table, JSON and a plot beside the input.
+cost: those of Ulysses as far as they outlast the other branch's work, or the other piece's where a rank has one branch, a hop
+of the ring as far as it outlasts the hop's kernel, and what that kernel was seen to lose with a transfer beside it. All kernels
+are scaled by one factor, so that one GPU's step is what was measured (long runs clock lower than short ones). Nothing else
+is fitted: the two-GPU predictions are checked against the measurement. Writes a table, JSON and a plot beside the input.
 
 Assumed, and stated in the table: 8 GPUs a node. NVLink as measured; between nodes a stated speed times the share of its
 nominal speed that NVLink reached, plus a latency. InfiniBand is per GPU, Ethernet per node and shared by who crosses.
@@ -31,6 +31,9 @@ from chitu_diffusion.parallel.traffic import PACKED, Traffic, traffic
 
 WORLDS = (1, 2, 4, 8, 16, 64)
 NODE = 8
+PROJECTING = 0.2
+"""Share of a block's work outside its attention that stands before it: three of the six products of d x d
+(of the feed-forward's two none), and two norms."""
 NVLINK = 450e9
 """Bytes per second in one direction of one GPU, nominal."""
 Piece = Mapping[str, Any]
@@ -175,7 +178,7 @@ class Study:
         if plan.ring > 1:
             kernels += (plan.ring - 1) * self._time("merge", tokens=seen, heads=heads)
         spread = plan.sequence > NODE
-        waits = self._ulysses_waits(plan, sent.ulysses / calls * item, hop, own) if plan.ulysses > 1 else 0.0
+        waits = self._ulysses_waits(plan, sent.ulysses / calls * item, plan.ring * hop, own) if plan.ulysses > 1 else 0.0
         if plan.ring > 1:
             transfer = self._links.seconds("ring", sent.ring / calls / (plan.ring - 1) * item, spread, plan.ulysses)
             waits += (plan.ring - 1) * (max(0.0, transfer - hop) + self.disturbance * min(transfer, hop))
@@ -187,6 +190,14 @@ class Study:
     def _ulysses_waits(self, plan: ParallelPlan, size: float, kernel: float, own: int) -> float:
         """Seconds in which a block's kernels wait for its two exchanges of `size` bytes together."""
         inward, outward = size * PACKED, size * (1 - PACKED)
+        if plan.cfg == 1:
+            # two branches take turns: what comes in hides behind the other's projections or attention, what goes out behind
+            # the other's attention or the rest of its block; here by the branch
+            rest = self._time("rest", tokens=own)
+            coming, going = (self._links.seconds("swap", part, plan.ulysses > NODE, NODE) for part in (inward, outward))
+            hidden_in, hidden_out = (PROJECTING * rest, kernel), (kernel, (1 - PROJECTING) * rest)
+            waits = [max(0.0, coming - other) for other in hidden_in] + [max(0.0, going - other) for other in hidden_out]
+            return sum(waits) / 2
         pieces = pieces_for(self.model["heads"] // plan.ulysses, inward) if plan.ring == 1 else 1
         first, last = (self._links.seconds("swap", part / pieces, plan.ulysses > NODE, NODE) for part in (inward, outward))
         if pieces == 1:

@@ -67,6 +67,7 @@ def all_layouts(rank: int, world: int, store: dist.Store, folder: str, out: str)
         results: dict[str, torch.Tensor] = {}
         for case in CASES:
             results |= run_case(generator, case)
+        results |= one_by_one(folder, out, groups)
         for name, networks in others.items():
             other = DiffusionBackend.from_networks(networks, configs[name], groups)
             results |= run_case(Generator(other), name, **OTHER_SIZE)
@@ -76,6 +77,19 @@ def all_layouts(rank: int, world: int, store: dist.Store, folder: str, out: str)
         results |= {"encoder": torch.tensor([not weight.is_meta for weight in backend.text_encoder.parameters()])}
         torch.save(results, Path(out, f"{layout}-{rank}.pt"))
         groups.close()
+
+
+def one_by_one(folder: str, out: str, groups: RankGroups | None = None) -> dict[str, torch.Tensor]:
+    """A forward for each branch: with exchanges they take turns, at level 4 over blocks that are streamed."""
+    results = {}
+    for name, level in (("turns", 0), ("streamed turns", 4)):
+        config = config_for(Path(folder), Path(out))
+        config.infer.diffusion.cfg_batch, config.infer.diffusion.low_mem_level = "sequential", level
+        generator = Generator(DiffusionBackend(config, groups=groups))
+        for cached in ("plain", "cache"):
+            latent, _ = latent_and_video(generator, task_for(**SIZE, **CASES[cached]))
+            results[f"{name}, {cached}"] = latent
+    return results
 
 
 def by_hand(generator: Generator) -> dict[str, torch.Tensor]:
@@ -140,6 +154,7 @@ def one_process(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     results: dict[str, torch.Tensor] = by_hand(generator)
     for case in CASES:
         results |= run_case(generator, case)
+    results |= one_by_one(str(model), str(tmp_path_factory.mktemp("one")))
     for name in OTHERS:
         other = DiffusionBackend(config_for(folder_of(name, model), tmp_path_factory.mktemp("one")))
         results |= run_case(Generator(other), name, **OTHER_SIZE)
@@ -166,6 +181,15 @@ def test_every_layout_makes_the_same_video(ranks_results, one_process) -> None:
             decibels = psnr(ranks[0][f"{case} video"], one_process[f"{case} video"])
             assert decibels >= 60, f"{layout}, {case}: {decibels} dB"
             assert not any(f"{case} video" in rank for rank in ranks[1:]), "only rank 0 has the video"
+
+
+def test_branches_in_turn_give_the_same_latent(ranks_results, one_process) -> None:
+    for layout, ranks in ranks_results.items():
+        names = [name for name in one_process if "turns" in name]
+        assert len(names) == 4
+        for name in names:
+            assert relative_error(ranks[0][name], one_process[name]) < 1e-4, f"{layout}, {name}"
+            assert all(torch.equal(ranks[0][name], rank[name]) for rank in ranks[1:]), f"{layout}, {name}: the ranks differ"
 
 
 def test_ulysses_in_pieces_is_the_same_attention(ranks_results) -> None:
