@@ -41,14 +41,8 @@ lane() { # GPUs, then words
         --budget $((${limit:-75} - 15)) --out "$results" ;;
       latency) say "${limit:-240}" "latency-${sections//,/-}" python3 -m benchmarks.latency --budget $((${limit:-240} - 10)) \
         --sections ${sections//,/ } ${LATENCY:-} --out "$results/latency-${sections//,/-}" ;;
-      scaling) say "${limit:-200}" scaling python3 -m benchmarks.scaling --ranks 2 --budget $((${limit:-200} - 10)) \
-        --out "$results/scaling.json" ;;
-      exchange) # the exchanging layouts with that many SMs for NCCL, "" being its own choice
-        for ctas in ${CTAS:-"''" 16 8 4}; do
-          [ "$ctas" = "''" ] && unset NCCL_MAX_CTAS || export NCCL_MAX_CTAS=$ctas
-          say "${limit:-60}" "exchange-$ctas" python3 -m benchmarks.scaling --ranks 2 --budget "${limit:-60}" --out "$results/exchange-$ctas.json" \
-            --only "links,Wan2.1-T2V-1.3B 480p alone,1.3B 480p u2,1.3B 480p r2,1.3B 480p overlap"
-        done ;;
+      scaling) say "${limit:-200}" scaling python3 -m torch.distributed.run --standalone --nproc-per-node 2 \
+        -m benchmarks.scaling --budget $((${limit:-200} - 40)) ${SCALING:-} --out "$results/scaling.json" ;;
       cache) cache_table "${limit:-400}" ;;
       train) say "${limit:-425}" train python3 -m training --start chitu_diffusion/assets/wan-tiny --run runs/more \
         --stages dit --minutes 5.2 ;;
@@ -56,7 +50,7 @@ lane() { # GPUs, then words
     esac
   done
 }
-if [[ $1 == scaling* || $1 == exchange* ]]; then
+if [[ $1 == scaling* ]]; then
   lane 0,1 $1 &
 else
   lane 0 $1 &

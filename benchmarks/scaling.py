@@ -102,9 +102,10 @@ class Model:
         return found
 
     def layout(self, word: str) -> dict[str, Any]:
-        """One layout of all ranks."""
+        """One layout of all ranks; "u2@8" allows NCCL 8 of a GPU's multiprocessors."""
+        word, _, blocks = word.partition("@")
         plan = plan_for(self.ranks.world, self.case.config.num_attention_heads, **parse_layout(word))
-        groups = self.ranks.layout(plan)
+        groups = self.ranks.layout(plan, blocks=int(blocks) if blocks else None)
         backend = self.case.backend(self.weights(), groups)
         work = self.case.step(backend)
         with counted(groups) as sent:
@@ -147,7 +148,8 @@ class Model:
         backend = "_native_cudnn" if self.ranks.device.type == "cuda" and word != "ulysses2" else "native"
         model.eval().set_attention_backend(backend)
         if word != "alone":
-            self.ranks.layout(plan_for(self.ranks.world, self.case.config.num_attention_heads, cp=self.ranks.world, ulysses=1))
+            plan = plan_for(self.ranks.world, self.case.config.num_attention_heads, cp=self.ranks.world, ulysses=1)
+            self.ranks.layout(plan, at_once=False)
             model.enable_parallelism(config=ContextParallelConfig(**DIFFUSERS[word]))
         latent, time_row = self.case.latent.to(self.case.dtype), self.case.time.reshape(1).to(self.ranks.device)
 
@@ -278,6 +280,8 @@ def sections(ranks: Ranks, asked: argparse.Namespace) -> list[tuple[str, Callabl
     for index, model in enumerate(models):
         rows.append((f"{model.name} alone", model.alone, 15 if index == 0 else 25))
         for word in asked.layouts.split(","):
+            if "@" in word and index > 0:
+                continue  # a choice is looked at once
             rows.append((f"{model.name} {word}", lambda m=model, w=word: m.layout(w), 6 if index == 0 else 13))
         if index == 0:
             rows.append((f"{model.name} overlap", model.overlap, 3))
@@ -290,7 +294,7 @@ def sections(ranks: Ranks, asked: argparse.Namespace) -> list[tuple[str, Callabl
         larger.kernel_names = models[names.index(name)].kernel_names  # one list: filled by the sections before
         rows.append((f"{larger.name} kernels", larger.kernels, 3 if name == names[0] else 8))
     rows.append(("fault", lambda: fault(ranks), 6))
-    # last, for what crashes in there ends the run: cuDNN's attention of 6 heads did, under Ulysses
+    # last, for a crash in there would end the run
     for word in ("alone", *(DIFFUSERS if not small else ())):
         rows.append((f"diffusers {models[0].name} {word}", lambda w=word: models[0].diffusers(w), 7))
     chosen = asked.only.split(",") if asked.only else [""]
@@ -305,7 +309,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--small", action="store_true", help="wan-tiny's shape, 64x64, 5 frames")
     parser.add_argument("--repeats", type=int, default=3, help="counted readings of a step")
-    parser.add_argument("--layouts", default="cfg2,u2,r2")
+    parser.add_argument("--layouts", default="cfg2,u2,r2", help="comma-separated; u2@8: NCCL may take 8 multiprocessors")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as infer.attn_type=math")
     parser.add_argument("--only", default="", help="sections whose names hold one of these words, comma-separated")
     parser.add_argument("--budget", type=float, default=200.0, help="seconds; what would not fit is skipped")

@@ -70,12 +70,12 @@ class Ranks:
         """Seconds since the start."""
         return time.monotonic() - self._began
 
-    def layout(self, plan: ParallelPlan) -> RankGroups:
-        """The groups of a layout; those of the one before are closed."""
+    def layout(self, plan: ParallelPlan, **options: Any) -> RankGroups:
+        """The groups of a layout, with options of `RankGroups`; those of the one before are closed."""
         self._groups.close()
         self._layouts += 1
         store = dist.PrefixStore(f"layout/{self._layouts}", self._store)
-        self._groups = RankGroups(plan, self.rank, self.device, store, timeout=PATIENCE)
+        self._groups = RankGroups(plan, self.rank, self.device, store, timeout=PATIENCE, **options)
         self._groups.open()
         return self._groups
 

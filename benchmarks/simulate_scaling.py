@@ -270,7 +270,7 @@ def _checked(name: str, study: Study, results: Piece) -> list[dict[str, Any]]:
     by_plan = {str(plan): plan for world in WORLDS for plan in plans(world, study.model["heads"])}
     checks = []
     for section, found in results.items():
-        if section.startswith(f"{name} ") and found.get("plan") in by_plan:
+        if section.startswith(f"{name} ") and "@" not in section and found.get("plan") in by_plan:
             predicted = study.predict(by_plan[found["plan"]]).seconds
             measured = found["seconds"]
             checks.append({"case": section, "predicted": predicted, "measured": measured, "error": predicted / measured - 1})

@@ -152,6 +152,9 @@ class RankGroups:
         device: where the exchanged tensors lie: NCCL for CUDA, gloo for the CPU.
         store: where the ranks meet; None for one rank.
         timeout: seconds after which an exchange that does not move raises.
+        blocks: how many of a GPU's multiprocessors NCCL may take for an exchange; None leaves it to NCCL.
+        at_once: connect when the groups are made, so that the first exchange is as any other. Groups that others split (torch's
+            device meshes) must not be: NCCL 2.28 crashed there.
 
     Attributes:
         broken: why the exchanges of this generation were cut short; None as long as they were not.
@@ -165,8 +168,11 @@ class RankGroups:
         device: torch.device | None = None,
         store: dist.Store | None = None,
         timeout: float = 60.0,
+        *,
+        blocks: int | None = None,
+        at_once: bool = True,
     ) -> None:
-        self.plan, self.rank = plan or ParallelPlan(), rank
+        self.plan, self.rank, self._blocks, self._at_once = plan or ParallelPlan(), rank, blocks, at_once
         self.device, self._store, self._timeout = device or torch.device("cpu"), store, timedelta(seconds=timeout)
         self._generation = 0
         self.broken: str | None = None
@@ -204,7 +210,8 @@ class RankGroups:
             rank=self.rank,
             world_size=self.plan.world,
             timeout=self._timeout * (_LAST_RESORT if cuda else 1),
-            device_id=self.device if cuda else None,  # connects at once: the first exchange is as any other
+            device_id=self.device if cuda and self._at_once else None,
+            pg_options=self._options(),
         )
         self._open = True
         assert dist.group.WORLD is not None
@@ -231,13 +238,21 @@ class RankGroups:
             raise ValueError("no rank gave a number to agree on")
         return largest
 
+    def _options(self) -> object | None:
+        """Of a group on a GPU, where they differ from what `config.set_nccl_defaults` has set."""
+        if self._blocks is None or self.device.type != "cuda":
+            return None
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options.config.max_ctas = self._blocks
+        return options
+
     def _axis(self, groups: list[list[int]]) -> Peers:
         if len(groups[0]) == 1:
             return ALONE
         if len(groups) == 1:
             return self.world
         timeout = self._timeout * (_LAST_RESORT if self.device.type == "cuda" else 1)
-        made = [dist.new_group(ranks, timeout=timeout) for ranks in groups]
+        made = [dist.new_group(ranks, timeout=timeout, pg_options=self._options()) for ranks in groups]
         mine = next(index for index, ranks in enumerate(groups) if self.rank in ranks)
         return GroupPeers(made[mine], self._pace)
 
