@@ -4,10 +4,11 @@
 
 Takes kernel times and link times as `benchmarks.scaling` measured them, and the traffic that `parallel.traffic` states. A
 block is its attention (one call, or one a hop of the ring), the rest of it, packing for Ulysses, and what its exchanges
-cost: those of Ulysses as far as they outlast the other branch's work, or the other piece's where a rank has one branch, a hop
-of the ring as far as it outlasts the hop's kernel, and what that kernel was seen to lose with a transfer beside it. All kernels
-are scaled by one factor, so that one GPU's step is what was measured (long runs clock lower than short ones). Nothing else
-is fitted: the two-GPU predictions are checked against the measurement. Writes a table, JSON and a plot beside the input.
+cost: those of Ulysses in full, or, where they go in pieces, the first that comes and the last that goes and what the others'
+work does not hide, a hop of the ring as far as it outlasts the hop's kernel, and what that kernel was seen to lose with a
+transfer beside it. All kernels are scaled by one factor, so that one GPU's step is what was measured (long runs clock lower
+than short ones). Nothing else is fitted: the two-GPU predictions are checked against the measurement. Writes a table, JSON
+and a plot beside the input.
 
 Assumed, and stated in the table: 8 GPUs a node. NVLink as measured; between nodes a stated speed times the share of its
 nominal speed that NVLink reached, plus a latency. InfiniBand is per GPU, Ethernet per node and shared by who crosses.
@@ -31,9 +32,6 @@ from chitu_diffusion.parallel.traffic import PACKED, Traffic, traffic
 
 WORLDS = (1, 2, 4, 8, 16, 64)
 NODE = 8
-PROJECTING = 0.2
-"""Share of a block's work outside its attention that stands before it: three of the six products of d x d
-(of the feed-forward's two none), and two norms."""
 NVLINK = 450e9
 """Bytes per second in one direction of one GPU, nominal."""
 Piece = Mapping[str, Any]
@@ -172,7 +170,9 @@ class Study:
         calls = forwards * blocks
         own, seen, heads = -(-tokens // plan.sequence), -(-tokens // plan.ring), model["heads"] // plan.ulysses
         hop = self._time("attention" if plan.ring == 1 else "attention_lse", tokens=seen, heads=heads)
-        kernels = self._time("rest", tokens=own) + plan.ring * hop
+        # branches that share a sequence's ranks share a forward: what is not attention has the rows of both
+        rest = self._time("rest", tokens=2 * own) / 2 if forwards == 2 and plan.sequence > 1 else self._time("rest", tokens=own)
+        kernels = rest + plan.ring * hop
         if plan.ulysses > 1:
             kernels += self._time("pack", tokens=own, ulysses=plan.ulysses)
         if plan.ring > 1:
@@ -190,21 +190,20 @@ class Study:
     def _ulysses_waits(self, plan: ParallelPlan, size: float, kernel: float, own: int) -> float:
         """Seconds in which a block's kernels wait for its two exchanges of `size` bytes together."""
         inward, outward = size * PACKED, size * (1 - PACKED)
-        if plan.cfg == 1:
-            # two branches take turns: what comes in hides behind the other's projections or attention, what goes out behind
-            # the other's attention or the rest of its block; here by the branch
-            rest = self._time("rest", tokens=own)
-            coming, going = (self._links.seconds("swap", part, plan.ulysses > NODE, NODE) for part in (inward, outward))
-            hidden_in, hidden_out = (PROJECTING * rest, kernel), (kernel, (1 - PROJECTING) * rest)
-            waits = [max(0.0, coming - other) for other in hidden_in] + [max(0.0, going - other) for other in hidden_out]
-            return sum(waits) / 2
         pieces = pieces_for(self.model["heads"] // plan.ulysses, inward) if plan.ring == 1 else 1
-        first, last = (self._links.seconds("swap", part / pieces, plan.ulysses > NODE, NODE) for part in (inward, outward))
+        # branches that share ranks share a forward: so many sequences whose exchanges may hide behind each other's work
+        sequences = 2 // plan.cfg
+        whole = 1 if pieces > 1 else sequences  # all of them in one exchange
+        first, last = (
+            self._links.seconds("swap", part * whole / pieces, plan.ulysses > NODE, NODE) for part in (inward, outward)
+        )
         if pieces == 1:
-            return first + last
-        # the second piece is packed while the first travels; three of the four copies of a block are packing
-        packing = self._time("pack", tokens=own, ulysses=plan.ulysses) * PACKED / 2
-        return max(0.0, first - packing) + max(0.0, first - kernel / 2) + last + max(0.0, last - kernel / 2)
+            return (first + last) / sequences
+        # the other pieces are packed while the first travels; three of the four copies of a block are packing
+        others = sequences * pieces - 1
+        packing = others * self._time("pack", tokens=own, ulysses=plan.ulysses) * PACKED / pieces
+        late = others * sum(max(0.0, part - kernel / pieces) for part in (first, last))
+        return (max(0.0, first - packing) + last + late) / sequences
 
     def best(self, world: int) -> Prediction:
         """The fastest layout of that many ranks."""

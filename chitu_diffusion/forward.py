@@ -11,13 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from chitu_diffusion.attention.kernels import AttentionFn
-from chitu_diffusion.attention.turns import TurnTaking
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.schedule import Schedule
@@ -33,8 +30,9 @@ TRAINED_STEPS = 1000
 """Timesteps run from this to 0; an expert boundary is a share of it."""
 _BATCH_UP_TO = 4096
 """Tokens a branch up to which two branches in one forward are faster than one after the other: longer sequences fill the
-chip by themselves, and half the activations fit where all do not. Depends on shapes alone, so that every memory level
-and every run does the same arithmetic."""
+chip by themselves, and half the activations fit where all do not. Ranks that share a sequence always batch: two shares are
+no more than one sequence, fill the chip as it does, and give exchanges more to hide behind. Depends on shapes and layout
+alone, so that every memory level and every run does the same arithmetic."""
 
 
 def expert_at(timestep: Tensor, boundary: float | None) -> int:
@@ -130,17 +128,11 @@ def stacked_velocity(
     backend.set_precision(expert, float(timestep))
     # filled in place: a copy from the CPU would wait for all that the device still has to do
     time = torch.full((1,), float(timestep), device=backend.device)
-    start, batches = SharedStart() if len(own) > 1 else None, _as_batches(backend, latent, own)
-    caches = [cache_for(some) for some in batches]
-
-    def embedded(some: tuple[int, ...]) -> Embedded:
-        whole = model.embed(latent, time, text.under(model, expert, some, latent.shape[0]))
-        return replace(whole, start=whole.start or start)
-
-    if len(batches) > 1 and backend.groups.sequence.size > 1 and not any(cache.levels for cache in caches):
-        found = _in_turn(backend, [embedded(some) for some in batches], expert)
-    else:
-        found = [_forward(backend, embedded(some), expert, cache) for some, cache in zip(batches, caches, strict=True)]
+    start, found = SharedStart() if len(own) > 1 else None, []
+    for some in _as_batches(backend, latent, own):
+        embedded = model.embed(latent, time, text.under(model, expert, some, latent.shape[0]))
+        embedded = replace(embedded, start=embedded.start or start)
+        found.append(_forward(backend, embedded, expert, cache_for(some)))
     return all_branches(found[0] if len(found) == 1 else torch.cat(found), len(asked), peers)
 
 
@@ -177,7 +169,8 @@ def schedule_of(backend: DiffusionBackend, state: SamplerState, guidance: tuple[
 def _as_batches(backend: DiffusionBackend, latent: Tensor, branches: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Which branches share a forward."""
     mode = backend.args.infer.diffusion.cfg_batch
-    if mode == "batched" or (mode == "auto" and tokens_of(backend, latent) <= _BATCH_UP_TO):
+    pays = backend.groups.sequence.size > 1 or tokens_of(backend, latent) <= _BATCH_UP_TO
+    if mode == "batched" or (mode == "auto" and pays):
         return [branches]
     return [(branch,) for branch in branches]
 
@@ -191,24 +184,9 @@ def tokens_of(backend: DiffusionBackend, latent: Tensor) -> int:
 def _forward(backend: DiffusionBackend, embedded: Embedded, expert: int, cache: StepCache) -> Tensor:
     model, stream = backend.model_pool[expert], backend.residency.stream_of(expert_part(expert))
     own, shards = _own_tokens(backend, embedded)
-    tokens = model.run_blocks(own, attention=_attention(backend, shards), cache=cache, blocks=stream)
-    return _whole(backend, model, tokens, own, shards)
-
-
-def _in_turn(backend: DiffusionBackend, several: list[Embedded], expert: int) -> list[Tensor]:
-    """The velocities of branches whose forwards take turns, so that one's exchanges between ranks hide behind the other's
-    work. Without exchanges it would gain nothing, and hold the activations of all."""
-    model, stream = backend.model_pool[expert], backend.residency.stream_of(expert_part(expert))
-    shared = [_own_tokens(backend, embedded) for embedded in several]
-    shards = shared[0][1]  # of all: they are branches of one latent
-    attention = cast(TurnTaking, _attention(backend, shards))  # a sequence over several ranks always is one
-    after = model.run_blocks_in_turn([own for own, _ in shared], attention, stream)
-    return [_whole(backend, model, tokens, own, shards) for tokens, (own, _) in zip(after, shared, strict=True)]
-
-
-def _attention(backend: DiffusionBackend, shards: Shards) -> AttentionFn:
-    """Of this rank's tokens over those of all."""
-    return sharded_attention(backend.attn_backend, backend.groups.ulysses, backend.groups.ring, shards.lengths)
+    groups = backend.groups
+    attention = sharded_attention(backend.attn_backend, groups.ulysses, groups.ring, shards.lengths)
+    return _whole(backend, model, model.run_blocks(own, attention=attention, cache=cache, blocks=stream), own, shards)
 
 
 def _own_tokens(backend: DiffusionBackend, embedded: Embedded) -> tuple[Embedded, Shards]:

@@ -1,4 +1,6 @@
-"""Two partial attentions as one: against float64, in torch and in the Triton kernel (interpreted on the CPU)."""
+"""What stands around attention on several ranks, against float64 and plain torch: two partial results as one, and heads packed for
+their peers. The Triton kernels are interpreted on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import torch
 
 from chitu_diffusion.attention.kernels import math
 from chitu_diffusion.attention.merge import merge
+from chitu_diffusion.attention.pack import pack
 
 
 def parts(tokens: int = 37, heads: int = 3, channels: int = 20, dtype: torch.dtype = torch.float32):
@@ -24,16 +27,38 @@ def parts(tokens: int = 37, heads: int = 3, channels: int = 20, dtype: torch.dty
     return [(out.to(dtype), lse) for out, lse in found], whole, scores.logsumexp(-1).transpose(1, 2)
 
 
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch):
-    """The kernel's own function, its module freshly read with Triton's interpreter on."""
+def freshly_read(name: str, monkeypatch: pytest.MonkeyPatch):
+    """A kernel's module, read with Triton's interpreter on."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.delitem(sys.modules, "chitu_diffusion.attention.merge_triton", raising=False)
-    spec = importlib.util.find_spec("chitu_diffusion.attention.merge_triton")
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    spec = importlib.util.find_spec(name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.merge_fused
+    return module
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch):
+    """The kernel's own function."""
+    return freshly_read("chitu_diffusion.attention.merge_triton", monkeypatch).merge_fused
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(2, 37, 6, 20, 2, 1, 1), (1, 64, 4, 16, 2, 0, 2), (3, 5, 12, 8, 3, 1, 1)])
+def test_packing_copies_every_peers_heads(dtype: torch.dtype, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, tokens, heads, channels, share, first, width = sizes
+    work = freshly_read("chitu_diffusion.attention.pack_triton", monkeypatch).pack_fused
+    wide = torch.randn(3, batch, tokens, heads, 2 * channels).to(dtype)  # channels side by side, heads apart
+    q, k, v = (x[..., :channels] for x in wide.unbind())
+    peers = heads // share
+    found, expected = torch.zeros(2, peers, tokens, 3, batch, width, channels, dtype=dtype).unbind()
+    work(q, k, v, found.unbind(), share, first)
+    pack(q, k, v, expected.unbind(), share, first)
+    assert torch.equal(found, expected)
+    for peer in range(peers):
+        theirs = slice(peer * share + first, peer * share + first + width)
+        assert torch.equal(expected[peer].permute(1, 2, 0, 3, 4), torch.stack([q, k, v])[:, :, :, theirs])
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -80,9 +80,9 @@ def all_layouts(rank: int, world: int, store: dist.Store, folder: str, out: str)
 
 
 def one_by_one(folder: str, out: str, groups: RankGroups | None = None) -> dict[str, torch.Tensor]:
-    """A forward for each branch: with exchanges they take turns, at level 4 over blocks that are streamed."""
+    """A forward for each branch, at level 4 over blocks that are streamed."""
     results = {}
-    for name, level in (("turns", 0), ("streamed turns", 4)):
+    for name, level in (("one by one", 0), ("one by one, streamed", 4)):
         config = config_for(Path(folder), Path(out))
         config.infer.diffusion.cfg_batch, config.infer.diffusion.low_mem_level = "sequential", level
         generator = Generator(DiffusionBackend(config, groups=groups))
@@ -104,7 +104,7 @@ def by_hand(generator: Generator) -> dict[str, torch.Tensor]:
 
 
 def in_pieces(groups: RankGroups) -> dict[str, torch.Tensor]:
-    """An attention with three heads a rank over shards of unequal length, in one, two and four (that is, three) pieces."""
+    """An attention with three heads a rank over shards of unequal length, in 1, 2 and 4 (that is, 3) pieces a sequence."""
     peers, generator = groups.ulysses, torch.Generator().manual_seed(7)
     lengths = [3 + rank for rank in range(peers.size)]
     whole = torch.randn(3, 2, sum(lengths), 3 * peers.size, 8, generator=generator)  # q, k, v of all
@@ -183,9 +183,9 @@ def test_every_layout_makes_the_same_video(ranks_results, one_process) -> None:
             assert not any(f"{case} video" in rank for rank in ranks[1:]), "only rank 0 has the video"
 
 
-def test_branches_in_turn_give_the_same_latent(ranks_results, one_process) -> None:
+def test_branches_one_by_one_give_the_same_latent(ranks_results, one_process) -> None:
     for layout, ranks in ranks_results.items():
-        names = [name for name in one_process if "turns" in name]
+        names = [name for name in one_process if "one by one" in name]
         assert len(names) == 4
         for name in names:
             assert relative_error(ranks[0][name], one_process[name]) < 1e-4, f"{layout}, {name}"

@@ -13,7 +13,7 @@ from ranks import run_ranks
 
 from benchmarks import scaling
 from benchmarks.scaling_work import overlap
-from benchmarks.simulate_scaling import NVLINK, PROJECTING, as_markdown, needed_shapes, plotted, studied
+from benchmarks.simulate_scaling import NVLINK, as_markdown, needed_shapes, plotted, studied
 from chitu_diffusion.parallel.plan import ParallelPlan
 from chitu_diffusion.parallel.traffic import traffic
 
@@ -113,13 +113,11 @@ def by_hand(bandwidth: float) -> dict[str, float]:
     ring = 2 * hop + MERGE * tokens / 2 * heads + max(0.0, sent["r2"].ring / (2 * blocks) * 2 / bandwidth - hop)
     ulysses = whole / 2 + PACK * tokens / 2
     inward, outward = (sent["u2"].ulysses * share / (2 * blocks) * 2 / bandwidth for share in (0.75, 0.25))
-    own_rest = rest / 2  # of which the projections hide what comes in for the other branch, what follows what goes out
-    pairs = (inward, PROJECTING * own_rest), (inward, whole / 2), (outward, whole / 2), (outward, (1 - PROJECTING) * own_rest)
-    exposed = blocks * sum(max(0.0, travels - other) for travels, other in pairs)
+    assert inward * bandwidth < 8 * 2**20  # so that both branches go in one exchange
     return {
         "alone": 2 * (ENDS + blocks * (whole + rest)),
         "cfg2": ENDS + blocks * (whole + rest) + guidance,
-        "u2": 2 * (ENDS + blocks * (ulysses + own_rest)) + exposed + gather,
+        "u2": 2 * (ENDS + blocks * (ulysses + rest / 2 + inward + outward)) + gather,
         "r2": 2 * (ENDS + blocks * (ring + rest / 2)) + gather,
     }
 
@@ -152,17 +150,19 @@ def test_a_machine_that_clocks_lower_under_load_is_scaled_by_one_factor() -> Non
     assert one["seconds"] == pytest.approx(1.2 * seconds["alone"]) and one["speedup"] == pytest.approx(1)
 
 
-def test_with_one_branch_a_large_exchange_waits_for_half_of_itself() -> None:
-    results, plan = synthetic(NVLINK), ParallelPlan(2, 2, 1)
+@pytest.mark.parametrize("cfg", [1, 2])
+def test_a_large_exchange_waits_for_its_first_and_last_piece(cfg: int) -> None:
+    results, plan = synthetic(NVLINK), ParallelPlan(cfg, 2, 1)
     results["wan kernels"]["model"] = model = {**MODEL, "dim": 15360}  # ten times as much to send
-    results |= {"wan cfg2u2": {"plan": str(plan), "seconds": 1.0}}
+    results |= {"wan u2": {"plan": str(plan), "seconds": 1.0}}
     (check,) = studied(results)["checks"]
-    tokens, blocks, heads = model["tokens"], model["blocks"], model["heads"]
+    tokens, blocks, heads, sequences = model["tokens"], model["blocks"], model["heads"], 2 // cfg
     piece = 3 / 2 * (tokens / 2) * model["dim"] * 2 / 2 / NVLINK  # of q, k and v of half of the heads
-    waits = piece - PACK * tokens / 2 * 3 / 8 + piece / 3
-    block = ATTENTION * tokens**2 * heads / 2 + PACK * tokens / 2 + REST * tokens / 2 + waits
+    waits = max(0.0, piece - (2 * sequences - 1) * PACK * tokens / 2 * 3 / 8) + piece / 3
+    block = ATTENTION * tokens**2 * heads / 2 + PACK * tokens / 2 + REST * tokens / 2 + waits / sequences
     ends = traffic(plan, **{key: model[key] for key in ("tokens", "dim", "blocks", "values", "latent")})
-    assert check["predicted"] == pytest.approx(ENDS + blocks * block + 2 * (ends.gather + ends.guidance) / NVLINK)
+    swaps = 2 * (ends.gather + ends.guidance) / NVLINK
+    assert check["predicted"] == pytest.approx(sequences * (ENDS + blocks * block) + swaps)
 
 
 def test_what_a_transfer_costs_the_kernel_beside_it_is_counted() -> None:

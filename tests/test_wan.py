@@ -56,7 +56,9 @@ def twin(model: WanTransformer3DModel, config: WanConfig = CONFIG) -> WanTransfo
     return ours
 
 
-def inputs(batch: int, frames: int, rows: int, columns: int, config: WanConfig = CONFIG) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    batch: int, frames: int, rows: int, columns: int, config: WanConfig = CONFIG
+) -> tuple[Tensor, Tensor, Tensor]:
     latent = torch.randn(batch, config.in_channels, frames, rows, columns)
     return latent, torch.rand(batch) * 1000, torch.randn(batch, 7, config.text_dim)
 
@@ -66,7 +68,9 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 6, 10), (1, 5, 14, 6), (2, 2, 2, 18)])
-@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, cross_attn_norm=False, patch_size=(1, 1, 2), out_channels=4)])
+@pytest.mark.parametrize(
+    "config", [CONFIG, replace(CONFIG, cross_attn_norm=False, patch_size=(1, 1, 2), out_channels=4)]
+)
 @torch.no_grad()
 def test_forward_is_diffusers(shape: tuple[int, int, int, int], config: WanConfig) -> None:
     model = reference(config)
@@ -138,7 +142,9 @@ def official_names(layers: int) -> set[str]:
 class Asked:
     """A cache that computes always, or answers by a rule, and notes where it was asked."""
 
-    def __init__(self, *levels: Level, answer: Callable[[Site, Signal], Tensor | None] = lambda site, signal: None) -> None:
+    def __init__(
+        self, *levels: Level, answer: Callable[[Site, Signal], Tensor | None] = lambda site, signal: None
+    ) -> None:
         self.levels = frozenset(levels)
         self.answer = answer
         self.sites: list[Site] = []
@@ -204,7 +210,9 @@ def test_pieces_work_on_shards_of_the_sequence() -> None:
     whole = ours.embed(*args)
     bounds = [(0, 5), (5, 27)]  # uneven
     inner: list[Tensor] = []
-    shards = [replace(whole, tokens=whole.tokens[:, a:b], rope=(whole.rope[0][a:b], whole.rope[1][a:b])) for a, b in bounds]
+    shards = [
+        replace(whole, tokens=whole.tokens[:, a:b], rope=(whole.rope[0][a:b], whole.rope[1][a:b])) for a, b in bounds
+    ]
     # one block at a time over both shards, with the keys and values of both: what a parallel attention will do
     block = ours.blocks[0]
     assert isinstance(block, WanBlock)
@@ -219,42 +227,16 @@ def test_pieces_work_on_shards_of_the_sequence() -> None:
         block.self_attention(shard.tokens, whole.modulation, shard.rope, text.v.dtype, collect)
     keys, values = torch.cat([k for k, _ in kept], 1), torch.cat([v for _, v in kept], 1)
     for shard in shards:
-        inner.append(block(shard.tokens, text, shard.modulation, shard.rope, lambda q, k, v: sdpa(q, keys, values)))
+        inner.append(
+            block(shard.tokens, text, shard.modulation, shard.rope, lambda q, k, v: sdpa(q, keys, values))
+        )
     expected = block(whole.tokens, text, whole.modulation, whole.rope, sdpa)
     assert relative_error(torch.cat(inner, 1), expected) < 1e-5
     parts = torch.cat([ours.head(part, whole.time) for part in inner], 1)
-    assert relative_error(ours.unpatchify(parts, whole.grid), ours.unpatchify(ours.head(expected, whole.time), whole.grid)) < 1e-5
-
-
-@torch.no_grad()
-def test_sequences_in_turn_overlap_and_change_no_bit() -> None:
-    model, said = twin(reference(CONFIG)), []
-
-    class Spoken:
-        """`sdpa` that says which of its calls is at which step."""
-
-        calls = 0
-
-        def begin(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Callable[[], Tensor]]:
-            call, self.calls = self.calls, self.calls + 1
-            said.append(("begin", call))
-
-            def attend() -> Callable[[], Tensor]:
-                said.append(("attend", call))
-                out = sdpa(q, k, v)
-                return lambda: said.append(("finish", call)) or out
-
-            return attend
-
-        def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return sdpa(q, k, v)
-
-    several = [model.embed(*inputs(1, 2, 4, 4)) for _ in range(2)]
-    found = model.run_blocks_in_turn(several, Spoken())
-    for one, tokens in zip(several, found, strict=True):
-        assert torch.equal(tokens, model.run_blocks(one))
-    one_block = [("begin", 0), ("begin", 1), ("attend", 0), ("attend", 1), ("finish", 0), ("finish", 1)]
-    assert said == [(step, call + 2 * block) for block in range(CONFIG.num_layers) for step, call in one_block]
+    assert (
+        relative_error(ours.unpatchify(parts, whole.grid), ours.unpatchify(ours.head(expected, whole.time), whole.grid))
+        < 1e-5
+    )
 
 
 @torch.no_grad()
@@ -386,7 +368,9 @@ def test_kernels_agree_with_float64() -> None:
         ((1, 6, 1, 4, 2050), (1,), (1, 7, 24), "longest axis"),
     ],
 )
-def test_shapes_that_cannot_be(latent: tuple[int, ...], timestep: tuple[int, ...], text: tuple[int, ...], words: str) -> None:
+def test_shapes_that_cannot_be(
+    latent: tuple[int, ...], timestep: tuple[int, ...], text: tuple[int, ...], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         WanTransformer(CONFIG)(torch.zeros(latent), torch.zeros(timestep), torch.zeros(text))
 

@@ -21,7 +21,7 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, dtype: torch
     Returns:
         (out [B, S, H, D] in `dtype`, lse [B, S, H] float32) of the union of the keys.
     """
-    if out.is_cuda and _has_triton():
+    if out.is_cuda and has_triton():
         from chitu_diffusion.attention.merge_triton import merge_fused
 
         return merge_fused(out, lse, part, part_lse, dtype)
@@ -31,5 +31,6 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, dtype: torch
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether it can be imported."""
     return find_spec("triton") is not None

@@ -5,15 +5,14 @@ by their log-sum-exp in float32, so only kernels that give it can be used. A ran
 Tokens may be shared unevenly; nothing is padded.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from torch import Tensor, float32
+import torch
+from torch import Tensor
 
-from chitu_diffusion.attention.kernels import AttentionFn, AttentionKernel, AttentionWithLse
+from chitu_diffusion.attention.kernels import AttentionFn, AttentionKernel
 from chitu_diffusion.attention.merge import merge
 from chitu_diffusion.attention.peers import Peers
-from chitu_diffusion.attention.turns import Attend
 from chitu_diffusion.errors import UsageError
 
 
@@ -26,56 +25,38 @@ def ring(kernel: AttentionKernel, peers: Peers, lengths: Sequence[int]) -> Atten
         lengths: each peer's tokens.
 
     Returns:
-        (q, k, v) -> out, all [B, lengths[own], H, D]; a `Ring`, or the kernel itself where there is one peer.
+        (q, k, v) -> out, all [B, lengths[own], H, D].
 
     Raises:
         UsageError: a kernel without the log-sum-exp.
     """
     if peers.size == 1:
         return kernel
-    if kernel.run_with_lse is None:
+    with_lse = kernel.run_with_lse
+    if with_lse is None:
         raise UsageError(
             f"attn_type = {kernel.name!r}: ring attention merges by the log-sum-exp, which this kernel does not give; "
             "'auto', or ulysses alone, would do",
             field="infer.attn_type",
         )
-    return Ring(kernel.run_with_lse, peers, tuple(lengths))
 
-
-@dataclass(frozen=True)
-class Ring:
-    """See `ring`; `begin` as in `attention.turns`."""
-
-    kernel: AttentionWithLse
-    peers: Peers
-    lengths: tuple[int, ...]
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.begin(q, k, v)()()
-
-    def begin(self, q: Tensor, k: Tensor, v: Tensor) -> Attend:
-        """The first keys and values are on their way when this returns."""
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         held = [k.contiguous(), v.contiguous()]
-        arriving, arrived = self._pass_on(held, 0)
-
-        def attend() -> Callable[[], Tensor]:
-            nonlocal held, arriving, arrived
-            out, lse = self.kernel(q, held[0], held[1])
-            for hop in range(1, self.peers.size):
+        out, lse = q, q  # replaced at the first hop
+        for hop in range(peers.size):
+            coming = (q.shape[0], lengths[(peers.index - hop - 1) % peers.size], *k.shape[2:])
+            more = hop + 1 < peers.size
+            arriving = [x.new_empty(coming) for x in held] if more else []
+            # sent before the kernel is started, so that the copies get their share of the chip at once
+            arrived = peers.pass_on(held, arriving) if more else None
+            part, part_lse = with_lse(q, held[0], held[1])
+            if hop == 0:
+                out, lse = part, part_lse
+            else:
+                out, lse = merge(out, lse, part, part_lse, torch.float32 if more else q.dtype)
+            if arrived is not None:
                 arrived()
                 held = arriving
-                more = hop + 1 < self.peers.size
-                if more:
-                    # sent before the kernel is started, so that the copies get their share of the chip at once
-                    arriving, arrived = self._pass_on(held, hop)
-                part, part_lse = self.kernel(q, held[0], held[1])
-                out, lse = merge(out, lse, part, part_lse, float32 if more else q.dtype)
-            return lambda: out
+        return out
 
-        return attend
-
-    def _pass_on(self, held: Sequence[Tensor], hop: int) -> tuple[list[Tensor], Callable[[], None]]:
-        shape = held[0].shape
-        coming = (shape[0], self.lengths[(self.peers.index - hop - 1) % self.peers.size], *shape[2:])
-        arriving = [x.new_empty(coming) for x in held]
-        return arriving, self.peers.pass_on(held, arriving)
+    return attend

@@ -13,7 +13,7 @@ stream and the time embedding stay float32.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from types import MethodType
@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from chitu_diffusion.attention.kernels import AttentionFn, sdpa
-from chitu_diffusion.attention.turns import TurnTaking
 from chitu_diffusion.flexcache.seam import MODULE_LEVELS, NO_CACHE, Level, Signal, Site, StepCache
 from chitu_diffusion.models.compiled import compiled, let_length_vary
 from chitu_diffusion.models.fused import can_fuse, layer_norm
-from chitu_diffusion.models.prepared_text import PreparedText, TextKeys, fold
+from chitu_diffusion.models.prepared_text import PreparedText, fold
 from chitu_diffusion.models.quant import Float8Linear
 from chitu_diffusion.models.wan_block import Float32LayerNorm, Rope, WanBlock
 from chitu_diffusion.models.wan_config import WanConfig
@@ -256,7 +255,8 @@ class WanTransformer(nn.Module):
         embedded = self.embed(latent, cached_features.timestep if timestep is None else timestep, embeddings)
         if cached_features.residual.shape != embedded.tokens.shape:
             raise ValueError(
-                f"cached features are {list(cached_features.residual.shape)}, this latent's tokens {list(embedded.tokens.shape)}"
+                f"cached features are {list(cached_features.residual.shape)}, "
+                f"this latent's tokens {list(embedded.tokens.shape)}"
             )
         tokens = embedded.tokens + cached_features.residual
         return self.unpatchify(self.head(tokens, embedded.time), embedded.grid)
@@ -318,31 +318,6 @@ class WanTransformer(nn.Module):
             lambda: self._run_stack(embedded, attention, cache, stack),
             Signal(embedded.tokens, embedded.modulation),
         )
-
-    def run_blocks_in_turn(
-        self, several: Sequence[Embedded], attention: TurnTaking, blocks: Iterable[nn.Module] | None = None
-    ) -> list[Tensor]:
-        """`run_blocks` of several sequences at once, block by block: while one computes, the other's exchanges travel.
-
-        The same operations as one after the other, in another order. Nothing is cached.
-        """
-        tokens = [embedded.tokens for embedded in several]
-        for index, block in enumerate(cast(Iterable[WanBlock], self.blocks if blocks is None else blocks)):
-            here = [replace(embedded, tokens=own) for embedded, own in zip(several, tokens, strict=True)]
-            if index == 0 and any(embedded.start is not None for embedded in several):
-                tokens = [self._run_block(block, index, embedded, attention, NO_CACHE) for embedded in here]
-                continue
-            texts = [self._text_keys(block, index, embedded) for embedded in here]
-            begun = [
-                attention.begin(*block.project(each.tokens, each.modulation, each.rope, text.v.dtype))
-                for each, text in zip(here, texts, strict=True)
-            ]
-            finishing = [attend() for attend in begun]
-            tokens = [
-                block.after_attention(each.tokens, finish(), text, each.modulation)
-                for finish, each, text in zip(finishing, here, texts, strict=True)
-            ]
-        return tokens
 
     def head(self, tokens: Tensor, time: Tensor) -> Tensor:
         """tokens [B, S, dim], time [B, dim] -> [B, S, patch values x channels]. Each token for itself."""
@@ -410,7 +385,9 @@ class WanTransformer(nn.Module):
             nn.init.normal_(table, std=self.config.dim**-0.5)
         nn.init.zeros_(self.proj_out.weight)
 
-    def _run_stack(self, embedded: Embedded, attention: AttentionFn, cache: StepCache, stack: Iterable[nn.Module]) -> Tensor:
+    def _run_stack(
+        self, embedded: Embedded, attention: AttentionFn, cache: StepCache, stack: Iterable[nn.Module]
+    ) -> Tensor:
         tokens = embedded.tokens
         for index, block in enumerate(stack):
             here = replace(embedded, tokens=tokens)
@@ -422,8 +399,12 @@ class WanTransformer(nn.Module):
                 tokens = compute()
         return tokens
 
-    def _run_block(self, block: WanBlock, index: int, embedded: Embedded, attention: AttentionFn, cache: StepCache) -> Tensor:
-        text = self._text_keys(block, index, embedded)
+    def _run_block(
+        self, block: WanBlock, index: int, embedded: Embedded, attention: AttentionFn, cache: StepCache
+    ) -> Tensor:
+        text = embedded.text.keys(index, block.text_keys)
+        if self.compiled:
+            let_length_vary(text)
         inputs = (embedded.tokens, text, embedded.modulation, embedded.rope, attention)
         if MODULE_LEVELS & cache.levels:
             return block.forward_at_sites(*inputs, ask=partial(self._ask, cache, index, embedded.modulation))
@@ -434,12 +415,6 @@ class WanTransformer(nn.Module):
             attended = embedded.start.get(embedded.tokens, embedded.modulation, attend)
             return cast(Tensor, block(attended, text, embedded.modulation, None, attention))
         return cast(Tensor, block(*inputs))
-
-    def _text_keys(self, block: WanBlock, index: int, embedded: Embedded) -> TextKeys:
-        text = embedded.text.keys(index, block.text_keys)
-        if self.compiled:
-            let_length_vary(text)
-        return text
 
     def _ask(
         self, cache: StepCache, index: int, time: Tensor, level: Level, compute: Callable[[], Tensor], entering: Tensor
