@@ -1,5 +1,5 @@
-"""What stands around attention on several ranks, against float64 and plain torch: two partial results as one, and heads packed for
-their peers. The Triton kernels are interpreted on the CPU.
+"""What stands around attention on several ranks, against float64 and plain torch: two partial results as one, and heads packed
+for their peers. The Triton kernels are interpreted on the CPU.
 """
 
 from __future__ import annotations
