@@ -202,6 +202,7 @@ def main(words: list[str] | None = None) -> Report:
     """Runs every way and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--ways", default="", metavar="WORD", help="only those with this in their name, and the reference")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS")
     parser.add_argument("--small", action="store_true", help="three steps of a small video: only to see that it works")
@@ -214,7 +215,11 @@ def main(words: list[str] | None = None) -> Report:
     found = Fidelity(asked.device, 1 if asked.small else asked.prompts, small=asked.small)
     # wan-tiny's steps are short of work for a GPU: about 8 ms each by launches alone
     estimate = 0.0 if asked.small or asked.device == "cpu" else 0.7 * asked.prompts + 1
-    sections = [Section(name, WAYS[name][0], estimate, partial(found.way, name)) for name in WAYS]
+    sections = [
+        Section(name, WAYS[name][0], estimate, partial(found.way, name))
+        for name in WAYS
+        if name == REFERENCE or asked.ways in name
+    ]
     sections.append(Section("noise floor", "exact kernels against each other", 0.0, found.noise_floor))
     run_sections(sections, report, budget=asked.budget)
     for path in report.write():

@@ -45,6 +45,7 @@ def section_table(latency: Any, small: bool) -> list[Section]:
         ("small-8bit", "the same in 8 bits, beside torchao", 45, latency.small_eight_bit),
         ("end-to-end", f"1.3B, {latency.steps} steps, prompt to file", 10 + 0.86 * latency.steps, latency.end_to_end),
         ("profile", "kernels by kind", 6, latency.profile),
+        ("cached", "what fixed plans of step caches save of what they skip", 45, latency.cached),
         ("large-exact", "14B 832x480x81 on 8 layers, 16 bits", 28, latency.large_exact),
         ("large-8bit", "the same in 8 bits, beside torchao", 35, latency.large_eight_bit),
         ("large-720p", "14B 1280x720x81 on 8 layers, ours", 22, latency.large_720p),

@@ -32,6 +32,8 @@ from benchmarks.measuring import (
 from benchmarks.report import Report, first_line, ratios
 from benchmarks.variants import Absent, Bench, Builder, Case, Variant, case_of, diffusers, ours, small_case
 from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.evaluation.videos import make_video
+from chitu_diffusion.flexcache.registry import parse_setting
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_tokenizer
@@ -86,6 +88,8 @@ EVERY: Mapping[str, Builder] = {
     **OURS_EIGHT_BIT,
 }
 PROMPT = "A cat walking on grass"
+CACHED_STEPS = 12
+FIXED_PLANS = ("interval:interval=2", "meancache:fresh=6", "blockdance", "pab")
 UMT5_XXL: Mapping[str, Any] = {
     "vocab_size": 256384,
     "d_model": 4096,
@@ -323,6 +327,26 @@ class Latency:
         found = breakdown(spans)
         row = {"variant": f"loop of {steps} steps", "idle_share": idle_share(found), **found}
         report.add("Where the time goes, ms", row)
+
+    def cached(self, report: Report) -> None:
+        """Fixed plans at 1.3B: the denoising seconds that each saved, over what the forwards that it skipped had cost.
+
+        Weights are random, so that nothing is said of the picture.
+        """
+        case = self.case("Wan2.1-T2V-1.3B")
+        backend = self.bench(case).backend({"attn_type": "auto"}, *random_ends(self.device, self.bench(case).dtype, self.small))
+        size = {"height": case.height, "width": case.width, "num_frames": case.frames}
+        steps = CACHED_STEPS
+        make_video(backend, prompt=PROMPT, seed=1, num_inference_steps=2, **size)  # chooses kernels
+        full = make_video(backend, prompt=PROMPT, seed=1, num_inference_steps=steps, **size)
+        for setting in FIXED_PLANS:
+            cache = parse_setting(setting)
+            made = make_video(backend, prompt=PROMPT, seed=1, num_inference_steps=steps, flexcache=cache, **size)
+            saved = 1 - made.work / full.work
+            kept = (full.seconds - made.seconds) / (saved * full.forward_seconds) if saved > 0 else None
+            row = {"setting": setting, "steps": steps, "forwards_saved": saved, "seconds": made.seconds, "full_s": full.seconds}
+            report.add("Step caches", {**row, "faster": full.seconds / made.seconds, "saved_of_skipped": kept})
+        backend.terminate()
 
     def profile(self, report: Report) -> None:
         """Kernels by kind at 1.3B for our fastest exact and 8-bit variants and the fastest peers, or a guess at these."""
