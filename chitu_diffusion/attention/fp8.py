@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -40,67 +39,126 @@ from chitu_diffusion.attention.needs import Needs
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
-_RMS = 2.0
+RMS = 2.0
 """The root mean square before rounding; float8 goes up to 224 times that, and down to 1/128 of it at full precision."""
 _SAMPLE = 8
 """Every so many queries are looked at for a_c, which any positive number could be."""
 _P_SCALE = 256.0
 """FlashAttention-3's largest weight before rounding."""
 _ROWS = 1024
-_TINY = 1e-12
+TINY = 1e-12
+"""The least mean square that a channel is taken to have."""
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Over tokens, per batch and head, float32: means and mean squares [B, H, D] and cov(v, k) [B, H, D of v, D of k]."""
+class Means(NamedTuple):
+    """Means over tokens, float32, in P parts whose sum they are: P programs of a GPU have one each, plain torch has P = 1.
+
+    rows: of q^2 (a sample), k, k^2, v, v^2: [B, H, P, 5, D].
+    product: of v k^T, [B, H, P, D of v, D of k].
+    """
+
+    rows: Tensor
+    product: Tensor
+
+
+class Scales(NamedTuple):
+    """What rounding takes out and puts in, float32, [B, H, D] and for descale [B, H].
+
+    q8 = turned(q * q_factor), k8 = turned((k - k_mean) * k_factor), v8 = (v - v_mean) / v_scale; what the softmax sees of
+    q (k - k_mean)^T is q8 k8^T * descale^2.
+    """
 
     k_mean: Tensor
-    k_square: Tensor
     v_mean: Tensor
-    v_square: Tensor
-    vk: Tensor
+    q_factor: Tensor
+    k_factor: Tensor
+    v_scale: Tensor
+    descale: Tensor
 
-    @classmethod
-    def of_sums(cls, tokens: int, k: Tensor, kk: Tensor, v: Tensor, vv: Tensor, vk: Tensor) -> Moments:
-        """From sums of k, k^2, v, v^2 and v k^T."""
-        k, kk, v, vv = k / tokens, kk / tokens, v / tokens, vv / tokens
-        return cls(k, kk, v, vv, torch.addcmul(vk / tokens, v[..., :, None], k[..., None, :], value=-1))
 
-    def deviations(self) -> tuple[Tensor, Tensor]:
-        """Standard deviations of k and of v, [B, H, D]; never zero."""
-        pairs = (self.k_mean, self.k_square), (self.v_mean, self.v_square)
-        k, v = (torch.addcmul(square, mean, mean, value=-1).clamp_min(_TINY).sqrt() for mean, square in pairs)
-        return k, v
+class Rounded(NamedTuple):
+    """k and v in float8 [B, L, H, D], and of these the means, in parts as above: v_mean [B, H, P, D], product of v8 k8^T.
+
+    The mean of k8 is not among them: it moves every score of a query alike, and next to the product it and the mean of v8, two
+    errors of rounding, are nothing.
+    """
+
+    k: Tensor
+    v: Tensor
+    v_mean: Tensor
+    product: Tensor
 
 
 class Steps(NamedTuple):
-    """The work around the attention; plain torch here, Triton in `fp8_triton`."""
+    """The work around the attention, in order; plain torch here, one Triton kernel for each in `fp8_triton`."""
 
-    moments: Callable[[Tensor, Tensor], Moments]
-    quantise: Callable[[Tensor, Tensor | None, Tensor, Tensor | None], Tensor]
+    measure: Callable[[Tensor, Tensor, Tensor], Means]
+    scale: Callable[[Means], Scales]
+    quantise_q: Callable[[Tensor, Scales], Tensor]
+    quantise_kv: Callable[[Tensor, Tensor, Scales], Rounded]
+    correct: Callable[[Means, Scales, Rounded], tuple[Tensor, Tensor]]
     finish: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def moments(k: Tensor, v: Tensor) -> Moments:
-    """Of k, v [B, L, H, D], float8 or not."""
-    k32, v32 = k.float(), v.float()
-    sums = k32.sum(1), (k32 * k32).sum(1), v32.sum(1), (v32 * v32).sum(1), torch.einsum("blhe,blhd->bhed", v32, k32)
-    return Moments.of_sums(k.shape[1], *sums)
+def sample(q: Tensor) -> Tensor:
+    """The queries [B, S', H, D] whose mean square is taken: some of q's where there are many."""
+    return q[:, :: _SAMPLE if q.shape[1] >= 64 * _SAMPLE else 1]
 
 
-def quantise(x: Tensor, shift: Tensor | None, factor: Tensor, rotation: Tensor | None) -> Tensor:
-    """float8 of ((x - shift) * factor) @ rotation; x [B, S, H, D], shift and factor [B, H, D], rotation [D, D] or None."""
-    x = x.float() if shift is None else x.float() - shift[:, None]
-    x = x * factor[:, None]
-    if rotation is not None:
-        x = x @ rotation.float()
+def measure(q: Tensor, k: Tensor, v: Tensor) -> Means:
+    """Of q [B, S, H, D], k, v [B, L, H, D]."""
+    q32, k32, v32 = sample(q).float(), k.float(), v.float()
+    rows = torch.stack([x.mean(1) for x in (q32 * q32, k32, k32 * k32, v32, v32 * v32)], 2)
+    return Means(rows[:, :, None], _mean_product(v32, k32))
+
+
+def _mean_product(v: Tensor, k: Tensor) -> Tensor:
+    return torch.einsum("blhe,blhd->bhed", v, k)[:, :, None] / k.shape[1]
+
+
+def scale(means: Means) -> Scales:
+    """Factors that make q and k equally large and give q8, k8, v8 a root mean square of 2; none is zero."""
+    q_square, k_mean, k_square, v_mean, v_square = means.rows.sum(2).unbind(2)
+    q_rms = q_square.clamp_min(TINY).sqrt()
+    k_rms, v_rms = ((y - x * x).clamp_min(TINY).sqrt() for x, y in ((k_mean, k_square), (v_mean, v_square)))
+    balance = (k_rms / q_rms).sqrt()
+    descale = (q_rms * k_rms).mean(-1).sqrt() / RMS  # of q's and k's channels after balancing
+    factor = 1 / descale[..., None]
+    return Scales(k_mean, v_mean, balance * factor, factor / balance, v_rms / RMS, descale)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x in float8, what is too large cut off."""
     return x.clamp(-LARGEST, LARGEST).to(FLOAT8)
 
 
-def finish(out: Tensor, scale: Tensor, bias: Tensor, q: Tensor, matrix: Tensor) -> Tensor:
-    """out * scale + bias + q @ matrix in q's dtype; out, q [B, S, H, D], scale, bias [B, H, D], matrix [B, H, D, D]."""
+def quantise_q(q: Tensor, scales: Scales) -> Tensor:
+    """q8 of `Scales`, [B, S, H, D]."""
+    return rounded(q.float() * scales.q_factor[:, None] @ hadamard_on(q.device, q.shape[-1]))
+
+
+def quantise_kv(k: Tensor, v: Tensor, scales: Scales) -> Rounded:
+    """k8 and v8 of `Scales`, [B, L, H, D], and their means."""
+    turn = hadamard_on(k.device, k.shape[-1])
+    k8 = rounded((k.float() - scales.k_mean[:, None]) * scales.k_factor[:, None] @ turn)
+    v8 = rounded((v.float() - scales.v_mean[:, None]) / scales.v_scale[:, None])
+    return Rounded(k8, v8, v8.float().mean(1)[:, :, None], _mean_product(v8.float(), k8.float()))
+
+
+def correct(means: Means, scales: Scales, given: Rounded) -> tuple[Tensor, Tensor]:
+    """What rounding k and v did: (bias [B, H, D of v], matrix [B, H, D of q, D of v]) such that bias + q matrix makes up for it."""
+    channels = scales.k_mean.shape[-1]
+    exact = means.product.sum(2) - scales.v_mean[..., :, None] * scales.k_mean[..., None, :]  # cov(v, k)
+    # the same from k8 and v8, turned back; k_factor = 1 / (q_factor descale^2)
+    found = given.product.sum(2) @ hadamard_on(exact.device, channels)
+    found = found * scales.v_scale[..., :, None] * (scales.q_factor * scales.descale[..., None] ** 2)[..., None, :]
+    return scales.v_mean - scales.v_scale * given.v_mean.sum(2), (exact - found).mT / math.sqrt(channels)
+
+
+def finish(out: Tensor, v_scale: Tensor, bias: Tensor, q: Tensor, matrix: Tensor) -> Tensor:
+    """out * v_scale + bias + q @ matrix in q's dtype; out, q [B, S, H, D], v_scale, bias [B, H, D], matrix [B, H, D, D]."""
     linear = torch.einsum("bshd,bhde->bshe", q.float(), matrix)
-    return (out.float() * scale[:, None] + bias[:, None] + linear).to(q.dtype).contiguous()
+    return (out.float() * v_scale[:, None] + bias[:, None] + linear).to(q.dtype).contiguous()
 
 
 def hadamard(size: int) -> Tensor:
@@ -145,7 +203,7 @@ def emulated(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor, k_descale: Tens
     return torch.cat(outs, 2).transpose(1, 2), torch.cat(lses, 2)
 
 
-PLAIN = Steps(moments, quantise, finish)
+PLAIN = Steps(measure, scale, quantise_q, quantise_kv, correct, finish)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor, k_descale: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,34 +225,17 @@ def steps_on(device: torch.device) -> Steps:
     return fp8_triton.STEPS
 
 
-def mean_square(q: Tensor) -> Tensor:
-    """Of q [B, S, H, D] over tokens, [B, H, D] float32; of a sample of them where there are many."""
-    sample = q[:, :: _SAMPLE if q.shape[1] >= 64 * _SAMPLE else 1]
-    return torch.linalg.vector_norm(sample, dim=1, dtype=torch.float32).square() / sample.shape[1]  # one pass
-
-
 def attend_in_fp8(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, steps: Steps) -> tuple[Tensor, Tensor]:
     """Attention as the head of this file tells; out [B, S, H, D] in q's dtype and lse [B, H, S] float32, or empty."""
-    channels = q.shape[-1]
-    rotation = hadamard_on(q.device, channels)
-    exact = steps.moments(k, v)
-    q_rms, (k_rms, v_rms) = mean_square(q).clamp_min(_TINY).sqrt(), exact.deviations()
-    balance = (k_rms / q_rms).sqrt()
-    both = (q_rms * k_rms).mean(-1).sqrt()  # [B, H], of q's and k's channels after balancing
-    q_factor, k_factor = balance * (_RMS / both)[..., None], (_RMS / both)[..., None] / balance
-    q8 = steps.quantise(q, None, q_factor, rotation)
-    k8 = steps.quantise(k, exact.k_mean, k_factor, rotation)
-    v8 = steps.quantise(v, exact.v_mean, _RMS / v_rms, None)
-    rounded = steps.moments(k8, v8)
-    descale, v_scale = both / _RMS, v_rms / _RMS
-    out, lse = attend(q8, k8, v8, descale, descale)
-    # cov(k, v) from the rounded ones, in the channels of q: [B, H, D of k, D of v]
-    given = rotation @ rounded.vk.mT * v_scale[..., None, :] * (descale**2)[..., None, None] * q_factor[..., :, None]
-    matrix = (exact.vk.mT - given) / math.sqrt(channels)
-    out = steps.finish(out, v_scale, exact.v_mean - v_scale * rounded.v_mean, q, matrix)
+    means = steps.measure(q, k, v)
+    scales = steps.scale(means)
+    q8, given = steps.quantise_q(q, scales), steps.quantise_kv(k, v, scales)
+    bias, matrix = steps.correct(means, scales, given)
+    out, lse = attend(q8, given.k, given.v, scales.descale, scales.descale)
+    out = steps.finish(out, scales.v_scale, bias, q, matrix)
     if not with_lse:
         return out, lse.new_empty((0,))
-    taken = torch.einsum("bshd,bhd->bhs", q.float(), exact.k_mean / math.sqrt(channels))
+    taken = torch.einsum("bshd,bhd->bhs", q.float(), scales.k_mean / math.sqrt(q.shape[-1]))
     return out, lse + taken
 
 
