@@ -62,7 +62,7 @@ class Means(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """What rounding takes out and puts in, float32, [B, H, D] and for descale [B, H].
+    """What rounding takes out and puts in, float32 and contiguous, [B, H, D] and for descale [B, H].
 
     q8 = turned(q * q_factor), k8 = turned((k - k_mean) * k_factor), v8 = (v - v_mean) / v_scale; what the softmax sees of
     q (k - k_mean)^T is q8 k8^T * descale^2.
@@ -118,7 +118,7 @@ def _mean_product(v: Tensor, k: Tensor) -> Tensor:
 
 def scale(means: Means) -> Scales:
     """Factors that make q and k equally large and give q8, k8, v8 a root mean square of 2; none is zero."""
-    q_square, k_mean, k_square, v_mean, v_square = means.rows.sum(2).unbind(2)
+    q_square, k_mean, k_square, v_mean, v_square = means.rows.sum(2).movedim(2, 0).contiguous().unbind()
     q_rms = q_square.clamp_min(TINY).sqrt()
     k_rms, v_rms = ((y - x * x).clamp_min(TINY).sqrt() for x, y in ((k_mean, k_square), (v_mean, v_square)))
     balance = (k_rms / q_rms).sqrt()

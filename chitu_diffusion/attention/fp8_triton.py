@@ -2,8 +2,9 @@
 """The work around float8 attention in Triton, each kernel one pass over its tensors; `fp8` has the plain twins.
 
 All take tensors [B, S, H, D] of any strides whose last is 1, D a power of two from 16 to 128, and work in float32; products
-of tiles take bfloat16, in which float8 is exact. Needs the package triton, which torch's CUDA builds bring.
-Triton's kernels take pointers, for which Python has no types.
+of tiles take bfloat16, and float16 where both sides are float8, which is exact in it. What is summed over tokens comes in parts,
+one from each program, which the next kernel adds up in their order: no atomics, so that a result can be had again.
+Needs the package triton, which torch's CUDA builds bring. Triton's kernels take pointers, for which Python has no types.
 """
 
 from __future__ import annotations
@@ -15,78 +16,217 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chitu_diffusion.attention.fp8 import FLOAT8, LARGEST, Moments, Steps, hadamard
+from chitu_diffusion.attention.fp8 import FLOAT8, LARGEST, RMS, TINY, Means, Rounded, Scales, Steps, hadamard, sample
 
 _TILE, _SMALL_TILE = 64, 32
+_SLAB = 16
+"""Channels of v that one program corrects; tensor cores take no fewer rows."""
 _PROGRAMS = 264
 """Programs that share one pass: two for each multiprocessor of a Hopper GPU, all of which run at once."""
 
 
 @triton.jit
-def _moments_kernel(
-    k, v, out, tokens, heads,
-    k_b, k_s, k_h, v_b, v_s, v_h,
-    SHARE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, FOLD: tl.constexpr, PRODUCT: tl.constexpr,
-):  # fmt: skip
-    """Sums of k, k^2, v, v^2 and v k^T over this program's share of the tokens; out [B * H, parts, 4 D + D D].
+def _tile(x, tokens, row, channel, x_s):
+    """Rows of one head, zero beyond its tokens."""
+    return tl.load(x + row[:, None] * x_s + channel[None, :], mask=(row < tokens)[:, None], other=0.0)
 
-    Until the end every row modulo FOLD has its own sums: rows FOLD apart lie in the same thread, which adds them up without
-    a word to the others.
+
+@triton.jit
+def _folded(x, FOLD: tl.constexpr):
+    """Sum of the rows of x [TILE, D] that are equal modulo FOLD, [FOLD, D].
+
+    Rows FOLD apart lie in the same thread, which adds them up without a word to the others; those are heard after the loop.
     """
+    return tl.sum(tl.reshape(x, (x.shape[0] // FOLD, FOLD, x.shape[1])), 0)
+
+
+@triton.jit
+def _float8(x, LARGEST: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x [..] float32 in float8, for whose largest number the GPU's instruction takes what is above it.
+
+    Triton's interpreter loses the carry when it rounds (7.95 becomes 4), and gets numbers that need no rounding here: to three
+    bits behind the point, ties to even, and to multiples of 2^-9 below 2^-6.
+    """
+    if INTERPRETED:
+        x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFFF + ((bits >> 20) & 1)
+        coarse = (bits >> 20 << 20).to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) < 0.015625, x + 24576.0 - 24576.0, coarse)
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def _measure_kernel(
+    q, k, v, rows, product, q_tokens, tokens, heads,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
+    Q_SHARE: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, Q_TILE: tl.constexpr, TILE: tl.constexpr,
+    FOLD: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """This program's part of the means of q^2, k, k^2, v, v^2, [B * H, parts, 5, D], and of v k^T, [B * H, parts, D, D]."""
     head, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    channel = tl.max_contiguous(tl.arange(0, D), 8)  # of one thread, in 8 bits as in 16, which is what FOLD counts on
+    channel = tl.max_contiguous(tl.arange(0, D), 8)  # of one thread, which is what FOLD counts on
+    place = (head * parts + part).to(tl.int64)
+    to = rows + place * (5 * D) + channel
+    q_two = tl.zeros((FOLD, D), tl.float32)
+    for start in range(0, Q_SHARE, Q_TILE):
+        row = part * Q_SHARE + start + tl.arange(0, Q_TILE).to(tl.int64)
+        q_tile = _tile(q + b * q_b + h * q_h, q_tokens, row, channel, q_s).to(tl.float32)
+        q_two += _folded(q_tile * q_tile, FOLD)
+    tl.store(to, tl.sum(q_two, 0) / q_tokens)
     k_one = tl.zeros((FOLD, D), tl.float32)
     k_two = tl.zeros((FOLD, D), tl.float32)
     v_one = tl.zeros((FOLD, D), tl.float32)
     v_two = tl.zeros((FOLD, D), tl.float32)
-    product = tl.zeros((D, D), tl.float32)
+    both = tl.zeros((D, D), tl.float32)
     for start in range(0, SHARE, TILE):
         row = part * SHARE + start + tl.arange(0, TILE).to(tl.int64)
-        mask = (row < tokens)[:, None]
-        k_tile = tl.load(k + b * k_b + row[:, None] * k_s + h * k_h + channel[None, :], mask=mask, other=0.0).to(PRODUCT)
-        v_tile = tl.load(v + b * v_b + row[:, None] * v_s + h * v_h + channel[None, :], mask=mask, other=0.0).to(PRODUCT)
-        product = tl.dot(tl.trans(v_tile), k_tile, product)
-        k_wide = tl.reshape(k_tile, (TILE // FOLD, FOLD, D)).to(tl.float32)
-        v_wide = tl.reshape(v_tile, (TILE // FOLD, FOLD, D)).to(tl.float32)
-        k_one += tl.sum(k_wide, 0)
-        k_two += tl.sum(k_wide * k_wide, 0)
-        v_one += tl.sum(v_wide, 0)
-        v_two += tl.sum(v_wide * v_wide, 0)
-    place = out + (head * parts + part).to(tl.int64) * (4 * D + D * D)
-    tl.store(place + channel, tl.sum(k_one, 0))
-    tl.store(place + D + channel, tl.sum(k_two, 0))
-    tl.store(place + 2 * D + channel, tl.sum(v_one, 0))
-    tl.store(place + 3 * D + channel, tl.sum(v_two, 0))
-    tl.store(place + 4 * D + channel[:, None] * D + channel[None, :], product)
+        k_tile = _tile(k + b * k_b + h * k_h, tokens, row, channel, k_s).to(PRODUCT)
+        v_tile = _tile(v + b * v_b + h * v_h, tokens, row, channel, v_s).to(PRODUCT)
+        both = tl.dot(tl.trans(v_tile), k_tile, both)
+        k_wide, v_wide = k_tile.to(tl.float32), v_tile.to(tl.float32)
+        k_one += _folded(k_wide, FOLD)
+        k_two += _folded(k_wide * k_wide, FOLD)
+        v_one += _folded(v_wide, FOLD)
+        v_two += _folded(v_wide * v_wide, FOLD)
+    tl.store(to + D, tl.sum(k_one, 0) / tokens)
+    tl.store(to + 2 * D, tl.sum(k_two, 0) / tokens)
+    tl.store(to + 3 * D, tl.sum(v_one, 0) / tokens)
+    tl.store(to + 4 * D, tl.sum(v_two, 0) / tokens)
+    tl.store(product + place * (D * D) + channel[:, None] * D + channel[None, :], both / tokens)
 
 
 @triton.jit
-def _quantise_kernel(
-    x, shift, factor, signs, out, tokens, heads, x_b, x_s, x_h,
-    SHARE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PRODUCT: tl.constexpr, SHIFT: tl.constexpr, ROTATE: tl.constexpr,
-):  # fmt: skip
-    """float8 of ((x - shift) * factor) @ signs for this program's share of the tokens; out [B, S, H, D] contiguous.
+def _sum_of_rows(parts, place, PARTS: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr):
+    """Over PARTS rows [D] that lie STRIDE apart; all of them are asked for at once, not one after the other."""
+    total = tl.zeros((D,), tl.float32)
+    for first in range(0, PARTS, 32):
+        part = first + tl.arange(0, 32)
+        total += tl.sum(tl.load(parts + part[:, None] * STRIDE + place[None, :], mask=(part < PARTS)[:, None], other=0.0), 0)
+    return total
 
-    No clamp: the instruction that rounds to float8 gives 448 for what is above.
-    """
+
+@triton.jit
+def _sum_of_slabs(parts, place, PARTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
+    """Over PARTS slabs [ROWS, D] of as many [D, D]."""
+    total = tl.zeros((ROWS, D), tl.float32)
+    for first in range(0, PARTS, 8):
+        part = first + tl.arange(0, 8)
+        inside = (part < PARTS)[:, None, None]
+        total += tl.sum(tl.load(parts + part[:, None, None] * (D * D) + place[None, :, :], mask=inside, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def _scale_kernel(rows, out, descale, PARTS: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr, TINY: tl.constexpr):
+    """`fp8.scale` of one head: from rows [B * H, PARTS, 5, D] to out [5, B * H, D] and descale [B * H]."""
+    head, heads = tl.program_id(0), tl.num_programs(0)
+    channel = tl.arange(0, D)
+    rows += head.to(tl.int64) * (PARTS * 5 * D)
+    q_square = _sum_of_rows(rows, channel, PARTS, 5 * D, D)
+    k_mean = _sum_of_rows(rows + D, channel, PARTS, 5 * D, D)
+    k_square = _sum_of_rows(rows + 2 * D, channel, PARTS, 5 * D, D)
+    v_mean = _sum_of_rows(rows + 3 * D, channel, PARTS, 5 * D, D)
+    v_square = _sum_of_rows(rows + 4 * D, channel, PARTS, 5 * D, D)
+    q_rms = tl.sqrt(tl.maximum(q_square, TINY))
+    k_rms = tl.sqrt(tl.maximum(k_square - k_mean * k_mean, TINY))
+    v_rms = tl.sqrt(tl.maximum(v_square - v_mean * v_mean, TINY))
+    balance = tl.sqrt(k_rms / q_rms)
+    both = tl.sqrt(tl.sum(q_rms * k_rms, 0) / D)
+    to = out + head * D + channel
+    tl.store(to, k_mean)
+    tl.store(to + heads * D, v_mean)
+    tl.store(to + 2 * heads * D, balance * (RMS / both))
+    tl.store(to + 3 * heads * D, (RMS / both) / balance)
+    tl.store(to + 4 * heads * D, v_rms / RMS)
+    tl.store(descale + head, both / RMS)
+
+
+@triton.jit
+def _quantise_q_kernel(
+    q, factor, signs, out, tokens, heads, q_b, q_s, q_h,
+    SHARE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PRODUCT: tl.constexpr,
+    LARGEST: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """float8 of (q * factor) @ signs / sqrt(D) for this program's share of the tokens; out [B, S, H, D] contiguous."""
     head, part = tl.program_id(1), tl.program_id(0)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     channel = tl.arange(0, D)
-    times = tl.load(factor + head * D + channel)[None, :]
-    if SHIFT:
-        plus = -tl.load(shift + head * D + channel)[None, :] * times
-    if ROTATE:
-        turn = tl.load(signs + channel[:, None] * D + channel[None, :]).to(PRODUCT)
+    # signs alone are exact in 16 bits; the 1 / sqrt(D) that makes them a rotation goes into the factor
+    times = (tl.load(factor + head * D + channel) * D**-0.5)[None, :]
+    turn = tl.load(signs + channel[:, None] * D + channel[None, :]).to(PRODUCT)
+    for start in range(0, SHARE, TILE):
+        row = part * SHARE + start + tl.arange(0, TILE).to(tl.int64)
+        tile = _tile(q + b * q_b + h * q_h, tokens, row, channel, q_s).to(tl.float32) * times
+        tile = tl.dot(tile.to(PRODUCT), turn)
+        place = ((b * tokens + row[:, None]) * heads + h) * D + channel[None, :]
+        tl.store(out + place, _float8(tile, LARGEST, INTERPRETED), mask=(row < tokens)[:, None])
+
+
+@triton.jit
+def _quantise_kv_kernel(
+    k, v, k_mean, k_factor, v_mean, v_scale, signs, k8, v8, rows, product, tokens, heads, k_b, k_s, k_h, v_b, v_s, v_h,
+    SHARE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, FOLD: tl.constexpr, PRODUCT: tl.constexpr, EIGHT: tl.constexpr,
+    LARGEST: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """float8 of ((k - mean) * factor) @ signs / sqrt(D) and of (v - mean) / scale, both [B, L, H, D] contiguous, and of these
+    this program's part of the means of v8, [B * H, parts, D], and of v8 k8^T, [B * H, parts, D, D]. EIGHT multiplies float8.
+    """
+    head, part, parts = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
+    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    channel = tl.max_contiguous(tl.arange(0, D), 8)
+    at = head * D + channel
+    k_times, v_times = (tl.load(k_factor + at) * D**-0.5)[None, :], (1.0 / tl.load(v_scale + at))[None, :]
+    k_plus, v_plus = -tl.load(k_mean + at)[None, :] * k_times, -tl.load(v_mean + at)[None, :] * v_times
+    turn = tl.load(signs + channel[:, None] * D + channel[None, :]).to(PRODUCT)
+    v_one = tl.zeros((FOLD, D), tl.float32)
+    both = tl.zeros((D, D), tl.float32)
     for start in range(0, SHARE, TILE):
         row = part * SHARE + start + tl.arange(0, TILE).to(tl.int64)
         mask = (row < tokens)[:, None]
-        tile = tl.load(x + b * x_b + row[:, None] * x_s + h * x_h + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        tile = tile * times + plus if SHIFT else tile * times
-        if ROTATE:
-            tile = tl.dot(tile.to(PRODUCT), turn)
         place = ((b * tokens + row[:, None]) * heads + h) * D + channel[None, :]
-        tl.store(out + place, tile.to(out.dtype.element_ty), mask=mask)
+        k_tile = _tile(k + b * k_b + h * k_h, tokens, row, channel, k_s).to(tl.float32) * k_times + k_plus
+        v_tile = _tile(v + b * v_b + h * v_h, tokens, row, channel, v_s).to(tl.float32) * v_times + v_plus
+        v_tile = _float8(tl.where(mask, v_tile, 0.0), LARGEST, INTERPRETED)  # beyond the tokens nothing, in the product too
+        k_tile = _float8(tl.dot(k_tile.to(PRODUCT), turn), LARGEST, INTERPRETED)
+        tl.store(k8 + place, k_tile, mask=mask)
+        tl.store(v8 + place, v_tile, mask=mask)
+        v_one += _folded(v_tile.to(tl.float32), FOLD)
+        both = tl.dot(tl.trans(v_tile.to(EIGHT)), k_tile.to(EIGHT), both)
+    to = (head * parts + part).to(tl.int64)
+    tl.store(rows + to * D + channel, tl.sum(v_one, 0) / tokens)
+    tl.store(product + to * (D * D) + channel[:, None] * D + channel[None, :], both / tokens)
+
+
+@triton.jit
+def _correct_kernel(
+    exact, given, rows, k_mean, v_mean, q_factor, v_scale, descale, signs, bias, matrix,
+    PARTS: tl.constexpr, GIVEN_PARTS: tl.constexpr, D: tl.constexpr, SLAB: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """`fp8.correct` for SLAB of the channels of v of one head; exact, given [B * H, parts, D, D], rows [B * H, parts, D]."""
+    head = tl.program_id(1).to(tl.int64)
+    of_v = tl.program_id(0) * SLAB + tl.arange(0, SLAB)
+    of_k = tl.arange(0, D)
+    place = of_v[:, None] * D + of_k[None, :]
+    means = tl.load(v_mean + head * D + of_v)
+    scale = tl.load(v_scale + head * D + of_v)
+    size = tl.load(descale + head)
+    found = _sum_of_slabs(given + head * (GIVEN_PARTS * D * D), place, GIVEN_PARTS, SLAB, D)
+    # turned back in three products, since 16 bits of a number are too few where two nearly equal ones are subtracted
+    turn = tl.load(signs + of_k[:, None] * D + of_k[None, :]).to(PRODUCT)
+    first = found.to(PRODUCT)
+    rest = found - first.to(tl.float32)
+    second = rest.to(PRODUCT)
+    third = (rest - second.to(tl.float32)).to(PRODUCT)
+    found = tl.dot(first, turn, tl.dot(second, turn, tl.dot(third, turn)))
+    found *= (scale * (size * size * D**-0.5))[:, None] * tl.load(q_factor + head * D + of_k)[None, :]
+    whole = _sum_of_slabs(exact + head * (PARTS * D * D), place, PARTS, SLAB, D)
+    whole -= means[:, None] * tl.load(k_mean + head * D + of_k)[None, :]
+    to = matrix + head * (D * D) + of_k[None, :] * D + of_v[:, None]
+    tl.store(to, ((whole - found) * D**-0.5).to(matrix.dtype.element_ty))
+    given_mean = _sum_of_rows(rows + head * (GIVEN_PARTS * D), of_v, GIVEN_PARTS, D, SLAB)
+    tl.store(bias + head * D + of_v, means - scale * given_mean)
 
 
 @triton.jit
@@ -113,10 +253,7 @@ def _finish_kernel(
 
 def _product(x: Tensor) -> tl.dtype:
     """What tiles are multiplied in; Triton's interpreter, which a CPU means, cannot multiply bfloat16."""
-    if not x.is_cuda:
-        return tl.float32
-    # 8 bits are exact in both; to float16 there is an instruction
-    return tl.float16 if x.dtype == FLOAT8 else tl.bfloat16
+    return tl.bfloat16 if x.is_cuda else tl.float32
 
 
 def _shares(x: Tensor, tile: int) -> tuple[int, int]:
@@ -124,6 +261,11 @@ def _shares(x: Tensor, tile: int) -> tuple[int, int]:
     batch, tokens, heads, _ = x.shape
     share = triton.cdiv(tokens, max(1, _PROGRAMS // (batch * heads)) * tile) * tile
     return triton.cdiv(tokens, share), share
+
+
+def _fold(warps: int, tile: int, channels: int) -> int:
+    """Rows that as many warps hold at a time, eight neighbouring channels to a thread."""
+    return min(tile, warps * 32 * 8 // channels)
 
 
 @cache
@@ -136,52 +278,87 @@ def _even(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def moments(k: Tensor, v: Tensor) -> Moments:
-    """As `fp8.moments`; k, v of 16 or 8 bits."""
-    k, v = _even(k), _even(v)
+def measure(q: Tensor, k: Tensor, v: Tensor) -> Means:
+    """As `fp8.measure`."""
+    q, k, v = _even(sample(q)), _even(k), _even(v)
     batch, tokens, heads, channels = k.shape
     parts, share = _shares(k, _SMALL_TILE)
-    out = torch.empty(batch * heads, parts, channels * (4 + channels), dtype=torch.float32, device=k.device)
-    warps, neighbours = 8, 8
-    fold = min(_SMALL_TILE, warps * 32 * neighbours // channels)
-    _moments_kernel[(batch * heads, parts)](
-        k, v, out, tokens, heads, *k.stride()[:3], *v.stride()[:3], SHARE=share, D=channels, TILE=_SMALL_TILE, FOLD=fold,
-        PRODUCT=_product(k), num_warps=warps, num_stages=4, maxnreg=128,
+    q_share = triton.cdiv(q.shape[1], parts * _TILE) * _TILE
+    rows = torch.empty(batch, heads, parts, 5, channels, dtype=torch.float32, device=k.device)
+    product = torch.empty(batch, heads, parts, channels, channels, dtype=torch.float32, device=k.device)
+    _measure_kernel[(batch * heads, parts)](
+        q, k, v, rows, product, q.shape[1], tokens, heads, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        Q_SHARE=q_share, SHARE=share, D=channels, Q_TILE=_TILE, TILE=_SMALL_TILE, FOLD=_fold(8, _SMALL_TILE, channels),
+        PRODUCT=_product(k), num_warps=8, num_stages=4, maxnreg=128,
     )  # fmt: skip
-    sums = out.sum(1).unflatten(0, (batch, heads))
-    k_sum, kk, v_sum, vv, vk = sums.split([channels] * 4 + [channels**2], dim=-1)
-    return Moments.of_sums(tokens, k_sum, kk, v_sum, vv, vk.unflatten(-1, (channels, channels)))
+    return Means(rows, product)
 
 
-def quantise(x: Tensor, shift: Tensor | None, factor: Tensor, rotation: Tensor | None) -> Tensor:
-    """As `fp8.quantise`; the rotation is an orthonormal Hadamard matrix."""
-    x = _even(x)
-    batch, tokens, heads, channels = x.shape
-    # Triton's interpreter loses the carry when it rounds to float8 (7.95 becomes 4), so there torch rounds
-    out = torch.empty(x.shape, dtype=FLOAT8 if x.is_cuda else torch.float32, device=x.device)
-    # signs alone are exact in 16 bits; the 1 / sqrt(D) that makes them a rotation goes into the factor
-    signs = factor if rotation is None else _signs(x.device, channels)
-    factor = (factor if rotation is None else factor * channels**-0.5).contiguous()
-    # few programs read the signs once for many tiles and the next tile ahead; without signs, many programs of one tile
-    parts, share = (triton.cdiv(tokens, _TILE), _TILE) if rotation is None else _shares(x, _TILE)
-    _quantise_kernel[(parts, batch * heads)](
-        x, factor if shift is None else shift.contiguous(), factor, signs, out, tokens, heads, *x.stride()[:3], SHARE=share,
-        D=channels, TILE=_TILE, PRODUCT=_product(x), SHIFT=shift is not None, ROTATE=rotation is not None, num_warps=4,
+def scale(means: Means) -> Scales:
+    """As `fp8.scale`."""
+    batch, heads, parts, _, channels = means.rows.shape
+    out = torch.empty(5, batch, heads, channels, dtype=torch.float32, device=means.rows.device)
+    descale = torch.empty(batch, heads, dtype=torch.float32, device=means.rows.device)
+    _scale_kernel[(batch * heads,)](means.rows, out, descale, PARTS=parts, D=channels, RMS=RMS, TINY=TINY, num_warps=8)
+    return Scales(*out.unbind(), descale)
+
+
+def quantise_q(q: Tensor, scales: Scales) -> Tensor:
+    """As `fp8.quantise_q`."""
+    q = _even(q)
+    batch, tokens, heads, channels = q.shape
+    out = torch.empty(q.shape, dtype=FLOAT8, device=q.device)
+    # few programs read the signs once for many tiles and the next tile ahead
+    parts, share = _shares(q, _TILE)
+    _quantise_q_kernel[(parts, batch * heads)](
+        q, scales.q_factor, _signs(q.device, channels), out, tokens, heads, *q.stride()[:3], SHARE=share, D=channels, TILE=_TILE,
+        PRODUCT=_product(q), LARGEST=LARGEST, INTERPRETED=not q.is_cuda, num_warps=4,
     )  # fmt: skip
-    return out if x.is_cuda else out.clamp(-LARGEST, LARGEST).to(FLOAT8)
+    return out
 
 
-def finish(out: Tensor, scale: Tensor, bias: Tensor, q: Tensor, matrix: Tensor) -> Tensor:
-    """As `fp8.finish`; the matrix is rounded to bfloat16."""
+def quantise_kv(k: Tensor, v: Tensor, scales: Scales) -> Rounded:
+    """As `fp8.quantise_kv`."""
+    k, v = _even(k), _even(v)
+    batch, tokens, heads, channels = k.shape
+    parts, share = _shares(k, _TILE)
+    k8, v8 = (torch.empty(k.shape, dtype=FLOAT8, device=k.device) for _ in range(2))
+    rows = torch.empty(batch, heads, parts, channels, dtype=torch.float32, device=k.device)
+    product = torch.empty(batch, heads, parts, channels, channels, dtype=torch.float32, device=k.device)
+    _quantise_kv_kernel[(parts, batch * heads)](
+        k, v, scales.k_mean, scales.k_factor, scales.v_mean, scales.v_scale, _signs(k.device, channels), k8, v8, rows, product,
+        tokens, heads, *k.stride()[:3], *v.stride()[:3], SHARE=share, D=channels, TILE=_TILE, FOLD=_fold(8, _TILE, channels),
+        PRODUCT=_product(k), EIGHT=tl.float16 if k.is_cuda else tl.float32, LARGEST=LARGEST, INTERPRETED=not k.is_cuda,
+        num_warps=8, num_stages=2, maxnreg=128,
+    )  # fmt: skip
+    return Rounded(k8, v8, rows, product)
+
+
+def correct(means: Means, scales: Scales, given: Rounded) -> tuple[Tensor, Tensor]:
+    """As `fp8.correct`; the matrix in bfloat16."""
+    batch, heads, parts, _, channels = means.product.shape
+    device = means.product.device
+    bias = torch.empty(batch, heads, channels, dtype=torch.float32, device=device)
+    matrix = torch.empty(batch, heads, channels, channels, dtype=torch.bfloat16, device=device)
+    _correct_kernel[(channels // _SLAB, batch * heads)](
+        means.product, given.product, given.v_mean, scales.k_mean, scales.v_mean, scales.q_factor, scales.v_scale, scales.descale,
+        _signs(device, channels), bias, matrix, PARTS=parts, GIVEN_PARTS=given.product.shape[2], D=channels, SLAB=_SLAB,
+        PRODUCT=_product(bias), num_warps=8,
+    )  # fmt: skip
+    return bias, matrix
+
+
+def finish(out: Tensor, v_scale: Tensor, bias: Tensor, q: Tensor, matrix: Tensor) -> Tensor:
+    """As `fp8.finish`; the matrix in bfloat16."""
     given, q = _even(out), _even(q)
     batch, _, heads, channels = q.shape
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     parts, share = _shares(q, _TILE)
     _finish_kernel[(parts, batch * heads)](
-        given, scale.contiguous(), bias.contiguous(), q, matrix.to(torch.bfloat16).contiguous(), result, q.shape[1], heads,
-        *given.stride()[:3], *q.stride()[:3], SHARE=share, D=channels, TILE=_TILE, PRODUCT=_product(q), num_warps=8,
+        given, v_scale, bias, q, matrix, result, q.shape[1], heads, *given.stride()[:3], *q.stride()[:3],
+        SHARE=share, D=channels, TILE=_TILE, PRODUCT=_product(q), num_warps=8,
     )  # fmt: skip
     return result
 
 
-STEPS = Steps(moments, quantise, finish)
+STEPS = Steps(measure, scale, quantise_q, quantise_kv, correct, finish)
