@@ -54,7 +54,7 @@ class Means(NamedTuple):
     """Means over tokens, float32, in P parts whose sum they are: P programs of a GPU have one each, plain torch has P = 1.
 
     rows: of q^2 (a sample), k, k^2, v, v^2: [B, H, P, 5, D].
-    product: of v k^T, [B, H, P, D of v, D of k].
+    product: of k v^T, [B, H, P, D of k, D of v].
     """
 
     rows: Tensor
@@ -62,22 +62,23 @@ class Means(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """What rounding takes out and puts in, float32 and contiguous, [B, H, D] and for descale [B, H].
+    """What rounding takes out and puts in; [B, H, D], k_turn [B, H, D, D] and descale [B, H], contiguous, float32 or as exact.
 
-    q8 = turned(q * q_factor), k8 = turned((k - k_mean) * k_factor), v8 = (v - v_mean) / v_scale; what the softmax sees of
-    q (k - k_mean)^T is q8 k8^T * descale^2.
+    q8 = (q * q_factor) turned, k8 = k @ k_turn - k_shift, which is (k - k_mean) divided by a_c, turned and made as large as q8,
+    and v8 = (v - v_mean) * v_factor. What the softmax sees of q (k - k_mean)^T is q8 k8^T * descale^2.
     """
 
     k_mean: Tensor
     v_mean: Tensor
     q_factor: Tensor
-    k_factor: Tensor
-    v_scale: Tensor
+    k_turn: Tensor
+    k_shift: Tensor
+    v_factor: Tensor
     descale: Tensor
 
 
 class Rounded(NamedTuple):
-    """k and v in float8 [B, L, H, D], and of these the means, in parts as above: v_mean [B, H, P, D], product of v8 k8^T.
+    """k and v in float8 [B, L, H, D], and of these the means, in parts as above: v_mean [B, H, P, D], product of k8 v8^T.
 
     The mean of k8 is not among them: it moves every score of a query alike, and next to the product it and the mean of v8, two
     errors of rounding, are nothing.
@@ -109,22 +110,26 @@ def measure(q: Tensor, k: Tensor, v: Tensor) -> Means:
     """Of q [B, S, H, D], k, v [B, L, H, D]."""
     q32, k32, v32 = sample(q).float(), k.float(), v.float()
     rows = torch.stack([x.mean(1) for x in (q32 * q32, k32, k32 * k32, v32, v32 * v32)], 2)
-    return Means(rows[:, :, None], _mean_product(v32, k32))
+    return Means(rows[:, :, None], _mean_product(k32, v32))
 
 
-def _mean_product(v: Tensor, k: Tensor) -> Tensor:
-    return torch.einsum("blhe,blhd->bhed", v, k)[:, :, None] / k.shape[1]
+def _mean_product(k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("blhd,blhe->bhde", k, v)[:, :, None] / k.shape[1]
 
 
 def scale(means: Means) -> Scales:
     """Factors that make q and k equally large and give q8, k8, v8 a root mean square of 2; none is zero."""
     q_square, k_mean, k_square, v_mean, v_square = means.rows.sum(2).movedim(2, 0).contiguous().unbind()
+    channels = q_square.shape[-1]
     q_rms = q_square.clamp_min(TINY).sqrt()
     k_rms, v_rms = ((y - x * x).clamp_min(TINY).sqrt() for x, y in ((k_mean, k_square), (v_mean, v_square)))
     balance = (k_rms / q_rms).sqrt()
     descale = (q_rms * k_rms).mean(-1).sqrt() / RMS  # of q's and k's channels after balancing
-    factor = 1 / descale[..., None]
-    return Scales(k_mean, v_mean, balance * factor, factor / balance, v_rms / RMS, descale)
+    # in 16 bits, which take k as it is; q_factor makes up for what that rounds. The matrix's first column is 1 / sqrt(D)
+    k_turn = (hadamard_on(balance.device, channels) / (balance * descale[..., None])[..., None]).bfloat16().float()
+    q_factor = 1 / (k_turn[..., 0] * descale[..., None] ** 2 * math.sqrt(channels))
+    k_shift = (k_mean[..., None, :] @ k_turn)[..., 0, :]
+    return Scales(k_mean, v_mean, q_factor, k_turn, k_shift, RMS / v_rms, descale)
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -139,26 +144,25 @@ def quantise_q(q: Tensor, scales: Scales) -> Tensor:
 
 def quantise_kv(k: Tensor, v: Tensor, scales: Scales) -> Rounded:
     """k8 and v8 of `Scales`, [B, L, H, D], and their means."""
-    turn = hadamard_on(k.device, k.shape[-1])
-    k8 = rounded((k.float() - scales.k_mean[:, None]) * scales.k_factor[:, None] @ turn)
-    v8 = rounded((v.float() - scales.v_mean[:, None]) / scales.v_scale[:, None])
-    return Rounded(k8, v8, v8.float().mean(1)[:, :, None], _mean_product(v8.float(), k8.float()))
+    k8 = rounded(torch.einsum("blhd,bhdt->blht", k.float() - scales.k_mean[:, None], scales.k_turn))
+    v8 = rounded((v.float() - scales.v_mean[:, None]) * scales.v_factor[:, None])
+    return Rounded(k8, v8, v8.float().mean(1)[:, :, None], _mean_product(k8.float(), v8.float()))
 
 
 def correct(means: Means, scales: Scales, given: Rounded) -> tuple[Tensor, Tensor]:
     """What rounding k and v did: (bias [B, H, D of v], matrix [B, H, D of q, D of v]) such that bias + q matrix makes up for it."""
     channels = scales.k_mean.shape[-1]
-    exact = means.product.sum(2) - scales.v_mean[..., :, None] * scales.k_mean[..., None, :]  # cov(v, k)
-    # the same from k8 and v8, turned back; k_factor = 1 / (q_factor descale^2)
-    found = given.product.sum(2) @ hadamard_on(exact.device, channels)
-    found = found * scales.v_scale[..., :, None] * (scales.q_factor * scales.descale[..., None] ** 2)[..., None, :]
-    return scales.v_mean - scales.v_scale * given.v_mean.sum(2), (exact - found).mT / math.sqrt(channels)
+    exact = means.product.sum(2) - scales.k_mean[..., :, None] * scales.v_mean[..., None, :]  # cov(k, v)
+    # the same from k8 and v8, turned back: k_turn is q_factor's inverse, turned, over descale^2
+    found = hadamard_on(exact.device, channels) @ given.product.sum(2)
+    found = (scales.q_factor * scales.descale[..., None] ** 2)[..., :, None] * found / scales.v_factor[..., None, :]
+    return scales.v_mean - given.v_mean.sum(2) / scales.v_factor, (exact - found) / math.sqrt(channels)
 
 
-def finish(out: Tensor, v_scale: Tensor, bias: Tensor, q: Tensor, matrix: Tensor) -> Tensor:
-    """out * v_scale + bias + q @ matrix in q's dtype; out, q [B, S, H, D], v_scale, bias [B, H, D], matrix [B, H, D, D]."""
+def finish(out: Tensor, v_factor: Tensor, bias: Tensor, q: Tensor, matrix: Tensor) -> Tensor:
+    """out / v_factor + bias + q @ matrix in q's dtype; out, q [B, S, H, D], v_factor, bias [B, H, D], matrix [B, H, D, D]."""
     linear = torch.einsum("bshd,bhde->bshe", q.float(), matrix)
-    return (out.float() * v_scale[:, None] + bias[:, None] + linear).to(q.dtype).contiguous()
+    return (out.float() / v_factor[:, None] + bias[:, None] + linear).to(q.dtype).contiguous()
 
 
 def hadamard(size: int) -> Tensor:
@@ -232,7 +236,7 @@ def attend_in_fp8(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, steps: Steps)
     q8, given = steps.quantise_q(q, scales), steps.quantise_kv(k, v, scales)
     bias, matrix = steps.correct(means, scales, given)
     out, lse = attend(q8, given.k, given.v, scales.descale, scales.descale)
-    out = steps.finish(out, scales.v_scale, bias, q, matrix)
+    out = steps.finish(out, scales.v_factor, bias, q, matrix)
     if not with_lse:
         return out, lse.new_empty((0,))
     taken = torch.einsum("bshd,bhd->bhs", q.float(), scales.k_mean / math.sqrt(q.shape[-1]))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from chitu_diffusion.attention.fp8 import FLOAT8, LARGEST, RMS, TINY, Means, Rounded, Scales, Steps, hadamard, sample
 
-_TILE, _SMALL_TILE = 64, 32
+_LARGE_TILE, _TILE, _SMALL_TILE = 128, 64, 32
 _SLAB = 16
 """Channels of v that one program corrects; tensor cores take no fewer rows."""
 _PROGRAMS = 264
@@ -26,9 +26,19 @@ _PROGRAMS = 264
 
 
 @triton.jit
-def _tile(x, tokens, row, channel, x_s):
-    """Rows of one head, zero beyond its tokens."""
-    return tl.load(x + row[:, None] * x_s + channel[None, :], mask=(row < tokens)[:, None], other=0.0)
+def _tile(x, first, tokens, stride, channel, TILE: tl.constexpr):
+    """TILE rows of one head from `first` on, zero beyond its tokens. 64 bits go as far as the first row, 32 from there."""
+    row = tl.arange(0, TILE)
+    place = x + first.to(tl.int64) * stride
+    return tl.load(place + (row[:, None] * stride + channel[None, :]), mask=(first + row < tokens)[:, None], other=0.0)
+
+
+@triton.jit
+def _store_tile(out, first, tokens, stride, channel, tile):
+    """As `_tile`, the other way."""
+    row = tl.arange(0, tile.shape[0])
+    place = out + first.to(tl.int64) * stride
+    tl.store(place + (row[:, None] * stride + channel[None, :]), tile, mask=(first + row < tokens)[:, None])
 
 
 @triton.jit
@@ -41,18 +51,23 @@ def _folded(x, FOLD: tl.constexpr):
 
 
 @triton.jit
-def _float8(x, LARGEST: tl.constexpr, INTERPRETED: tl.constexpr):
-    """x [..] float32 in float8, for whose largest number the GPU's instruction takes what is above it.
+def _rounded(x, DROPPED: tl.constexpr):
+    """x without DROPPED of its 23 bits behind the point, ties to even: where the interpreter would cut them off, or worse."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits += (1 << (DROPPED - 1)) - 1 + ((bits >> DROPPED) & 1)
+    return (bits >> DROPPED << DROPPED).to(tl.float32, bitcast=True)
 
-    Triton's interpreter loses the carry when it rounds (7.95 becomes 4), and gets numbers that need no rounding here: to three
-    bits behind the point, ties to even, and to multiples of 2^-9 below 2^-6.
+
+@triton.jit
+def _float8(x, LARGEST: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x in float8. A GPU's instruction takes its largest number for what is above it.
+
+    Triton's interpreter loses the carry when it rounds (7.95 becomes 4), and gets numbers that need no rounding: three bits
+    behind the point, and below 2^-6 multiples of 2^-9, which are what is left next to 24576.
     """
     if INTERPRETED:
         x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
-        bits = x.to(tl.int32, bitcast=True)
-        bits += 0x7FFFF + ((bits >> 20) & 1)
-        coarse = (bits >> 20 << 20).to(tl.float32, bitcast=True)
-        x = tl.where(tl.abs(x) < 0.015625, x + 24576.0 - 24576.0, coarse)
+        x = tl.where(tl.abs(x) < 0.015625, x + 24576.0 - 24576.0, _rounded(x, 20))
     return x.to(tl.float8e4nv)
 
 
@@ -63,7 +78,7 @@ def _measure_kernel(
     Q_SHARE: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, Q_TILE: tl.constexpr, TILE: tl.constexpr,
     FOLD: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """This program's part of the means of q^2, k, k^2, v, v^2, [B * H, parts, 5, D], and of v k^T, [B * H, parts, D, D]."""
+    """This program's part of the means of q^2, k, k^2, v, v^2, [B * H, parts, 5, D], and of k v^T, [B * H, parts, D, D]."""
     head, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     channel = tl.max_contiguous(tl.arange(0, D), 8)  # of one thread, which is what FOLD counts on
@@ -71,8 +86,7 @@ def _measure_kernel(
     to = rows + place * (5 * D) + channel
     q_two = tl.zeros((FOLD, D), tl.float32)
     for start in range(0, Q_SHARE, Q_TILE):
-        row = part * Q_SHARE + start + tl.arange(0, Q_TILE).to(tl.int64)
-        q_tile = _tile(q + b * q_b + h * q_h, q_tokens, row, channel, q_s).to(tl.float32)
+        q_tile = _tile(q + b * q_b + h * q_h, part * Q_SHARE + start, q_tokens, q_s, channel, Q_TILE).to(tl.float32)
         q_two += _folded(q_tile * q_tile, FOLD)
     tl.store(to, tl.sum(q_two, 0) / q_tokens)
     k_one = tl.zeros((FOLD, D), tl.float32)
@@ -81,10 +95,9 @@ def _measure_kernel(
     v_two = tl.zeros((FOLD, D), tl.float32)
     both = tl.zeros((D, D), tl.float32)
     for start in range(0, SHARE, TILE):
-        row = part * SHARE + start + tl.arange(0, TILE).to(tl.int64)
-        k_tile = _tile(k + b * k_b + h * k_h, tokens, row, channel, k_s).to(PRODUCT)
-        v_tile = _tile(v + b * v_b + h * v_h, tokens, row, channel, v_s).to(PRODUCT)
-        both = tl.dot(tl.trans(v_tile), k_tile, both)
+        k_tile = _tile(k + b * k_b + h * k_h, part * SHARE + start, tokens, k_s, channel, TILE).to(PRODUCT)
+        v_tile = _tile(v + b * v_b + h * v_h, part * SHARE + start, tokens, v_s, channel, TILE).to(PRODUCT)
+        both = tl.dot(tl.trans(k_tile), v_tile, both)
         k_wide, v_wide = k_tile.to(tl.float32), v_tile.to(tl.float32)
         k_one += _folded(k_wide, FOLD)
         k_two += _folded(k_wide * k_wide, FOLD)
@@ -108,19 +121,20 @@ def _sum_of_rows(parts, place, PARTS: tl.constexpr, STRIDE: tl.constexpr, D: tl.
 
 
 @triton.jit
-def _sum_of_slabs(parts, place, PARTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
-    """Over PARTS slabs [ROWS, D] of as many [D, D]."""
-    total = tl.zeros((ROWS, D), tl.float32)
+def _sum_of_slabs(parts, place, PARTS: tl.constexpr, D: tl.constexpr, SLAB: tl.constexpr):
+    """Over PARTS slabs [D, SLAB] of as many [D, D]."""
+    total = tl.zeros((D, SLAB), tl.float32)
     for first in range(0, PARTS, 8):
-        part = first + tl.arange(0, 8)
-        inside = (part < PARTS)[:, None, None]
-        total += tl.sum(tl.load(parts + part[:, None, None] * (D * D) + place[None, :, :], mask=inside, other=0.0), 0)
+        for part in tl.static_range(8):  # of which all loads are under way at a time
+            total += tl.load(parts + (first + part) * (D * D) + place, mask=first + part < PARTS, other=0.0)
     return total
 
 
 @triton.jit
-def _scale_kernel(rows, out, descale, PARTS: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr, TINY: tl.constexpr):
-    """`fp8.scale` of one head: from rows [B * H, PARTS, 5, D] to out [5, B * H, D] and descale [B * H]."""
+def _scale_kernel(
+    rows, signs, out, k_turn, descale, PARTS: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr, TINY: tl.constexpr
+):  # fmt: skip
+    """`fp8.scale` of one head: from rows [B * H, PARTS, 5, D] to out [5, B * H, D], k_turn [B * H, D, D], descale [B * H]."""
     head, heads = tl.program_id(0), tl.num_programs(0)
     channel = tl.arange(0, D)
     rows += head.to(tl.int64) * (PARTS * 5 * D)
@@ -133,14 +147,18 @@ def _scale_kernel(rows, out, descale, PARTS: tl.constexpr, D: tl.constexpr, RMS:
     k_rms = tl.sqrt(tl.maximum(k_square - k_mean * k_mean, TINY))
     v_rms = tl.sqrt(tl.maximum(v_square - v_mean * v_mean, TINY))
     balance = tl.sqrt(k_rms / q_rms)
-    both = tl.sqrt(tl.sum(q_rms * k_rms, 0) / D)
+    size = tl.sqrt(tl.sum(q_rms * k_rms, 0) / D) / RMS
+    k_factor = _rounded(D**-0.5 / (balance * size), 16)  # to bfloat16
+    place = channel[:, None] * D + channel[None, :]
+    turn = tl.load(signs + place).to(tl.float32) * k_factor[:, None]
     to = out + head * D + channel
+    tl.store(k_turn + head.to(tl.int64) * (D * D) + place, turn.to(k_turn.dtype.element_ty))
     tl.store(to, k_mean)
     tl.store(to + heads * D, v_mean)
-    tl.store(to + 2 * heads * D, balance * (RMS / both))
-    tl.store(to + 3 * heads * D, (RMS / both) / balance)
-    tl.store(to + 4 * heads * D, v_rms / RMS)
-    tl.store(descale + head, both / RMS)
+    tl.store(to + 2 * heads * D, D**-0.5 / (k_factor * size * size))
+    tl.store(to + 3 * heads * D, tl.sum(turn * k_mean[:, None], 0))
+    tl.store(to + 4 * heads * D, RMS / v_rms)
+    tl.store(descale + head, size)
 
 
 @triton.jit
@@ -157,43 +175,46 @@ def _quantise_q_kernel(
     times = (tl.load(factor + head * D + channel) * D**-0.5)[None, :]
     turn = tl.load(signs + channel[:, None] * D + channel[None, :]).to(PRODUCT)
     for start in range(0, SHARE, TILE):
-        row = part * SHARE + start + tl.arange(0, TILE).to(tl.int64)
-        tile = _tile(q + b * q_b + h * q_h, tokens, row, channel, q_s).to(tl.float32) * times
-        tile = tl.dot(tile.to(PRODUCT), turn)
-        place = ((b * tokens + row[:, None]) * heads + h) * D + channel[None, :]
-        tl.store(out + place, _float8(tile, LARGEST, INTERPRETED), mask=(row < tokens)[:, None])
+        first = part * SHARE + start
+        tile = _tile(q + b * q_b + h * q_h, first, tokens, q_s, channel, TILE).to(tl.float32) * times
+        tile = _float8(tl.dot(tile.to(PRODUCT), turn), LARGEST, INTERPRETED)
+        _store_tile(out + (b * tokens * heads + h) * D, first, tokens, heads * D, channel, tile)
 
 
 @triton.jit
 def _quantise_kv_kernel(
-    k, v, k_mean, k_factor, v_mean, v_scale, signs, k8, v8, rows, product, tokens, heads, k_b, k_s, k_h, v_b, v_s, v_h,
+    k, v, k_turn, k_shift, v_mean, v_factor, k8, v8, rows, product, tokens, heads, k_b, k_s, k_h, v_b, v_s, v_h,
     SHARE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, FOLD: tl.constexpr, PRODUCT: tl.constexpr, EIGHT: tl.constexpr,
     LARGEST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """float8 of ((k - mean) * factor) @ signs / sqrt(D) and of (v - mean) / scale, both [B, L, H, D] contiguous, and of these
-    this program's part of the means of v8, [B * H, parts, D], and of v8 k8^T, [B * H, parts, D, D]. EIGHT multiplies float8.
+    """float8 of k @ k_turn - k_shift and of (v - mean) * factor, both [B, L, H, D] contiguous, and of these this program's part
+    of the means of v8, [B * H, parts, D], and of k8 v8^T, [B * H, parts, D, D]. EIGHT multiplies float8, exactly.
+
+    Registers decide here: the product takes 64 of a thread's 128. So k goes to the tensor cores as it is read, and is kept as
+    k^T, which fills both groups of four warps with half a tile and, rounded, is the product's left side where it stands.
     """
     head, part, parts = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    channel = tl.max_contiguous(tl.arange(0, D), 8)
+    channel = tl.max_contiguous(tl.arange(0, D), 8)  # of one thread, which is what FOLD counts on
     at = head * D + channel
-    k_times, v_times = (tl.load(k_factor + at) * D**-0.5)[None, :], (1.0 / tl.load(v_scale + at))[None, :]
-    k_plus, v_plus = -tl.load(k_mean + at)[None, :] * k_times, -tl.load(v_mean + at)[None, :] * v_times
-    turn = tl.load(signs + channel[:, None] * D + channel[None, :]).to(PRODUCT)
+    turn = tl.trans(tl.load(k_turn + head.to(tl.int64) * (D * D) + channel[:, None] * D + channel[None, :]).to(PRODUCT))
+    shift = -tl.load(k_shift + at)[:, None]
+    out = (b * tokens * heads + h) * D
     v_one = tl.zeros((FOLD, D), tl.float32)
     both = tl.zeros((D, D), tl.float32)
     for start in range(0, SHARE, TILE):
-        row = part * SHARE + start + tl.arange(0, TILE).to(tl.int64)
-        mask = (row < tokens)[:, None]
-        place = ((b * tokens + row[:, None]) * heads + h) * D + channel[None, :]
-        k_tile = _tile(k + b * k_b + h * k_h, tokens, row, channel, k_s).to(tl.float32) * k_times + k_plus
-        v_tile = _tile(v + b * v_b + h * v_h, tokens, row, channel, v_s).to(tl.float32) * v_times + v_plus
-        v_tile = _float8(tl.where(mask, v_tile, 0.0), LARGEST, INTERPRETED)  # beyond the tokens nothing, in the product too
-        k_tile = _float8(tl.dot(k_tile.to(PRODUCT), turn), LARGEST, INTERPRETED)
-        tl.store(k8 + place, k_tile, mask=mask)
-        tl.store(v8 + place, v_tile, mask=mask)
+        first = part * SHARE + start
+        k_tile = _tile(k + b * k_b + h * k_h, first, tokens, k_s, channel, TILE).to(PRODUCT)
+        v_tile = _tile(v + b * v_b + h * v_h, first, tokens, v_s, channel, TILE).to(tl.float32)
+        # both are read again for every tile: there are no registers for them to wait in
+        v_tile = (v_tile - tl.load(v_mean + at)[None, :]) * tl.load(v_factor + at)[None, :]
+        inside = first + tl.arange(0, TILE) < tokens
+        v_tile = _float8(tl.where(inside[:, None], v_tile, 0.0), LARGEST, INTERPRETED)  # nothing beyond, in the product too
+        _store_tile(v8 + out, first, tokens, heads * D, channel, v_tile)
         v_one += _folded(v_tile.to(tl.float32), FOLD)
-        both = tl.dot(tl.trans(v_tile.to(EIGHT)), k_tile.to(EIGHT), both)
+        k_tile = _float8(tl.dot(turn, tl.trans(k_tile)) + shift, LARGEST, INTERPRETED)
+        _store_tile(k8 + out, first, tokens, heads * D, channel, tl.trans(k_tile))
+        both = tl.dot(k_tile.to(EIGHT), v_tile.to(EIGHT), both)
     to = (head * parts + part).to(tl.int64)
     tl.store(rows + to * D + channel, tl.sum(v_one, 0) / tokens)
     tl.store(product + to * (D * D) + channel[:, None] * D + channel[None, :], both / tokens)
@@ -201,45 +222,44 @@ def _quantise_kv_kernel(
 
 @triton.jit
 def _correct_kernel(
-    exact, given, rows, k_mean, v_mean, q_factor, v_scale, descale, signs, bias, matrix,
+    exact, given, rows, k_mean, v_mean, q_factor, v_factor, descale, signs, bias, matrix,
     PARTS: tl.constexpr, GIVEN_PARTS: tl.constexpr, D: tl.constexpr, SLAB: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """`fp8.correct` for SLAB of the channels of v of one head; exact, given [B * H, parts, D, D], rows [B * H, parts, D]."""
     head = tl.program_id(1).to(tl.int64)
     of_v = tl.program_id(0) * SLAB + tl.arange(0, SLAB)
     of_k = tl.arange(0, D)
-    place = of_v[:, None] * D + of_k[None, :]
+    place = of_k[:, None] * D + of_v[None, :]
     means = tl.load(v_mean + head * D + of_v)
-    scale = tl.load(v_scale + head * D + of_v)
+    scale = 1.0 / tl.load(v_factor + head * D + of_v)
     size = tl.load(descale + head)
-    found = _sum_of_slabs(given + head * (GIVEN_PARTS * D * D), place, GIVEN_PARTS, SLAB, D)
+    found = _sum_of_slabs(given + head * (GIVEN_PARTS * D * D), place, GIVEN_PARTS, D, SLAB)
     # turned back in three products, since 16 bits of a number are too few where two nearly equal ones are subtracted
     turn = tl.load(signs + of_k[:, None] * D + of_k[None, :]).to(PRODUCT)
-    first = found.to(PRODUCT)
-    rest = found - first.to(tl.float32)
-    second = rest.to(PRODUCT)
-    third = (rest - second.to(tl.float32)).to(PRODUCT)
-    found = tl.dot(first, turn, tl.dot(second, turn, tl.dot(third, turn)))
-    found *= (scale * (size * size * D**-0.5))[:, None] * tl.load(q_factor + head * D + of_k)[None, :]
-    whole = _sum_of_slabs(exact + head * (PARTS * D * D), place, PARTS, SLAB, D)
-    whole -= means[:, None] * tl.load(k_mean + head * D + of_k)[None, :]
-    to = matrix + head * (D * D) + of_k[None, :] * D + of_v[:, None]
-    tl.store(to, ((whole - found) * D**-0.5).to(matrix.dtype.element_ty))
+    high = found.to(PRODUCT)
+    rest = found - high.to(tl.float32)
+    middle = rest.to(PRODUCT)
+    low = (rest - middle.to(tl.float32)).to(PRODUCT)
+    found = tl.dot(turn, high, tl.dot(turn, middle, tl.dot(turn, low)))
+    found *= tl.load(q_factor + head * D + of_k)[:, None] * (scale * (size * size * D**-0.5))[None, :]
+    whole = _sum_of_slabs(exact + head * (PARTS * D * D), place, PARTS, D, SLAB)
+    whole -= tl.load(k_mean + head * D + of_k)[:, None] * means[None, :]
+    tl.store(matrix + head * (D * D) + place, ((whole - found) * D**-0.5).to(matrix.dtype.element_ty))
     given_mean = _sum_of_rows(rows + head * (GIVEN_PARTS * D), of_v, GIVEN_PARTS, D, SLAB)
     tl.store(bias + head * D + of_v, means - scale * given_mean)
 
 
 @triton.jit
 def _finish_kernel(
-    given, scale, bias, q, matrix, out, tokens, heads, g_b, g_s, g_h, q_b, q_s, q_h,
+    given, factor, bias, q, matrix, out, tokens, heads, g_b, g_s, g_h, q_b, q_s, q_h,
     SHARE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """given * scale + bias + q @ matrix for this program's share of the tokens; out [B, S, H, D] contiguous."""
+    """given / factor + bias + q @ matrix for this program's share of the tokens; out [B, S, H, D] contiguous."""
     head, part = tl.program_id(1), tl.program_id(0)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     channel = tl.arange(0, D)
     turn = tl.load(matrix + head.to(tl.int64) * D * D + channel[:, None] * D + channel[None, :]).to(PRODUCT)
-    times, plus = tl.load(scale + head * D + channel)[None, :], tl.load(bias + head * D + channel)[None, :]
+    times, plus = 1.0 / tl.load(factor + head * D + channel)[None, :], tl.load(bias + head * D + channel)[None, :]
     for start in range(0, SHARE, TILE):
         row = part * SHARE + start + tl.arange(0, TILE).to(tl.int64)
         mask = (row < tokens)[:, None]
@@ -283,24 +303,29 @@ def measure(q: Tensor, k: Tensor, v: Tensor) -> Means:
     q, k, v = _even(sample(q)), _even(k), _even(v)
     batch, tokens, heads, channels = k.shape
     parts, share = _shares(k, _SMALL_TILE)
-    q_share = triton.cdiv(q.shape[1], parts * _TILE) * _TILE
+    q_share = triton.cdiv(q.shape[1], parts * _LARGE_TILE) * _LARGE_TILE
     rows = torch.empty(batch, heads, parts, 5, channels, dtype=torch.float32, device=k.device)
     product = torch.empty(batch, heads, parts, channels, channels, dtype=torch.float32, device=k.device)
     _measure_kernel[(batch * heads, parts)](
         q, k, v, rows, product, q.shape[1], tokens, heads, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        Q_SHARE=q_share, SHARE=share, D=channels, Q_TILE=_TILE, TILE=_SMALL_TILE, FOLD=_fold(8, _SMALL_TILE, channels),
+        Q_SHARE=q_share, SHARE=share, D=channels, Q_TILE=_LARGE_TILE, TILE=_SMALL_TILE, FOLD=_fold(8, _SMALL_TILE, channels),
         PRODUCT=_product(k), num_warps=8, num_stages=4, maxnreg=128,
     )  # fmt: skip
     return Means(rows, product)
 
 
 def scale(means: Means) -> Scales:
-    """As `fp8.scale`."""
+    """As `fp8.scale`; k_turn in bfloat16."""
     batch, heads, parts, _, channels = means.rows.shape
-    out = torch.empty(5, batch, heads, channels, dtype=torch.float32, device=means.rows.device)
-    descale = torch.empty(batch, heads, dtype=torch.float32, device=means.rows.device)
-    _scale_kernel[(batch * heads,)](means.rows, out, descale, PARTS=parts, D=channels, RMS=RMS, TINY=TINY, num_warps=8)
-    return Scales(*out.unbind(), descale)
+    device = means.rows.device
+    out = torch.empty(5, batch, heads, channels, dtype=torch.float32, device=device)
+    turn = torch.empty(batch, heads, channels, channels, dtype=torch.bfloat16, device=device)
+    descale = torch.empty(batch, heads, dtype=torch.float32, device=device)
+    _scale_kernel[(batch * heads,)](
+        means.rows, _signs(device, channels), out, turn, descale, PARTS=parts, D=channels, RMS=RMS, TINY=TINY, num_warps=8
+    )
+    k_mean, v_mean, q_factor, k_shift, v_factor = out.unbind()
+    return Scales(k_mean, v_mean, q_factor, turn, k_shift, v_factor, descale)
 
 
 def quantise_q(q: Tensor, scales: Scales) -> Tensor:
@@ -321,15 +346,15 @@ def quantise_kv(k: Tensor, v: Tensor, scales: Scales) -> Rounded:
     """As `fp8.quantise_kv`."""
     k, v = _even(k), _even(v)
     batch, tokens, heads, channels = k.shape
-    parts, share = _shares(k, _TILE)
+    parts, share = _shares(k, _SMALL_TILE)
     k8, v8 = (torch.empty(k.shape, dtype=FLOAT8, device=k.device) for _ in range(2))
     rows = torch.empty(batch, heads, parts, channels, dtype=torch.float32, device=k.device)
     product = torch.empty(batch, heads, parts, channels, channels, dtype=torch.float32, device=k.device)
     _quantise_kv_kernel[(parts, batch * heads)](
-        k, v, scales.k_mean, scales.k_factor, scales.v_mean, scales.v_scale, _signs(k.device, channels), k8, v8, rows, product,
-        tokens, heads, *k.stride()[:3], *v.stride()[:3], SHARE=share, D=channels, TILE=_TILE, FOLD=_fold(8, _TILE, channels),
+        k, v, scales.k_turn, scales.k_shift, scales.v_mean, scales.v_factor, k8, v8, rows, product, tokens, heads,
+        *k.stride()[:3], *v.stride()[:3], SHARE=share, D=channels, TILE=_SMALL_TILE, FOLD=_fold(8, _SMALL_TILE, channels),
         PRODUCT=_product(k), EIGHT=tl.float16 if k.is_cuda else tl.float32, LARGEST=LARGEST, INTERPRETED=not k.is_cuda,
-        num_warps=8, num_stages=2, maxnreg=128,
+        num_warps=8, num_stages=3, maxnreg=128,
     )  # fmt: skip
     return Rounded(k8, v8, rows, product)
 
@@ -341,21 +366,21 @@ def correct(means: Means, scales: Scales, given: Rounded) -> tuple[Tensor, Tenso
     bias = torch.empty(batch, heads, channels, dtype=torch.float32, device=device)
     matrix = torch.empty(batch, heads, channels, channels, dtype=torch.bfloat16, device=device)
     _correct_kernel[(channels // _SLAB, batch * heads)](
-        means.product, given.product, given.v_mean, scales.k_mean, scales.v_mean, scales.q_factor, scales.v_scale, scales.descale,
+        means.product, given.product, given.v_mean, scales.k_mean, scales.v_mean, scales.q_factor, scales.v_factor, scales.descale,
         _signs(device, channels), bias, matrix, PARTS=parts, GIVEN_PARTS=given.product.shape[2], D=channels, SLAB=_SLAB,
         PRODUCT=_product(bias), num_warps=8,
     )  # fmt: skip
     return bias, matrix
 
 
-def finish(out: Tensor, v_scale: Tensor, bias: Tensor, q: Tensor, matrix: Tensor) -> Tensor:
+def finish(out: Tensor, v_factor: Tensor, bias: Tensor, q: Tensor, matrix: Tensor) -> Tensor:
     """As `fp8.finish`; the matrix in bfloat16."""
     given, q = _even(out), _even(q)
     batch, _, heads, channels = q.shape
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     parts, share = _shares(q, _TILE)
     _finish_kernel[(parts, batch * heads)](
-        given, v_scale, bias, q, matrix, result, q.shape[1], heads, *given.stride()[:3], *q.stride()[:3],
+        given, v_factor, bias, q, matrix, result, q.shape[1], heads, *given.stride()[:3], *q.stride()[:3],
         SHARE=share, D=channels, TILE=_TILE, PRODUCT=_product(q), num_warps=8,
     )  # fmt: skip
     return result
