@@ -211,23 +211,22 @@ def errors(bench: Bench, shape: Shape, cases: tuple[str, ...]) -> list[dict[str,
 def float8_steps(bench: Bench, shape: Shape) -> list[dict[str, Any]]:
     """Where the time of float8 attention goes, and how near Triton's steps are to plain torch's."""
     q, k, v = bench.inputs(shape, "mean")
-    steps, turn = fp8.steps_on(bench.device), fp8.hadamard(shape.head_dim).to(bench.device)
-    moments = steps.moments(k, v)
-    one = torch.ones_like(moments.k_mean)
-    q8, k8, v8 = (steps.quantise(x, None, one, None) for x in (q, k, v))
-    square, flat = moments.vk, torch.ones_like(moments.k_mean[..., 0])
+    steps = fp8.steps_on(bench.device)
+    means = steps.measure(q, k, v)
+    scales = steps.scale(means)
+    q8, given = steps.quantise_q(q, scales), steps.quantise_kv(k, v, scales)
+    bias, matrix = steps.correct(means, scales, given)
     small = [x[:, : min(shape.tokens, 1000), :2].contiguous() for x in (q, k, v)]
     exact, ours = (fp8.attend_in_fp8(*small, False, some)[0].float() for some in (fp8.PLAIN, steps))
     print(f"triton against plain torch: {float((ours - exact).norm() / exact.norm()):.4f} relative (0.01 would be much)\n")
     parts: dict[str, Callable[[], object]] = {
-        "moments of k and v": lambda: steps.moments(k, v),
-        "mean square of q": lambda: fp8.mean_square(q),
-        "quantise q, turned": lambda: steps.quantise(q, None, one, turn),
-        "quantise k, centred and turned": lambda: steps.quantise(k, moments.k_mean, one, turn),
-        "quantise v, centred": lambda: steps.quantise(v, moments.v_mean, one, None),
-        "moments of float8 k and v": lambda: steps.moments(k8, v8),
-        "attention": lambda: fp8.attend(q8, k8, v8, flat, flat),
-        "finish": lambda: steps.finish(q, one, one, q, square),
+        "measure q, k, v": lambda: steps.measure(q, k, v),
+        "scale": lambda: steps.scale(means),
+        "quantise q": lambda: steps.quantise_q(q, scales),
+        "quantise and measure k, v": lambda: steps.quantise_kv(k, v, scales),
+        "correct": lambda: steps.correct(means, scales, given),
+        "attention": lambda: fp8.attend(q8, given.k, given.v, scales.descale, scales.descale),
+        "finish": lambda: steps.finish(q, None, q, scales, bias, matrix),
         "all": lambda: KERNELS["fa3_fp8"](q, k, v),
     }
     names = ("kernel", "ms", "error")

@@ -26,10 +26,9 @@ class Built:
     spilled: int
 
 
-def loop(ptx: str) -> str:
-    """The code of a kernel's only loop: from a label to the branch back to it."""
-    (found,) = re.findall(r"(\$L__BB\d+_\d+):(.*?)\bbra(?:\.uni)?\s+\1;", ptx, re.DOTALL)
-    return str(found[1])
+def loops(ptx: str) -> list[str]:
+    """The code of a kernel's loops, none in another: from a label to the branch back to it."""
+    return [str(body) for _, body in re.findall(r"(\$L__BB\d+_\d+):(.*?)\bbra(?:\.uni)?\s+\1;", ptx, re.DOTALL)]
 
 
 def build(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], folder: Path, **options: int) -> Built:

@@ -62,7 +62,7 @@ class Means(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """What rounding takes out and puts in; [B, H, D], k_turn [B, H, D, D] and descale [B, H], contiguous, float32 or as exact.
+    """What rounding takes out and puts in, contiguous: float32 [B, H, D], descale [B, H], and in bfloat16 k_turn [B, H, D, D].
 
     q8 = (q * q_factor) turned, k8 = k @ k_turn - k_shift, which is (k - k_mean) divided by a_c, turned and made as large as q8,
     and v8 = (v - v_mean) * v_factor. What the softmax sees of q (k - k_mean)^T is q8 k8^T * descale^2.
@@ -98,7 +98,7 @@ class Steps(NamedTuple):
     quantise_q: Callable[[Tensor, Scales], Tensor]
     quantise_kv: Callable[[Tensor, Tensor, Scales], Rounded]
     correct: Callable[[Means, Scales, Rounded], tuple[Tensor, Tensor]]
-    finish: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    finish: Callable[[Tensor, Tensor | None, Tensor, Scales, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def sample(q: Tensor) -> Tensor:
@@ -126,9 +126,9 @@ def scale(means: Means) -> Scales:
     balance = (k_rms / q_rms).sqrt()
     descale = (q_rms * k_rms).mean(-1).sqrt() / RMS  # of q's and k's channels after balancing
     # in 16 bits, which take k as it is; q_factor makes up for what that rounds. The matrix's first column is 1 / sqrt(D)
-    k_turn = (hadamard_on(balance.device, channels) / (balance * descale[..., None])[..., None]).bfloat16().float()
-    q_factor = 1 / (k_turn[..., 0] * descale[..., None] ** 2 * math.sqrt(channels))
-    k_shift = (k_mean[..., None, :] @ k_turn)[..., 0, :]
+    k_turn = (hadamard_on(balance.device, channels) / (balance * descale[..., None])[..., None]).bfloat16()
+    q_factor = 1 / (k_turn[..., 0].float() * descale[..., None] ** 2 * math.sqrt(channels))
+    k_shift = (k_mean[..., None, :] @ k_turn.float())[..., 0, :]
     return Scales(k_mean, v_mean, q_factor, k_turn, k_shift, RMS / v_rms, descale)
 
 
@@ -144,13 +144,13 @@ def quantise_q(q: Tensor, scales: Scales) -> Tensor:
 
 def quantise_kv(k: Tensor, v: Tensor, scales: Scales) -> Rounded:
     """k8 and v8 of `Scales`, [B, L, H, D], and their means."""
-    k8 = rounded(torch.einsum("blhd,bhdt->blht", k.float() - scales.k_mean[:, None], scales.k_turn))
+    k8 = rounded(torch.einsum("blhd,bhdt->blht", k.float() - scales.k_mean[:, None], scales.k_turn.float()))
     v8 = rounded((v.float() - scales.v_mean[:, None]) * scales.v_factor[:, None])
     return Rounded(k8, v8, v8.float().mean(1)[:, :, None], _mean_product(k8.float(), v8.float()))
 
 
 def correct(means: Means, scales: Scales, given: Rounded) -> tuple[Tensor, Tensor]:
-    """What rounding k and v did: (bias [B, H, D of v], matrix [B, H, D of q, D of v]) such that bias + q matrix makes up for it."""
+    """bias [B, H, D of v] and matrix [B, H, D of q, D of v] such that bias + q matrix makes up for what rounding k and v did."""
     channels = scales.k_mean.shape[-1]
     exact = means.product.sum(2) - scales.k_mean[..., :, None] * scales.v_mean[..., None, :]  # cov(k, v)
     # the same from k8 and v8, turned back: k_turn is q_factor's inverse, turned, over descale^2
@@ -159,10 +159,15 @@ def correct(means: Means, scales: Scales, given: Rounded) -> tuple[Tensor, Tenso
     return scales.v_mean - given.v_mean.sum(2) / scales.v_factor, (exact - found) / math.sqrt(channels)
 
 
-def finish(out: Tensor, v_factor: Tensor, bias: Tensor, q: Tensor, matrix: Tensor) -> Tensor:
-    """out / v_factor + bias + q @ matrix in q's dtype; out, q [B, S, H, D], v_factor, bias [B, H, D], matrix [B, H, D, D]."""
+def finish(out: Tensor, lse: Tensor | None, q: Tensor, scales: Scales, bias: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """out / v_factor + bias + q @ matrix in q's dtype, and lse + q . k_mean / sqrt(D); out, q [B, S, H, D], lse [B, H, S] or None,
+    of which nothing comes back but an empty tensor; bias and matrix as `correct` gives them.
+    """
     linear = torch.einsum("bshd,bhde->bshe", q.float(), matrix)
-    return (out.float() / v_factor[:, None] + bias[:, None] + linear).to(q.dtype).contiguous()
+    whole = (out.float() / scales.v_factor[:, None] + bias[:, None] + linear).to(q.dtype).contiguous()
+    if lse is None:
+        return whole, bias.new_empty((0,))
+    return whole, lse + torch.einsum("bshd,bhd->bhs", q.float(), scales.k_mean / math.sqrt(q.shape[-1]))
 
 
 def hadamard(size: int) -> Tensor:
@@ -236,11 +241,7 @@ def attend_in_fp8(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, steps: Steps)
     q8, given = steps.quantise_q(q, scales), steps.quantise_kv(k, v, scales)
     bias, matrix = steps.correct(means, scales, given)
     out, lse = attend(q8, given.k, given.v, scales.descale, scales.descale)
-    out = steps.finish(out, scales.v_factor, bias, q, matrix)
-    if not with_lse:
-        return out, lse.new_empty((0,))
-    taken = torch.einsum("bshd,bhd->bhs", q.float(), scales.k_mean / math.sqrt(q.shape[-1]))
-    return out, lse + taken
+    return steps.finish(out, lse if with_lse else None, q, scales, bias, matrix)
 
 
 @torch.library.custom_op("chitu::fa3_fp8", mutates_args=())

@@ -251,10 +251,12 @@ def _correct_kernel(
 
 @triton.jit
 def _finish_kernel(
-    given, factor, bias, q, matrix, out, tokens, heads, g_b, g_s, g_h, q_b, q_s, q_h,
-    SHARE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PRODUCT: tl.constexpr,
+    given, factor, bias, q, matrix, k_mean, lse, out, out_lse, tokens, heads, g_b, g_s, g_h, q_b, q_s, q_h,
+    SHARE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PRODUCT: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """given / factor + bias + q @ matrix for this program's share of the tokens; out [B, S, H, D] contiguous."""
+    """given / factor + bias + q @ matrix for this program's share of the tokens, out [B, S, H, D] contiguous; if LSE is set, also
+    lse + q . k_mean / sqrt(D), both [B, H, S] contiguous.
+    """
     head, part = tl.program_id(1), tl.program_id(0)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     channel = tl.arange(0, D)
@@ -269,6 +271,10 @@ def _finish_kernel(
         tile += out8.to(tl.float32) * times + plus
         place = ((b * tokens + row[:, None]) * heads + h) * D + channel[None, :]
         tl.store(out + place, tile.to(out.dtype.element_ty), mask=mask)
+        if LSE:
+            taken = tl.sum(q_tile.to(tl.float32) * tl.load(k_mean + head * D + channel)[None, :], 1) * D**-0.5
+            at = head.to(tl.int64) * tokens + row
+            tl.store(out_lse + at, tl.load(lse + at, mask=row < tokens, other=0.0) + taken, mask=row < tokens)
 
 
 def _product(x: Tensor) -> tl.dtype:
@@ -315,7 +321,7 @@ def measure(q: Tensor, k: Tensor, v: Tensor) -> Means:
 
 
 def scale(means: Means) -> Scales:
-    """As `fp8.scale`; k_turn in bfloat16."""
+    """As `fp8.scale`."""
     batch, heads, parts, _, channels = means.rows.shape
     device = means.rows.device
     out = torch.empty(5, batch, heads, channels, dtype=torch.float32, device=device)
@@ -366,24 +372,26 @@ def correct(means: Means, scales: Scales, given: Rounded) -> tuple[Tensor, Tenso
     bias = torch.empty(batch, heads, channels, dtype=torch.float32, device=device)
     matrix = torch.empty(batch, heads, channels, channels, dtype=torch.bfloat16, device=device)
     _correct_kernel[(channels // _SLAB, batch * heads)](
-        means.product, given.product, given.v_mean, scales.k_mean, scales.v_mean, scales.q_factor, scales.v_factor, scales.descale,
-        _signs(device, channels), bias, matrix, PARTS=parts, GIVEN_PARTS=given.product.shape[2], D=channels, SLAB=_SLAB,
-        PRODUCT=_product(bias), num_warps=8,
+        means.product, given.product, given.v_mean, scales.k_mean, scales.v_mean, scales.q_factor, scales.v_factor,
+        scales.descale, _signs(device, channels), bias, matrix, PARTS=parts, GIVEN_PARTS=given.product.shape[2], D=channels,
+        SLAB=_SLAB, PRODUCT=_product(bias), num_warps=8,
     )  # fmt: skip
     return bias, matrix
 
 
-def finish(out: Tensor, v_factor: Tensor, bias: Tensor, q: Tensor, matrix: Tensor) -> Tensor:
+def finish(out: Tensor, lse: Tensor | None, q: Tensor, scales: Scales, bias: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """As `fp8.finish`; the matrix in bfloat16."""
     given, q = _even(out), _even(q)
-    batch, _, heads, channels = q.shape
+    batch, tokens, heads, channels = q.shape
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    whole_lse = torch.empty((0,) if lse is None else (batch, heads, tokens), dtype=torch.float32, device=q.device)
     parts, share = _shares(q, _TILE)
     _finish_kernel[(parts, batch * heads)](
-        given, v_factor, bias, q, matrix, result, q.shape[1], heads, *given.stride()[:3], *q.stride()[:3],
-        SHARE=share, D=channels, TILE=_TILE, PRODUCT=_product(q), num_warps=8,
+        given, scales.v_factor, bias, q, matrix, scales.k_mean, bias if lse is None else lse.contiguous(), result, whole_lse,
+        tokens, heads, *given.stride()[:3], *q.stride()[:3], SHARE=share, D=channels, TILE=_TILE, PRODUCT=_product(q),
+        LSE=lse is not None, num_warps=8, maxnreg=128,
     )  # fmt: skip
-    return result
+    return result, whole_lse
 
 
 STEPS = Steps(measure, scale, quantise_q, quantise_kv, correct, finish)
