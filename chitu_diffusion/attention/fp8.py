@@ -80,8 +80,7 @@ class Scales(NamedTuple):
 class Rounded(NamedTuple):
     """k and v in float8 [B, L, H, D], and of these the means, in parts as above: v_mean [B, H, P, D], product of k8 v8^T.
 
-    The mean of k8 is not among them: it moves every score of a query alike, and next to the product it and the mean of v8, two
-    errors of rounding, are nothing.
+    Both means would be taken out of the product, but each is an error of rounding, and what they make together is nothing.
     """
 
     k: Tensor
@@ -160,8 +159,9 @@ def correct(means: Means, scales: Scales, given: Rounded) -> tuple[Tensor, Tenso
 
 
 def finish(out: Tensor, lse: Tensor | None, q: Tensor, scales: Scales, bias: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """out / v_factor + bias + q @ matrix in q's dtype, and lse + q . k_mean / sqrt(D); out, q [B, S, H, D], lse [B, H, S] or None,
-    of which nothing comes back but an empty tensor; bias and matrix as `correct` gives them.
+    """out / v_factor + bias + q @ matrix in q's dtype, and lse + q . k_mean / sqrt(D).
+
+    out, q are [B, S, H, D], lse is [B, H, S], or None, which comes back as an empty tensor; bias and matrix as of `correct`.
     """
     linear = torch.einsum("bshd,bhde->bshe", q.float(), matrix)
     whole = (out.float() / scales.v_factor[:, None] + bias[:, None] + linear).to(q.dtype).contiguous()
