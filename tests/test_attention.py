@@ -154,7 +154,7 @@ TRITON_AGAINST_PLAIN = """
 import torch
 from chitu_diffusion.attention import fp8, fp8_triton
 torch.set_num_threads(1)
-for batch, tokens, keys, heads, channels in ((2, 100, 150, 2, 64), (1, 600, 65, 1, 128)):
+for batch, tokens, keys, heads, channels in ((2, 100, 150, 2, 64), (1, 600, 1101, 1, 128)):
     q = torch.randn(batch, tokens, 3, heads, channels).bfloat16()[:, :, 1]
     k = (torch.randn(batch, heads, keys, channels) + 4 * torch.randn(channels)).bfloat16().transpose(1, 2)
     v = torch.randn(batch, keys, heads, channels).bfloat16()
