@@ -67,7 +67,7 @@ class InferSettings(Settings):
         "auto", description="of weights and matrix products; auto: float32 on CPU, bfloat16 on a GPU"
     )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; None leaves torch's own choice")
-    fused: bool = Field(True, description="on a GPU, one kernel for each norm, gate, turn or GELU between two matrix products")
+    fused: bool = Field(True, description="on a GPU, one kernel for each norm, gate, turn or GELU, and the text attention")
     compile: bool = Field(False, description="torch.compile the transformer's blocks: seconds once for each size, then faster")
     quant: Literal["none", "fp8"] = Field("none", description="linear layers in 8 bits: lossy; faster from Ada and Hopper on")
     quant_keep: str = Field(

@@ -1,7 +1,8 @@
-"""What stands between the matrix products of a transformer block: norms, gates, rotary turns, GELU, rounding to 8 bits.
+"""What stands between the matrix products of a transformer block: norms, gates, rotary turns, GELU, rounding to 8 bits, and
+the attention to a text of few rows.
 
 Each function is plain torch, and with `fused=True` one Triton kernel that reads and writes every number once
-(`chitu_diffusion.models.fused_triton`). Both work in float32 and round where diffusers rounds: the stream after a
+(`chitu_diffusion.models.fused_triton`, `text_triton`). Both work in float32 and round where diffusers rounds: the stream after a
 residual, q and k after their norm and again after the turn. They differ by the order of float32 sums alone: some 1e-7
 before the last rounding, so that one result in some hundreds falls to the neighbouring bfloat16.
 """
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chitu_diffusion.attention.kernels import sdpa, sdpa_weighted
+
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
 """Largest number of 4 exponent and 3 mantissa bits (e4m3fn)."""
@@ -25,7 +28,7 @@ _SMALLEST_AMAX = 1e-12
 HAS_TRITON = find_spec("triton") is not None
 """Whether Triton can be imported; torch for CUDA brings it along."""
 if HAS_TRITON:
-    from chitu_diffusion.models import fused_triton
+    from chitu_diffusion.models import fused_triton, text_triton
 
 Affine = tuple[Tensor, Tensor]
 """(weight, bias) after a norm, each [dim] or [B, 1, dim]."""
@@ -155,6 +158,36 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = (part[:, None, :] for part in rope)  # [S, 1, head_dim / 2]
     even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def has_text_attention(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
+    """Whether the kernel of `text_attention` multiplies heads of that size in that dtype.
+
+    A GPU's float32 is left to torch: the kernel's exact products have no matrix units there.
+    """
+    return head_dim in (16, 32, 64, 128) and (dtype.itemsize == 2 or device.type == "cpu")
+
+
+def text_attention(
+    q: Tensor, weight: Tensor, eps: float, k: Tensor, v: Tensor, bias: Tensor | None = None, *, fused: bool = False
+) -> Tensor:
+    """RMSNorm of q over all heads, rounded to the keys' dtype, and its attention to the rows of a text.
+
+    Args:
+        q: [B, S, heads * head_dim], as projected.
+        weight: of the norm, [heads * head_dim].
+        eps: added to the mean square.
+        k, v: [B, L, heads, head_dim] in one dtype, k normed.
+        bias: [B, L] or [1, L] float32, added to the scores, see `sdpa_weighted`; None for none.
+        fused: one kernel, which never writes the normed queries; needs `has_text_attention`.
+
+    Returns:
+        [B, S, heads, head_dim] in v's dtype.
+    """
+    if fused:
+        return text_triton.text_attention(q, weight, k, v, bias, eps)
+    q = F.rms_norm(q.to(weight.dtype), weight.shape, weight, eps).unflatten(2, k.shape[2:]).to(v.dtype)
+    return sdpa(q, k, v) if bias is None else sdpa_weighted(q, k, v, bias)
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, *, float8: bool = False, fused: bool = False) -> Tensor | Float8Rows:

@@ -199,7 +199,7 @@ def residual_norm(
     gate = None if gate is None else _by_batch(gate, batch)
     weight, bias = (None if each is None else _by_batch(each, batch) for each in (weight, bias))
     head, tail, options = launch_row(dim)
-    with _on(x):
+    with on_device(x):
         _residual_norm[(rows, batch)](
             x,
             x if added is None else added.contiguous(),
@@ -262,7 +262,7 @@ def qk_norm_rotate(
     q, k = q.contiguous(), k.contiguous()
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     block, per_program, options = launch(dim)
-    with _on(q):
+    with on_device(q):
         _qk_norm_rotate[(triton.cdiv(rows, per_program), batch)](
             q,
             k,
@@ -302,7 +302,7 @@ def activation(x: Tensor, bias: Tensor | None, gelu: bool, quantise: bool) -> tu
     x, dim = x.contiguous(), x.shape[-1]
     out, scale = _like(x, FLOAT8 if quantise else x.dtype), _scales(x, quantise)
     head, tail, options = launch_row(dim)
-    with _on(x):
+    with on_device(x):
         _activation[(x.numel() // dim,)](
             x,
             x if bias is None else bias,
@@ -371,5 +371,5 @@ def launch(dim: int) -> tuple[int, int, dict[str, int]]:
     return (block, 4, options) if block <= 2048 else (block, 1, options | {"maxnreg": 64})
 
 
-def _on(x: Tensor) -> AbstractContextManager[object]:
+def on_device(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -5,10 +5,11 @@ whoever runs a task, never to the network, so that tasks can take turns on one n
 prompt, guidance or task.
 
 Padding. Wan pads every prompt to 512 rows, and the padding takes part in the attention: n equal rows. Only one of them
-is projected and kept. How it counts n times depends on the kernel: on a CPU the scores take a bias of log n, in float32,
-and the attention runs over the few rows that differ. Flash kernels on a GPU (cuDNN, FlashAttention-3) take no bias, and
-those that do cost more than 512 keys against 512 without; there the kept row is copied n times on the way into the
-attention, 10 MB a block at 14B, which is nothing beside a block. Either equals the padded text within rounding.
+is projected and kept. How it counts n times depends on the kernel: where the scores take a bias of log n in float32 (a CPU's
+kernel, and the fused one of `text_triton`), the attention runs over the few rows that differ. Flash kernels on a GPU (cuDNN,
+FlashAttention-3) take no bias, and those that do cost more than 512 keys against 512 without; there the kept row is copied n
+times on the way into the attention, 10 MB a block at 14B, which is nothing beside a block. Either equals the padded text
+within rounding, and whoever asks for the keys says which, at every forward.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class PreparedText:
 
     Attributes:
         rows: [B, L, dim], projected text, in the dtype in which the blocks multiply.
-        positions: how many rows stand before the attention; where more than L, copies of the last row make up the rest.
-        bias: see `TextKeys`; rows are weighted in place of being copied.
+        positions: how many rows the text stands for; where more than L, the rest are equal to the last row.
+        bias: see `TextKeys`; where positions are more than L it says the same as copies of the last row would.
         keep: whether a block's keys stay for the next forward. They hold for as long as the network's weights and the
             autocast setting do.
     """
@@ -53,20 +54,21 @@ class PreparedText:
     keep: bool = False
     _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
-    def keys(self, block: int, make: Callable[[Tensor], tuple[Tensor, Tensor]]) -> TextKeys:
+    def keys(self, block: int, make: Callable[[Tensor], tuple[Tensor, Tensor]], weighted: bool = False) -> TextKeys:
         """The keys of a block, made when they are first asked for: that is when a streamed block's weights are there.
 
         Args:
             block: its index.
             make: rows [B, L, dim] -> k, v, each [B, L, heads, head_dim].
+            weighted: whether the attention takes a bias; else rows that stand for many are copied.
         """
         k, v = self._kept.get(block) or make(self.rows)
         if self.keep:
             self._kept[block] = (k, v)
         missing = self.positions - k.shape[1]
-        if missing:
-            k, v = (torch.cat([x, x[:, -1:].expand(-1, missing, -1, -1)], dim=1) for x in (k, v))
-        return TextKeys(k, v, self.bias)
+        if not missing or (weighted and self.bias is not None):
+            return TextKeys(k, v, self.bias)
+        return TextKeys(*(torch.cat([x, x[:, -1:].expand(-1, missing, -1, -1)], dim=1) for x in (k, v)))
 
     @property
     def bytes(self) -> int:
@@ -87,20 +89,18 @@ def rows_that_differ(text: Tensor) -> int:
 
 
 def fold(text: Tensor, rows: int | None = None) -> tuple[Tensor, int, Tensor | None]:
-    """The rows of a padded text [B, N, D] that differ, how many stand for them, and their bias (see the file's head).
+    """The rows of a padded text [B, N, D] that differ, how many they stand for, and their bias (see the file's head).
 
     Args:
         rows: of `rows_that_differ`, where it is known.
 
     Returns:
-        text [B, rows, D], positions, bias [1, rows] float32 or None.
+        text [B, rows, D], N, bias [1, rows] float32 or None.
     """
     rows = rows_that_differ(text) if rows is None else rows
-    count = text.shape[1] - rows + 1
-    if count == 1:
-        return text, rows, None
-    if text.device.type != "cpu":
-        return text[:, :rows], text.shape[1], None
-    bias = torch.zeros(1, rows)
-    bias[:, -1] = math.log(count)
-    return text[:, :rows], rows, bias
+    positions = text.shape[1]
+    if rows == positions:
+        return text, positions, None
+    bias = torch.zeros(1, rows, device=text.device)
+    bias[:, -1].fill_(math.log(positions - rows + 1))  # not a copy from the CPU, which would wait for the device
+    return text[:, :rows], positions, bias

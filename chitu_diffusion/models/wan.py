@@ -194,7 +194,7 @@ class WanTransformer(nn.Module):
         self,
         latent: Tensor,
         timestep: Tensor,
-        text: Tensor,
+        text: Tensor | PreparedText,
         *,
         attention: AttentionFn = sdpa,
         cache: StepCache = NO_CACHE,
@@ -206,7 +206,7 @@ class WanTransformer(nn.Module):
         Args:
             latent: [B, C, T, H, W]; T, H, W multiples of the patch.
             timestep: [B] (or [1], for all), 0 to 1000, any dtype.
-            text: [B, L, text_dim], the text encoder's output.
+            text: [B, L, text_dim], the text encoder's output, or of `prepare_text`.
             attention: self-attention, in layout [B, S, heads, head_dim].
             cache: asked at the sites whose level is among `cache.levels`.
             blocks: yields this network's blocks in order, each ready to run: for whoever streams them to the device.
@@ -219,7 +219,8 @@ class WanTransformer(nn.Module):
             ValueError: shapes that do not fit the network or each other.
         """
         embedded = self.embed(latent, timestep, text)
-        embedded.text.bias = text_bias
+        if text_bias is not None:
+            embedded = replace(embedded, text=replace(embedded.text, bias=text_bias))
         tokens = self.run_blocks(embedded, attention=attention, cache=cache, blocks=blocks)
         return self.unpatchify(self.head(tokens, embedded.time), embedded.grid)
 
@@ -402,7 +403,8 @@ class WanTransformer(nn.Module):
     def _run_block(
         self, block: WanBlock, index: int, embedded: Embedded, attention: AttentionFn, cache: StepCache
     ) -> Tensor:
-        text = embedded.text.keys(index, block.text_keys)
+        weighted = block.weighs_text(embedded.tokens, embedded.text.rows.dtype)
+        text = embedded.text.keys(index, block.text_keys, weighted)
         if self.compiled:
             let_length_vary(text)
         inputs = (embedded.tokens, text, embedded.modulation, embedded.rope, attention)

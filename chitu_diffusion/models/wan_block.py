@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chitu_diffusion.attention.kernels import AttentionFn, sdpa, sdpa_weighted
+from chitu_diffusion.attention.kernels import AttentionFn, sdpa
 from chitu_diffusion.flexcache.seam import Level
 from chitu_diffusion.models.fused import (
     Float8Rows,
@@ -21,9 +21,11 @@ from chitu_diffusion.models.fused import (
     can_fuse,
     gelu,
     has_linear_gelu,
+    has_text_attention,
     layer_norm,
     linear_gelu,
     norm_and_rotate,
+    text_attention,
 )
 from chitu_diffusion.models.prepared_text import TextKeys
 from chitu_diffusion.models.quant import wants_float8
@@ -49,7 +51,7 @@ class WanAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.head_dim = heads, dim // heads
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
@@ -66,12 +68,11 @@ class WanAttention(nn.Module):
         v = self.to_v(x).unflatten(2, (self.heads, -1))
         return q.to(v.dtype), k.to(v.dtype), v
 
-    def over_text(self, x: Activation, text: TextKeys) -> Tensor:
+    def over_text(self, x: Activation, text: TextKeys, fused: bool) -> Tensor:
         """x [B, S, dim] attends to the keys of a text; [B, S, dim]."""
-        q = self.norm_q(self.to_q(x).to(self.norm_q.weight.dtype)).unflatten(2, (self.heads, -1)).to(text.v.dtype)
-        if text.bias is None:
-            return self.out(sdpa(q, text.k, text.v))
-        return self.out(sdpa_weighted(q, text.k, text.v, text.bias))
+        fused = fused and has_text_attention(text.v.dtype, text.v.device, self.head_dim)
+        eps = cast(float, self.norm_q.eps)
+        return self.out(text_attention(self.to_q(x), self.norm_q.weight, eps, *text, fused=fused))
 
     def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised keys (in the norm's dtype) and values of x [B, L, dim], each [B, L, heads, head_dim]."""
@@ -181,6 +182,12 @@ class WanBlock(nn.Module):
         k, v = self.attn2.keys(rows)
         return k.to(v.dtype), v
 
+    def weighs_text(self, tokens: Tensor, dtype: torch.dtype) -> bool:
+        """Whether the attention of `tokens` to a text of `dtype` takes rows with a bias, where else they are copied."""
+        if tokens.device.type == "cpu":
+            return True
+        return self._fuses(tokens) and has_text_attention(dtype, tokens.device, self.attn2.head_dim)
+
     def modulate(self, modulation: Tensor) -> tuple[Tensor, ...]:
         """(shift, scale, gate) of the self-attention, then of the feed-forward; six of [B, 1, dim] float32."""
         return (self.scale_shift_table.float() + modulation.float()).chunk(6, dim=1)
@@ -211,14 +218,14 @@ class WanBlock(nn.Module):
             if attended is not None:
                 tokens = add_gated(tokens, self.attn1.out(attended), shifts[2], fused=fused)
             x = self._before_text(tokens, dtype)
-        added, after = self.attn2.over_text(x, text), (1 + shifts[4], shifts[3])
+        added, after = self.attn2.over_text(x, text, fused), (1 + shifts[4], shifts[3])
         to_8 = wants_float8(self.ffn.net[0].proj)
         tokens, x = add_gated_norm(tokens, added, None, after, self.eps, dtype, float8=to_8, fused=fused)
         return add_gated(tokens, self.ffn(x, fused), shifts[5], fused=fused)
 
     def cross_attention(self, tokens: Tensor, text: TextKeys) -> Tensor:
         """What the attention to the text gives, [B, S, dim]. It has neither gate nor modulation."""
-        return self.attn2.over_text(self._before_text(tokens, text.v.dtype), text)
+        return self.attn2.over_text(self._before_text(tokens, text.v.dtype), text, self._fuses(tokens))
 
     def feed_forward(self, tokens: Tensor, modulation: Tensor, dtype: torch.dtype) -> Tensor:
         """What the feed-forward gives before its gate, [B, S, dim]."""
