@@ -4,9 +4,10 @@
     python benchmarks/block.py --model Wan2.1-T2V-14B --layers 8
     python benchmarks/block.py --small --device cpu              a toy network, in seconds; "compiled" is then traced only
 
-Random weights, one guidance branch, batch 1. Times are medians by CUDA events; the first call of each variant is reported
-apart. The error is that of the velocity against the same weights in float32. Results are written after every section to
-benchmarks/results/; a section that fails is reported there and the rest goes on. Knows the transformer; no text, VAE or steps.
+Random weights, one guidance branch, batch 1, a text of 130 rows padded to 512. Times are medians by CUDA events; the
+first call of each variant is reported apart. The error is that of the velocity against the same weights in float32. Results
+are written after every section to benchmarks/results/; a section that fails is reported there and the rest goes on. Knows the
+transformer; no text, VAE or steps.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import copy
 import datetime
 import json
+import math
 import statistics
 import time
 import traceback
@@ -56,6 +58,7 @@ VARIANTS = [
     ("compiled", False, True, False),
     ("compiled fp8", False, True, True),
 ]
+TEXT_ROWS, TEXT_POSITIONS = 130, 512  # a prompt, or Wan's negative one, with its padding
 SHARES = {  # by parts of kernels' names; the first that fits, else element-wise
     "element-wise": ("triton_poi", "triton_red", "triton_per"),
     "attention": ("flash", "fmha", "sdpa", "attention", "attn"),
@@ -78,11 +81,12 @@ class Bench:
         with self.device:
             self.network = WanTransformer(self.config).eval().requires_grad_(False)
             self.latent, self.time = torch.randn(1, *shape).to(self.dtype), torch.full((1,), 500.0)
-            self.text = torch.randn(1, 8 if asked.small else 512, self.config.text_dim).to(self.dtype)
+            self.text = torch.randn(1, TEXT_POSITIONS, self.config.text_dim).to(self.dtype)
+            self.text[:, TEXT_ROWS - 1 :] = 0
         for name, parameter in self.network.named_parameters():
             if set(name.split(".")).isdisjoint(KEEP_FLOAT32):
                 parameter.data = parameter.data.to(self.dtype)
-        self.prepared = self.network.prepare_text(self.text, self.text.shape[1])
+        self.prepared = self.network.prepare_text(self.text, TEXT_ROWS)
         patch = self.config.patch_size
         self.tokens = self.latent[0, 0].numel() // (patch[0] * patch[1] * patch[2])
         self.float8: list[Float8Linear] = []
@@ -228,6 +232,9 @@ def kernels(bench: Bench) -> None:
         ("gelu, 8 bits", lambda f: fused.gelu(wide, float8=True, fused=f), (item + 1) * wide.numel()),
         ("8 bits", lambda f: fused.quantise(x, fused=f), (item + 1) * x.numel()),
     ]
+    if fused.has_text_attention(bench.dtype, bench.device, dim // heads):
+        for name, rows in (("text attention", TEXT_ROWS), ("text attention, no padding", TEXT_POSITIONS)):
+            cases.append((name, text_attention(bench, x, heads, rows), 2 * item * x.numel()))
     can = fused.can_fuse(x)
     for name, work, size in cases:
         row: dict[str, Any] = {"name": name, "twin_ms": bench.ms(lambda work=work: work(False))}
@@ -236,6 +243,51 @@ def kernels(bench: Bench) -> None:
             apart = relative_error(widest(work(True)), widest(work(False)))
             row |= {"fused_ms": ms, "gb_per_s": size / ms / 1e6, "relative_difference": apart}
         bench.add("kernels", **row)
+
+
+def text_attention(bench: Bench, x: Tensor, heads: int, rows: int) -> Callable[[bool], Tensor]:
+    """Work(fused) of the queries' norm and the cross-attention: over a padded text, or over its `rows` that differ."""
+    with bench.device:
+        k, v = (torch.randn(1, rows, heads, x.shape[-1] // heads).to(x.dtype) for _ in range(2))
+        weight, bias = torch.rand(x.shape[-1]).to(x.dtype), torch.zeros(1, rows)
+    missing = TEXT_POSITIONS - rows
+    bias[:, -1] = math.log(missing + 1)
+    k_all, v_all = (torch.cat([each, each[:, -1:].expand(-1, missing, -1, -1)], dim=1) for each in (k, v))
+
+    def work(fuse: bool) -> Tensor:
+        if fuse:
+            return fused.text_attention(x, weight, 1e-6, k, v, bias, fused=True)
+        return fused.text_attention(x, weight, 1e-6, k_all, v_all)
+
+    return work
+
+
+def text_launches(bench: Bench, heads: int, rows: int) -> None:
+    """Ways to start the text attention: how many tokens and keys, which warps, and programs that share a tile's heads."""
+    ours = fused.text_triton
+    own = ours.launch_text
+    with bench.device:
+        x = torch.randn(1, bench.tokens, 128 * heads).to(bench.dtype)
+    work = text_attention(bench, x, heads, rows)
+    expected = work(False)
+    bench.add("text launches", heads=heads, rows=rows, today=True, ms=bench.ms(lambda: work(False)))
+    chosen = own(1, bench.tokens, rows, heads, 128, x.dtype)
+    looped = chosen._replace(unroll=False, stages=3)
+    ways = [chosen, looped, looped._replace(stages=2), *(chosen._replace(parts=parts) for parts in (2, 4))]
+    ways += [chosen._replace(keys=128), chosen._replace(tile=64, warps=4), chosen._replace(tile=64, warps=8)]
+    ways += [looped._replace(tile=64, warps=4, stages=stages) for stages in (3, 2)]
+    for way in dict.fromkeys(ways):
+        row: dict[str, Any] = {"heads": heads, "rows": rows, **way._asdict(), "chosen": way == chosen}
+        ours.launch_text = lambda *_, way=way: way
+        try:
+            row["ms"] = bench.ms(lambda: work(True))
+            row["gb_per_s"] = 2e-6 * x.dtype.itemsize * x.numel() / row["ms"]
+            row["relative_difference"] = relative_error(work(True), expected)
+        except Exception as error:  # too much shared memory, most of all
+            row["failed"] = str(error).splitlines()[0][:80]
+        finally:
+            ours.launch_text = own
+        bench.add("text launches", **row)
 
 
 def launches(bench: Bench) -> None:
@@ -322,7 +374,9 @@ def variant(bench: Bench, name: str, fuse: bool, compile_: bool, in_float8: bool
     if bench.reference is not None:
         row["relative_error"] = relative_error(velocity, bench.reference)
     embedded = bench.network.embed(bench.latent, bench.time, bench.prepared)
-    block, text = network.blocks[1], embedded.text.keys(1, network.blocks[1].text_keys)
+    block = network.blocks[1]
+    weighted = block.weighs_text(embedded.tokens, embedded.text.rows.dtype)
+    text = embedded.text.keys(1, block.text_keys, weighted)
     row["block_ms"] = bench.ms(lambda: block(embedded.tokens, text, embedded.modulation, embedded.rope, bench.attention))
     bench.add("forwards", **row)
     if bench.cuda:
@@ -364,6 +418,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     bench = Bench(parser.parse_args())
     if bench.asked.tune:
+        for heads, rows in ((12, TEXT_ROWS), (40, TEXT_ROWS), (12, 127), (12, 40)):
+            name = f"text launches, {heads} heads, {rows} rows"
+            bench.section(name, lambda heads=heads, rows=rows: text_launches(bench, heads, rows))
         return bench.section("launches", lambda: launches(bench))
     bench.section("kernels", lambda: kernels(bench))
     bench.section("products", lambda: products(bench))

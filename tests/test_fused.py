@@ -256,5 +256,5 @@ def test_benchmark_runs_small_on_a_cpu(tmp_path: Path) -> None:
     data = json.loads(file.read_text())
     assert [row["name"] for row in data["forwards"]] == ["plain", "fused fp8"]
     assert data["forwards"][0]["relative_error"] < 1e-6 < data["forwards"][1]["relative_error"] < 0.1
-    assert data["failures"] == {} and len(data["kernels"]) == 10 and len(data["products"]) == 3
+    assert data["failures"] == {} and len(data["kernels"]) == 12 and len(data["products"]) == 3
     assert file.with_suffix(".md").read_text().startswith("# Blocks: small on cpu")
