@@ -33,6 +33,7 @@ lane() { # GPUs, then words
     local own=${word%%:*} sections=${word#*:} limit=
     [[ $own == *@* ]] && limit=${own#*@} own=${own%@*}
     case $own in
+      check) say "${limit:-60}" check python3 -m benchmarks.gpu_check ;;
       kernels) say "${limit:-60}" kernels python3 -m benchmarks.kernels --out "$results" ;;
       block) say "${limit:-90}" block python3 -m benchmarks.block --seconds $((${limit:-90} - 30)) --out "$results" ;;
       tune) say "${limit:-45}" tune python3 -m benchmarks.block --tune --out "$results" ;;

@@ -31,6 +31,7 @@ from chitu_diffusion.models.prepared_text import TextKeys
 from chitu_diffusion.models.quant import wants_float8
 from chitu_diffusion.models.wan_config import WanConfig
 
+_FEW_ROWS = 256
 Rope = tuple[Tensor, Tensor]  # (cos, sin), each [S, head_dim / 2] float32
 Activation = Tensor | Float8Rows  # what enters a matrix product: 8 bits only where its layer wants them
 Ask = Callable[[Level, Callable[[], Tensor], Tensor], Tensor]  # (level, compute, entering tokens) -> module output
@@ -70,6 +71,8 @@ class WanAttention(nn.Module):
 
     def over_text(self, x: Activation, text: TextKeys, fused: bool) -> Tensor:
         """x [B, S, dim] attends to the keys of a text; [B, S, dim]."""
+        # many rows that all differ are left to torch, whose kernels are made for them
+        fused = fused and (text.bias is not None or text.k.shape[1] <= _FEW_ROWS)
         fused = fused and has_text_attention(text.v.dtype, text.v.device, self.head_dim)
         eps = cast(float, self.norm_q.eps)
         return self.out(text_attention(self.to_q(x), self.norm_q.weight, eps, *text, fused=fused))
