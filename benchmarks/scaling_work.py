@@ -110,7 +110,10 @@ class Case:
         generator = torch.Generator().manual_seed(1)
         shape = (1, *spec.geometry.latent_shape(frames, height, width))
         self.latent = torch.randn(shape, generator=generator).to(device)
-        self.text = torch.randn(2, TEXT_ROWS, self.config.text_dim, generator=generator).to(device, dtype)
+        text = torch.randn(2, TEXT_ROWS, self.config.text_dim, generator=generator)
+        for branch, rows in enumerate((40, 130)):  # of a prompt and of a negative one; zeros behind, as an encoder gives them
+            text[branch, rows:] = 0
+        self.text = text.to(device, dtype)
         self.time = torch.tensor(500.0)
 
     def backend(self, network: WanTransformer, groups: RankGroups) -> DiffusionBackend:
