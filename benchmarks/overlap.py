@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.overlap
 
-Kernels that spread their tiles over all multiprocessors beforehand (FlashAttention-3 without a mask, large matrix products)
-end later by as long as a multiprocessor was taken when they began. Milliseconds of each alone and of both at once; one line each.
+FlashAttention-3 spreads its tiles over all multiprocessors beforehand, so one that is taken when it begins could hold up the
+whole; its variants with a margin or with lengths (which share tiles out as they go) stand beside it. Milliseconds of each alone and
+of both at once; one line each.
 """
 
 from __future__ import annotations

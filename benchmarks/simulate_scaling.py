@@ -5,7 +5,7 @@
 Takes kernel times and link times as `benchmarks.scaling` measured them, and the traffic that `parallel.traffic` states. A
 block is its attention (one call, or one a hop of the ring), the rest of it, packing for Ulysses, and what its exchanges
 cost: those of Ulysses in full, or, where they go in pieces, the first that comes and the last that goes and what the others'
-work does not hide, a hop of the ring as far as it outlasts the hop's kernel, and what that kernel was seen to lose with a
+work does not hide, a hop of the ring as far as it outlasts the hop's kernel, and what a kernel was seen to lose with a
 transfer beside it. All kernels are scaled by one factor, so that one GPU's step is what was measured (long runs clock lower
 than short ones). Nothing else is fitted: the two-GPU predictions are checked against the measurement. Writes a table, JSON
 and a plot beside the input.
@@ -202,7 +202,8 @@ class Study:
         # the other pieces are packed while the first travels; three of the four copies of a block are packing
         others = sequences * pieces - 1
         packing = others * self._time("pack", tokens=own, ulysses=plan.ulysses) * PACKED / pieces
-        late = others * sum(max(0.0, part - kernel / pieces) for part in (first, last))
+        beside = kernel / pieces
+        late = others * sum(max(0.0, part - beside) + self.disturbance * min(part, beside) for part in (first, last))
         return (max(0.0, first - packing) + last + late) / sequences
 
     def best(self, world: int) -> Prediction:
