@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 -m benchmarks.overlap
 
 FlashAttention-3 spreads its tiles over all multiprocessors beforehand, so one that is taken when it begins could hold up the
-whole; its variants with a margin or with lengths (which share tiles out as they go) stand beside it. Milliseconds of each alone and
-of both at once; one line each.
+whole; its variants with a margin or with lengths (which share tiles out as they go) stand beside it. Milliseconds of each
+alone and of both at once; one line each.
 """
 
 from __future__ import annotations
