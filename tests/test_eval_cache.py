@@ -79,6 +79,12 @@ def test_an_evaluation_goes_on_where_it_stopped(tiny_folder, tmp_path, monkeypat
     again, _ = evaluate(config, videos, work, chosen=chosen[:2], settings=own)
     assert [line.psnr for line in again] == [line.psnr for line in first[:3]]
 
+    # a row that a dying machine left empty is made again
+    next(file for file in work.glob("*.json") if json.loads(file.read_text())["setting"] == "steps=3").write_text("")
+    with pytest.raises(ZeroDivisionError):
+        evaluate(config, videos, work, chosen=chosen[:2], settings=own)
+    assert made[-1]["num_inference_steps"] == 3
+
 
 def row(setting: str, prompt: str = "a", **values) -> Row:
     return Row(setting, prompt, 0, **values)
@@ -144,11 +150,15 @@ def test_every_strategy_stands_in_the_table() -> None:
         (("--settings", "steps=x"), "steps=30 would do"),
         (("--settings", "kernel=mat"), "Did you mean 'math'"),
         (("--prompts", "none.txt"), "--prompts none.txt"),
+        (("--prompts", "0"), "a number from 1"),
+        (("-o", __file__), f"-o {__file__}: "),
+        (("--work", __file__), f"--work {__file__}: "),
         (("--seeds", "3..1"), "a rising range"),
     ],
 )
-def test_bad_settings_are_told_before_anything_is_loaded(chitu, monkeypatch, flags, said) -> None:
+def test_bad_settings_are_told_before_anything_is_loaded(chitu, monkeypatch, tmp_path, flags, said) -> None:
     monkeypatch.setattr(cache_table, "Workers", None)
+    monkeypatch.chdir(tmp_path)
     code, _, err = chitu("eval", "cache", *flags)
     assert code == 2 and said in err, err
 

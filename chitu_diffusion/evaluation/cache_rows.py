@@ -87,11 +87,14 @@ class Place:
         return self._file(FULL, video, "").with_suffix(".npy")
 
     def known(self, setting: str, video: Video) -> Row | None:
-        """The row, if it is there and had no error."""
+        """The row, if it is there, whole, and had no error."""
         file = self.row(setting, video)
         if not file.exists() or (setting == FULL and not self.frames(video).exists()):
             return None
-        row = Row(**json.loads(file.read_text(encoding="utf-8")))
+        try:
+            row = Row(**json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            return None  # damaged, as by a machine that went off: made anew
         return row if row.error is None else None
 
     def _file(self, setting: str, video: Video, calibration: str) -> Path:

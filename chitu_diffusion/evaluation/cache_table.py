@@ -101,7 +101,9 @@ def videos_for(prompts: str, seeds: str) -> list[Video]:
         UsageError: neither a number nor a readable file with a line in it, or no seeds.
     """
     numbers = parse_seeds(seeds) or [0]
-    if prompts.isascii() and prompts.isdigit() and int(prompts) > 0:
+    if prompts.isascii() and prompts.isdigit():
+        if int(prompts) == 0:
+            raise UsageError("--prompts 0: a number from 1, or a text file with one prompt a line would do", field="prompts")
         asked: list[tuple[str, Any]] = [(said, asdict(words)) for said, words in held_out_prompts(int(prompts), PROMPT_SEED)]
     else:
         asked = [(prompt, None) for prompt in read_prompts(prompts)]

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from chitu_diffusion.errors import UsageError
+
 app = typer.Typer(no_args_is_help=True, help="Measure videos: adherence to the prompt, fidelity to a reference.")
 
 
@@ -92,6 +94,8 @@ def cache(
     videos = videos_for(prompts, seeds)
     chosen = list(dict.fromkeys(settings or SETTINGS))
     check_settings(chosen)
+    _make_folder("-o", output)
+    _make_folder("--work", work or output / "work")
     config, _ = load_config(flags={"models.name": model, "infer.device": device, "infer.dtype": dtype})
     asked: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
 
@@ -104,3 +108,11 @@ def cache(
     )
     write_results(lines, about, output)
     print((output / "cache.json").read_text(encoding="utf-8") if json_ else f"{table(lines)}\n{output}/cache.json, .md, .png")
+
+
+def _make_folder(flag: str, folder: Path) -> None:
+    """Before any work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{flag} {folder}: {error.strerror or error}; another folder would do", field="output") from error
