@@ -208,6 +208,8 @@ def main(words: list[str] | None = None) -> Report:
     parser.add_argument("--small", action="store_true", help="three steps of a small video: only to see that it works")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     asked = parser.parse_args(words)
+    if not any(asked.ways in name for name in WAYS if name != REFERENCE):
+        raise SystemExit(f"--ways {asked.ways}: in no way's name; there are: {'; '.join(WAYS)}")
     torch.backends.cudnn.allow_tf32 = False  # the reference's convolutions too are float32
     facts = machine(torch.device(asked.device))
     kind = "fidelity-small" if asked.small else "fidelity"

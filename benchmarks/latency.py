@@ -89,7 +89,11 @@ def main(words: list[str] | None = None) -> Report:
     """Runs the sections that were asked for and fit the budget."""
     began, asked = time.monotonic(), parsed(words)
     missing = offer_flash_attention_3()  # before anything imports diffusers
-    from benchmarks.sections import Latency
+    from benchmarks.sections import EVERY, Latency
+
+    unknown = [name for name in asked.without if name not in EVERY]
+    if unknown:
+        raise SystemExit(f"--without {' '.join(unknown)}: no such variant; there are: {', '.join(EVERY)}")
 
     torch._dynamo.config.recompile_limit = 64  # every variant compiles the same function anew
     device = torch.device(asked.device)

@@ -114,6 +114,9 @@ def exchanges(size: int) -> dict[str, tuple[Work, Work]]:
 
 def main() -> None:
     """The command line."""
+    if torch.cuda.device_count() < 2 or os.environ.get("WORLD_SIZE") != "2":
+        found = f"{torch.cuda.device_count()} GPUs, {os.environ.get('WORLD_SIZE', '1')} process(es)"
+        raise SystemExit(f"{found}: it takes two of each: torchrun --nproc-per-node 2 -m benchmarks.overlap")
     rank = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))

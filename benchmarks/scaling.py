@@ -37,6 +37,7 @@ from benchmarks.scaling_work import (
 )
 from benchmarks.simulate_scaling import needed_shapes
 from chitu_diffusion.config import rank_place
+from chitu_diffusion.errors import UsageError
 from chitu_diffusion.models.spec import resolve_model
 from chitu_diffusion.models.wan import WanTransformer
 from chitu_diffusion.parallel.groups import RankGroups
@@ -103,9 +104,9 @@ class Model:
 
     def layout(self, word: str) -> dict[str, Any]:
         """One layout of all ranks; "u2@8" allows NCCL 8 of a GPU's multiprocessors."""
-        word, _, blocks = word.partition("@")
-        plan = plan_for(self.ranks.world, self.case.config.num_attention_heads, **parse_layout(word))
-        groups = self.ranks.layout(plan, blocks=int(blocks) if blocks else None)
+        plain, blocks = layout_and_blocks(word)
+        plan = plan_for(self.ranks.world, self.case.config.num_attention_heads, **parse_layout(plain))
+        groups = self.ranks.layout(plan, blocks=blocks)
         backend = self.case.backend(self.weights(), groups)
         work = self.case.step(backend)
         with counted(groups) as sent:
@@ -301,6 +302,18 @@ def sections(ranks: Ranks, asked: argparse.Namespace) -> list[tuple[str, Callabl
     return [row for row in rows if any(word in row[0] for word in chosen)]
 
 
+def layout_and_blocks(word: str) -> tuple[str, int | None]:
+    """"u2@8" as ("u2", 8): a layout, and how many multiprocessors NCCL may take; None where nothing is said of it.
+
+    Raises:
+        ValueError: no such number.
+    """
+    plain, at, blocks = word.partition("@")
+    if at and not (blocks.isascii() and blocks.isdigit() and int(blocks) > 0):
+        raise ValueError(f"{plain}@8, with a number of multiprocessors from 1, would do")
+    return plain, int(blocks) if at else None
+
+
 @torch.no_grad()
 def main() -> int:
     """The command line."""
@@ -315,6 +328,11 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=200.0, help="seconds; what would not fit is skipped")
     parser.add_argument("--out", type=Path, default=None, help="JSON; a table is written beside it")
     asked = parser.parse_args()
+    for word in asked.layouts.split(","):
+        try:
+            parse_layout(layout_and_blocks(word)[0])
+        except (UsageError, ValueError) as error:
+            parser.error(f"--layouts {asked.layouts}: {word!r}: {error}")
     faulthandler.enable()  # a crash inside a library says at least where it was called
     place = rank_place()
     if place is None:

@@ -339,7 +339,11 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="JSON of benchmarks.scaling")
     parser.add_argument("--out", type=Path, default=None, help="folder; the input's by default")
     asked = parser.parse_args()
-    study = studied(json.loads(asked.results.read_text()))
+    try:
+        results = json.loads(asked.results.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{asked.results}: {error}; the JSON that 'python -m benchmarks.scaling' writes would do") from None
+    study = studied(results)
     folder = asked.out or asked.results.parent
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{asked.results.stem}-simulated"

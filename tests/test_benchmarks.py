@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from datetime import date
@@ -12,7 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import fidelity, latency, peers
+from benchmarks import fidelity, latency, overlap, peers, scaling, simulate_scaling
 from benchmarks.measuring import Span, alternating, breakdown, forward_work, kernel_spans, kind_of, longest
 from benchmarks.report import Report, Section, file_name, plain, ratios, run_sections, table_of
 from benchmarks.sections import Latency, carried_over, chosen, relative_error
@@ -307,6 +308,26 @@ def test_latency_writes_its_results(tmp_path):
     assert by_name["ours_auto"]["error_to_first"] < 1e-5 and by_name["ours_auto"]["share_of_bf16_product"] > 0
     assert set(outcomes(report).values()) == {"done"}
     assert len(list(tmp_path.glob("*-latency-small-cpu.*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "said"),
+    [
+        (latency.main, ["--without", "ours_cudn"], "--without ours_cudn: no such variant; there are: .*ours_cudnn"),
+        (fidelity.main, ["--ways", "fa4"], "--ways fa4: in no way's name; there are: .*fa3_fp8 attention"),
+        (simulate_scaling.main, ["none.json"], "none.json: .*python -m benchmarks.scaling"),
+        (overlap.main, [], "torchrun --nproc-per-node 2 -m benchmarks.overlap"),
+        (scaling.main, ["--layouts", "u2,u2@x"], "'u2@x': u2@8"),
+        (scaling.main, ["--layouts", "u2,ux"], "'ux': .*'auto', or parts such as"),
+    ],
+)
+def test_wrong_words_are_told_before_any_work(main, words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *words])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert re.search(said, f"{ended.value} {capsys.readouterr().err}")
 
 
 def test_fidelity_tells_precisions_apart(tmp_path):
