@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from conftest import WAN_TINY
 from ranks import run_ranks
 from running import config_for, latent_and_video, psnr, relative_error, task_for
 
+from chitu_diffusion import forward
 from chitu_diffusion.attention import sdpa
 from chitu_diffusion.attention.ulysses import pieces_for, shard_heads, ulysses
 from chitu_diffusion.backend import DiffusionBackend
@@ -198,6 +201,23 @@ def test_ulysses_in_pieces_is_the_same_attention(ranks_results) -> None:
             *found, alone = results["pieces"]
             for each in found:
                 assert relative_error(each, alone) < 1e-6, layout
+
+
+@pytest.mark.parametrize("mode", ["auto", "batched", "sequential"])
+@pytest.mark.parametrize("layout", ["one", "cfg2", "u2", "r2", "cfg2u2"])
+def test_ranks_that_share_a_long_sequence_run_both_branches_at_once(layout: str, mode: str) -> None:
+    """By the forwards that are asked for, for no sequence in these tests is so long that one rank would take turns."""
+    shared = SimpleNamespace(size=1 if layout == "one" else plan_of(layout).sequence)
+    diffusion = SimpleNamespace(cfg_batch=mode)
+    backend: Any = SimpleNamespace(
+        args=SimpleNamespace(infer=SimpleNamespace(diffusion=diffusion)),
+        groups=SimpleNamespace(sequence=shared),
+        spec=SimpleNamespace(transformers=[SimpleNamespace(patch_size=(1, 2, 2))]),
+    )
+    for tokens, pays in ((4096, True), (4160, layout not in ("one", "cfg2"))):
+        latent = torch.empty(1, 16, 1, tokens // 32, 128, device="meta")
+        together = mode == "batched" or (mode == "auto" and pays)
+        assert forward._as_batches(backend, latent, (0, 1)) == ([(0, 1)] if together else [(0,), (1,)])
 
 
 def test_large_exchanges_go_in_two_pieces() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from chitu_diffusion.models import fused
-from chitu_diffusion.models.prepared_text import PreparedText
+from chitu_diffusion.models.prepared_text import PreparedText, TextKeys
 from chitu_diffusion.models.wan import WanTransformer
 
 ON_GPU = torch.cuda.is_available()
@@ -181,6 +181,13 @@ def test_where_rows_are_weighted_and_where_they_are_copied(monkeypatch: pytest.M
             text = prepared.keys(0, block.text_keys, block.weighs_text(tokens, dtype))
             block.cross_attention(tokens, text)
         assert seen.pop() == expected
+    network = WanTransformer(replace(CONFIG, num_layers=1)).to("meta", torch.bfloat16)
+    block, tokens = network.blocks[0], torch.empty(1, 6, 32, device="meta", dtype=torch.bfloat16)
+    for rows, bias, fuse in ((256, False, True), (257, False, False), (257, True, True)):  # many that differ are torch's
+        keys = torch.empty(2, 1, rows, 2, 16, device="meta", dtype=torch.bfloat16)
+        with torch.no_grad():
+            block.cross_attention(tokens, TextKeys(*keys, torch.empty(1, rows, device="meta") if bias else None))
+        assert seen.pop() == (rows, bias, fuse)
 
 
 @needs_triton
