@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,28 @@ def two_experts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_model import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("models") / "experts", experts=2, shift=12.0, seed=1)
+
+
+RunText = Callable[[str], None]
+
+
+@pytest.fixture
+def runs_for_hopper(tmp_path: Path) -> RunText:
+    """Runs a text of Python that compiles Triton's kernels with `hopper.build`; its first argument is a folder. Skips without
+    triton's assembler."""
+    triton = pytest.importorskip("triton")
+    if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists():
+        pytest.skip("this triton has no assembler for NVIDIA")
+    here = Path(__file__).parent
+    paths = os.pathsep.join((str(here.parent), str(here)))
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+
+    def run_text(text: str) -> None:
+        command = [sys.executable, "-c", text, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+
+    return run_text
 
 
 MakeConfig = Callable[..., EngineConfig]

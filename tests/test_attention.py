@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import RunText
 from torch import Tensor
 
 from chitu_diffusion.attention import KERNELS, attention_kernel, candidates, choice, fp8
@@ -227,17 +228,9 @@ for kernel, others, constants, options, multiplies in asked:
 """
 
 
-def test_triton_compiles_for_hopper(tmp_path: Path) -> None:
+def test_triton_compiles_for_hopper(runs_for_hopper: RunText) -> None:
     """What its interpreter does not see: types, layouts, the memory of one multiprocessor. Needs no GPU."""
-    triton = pytest.importorskip("triton")
-    if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists():
-        pytest.skip("this triton has no assembler for NVIDIA")
-    here = Path(__file__).parent
-    paths = os.pathsep.join((str(here.parent), str(here)))
-    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", COMPILED_FOR_HOPPER, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    runs_for_hopper(COMPILED_FOR_HOPPER)
 
 
 def test_operators_have_true_fakes_and_leave_a_graph_whole() -> None:

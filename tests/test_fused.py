@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import RunText
 from torch import Tensor
 
 from chitu_diffusion.models import fused
@@ -189,17 +189,9 @@ for kernel, pointers, constants, dim in (
 """
 
 
-def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+def test_kernels_compile_for_hopper(runs_for_hopper: RunText) -> None:
     """Layouts and registers, on which the speed depends and which the interpreter does not see. Needs no GPU."""
-    triton = pytest.importorskip("triton")
-    if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists():
-        pytest.skip("this triton has no assembler for NVIDIA")
-    here = Path(__file__).parent
-    paths = os.pathsep.join((str(here.parent), str(here)))
-    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", COMPILED_FOR_HOPPER, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    runs_for_hopper(COMPILED_FOR_HOPPER)
 
 
 @torch.no_grad()

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import secrets
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import RunText
 from test_compile import CONFIG, EverySite
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -266,14 +263,6 @@ assert built.ttgir.count("scf.for") == 2, "the loop over heads is not the innerm
 """
 
 
-def test_kernel_compiles_for_hopper(tmp_path: Path) -> None:
+def test_kernel_compiles_for_hopper(runs_for_hopper: RunText) -> None:
     """Registers, shared memory and matrix units, on which the speed depends. Needs no GPU."""
-    triton = pytest.importorskip("triton")
-    if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists():
-        pytest.skip("this triton has no assembler for NVIDIA")
-    here = Path(__file__).parent
-    paths = os.pathsep.join((str(here.parent), str(here)))
-    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", COMPILED_FOR_HOPPER, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    runs_for_hopper(COMPILED_FOR_HOPPER)
