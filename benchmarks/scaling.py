@@ -104,9 +104,9 @@ class Model:
 
     def layout(self, word: str) -> dict[str, Any]:
         """One layout of all ranks; "u2@8" allows NCCL 8 of a GPU's multiprocessors."""
-        plain, blocks = layout_and_blocks(word)
+        plain, most = layout_and_limit(word)
         plan = plan_for(self.ranks.world, self.case.config.num_attention_heads, **parse_layout(plain))
-        groups = self.ranks.layout(plan, blocks=blocks)
+        groups = self.ranks.layout(plan, multiprocessors=most)
         backend = self.case.backend(self.weights(), groups)
         work = self.case.step(backend)
         with counted(groups) as sent:
@@ -302,16 +302,16 @@ def sections(ranks: Ranks, asked: argparse.Namespace) -> list[tuple[str, Callabl
     return [row for row in rows if any(word in row[0] for word in chosen)]
 
 
-def layout_and_blocks(word: str) -> tuple[str, int | None]:
+def layout_and_limit(word: str) -> tuple[str, int | None]:
     """"u2@8" as ("u2", 8): a layout, and how many multiprocessors NCCL may take; None where nothing is said of it.
 
     Raises:
         ValueError: no such number.
     """
-    plain, at, blocks = word.partition("@")
-    if at and not (blocks.isascii() and blocks.isdigit() and int(blocks) > 0):
+    plain, at, most = word.partition("@")
+    if at and not (most.isascii() and most.isdigit() and int(most) > 0):
         raise ValueError(f"{plain}@8, with a number of multiprocessors from 1, would do")
-    return plain, int(blocks) if at else None
+    return plain, int(most) if at else None
 
 
 @torch.no_grad()
@@ -330,7 +330,7 @@ def main() -> int:
     asked = parser.parse_args()
     for word in asked.layouts.split(","):
         try:
-            parse_layout(layout_and_blocks(word)[0])
+            parse_layout(layout_and_limit(word)[0])
         except (UsageError, ValueError) as error:
             parser.error(f"--layouts {asked.layouts}: {word!r}: {error}")
     faulthandler.enable()  # a crash inside a library says at least where it was called

@@ -218,7 +218,7 @@ def test_calibrate_then_generate_by_fidelity(chitu, tiny_folder, tmp_path) -> No
     assert "| forwards saved |" in err
     asked = ("generate", "a cat", "--model", folder, "--steps", 8, "--device", "cpu", "--seed", 1)
     code, out, err = chitu(*asked, "--fidelity", "10dB", "-o", "cat.npy")
-    assert code == 0 and "cache plan:speedup=" in err and "dB to expect" in err, err
+    assert code == 0 and "cache plan:speedup=" in err and "dB to expect" in err and "over 1 checked video" in err, err
     recipe = json.loads((tmp_path / "cat.npy.json").read_text())
     assert recipe["params"]["flexcache"]["strategy"] == "plan"
     code, out, err = chitu(*asked, "--speedup", 2, "--dry-run")

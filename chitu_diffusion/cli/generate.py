@@ -56,8 +56,15 @@ def generate(
     Example: chitu generate "A cat walking on grass" -o cat.mp4 --seed 42
     """
     engine_config, _ = options.settings(
-        config=config, set_=set_, model=model, low_mem_level=low_mem_level, dtype=dtype, device=device, quality=quality,
-        quant=quant, parallel=parallel,
+        config=config,
+        set_=set_,
+        model=model,
+        low_mem_level=low_mem_level,
+        dtype=dtype,
+        device=device,
+        quality=quality,
+        quant=quant,
+        parallel=parallel,
     )
     width, height = options.parse_size(size)
     asked: dict[str, Any] = {
@@ -108,10 +115,10 @@ def picked_cache(config: EngineConfig, asked: dict[str, Any], fidelity: str | No
     elif speedup is not None:
         flexcache, expected = spec.calibration.for_speedup(speedup)
     kept = "beyond what was checked" if expected is None else f"{expected:.1f} dB to expect"
-    usual = (about.get("steps"), about.get("guidance"))
+    usual, videos = (about.get("steps"), about.get("guidance")), max((row.videos for row in spec.calibration.table), default=0)
     say(
         f"cache {setting_text(flexcache)}: {speedup:.3g} times fewer forwards, {kept} (PSNR against full compute, "
-        f"mean of the check at {usual[0]} steps, guidance {usual[1][0] if usual[1] else '-'})"
+        f"mean over {videos} checked video(s) at {usual[0]} steps, guidance {usual[1][0] if usual[1] else '-'})"
     )
     return flexcache
 

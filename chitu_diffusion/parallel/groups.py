@@ -152,7 +152,7 @@ class RankGroups:
         device: where the exchanged tensors lie: NCCL for CUDA, gloo for the CPU.
         store: where the ranks meet; None for one rank.
         timeout: seconds after which an exchange that does not move raises.
-        blocks: how many of a GPU's multiprocessors NCCL may take for an exchange; None leaves it to NCCL.
+        multiprocessors: how many of a GPU's NCCL may take for an exchange; None leaves it to NCCL.
         at_once: connect when the groups are made, so that the first exchange is as any other. Groups that others split (torch's
             device meshes) must not be: NCCL 2.28 crashed there.
 
@@ -169,10 +169,10 @@ class RankGroups:
         store: dist.Store | None = None,
         timeout: float = 60.0,
         *,
-        blocks: int | None = None,
+        multiprocessors: int | None = None,
         at_once: bool = True,
     ) -> None:
-        self.plan, self.rank, self._blocks, self._at_once = plan or ParallelPlan(), rank, blocks, at_once
+        self.plan, self.rank, self._multiprocessors, self._at_once = plan or ParallelPlan(), rank, multiprocessors, at_once
         self.device, self._store, self._timeout = device or torch.device("cpu"), store, timedelta(seconds=timeout)
         self._generation = 0
         self.broken: str | None = None
@@ -240,10 +240,10 @@ class RankGroups:
 
     def _options(self) -> object | None:
         """Of a group on a GPU, where they differ from what `config.set_nccl_defaults` has set."""
-        if self._blocks is None or self.device.type != "cuda":
+        if self._multiprocessors is None or self.device.type != "cuda":
             return None
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        options.config.max_ctas = self._blocks
+        options.config.max_ctas = self._multiprocessors
         return options
 
     def _axis(self, groups: list[list[int]]) -> Peers:
