@@ -198,7 +198,10 @@ def test_ctrl_c_ends_all_ranks(model: Path, tmp_path: Path, interrupted: tuple[i
     for rank in interrupted:
         os.kill(ranks[rank].pid, signal.SIGINT)
     wait_for(ranks, ENDS_WITHIN)
-    assert all("KeyboardInterrupt" in (tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    for rank in (0, 1):
+        # rank 0, caught between two units, says stop; whoever hears that before the next unit goes home in peace
+        sent_home = rank not in interrupted and 0 in interrupted and ranks[rank].exitcode == 0
+        assert sent_home or "KeyboardInterrupt" in (tmp_path / f"{rank}.txt").read_text()
 
 
 def wait_until_begun(out: Path, seconds: float = 30) -> None:
