@@ -34,6 +34,7 @@ from benchmarks.scaling_work import (
     random_transformer,
     random_vae,
     traced,
+    wrong_arrivals,
 )
 from benchmarks.simulate_scaling import needed_shapes
 from chitu_diffusion.config import rank_place
@@ -103,10 +104,10 @@ class Model:
         return found
 
     def layout(self, word: str) -> dict[str, Any]:
-        """One layout of all ranks; "u2@8" allows NCCL 8 of a GPU's multiprocessors."""
-        plain, most = layout_and_limit(word)
+        """One layout of all ranks; "u2@nccl" exchanges through NCCL, "u2@8" too, which then may take 8 multiprocessors."""
+        plain, through_nccl, most = layout_and_means(word)
         plan = plan_for(self.ranks.world, self.case.config.num_attention_heads, **parse_layout(plain))
-        groups = self.ranks.layout(plan, multiprocessors=most)
+        groups = self.ranks.layout(plan, multiprocessors=most, copies=not through_nccl)
         backend = self.case.backend(self.weights(), groups)
         work = self.case.step(backend)
         with counted(groups) as sent:
@@ -115,7 +116,8 @@ class Model:
         if plan.ring > 1:
             self.kernel_names[1] = kernel
         alone = self.ranks.results.get(f"{self.name} alone", {}).get("seconds")
-        found |= {"kernel": kernel, "plan": str(plan), "speedup": alone and alone / found["seconds"]}
+        found |= {"kernel": kernel, "plan": str(plan), "exchanges": groups.exchanges}
+        found |= {"speedup": alone and alone / found["seconds"]}
         found |= {"bytes_sent": {name: counter.sent // calls for name, counter in sent.items()}}
         found |= {"formula_numbers": asdict(self.case.formula(groups))}
         if len(self.reference):
@@ -215,6 +217,16 @@ def links(ranks: Ranks, sizes: list[int]) -> dict[str, Any]:
     return {"ranks": ranks.world, "rows": rows}
 
 
+def exchanges(ranks: Ranks) -> dict[str, Any]:
+    """Whether what arrives is what was sent, in each kind of exchange, with ranks that are late in turn."""
+    found: dict[str, Any] = {}
+    for axis in ("ulysses", "ring"):
+        groups = ranks.layout(plan_for(ranks.world, ranks.world, cp=ranks.world, ulysses=ranks.world if axis == "ulysses" else 1))
+        wrong = ranks.gathered(wrong_arrivals(vars(groups)[axis], ranks.device))
+        found[axis] = {"by": groups.exchanges.get(axis, "gloo"), "parts": wrong[0]["parts"], "wrong": [w["wrong"] for w in wrong]}
+    return found
+
+
 def vae(ranks: Ranks, small: bool, repeats: int, shared: bool) -> dict[str, Any]:
     """A decode by each rank alone, or in strips over all."""
     dtype = torch.float32 if small else torch.bfloat16
@@ -235,11 +247,26 @@ def vae(ranks: Ranks, small: bool, repeats: int, shared: bool) -> dict[str, Any]
     return {**found, "speedup": alone and alone / found["seconds"], **error}
 
 
-def fault(ranks: Ranks) -> dict[str, Any]:
-    """The last rank raises while the others wait in an exchange with it: how long they wait, and whether groups open again."""
-    groups = ranks.layout(auto_plan(ranks.world, ranks.world))
+def fault(ranks: Ranks, inside: bool) -> dict[str, Any]:
+    """The last rank raises while the others wait in an exchange with it: how long they wait, and whether groups open again.
+
+    Args:
+        ranks: the run.
+        inside: an exchange within a sequence, else one of the process group.
+    """
+    plan = plan_for(ranks.world, ranks.world, cp=ranks.world, ulysses=ranks.world)
+    groups, size = ranks.layout(plan), ranks.world
     x = torch.zeros(1 << 20, device=ranks.device)
-    groups.world.all_gather(x)
+
+    def exchange() -> None:
+        if inside:
+            groups.ulysses.clear()
+            groups.ulysses.swap([x] * size, groups.ulysses.landing([[len(x)] * size] * size, (), x))()
+        else:
+            groups.world.all_gather(x)
+
+    for _ in range(3):
+        exchange()
     began = time.monotonic()
     said = ""
     try:
@@ -247,7 +274,7 @@ def fault(ranks: Ranks) -> dict[str, Any]:
             time.sleep(1.0)
             ranks.fall()
             raise ValueError("on purpose")
-        groups.world.all_gather(x)
+        exchange()
         float(x.sum())  # the host waits for the device here
     except (ValueError, RuntimeError) as error:
         said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -256,8 +283,9 @@ def fault(ranks: Ranks) -> dict[str, Any]:
     facts = ranks.gathered({"seconds": waited, "broken": reason, "raised": said})
     groups.abandon()
     groups.open()
+    exchange()
     again = [float(part[0]) for part in groups.world.all_gather(torch.full((1,), float(ranks.rank), device=ranks.device))]
-    return {"ranks": facts, "groups_again": again == [float(rank) for rank in range(ranks.world)]}
+    return {"exchanges": groups.exchanges, "ranks": facts, "groups_again": again == [float(rank) for rank in range(ranks.world)]}
 
 
 def warm_up(ranks: Ranks) -> dict[str, Any]:
@@ -278,6 +306,7 @@ def sections(ranks: Ranks, asked: argparse.Namespace) -> list[tuple[str, Callabl
     message = [1 << power for power in ((12, 16) if small else range(16, 29, 2))]
     rows: list[tuple[str, Callable[[], dict[str, Any]], float]] = [("machine", lambda: warm_up(ranks), 0)]
     rows.append(("links", lambda: links(ranks, message), 4))
+    rows.append(("exchanges", lambda: exchanges(ranks), 3))
     for index, model in enumerate(models):
         rows.append((f"{model.name} alone", model.alone, 15 if index == 0 else 25))
         for word in asked.layouts.split(","):
@@ -288,13 +317,14 @@ def sections(ranks: Ranks, asked: argparse.Namespace) -> list[tuple[str, Callabl
             rows.append((f"{model.name} overlap", model.overlap, 3))
         rows.append((f"{model.name} kernels", model.kernels, 4 if index == 0 else 6))
         rows.append((f"{model.name} released", lambda m=model: m.release() or {}, 0))
-    rows.insert(2, ("vae alone", lambda: vae(ranks, small, 2, False), 10))
-    rows.insert(3, ("vae shared", lambda: vae(ranks, small, 2, True), 8))
+    rows.insert(3, ("vae alone", lambda: vae(ranks, small, 2, False), 10))
+    rows.insert(4, ("vae shared", lambda: vae(ranks, small, 2, True), 8))
     for name in [] if small else names:
         larger = Model(ranks, name, "720p", asked, exact=False)
         larger.kernel_names = models[names.index(name)].kernel_names  # one list: filled by the sections before
         rows.append((f"{larger.name} kernels", larger.kernels, 3 if name == names[0] else 8))
-    rows.append(("fault", lambda: fault(ranks), 6))
+    rows.append(("fault", lambda: fault(ranks, False), 6))
+    rows.append(("fault inside", lambda: fault(ranks, True), 6))
     # last, for a crash in there would end the run
     for word in ("alone", *(DIFFUSERS if not small else ())):
         rows.append((f"diffusers {models[0].name} {word}", lambda w=word: models[0].diffusers(w), 7))
@@ -302,16 +332,17 @@ def sections(ranks: Ranks, asked: argparse.Namespace) -> list[tuple[str, Callabl
     return [row for row in rows if any(word in row[0] for word in chosen)]
 
 
-def layout_and_limit(word: str) -> tuple[str, int | None]:
-    """"u2@8" as ("u2", 8): a layout, and how many multiprocessors NCCL may take; None where nothing is said of it.
+def layout_and_means(word: str) -> tuple[str, bool, int | None]:
+    """"u2" as ("u2", False, None), "u2@nccl" as ("u2", True, None), "u2@8" as ("u2", True, 8): a layout, whether its ranks
+    exchange through NCCL though they could copy, and how many multiprocessors that may take.
 
     Raises:
-        ValueError: no such number.
+        ValueError: no such means.
     """
-    plain, at, most = word.partition("@")
-    if at and not (most.isascii() and most.isdigit() and int(most) > 0):
-        raise ValueError(f"{plain}@8, with a number of multiprocessors from 1, would do")
-    return plain, int(most) if at else None
+    plain, at, means = word.partition("@")
+    if at and means != "nccl" and not (means.isascii() and means.isdigit() and int(means) > 0):
+        raise ValueError(f"{plain}@nccl, or {plain}@8 with a number of multiprocessors from 1, would do")
+    return plain, bool(at), int(means) if means.isdigit() else None
 
 
 @torch.no_grad()
@@ -322,7 +353,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--small", action="store_true", help="wan-tiny's shape, 64x64, 5 frames")
     parser.add_argument("--repeats", type=int, default=3, help="counted readings of a step")
-    parser.add_argument("--layouts", default="cfg2,u2,r2", help="comma-separated; u2@8: NCCL may take 8 multiprocessors")
+    parser.add_argument("--layouts", default="cfg2,u2,r2", help="comma-separated; u2@nccl: no copies; u2@8: on 8 multiprocessors")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as infer.attn_type=math")
     parser.add_argument("--only", default="", help="sections whose names hold one of these words, comma-separated")
     parser.add_argument("--budget", type=float, default=200.0, help="seconds; what would not fit is skipped")
@@ -330,7 +361,7 @@ def main() -> int:
     asked = parser.parse_args()
     for word in asked.layouts.split(","):
         try:
-            parse_layout(layout_and_limit(word)[0])
+            parse_layout(layout_and_means(word)[0])
         except (UsageError, ValueError) as error:
             parser.error(f"--layouts {asked.layouts}: {word!r}: {error}")
     faulthandler.enable()  # a crash inside a library says at least where it was called

@@ -15,6 +15,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
+from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +28,7 @@ if find_spec("ftfy") is None:
 from chitu_diffusion import forward
 from chitu_diffusion.attention import AttentionKernel, attention_kernel
 from chitu_diffusion.attention.merge import merge
+from chitu_diffusion.attention.peers import Landing, Peers
 from chitu_diffusion.attention.ulysses import ulysses
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import load_config
@@ -161,31 +163,86 @@ def counted(groups: RankGroups) -> Iterator[dict[str, Counting]]:
 
 def beside(case: Case, groups: RankGroups, kernel: AttentionKernel) -> dict[str, Work]:
     """A ring's hop taken apart: the kernel, the transfer of the next keys and values, and both at once."""
-    peers, config, with_lse = groups.world, case.config, kernel.run_with_lse
+    peers, config, with_lse = groups.ring, case.config, kernel.run_with_lse
     assert with_lse is not None
-    shape = (4, 1, case.tokens // peers.size, config.num_attention_heads, config.attention_head_dim)
-    q, k, v, x = torch.randn(shape, device=case.device).to(case.dtype).unbind()
-    y = torch.empty_like(x)
+    own = case.tokens // peers.size
+    q, k, v = torch.randn(3, 1, own, config.num_attention_heads, config.attention_head_dim, device=case.device).to(case.dtype)
+    rows = from_the_one_before(own, peers.size)
+
+    def transfer() -> Callable[[], None]:
+        peers.clear()
+        return peers.pass_on([k[0], v[0]], [peers.landing(rows, x.shape[2:], x) for x in (k, v)])
 
     def both() -> None:
-        wait = peers.pass_on([k, v], [x, y])
+        wait = transfer()
         with_lse(q, k, v)
         wait()
 
-    return {"attention": lambda: with_lse(q, k, v), "transfer": lambda: peers.pass_on([k, v], [x, y])(), "both": both}
+    return {"attention": lambda: with_lse(q, k, v), "transfer": lambda: transfer()(), "both": both}
+
+
+def from_the_one_before(rows: int, size: int) -> list[list[int]]:
+    """A table for `Peers.landing`: each of `size` peers gets so many rows from the one before."""
+    return [[rows * (sender == (peer - 1) % size) for sender in range(size)] for peer in range(size)]
 
 
 def link_exchanges(groups: RankGroups, device: torch.device, sizes: Sequence[int]) -> Iterable[tuple[str, int, Work]]:
     """(kind, bytes that a rank sends, the exchange) for both ways in which blocks talk: `pass_on` and `swap`."""
-    peers = groups.world
+    peers = groups.ulysses
     for size in sizes:
         x = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
-        y = torch.empty_like(x)
         each = size // 2 // (peers.size - 1)
-        leaving = [x[:each]] * peers.size
-        arriving = list(torch.empty(peers.size, each, dtype=x.dtype, device=device).unbind())
-        yield "ring", size, lambda x=x, y=y: peers.pass_on([x], [y])()
-        yield "swap", 2 * each * (peers.size - 1), lambda a=leaving, b=arriving: peers.swap(a, b)()
+
+        def ring(x: Tensor = x) -> None:
+            peers.clear()
+            peers.pass_on([x], [peers.landing(from_the_one_before(len(x), peers.size), (), x)])()
+
+        def swap(x: Tensor = x, each: int = each) -> None:
+            peers.clear()
+            peers.swap([x[:each]] * peers.size, peers.landing([[each] * peers.size] * peers.size, (), x))()
+
+        yield "ring", size, ring
+        yield "swap", 2 * each * (peers.size - 1), swap
+
+
+def wrong_arrivals(peers: Peers, device: torch.device, rounds: int = 40) -> dict[str, int]:
+    """Random parts sent round, several exchanges under way at once, ranks and readers late at random: how many came, and how
+    many were not what the other rank had drawn."""
+    common, own = Random(1), Random(peers.index)
+    parts = wrong = 0
+
+    def drawn(token: int, rows: int) -> Tensor:
+        generator = torch.Generator(device).manual_seed(token)
+        return torch.randint(-99, 99, (rows, 3, 8), generator=generator, device=device, dtype=torch.int16)
+
+    def late() -> None:
+        if device.type == "cuda":
+            torch.cuda._sleep(own.randrange(1_000_000))  # cycles
+
+    for turn in range(rounds):
+        peers.clear()
+        under_way = []
+        for _ in range(common.randrange(1, 4)):
+            longest, before = common.choice((50, 5_000, 200_000)), (peers.index - 1) % peers.size
+            rows = [[common.randrange(1, longest) for _ in range(peers.size)] for _ in range(peers.size)]
+            token = common.randrange(1 << 30)
+            if turn % 2:  # only to the next
+                rows = [[n * (s == (p - 1) % peers.size) for s, n in enumerate(of)] for p, of in enumerate(rows)]
+            late()
+            landing = peers.landing(rows, (3, 8), torch.empty(0, dtype=torch.int16, device=device))
+            leaving = [drawn(token + peers.index * 8 + to, rows[to][peers.index]) for to in range(peers.size)]
+            if turn % 2:
+                wait = peers.pass_on([leaving[(peers.index + 1) % peers.size]], [landing])
+            else:
+                wait = peers.swap(leaving, landing)
+            sources = [before] if turn % 2 else [p for p in range(peers.size) if p != peers.index]
+            under_way.append((landing, wait, {s: (token + s * 8 + peers.index, rows[peers.index][s]) for s in sources}))
+        for landing, wait, expected in under_way:
+            wait()
+            late()
+            for source, (seed, length) in expected.items():
+                parts, wrong = parts + 1, wrong + (not torch.equal(landing.parts[source], drawn(seed, length)))
+    return {"parts": parts, "wrong": wrong}
 
 
 class Elsewhere:
@@ -194,7 +251,14 @@ class Elsewhere:
     def __init__(self, size: int) -> None:
         self.size, self.index = size, 0
 
-    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
+    def landing(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> Landing:
+        """New memory."""
+        return Landing.new(rows[self.index], shape, like)
+
+    def clear(self) -> None:
+        """Nobody writes."""
+
+    def swap(self, leaving: Sequence[Tensor], landing: Landing) -> Callable[[], None]:
         """Nothing travels."""
         return lambda: None
 
@@ -263,20 +327,23 @@ def traced(work: Callable[[], object]) -> dict[str, float]:
         file = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
-    return overlap(event for event in events if event.get("cat") == "kernel")
+    return overlap(event for event in events if event.get("cat") in ("kernel", "gpu_memcpy"))
 
 
 def overlap(kernel_events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """How much of the communication ran beside computation, from a trace's kernels (`name`, `ts` and `dur` in us).
+    """How much of the communication ran beside computation, from a trace's kernels and copies (`name`, `ts` and `dur` in us).
+
+    Communication is NCCL's kernels and copies from GPU to GPU; a stream that waits for a copy from elsewhere is neither.
 
     Returns:
-        seconds of communication kernels (each moment once), of computation, of both at once, of neither, and the share of
+        seconds of communication (each moment once), of computation, of both at once, of neither, and the share of
         the communication that was hidden.
     """
     talk: list[Span] = []
     compute: list[Span] = []
     for event in kernel_events:
-        (talk if "nccl" in str(event["name"]).lower() else compute).append((event["ts"], event["ts"] + event["dur"]))
+        name = str(event["name"])
+        (talk if "nccl" in name or "PtoP" in name else compute).append((event["ts"], event["ts"] + event["dur"]))
     talk, compute = _union(talk), _union(compute)
     talking, computing, whole = (_length(spans) for spans in (talk, compute, _union([*talk, *compute])))
     both = talking + computing - whole

@@ -98,6 +98,7 @@ class RankSettings(Settings):
 
     timeout: float = Field(60.0, gt=0, description="seconds without progress after which ranks stop waiting for each other")
     lost_after: float = Field(8.0, ge=1, description="seconds of silence after which a rank is taken for lost")
+    copies: bool = Field(True, description="ranks of one machine write into each other's GPUs, not through NCCL, where they can")
 
 
 class EngineConfig(Settings):

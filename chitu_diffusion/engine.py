@@ -243,7 +243,8 @@ def join_ranks(args: EngineConfig) -> Crew | None:
     device = pick_device(args.infer.device)
     device = pick_device(f"cuda:{place.local_rank}") if device.type == "cuda" else device
     set_nccl_defaults()
-    return Crew(plan, place.rank, device=device, timeout=args.ranks.timeout, lost_after=args.ranks.lost_after)
+    ranks = args.ranks
+    return Crew(plan, place.rank, device=device, timeout=ranks.timeout, lost_after=ranks.lost_after, copies=ranks.copies)
 
 
 def load_backend(args: EngineConfig, crew: Crew | None = None) -> DiffusionBackend:

@@ -1,9 +1,29 @@
 """What attention over several ranks needs of the ranks it runs with. Knows no process, backend or layout."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Where what the others send arrives, one part behind the other.
+
+    Attributes:
+        whole: [rows of all parts, ...].
+        parts: views of `whole` by sender; among them this one's own place, which no exchange touches.
+    """
+
+    whole: Tensor
+    parts: list[Tensor]
+
+    @classmethod
+    def new(cls, rows: Sequence[int], shape: Sequence[int], like: Tensor) -> "Landing":
+        """In new memory of the dtype and device of `like`: rows[p] rows of `shape` from peer p."""
+        whole = like.new_empty(sum(rows), *shape)
+        return cls(whole, list(whole.split(list(rows))))
 
 
 class Peers(Protocol):
@@ -19,15 +39,29 @@ class Peers(Protocol):
         """Which of them this one is."""
         ...
 
-    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
-        """Begin to send leaving[p] to each other peer p and to fill arriving[p] from it; the result waits for all.
+    def landing(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> Landing:
+        """Room for an exchange, until `clear`.
 
-        All contiguous; this one's own places stay as they are.
+        Args:
+            rows: rows[p][s] is what peer p gets from peer s; all give the same table.
+            shape: of a row.
+            like: has the dtype and device.
         """
         ...
 
-    def pass_on(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
-        """Begin to send tensors to the next peer and to fill `arriving` from the one before; the result waits for both."""
+    def clear(self) -> None:
+        """All landings have been read, and the others may write there again."""
+        ...
+
+    def swap(self, leaving: Sequence[Tensor], landing: Landing) -> Callable[[], None]:
+        """Begin to send leaving[p] to each other peer p and to fill landing.parts[p] from it; the result waits for all.
+
+        What leaves is contiguous; this one's own place stays as it is.
+        """
+        ...
+
+    def pass_on(self, leaving: Sequence[Tensor], landings: Sequence[Landing]) -> Callable[[], None]:
+        """Begin to send tensors to the next peer and to fill each landing from the one before; the result waits for both."""
         ...
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
@@ -53,14 +87,21 @@ class Alone:
     size = 1
     index = 0
 
-    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
+    def landing(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> Landing:
+        """New memory."""
+        return Landing.new(rows[0], shape, like)
+
+    def clear(self) -> None:
+        """Nobody else writes."""
+
+    def swap(self, leaving: Sequence[Tensor], landing: Landing) -> Callable[[], None]:
         """Nobody else is there."""
         return lambda: None
 
-    def pass_on(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
+    def pass_on(self, leaving: Sequence[Tensor], landings: Sequence[Landing]) -> Callable[[], None]:
         """What leaves comes back."""
-        for source, target in zip(leaving, arriving, strict=True):
-            target.copy_(source)
+        for source, landing in zip(leaving, landings, strict=True):
+            landing.whole.copy_(source)
         return lambda: None
 
     def all_gather(self, x: Tensor) -> list[Tensor]:

@@ -40,15 +40,20 @@ def ring(kernel: AttentionKernel, peers: Peers, lengths: Sequence[int]) -> Atten
             field="infer.attn_type",
         )
 
+    size = peers.size
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         held = [k.contiguous(), v.contiguous()]
         out, lse = q, q  # replaced at the first hop
-        for hop in range(peers.size):
-            coming = (q.shape[0], lengths[(peers.index - hop - 1) % peers.size], *k.shape[2:])
-            more = hop + 1 < peers.size
-            arriving = [x.new_empty(coming) for x in held] if more else []
+        peers.clear()
+        for hop in range(size):
+            more = hop + 1 < size
+            # the keys that began hop + 1 places behind each peer; a sequence after the other, for all come from one sender
+            came = [lengths[(p - hop - 1) % size] for p in range(size)]
+            rows = [[q.shape[0] * came[p] * (s == (p - 1) % size) for s in range(size)] for p in range(size)]
+            landings = [peers.landing(rows, x.shape[2:], x) for x in held] if more else []
             # sent before the kernel is started, so that the copies get their share of the chip at once
-            arrived = peers.pass_on(held, arriving) if more else None
+            arrived = peers.pass_on([x.flatten(0, 1) for x in held], landings) if more else None
             part, part_lse = with_lse(q, held[0], held[1])
             if hop == 0:
                 out, lse = part, part_lse
@@ -56,7 +61,7 @@ def ring(kernel: AttentionKernel, peers: Peers, lengths: Sequence[int]) -> Atten
                 out, lse = merge(out, lse, part, part_lse, torch.float32 if more else q.dtype)
             if arrived is not None:
                 arrived()
-                held = arriving
+                held = [landing.whole.unflatten(0, (q.shape[0], came[peers.index])) for landing in landings]
         return out
 
     return attend

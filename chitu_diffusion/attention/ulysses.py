@@ -61,31 +61,35 @@ def ulysses(inner: AttentionFn, peers: Peers, lengths: Sequence[int], pieces: in
         sent = 3 * max(rows) * (heads - share) * channels * q.element_size()
         number = pieces or pieces_for(share, sent)
         sequences = [slice(0, batch)] if number == 1 else [slice(row, row + 1) for row in range(batch)]
-        coming, leaving_soon = [], []
+        coming, returning = [], []
+        peers.clear()
         for some in sequences:
             first = 0
             for width in shard_heads(share, number):
-                here = q.new_empty(sum(rows), 3, q[some].shape[0], width, channels)  # of everybody's tokens, our heads
-                arriving, leaving = here.split(rows), list(q.new_empty(peers.size, own, *here.shape[1:]).unbind())
-                leaving[index] = arriving[index]  # what stays is written where it will be read
+                # of everybody's tokens, our heads
+                here = peers.landing([rows] * peers.size, (3, q[some].shape[0], width, channels), q)
+                leaving = list(q.new_empty(peers.size, own, *here.whole.shape[1:]).unbind())
+                leaving[index] = here.parts[index]  # what stays is written where it will be read
                 pack(q[some], k[some], v[some], leaving, share, first)
-                coming.append((some, here, peers.swap(leaving, arriving)))
+                coming.append((some, here.whole, peers.swap(leaving, here)))
                 first += width
-        for some, here, arrived in coming:
+        for some, here_all, arrived in coming:
             arrived()
-            out = inner(*(part.transpose(0, 1) for part in here.unbind(1)))  # [B, S, h, D]
+            out = inner(*(part.transpose(0, 1) for part in here_all.unbind(1)))  # [B, S, h, D]
             leaving = list(out.transpose(0, 1).contiguous().split(rows))
-            back = list(out.new_empty(peers.size, *leaving[index].shape).unbind())  # our tokens, everybody's heads
-            back[index] = leaving[index]
-            leaving_soon.append((some, back, peers.swap(leaving, back)))
+            # of our tokens, everybody's heads
+            back = peers.landing([[theirs] * peers.size for theirs in rows], leaving[index].shape[1:], out)
+            returned = peers.swap(leaving, back)
+            back.parts[index] = leaving[index]
+            returning.append((some, back.parts, returned))
         whole = q.new_empty(q.shape)
         for some in sequences:
-            pieces_back = [(back, returned) for of, back, returned in leaving_soon if of == some]
+            pieces_back = [(parts, returned) for of, parts, returned in returning if of == some]
             for _, returned in pieces_back:
                 returned()
             # [s, B, h, D] of each peer's piece -> [B, s, H, D], heads in their order
-            parts = [back[peer].transpose(0, 1) for peer in range(peers.size) for back, _ in pieces_back]
-            torch.cat(parts, dim=2, out=whole[some])
+            heads_of = [parts[peer].transpose(0, 1) for peer in range(peers.size) for parts, _ in pieces_back]
+            torch.cat(heads_of, dim=2, out=whole[some])
         return whole
 
     return attend

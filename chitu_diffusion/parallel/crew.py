@@ -24,6 +24,7 @@ class Crew:
         device: of the networks.
         timeout: seconds without progress after which an exchange is given up.
         lost_after: seconds of silence after which a rank is lost.
+        copies: see `RankGroups`.
 
     Raises:
         RuntimeError: the others did not come.
@@ -38,10 +39,11 @@ class Crew:
         device: torch.device,
         timeout: float = 60.0,
         lost_after: float = 8.0,
+        copies: bool = True,
     ) -> None:
         self.rank, self.size, self.timeout = rank, plan.world, timeout
         meeting = dist.PrefixStore("chitu", store if store is not None else next(iter(dist.rendezvous("env://")))[0])
-        self.groups = RankGroups(plan, rank, device, meeting, timeout)
+        self.groups = RankGroups(plan, rank, device, meeting, timeout, copies=copies)
         self.watch = Watch(
             rank,
             plan.world,

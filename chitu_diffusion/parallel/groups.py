@@ -13,134 +13,21 @@ is switched off by `config.set_nccl_defaults`.)
 from __future__ import annotations
 
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from chitu_diffusion.attention.peers import ALONE, Peers
+from chitu_diffusion.parallel.copy_peers import CopyPeers
+from chitu_diffusion.parallel.cuda_wires import CudaWires, WiresError, lay
+from chitu_diffusion.parallel.group_peers import GroupPeers, Pace
 from chitu_diffusion.parallel.plan import ParallelPlan
 
+_FAREWELL = 5.0
 _LAST_RESORT = 10
 """torch's own timeout for groups on a GPU, as a multiple of ours: torch counts from the moment of queueing, we from the last
 progress, and ours shall come first."""
-
-
-class Pace:
-    """How long the exchange that is under way has been, on the host or on the device. One thread writes, one reads.
-
-    Args:
-        device: of the exchanged tensors; on a CPU an exchange is over when its call returns.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._called: float | None = None
-        self._queued: deque[torch.cuda.Event] = deque()
-        self._moved = time.monotonic()
-
-    @contextmanager
-    def exchange(self) -> Iterator[None]:
-        """Around a call that begins an exchange, or makes the current stream wait for one."""
-        if not self._cuda:
-            yield
-            return
-        if not self._queued:
-            self._moved = time.monotonic()
-        self._called = time.monotonic()
-        try:
-            yield
-        finally:
-            self._called = None
-        event = torch.cuda.Event()
-        event.record()
-        self._queued.append(event)
-
-    def waiting(self) -> float:
-        """Seconds since an exchange was last seen to end while another is under way; 0 with none."""
-        try:
-            while self._queued and self._queued[0].query():
-                self._queued.popleft()
-                self._moved = time.monotonic()
-        except RuntimeError:
-            return 0.0  # the device is in error, which the main thread is about to hear by itself
-        called = self._called
-        if called is not None:
-            return time.monotonic() - max(called, self._moved)
-        return time.monotonic() - self._moved if self._queued else 0.0
-
-
-class GroupPeers:
-    """The ranks of a process group.
-
-    Args:
-        group: of torch.distributed; this rank is in it.
-        pace: is told of every exchange.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, pace: Pace) -> None:
-        self._group, self._pace = group, pace
-        self._ranks = dist.get_process_group_ranks(group)
-        self.size = len(self._ranks)
-        self.index = self._ranks.index(dist.get_rank())
-
-    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
-        """See `Peers`."""
-        moves = []
-        for step in range(1, self.size):
-            to, source = (self.index + step) % self.size, (self.index - step) % self.size
-            moves += [self._send(leaving[to], to), self._receive(arriving[source], source)]
-        return self._begin(moves)
-
-    def pass_on(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
-        """See `Peers`."""
-        following, before = ((self.index + step) % self.size for step in (1, -1))
-        return self._begin([self._send(x, following) for x in leaving] + [self._receive(x, before) for x in arriving])
-
-    def _begin(self, moves: list[dist.P2POp]) -> Callable[[], None]:
-        with self._pace.exchange():
-            under_way = dist.batch_isend_irecv(moves)
-
-        def wait() -> None:
-            with self._pace.exchange():
-                for work in under_way:
-                    work.wait()
-            moves.clear()  # until here what travels must not be reused
-
-        return wait
-
-    def all_gather(self, x: Tensor) -> list[Tensor]:
-        """See `Peers`."""
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        with self._pace.exchange():
-            dist.all_gather(parts, x, group=self._group)
-        return parts
-
-    def broadcast(self, x: Tensor) -> Tensor:
-        """See `Peers`."""
-        with self._pace.exchange():
-            dist.broadcast(x, self._ranks[0], group=self._group)
-        return x
-
-    def send_to_first(self, x: Tensor) -> None:
-        """See `Peers`."""
-        self._begin([self._send(x.contiguous(), 0)])()
-
-    def receive_from(self, index: int, arriving: Tensor) -> Tensor:
-        """See `Peers`."""
-        self._begin([self._receive(arriving, index)])()
-        return arriving
-
-    def _send(self, x: Tensor, index: int) -> dist.P2POp:
-        return dist.P2POp(dist.isend, x, self._ranks[index], self._group)
-
-    def _receive(self, x: Tensor, index: int) -> dist.P2POp:
-        return dist.P2POp(dist.irecv, x, self._ranks[index], self._group)
 
 
 class RankGroups:
@@ -153,11 +40,13 @@ class RankGroups:
         store: where the ranks meet; None for one rank.
         timeout: seconds after which an exchange that does not move raises.
         multiprocessors: how many of a GPU's NCCL may take for an exchange; None leaves it to NCCL.
+        copies: let the GPUs' copy engines do the exchanges within a sequence, where ranks reach each other's memory.
         at_once: connect when the groups are made, so that the first exchange is as any other. Groups that others split (torch's
             device meshes) must not be: NCCL 2.28 crashed there.
 
     Attributes:
         broken: why the exchanges of this generation were cut short; None as long as they were not.
+        exchanges: what exchanges along an axis are done by, in words.
         world, branches, sequence, ulysses, ring: this rank's group along each axis; `ALONE` where it has one rank.
     """
 
@@ -170,13 +59,18 @@ class RankGroups:
         timeout: float = 60.0,
         *,
         multiprocessors: int | None = None,
+        copies: bool = True,
         at_once: bool = True,
     ) -> None:
         self.plan, self.rank, self._multiprocessors, self._at_once = plan or ParallelPlan(), rank, multiprocessors, at_once
+        self._copies = copies
         self.device, self._store, self._timeout = device or torch.device("cpu"), store, timedelta(seconds=timeout)
         self._generation = 0
         self.broken: str | None = None
         self._open = False
+        self.exchanges: dict[str, str] = {}
+        self._wires: list[CudaWires] = []
+        self._detached: list[CudaWires] = []
         self._lock = threading.Lock()  # the watch interrupts while the main thread may be abandoning
         self._pace = Pace(self.device)
         self.world: Peers = ALONE
@@ -216,15 +110,12 @@ class RankGroups:
         self._open = True
         assert dist.group.WORLD is not None
         self.world = GroupPeers(dist.group.WORLD, self._pace)
-        self.branches, self.sequence, self.ulysses, self.ring = (
-            self._axis(groups)
-            for groups in (
-                self.plan.branch_groups(),
-                self.plan.sequence_groups(),
-                self.plan.ulysses_groups(),
-                self.plan.ring_groups(),
-            )
-        )
+        for wires in self._detached:
+            wires.free()  # all ranks are here, so all have let go of it
+        self._detached = []
+        self.branches, self.sequence = self._axis(self.plan.branch_groups()), self._axis(self.plan.sequence_groups())
+        self.ulysses = self._axis(self.plan.ulysses_groups(), "ulysses")
+        self.ring = self._axis(self.plan.ring_groups(), "ring")
 
     def agree(self, value: float | None) -> float:
         """One number common to all ranks: the largest that any gives. None gives none.
@@ -246,15 +137,32 @@ class RankGroups:
         options.config.max_ctas = self._multiprocessors
         return options
 
-    def _axis(self, groups: list[list[int]]) -> Peers:
+    def _axis(self, groups: list[list[int]], copied: str | None = None) -> Peers:
+        """Peers along an axis, by all its groups; `copied` names one whose exchanges copy engines may do."""
         if len(groups[0]) == 1:
             return ALONE
-        if len(groups) == 1:
-            return self.world
-        timeout = self._timeout * (_LAST_RESORT if self.device.type == "cuda" else 1)
-        made = [dist.new_group(ranks, timeout=timeout, pg_options=self._options()) for ranks in groups]
         mine = next(index for index, ranks in enumerate(groups) if self.rank in ranks)
-        return GroupPeers(made[mine], self._pace)
+        if len(groups) == 1:
+            group = dist.group.WORLD
+        else:
+            timeout = self._timeout * (_LAST_RESORT if self.device.type == "cuda" else 1)
+            group = [dist.new_group(ranks, timeout=timeout, pg_options=self._options()) for ranks in groups][mine]
+        assert group is not None
+        if copied is None or self.device.type != "cuda":
+            return GroupPeers(group, self._pace)
+        if not self._copies:
+            self.exchanges[copied] = "NCCL, as asked for"
+            return GroupPeers(group, self._pace)
+        assert self._store is not None
+        store = dist.PrefixStore(f"wires/{self._generation}/{copied}/{groups[mine][0]}", self._store)
+        index, seconds = groups[mine].index(self.rank), self._timeout.total_seconds()
+        wires, problem = lay(index, len(groups[mine]), self.device, store, seconds)
+        if wires is None:
+            self.exchanges[copied] = f"NCCL, for {problem}"
+            return GroupPeers(group, self._pace)
+        self._wires.append(wires)
+        self.exchanges[copied] = "copy engines"
+        return CopyPeers(group, self._pace, wires)
 
     def waiting(self) -> float:
         """Seconds that an exchange on the device has not moved; 0 on the CPU, where exchanges raise by themselves."""
@@ -270,6 +178,7 @@ class RankGroups:
         self.interrupt("this rank gave them up")
         self._open = False
         self._set_alone()
+        self._detach()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -284,6 +193,8 @@ class RankGroups:
             if not self._open or self.broken is not None or generation not in (None, self._generation):
                 return
             self.broken = why
+            for wires in self._wires:
+                wires.release()
             if self.device.type == "cuda" and dist.is_initialized():
                 # all communicators at once: one after the other, each would wait for the next (torch issue 119797)
                 dist.distributed_c10d._abort_process_group()
@@ -295,7 +206,22 @@ class RankGroups:
         elif self._open:
             self._open = False
             self._set_alone()
+            for wires in self._detach():
+                try:
+                    wires.meet(None, _FAREWELL)
+                except WiresError:
+                    continue  # somebody may still hold this memory; the end of the process gives it back
+                wires.free()
+                self._detached.remove(wires)
             dist.destroy_process_group()
+
+    def _detach(self) -> list[CudaWires]:
+        """Let go of the others' memory; what is returned may be freed when all have."""
+        wires, self._wires = self._wires, []
+        for each in wires:
+            each.detach()
+        self._detached += wires
+        return wires
 
     def _set_alone(self) -> None:
         self.world = self.branches = self.sequence = self.ulysses = self.ring = ALONE

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from chitu_diffusion.attention.peers import Peers
+from chitu_diffusion.attention.peers import Landing, Peers
 from chitu_diffusion.parallel.plan import ParallelPlan
 
 PACKED = 3 / 4
@@ -92,15 +92,23 @@ class Counting:
         self.sent += times * sum(x.numel() * x.element_size() for x in tensors)
         self.calls += 1
 
-    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
+    def landing(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> Landing:
+        """See `Peers`."""
+        return self.peers.landing(rows, shape, like)
+
+    def clear(self) -> None:
+        """See `Peers`."""
+        self.peers.clear()
+
+    def swap(self, leaving: Sequence[Tensor], landing: Landing) -> Callable[[], None]:
         """See `Peers`."""
         self._count([x for peer, x in enumerate(leaving) if peer != self.index])
-        return self.peers.swap(leaving, arriving)
+        return self.peers.swap(leaving, landing)
 
-    def pass_on(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:
+    def pass_on(self, leaving: Sequence[Tensor], landings: Sequence[Landing]) -> Callable[[], None]:
         """See `Peers`."""
         self._count(leaving)
-        return self.peers.pass_on(leaving, arriving)
+        return self.peers.pass_on(leaving, landings)
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """See `Peers`."""
