@@ -247,36 +247,39 @@ def vae(ranks: Ranks, small: bool, repeats: int, shared: bool) -> dict[str, Any]
     return {**found, "speedup": alone and alone / found["seconds"], **error}
 
 
-def fault(ranks: Ranks, inside: bool) -> dict[str, Any]:
+def fault(ranks: Ranks, kind: str) -> dict[str, Any]:
     """The last rank raises while the others wait in an exchange with it: how long they wait, and whether groups open again.
 
     Args:
         ranks: the run.
-        inside: an exchange within a sequence, else one of the process group.
+        kind: "group", an exchange of the process group; "sequence", one within a sequence; "refused", one within a sequence,
+            through NCCL, that is refused half begun on every rank.
     """
     plan = plan_for(ranks.world, ranks.world, cp=ranks.world, ulysses=ranks.world)
-    groups, size = ranks.layout(plan), ranks.world
+    groups, size = ranks.layout(plan, copies=kind == "sequence"), ranks.world
     x = torch.zeros(1 << 20, device=ranks.device)
 
-    def exchange() -> None:
-        if inside:
+    def exchange(x: Tensor = x) -> None:
+        if kind == "group":
+            groups.world.all_gather(x)
+        else:
             groups.ulysses.clear()
             groups.ulysses.swap([x] * size, groups.ulysses.landing([[len(x)] * size] * size, (), x))()
-        else:
-            groups.world.all_gather(x)
 
     for _ in range(3):
         exchange()
     began = time.monotonic()
     said = ""
     try:
+        if kind == "refused":
+            exchange(x.short())  # of a type that NCCL does not know
         if ranks.rank == ranks.world - 1:
             time.sleep(1.0)
             ranks.fall()
             raise ValueError("on purpose")
         exchange()
         float(x.sum())  # the host waits for the device here
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     waited = time.monotonic() - began
     reason = groups.broken
@@ -323,8 +326,8 @@ def sections(ranks: Ranks, asked: argparse.Namespace) -> list[tuple[str, Callabl
         larger = Model(ranks, name, "720p", asked, exact=False)
         larger.kernel_names = models[names.index(name)].kernel_names  # one list: filled by the sections before
         rows.append((f"{larger.name} kernels", larger.kernels, 3 if name == names[0] else 8))
-    rows.append(("fault", lambda: fault(ranks, False), 6))
-    rows.append(("fault inside", lambda: fault(ranks, True), 6))
+    for name, kind in (("fault", "group"), ("fault within a sequence", "sequence"), ("fault in a batch", "refused")):
+        rows.append((name, lambda kind=kind: fault(ranks, kind), 6))
     # last, for a crash in there would end the run
     for word in ("alone", *(DIFFUSERS if not small else ())):
         rows.append((f"diffusers {models[0].name} {word}", lambda w=word: models[0].diffusers(w), 7))

@@ -213,7 +213,7 @@ def wrong_arrivals(peers: Peers, device: torch.device, rounds: int = 40) -> dict
 
     def drawn(token: int, rows: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(token)
-        return torch.randint(-99, 99, (rows, 3, 8), generator=generator, device=device, dtype=torch.int16)
+        return torch.randint(-99, 99, (rows, 3, 8), generator=generator, device=device, dtype=torch.int32)
 
     def late() -> None:
         if device.type == "cuda":
@@ -229,7 +229,7 @@ def wrong_arrivals(peers: Peers, device: torch.device, rounds: int = 40) -> dict
             if turn % 2:  # only to the next
                 rows = [[n * (s == (p - 1) % peers.size) for s, n in enumerate(of)] for p, of in enumerate(rows)]
             late()
-            landing = peers.landing(rows, (3, 8), torch.empty(0, dtype=torch.int16, device=device))
+            landing = peers.landing(rows, (3, 8), torch.empty(0, dtype=torch.int32, device=device))
             leaving = [drawn(token + peers.index * 8 + to, rows[to][peers.index]) for to in range(peers.size)]
             if turn % 2:
                 wait = peers.pass_on([leaving[(peers.index + 1) % peers.size]], [landing])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -95,7 +95,11 @@ class GroupPeers:
 
     def _begin(self, moves: list[dist.P2POp]) -> Callable[[], None]:
         with self._pace.exchange():
-            under_way = dist.batch_isend_irecv(moves)
+            try:
+                under_way = dist.batch_isend_irecv(moves)
+            except BaseException:
+                self._leave_batch(moves[0].tensor.device)
+                raise
 
         def wait() -> None:
             with self._pace.exchange():
@@ -104,6 +108,12 @@ class GroupPeers:
             moves.clear()  # until here what travels must not be reused
 
         return wait
+
+    def _leave_batch(self, device: torch.device) -> None:
+        """torch 2.13 leaves NCCL's group call open when one of a batch is refused; every communicator made later would be void."""
+        if device.type == "cuda":
+            with suppress(Exception):  # what was begun is given up anyway
+                self._group._end_coalescing(device)
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """See `Peers`."""
