@@ -235,6 +235,10 @@ def wrong_arrivals(peers: Peers, device: torch.device, rounds: int = 40) -> dict
                 wait = peers.pass_on([leaving[(peers.index + 1) % peers.size]], [landing])
             else:
                 wait = peers.swap(leaving, landing)
+            sizes = [x.shape for x in leaving]
+            del leaving  # what is given out anew must not be what still travels
+            overwritten = [torch.full(size, 7, dtype=torch.int32, device=device) for size in sizes]
+            del overwritten
             sources = [before] if turn % 2 else [p for p in range(peers.size) if p != peers.index]
             under_way.append((landing, wait, {s: (token + s * 8 + peers.index, rows[peers.index][s]) for s in sources}))
         for landing, wait, expected in under_way:

@@ -168,12 +168,14 @@ class CopyPeers(GroupPeers):
                     wires.copy(x, peer, place.to[peer])
                 wires.tell_arrived(peer, number)
             sent = wires.sent()
+        travelling = [x for for_it in parts.values() for x, _ in for_it]
 
         def wait() -> None:
             with self._pace.exchange():
                 for peer in sources:
                     wires.await_arrived(peer, number)
-                sent()  # until here what travels must not be reused
+                sent()
+            travelling.clear()  # until here its memory must not be used for anything else
 
         return wait
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -110,10 +111,13 @@ class GroupPeers:
         return wait
 
     def _leave_batch(self, device: torch.device) -> None:
-        """torch 2.13 leaves NCCL's group call open when one of a batch is refused; every communicator made later would be void."""
+        """When one of a batch is refused, torch 2.13 leaves NCCL's group call open, and communicators made later are void."""
         if device.type == "cuda":
             with suppress(Exception):  # what was begun is given up anyway
                 self._group._end_coalescing(device)
+            with suppress(OSError):
+                nccl, tries = ctypes.CDLL("libnccl.so.2"), range(8)  # the one that torch has loaded
+                next((n for n in tries if nccl.ncclGroupEnd() != 0), None)  # refused where none is open
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """See `Peers`."""
