@@ -123,7 +123,8 @@ class Ranks:
     def timed(self, work: Callable[[], object], repeats: int) -> dict[str, Any]:
         """Seconds of `work` on the slowest rank: the first call, and the median of `repeats` more; and each rank's peak.
 
-        All ranks begin together; on a GPU its own events are the clock. The peak is of bytes allocated, 0 on a CPU.
+        All ranks begin together; on a GPU its own events are the clock. The peak is of bytes allocated,
+        with those that other ranks write; 0 on a CPU.
         """
         peers, tick, cuda = self._groups.world, torch.zeros(1, device=self.device), self.device.type == "cuda"
         times = []
@@ -133,7 +134,7 @@ class Ranks:
             peers.all_gather(tick)
             self._sync()
             times.append(self._clock(work))
-        peak = torch.cuda.max_memory_allocated(self.device) if cuda else 0
+        peak = self._groups.held_bytes + (torch.cuda.max_memory_allocated(self.device) if cuda else 0)
         everyone = self.gathered({"times": times, "peak": peak})
         slowest = [max(column) for column in zip(*(rank["times"] for rank in everyone), strict=True)]
         found = {"first": slowest[0], "seconds": median(slowest[1:]), "all": slowest[1:]}

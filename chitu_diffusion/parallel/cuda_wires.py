@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from chitu_diffusion.parallel.machine import machine
+
 _LINE = 64
 """Bytes from one number to the next: a cache line each."""
 _ARRIVED, _READ = 0, 1
@@ -49,8 +51,11 @@ class CudaWires:
         store: of the group alone; its ranks meet there.
         timeout: seconds for a meeting.
 
+    Attributes:
+        held: bytes of this GPU's memory, which torch does not know of.
+
     Raises:
-        WiresError: this machine cannot.
+        OSError: no driver.
     """
 
     def __init__(self, index: int, size: int, device: torch.device, store: dist.Store, timeout: float) -> None:
@@ -58,6 +63,7 @@ class CudaWires:
         self._cuda = _driver()
         self._side = torch.cuda.Stream(device, priority=-1)
         self._meetings, self._latest = 0, 0
+        self.held = 0
         self._own: int | None = None
         self._theirs: dict[int, int] = {}
         self._released, self._gone = threading.Event(), threading.Event()
@@ -176,13 +182,15 @@ class CudaWires:
             file, token = os.memfd_create("chitu-numbers"), secrets.token_hex(16)
             os.ftruncate(file, size)
             os.pwrite(file, token.encode(), size - len(token))
-            place = {"process": os.getpid(), "file": file, "token": token}
+            place = {"machine": machine(), "process": os.getpid(), "file": file, "token": token}
         place = self.meet(place)[0]
         try:
+            if place["machine"] is None or place["machine"] != machine():
+                raise WiresError("not all ranks of the group are on one machine")
             if file is None:
                 file = os.open(f"/proc/{place['process']}/fd/{place['file']}", os.O_RDWR)
             if os.pread(file, len(place["token"]), size - len(place["token"])) != place["token"].encode():
-                raise WiresError("the first rank of the group is not on this machine")
+                raise WiresError("the first rank's memory cannot be found")
             self._flags = (ctypes.c_uint32 * (size // 4)).from_buffer(mmap.mmap(file, size))
             self._register(ctypes.addressof(self._flags), size)
         except (OSError, WiresError) as error:
@@ -263,7 +271,7 @@ class CudaWires:
             if code == _OUT_OF_MEMORY:
                 torch.cuda.empty_cache()  # torch may hold what it does not use
                 code = self._cuda.cuMemAlloc_v2(ctypes.byref(found), ctypes.c_size_t(size))
-        self._own = None if code else found.value
+        self._own, self.held = (None, 0) if code else (found.value, size)
         return code == 0
 
     def _handle(self) -> str | None:
@@ -293,7 +301,7 @@ class CudaWires:
 
     def _free(self) -> None:
         if self._own is not None:
-            own, self._own = self._own, None
+            own, self._own, self.held = self._own, None, 0
             with torch.cuda.device(self._device):
                 self._call("cuMemFree_v2", ctypes.c_uint64(own))
 

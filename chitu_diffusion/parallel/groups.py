@@ -84,6 +84,11 @@ class RankGroups:
         """How often the groups were made: what ranks agreed on before does not bind them after."""
         return self._generation
 
+    @property
+    def held_bytes(self) -> int:
+        """GPU memory into which the other ranks write; torch does not count it."""
+        return sum(wires.held for wires in self._wires)
+
     def open(self) -> None:
         """Make the groups, if they are not there. Every rank must come.
 

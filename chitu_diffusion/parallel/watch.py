@@ -20,12 +20,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from chitu_diffusion.errors import RankLostError
+from chitu_diffusion.parallel.machine import machine
 
 BEAT = 1.0
 _GLANCE = 0.25
@@ -146,7 +146,7 @@ class Watch:
         if frame is not None and time.monotonic() - self._arrived > _STACK_AFTER:
             stack = "".join(traceback.format_stack(frame)[-_STACK_LINES:])
         now = time.monotonic()
-        facts = {"host": self.host, "pid": os.getpid(), "machine": _machine(), "left": self._left, "fallen": self._fallen}
+        facts = {"host": self.host, "pid": os.getpid(), "machine": machine(), "left": self._left, "fallen": self._fallen}
         return {**facts, "beat": now, "place": self._place, "stack": stack}
 
     def _listen(self, other: int) -> None:
@@ -209,17 +209,9 @@ class Watch:
         )
 
 
-def _machine() -> str | None:
-    """What two processes share only if a process number means the same to both; None where that is unknown."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
-
-
 def _end_frozen(beat: dict[str, Any]) -> None:
     """A rank that is frozen on this machine would keep its launcher waiting, and its memory."""
-    if beat and beat["machine"] is not None and beat["machine"] == _machine():
+    if beat and beat["machine"] is not None and beat["machine"] == machine():
         try:
             os.kill(beat["pid"], signal.SIGKILL)
         except (ProcessLookupError, PermissionError):

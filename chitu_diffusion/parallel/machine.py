@@ -1,0 +1,14 @@
+"""Which machine this process is on, told apart from containers that look like it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def machine() -> str | None:
+    """What two processes share only if a process number means the same to both; None where that is unknown."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
