@@ -142,12 +142,17 @@ class Engine:
         """Cancel what is unfinished and let go of the model; silent the second time.
 
         On ranks but the first it serves rank 0 until that one closes.
+
+        Raises:
+            RankLostError: another rank died or froze while this one served.
         """
         with self._turn:
-            self._lockstep.close()
-            for task in self.pool.unfinished():
-                task.end(TaskStatus.CANCELLED)
-            self.backend.terminate()
+            try:
+                self._lockstep.close()
+            finally:
+                for task in self.pool.unfinished():
+                    task.end(TaskStatus.CANCELLED)
+                self.backend.terminate()
 
     def is_closed(self) -> bool:
         """Whether `close` was called."""

@@ -183,10 +183,14 @@ class Together(Alone):
         return None
 
     def close(self) -> None:
-        """Rank 0 sends all home; the others serve until it does, or, after Ctrl+C, for a moment only."""
+        """Rank 0 sends all home; the others serve until it does, or, after Ctrl+C, for a moment only.
+
+        Raises:
+            RankLostError: while this rank served; one that was lost before has been raised already.
+        """
         if self._closed:
             return
-        self._closed = True
+        self._closed, known, lost = True, self._watch.lost is not None, None
         try:
             if self.leads:
                 self._orders.say({"do": "stop"})
@@ -194,10 +198,12 @@ class Together(Alone):
             elif self._serve():
                 self._watch.leave()
                 self._orders.depart({})
-        except RankLostError:
-            # told already, or on its way to whoever waits for this rank; here the end is what was wanted
+        except RankLostError as error:
+            lost = None if known or self.leads else error  # rank 0 has done what it wanted
             self._stopped = True
         self._crew.leave(None if self._stopped or self.leads else "interrupted")
+        if lost is not None:
+            raise lost
 
     # -- followers
 

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import Chitu
 from tiny_model import write_tiny_model
 
+from benchmarks.faults import fault
 from chitu_diffusion.cli.launch import without_gpus
 
 ROOT = Path(__file__).parent.parent
@@ -77,3 +79,17 @@ def test_a_layout_that_cannot_be_is_refused_at_once(chitu: Chitu, tiny_folder: P
 
 def test_workers_get_the_same_words() -> None:
     assert without_gpus(["generate", "cat", "--gpus", "2", "--gpus=3", "-o", "x.mp4"]) == ["generate", "cat", "-o", "x.mp4"]
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("SIGKILL", 0), ("SIGKILL", 1), ("SIGTERM", 1)])
+def test_the_command_says_what_became_of_a_rank(kind: str, rank: int, tmp_path: Path) -> None:
+    """torch's launcher ends the other ranks at once when one has ended; they tell of it first."""
+    found = fault("cpu", "u2", kind, rank, tmp_path)
+    assert found["seconds"] is not None and found["seconds"] < 15, found
+    assert found["left behind"] == []
+    if kind == "SIGTERM":
+        assert found["code"] == 130 and "interrupted" in found["said"][0]
+    else:
+        assert found["code"] == 1 and len(found["said"]) == 1, found
+        assert f"rank {rank} of 2 (" in found["said"][0] and "is lost in " in found["said"][0]
+        assert "denoising, step" in found["said"][0]

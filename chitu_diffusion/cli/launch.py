@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import RankLostError, UsageError
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
@@ -49,6 +50,9 @@ def launch(words: Sequence[str], gpus: int, config: EngineConfig) -> int:
 
     Returns:
         the workers' exit code; 130 after Ctrl+C.
+
+    Raises:
+        RankLostError: a signal ended one.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -68,10 +72,21 @@ def launch(words: Sequence[str], gpus: int, config: EngineConfig) -> int:
         elastic_launch(settings, sys.executable)(*command)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values() if failure.exitcode > 0]
-        return min(codes, default=1)
+        rank, first = error.get_first_failure()
+        if not codes:
+            # nobody went by itself, having told why
+            told = f"rank {rank} of {gpus} (process {first.pid}) was ended by {first.signal_name()}; {_next(first.exitcode)}"
+            raise RankLostError(told) from None
+        return min(codes)
     except (SignalException, KeyboardInterrupt):
         return INTERRUPTED
     return 0
+
+
+def _next(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "the system does so where memory ran out, which its log tells ('dmesg'): less at once, or '--low-mem-level 4'"
+    return "the same command starts again"
 
 
 def without_gpus(words: Sequence[str]) -> list[str]:

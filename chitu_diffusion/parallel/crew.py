@@ -5,6 +5,9 @@ torchrun's own rendezvous brings them together, on one node or many. Knows proce
 
 from __future__ import annotations
 
+import signal
+import threading
+
 import torch
 import torch.distributed as dist
 
@@ -54,6 +57,11 @@ class Crew:
             waiting=self.groups.waiting,
         )
         self.orders = Orders(meeting, self.watch)
+        self._ends_on_term = threading.current_thread() is threading.main_thread() and (
+            signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        )
+        if self._ends_on_term:
+            signal.signal(signal.SIGTERM, self.watch.terminated)
         self.groups.open()
 
     def fall(self) -> None:
@@ -64,5 +72,9 @@ class Crew:
     def leave(self, why: str | None = None) -> None:
         """Go; with a reason, the others learn that the group is at its end."""
         self.watch.leave(why)
+        ends = why is None and self.watch.lost is None
+        # otherwise this rank has something to tell, and goes when it has
+        if self._ends_on_term and ends and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # in peace all come; alone, a rank would wait for the others' goodbye
         self.groups.abandon() if self.watch.lost is not None or why is not None else self.groups.close()

@@ -1,4 +1,4 @@
-"""Which machine this process is on, told apart from containers that look like it."""
+"""Which machine this process is on, told apart from containers that look like it, and which others run there."""
 
 from __future__ import annotations
 
@@ -12,3 +12,13 @@ def machine() -> str | None:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
+
+
+def is_gone(process: int) -> bool:
+    """Whether no such process of this machine runs any more, buried or not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return Path("/proc/self/stat").exists()
+    except OSError:
+        return False

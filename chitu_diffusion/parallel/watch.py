@@ -9,7 +9,6 @@ Knows ranks and places in words; no task, no tensors.
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import signal
@@ -25,7 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from chitu_diffusion.errors import RankLostError
-from chitu_diffusion.parallel.machine import machine
+from chitu_diffusion.parallel.machine import is_gone, machine
 
 BEAT = 1.0
 _GLANCE = 0.25
@@ -121,6 +120,24 @@ class Watch:
         self._speak.set()
         self._talking.join(BEAT)  # its last word; a store that is gone or frozen will not hear it
 
+    def terminated(self, signum: int, frame: object) -> None:
+        """For SIGTERM, which launchers send to all ranks when one has ended: then that is what is raised.
+
+        A rank that has left is on its way out, and hears nothing more.
+
+        Raises:
+            RankLostError: another rank is lost.
+            KeyboardInterrupt: none is.
+        """
+        if self._stop.is_set():
+            return
+        self._speak.set()
+        deadline = time.monotonic() + _GRACE
+        while self.lost is None and not self._stop.is_set() and time.monotonic() < deadline:
+            time.sleep(_GLANCE / 5)
+        self.check()
+        raise KeyboardInterrupt(signal.Signals(signum).name)
+
     # -- threads
 
     def _talk(self) -> None:
@@ -133,6 +150,7 @@ class Watch:
                     return
                 for other in self._seen:
                     self._listen(other)
+                    self._mourn(other)
                 self._heard = time.monotonic()
                 self._speak.wait(BEAT)
         except RuntimeError as error:
@@ -146,7 +164,8 @@ class Watch:
         if frame is not None and time.monotonic() - self._arrived > _STACK_AFTER:
             stack = "".join(traceback.format_stack(frame)[-_STACK_LINES:])
         now = time.monotonic()
-        facts = {"host": self.host, "pid": os.getpid(), "machine": machine(), "left": self._left, "fallen": self._fallen}
+        facts = {"host": self.host, "pid": os.getpid(), "machine": machine(), "fallen": self._fallen}
+        facts |= {"left": self._left, "leaving": self._stop.is_set()}
         return {**facts, "beat": now, "place": self._place, "stack": stack}
 
     def _listen(self, other: int) -> None:
@@ -161,6 +180,17 @@ class Watch:
             self._cut_short(f"{self.describe(other)} gave up in {beat['place']}", beat["fallen"])
         if beat["left"] is not None and self.lost is None:
             self._lose(other, f"it left: {beat['left']}")
+
+    def _mourn(self, other: int) -> None:
+        """A rank of this machine whose process has ended, not in peace, need not be waited for."""
+        for _ in range(2):  # it may have said goodbye after it was last heard
+            beat = self._beats.get(other)
+            if beat is None or beat["leaving"] or self.lost is not None:
+                return
+            if beat["machine"] is None or beat["machine"] != machine() or not is_gone(beat["pid"]):
+                return
+            self._listen(other)
+        self._lose(other, "its process has ended")
 
     def _cut_short(self, why: str, generation: int | None = None) -> None:
         # in a thread of its own: the watch goes on if that should hang
@@ -178,14 +208,12 @@ class Watch:
             if self._waiting() > self._timeout:
                 self._cut_short(f"an exchange has not moved for {self._timeout:g} s")
             if now - self._heard > self._lost_after:
-                _end_frozen(self._beats.get(0, {}))
-                self._lose(0, f"its store has not answered for {self._lost_after:g} s")
+                self._lose(0, f"its store has not answered for {self._lost_after:g} s", frozen=True)
             for other, seen in self._seen.items():
                 if now - seen > self._lost_after and self.lost is None:
-                    _end_frozen(self._beats.get(other, {}))
-                    self._lose(other, f"no sign of life for {self._lost_after:g} s")
+                    self._lose(other, f"no sign of life for {self._lost_after:g} s", frozen=True)
 
-    def _lose(self, other: int, why: str) -> None:
+    def _lose(self, other: int, why: str, frozen: bool = False) -> None:
         beat = self._beats.get(other, {})
         place, stack = beat.get("place", "starting"), beat.get("stack")
         with self._lock:
@@ -193,12 +221,15 @@ class Watch:
                 return
             self.lost = RankLostError(self._report(other, why, place, stack))
         self._cut_short(str(self.lost))
+        if frozen:
+            _end_frozen(beat)  # not before `lost` says why: its launcher now ends this rank, too, see `terminated`
         deadline = time.monotonic() + _GRACE
         while self._busy and time.monotonic() < deadline:
             time.sleep(_GLANCE / 5)
         if self._busy:
-            print(f"error: {self.lost}", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(all_threads=False)
+            frame = sys._current_frames().get(self._main)
+            stack = "".join(traceback.format_stack(frame)[-_STACK_LINES:]) if frame is not None else ""
+            print(f"error: {self.lost}\nRank {self.rank} hangs here:\n{stack}", file=sys.stderr, flush=True)
             os._exit(EXIT_CODE)
 
     def _report(self, other: int, why: str, place: str, stack: str | None) -> str:
