@@ -34,6 +34,7 @@ from benchmarks.scaling_work import (
     random_transformer,
     random_vae,
     traced,
+    without_host,
     wrong_arrivals,
 )
 from benchmarks.simulate_scaling import needed_shapes
@@ -47,8 +48,8 @@ from chitu_diffusion.parallel.sharing import strips_on_first
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = {"480p": (832, 480, 81), "720p": (1280, 720, 81), "small": (64, 64, 5)}
-INNER, SHORT = 4, 0.005
-"""Calls for one reading of the clock, for kernels of less than so many seconds."""
+INNER, SHORT = 16, 0.005
+"""Calls for one reading of the clock, for what takes less than so many seconds."""
 DIFFUSERS = {"ulysses2": {"ulysses_degree": 2}, "ring2": {"ring_degree": 2}}
 SMALL_VAE = {"base_dim": 8, "num_res_blocks": 1}
 
@@ -134,7 +135,17 @@ class Model:
         groups = self.ranks.layout(plan_for(world, self.case.config.num_attention_heads, cp=world, ulysses=1))
         kernel = self.case.kernel(self.kernel_names[1], True)
         works = beside(self.case, groups, kernel)
-        return {"kernel": kernel.name, **{name: self.ranks.timed(work, 5)["seconds"] for name, work in works.items()}}
+        return {"kernel": kernel.name, **{name: self._each(work) for name, work in works.items()}}
+
+    def host(self) -> dict[str, Any]:
+        """Seconds that the host takes for a block: of a step so small that the GPU waits for it."""
+        found, case = {}, Case(self.case.spec, SIZES["small"], self.case.device, self.case.dtype, settings_of(self.asked))
+        world, heads = self.ranks.world, case.config.num_attention_heads
+        for word, ulysses in (("alone", 0), ("u2", 2), ("r2", 1)) if world == 2 else (("alone", 0),):
+            groups = self.ranks.layout(plan_for(world, heads, cp=world, ulysses=ulysses)) if ulysses else RankGroups()
+            step = case.step(case.backend(self.weights(), groups))
+            found[word] = self.ranks.timed(step, 2 * self.asked.repeats)["seconds"] / case.config.num_layers
+        return {"seconds_per_block": found}
 
     def diffusers(self, word: str) -> dict[str, Any]:
         """diffusers' transformer with the same weights, alone or with its own context parallelism."""
@@ -172,16 +183,21 @@ class Model:
         names = self.kernel_names
         chosen = [self.case.kernel(name, needs_lse) for name, needs_lse in zip(names, (False, True), strict=True)]
         for what, work in kernels(self.case, attention, rows, *chosen):
-            took = self.ranks.timed(work, 1)["seconds"]
+            took, alone = self.ranks.timed(work, 1)["seconds"], False
             if took < SHORT and self.ranks.device.type == "cuda":
-                # a single short call is mostly the clock
-                took = self.ranks.timed(lambda work=work: [work() for _ in range(INNER)], 3)["seconds"] / INNER
-            pieces.append({**what, "seconds": took})
+                # a single short call is mostly the clock, or the host that launches it
+                calls = without_host(work, INNER)
+                took, alone = (self.ranks.timed(calls, 2)["seconds"] / INNER, True) if calls else (self._each(work), False)
+            pieces.append({**what, "seconds": took, "without_host": alone})
         config = self.case.config
         shape = {"tokens": self.case.tokens, "heads": config.num_attention_heads, "dim": config.dim}
         shape |= {"blocks": config.num_layers, "values": config.patch_values * config.out_channels}
         shape |= {"latent": self.case.latent.numel(), "bytes_per_number": self.case.dtype.itemsize}
         return {"model": shape, "kernels": [kernel.name for kernel in chosen], "pieces": pieces}
+
+    def _each(self, work: Callable[[], object]) -> float:
+        """Seconds of one call of many."""
+        return float(self.ranks.timed(lambda: [work() for _ in range(INNER)], 3)["seconds"] / INNER)
 
     def _timed(self, work: Callable[[], Tensor]) -> tuple[dict[str, Any], Tensor]:
         """Times of a step, and the velocities of the last."""
@@ -318,6 +334,7 @@ def sections(ranks: Ranks, asked: argparse.Namespace) -> list[tuple[str, Callabl
             rows.append((f"{model.name} {word}", lambda m=model, w=word: m.layout(w), 6 if index == 0 else 13))
         if index == 0:
             rows.append((f"{model.name} overlap", model.overlap, 3))
+        rows.append((f"{model.name} host", model.host, 6))
         rows.append((f"{model.name} kernels", model.kernels, 4 if index == 0 else 6))
         rows.append((f"{model.name} released", lambda m=model: m.release() or {}, 0))
     rows.insert(3, ("vae alone", lambda: vae(ranks, small, 2, False), 10))

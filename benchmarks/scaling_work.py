@@ -309,6 +309,24 @@ def kernels(
     yield {"kind": "ends", "tokens": case.tokens}, lambda: ends(network, case, text)
 
 
+def without_host(work: Work, times: int) -> Work | None:
+    """So many calls of `work` as one CUDA graph, which a GPU runs through without the host; None where it cannot be recorded."""
+    try:
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            work()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(times):
+                work()
+    except RuntimeError as error:
+        print(f"no graph: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return None
+    return graph.replay
+
+
 def _nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """An attention that takes no time and gives a result as kernels lay it out."""
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)

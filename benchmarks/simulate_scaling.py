@@ -7,8 +7,9 @@ block is its attention (one call, or one a hop of the ring), the rest of it, pac
 cost: those of Ulysses in full, or, where they go in pieces, the first that comes and the last that goes and what the others'
 work does not hide, a hop of the ring as far as it outlasts the hop's kernel, and what a kernel was seen to lose with a
 transfer beside it. All kernels are scaled by one factor, so that one GPU's step is what was measured (long runs clock lower
-than short ones). Nothing else is fitted: the two-GPU predictions are checked against the measurement. Writes a table, JSON
-and a plot beside the input.
+than short ones). A step takes at least what the host needs to launch it, as a tiny step showed, where every further peer is
+taken to cost as much as the first. Nothing else is fitted: the two-GPU predictions are checked against the measurement.
+Writes a table, JSON and a plot beside the input.
 
 Assumed, and stated in the table: 8 GPUs a node. NVLink as measured; between nodes a stated speed times the share of its
 nominal speed that NVLink reached, plus a latency. InfiniBand is per GPU, Ethernet per node and shared by who crosses.
@@ -66,6 +67,7 @@ class Prediction:
         seconds: of a guided step.
         compute: seconds of kernels.
         exposed: seconds in which a rank waits for others.
+        host: seconds in which the host launches it, beside all that.
         sent: bytes that a rank sends.
     """
 
@@ -73,6 +75,7 @@ class Prediction:
     seconds: float
     compute: float
     exposed: float
+    host: float
     sent: float
 
 
@@ -142,6 +145,7 @@ class Study:
         factor: on the kernels' times, where `alone` is None.
         beside: of a hop alone (`attention`), its transfer alone (`transfer`) and both at once; None: they do not disturb
             each other.
+        host: seconds that the host takes for a block, `alone`, `u2` and `r2`; None: none.
     """
 
     def __init__(
@@ -152,7 +156,9 @@ class Study:
         alone: float | None,
         factor: float = 1.0,
         beside: Piece | None = None,
+        host: Mapping[str, float] | None = None,
     ) -> None:
+        self._host = host or {}
         self.model, self._pieces, self._links, self.factor = model, pieces, links, 1.0
         # seconds that a hop loses for each second of transfer beside it
         self.disturbance = 0.0
@@ -185,7 +191,14 @@ class Study:
         compute = forwards * self._time("ends", tokens=tokens) + calls * kernels
         exposed = calls * waits + forwards * self._links.seconds("swap", sent.gather / forwards * item, spread, NODE)
         exposed += self._links.seconds("swap", sent.guidance * item, plan.world > NODE, NODE)
-        return Prediction(str(plan), compute + exposed, compute, exposed, sent.total * item)
+        host = (forwards if plan.sequence == 1 else 1) * blocks * self._launching(plan)
+        return Prediction(str(plan), max(compute + exposed, host), compute, exposed, host, sent.total * item)
+
+    def _launching(self, plan: ParallelPlan) -> float:
+        """Seconds of the host for a block."""
+        alone = self._host.get("alone", 0.0)
+        more = {word: max(0.0, self._host.get(word, alone) - alone) for word in ("u2", "r2")}
+        return alone + (plan.ulysses - 1) * more["u2"] + (plan.ring - 1) * more["r2"]
 
     def _ulysses_waits(self, plan: ParallelPlan, size: float, kernel: float, own: int) -> float:
         """Seconds in which a block's kernels wait for its two exchanges of `size` bytes together."""
@@ -247,7 +260,8 @@ def studied(results: Piece) -> dict[str, Any]:
         for fabric in FABRICS:
             fabric_links = Links(results["links"]["rows"], fabric)
             factor = factors.get(name.split()[0], 1.0)
-            study = Study(found["model"], found["pieces"], fabric_links, alone, factor, beside)
+            host = results.get(f"{name.split()[0]} 480p host", results.get(f"{name} host", {})).get("seconds_per_block")
+            study = Study(found["model"], found["pieces"], fabric_links, alone, factor, beside, host)
             factors[name.split()[0]] = study.factor
             rows += _rows(name, fabric, study)
         checks += _checked(name, study, results)
@@ -286,7 +300,8 @@ def as_markdown(study: Mapping[str, Any]) -> str:
     for check in study["checks"]:
         lines.append(f"| {check['case']} | {check['predicted']:.3f} | {check['measured']:.3f} | {check['error']:+.1%} |")
     for model in dict.fromkeys(row["model"] for row in study["rows"]):
-        columns = ["GPUs", "between nodes", "layout", "s a step", "speed-up", "efficiency", "waiting", "sent, GB", "best"]
+        columns = ["GPUs", "between nodes", "layout", "s a step", "speed-up", "efficiency", "waiting", "launching"]
+        columns += ["sent, GB", "best"]
         lines += ["", f"## {model}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for row in (row for row in study["rows"] if row["model"] == model):
             if row["gpus"] <= NODE and row["fabric"] != FABRICS[0].name:
@@ -295,7 +310,8 @@ def as_markdown(study: Mapping[str, Any]) -> str:
             best = "the same" if row["best"]["plan"] == row["plan"] else f"{row['best']['plan']}: {row['best']['seconds']:.3f} s"
             lines.append(
                 f"| {row['gpus']} | {between} | {row['plan']} | {row['seconds']:.3f} | {row['speedup']:.2f} | "
-                f"{row['efficiency']:.0%} | {row['exposed'] / row['seconds']:.1%} | {row['sent'] / 1e9:.2f} | {best} |"
+                f"{row['efficiency']:.0%} | {row['exposed'] / row['seconds']:.1%} | "
+                f"{row['host'] / row['seconds']:.0%} | {row['sent'] / 1e9:.2f} | {best} |"
             )
     return "\n".join(lines) + "\n"
 
