@@ -235,8 +235,8 @@ def test_triton_compiles_for_hopper(runs_for_hopper: RunText) -> None:
 
 def test_operators_have_true_fakes_and_leave_a_graph_whole() -> None:
     q, k, v = inputs(20, 30)
-    torch.library.opcheck(fp8.fa3_fp8_op, (q, k, v, True), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(fp8.fa3_fp8_op, (q, k, v, False), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(fp8.fa3_fp8_op.op, (q, k, v, True), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(fp8.fa3_fp8_op.op, (q, k, v, False), test_utils=("test_schema", "test_faketensor"))
     for name in ("fa3_fp8", "sdpa", "math", "fused"):
         kernel = KERNELS[name]
         compiled = torch.compile(lambda *qkv, kernel=kernel: kernel(*qkv) + 1, fullgraph=True, backend="aot_eager")

@@ -153,11 +153,11 @@ def test_operators_tell_torch_compile_their_shapes() -> None:
     for ask in ((None, None, None, None), (x + 1, gate, weight, bias)):
         for quantised in (False, True):
             args = (x, *ask, EPS, torch.bfloat16, True, quantised)
-            torch.library.opcheck(fused_triton.residual_norm, args, test_utils=checks)
-    torch.library.opcheck(fused_triton.activation, (x, None, True, True), test_utils=checks)
+            torch.library.opcheck(fused_triton.residual_norm.op, args, test_utils=checks)
+    torch.library.opcheck(fused_triton.activation.op, (x, None, True, True), test_utils=checks)
     angles = torch.randn(5, 10, device=DEVICE)
     args = (x, x + 1, weight[0, 0], bias[0, 0], angles.cos(), angles.sin(), EPS)
-    torch.library.opcheck(fused_triton.qk_norm_rotate, args, test_utils=checks)
+    torch.library.opcheck(fused_triton.qk_norm_rotate.op, args, test_utils=checks)
 
 
 COMPILED_FOR_HOPPER = """

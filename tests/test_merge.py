@@ -52,13 +52,16 @@ def test_packing_copies_every_peers_heads(dtype: torch.dtype, sizes: tuple[int, 
     wide = torch.randn(3, batch, tokens, heads, 2 * channels).to(dtype)  # channels side by side, heads apart
     q, k, v = (x[..., :channels] for x in wide.unbind())
     peers = heads // share
-    found, expected = torch.zeros(2, peers, tokens, 3, batch, width, channels, dtype=dtype).unbind()
-    work(q, k, v, found.unbind(), share, first)
-    pack(q, k, v, expected.unbind(), share, first)
-    assert torch.equal(found, expected)
+    index = peers - 1
+    places, expected = torch.zeros(2, peers + 1, tokens, 3, batch, width, channels, dtype=dtype).unbind()
+    for run, into in ((work, places), (pack, expected)):
+        run(q, k, v, into[:-1], into[-1], index, share, first)
+        assert not into[index].any(), "one's own place stands elsewhere"
+    assert torch.equal(places, expected)
     for peer in range(peers):
         theirs = slice(peer * share + first, peer * share + first + width)
-        assert torch.equal(expected[peer].permute(1, 2, 0, 3, 4), torch.stack([q, k, v])[:, :, :, theirs])
+        found = expected[-1 if peer == index else peer]
+        assert torch.equal(found.permute(1, 2, 0, 3, 4), torch.stack([q, k, v])[:, :, :, theirs])
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -85,3 +88,21 @@ def test_both_roads_agree(interpreted) -> None:
     given = (out, lse, part, part_lse, torch.float32)
     for ours, theirs in zip(interpreted(*given), merge(*given), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+COMPILED_FOR_HOPPER = """
+import sys
+from pathlib import Path
+from chitu_diffusion.attention import merge_triton, pack_triton
+from hopper import build
+
+POINTERS = {name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "away_ptr", "own_ptr")}
+built = build(pack_triton._pack_kernel, POINTERS, {"TOKENS": pack_triton._TOKENS, "CHANNELS": 128}, Path(sys.argv[1]))
+assert built.spilled == 0, built.spilled
+assert "ld.global.v4" in built.ptx and "st.global.v4" in built.ptx, "16 bytes at once"
+"""
+
+
+def test_packing_compiles_for_hopper(runs_for_hopper) -> None:
+    """Two pointers to choose from, which the interpreter takes for numbers."""
+    runs_for_hopper(COMPILED_FOR_HOPPER)

@@ -213,7 +213,7 @@ def test_operator_tells_torch_compile_its_shape() -> None:
     q, weight, k, v = inputs(2, 5, 7, 2, 16)
     for bias in (None, torch.zeros(1, 7, device=DEVICE)):
         args = (q, weight, k, v, bias, EPS)
-        torch.library.opcheck(text_triton.text_attention, args, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(text_triton.text_attention.op, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_which_sizes_it_takes() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from chitu_diffusion.attention.kernels import AttentionKernel
 from chitu_diffusion.attention.needs import Needs, Package
+from chitu_diffusion.operators import operator
 
 FA3 = Package(
     module="fa3_fwd_interface",
@@ -17,7 +18,7 @@ FA3 = Package(
 )
 
 
-@torch.library.custom_op("chitu::fa3", mutates_args=(), device_types="cuda")
+@operator("chitu::fa3", device_types="cuda")
 def fa3_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """q [B, S, H, D], k, v [B, L, H, D] bfloat16 -> out [B, S, H, D], lse [B, H, S] float32."""
     from fa3_fwd_interface import flash_attn_func

@@ -36,6 +36,7 @@ from torch import Tensor
 from chitu_diffusion.attention.fa3 import FA3
 from chitu_diffusion.attention.kernels import AttentionKernel
 from chitu_diffusion.attention.needs import Needs
+from chitu_diffusion.operators import operator
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -244,7 +245,7 @@ def attend_in_fp8(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, steps: Steps)
     return steps.finish(out, lse if with_lse else None, q, scales, bias, matrix)
 
 
-@torch.library.custom_op("chitu::fa3_fp8", mutates_args=())
+@operator("chitu::fa3_fp8")
 def fa3_fp8_op(q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
     """q [B, S, H, D], k, v [B, L, H, D] -> out [B, S, H, D], lse [B, H, S] float32, empty if it is not asked for."""
     return attend_in_fp8(q, k, v, with_lse, steps_on(q.device))

@@ -1,6 +1,5 @@
-"""`pack` as one Triton kernel a place: every number is read and written once. Imported only where Triton is."""
+"""`pack` as one Triton kernel: every number is read and written once. Imported only where Triton is."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -12,12 +11,14 @@ _TOKENS = 32
 
 @triton.jit
 def _pack_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, place_ptr,
-    tokens, batch, heads, channels, first,
+    q_ptr, k_ptr, v_ptr, away_ptr, own_ptr,
+    tokens, batch, heads, channels, index, share, first,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    # one program: TOKENS tokens of one head of one batch element, of q, k and v
+    # one program: TOKENS tokens of one head of one batch element, of q, k and v, for one place
+    peer = tl.program_id(2)
+    first += peer * share
     element, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads  # a batch may pass 2^31 numbers
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.arange(0, CHANNELS)
@@ -28,20 +29,20 @@ def _pack_kernel(  # type: ignore[no-untyped-def]
     v = tl.load(v_ptr + element * v_b + row * v_s + (first + head) * v_h + channel[None, :], mask=whole)
     # of a contiguous [S, 3, B, h, D]
     step = batch * heads * channels
+    place_ptr = own_ptr if peer == index else away_ptr + peer.to(tl.int64) * tokens * 3 * step
     place = place_ptr + row * 3 * step + (element * heads + head) * channels + channel[None, :]
     tl.store(place, q, mask=whole)
     tl.store(place + step, k, mask=whole)
     tl.store(place + 2 * step, v, mask=whole)
 
 
-def pack_fused(q: Tensor, k: Tensor, v: Tensor, places: Sequence[Tensor], share: int, first: int) -> None:
+def pack_fused(q: Tensor, k: Tensor, v: Tensor, away: Tensor, own: Tensor, index: int, share: int, first: int) -> None:
     """See `chitu_diffusion.attention.pack.pack`."""
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    for peer, place in enumerate(places):
-        tokens, _, batch, heads, channels = place.shape
-        grid: Any = (triton.cdiv(tokens, _TOKENS), batch * heads)
-        _pack_kernel[grid](
-            q, k, v, place, tokens, batch, heads, channels, peer * share + first,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            TOKENS=_TOKENS, CHANNELS=triton.next_power_of_2(channels),
-        )  # fmt: skip
+    tokens, _, batch, heads, channels = own.shape
+    grid: Any = (triton.cdiv(tokens, _TOKENS), batch * heads, len(away))
+    _pack_kernel[grid](
+        q, k, v, away, own, tokens, batch, heads, channels, index, share, first,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        TOKENS=_TOKENS, CHANNELS=triton.next_power_of_2(channels),
+    )  # fmt: skip

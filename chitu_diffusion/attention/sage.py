@@ -9,6 +9,7 @@ from torch import Tensor
 
 from chitu_diffusion.attention.kernels import AttentionKernel
 from chitu_diffusion.attention.needs import SIXTEEN_BITS, Needs, Package
+from chitu_diffusion.operators import operator
 
 SAGE = Package(
     module="sageattention",
@@ -18,7 +19,7 @@ SAGE = Package(
 )
 
 
-@torch.library.custom_op("chitu::sage", mutates_args=(), device_types="cuda")
+@operator("chitu::sage", device_types="cuda")
 def sage_op(q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
     """q [B, S, H, D], k, v [B, L, H, D] of 16 bits -> out [B, S, H, D], lse [B, H, S] float32, empty if it is not asked for."""
     from sageattention import sageattn

@@ -68,19 +68,19 @@ def ulysses(inner: AttentionFn, peers: Peers, lengths: Sequence[int], pieces: in
             for width in shard_heads(share, number):
                 # of everybody's tokens, our heads
                 here = peers.landing([rows] * peers.size, (3, q[some].shape[0], width, channels), q)
-                leaving = list(q.new_empty(peers.size, own, *here.whole.shape[1:]).unbind())
-                leaving[index] = here.parts[index]  # what stays is written where it will be read
-                pack(q[some], k[some], v[some], leaving, share, first)
-                coming.append((some, here.whole, peers.swap(leaving, here)))
+                leaving = q.new_empty(peers.size, own, *here.whole.shape[1:])
+                # what stays is written where it will be read
+                pack(q[some], k[some], v[some], leaving, here.parts[index], index, share, first)
+                coming.append((some, here.whole, peers.swap(leaving.unbind(), here)))
                 first += width
         for some, here_all, arrived in coming:
             arrived()
             out = inner(*(part.transpose(0, 1) for part in here_all.unbind(1)))  # [B, S, h, D]
-            leaving = list(out.transpose(0, 1).contiguous().split(rows))
+            homeward = out.transpose(0, 1).contiguous().split(rows)
             # of our tokens, everybody's heads
-            back = peers.landing([[theirs] * peers.size for theirs in rows], leaving[index].shape[1:], out)
-            returned = peers.swap(leaving, back)
-            back.parts[index] = leaving[index]
+            back = peers.landing([[theirs] * peers.size for theirs in rows], homeward[index].shape[1:], out)
+            returned = peers.swap(homeward, back)
+            back.parts[index] = homeward[index]
             returning.append((some, back.parts, returned))
         whole = q.new_empty(q.shape)
         for some in sequences:

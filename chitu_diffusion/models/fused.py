@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chitu_diffusion.attention.kernels import sdpa, sdpa_weighted
+from chitu_diffusion.operators import operator
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
@@ -229,9 +230,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh"))
 
 
-@torch.library.custom_op(
-    "chitu_diffusion::linear_gelu", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor bias) -> Tensor"
-)
+@operator("chitu_diffusion::linear_gelu", schema="(Tensor x, Tensor weight, Tensor bias) -> Tensor")
 def _linear_gelu_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     # on CUDA, and there alone, its GELU is the tanh-approximated one
     y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chitu_diffusion.operators import operator
+
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
 """Largest number of 4 exponent and 3 mantissa bits (e4m3fn)."""
@@ -163,9 +165,8 @@ def _activation(
     _write_row(out + row * dim, head, tail, dim, HEAD, TAIL, WIDTH)
 
 
-@torch.library.custom_op(
+@operator(
     "chitu_diffusion::residual_norm",
-    mutates_args=(),
     schema="(Tensor x, Tensor? added, Tensor? gate, Tensor? weight, Tensor? bias, float eps, ScalarType dtype, bool norm, "
     "bool quantise) -> (Tensor, Tensor, Tensor)",
 )
@@ -245,9 +246,8 @@ def _(
     return _outputs(x, added, dtype, norm, quantise)
 
 
-@torch.library.custom_op(
+@operator(
     "chitu_diffusion::qk_norm_rotate",
-    mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
 )
 def qk_norm_rotate(
@@ -288,9 +288,8 @@ def _(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin
     return _like(q, q.dtype), _like(k, k.dtype)
 
 
-@torch.library.custom_op(
+@operator(
     "chitu_diffusion::activation",
-    mutates_args=(),
     schema="(Tensor x, Tensor? bias, bool gelu, bool quantise) -> (Tensor, Tensor)",
 )
 def activation(x: Tensor, bias: Tensor | None, gelu: bool, quantise: bool) -> tuple[Tensor, Tensor]:

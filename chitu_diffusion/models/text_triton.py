@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chitu_diffusion.models.fused_triton import on_device
+from chitu_diffusion.operators import operator
 
 _LOG2_E = 1 / math.log(2)
 _SLOTS = 132
@@ -126,9 +127,8 @@ def _text_attention(
         tl.store(out + base + head * HEAD_DIM + at, attended.to(out.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op(
+@operator(
     "chitu_diffusion::text_attention",
-    mutates_args=(),
     schema="(Tensor q, Tensor weight, Tensor k, Tensor v, Tensor? bias, float eps) -> Tensor",
 )
 def text_attention(q: Tensor, weight: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, eps: float) -> Tensor:

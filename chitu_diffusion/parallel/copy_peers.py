@@ -158,16 +158,15 @@ class CopyPeers(GroupPeers):
         """Send each peer its parts, and give what waits for those of the sources."""
         self._exchanges += 1
         wires, number = self._wires, self._exchanges
-        with self._pace.exchange():
-            wires.fork()
-            for peer, for_it in parts.items():
-                if self._heard.get(peer, 0) < self._readings:
-                    wires.await_read(peer, self._readings)
-                    self._heard[peer] = self._readings
-                for x, place in for_it:
-                    wires.copy(x, peer, place.to[peer])
-                wires.tell_arrived(peer, number)
-            sent = wires.sent()
+        wires.fork()
+        for peer, for_it in parts.items():
+            if self._heard.get(peer, 0) < self._readings:
+                wires.await_read(peer, self._readings)
+                self._heard[peer] = self._readings
+            for x, place in for_it:
+                wires.copy(x, peer, place.to[peer])
+            wires.tell_arrived(peer, number)
+        sent = wires.sent()
         travelling = [x for for_it in parts.values() for x, _ in for_it]
 
         def wait() -> None:

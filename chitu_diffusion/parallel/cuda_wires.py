@@ -29,6 +29,7 @@ from chitu_diffusion.parallel.machine import machine
 _LINE = 64
 """Bytes from one number to the next: a cache line each."""
 _ARRIVED, _READ = 0, 1
+_NUMBERS = 1 << 32
 _AHEAD = 1 << 30
 """Numbers are compared modulo 2^32, by their signed difference: so far ahead, nothing waits."""
 _OUT_OF_MEMORY = 2
@@ -102,8 +103,8 @@ class CudaWires:
     def copy(self, x: Tensor, peer: int, offset: int) -> None:
         """See `Wires`."""
         assert x.is_contiguous()
-        target, size = ctypes.c_uint64(self._theirs[peer] + offset), ctypes.c_size_t(x.numel() * x.element_size())
-        self._call("cuMemcpyAsync", target, ctypes.c_uint64(x.data_ptr()), size, _handle_of(self._side))
+        size = x.numel() * x.element_size()
+        _check(self._cuda.cuMemcpyAsync(self._theirs[peer] + offset, x.data_ptr(), size, self._side.cuda_stream), "a copy")
 
     def tell_arrived(self, peer: int, number: int) -> None:
         """See `Wires`."""
@@ -237,18 +238,18 @@ class CudaWires:
         return [peer for peer in range(self.size) if peer != self.index]
 
     def _call(self, name: str, *given: object) -> None:
-        code = getattr(self._cuda, name)(*given)
-        if code:
-            raise WiresError(f"{name} gave CUDA error {code}")
+        _check(getattr(self._cuda, name)(*given), name)
 
     def _await(self, stream: torch.cuda.Stream, kind: int, peer: int, number: int) -> None:
         self._latest = max(self._latest, number)
         at = self._number_at(kind, self.index, peer)
-        self._call("cuStreamWaitValue32_v2", _handle_of(stream), ctypes.c_uint64(at), ctypes.c_uint32(number), ctypes.c_uint(0))
+        # 0: until the number there is this one or a later one
+        _check(self._cuda.cuStreamWaitValue32_v2(stream.cuda_stream, at, number % _NUMBERS, 0), "waiting for a number")
 
     def _tell(self, stream: torch.cuda.Stream, kind: int, peer: int, number: int) -> None:
         at = self._number_at(kind, peer, self.index)
-        self._call("cuStreamWriteValue32_v2", _handle_of(stream), ctypes.c_uint64(at), ctypes.c_uint32(number), ctypes.c_uint(0))
+        # 0: after everything that the stream wrote before
+        _check(self._cuda.cuStreamWriteValue32_v2(stream.cuda_stream, at, number % _NUMBERS, 0), "raising a number")
 
     def _number_at(self, kind: int, to: int, source: int) -> int:
         return self._flags_at + ((kind * self.size + to) * self.size + source) * _LINE
@@ -262,7 +263,7 @@ class CudaWires:
         for kind in (_ARRIVED, _READ):
             for source in self._others():
                 if self._flags is not None:
-                    self._flags[(self._number_at(kind, self.index, source) - self._flags_at) // 4] = number
+                    self._flags[(self._number_at(kind, self.index, source) - self._flags_at) // 4] = number % _NUMBERS
 
     def _allocate(self, size: int) -> bool:
         found = ctypes.c_uint64()
@@ -366,8 +367,9 @@ def _numbers_size(size: int) -> int:
     return -(-(2 * size * size + 1) * _LINE // page) * page
 
 
-def _handle_of(stream: torch.cuda.Stream) -> ctypes.c_void_p:
-    return ctypes.c_void_p(stream.cuda_stream)
+def _check(code: int, what: str) -> None:
+    if code:
+        raise WiresError(f"{what}: CUDA error {code}")
 
 
 def _driver() -> ctypes.CDLL:
@@ -376,4 +378,9 @@ def _driver() -> ctypes.CDLL:
     Raises:
         OSError: there is none.
     """
-    return ctypes.CDLL("libcuda.so.1")
+    driver = ctypes.CDLL("libcuda.so.1")
+    # of those that are called for every exchange; named here, their arguments can be plain numbers
+    driver.cuMemcpyAsync.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+    for operation in (driver.cuStreamWaitValue32_v2, driver.cuStreamWriteValue32_v2):
+        operation.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+    return driver
