@@ -123,6 +123,9 @@ class ThreadWires:
     def tell_read(self, peer: int, number: int) -> None:
         self.machine.raise_number("read", peer, self.index, number)
 
+    def waiting(self) -> float:
+        return 0.0
+
     def release(self) -> None:
         raise AssertionError("nothing is to be released here")
 
@@ -360,33 +363,68 @@ def test_a_machine_that_cannot_is_known_on_all_ranks(monkeypatch: pytest.MonkeyP
     assert time.monotonic() - began < PATIENCE / 2, "nobody waits for one who has given up"
 
 
-def test_numbers_are_shared_and_a_release_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The numbers' memory is one, also for a second process; released, they stay ahead of whatever a peer puts there."""
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> list[CudaWires]:
+    """Wires of two ranks without a GPU: their numbers, and a place to meet."""
     store = Store()
     wires = [object.__new__(CudaWires) for _ in range(2)]
     for index, each in enumerate(wires):
         each.index, each.size, each._store, each._timeout, each._meetings = index, 2, store, PATIENCE, 0  # type: ignore[assignment]
-        each._released, each._gone, each._latest = threading.Event(), threading.Event(), 7
-        each._flags, each._flags_at = None, 0
+        each._released, each._gone, each._latest, each._awaited = threading.Event(), threading.Event(), 7, {}
+        each._flags, each._flags_at, each._seen, each._moved = None, 0, (), time.monotonic()
         monkeypatch.setattr(each, "_register", lambda address, size, each=each: setattr(each, "_flags_at", address))
     in_threads(lambda index: wires[index].map_numbers())
-    assert all(each._flags is not None for each in wires)
-
-    def number(each: CudaWires, kind: int, to: int, source: int) -> int:
-        assert each._flags is not None
-        return each._flags[(each._number_at(kind, to, source) - each._flags_at) // 4]
-
-    places = {wires[0]._number_at(kind, to, source) for kind in (0, 1) for to in (0, 1) for source in (0, 1)}
-    assert len(places) == 8
-    wires[0]._set_numbers(5)
-    assert [number(wires[1], kind, 0, 1) for kind in (0, 1)] == [5, 5] and number(wires[1], 0, 1, 0) == 0
-    wires[1].release()
-    deadline = time.monotonic() + PATIENCE
-    wires[0]._flags[(wires[0]._number_at(0, 1, 0) - wires[0]._flags_at) // 4] = 8  # a peer that has not heard yet
-    while number(wires[0], 0, 1, 0) != 7 + (1 << 30) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert number(wires[0], 0, 1, 0) == 7 + (1 << 30)
-    with pytest.raises(WiresError, match="cut short"):
-        wires[1].meet(None)
-    wires[1]._gone.set()
     assert json.loads(store["1/0"])["token"]
+    return wires
+
+
+def put(wires: CudaWires, kind: int, to: int, source: int, number: int) -> None:
+    """What a GPU's stream would do."""
+    assert wires._flags is not None
+    wires._flags[(wires._number_at(kind, to, source) - wires._flags_at) // 4] = number % 2**32
+
+
+def test_numbers_are_shared_and_a_release_is_seen(pair: list[CudaWires]) -> None:
+    """The numbers' memory is one for both; released, they stay ahead of whatever a peer puts there."""
+    kinds = range(4)
+    places = {pair[0]._number_at(kind, to, source) for kind in kinds for to in (0, 1) for source in (0, 1)}
+    assert len(places) == 16
+    pair[0]._set_numbers(5)
+    put(pair[0], 0, 1, 0, 3)
+    assert pair[1]._number(0, 0) == 3 and pair[1]._number(1, 0) == 0
+    assert [pair[0]._number(kind, 1) for kind in kinds] == [5] * 4
+    pair[1].release()
+    put(pair[0], 0, 1, 0, 8)  # a peer that has not heard yet
+    deadline = time.monotonic() + PATIENCE
+    while pair[1]._number(0, 0) != 7 + (1 << 30) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert [pair[1]._number(kind, 0) for kind in kinds] == [7 + (1 << 30)] * 4
+    with pytest.raises(WiresError, match="cut short"):
+        pair[1].meet(None)
+    pair[1]._gone.set()
+
+
+def test_waiting_is_the_time_since_a_number_last_moved(pair: list[CudaWires], monkeypatch: pytest.MonkeyPatch) -> None:
+    own, clock = pair[0], [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    own._awaited |= {(0, 1): 3, (1, 1): 1}
+    put(own, 1, 0, 1, 1)
+    own.waiting()  # the first look
+    clock[0] += 4
+    assert own.waiting() == 4
+    put(own, 0, 0, 1, 2)  # one step nearer
+    assert own.waiting() == 0
+    clock[0] += 5
+    assert own.waiting() == 5
+    put(own, 0, 0, 1, 3)
+    assert own.waiting() == 0
+    clock[0] += 50  # nothing is under way
+    assert own.waiting() == 0
+    own._awaited[0, 1] = 2**32 + 1  # numbers begin anew behind the largest
+    put(own, 0, 0, 1, 2**32 - 1)
+    own.waiting()
+    clock[0] += 6
+    assert own.waiting() == 6
+    put(own, 0, 0, 1, 2**32 + 2)
+    clock[0] += 6
+    assert own.waiting() == 0

@@ -71,6 +71,10 @@ class Wires(Protocol):
         """On the main stream: this rank has read its arena so many times."""
         ...
 
+    def waiting(self) -> float:
+        """From any thread: seconds that nothing has moved of what is waited for; 0 where nothing is."""
+        ...
+
     def release(self) -> None:
         """From any thread: no stream waits any more, now or later; what is computed from now on is void."""
         ...
@@ -91,7 +95,7 @@ class CopyPeers(GroupPeers):
     """The ranks of a process group on GPUs of one machine that reach each other's memory.
 
     Args:
-        group, pace: see `GroupPeers`; used for all that is not `swap` or `pass_on`.
+        group, pace: see `GroupPeers`; used for all that is not copied.
         wires: to the same peers.
     """
 
@@ -102,6 +106,7 @@ class CopyPeers(GroupPeers):
         self._used = self._wanted = 0
         self._most: int | None = None  # no arena of so many bytes
         self._exchanges = self._readings = 0
+        self._places: dict[tuple[object, ...], _Place] = {}  # by where they begin and all that makes them: the same each block
         self._heard: dict[int, int] = {}  # how many readings of a peer the side stream has waited for
 
     def landing(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> Landing:
@@ -113,8 +118,13 @@ class CopyPeers(GroupPeers):
         if self._arena is None or self._used + reserved > len(self._arena):
             return super().landing(rows, shape, like)
         begin, self._used = self._used, self._used + reserved
-        whole = self._arena[begin : begin + sum(own) * row].view(like.dtype).view(sum(own), *shape)
-        return _Place(whole, list(whole.split(list(own))), [begin + sum(parts[: self.index]) * row for parts in rows])
+        key = (begin, tuple(map(tuple, rows)), tuple(shape), like.dtype)
+        found = self._places.get(key)
+        if found is None:
+            whole = self._arena[begin : begin + sum(own) * row].view(like.dtype).view(sum(own), *shape)
+            to = [begin + sum(parts[: self.index]) * row for parts in rows]
+            found = self._places[key] = _Place(whole, list(whole.split(list(own))), to)
+        return _Place(found.whole, list(found.parts), found.to)
 
     def clear(self) -> None:
         """See `Peers`; here the arena grows, if the landings before this call wanted more than there was.
@@ -134,6 +144,7 @@ class CopyPeers(GroupPeers):
         self._used = self._wanted = 0
 
     def _grow(self, size: int) -> None:
+        self._places.clear()
         self._arena = None  # ours must be free before the new one is made
         held = self._wires.resize(size)
         if held is None:
@@ -170,10 +181,9 @@ class CopyPeers(GroupPeers):
         travelling = [x for for_it in parts.values() for x, _ in for_it]
 
         def wait() -> None:
-            with self._pace.exchange():
-                for peer in sources:
-                    wires.await_arrived(peer, number)
-                sent()
+            for peer in sources:
+                wires.await_arrived(peer, number)
+            sent()
             travelling.clear()  # until here its memory must not be used for anything else
 
         return wait

@@ -28,7 +28,9 @@ from chitu_diffusion.parallel.machine import machine
 
 _LINE = 64
 """Bytes from one number to the next: a cache line each."""
-_ARRIVED, _READ = 0, 1
+_ARRIVED, _READ, _QUEUED, _SENT = range(4)
+"""Kinds of numbers: two that peers raise, and two between this rank's own streams, in place of events, which cost the host
+several times as much."""
 _NUMBERS = 1 << 32
 _AHEAD = 1 << 30
 """Numbers are compared modulo 2^32, by their signed difference: so far ahead, nothing waits."""
@@ -63,7 +65,11 @@ class CudaWires:
         self.index, self.size, self._device, self._store, self._timeout = index, size, device, store, timeout
         self._cuda = _driver()
         self._side = torch.cuda.Stream(device, priority=-1)
-        self._meetings, self._latest = 0, 0
+        self._place = torch.cuda._utils._get_device_index(device)
+        self._meetings, self._latest, self._forks, self._sends = 0, 0, 0, 0
+        self._awaited: dict[tuple[int, int], int] = {}
+        self._seen: tuple[int, ...] = ()
+        self._moved = time.monotonic()
         self.held = 0
         self._own: int | None = None
         self._theirs: dict[int, int] = {}
@@ -94,11 +100,13 @@ class CudaWires:
 
     def fork(self) -> None:
         """See `Wires`."""
-        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        self._forks += 1
+        self._tell(self._main(), _QUEUED, self.index, self._forks)
+        self._await(self._side.cuda_stream, _QUEUED, self.index, self._forks)
 
     def await_read(self, peer: int, number: int) -> None:
         """See `Wires`."""
-        self._await(self._side, _READ, peer, number)
+        self._await(self._side.cuda_stream, _READ, peer, number)
 
     def copy(self, x: Tensor, peer: int, offset: int) -> None:
         """See `Wires`."""
@@ -108,20 +116,35 @@ class CudaWires:
 
     def tell_arrived(self, peer: int, number: int) -> None:
         """See `Wires`."""
-        self._tell(self._side, _ARRIVED, peer, number)
+        self._tell(self._side.cuda_stream, _ARRIVED, peer, number)
 
     def sent(self) -> Callable[[], None]:
         """See `Wires`."""
-        event = self._side.record_event()
-        return lambda: torch.cuda.current_stream(self._device).wait_event(event)
+        self._sends += 1
+        number = self._sends
+        self._tell(self._side.cuda_stream, _SENT, self.index, number)
+        return lambda: self._await(self._main(), _SENT, self.index, number)
 
     def await_arrived(self, peer: int, number: int) -> None:
         """See `Wires`."""
-        self._await(torch.cuda.current_stream(self._device), _ARRIVED, peer, number)
+        self._await(self._main(), _ARRIVED, peer, number)
 
     def tell_read(self, peer: int, number: int) -> None:
         """See `Wires`."""
-        self._tell(torch.cuda.current_stream(self._device), _READ, peer, number)
+        self._tell(self._main(), _READ, peer, number)
+
+    def waiting(self) -> float:
+        """See `Wires`; from another thread."""
+        if self._flags is None:
+            return 0.0
+        awaited = dict(self._awaited)
+        seen = tuple(self._number(kind, source) for kind, source in awaited)
+        # compared as the GPU does it, see `_AHEAD`
+        missing = ((number - found) % _NUMBERS for number, found in zip(awaited.values(), seen, strict=True))
+        under_way = any(0 < steps < _NUMBERS // 2 for steps in missing)
+        if seen != self._seen or not under_way:
+            self._seen, self._moved = seen, time.monotonic()
+        return time.monotonic() - self._moved
 
     def release(self) -> None:
         """See `Wires`. Peers that do not know yet may still put numbers back, so it is done again and again until `detach`."""
@@ -229,7 +252,10 @@ class CudaWires:
         found = [int(part.long().sum()) for part in arena.split(_TRIAL)]
         if not all(self.meet(all(found[peer] == sums[peer] for peer in self._others()))):
             raise WiresError("a copy from GPU to GPU brought something else")
+        torch.cuda.synchronize(self._device)
         self._set_numbers(0)  # everyone's copies are here
+        self._forks = self._sends = 0
+        self._awaited.clear()
         self.meet(None)
 
     # -- within
@@ -240,16 +266,25 @@ class CudaWires:
     def _call(self, name: str, *given: object) -> None:
         _check(getattr(self._cuda, name)(*given), name)
 
-    def _await(self, stream: torch.cuda.Stream, kind: int, peer: int, number: int) -> None:
-        self._latest = max(self._latest, number)
-        at = self._number_at(kind, self.index, peer)
-        # 0: until the number there is this one or a later one
-        _check(self._cuda.cuStreamWaitValue32_v2(stream.cuda_stream, at, number % _NUMBERS, 0), "waiting for a number")
+    def _main(self) -> int:
+        """The stream on which the caller computes, as the driver knows it."""
+        return int(torch._C._cuda_getCurrentRawStream(self._place))
 
-    def _tell(self, stream: torch.cuda.Stream, kind: int, peer: int, number: int) -> None:
-        at = self._number_at(kind, peer, self.index)
+    def _await(self, stream: int, kind: int, source: int, number: int) -> None:
+        self._latest, self._awaited[kind, source] = max(self._latest, number), number
+        # 0: until the number there is this one or a later one
+        at = self._number_at(kind, self.index, source)
+        _check(self._cuda.cuStreamWaitValue32_v2(stream, at, number % _NUMBERS, 0), "waiting for a number")
+
+    def _tell(self, stream: int, kind: int, to: int, number: int) -> None:
         # 0: after everything that the stream wrote before
-        _check(self._cuda.cuStreamWriteValue32_v2(stream.cuda_stream, at, number % _NUMBERS, 0), "raising a number")
+        at = self._number_at(kind, to, self.index)
+        _check(self._cuda.cuStreamWriteValue32_v2(stream, at, number % _NUMBERS, 0), "raising a number")
+
+    def _number(self, kind: int, source: int) -> int:
+        """What has been told to this rank."""
+        assert self._flags is not None
+        return self._flags[(self._number_at(kind, self.index, source) - self._flags_at) // 4]
 
     def _number_at(self, kind: int, to: int, source: int) -> int:
         return self._flags_at + ((kind * self.size + to) * self.size + source) * _LINE
@@ -260,8 +295,8 @@ class CudaWires:
 
     def _set_numbers(self, number: int) -> None:
         """What this rank's streams wait for."""
-        for kind in (_ARRIVED, _READ):
-            for source in self._others():
+        for kind in (_ARRIVED, _READ, _QUEUED, _SENT):
+            for source in range(self.size):
                 if self._flags is not None:
                     self._flags[(self._number_at(kind, self.index, source) - self._flags_at) // 4] = number % _NUMBERS
 
@@ -362,9 +397,9 @@ class _Raw:
 
 
 def _numbers_size(size: int) -> int:
-    """Bytes of both tables of numbers and a line more, in whole pages."""
+    """Bytes of the four tables of numbers and a line more, in whole pages."""
     page = mmap.PAGESIZE
-    return -(-(2 * size * size + 1) * _LINE // page) * page
+    return -(-(4 * size * size + 1) * _LINE // page) * page
 
 
 def _check(code: int, what: str) -> None:

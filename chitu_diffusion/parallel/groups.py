@@ -171,7 +171,9 @@ class RankGroups:
 
     def waiting(self) -> float:
         """Seconds that an exchange on the device has not moved; 0 on the CPU, where exchanges raise by themselves."""
-        return self._pace.waiting() if self._open and self.broken is None else 0.0
+        if not self._open or self.broken is not None:
+            return 0.0
+        return max(self._pace.waiting(), *(wires.waiting() for wires in self._wires), 0.0)
 
     def abandon(self) -> None:
         """Drop the groups as they are, mid-exchange or not; whoever waits in one of them gets an error at once.
