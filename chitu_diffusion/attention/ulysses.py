@@ -7,7 +7,7 @@ each, so that one travels while the other is computed. A rank's traffic is 4 B s
 s its tokens and d all heads' channels. Tokens may be shared unevenly; nothing is padded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -84,15 +84,18 @@ def ulysses(inner: AttentionFn, peers: Peers, lengths: Sequence[int], pieces: in
             returning.append((some, back.parts, returned))
         whole = q.new_empty(q.shape)
         for some in sequences:
-            pieces_back = [(parts, returned) for of, parts, returned in returning if of == some]
-            for _, returned in pieces_back:
-                returned()
-            # [s, B, h, D] of each peer's piece -> [B, s, H, D], heads in their order
-            heads_of = [parts[peer].transpose(0, 1) for peer in range(peers.size) for parts, _ in pieces_back]
-            torch.cat(heads_of, dim=2, out=whole[some])
+            _in_order([(parts, returned) for of, parts, returned in returning if of == some], whole[some])
         return whole
 
     return attend
+
+
+def _in_order(pieces: Sequence[tuple[Sequence[Tensor], Callable[[], None]]], out: Tensor) -> None:
+    """Once they are here, each piece's parts [s, B, h, D] by peer -> out [B, s, H, D], heads in their order."""
+    for _, arrived in pieces:
+        arrived()
+    peers = range(len(pieces[0][0]))
+    torch.cat([parts[peer].transpose(0, 1) for peer in peers for parts, _ in pieces], dim=2, out=out)
 
 
 def shard_heads(heads: int, pieces: int) -> list[int]:

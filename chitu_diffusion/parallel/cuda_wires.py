@@ -386,7 +386,7 @@ def lay(index: int, size: int, device: torch.device, store: dist.Store, timeout:
 class _Handle(ctypes.Structure):
     """CUDA's name of an allocation, for other processes."""
 
-    _fields_ = [("bytes", ctypes.c_ubyte * 64)]
+    _fields_ = (("bytes", ctypes.c_ubyte * 64),)
 
 
 class _Raw:
