@@ -2,6 +2,7 @@
 
     python -m benchmarks.scaling --ranks 2                                    two GPUs of this machine
     torchrun --nproc-per-node 2 -m benchmarks.scaling --budget 200            the same, started by hand
+    torchrun --nproc-per-node 8 -m benchmarks.scaling --layouts all --sizes 480p,720p --repeats 1
     python -m benchmarks.scaling --ranks 2 --small --device cpu               the same road without a GPU (gloo)
 
 Beside them diffusers' own context parallelism, the links' bandwidth by message size, and the kernels' times, from which
@@ -37,13 +38,13 @@ from benchmarks.scaling_work import (
     without_host,
     wrong_arrivals,
 )
-from benchmarks.simulate_scaling import needed_shapes
+from benchmarks.simulate_scaling import needed_shapes, plans
 from chitu_diffusion.config import rank_place
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.models.spec import resolve_model
 from chitu_diffusion.models.wan import WanTransformer
 from chitu_diffusion.parallel.groups import RankGroups
-from chitu_diffusion.parallel.plan import auto_plan, parse_layout, plan_for
+from chitu_diffusion.parallel.plan import ParallelPlan, auto_plan, parse_layout, plan_for
 from chitu_diffusion.parallel.sharing import strips_on_first
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -52,7 +53,8 @@ INNER, SHORT = 16, 0.005
 """Calls for one reading of the clock, for what takes less than so many seconds."""
 LONG = 0.08
 """Seconds for which a longer kernel is called again and again."""
-DIFFUSERS = {"ulysses2": {"ulysses_degree": 2}, "ring2": {"ring_degree": 2}}
+DIFFUSERS = {"ulysses": "ulysses_degree", "ring": "ring_degree"}
+"""diffusers' context parallelism over all ranks."""
 SMALL_VAE = {"base_dim": 8, "num_res_blocks": 1}
 
 
@@ -75,20 +77,27 @@ class Model:
         size: a key of `SIZES`.
         asked: the command line.
         exact: also compare with float32.
+        like: another size of the model, whose weights and choice of kernels this one shares.
     """
 
-    def __init__(self, ranks: Ranks, name: str, size: str, asked: argparse.Namespace, exact: bool) -> None:
+    def __init__(
+        self, ranks: Ranks, name: str, size: str, asked: argparse.Namespace, exact: bool, like: Model | None = None
+    ) -> None:
+        self._like = like
         self.ranks, self.name, self.asked, self.exact = ranks, f"{name} {size}", asked, exact
         cuda = ranks.device.type == "cuda"
         spec, _ = resolve_model(name)
         dtype = torch.bfloat16 if cuda else torch.float32
         self.case = Case(spec, SIZES[size], ranks.device, dtype, settings_of(asked))
-        self.kernel_names = ["auto", "auto"]  # of one rank, and of a ring: those that the steps took
+        # of one rank, and of a ring: those that the steps took; one list, filled as they come
+        self.kernel_names = ["auto", "auto"] if like is None else like.kernel_names
         self.network: WanTransformer | None = None
         self.reference = self.float32 = torch.empty(0)
 
     def weights(self) -> WanTransformer:
         """The network; drawn at the first call."""
+        if self._like is not None:
+            return self._like.weights()
         if self.network is None:
             self.network = random_transformer(self.case.config, self.case.device, self.case.dtype)
         return self.network
@@ -161,12 +170,13 @@ class Model:
             model.rope = type(model.rope)(
                 self.case.config.attention_head_dim, self.case.config.patch_size, self.case.config.rope_max_seq_len
             )
-        backend = "_native_cudnn" if self.ranks.device.type == "cuda" and word != "ulysses2" else "native"
+        kind = word.rstrip("0123456789")
+        backend = "_native_cudnn" if self.ranks.device.type == "cuda" and kind != "ulysses" else "native"
         model.eval().set_attention_backend(backend)
         if word != "alone":
             plan = plan_for(self.ranks.world, self.case.config.num_attention_heads, cp=self.ranks.world, ulysses=1)
             self.ranks.layout(plan, at_once=False)
-            model.enable_parallelism(config=ContextParallelConfig(**DIFFUSERS[word]))
+            model.enable_parallelism(config=ContextParallelConfig(**{DIFFUSERS[kind]: self.ranks.world}))
         latent, time_row = self.case.latent.to(self.case.dtype), self.case.time.reshape(1).to(self.ranks.device)
 
         def step() -> list[Tensor]:
@@ -304,9 +314,9 @@ def fault(ranks: Ranks, kind: str) -> dict[str, Any]:
     except (TypeError, ValueError, RuntimeError) as error:
         said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     waited = time.monotonic() - began
-    reason = groups.broken
-    facts = ranks.gathered({"seconds": waited, "broken": reason, "raised": said})
-    groups.abandon()
+    found = {"seconds": waited, "broken": groups.broken, "raised": said}
+    groups.abandon()  # with gloo that is what wakes those who wait for this rank
+    facts = ranks.gathered(found)
     groups.open()
     exchange()
     again = [float(part[0]) for part in groups.world.all_gather(torch.full((1,), float(ranks.rank), device=ranks.device))]
@@ -325,37 +335,55 @@ def warm_up(ranks: Ranks) -> dict[str, Any]:
 
 def sections(ranks: Ranks, asked: argparse.Namespace) -> list[tuple[str, Callable[[], dict[str, Any]], float]]:
     """(name, work, seconds that it takes on H200) in order: what matters first."""
-    small, names = asked.small, ["wan-tiny"] if asked.small else ["Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B"]
-    size = "small" if small else "480p"
-    models = [Model(ranks, name, size, asked, exact=index == 0) for index, name in enumerate(names)]
+    small, names = asked.small, ["wan-tiny"] if asked.small else asked.models.split(",")
+    sizes = ["small"] if small else asked.sizes.split(",")
     message = [1 << power for power in ((12, 16) if small else range(16, 29, 2))]
     rows: list[tuple[str, Callable[[], dict[str, Any]], float]] = [("machine", lambda: warm_up(ranks), 0)]
     rows.append(("links", lambda: links(ranks, message), 4))
     rows.append(("exchanges", lambda: exchanges(ranks), 3))
+    rows.append(("vae alone", lambda: vae(ranks, small, 2, False), 10))
+    rows.append(("vae shared", lambda: vae(ranks, small, 2, True), 8))
+    models = [Model(ranks, name, sizes[0], asked, exact=index == 0) for index, name in enumerate(names)]
     for index, model in enumerate(models):
-        rows.append((f"{model.name} alone", model.alone, 15 if index == 0 else 25))
-        for word in asked.layouts.split(","):
-            if "@" in word and index > 0:
-                continue  # a choice is looked at once
-            rows.append((f"{model.name} {word}", lambda m=model, w=word: m.layout(w), 6 if index == 0 else 13))
-        if index == 0:
-            rows.append((f"{model.name} overlap", model.overlap, 3))
-        rows.append((f"{model.name} host", model.host, 6))
-        rows.append((f"{model.name} kernels", model.kernels, 4 if index == 0 else 6))
+        rows += steps_of(model, asked, first=index == 0)
+        for size in sizes[1:]:
+            # with the same weights; its kernels are those that the first size chose
+            other = Model(ranks, names[index], size, asked, exact=False, like=model)
+            rows += steps_of(other, asked, first=False)
         rows.append((f"{model.name} released", lambda m=model: m.release() or {}, 0))
-    rows.insert(3, ("vae alone", lambda: vae(ranks, small, 2, False), 10))
-    rows.insert(4, ("vae shared", lambda: vae(ranks, small, 2, True), 8))
-    for name in [] if small else names:
-        larger = Model(ranks, name, "720p", asked, exact=False)
-        larger.kernel_names = models[names.index(name)].kernel_names  # one list: filled by the sections before
-        rows.append((f"{larger.name} kernels", larger.kernels, 3 if name == names[0] else 8))
+    for model in [] if small or "720p" in sizes else models:
+        larger = Model(ranks, model.case.spec.name, "720p", asked, exact=False, like=model)
+        rows.append((f"{larger.name} kernels", larger.kernels, 3 if model is models[0] else 8))
+        rows.append((f"{larger.name} released", lambda m=model: m.release() or {}, 0))
     for name, kind in (("fault", "group"), ("fault within a sequence", "sequence"), ("fault in a batch", "refused")):
         rows.append((name, lambda kind=kind: fault(ranks, kind), 6))
     # last, for a crash in there would end the run
-    for word in ("alone", *(DIFFUSERS if not small else ())):
+    for word in ("alone", *(f"{kind}{ranks.world}" for kind in DIFFUSERS if not small)):
         rows.append((f"diffusers {models[0].name} {word}", lambda w=word: models[0].diffusers(w), 7))
     chosen = asked.only.split(",") if asked.only else [""]
     return [row for row in rows if any(word in row[0] for word in chosen)]
+
+
+def steps_of(model: Model, asked: argparse.Namespace, first: bool) -> list[tuple[str, Callable[[], dict[str, Any]], float]]:
+    """Sections of one model and size, with their seconds on H200s; what is looked at once comes with the first."""
+    world, heads = model.ranks.world, model.case.config.num_attention_heads
+    words = [str_of(plan) for plan in plans(world, heads)] if asked.layouts == "all" else asked.layouts.split(",")
+    step = 1.0 if first else 5.0 if "480p" in model.name else 21.0 if "14B" in model.name else 4.0
+    rows: list[tuple[str, Callable[[], dict[str, Any]], float]] = [(f"{model.name} alone", model.alone, 12 + 4 * step)]
+    # a choice of means is looked at once
+    for word in (word for word in words if first or "@" not in word):
+        rows.append((f"{model.name} {word}", lambda w=word: model.layout(w), 4 + 8 * step / world))
+    if first:
+        rows.append((f"{model.name} overlap", model.overlap, 3))
+    rows.append((f"{model.name} host", model.host, 6))
+    rows.append((f"{model.name} kernels", model.kernels, 4 if first else 8))
+    return rows
+
+
+def str_of(plan: ParallelPlan) -> str:
+    """`cfg2u4r2`, as `parse_layout` reads it."""
+    parts = {"cfg": plan.cfg, "u": plan.ulysses, "r": plan.ring}
+    return "".join(f"{name}{degree}" for name, degree in parts.items() if degree > 1)
 
 
 def layout_and_means(word: str) -> tuple[str, bool, int | None]:
@@ -379,13 +407,17 @@ def main() -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--small", action="store_true", help="wan-tiny's shape, 64x64, 5 frames")
     parser.add_argument("--repeats", type=int, default=3, help="counted readings of a step")
-    parser.add_argument("--layouts", default="cfg2,u2,r2", help="comma-separated; u2@nccl: no copies; u2@8: on 8 multiprocessors")
+    parser.add_argument("--layouts", default="cfg2,u2,r2", help="or all; u2@nccl: no copies; u2@8: on 8 multiprocessors")
+    parser.add_argument("--models", default="Wan2.1-T2V-1.3B,Wan2.1-T2V-14B", help="names, comma-separated")
+    parser.add_argument("--sizes", default="480p", help="480p, 720p or both, comma-separated")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as infer.attn_type=math")
     parser.add_argument("--only", default="", help="sections whose names hold one of these words, comma-separated")
     parser.add_argument("--budget", type=float, default=200.0, help="seconds; what would not fit is skipped")
     parser.add_argument("--out", type=Path, default=None, help="JSON; a table is written beside it")
     asked = parser.parse_args()
-    for word in asked.layouts.split(","):
+    for size in set(asked.sizes.split(",")) - set(SIZES):
+        parser.error(f"--sizes {asked.sizes}: {size!r}: {', '.join(SIZES)} would do")
+    for word in asked.layouts.split(",") if asked.layouts != "all" else ():
         try:
             parse_layout(layout_and_means(word)[0])
         except (UsageError, ValueError) as error:

@@ -121,7 +121,7 @@ class Case:
     def backend(self, network: WanTransformer, groups: RankGroups) -> DiffusionBackend:
         """The engine's own backend; of text encoder and VAE it has the shapes alone."""
         encoder = TextEncoder(build_text_encoder({}), tokenizer=None)  # type: ignore[arg-type]
-        networks = Networks(self.spec, [network], encoder, Vae(build_vae({})), SCHEDULER)
+        networks = Networks(self.spec, [network] * len(self.spec.transformers), encoder, Vae(build_vae({})), SCHEDULER)
         return DiffusionBackend.from_networks(networks, self.args, groups)
 
     def step(self, backend: DiffusionBackend) -> Callable[[], Tensor]:

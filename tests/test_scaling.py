@@ -13,8 +13,8 @@ from ranks import run_ranks
 
 from benchmarks import scaling
 from benchmarks.scaling_work import overlap
-from benchmarks.simulate_scaling import NVLINK, as_markdown, needed_shapes, plotted, studied
-from chitu_diffusion.parallel.plan import ParallelPlan
+from benchmarks.simulate_scaling import NVLINK, as_markdown, needed_shapes, plans, plotted, studied
+from chitu_diffusion.parallel.plan import ParallelPlan, parse_layout, plan_for
 from chitu_diffusion.parallel.traffic import traffic
 
 MODEL = {"tokens": 3200, "heads": 12, "dim": 1536, "blocks": 10, "values": 64, "latent": 200000, "bytes_per_number": 2}
@@ -67,6 +67,13 @@ def test_a_section_that_fails_fails_on_all_ranks_and_the_run_goes_on(tmp_path: P
 def test_what_does_not_fit_the_budget_is_skipped(tmp_path: Path) -> None:
     results, _ = run(tmp_path, "--only", "links", "--budget", "0")
     assert "budget" in results["links"]["skipped"]
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_all_layouts_have_a_word(world: int) -> None:
+    words = [scaling.str_of(plan) for plan in plans(world, 12)]
+    assert len(set(words)) == len(words) and "cfg2" in "".join(words)
+    assert [plan_for(world, 12, **parse_layout(word)) for word in words] == plans(world, 12)
 
 
 def test_overlap_is_measured_on_the_timeline() -> None:
