@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import Chitu
 from tiny_model import write_tiny_model
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from benchmarks.faults import fault
-from chitu_diffusion.cli.launch import without_gpus
+from chitu_diffusion.cli.launch import launch, without_gpus
+from chitu_diffusion.config import EngineConfig
+from chitu_diffusion.errors import RankLostError
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,3 +96,28 @@ def test_the_command_says_what_became_of_a_rank(kind: str, rank: int, tmp_path: 
         assert found["code"] == 1 and len(found["said"]) == 1, found
         assert f"rank {rank} of 2 (" in found["said"][0] and "is lost in " in found["said"][0]
         assert "denoising, step" in found["said"][0]
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [({1: -9, 0: 130}, "rank 1 of 2 (process 71) was ended by SIGKILL"), ({1: -9, 0: 1}, 1), ({0: 130, 1: 130}, 130)],
+)
+def test_a_rank_that_was_ended_is_told_of_when_the_others_could_not(
+    ends: dict[int, int], said: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first sign of life the others only know that they were to end, too."""
+    failures = {rank: ProcessFailure(rank, 70 + rank, code, "") for rank, code in ends.items()}
+
+    def ended(*given: object) -> object:
+        def run(*words: str) -> None:
+            raise ChildFailedError("chitu", failures)
+
+        return run
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", ended)
+    if isinstance(said, int):
+        assert launch(["generate", "cat"], 2, EngineConfig()) == said
+        return
+    with pytest.raises(RankLostError) as caught:
+        launch(["generate", "cat"], 2, EngineConfig())
+    assert str(caught.value).startswith(said)

@@ -73,8 +73,8 @@ def launch(words: Sequence[str], gpus: int, config: EngineConfig) -> int:
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values() if failure.exitcode > 0]
         rank, first = error.get_first_failure()
-        if not codes:
-            # nobody went by itself, having told why
+        if first.exitcode < 0 and all(code == INTERRUPTED for code in codes):
+            # nobody went by itself having told why; the others may only know that they were to end
             told = f"rank {rank} of {gpus} (process {first.pid}) was ended by {first.signal_name()}; {_next(first.exitcode)}"
             raise RankLostError(told) from None
         return min(codes)
