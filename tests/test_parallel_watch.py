@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from ranks import new_store
 
 from chitu_diffusion.config import set_nccl_defaults
 from chitu_diffusion.parallel.groups import Pace, RankGroups
+from chitu_diffusion.parallel.plan import ParallelPlan
 from chitu_diffusion.parallel.watch import Watch
 
 
@@ -133,3 +135,69 @@ def test_torch_is_told_not_to_end_the_process_unless_the_environment_says_otherw
     monkeypatch.setenv(names[2], "1")
     set_nccl_defaults()
     assert [os.environ[name] for name in names] == ["0", "0", "1"]
+
+
+def in_background(work) -> list[BaseException]:
+    """What `work` raises, once it has."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return raised
+
+
+def test_groups_that_are_being_made_can_be_cut_short() -> None:
+    """Before all are there, torch's own waiting would hear of nothing for a minute."""
+    groups = RankGroups(ParallelPlan(ulysses=2), 0, store=new_store(), timeout=30)
+    raised = in_background(groups.open)
+    time.sleep(0.2)
+    groups.interrupt("rank 1 is lost", generation=0)
+    time.sleep(0.1)
+    assert not raised and groups.broken is None, "an earlier generation is none of its business"
+    groups.interrupt("rank 1 is lost")
+    assert within(2, lambda: bool(raised))
+    assert "rank 1 is lost" in str(raised[0]) and groups.broken == "rank 1 is lost"
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    groups = RankGroups(ParallelPlan(ulysses=3), 0, store=(store := new_store()), timeout=0.3)
+    store.set("opens/1/1", "")
+    with pytest.raises(RuntimeError, match=r"ranks \[2\] did not come within 0.3 s"):
+        groups.open()
+
+
+def test_every_thread_that_runs_a_unit_has_the_ranks_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's current device is a thread's own; the engine may be called from any."""
+    groups = RankGroups(ParallelPlan(ulysses=2), 1, torch.device("cuda:1"))
+    groups._open = True
+    chosen: list[tuple[int, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((threading.get_ident(), device)))
+    raised = in_background(groups.open)
+    assert within(2, lambda: bool(chosen)) and not raised
+    assert chosen[0][0] != threading.get_ident() and chosen[0][1] == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_store_that_is_gone_says_who_is_gone(launched: bool) -> None:
+    store, exchanges = new_store(), Exchanges()
+    watch = Watch(0, 2, store, lost_after=20, timeout=1, interrupt=exchanges.interrupt, waiting=lambda: 0.0, launched=launched)
+    watch.at("waiting for work")
+    watch.lose_store("its store is gone (Broken pipe)")
+    told = str(watch.lost)
+    assert told.startswith("the launcher is lost: its store" if launched else "rank 0 of 2 is lost in starting: its store")
+    watch.leave()
+
+
+def test_a_rank_that_was_never_heard_of_has_longer() -> None:
+    """Python and torch may take long to come from a slow disk."""
+    store, exchanges = new_store(), Exchanges()
+    watch = Watch(0, 2, store, lost_after=1.5, timeout=3, interrupt=exchanges.interrupt, waiting=lambda: 0.0)
+    time.sleep(2.2)
+    assert watch.lost is None
+    assert within(5, lambda: watch.lost is not None) and "no sign of life for 3 s" in str(watch.lost)
+    watch.leave()

@@ -30,6 +30,7 @@ class Crew:
         copies: see `RankGroups`.
 
     Raises:
+        RankLostError: another rank was lost meanwhile.
         RuntimeError: the others did not come.
     """
 
@@ -55,6 +56,7 @@ class Crew:
             timeout=timeout,
             interrupt=self.groups.interrupt,
             waiting=self.groups.waiting,
+            launched=store is None and dist.is_torchelastic_launched(),
         )
         self.orders = Orders(meeting, self.watch)
         self._ends_on_term = threading.current_thread() is threading.main_thread() and (
@@ -62,7 +64,13 @@ class Crew:
         )
         if self._ends_on_term:
             signal.signal(signal.SIGTERM, self.watch.terminated)
-        self.groups.open()
+        try:
+            with self.watch.busy("meeting the other ranks"):
+                self.groups.open()
+        except BaseException as error:
+            self.watch.leave(f"{type(error).__name__}: {error}")
+            self.watch.check()
+            raise
 
     def fall(self) -> None:
         """Give up the exchanges that are under way, and wake whoever waits in them. The groups can be opened again."""

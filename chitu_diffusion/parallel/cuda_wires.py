@@ -17,7 +17,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -158,10 +158,12 @@ class CudaWires:
         """Let go of the others' memory. Ours stays until `free`, for they may not have let go of it."""
         if self._gone.is_set():
             return
-        torch.cuda.synchronize(self._device)
-        self._close()
+        with suppress(RuntimeError):  # a device in error, which whoever used it has heard of; here nothing must stop the end
+            torch.cuda.synchronize(self._device)
+            self._close()
         self._gone.set()
-        self._unmap()
+        with suppress(RuntimeError):
+            self._unmap()
 
     def free(self) -> None:
         """After every peer's `detach`: give our memory back."""
@@ -198,30 +200,13 @@ class CudaWires:
         Raises:
             WiresError: not here, or not there.
         """
-        size, place = _numbers_size(self.size), None
-        file: int | None = None
-        problem = None
-        if self.index == 0:
-            # in no folder, and gone with the last process that has it
-            file, token = os.memfd_create("chitu-numbers"), secrets.token_hex(16)
-            os.ftruncate(file, size)
-            os.pwrite(file, token.encode(), size - len(token))
-            place = {"machine": machine(), "process": os.getpid(), "file": file, "token": token}
-        place = self.meet(place)[0]
-        try:
-            if place["machine"] is None or place["machine"] != machine():
-                raise WiresError("not all ranks of the group are on one machine")
-            if file is None:
-                file = os.open(f"/proc/{place['process']}/fd/{place['file']}", os.O_RDWR)
-            if os.pread(file, len(place["token"]), size - len(place["token"])) != place["token"].encode():
-                raise WiresError("the first rank's memory cannot be found")
-            self._flags = (ctypes.c_uint32 * (size // 4)).from_buffer(mmap.mmap(file, size))
-            self._register(ctypes.addressof(self._flags), size)
-        except (OSError, WiresError) as error:
-            problem = str(error)
-        problems = self.meet(problem)  # until here the first one's file must be open
-        if file is not None:
-            os.close(file)
+        with ExitStack() as files:
+            problem, place = None, self.meet(self._new_numbers(files))[0]
+            try:
+                self._find_numbers(place, files)
+            except (OSError, WiresError) as error:
+                problem = str(error)
+            problems = self.meet(problem)  # until here the first one's file must be open
         if any(problems):
             raise WiresError(next(problem for problem in problems if problem))
 
@@ -259,6 +244,29 @@ class CudaWires:
         self.meet(None)
 
     # -- within
+
+    def _new_numbers(self, files: ExitStack) -> dict[str, Any] | None:
+        """On the first peer: memory for all numbers, and where the others find it."""
+        if self.index != 0:
+            return None
+        # in no folder, and gone with the last process that has it
+        file, token = os.memfd_create("chitu-numbers"), secrets.token_hex(16)
+        files.callback(os.close, file)
+        os.ftruncate(file, _numbers_size(self.size))
+        os.pwrite(file, token.encode(), _numbers_size(self.size) - len(token))
+        return {"machine": machine(), "process": os.getpid(), "file": file, "token": token}
+
+    def _find_numbers(self, place: dict[str, Any], files: ExitStack) -> None:
+        size, token, file = _numbers_size(self.size), place["token"].encode(), place["file"]
+        if place["machine"] is None or place["machine"] != machine():
+            raise WiresError("not all ranks of the group are on one machine")
+        if self.index != 0:
+            file = os.open(f"/proc/{place['process']}/fd/{file}", os.O_RDWR)
+            files.callback(os.close, file)
+        if os.pread(file, len(token), size - len(token)) != token:
+            raise WiresError("the first rank's memory cannot be found")
+        self._flags = (ctypes.c_uint32 * (size // 4)).from_buffer(mmap.mmap(file, size))
+        self._register(ctypes.addressof(self._flags), size)
 
     def _others(self) -> list[int]:
         return [peer for peer in range(self.size) if peer != self.index]
@@ -355,7 +363,15 @@ class CudaWires:
                 self._cuda.cuMemHostUnregister(ctypes.c_void_p(ctypes.addressof(self._flags)))
 
 
-def lay(index: int, size: int, device: torch.device, store: dist.Store, timeout: float) -> tuple[CudaWires | None, str | None]:
+def lay(
+    index: int,
+    size: int,
+    device: torch.device,
+    store: dist.Store,
+    timeout: float,
+    hold: Callable[[CudaWires], None] = lambda wires: None,
+    broken: Callable[[], str | None] = lambda: None,
+) -> tuple[CudaWires | None, str | None]:
     """Wires between the ranks of a group that have been tried; or None, and why, on all of them. All come.
 
     Args:
@@ -363,18 +379,29 @@ def lay(index: int, size: int, device: torch.device, store: dist.Store, timeout:
         device: of this rank.
         store: of the group alone.
         timeout: seconds for each meeting.
+        hold: is given the wires before they wait for anything: whoever cuts this short releases them, and detaches them.
+        broken: why this was cut short; None as long as it was not.
+
+    Raises:
+        WiresError: this was cut short, or a rank did not come in time.
     """
     wires = problem = None
     try:
         wires = CudaWires(index, size, device, store, timeout)
+        hold(wires)
         wires.map_numbers()
         wires.trial()
-    except (OSError, AttributeError, WiresError) as error:
-        problem = str(error)
+    except (OSError, AttributeError, RuntimeError) as error:
+        problem = str(error) or type(error).__name__
         store.set(_GIVEN_UP, problem)  # whoever waits for us goes on at once
     store.set(f"laid/{index}", json.dumps(problem))
-    keys = [f"laid/{peer}" for peer in range(size)]
-    store.wait(keys, timedelta(seconds=timeout))
+    keys, began = [f"laid/{peer}" for peer in range(size)], time.monotonic()
+    while not store.check(keys):
+        if broken() is not None:
+            raise WiresError(broken())
+        if time.monotonic() - began > timeout:
+            raise WiresError(f"a rank of the group did not come within {timeout:g} s")
+        time.sleep(0.001)
     problems = [json.loads(store.get(key)) for key in keys]
     if not any(problems):
         return wires, None

@@ -13,6 +13,7 @@ is switched off by `config.set_nccl_defaults`.)
 from __future__ import annotations
 
 import threading
+import time
 from datetime import timedelta
 
 import torch
@@ -25,6 +26,7 @@ from chitu_diffusion.parallel.group_peers import GroupPeers, Pace
 from chitu_diffusion.parallel.plan import ParallelPlan
 
 _FAREWELL = 5.0
+_GLANCE = 0.002
 _LAST_RESORT = 10
 """torch's own timeout for groups on a GPU, as a multiple of ours: torch counts from the moment of queueing, we from the last
 progress, and ours shall come first."""
@@ -67,7 +69,7 @@ class RankGroups:
         self.device, self._store, self._timeout = device or torch.device("cpu"), store, timedelta(seconds=timeout)
         self._generation = 0
         self.broken: str | None = None
-        self._open = False
+        self._open = self._opening = False
         self.exchanges: dict[str, str] = {}
         self._wires: list[CudaWires] = []
         self._detached: list[CudaWires] = []
@@ -90,19 +92,20 @@ class RankGroups:
         return sum(wires.held for wires in self._wires)
 
     def open(self) -> None:
-        """Make the groups, if they are not there. Every rank must come.
+        """Make the groups, if they are not there, and this rank's GPU the calling thread's. Every rank must come.
 
         Raises:
-            RuntimeError: a rank did not come in time.
+            RuntimeError: a rank did not come in time, or `interrupt` was called meanwhile.
         """
-        if self._open or self.plan.world == 1:
+        if self.plan.world == 1:
             return
-        assert self._store is not None
-        self._generation += 1
-        self.broken, self._pace = None, Pace(self.device)
         cuda = self.device.type == "cuda"
         if cuda:
-            torch.cuda.set_device(self.device)
+            torch.cuda.set_device(self.device)  # of each thread: it says where kernels go, and stream 0 of the driver's calls
+        if self._open:
+            return
+        assert self._store is not None
+        self._gather()
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             store=dist.PrefixStore(f"groups/{self._generation}", self._store),
@@ -121,6 +124,26 @@ class RankGroups:
         self.branches, self.sequence = self._axis(self.plan.branch_groups()), self._axis(self.plan.sequence_groups())
         self.ulysses = self._axis(self.plan.ulysses_groups(), "ulysses")
         self.ring = self._axis(self.plan.ring_groups(), "ring")
+
+    def _gather(self) -> None:
+        """Wait for every rank to begin anew. Torch's own waiting hears neither signals nor the watch, and takes minutes."""
+        assert self._store is not None
+        with self._lock:
+            self._generation += 1
+            self.broken, self._pace, self._opening = None, Pace(self.device), True
+        try:
+            self._store.set(f"opens/{self._generation}/{self.rank}", "")
+            keys = [f"opens/{self._generation}/{rank}" for rank in range(self.plan.world)]
+            began, patience = time.monotonic(), self._timeout.total_seconds()
+            while not self._store.check(keys):
+                if self.broken is not None:
+                    raise RuntimeError(f"the process groups were not made: {self.broken}")
+                if time.monotonic() - began > patience:
+                    late = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+                    raise RuntimeError(f"the process groups were not made: ranks {late} did not come within {patience:g} s")
+                time.sleep(_GLANCE)
+        finally:
+            self._opening = False
 
     def agree(self, value: float | None) -> float:
         """One number common to all ranks: the largest that any gives. None gives none.
@@ -161,13 +184,20 @@ class RankGroups:
         assert self._store is not None
         store = dist.PrefixStore(f"wires/{self._generation}/{copied}/{groups[mine][0]}", self._store)
         index, seconds = groups[mine].index(self.rank), self._timeout.total_seconds()
-        wires, problem = lay(index, len(groups[mine]), self.device, store, seconds)
+        laid = list(self._wires)
+        wires, problem = lay(index, len(groups[mine]), self.device, store, seconds, self._hold, lambda: self.broken)
         if wires is None:
+            self._wires = laid
             self.exchanges[copied] = f"NCCL, for {problem}"
             return GroupPeers(group, self._pace)
-        self._wires.append(wires)
         self.exchanges[copied] = "copy engines"
         return CopyPeers(group, self._pace, wires)
+
+    def _hold(self, wires: CudaWires) -> None:
+        with self._lock:
+            self._wires.append(wires)
+            if self.broken is not None:
+                wires.release()
 
     def waiting(self) -> float:
         """Seconds that an exchange on the device has not moved; 0 on the CPU, where exchanges raise by themselves."""
@@ -197,7 +227,8 @@ class RankGroups:
             generation: leaves later ones alone; None means the one that is open.
         """
         with self._lock:
-            if not self._open or self.broken is not None or generation not in (None, self._generation):
+            begun = self._open or self._opening
+            if not begun or self.broken is not None or generation not in (None, self._generation):
                 return
             self.broken = why
             for wires in self._wires:
@@ -213,7 +244,12 @@ class RankGroups:
         elif self._open:
             self._open = False
             self._set_alone()
-            for wires in self._detach():
+            # nobody interrupts any more: a peer that went without its last copies must not keep us
+            late = threading.Timer(self._timeout.total_seconds(), _release, [self._wires])
+            late.start()
+            detached = self._detach()
+            late.cancel()
+            for wires in detached:
                 try:
                     wires.meet(None, _FAREWELL)
                 except WiresError:
@@ -232,3 +268,8 @@ class RankGroups:
 
     def _set_alone(self) -> None:
         self.world = self.branches = self.sequence = self.ulysses = self.ring = ALONE
+
+
+def _release(all_wires: list[CudaWires]) -> None:
+    for wires in all_wires:
+        wires.release()

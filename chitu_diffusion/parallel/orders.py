@@ -91,7 +91,7 @@ class Orders:
         try:
             return call(*given)
         except RuntimeError as error:
-            self._watch.accuse(0, f"its store is gone ({str(error).splitlines()[0]})")
+            self._watch.lose_store(f"its store is gone ({str(error).splitlines()[0]})")
             self._watch.check()
             raise
 

@@ -44,6 +44,7 @@ class Watch:
         timeout: seconds after which an exchange that does not move is cut short.
         interrupt: (why, generation or None) cuts short the exchanges of that generation, or all; from another thread.
         waiting: seconds that an exchange has not moved.
+        launched: the store lies with the launcher, not with rank 0.
     """
 
     def __init__(
@@ -56,12 +57,13 @@ class Watch:
         timeout: float,
         interrupt: Callable[[str, int | None], None],
         waiting: Callable[[], float],
+        launched: bool = False,
     ) -> None:
         self.rank, self.size = rank, size
         self.host = socket.gethostname()
         self.lost: RankLostError | None = None
         self._store, self._lost_after, self._timeout = store.clone(), lost_after, timeout  # type: ignore[attr-defined]
-        self._interrupt, self._waiting = interrupt, waiting
+        self._interrupt, self._waiting, self._launched = interrupt, waiting, launched
         self._place, self._arrived, self._busy = "starting", time.monotonic(), False
         self._main = threading.get_ident()
         now = time.monotonic()
@@ -101,6 +103,10 @@ class Watch:
     def accuse(self, rank: int, why: str) -> None:
         """Take a rank for lost that gives signs of life but does nothing else."""
         self._lose(rank, why)
+
+    def lose_store(self, why: str, frozen: bool = False) -> None:
+        """Where the ranks meet is gone, and with it whoever has it: the launcher, or rank 0."""
+        self._lose(None if self._launched else 0, why, frozen)
 
     def fell(self, generation: int) -> None:
         """This rank raised and gave up the exchanges of that generation: the others shall not wait for it in them."""
@@ -156,7 +162,7 @@ class Watch:
         except RuntimeError as error:
             # the store went away with whoever had it: rank 0, or the launcher
             if not self._stop.is_set() and self.lost is None:
-                self._lose(0, f"its store is gone ({str(error).splitlines()[0]})")
+                self.lose_store(f"its store is gone ({str(error).splitlines()[0]})")
 
     def _beat(self) -> dict[str, Any]:
         stack = None
@@ -208,18 +214,21 @@ class Watch:
             if self._waiting() > self._timeout:
                 self._cut_short(f"an exchange has not moved for {self._timeout:g} s")
             if now - self._heard > self._lost_after:
-                self._lose(0, f"its store has not answered for {self._lost_after:g} s", frozen=True)
+                self.lose_store(f"its store has not answered for {self._lost_after:g} s", frozen=True)
             for other, seen in self._seen.items():
-                if now - seen > self._lost_after and self.lost is None:
-                    self._lose(other, f"no sign of life for {self._lost_after:g} s", frozen=True)
+                # one that was never heard of may be reading its libraries from a slow disk
+                patience = self._lost_after if other in self._beats else max(self._lost_after, self._timeout)
+                if now - seen > patience and self.lost is None:
+                    self._lose(other, f"no sign of life for {patience:g} s", frozen=True)
 
-    def _lose(self, other: int, why: str, frozen: bool = False) -> None:
-        beat = self._beats.get(other, {})
+    def _lose(self, other: int | None, why: str, frozen: bool = False) -> None:
+        beat = {} if other is None else self._beats.get(other, {})
         place, stack = beat.get("place", "starting"), beat.get("stack")
         with self._lock:
             if self.lost is not None:
                 return
-            self.lost = RankLostError(self._report(other, why, place, stack))
+            who = "the launcher is lost" if other is None else f"{self.describe(other)} is lost in {place}"
+            self.lost = RankLostError(self._report(who, why, stack))
         self._cut_short(str(self.lost))
         if frozen:
             _end_frozen(beat)  # not before `lost` says why: its launcher now ends this rank, too, see `terminated`
@@ -232,10 +241,10 @@ class Watch:
             print(f"error: {self.lost}\nRank {self.rank} hangs here:\n{stack}", file=sys.stderr, flush=True)
             os._exit(EXIT_CODE)
 
-    def _report(self, other: int, why: str, place: str, stack: str | None) -> str:
+    def _report(self, who: str, why: str, stack: str | None) -> str:
         tail = f"\nit was here:\n{stack.rstrip()}" if stack else ""
         return (
-            f"{self.describe(other)} is lost in {place}: {why}. Rank {self.rank} ({self.host}) was in {self._place}. "
+            f"{who}: {why}. Rank {self.rank} ({self.host}) was in {self._place}. "
             f"The group ends; the same command starts again{tail}"
         )
 
