@@ -210,7 +210,10 @@ class Together(Alone):
     def _serve(self) -> bool:
         """Follow until rank 0 says stop; False if it does not within a moment after Ctrl+C."""
         while not self._stopped:
-            order = self._held or self._hear(_FAREWELL if self._interrupted else None)
+            try:
+                order = self._held or self._hear(_FAREWELL if self._interrupted else None)
+            except KeyboardInterrupt:
+                continue  # rank 0 hears of it with the next unit, or when this rank leaves
             if order is None:
                 return False
             if order["do"] == "unit":
@@ -266,12 +269,15 @@ class Together(Alone):
 
     def _run(self, task: DiffusionTask) -> tuple[Progress | None, dict[str, Any], BaseException | None]:
         """The unit on this rank: its event, the vote, and what was raised."""
-        place = f"{task.status}, step {task.current_step} of task {task.task_id}"
+        place, saves = f"{task.status}, step {task.current_step} of task {task.task_id}", task.status is TaskStatus.SAVING
         try:
             if self._interrupted and not self.leads:
                 raise KeyboardInterrupt
             with self._watch.busy(place):
                 self._crew.groups.open()
+                event = None if saves else self._generator.generate_step(task)
+            if saves:
+                # rank 0's alone: whoever else is lost, its process must not be ended over half a file
                 event = self._generator.generate_step(task)
         except KeyboardInterrupt as error:
             # frames would keep the groups alive, and with them whoever waits in them
@@ -282,7 +288,7 @@ class Together(Alone):
             return None, vote, without_frames(error)
         if task.status is TaskStatus.FAILED:
             return event, {"how": "failed", "error": task.error_message, "exchange": self._is_exchange(task.error)}, None
-        if self._crew.groups.broken is not None:
+        if self._crew.groups.broken is not None and not saves:
             # on a GPU a queued exchange that is cut short raises nothing; what came after it was computed from anything
             return None, {"how": "failed", "error": f"cut short: {self._crew.groups.broken}", "exchange": True}, None
         return event, {"how": "done"}, None

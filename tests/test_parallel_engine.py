@@ -16,7 +16,7 @@ from ranks import new_store, run_ranks, start_ranks, wait_for
 from running import CAT, config_for
 from tiny_model import write_tiny_model
 
-from chitu_diffusion import forward
+from chitu_diffusion import forward, generator
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.parallel.crew import Crew
@@ -210,6 +210,63 @@ def wait_until_begun(out: Path, seconds: float = 30) -> None:
         assert time.monotonic() < deadline, [file.read_text() for file in out.glob("*.txt")]
         time.sleep(0.02)
     time.sleep(1.2)  # a sign of life later, the others know the stage
+
+
+def save_slowly(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
+    """Rank 1 goes while rank 0 saves, which takes longer than a rank that hangs is left alone."""
+    write = generator.write_video
+
+    def slowly(*given: Any, **more: Any) -> Any:
+        Path(out, "saving").touch()
+        time.sleep(4)
+        return write(*given, **more)
+
+    generator.write_video = slowly  # type: ignore[assignment]
+    engine = engine_on(rank, store, folder, out)
+    if rank == 0:
+        engine.submit(params(num_inference_steps=1))
+        drive(engine)
+    engine.close()
+
+
+def test_a_video_that_is_being_saved_is_saved_whoever_is_lost(model: Path, tmp_path: Path) -> None:
+    """Nobody else is needed for it, and a process that is ended over it leaves half a file behind."""
+    ranks = start_ranks(2, save_slowly, str(model), str(tmp_path), store=(store := new_store()), errors=tmp_path)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "saving").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    ranks[1].kill()
+    wait_for(ranks, ENDS_WITHIN)
+    # rank 1 had done all that is its, and had said so
+    assert ranks[0].exitcode == 0 and not (tmp_path / "0.txt").exists()
+    assert len(list(tmp_path.glob("*.mp4"))) == 1 and not list(tmp_path.glob("*part*"))
+    del store
+
+
+def rest_between(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
+    engine = engine_on(rank, store, folder, out)
+    try:
+        if rank == 0:
+            engine.submit(params(num_inference_steps=1000))
+            engine.step()
+            for name in ("begun-0", "begun-1"):
+                Path(out, name).touch()
+            time.sleep(2.5)  # rank 1 waits for the next order
+            drive(engine)
+    finally:
+        engine.close()
+
+
+def test_ctrl_c_is_heard_by_a_rank_that_waits(model: Path, tmp_path: Path) -> None:
+    """It is the others' Ctrl+C with the next unit, and no lost rank."""
+    ranks = start_ranks(2, rest_between, str(model), str(tmp_path), store=(store := new_store()), errors=tmp_path)
+    wait_until_begun(tmp_path)
+    os.kill(ranks[1].pid, signal.SIGINT)
+    wait_for(ranks, ENDS_WITHIN)
+    assert "KeyboardInterrupt" in (told := (tmp_path / "0.txt").read_text()) and "lost" not in told
+    del store
 
 
 def load_badly(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
