@@ -40,7 +40,7 @@ class Operator(Generic[P, R]):
     def __call__(self, *given: P.args, **named: P.kwargs) -> R:
         """What the function gives."""
         # a tensor of another class stands for one that is not there: whoever traces wants the operator
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and type(given[0]) in _PLAIN:
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and given and type(given[0]) in _PLAIN:
             return self._run(*given, **named)
         result = self.op(*given, **named)
         return cast(R, result)

@@ -48,6 +48,12 @@ def test_outside_a_graph_the_function_is_called(through_torch: list[str]) -> Non
     assert twice.__doc__ == "2 x times." and isinstance(twice, Operator)
 
 
+def test_arguments_by_name_are_taken() -> None:
+    x = torch.randn(3)
+    with torch.no_grad():
+        assert torch.equal(twice(x=x, times=2.0), 4 * x)
+
+
 def test_gradients_and_stand_ins_go_through_torch(through_torch: list[str]) -> None:
     twice(torch.randn(3), 1.0)
     assert through_torch == ["op"]
