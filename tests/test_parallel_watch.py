@@ -13,6 +13,7 @@ from ranks import new_store
 
 from chitu_diffusion.config import set_nccl_defaults
 from chitu_diffusion.parallel.groups import Pace, RankGroups
+from chitu_diffusion.parallel.orders import Orders
 from chitu_diffusion.parallel.plan import ParallelPlan
 from chitu_diffusion.parallel.watch import Watch
 
@@ -201,3 +202,32 @@ def test_a_rank_that_was_never_heard_of_has_longer() -> None:
     assert watch.lost is None
     assert within(5, lambda: watch.lost is not None) and "no sign of life for 3 s" in str(watch.lost)
     watch.leave()
+
+
+def test_an_order_during_which_ctrl_c_came_is_heard_again(pair) -> None:
+    watches, _ = pair
+    held: dict[str, str] = {}
+
+    class Interrupted:
+        """A store whose answer Ctrl+C cuts off, once."""
+
+        def __init__(self) -> None:
+            self.times = 0
+
+        def set(self, key: str, value: str) -> None:
+            held[key] = value
+
+        def check(self, keys: list[str]) -> bool:
+            return all(key in held for key in keys)
+
+        def get(self, key: str) -> str:
+            self.times += 1
+            if self.times == 1:
+                raise KeyboardInterrupt
+            return held[key]
+
+    leader, follower = (Orders(Interrupted(), watch) for watch in watches)  # type: ignore[arg-type]
+    leader.say({"do": "unit", "id": "cat"})
+    with pytest.raises(KeyboardInterrupt):
+        follower.hear(1)
+    assert follower.hear(1) == {"do": "unit", "id": "cat"}

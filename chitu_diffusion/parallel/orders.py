@@ -47,8 +47,8 @@ class Orders:
         key = f"order/{self._order}"
         if not self._wait([key], patience):
             return None
-        self._order += 1
         order: Word = json.loads(self._ask(self._store.get, key))
+        self._order += 1  # not before it is here: Ctrl+C may come in between, and the order must be heard then
         return order
 
     def vote(self, mine: Word, patience: float | None = None) -> list[Word]:
