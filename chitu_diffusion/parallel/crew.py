@@ -71,6 +71,7 @@ class Crew:
             self.watch.leave(f"{type(error).__name__}: {error}")
             self.watch.check()
             raise
+        self.watch.at("starting")
 
     def fall(self) -> None:
         """Give up the exchanges that are under way, and wake whoever waits in them. The groups can be opened again."""
