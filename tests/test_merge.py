@@ -99,6 +99,12 @@ from hopper import build
 POINTERS = {name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "away_ptr", "own_ptr")}
 built = build(pack_triton._pack_kernel, POINTERS, {"TOKENS": pack_triton._TOKENS, "CHANNELS": 128}, Path(sys.argv[1]))
 assert built.spilled == 0, built.spilled
+merge = {name: "*bf16" for name in ("out_ptr", "part_ptr", "merged_ptr")}
+merge |= {name: "*fp32" for name in ("lse_ptr", "part_lse_ptr", "both_ptr")}
+merged = build(merge_triton._merge_kernel, merge, {"TOKENS": merge_triton._TOKENS, "CHANNELS": 128}, Path(sys.argv[1]))
+assert merged.spilled == 0, merged.spilled
+# of a batch element: out's, part's and both log-sum-exps' strides times its number, and its rows', in 64 bits
+assert merged.ptx.count("mul.lo.s64") + merged.ptx.count("mad.lo.s64") + merged.ptx.count("mul.wide.s32") >= 5
 assert "ld.global.v4" in built.ptx and "st.global.v4" in built.ptx, "16 bytes at once"
 """
 

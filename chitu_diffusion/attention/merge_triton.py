@@ -18,7 +18,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     # one program: TOKENS tokens of one head of one batch element
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads  # a batch may pass 2^31 numbers
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.arange(0, CHANNELS)
     here = token < tokens
