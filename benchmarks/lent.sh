@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measurements on two GPUs that are lent for minutes, a lane of work for each; what there is goes to $OUT every 5 seconds.
 #   OUT=results bash benchmarks/lent.sh "vae latency:ceilings,small-exact" "fidelity kernels"
-#   OUT=results bash benchmarks/lent.sh "scaling"                    (takes both)
+#   OUT=results bash benchmarks/lent.sh "scaling faults"             (takes all that there are)
 #   OUT=results bash benchmarks/lent.sh "latency@300:small-8bit,profile"    (300 seconds in place of what the word has by itself)
 # A word is a benchmark; `latency:` is followed by its sections; LATENCY holds further options of it. The word `train`
 # teaches wan-tiny's transformer for minutes, `cache` calibrates it and makes the table of step caches.
@@ -42,8 +42,9 @@ lane() { # GPUs, then words
         --budget $((${limit:-75} - 15)) --out "$results" ;;
       latency) say "${limit:-240}" "latency-${sections//,/-}" python3 -m benchmarks.latency --budget $((${limit:-240} - 10)) \
         --sections ${sections//,/ } ${LATENCY:-} --out "$results/latency-${sections//,/-}" ;;
-      scaling) say "${limit:-200}" scaling python3 -m torch.distributed.run --standalone --nproc-per-node 2 \
+      scaling) say "${limit:-200}" scaling python3 -m torch.distributed.run --standalone --nproc-per-node "$gpus" \
         -m benchmarks.scaling --budget $((${limit:-200} - 40)) ${SCALING:-} --out "$results/scaling.json" ;;
+      faults) say "${limit:-200}" faults python3 -m benchmarks.faults --device cuda --out "$results/faults.json" ;;
       cache) cache_table "${limit:-400}" ;;
       train) say "${limit:-425}" train python3 -m training --start chitu_diffusion/assets/wan-tiny --run runs/more \
         --stages dit --minutes 5.2 ;;
@@ -51,8 +52,9 @@ lane() { # GPUs, then words
     esac
   done
 }
-if [[ $1 == scaling* ]]; then
-  lane 0,1 $1 &
+gpus=$(nvidia-smi -L | wc -l)
+if [[ $1 == scaling* || $1 == faults* ]]; then
+  lane "$(seq -s, 0 $((gpus - 1)))" $1 &
 else
   lane 0 $1 &
   lane 1 ${2:-} &
