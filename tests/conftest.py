@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from chitu_diffusion.config import EngineConfig
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter; it decides when a kernel is defined, which is before any test
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# started in the background of a script, this process would ignore Ctrl+C, and so would all that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WAN_TINY = Path(__file__).parent.parent / "chitu_diffusion" / "assets" / "wan-tiny"
 

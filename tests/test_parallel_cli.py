@@ -94,7 +94,7 @@ def test_the_command_says_what_became_of_a_rank(kind: str, rank: int, tmp_path: 
         assert found["code"] == 130 and "interrupted" in found["said"][0]
     else:
         assert found["code"] == 1 and len(found["said"]) == 1, found
-        assert f"rank {rank} of 2 (" in found["said"][0] and "is lost in " in found["said"][0]
+        assert f"rank {rank} of 2 (" in found["said"][0] and "is lost, last heard of in " in found["said"][0]
         assert "denoising, step" in found["said"][0]
 
 

@@ -184,7 +184,7 @@ def test_a_lost_rank_ends_the_group_and_is_named(model: Path, tmp_path: Path, vi
     took = wait_for(ranks, ENDS_WITHIN)
     told = (tmp_path / f"{1 - victim}.txt").read_text()
     # where: its last sign of life may fall between two units; the survivor's own place stands beside it
-    assert f"rank {victim} of 2 ({os.uname().nodename}, process {ranks[victim].pid}) is lost in " in told
+    assert f"rank {victim} of 2 ({os.uname().nodename}, process {ranks[victim].pid}) is lost, last heard of in " in told
     assert "in denoising, step" in told
     assert ranks[1 - victim].exitcode == 1
     assert took < ENDS_WITHIN

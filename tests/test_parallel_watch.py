@@ -190,7 +190,8 @@ def test_a_store_that_is_gone_says_who_is_gone(launched: bool) -> None:
     watch.at("waiting for work")
     watch.lose_store("its store is gone (Broken pipe)")
     told = str(watch.lost)
-    assert told.startswith("the launcher is lost: its store" if launched else "rank 0 of 2 is lost in starting: its store")
+    who = "the launcher is lost" if launched else "rank 0 of 2 is lost, last heard of in starting"
+    assert told.startswith(f"{who}: its store")
     watch.leave()
 
 

@@ -227,7 +227,7 @@ class Watch:
         with self._lock:
             if self.lost is not None:
                 return
-            who = "the launcher is lost" if other is None else f"{self.describe(other)} is lost in {place}"
+            who = "the launcher is lost" if other is None else f"{self.describe(other)} is lost, last heard of in {place}"
             self.lost = RankLostError(self._report(who, why, stack))
         self._cut_short(str(self.lost))
         if frozen:
