@@ -3,8 +3,8 @@
 An arena is shared by CUDA's inter-process handles and written by copies from GPU to GPU, over NVLink where there is any. The
 numbers lie in host memory that all ranks map and register: a GPU raises and awaits them as a stream operation (CUDA driver
 API, "Stream Memory Operations"), 6 us from one H200 to another, as with numbers in GPU memory; and the host can raise them
-as well, whatever the GPU is stuck in, which is how `release` sets a rank free. Memory of a process that died stays as long
-as it is mapped, so that writing there harms nobody.
+as well, whatever the GPU is stuck in, which is how `release` sets a rank free. On two H200 a rank whose peer was killed in
+the middle of its exchanges ended in order, naming it.
 """
 
 from __future__ import annotations
