@@ -91,6 +91,7 @@ class SchedulerSettings(Settings):
     """Whose step is next."""
 
     policy: Literal["fifo", "priority", "fair"] = Field("fifo", description="fair shares steps over roles")
+    keep_ended: int = Field(100, ge=0, description="ended tasks that the engine keeps for whoever asks; older ones leave")
 
 
 class RankSettings(Settings):

@@ -8,30 +8,34 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
+from chitu_diffusion.admission import Admission, smaller
 from chitu_diffusion.backend import BackendState, DiffusionBackend, pick_device
 from chitu_diffusion.config import EngineConfig, rank_place, set_nccl_defaults
 from chitu_diffusion.errors import StageError, UsageError, WillNotFitError
-from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache
 from chitu_diffusion.generator import Generator, without_frames
 from chitu_diffusion.lockstep import Alone, Together
-from chitu_diffusion.memory import free_memory, is_out_of_memory, top_useful_level, total_memory
+from chitu_diffusion.memory import free_memory, is_out_of_memory, top_useful_level
 from chitu_diffusion.models.spec import resolve_model
 from chitu_diffusion.parallel.crew import Crew
 from chitu_diffusion.parallel.plan import plan_for
-from chitu_diffusion.request import cache_shapes, resolve_request, stages_of
 from chitu_diffusion.residency import TOP_LEVEL
 from chitu_diffusion.scheduler import DiffusionScheduler
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskPool, DiffusionUserParams, Progress, TaskStatus
-from chitu_diffusion.video import check_save_path
 
 logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Runs many requests on one model. Any thread may call it: units run one at a time, and `cancel` and `close` wait for
-    the end of the unit that is running.
+    """Runs many requests on one model.
+
+    Any thread may call it. Work units run one at a time, in whichever thread calls `step`; `submit` and `cancel` leave a
+    command in an inbox, which is emptied at the start of each unit, or at once where none is running. `close` waits for the
+    end of the unit that is running.
 
     Args:
         args: the settings; None: the shipped model on this machine's best device.
@@ -58,7 +62,7 @@ class Engine:
         crew: Crew | None = None,
     ) -> None:
         args = args or (backend.args if backend is not None else EngineConfig())
-        self.pool = DiffusionTaskPool()
+        self.pool = DiffusionTaskPool(keep_ended=args.scheduler.keep_ended)
         self.scheduler = scheduler or DiffusionScheduler(args.scheduler.policy)
         crew = crew or (join_ranks(args) if backend is None else None)
         try:
@@ -71,6 +75,10 @@ class Engine:
             raise
         self._on_event = on_event
         self._turn = threading.RLock()  # a task changes under it; one's own `on_event` may cancel or close
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._open = True
+        self._admitting = threading.Lock()  # of `_open`: nothing is taken in after `close` has begun
+        self._admission = Admission(self.backend)
 
     @property
     def leads(self) -> bool:
@@ -87,13 +95,22 @@ class Engine:
             the task, pending.
 
         Raises:
-            UsageError: a value that this model cannot do, or a task id that is taken.
+            UsageError: a value that this model cannot do, a task id that is taken, or the engine is closed.
             WillNotFitError: more memory than there is, at every memory level.
         """
-        self.backend.require_alive()
         task = request if isinstance(request, DiffusionTask) else DiffusionTask.from_user_request(request)
-        self._check(task)
-        return self._lockstep.admit(task)
+        self._require_open()
+        self._admission.check(task)
+        if not self.leads:
+            with self._turn:
+                self._require_open()
+                return self._lockstep.claim(task)
+        with self._admitting:
+            self._require_open()
+            self.pool.add(task)
+            self._inbox.append(partial(self._lockstep.admit, task))
+        self._deliver()
+        return task
 
     def step(self) -> Progress | None:
         """One unit of the task whose turn it is; None when no task has work left.
@@ -102,16 +119,20 @@ class Engine:
             UsageError: the engine is closed, or the scheduler named a task that is not here.
             RankLostError: another rank died or froze.
         """
-        with self._turn:
-            self.backend.require_alive()
+        with self._driving():
+            self._require_open()
             event = self._lead() if self.leads else self._lockstep.follow()
+            self.pool.prune()
             if event is not None and self._on_event is not None:
                 self._on_event(event)
-            return event
+        return event
 
     def has_work(self) -> bool:
         """Whether a task has work left. On ranks but the first: whether rank 0 has, which is waited for."""
-        return self._lockstep.has_work()
+        if self.leads and not self.pool.all_finished():
+            return True
+        with self._driving():
+            return self._open and self._lockstep.has_work()
 
     def _lead(self) -> Progress | None:
         task_id = self.scheduler.schedule(self.pool)
@@ -121,22 +142,32 @@ class Engine:
         task = self.pool.get(task_id)
         if task is None:
             raise UsageError(f"the scheduler named task {task_id!r}, which is not in the pool", field="scheduler")
+        self._drain()  # the task may have come since the unit began, and the other ranks must know it
         return self._advance(task)
 
     def run_until_idle(self) -> None:
-        """Step until no task has work left. Ctrl+C leaves the running task where it was: call again to go on."""
+        """Step until no task has work left, or another thread closes the engine. Ctrl+C leaves the running task where it
+        was: call again to go on."""
         while self.has_work():
-            self.step()
+            try:
+                self.step()
+            except UsageError:
+                if self._open:
+                    raise
 
     def cancel(self, task_id: str) -> bool:
-        """End a task as cancelled; False if it is unknown or has ended."""
-        with self._turn:
-            task = self.pool.get(task_id)
-            if task is None or task.is_finished():
-                return False
-            task.end(TaskStatus.CANCELLED)
-            self._lockstep.ended(task)
-            return True
+        """End a task as cancelled: at once, or at the end of the unit that is running; waits for neither.
+
+        Returns:
+            False if the task is unknown or has ended. True: it will end as cancelled, unless the unit that is running is
+            its last.
+        """
+        task = self.pool.get(task_id)
+        if task is None or task.is_finished():
+            return False
+        self._inbox.append(partial(self._cancel, task))
+        self._deliver()
+        return True
 
     def close(self) -> None:
         """Cancel what is unfinished and let go of the model; silent the second time.
@@ -146,12 +177,16 @@ class Engine:
         Raises:
             RankLostError: another rank died or froze while this one served.
         """
+        with self._admitting:
+            self._open = False
         with self._turn:
+            self._inbox.clear()
             try:
                 self._lockstep.close()
             finally:
                 for task in self.pool.unfinished():
                     task.end(TaskStatus.CANCELLED)
+                self.pool.prune()
                 self.backend.terminate()
 
     def is_closed(self) -> bool:
@@ -163,6 +198,39 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    # -- the inbox
+
+    @contextmanager
+    def _driving(self) -> Iterator[None]:
+        """This thread is the driver: it empties the inbox first, and what came meanwhile at the end."""
+        with self._turn:
+            self._drain()
+            yield
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Empty the inbox, unless a unit is running: then its thread does."""
+        while self._inbox and self._turn.acquire(blocking=False):
+            try:
+                self._drain()
+            finally:
+                self._turn.release()
+
+    def _drain(self) -> None:
+        while self._inbox:
+            self._inbox[0]()
+            self._inbox.popleft()  # not before it is done: Ctrl+C may come in between
+
+    def _cancel(self, task: DiffusionTask) -> None:
+        if not task.is_finished():
+            task.end(TaskStatus.CANCELLED)
+            self._lockstep.ended(task)
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise UsageError("this engine is closed and its model terminated; make another one with Engine(args)")
+        self.backend.require_alive()
 
     # -- memory
 
@@ -198,32 +266,6 @@ class Engine:
         self._lockstep.ended(task)
         message = "; ".join([*notes, str(error)])
         return Progress(task.task_id, task.status, stage, task.current_step, task.num_inference_steps, 0.0, None, message)
-
-    def _check(self, task: DiffusionTask) -> None:
-        backend = self.backend
-        resolved = resolve_request(
-            task.params, backend.spec, seed=task.seed, task_id=task.task_id, output_dir=backend.args.output.dir
-        )
-        parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 0)
-        shapes = cache_shapes(resolved, backend.spec, backend.dtype.itemsize)
-        cache = cache_bytes(resolved.flexcache, shapes, backend.args.infer.diffusion.cache_memory_gb)
-        check_save_path(resolved.save_path or "")
-        total, sizes = total_memory(backend.device), backend.sizes()
-        frames = resolved.num_frames or 1
-        for stage in stages_of(resolved):
-            tokens = backend.spec.tokens(frames, stage.height, stage.width)
-            peak = sizes.peak(TOP_LEVEL, tokens, frames, stage.height, stage.width)
-            if peak <= total < peak + cache:
-                raise WillNotFitError(
-                    f"flexcache {resolved.flexcache} would keep {cache / 2**30:.1f} GiB beside the {peak / 2**30:.1f} GiB that "
-                    f"the video needs; {backend.device} has {total / 2**30:.1f} GiB; flexcache meancache would do"
-                )
-            if peak > total:
-                would_do = _largest(backend, frames, stage.height, stage.width)
-                raise WillNotFitError(
-                    f"{stage.width}x{stage.height} with {frames} frames needs about {peak / 2**30:.1f} GiB at the highest "
-                    f"memory level; {backend.device} has {total / 2**30:.1f} GiB; {would_do}"
-                )
 
 
 def join_ranks(args: EngineConfig) -> Crew | None:
@@ -273,29 +315,6 @@ def load_backend(args: EngineConfig, crew: Crew | None = None) -> DiffusionBacke
             raise WillNotFitError(f"the weights of {args.models.name} do not fit at any memory level ({message})")
         wanted.infer.diffusion.low_mem_level += 1
         logger.warning("out of memory while loading: trying memory level %d", wanted.infer.diffusion.low_mem_level)
-
-
-def smaller(task: DiffusionTask) -> str:
-    """What to try in place of a request that ran out of memory."""
-    resolved = task.resolved or task.params
-    if resolved.num_frames is None or resolved.height is None or resolved.width is None:
-        return "fewer frames or a smaller size would do"
-    frames = max(1, (resolved.num_frames // 2) // 4 * 4 + 1)
-    height, width = (max(16, side * 3 // 4 // 16 * 16) for side in (resolved.height, resolved.width))
-    return f"try num_frames={frames}, or {width}x{height} in place of {resolved.width}x{resolved.height}"
-
-
-def _largest(backend: DiffusionBackend, frames: int, height: int, width: int) -> str:
-    """The longest video of this size that the estimate lets through, or the largest size."""
-    sizes, total, spec = backend.sizes(), total_memory(backend.device), backend.spec
-    for shorter in range(frames - 4, 0, -4):
-        if sizes.peak(TOP_LEVEL, spec.tokens(shorter, height, width), shorter, height, width) <= total:
-            return f"{shorter} frames of this size would do"
-    while height > 32 and width > 32:
-        height, width = height // 32 * 16, width // 32 * 16
-        if sizes.peak(TOP_LEVEL, spec.tokens(1, height, width), 1, height, width) <= total:
-            return f"{width}x{height} would do"
-    return "no size of this model would do"
 
 
 def _with_notes(event: Progress, notes: list[str]) -> Progress:

@@ -33,9 +33,11 @@ class Alone:
     def __init__(self, generator: Generator, pool: DiffusionTaskPool) -> None:
         self._generator, self._pool = generator, pool
 
-    def admit(self, task: DiffusionTask) -> DiffusionTask:
-        """A task for all ranks."""
-        self._pool.add(task)
+    def admit(self, task: DiffusionTask) -> None:
+        """A task that came into the pool."""
+
+    def claim(self, task: DiffusionTask) -> DiffusionTask:
+        """A task that this rank's own script was given: the one that rank 0 means by it."""
         return task
 
     def unit(self, task: DiffusionTask) -> Progress:
@@ -80,19 +82,19 @@ class Together(Alone):
         self._orders.vote({})
         self._watch.at("waiting for work")
 
-    def admit(self, task: DiffusionTask) -> DiffusionTask:
-        """Rank 0 tells the others of the task; on these, which run the same script, it becomes rank 0's own.
+    def admit(self, task: DiffusionTask) -> None:
+        """Rank 0 tells the others of a task."""
+        self._resting = False
+        self._orders.say({"do": "task", "id": task.task_id, "seed": task.seed, "params": task.params.to_mapping()})
+
+    def claim(self, task: DiffusionTask) -> DiffusionTask:
+        """On ranks but the first, which run the same script: the task becomes rank 0's own.
 
         Tasks that rank 0 alone is given are taken in by the others when they come to them.
 
         Raises:
             UsageError: rank 0 goes on without having been given a task.
         """
-        if self.leads:
-            super().admit(task)
-            self._resting = False
-            self._orders.say({"do": "task", "id": task.task_id, "seed": task.seed, "params": task.params.to_mapping()})
-            return task
         while True:
             for adopted in self._unclaimed:
                 if _same_request(adopted.params, task.params):
@@ -259,8 +261,10 @@ class Together(Alone):
         if order["do"] == "task":
             params = DiffusionUserParams.from_mapping(order["params"])
             adopted = DiffusionTask(order["id"], params, order["seed"], num_inference_steps=params.num_inference_steps or 0)
-            self._pool.add(adopted)
-            self._unclaimed.append(adopted)
+            self._unclaimed = [task for task in self._unclaimed if not task.is_finished()]
+            if self._pool.get(adopted.task_id) is None:  # Ctrl+C may make rank 0 say it twice
+                self._pool.add(adopted)
+                self._unclaimed.append(adopted)
         task = self._pool.get(order["id"]) if order["do"] == "end" else None
         if task is not None and not task.is_finished():
             task.end(TaskStatus(order["status"]), TaskError(order["error"]) if order["error"] else None)

@@ -396,10 +396,15 @@ class DiffusionTask:
 
 
 class DiffusionTaskPool:
-    """The tasks of one engine, in order of arrival. Safe to use from several threads."""
+    """The tasks of one engine, in order of arrival. Safe to use from several threads.
 
-    def __init__(self) -> None:
+    Args:
+        keep_ended: how many ended tasks stay for whoever asks for them; the oldest go first.
+    """
+
+    def __init__(self, keep_ended: int = 100) -> None:
         self.pool: dict[str, DiffusionTask] = {}
+        self._keep_ended = keep_ended
         self._lock = threading.Lock()
 
     def add(self, task: DiffusionTask) -> None:
@@ -412,6 +417,13 @@ class DiffusionTaskPool:
             if task.task_id in self.pool:
                 raise UsageError(f"task_id = {task.task_id!r}: a task of that name is here already", field="task_id")
             self.pool[task.task_id] = task
+
+    def prune(self) -> None:
+        """Forget ended tasks beyond those that are kept."""
+        with self._lock:
+            ended = [task_id for task_id, task in self.pool.items() if task.is_finished()]
+            for task_id in ended[: max(0, len(ended) - self._keep_ended)]:
+                del self.pool[task_id]
 
     def get(self, task_id: str) -> DiffusionTask | None:
         return self.pool.get(task_id)

@@ -1,5 +1,6 @@
 """The engine's life: many tasks, poisoned ones among them, memory that runs out, cancelling, closing, the façade."""
 
+import gc
 import random
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import torch
 from conftest import MakeConfig
 
 import chitu_diffusion
+from chitu_diffusion import admission
 from chitu_diffusion import engine as engine_module
+from chitu_diffusion import generator as generator_module
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.engine import Engine, load_backend
 from chitu_diffusion.errors import NonFiniteError, StageError, UsageError, WillNotFitError
@@ -187,7 +190,7 @@ def test_what_out_of_memory_looks_like():
 
 
 def test_a_request_that_can_never_fit_is_refused_at_once(engine, monkeypatch):
-    monkeypatch.setattr(engine_module, "total_memory", lambda _device: 200 * 2**20)
+    monkeypatch.setattr(admission, "total_memory", lambda _device: 200 * 2**20)
     with pytest.raises(WillNotFitError, match="frames of this size would do"):
         engine.submit(params(height=1024, width=1024, num_frames=81))
     assert len(engine.pool) == 0
@@ -271,8 +274,9 @@ def test_cancel_and_close(tiny_folder, make_config):
 
 @pytest.mark.parametrize("units", range(5))
 @pytest.mark.parametrize("how", ["cancel", "close"])
-def test_cancelling_from_another_thread_waits_for_the_running_unit(tiny_folder, make_config, monkeypatch, units, how):
-    """The unit's last words must not bring the task back to life, nor leave tensors on it."""
+def test_ending_a_task_from_another_thread_while_its_unit_runs(tiny_folder, make_config, monkeypatch, units, how):
+    """`close` waits for the unit, `cancel` does not; the unit's last words neither bring the task back to life nor leave
+    tensors on it."""
     engine = Engine(make_config(tiny_folder))
     task = engine.submit(params())
     for _ in range(units):
@@ -292,15 +296,65 @@ def test_cancelling_from_another_thread_waits_for_the_running_unit(tiny_folder, 
     worker = threading.Thread(target=engine.step)
     worker.start()
     assert running.wait(30)
-    ender = threading.Thread(target=lambda: engine.cancel(task.task_id) if how == "cancel" else engine.close())
+    answers = []
+    ender = threading.Thread(target=lambda: answers.append(engine.cancel(task.task_id) if how == "cancel" else engine.close()))
     ender.start()
-    ender.join(0.05)
-    assert ender.is_alive() and task.status is not TaskStatus.CANCELLED
+    ender.join(10 if how == "cancel" else 0.05)
+    assert ender.is_alive() == (how == "close") and task.status is not TaskStatus.CANCELLED
     go_on.set()
     worker.join()
     ender.join()
+    assert answers == [True if how == "cancel" else None]
     assert task.status is TaskStatus.CANCELLED and task.buffer.latent is None and task.buffer.embeddings is None
     engine.close()
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.05, 0.1, 0.2])
+def test_closing_while_others_submit(tiny_folder, make_config, delay):
+    """Every accepted task ends, every refused one is refused in words."""
+    engine, accepted, refused, stop = Engine(make_config(tiny_folder)), [], [], threading.Event()
+
+    def submit(role: str) -> None:
+        while not stop.is_set():
+            try:
+                accepted.append(engine.submit(params(role=role, num_inference_steps=1, num_frames=1, save_path=None)))
+            except Exception as error:
+                refused.append(error)
+
+    threads = [threading.Thread(target=submit, args=(role,)) for role in "abc"]
+    driver = threading.Thread(target=engine.run_until_idle)
+    for thread in (*threads, driver):
+        thread.start()
+    time.sleep(delay)
+    engine.close()
+    while len(refused) < 3:
+        time.sleep(0.001)
+    stop.set()
+    for thread in (*threads, driver):
+        thread.join()
+    assert all(task.is_finished() and task.buffer.latent is None for task in accepted)
+    assert all(isinstance(error, UsageError) and "closed" in str(error) for error in refused), refused[:3]
+
+
+def test_ended_tasks_leave(tiny_folder, make_config, monkeypatch):
+    """A thousand tasks, and the engine is as it was: nothing of them stays, and the last look costs what the first did."""
+    monkeypatch.setattr(generator_module, "write_video", lambda frames, path, **_: path)
+    with Engine(make_config(tiny_folder, scheduler__keep_ended=5)) as engine:
+        sizes, looks = [], []
+        for _ in range(4):
+            for _ in range(250):
+                engine.submit(params(num_inference_steps=1, num_frames=1, height=16, width=16))
+            engine.run_until_idle()
+            gc.collect()
+            sizes.append(len(gc.get_objects()))
+            began = time.perf_counter()
+            for _ in range(200):
+                engine.step()
+            looks.append(time.perf_counter() - began)
+        assert len(engine.pool) == 5
+        # objects, not bytes: an allocator's caches come and go; a task that stayed would be some 30 objects
+        assert sizes[-1] - sizes[0] < 250
+        assert min(looks[1:]) < 3 * looks[0]
 
 
 def test_what_is_no_request_is_refused(engine):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from chitu_diffusion.task import DiffusionUserParams
 
 LOST_AFTER = 4.0
 ENDS_WITHIN = 15.0
+REQUESTS = 165
+"""A tenth of them is cancelled."""
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +157,42 @@ def test_memory_that_runs_out_on_one_rank_raises_the_level_on_all(scenes) -> Non
 
 def test_cancelling_reaches_all_ranks(scenes) -> None:
     assert [task[2] for task in scenes[0][0]["end"]] == ["cancelled", "finished"]
+
+
+# -- other threads
+
+
+def submit_from_a_thread(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
+    """A thread of rank 0 submits and cancels while its main thread steps; rank 1 serves."""
+    engine, tasks, cancelled = engine_on(rank, store, folder, out), [], []
+
+    def submit() -> None:
+        for index in range(REQUESTS):
+            tasks.append(engine.submit(params(num_inference_steps=1, num_frames=1, task_id=f"t{index}")))
+            if index % 10 == 9:
+                cancelled.append(engine.cancel(f"t{index}"))
+            time.sleep(0.002)
+
+    if rank == 0:
+        thread = threading.Thread(target=submit)
+        thread.start()
+        while thread.is_alive() or engine.has_work():
+            engine.step()
+        statuses = [str(task.status) for task in tasks]
+        assert not any(task.error for task in tasks), [task.error_message for task in tasks if task.error][:2]
+        Path(out, "seen.json").write_text(json.dumps([statuses, cancelled, len(engine.pool)]))
+    engine.close()
+
+
+def test_a_thread_submits_and_cancels_while_another_steps(model: Path, tmp_path: Path) -> None:
+    run_ranks(2, submit_from_a_thread, str(model), str(tmp_path), errors=tmp_path, seconds=100)
+    statuses, cancelled, kept = json.loads((tmp_path / "seen.json").read_text())
+    # a task that ended before it was cancelled has its video
+    assert len(statuses) == REQUESTS and set(statuses) <= {"finished", "cancelled"}
+    assert statuses.count("cancelled") <= sum(cancelled)
+    assert all(status == "finished" for index, status in enumerate(statuses) if index % 10 != 9)
+    assert len(list(tmp_path.glob("*.mp4"))) == statuses.count("finished")
+    assert kept <= 100
 
 
 # -- a rank that dies, freezes, or is interrupted
