@@ -28,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chitu_diffusion.attention import AttentionKernel, attention_kernel, sdpa
+from chitu_diffusion.attention import AttentionKernel, attention_kernel, cross_attention, sdpa
 from chitu_diffusion.config import keep_compiled_code
-from chitu_diffusion.models import fused
-from chitu_diffusion.models.quant import Float8Linear, Float8Plan, set_float8, to_float8
 from chitu_diffusion.models.spec import resolve_model
-from chitu_diffusion.models.wan import KEEP_FLOAT32, WanConfig, WanTransformer
+from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanConfig, WanTransformer
+from chitu_diffusion.ops import fused
+from chitu_diffusion.ops.float8_linear import Float8Linear, Float8Plan, set_float8, to_float8
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = WanConfig(
@@ -232,7 +232,7 @@ def kernels(bench: Bench) -> None:
         ("gelu, 8 bits", lambda f: fused.gelu(wide, float8=True, fused=f), (item + 1) * wide.numel()),
         ("8 bits", lambda f: fused.quantise(x, fused=f), (item + 1) * x.numel()),
     ]
-    if fused.has_text_attention(bench.dtype, bench.device, dim // heads):
+    if cross_attention.has_fused_cross_attention(bench.dtype, bench.device, dim // heads):
         for name, rows in (("text attention", TEXT_ROWS), ("text attention, no padding", TEXT_POSITIONS)):
             cases.append((name, text_attention(bench, x, heads, rows), 2 * item * x.numel()))
     can = fused.can_fuse(x)
@@ -256,15 +256,15 @@ def text_attention(bench: Bench, x: Tensor, heads: int, rows: int) -> Callable[[
 
     def work(fuse: bool) -> Tensor:
         if fuse:
-            return fused.text_attention(x, weight, 1e-6, k, v, bias, fused=True)
-        return fused.text_attention(x, weight, 1e-6, k_all, v_all)
+            return cross_attention.cross_attention(x, weight, 1e-6, k, v, bias, fused=True)
+        return cross_attention.cross_attention(x, weight, 1e-6, k_all, v_all)
 
     return work
 
 
 def text_launches(bench: Bench, heads: int, rows: int) -> None:
     """Ways to start the text attention: how many tokens and keys, which warps, and programs that share a tile's heads."""
-    ours = fused.text_triton
+    ours = cross_attention.cross_attention_triton
     own = ours.launch_text
     with bench.device:
         x = torch.randn(1, bench.tokens, 128 * heads).to(bench.dtype)

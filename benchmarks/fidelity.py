@@ -28,7 +28,6 @@ from torch import Tensor
 from benchmarks.latency import machine
 from benchmarks.report import RESULTS, Report, Section, file_name, run_sections
 from benchmarks.variants import as_task_text, known
-from chitu_diffusion import forward
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import UsageError
@@ -38,6 +37,7 @@ from chitu_diffusion.evaluation.judge import CLASSES, Judge, load_judge, name_pa
 from chitu_diffusion.evaluation.world import Words, held_out_prompts
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.spec import TINY
+from chitu_diffusion.pipelines import denoising as forward
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 EXACT, LOSSY = "exact", "8 bits"

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.measuring import timed_ms
-from chitu_diffusion.attention import attention_kernel, fp8
-from chitu_diffusion.attention.merge import merge
-from chitu_diffusion.attention.pack import pack
-from chitu_diffusion.models import fused
+from chitu_diffusion.attention import attention_kernel, cross_attention, fp8
+from chitu_diffusion.ops import fused
+from chitu_diffusion.ops.merge_lse import merge
+from chitu_diffusion.ops.pack_qkv import pack
 
 CALLS = 5
 Work = Callable[[bool], object]
@@ -55,9 +55,9 @@ def checks(tokens: int, heads: int) -> dict[str, tuple[Work, float]]:
 
     def text(ours: bool) -> Tensor:
         if ours:
-            return fused.text_attention(x, weight, 1e-6, text_k, text_v, bias, fused=True)
+            return cross_attention.cross_attention(x, weight, 1e-6, text_k, text_v, bias, fused=True)
         copies = (torch.cat([each, each[:, -1:].expand(-1, 382, -1, -1)], dim=1) for each in (text_k, text_v))
-        return fused.text_attention(x, weight, 1e-6, *copies)
+        return cross_attention.cross_attention(x, weight, 1e-6, *copies)
 
     def packed(ours: bool) -> Tensor:
         if ours:

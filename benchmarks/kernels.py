@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.attention import KERNELS, fp8
-from chitu_diffusion.attention.choice import KernelChoice, Shape, machine_name
+from chitu_diffusion.attention.autotune import KernelChoice, Shape, machine_name
 from chitu_diffusion.attention.kernels import AttentionKernel
 
 RESULTS = Path(__file__).parent / "results"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chitu_diffusion.models.wan_config import WanConfig
+from chitu_diffusion.models.wan.config import WanConfig
 
 TERA = 1e12
 GIB = 2**30

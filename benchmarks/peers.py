@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from chitu_diffusion.models.wan_config import WanConfig
+from chitu_diffusion.models.wan.config import WanConfig
 
 _KERNELS = "fa3_fwd_interface"
 """The module of the FlashAttention-3 wheel that can be had ready built (forward only)."""

@@ -40,12 +40,12 @@ from benchmarks.scaling_work import (
 )
 from benchmarks.simulate_scaling import needed_shapes, plans
 from chitu_diffusion.config import rank_place
+from chitu_diffusion.distributed.plan import ParallelPlan, auto_plan, parse_layout, plan_for
+from chitu_diffusion.distributed.process_groups import RankGroups
+from chitu_diffusion.distributed.sharing import strips_on_first
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.models.spec import resolve_model
-from chitu_diffusion.models.wan import WanTransformer
-from chitu_diffusion.parallel.groups import RankGroups
-from chitu_diffusion.parallel.plan import ParallelPlan, auto_plan, parse_layout, plan_for
-from chitu_diffusion.parallel.sharing import strips_on_first
+from chitu_diffusion.models.wan.transformer import WanTransformer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = {"480p": (832, 480, 81), "720p": (1280, 720, 81), "small": (64, 64, 5)}

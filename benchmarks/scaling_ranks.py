@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 
 from chitu_diffusion.config import RankPlace, set_nccl_defaults
-from chitu_diffusion.parallel.groups import RankGroups
-from chitu_diffusion.parallel.orders import Orders
-from chitu_diffusion.parallel.plan import ParallelPlan
-from chitu_diffusion.parallel.watch import Watch
+from chitu_diffusion.distributed.plan import ParallelPlan
+from chitu_diffusion.distributed.process_groups import RankGroups
+from chitu_diffusion.executor.control_channel import Orders
+from chitu_diffusion.executor.heartbeat import Watch
 
 PATIENCE = 90.0
 """Seconds that a rank waits for the others' word at the end of a section."""

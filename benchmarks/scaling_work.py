@@ -1,7 +1,7 @@
 """What a scaling run measures: networks with random weights, their steps, kernels, links, and traces of what overlapped.
 
-Random weights are drawn on each rank from the same seed. A step is `chitu_diffusion.forward`'s own. Knows one rank's view;
-no clock and no results.
+Random weights are drawn on each rank from the same seed. A step is that of `chitu_diffusion.pipelines.denoising`. Knows one
+rank's view; no clock and no results.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from torch import Tensor, nn
 if find_spec("ftfy") is None:
     sys.modules["ftfy"] = ModuleType("ftfy")  # mends prompts; none is read here, and not every test machine has it
 
-from chitu_diffusion import forward
+from benchmarks.comm_volume import Counting, Traffic, traffic
 from chitu_diffusion.attention import AttentionKernel, attention_kernel
-from chitu_diffusion.attention.merge import merge
-from chitu_diffusion.attention.peers import Landing, Peers
-from chitu_diffusion.attention.ulysses import ulysses
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import load_config
+from chitu_diffusion.distributed.collectives import Landing, Peers
+from chitu_diffusion.distributed.process_groups import RankGroups
+from chitu_diffusion.distributed.ulysses import ulysses
+from chitu_diffusion.models.components import Networks
 from chitu_diffusion.models.spec import ModelSpec
-from chitu_diffusion.models.text import TextEncoder, build_text_encoder
-from chitu_diffusion.models.vae import Vae, build_vae
-from chitu_diffusion.models.wan import KEEP_FLOAT32, WanTransformer
-from chitu_diffusion.models.wan_config import WanConfig
-from chitu_diffusion.networks import Networks
-from chitu_diffusion.parallel.groups import RankGroups
-from chitu_diffusion.parallel.traffic import Counting, Traffic, traffic
+from chitu_diffusion.models.wan.config import WanConfig
+from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_encoder
+from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanTransformer
+from chitu_diffusion.models.wan.vae import Vae, build_vae
+from chitu_diffusion.ops.merge_lse import merge
+from chitu_diffusion.pipelines import denoising as forward
 
 TEXT_ROWS = 512
 SHARED = 1

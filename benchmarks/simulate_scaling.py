@@ -2,7 +2,7 @@
 
     python -m benchmarks.simulate_scaling benchmarks/results/scaling-2-gpus.json
 
-Takes kernel times and link times as `benchmarks.scaling` measured them, and the traffic that `parallel.traffic` states. A
+Takes kernel times and link times as `benchmarks.scaling` measured them, and the traffic that `benchmarks.comm_volume` states. A
 block is its attention (one call, or one a hop of the ring), the rest of it, packing for Ulysses, and what its exchanges
 cost: those of Ulysses in full, or, where they go in pieces, the first that comes and the last that goes and what the others'
 work does not hide, a hop of the ring as far as it outlasts the hop's kernel, and what a kernel was seen to lose with a
@@ -27,9 +27,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from chitu_diffusion.attention.ulysses import pieces_for
-from chitu_diffusion.parallel.plan import ParallelPlan, auto_plan
-from chitu_diffusion.parallel.traffic import PACKED, Traffic, traffic
+from benchmarks.comm_volume import PACKED, Traffic, traffic
+from chitu_diffusion.distributed.plan import ParallelPlan, auto_plan
+from chitu_diffusion.distributed.ulysses import pieces_for
 
 WORLDS = (1, 2, 4, 8, 16, 64)
 NODE = 8

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_vae
-from chitu_diffusion.models.vae import Vae
-from chitu_diffusion.models.vae_decoder import DecodeWays, best_ways, searching_kernels
-from chitu_diffusion.models.vae_flat import flat_conv, flat_weight, suits_flat
-from chitu_diffusion.models.vae_kernels import CONVOLUTIONS, phased_weight, upsample_nearest, upsample_phased, weight_for
+from chitu_diffusion.models.wan.vae import Vae
+from chitu_diffusion.models.wan.vae_decoder import DecodeWays, best_ways, searching_kernels
+from chitu_diffusion.ops.vae_conv import CONVOLUTIONS, phased_weight, upsample_nearest, upsample_phased, weight_for
+from chitu_diffusion.ops.vae_conv_gemm import flat_conv, flat_weight, suits_flat
 
 WAN_TINY = Path(__file__).parent.parent / "chitu_diffusion" / "assets" / "wan-tiny"
 ROW = ("name", "seconds", "first_seconds", "peak_gib", "ratio_vs_diffusers", "psnr_db", "relative_error", "error")

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from benchmarks import peers
 from benchmarks.measuring import synchronise
-from chitu_diffusion import forward
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig, InferSettings
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.models.components import Networks
 from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_text_encoder, load_vae
 from chitu_diffusion.models.spec import ASSETS, FULL_SIZE, TINY, ModelSpec
-from chitu_diffusion.models.text import TextEncoder
-from chitu_diffusion.models.vae import Vae
-from chitu_diffusion.models.wan import KEEP_FLOAT32, WanTransformer
-from chitu_diffusion.models.wan_config import WanConfig
-from chitu_diffusion.networks import Networks
+from chitu_diffusion.models.wan.config import WanConfig
+from chitu_diffusion.models.wan.text_encoder import TextEncoder
+from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanTransformer
+from chitu_diffusion.models.wan.vae import Vae
+from chitu_diffusion.pipelines import denoising as forward
 
 
 class Absent(Exception):

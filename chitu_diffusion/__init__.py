@@ -9,11 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chitu_diffusion.backend import BackendState, DiffusionBackend
-    from chitu_diffusion.config import EngineConfig, load_config
-    from chitu_diffusion.engine import Engine
-    from chitu_diffusion.errors import ChituError
-    from chitu_diffusion.facade import (
+    from chitu_diffusion.api import (
         DiffusionTaskPool,
         chitu_generate,
         chitu_init,
@@ -21,6 +17,10 @@ if TYPE_CHECKING:
         chitu_start,
         chitu_terminate,
     )
+    from chitu_diffusion.backend import BackendState, DiffusionBackend
+    from chitu_diffusion.config import EngineConfig, load_config
+    from chitu_diffusion.engine import Engine
+    from chitu_diffusion.errors import ChituError
     from chitu_diffusion.generator import Generator
     from chitu_diffusion.scheduler import DiffusionScheduler
     from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams, Progress, TaskStatus
@@ -55,7 +55,7 @@ _HOMES = {
     "config": ("EngineConfig", "load_config"),
     "engine": ("Engine",),
     "errors": ("ChituError",),
-    "facade": (
+    "api": (
         "DiffusionTaskPool",
         "chitu_generate",
         "chitu_init",

@@ -15,24 +15,24 @@ from typing import Any
 import torch
 
 from chitu_diffusion.attention import AttentionKernel
-from chitu_diffusion.attention.choice import KernelChoice, Shape
+from chitu_diffusion.attention.autotune import KernelChoice, Shape
 from chitu_diffusion.config import EngineConfig, cache_dir, keep_compiled_code
+from chitu_diffusion.distributed.process_groups import RankGroups
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.calibration import Calibration
 from chitu_diffusion.flexcache.manager import FlexCacheManager
-from chitu_diffusion.memory import Sizes, free_memory
-from chitu_diffusion.models.compiled import CompileWatch
-from chitu_diffusion.models.fused import HAS_TRITON
-from chitu_diffusion.models.quant import float8_begins, has_float8_products, set_float8, to_float8
+from chitu_diffusion.memory.estimate import Sizes, free_memory
+from chitu_diffusion.memory.offload import Residency
+from chitu_diffusion.models.components import Networks, float8_plan, load_networks
 from chitu_diffusion.models.spec import ModelSpec, resolve_model
-from chitu_diffusion.models.text import TextEncoder
-from chitu_diffusion.models.vae import Vae
-from chitu_diffusion.models.wan import WanTransformer
-from chitu_diffusion.networks import Networks, float8_plan, load_networks
-from chitu_diffusion.parallel.groups import RankGroups
-from chitu_diffusion.residency import Residency
-from chitu_diffusion.sampling import Sampler
-from chitu_diffusion.weights import fingerprint
+from chitu_diffusion.models.wan.text_encoder import TextEncoder
+from chitu_diffusion.models.wan.transformer import WanTransformer
+from chitu_diffusion.models.wan.vae import Vae
+from chitu_diffusion.ops.compile import CompileWatch
+from chitu_diffusion.ops.float8_linear import float8_begins, has_float8_products, set_float8, to_float8
+from chitu_diffusion.ops.fused import HAS_TRITON
+from chitu_diffusion.sampling.solvers import Sampler
+from chitu_diffusion.weights.loader import fingerprint
 
 logger = logging.getLogger(__name__)
 

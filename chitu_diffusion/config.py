@@ -262,7 +262,7 @@ _NCCL_DEFAULTS = {
 def set_nccl_defaults() -> None:
     """What torch's NCCL groups shall do, unless the environment says otherwise; to be called before the first is made.
 
-    Errors are not handled there: its watchdog and its monitor would end the process, where `parallel.watch` ends a task or
+    Errors are not handled there: its watchdog and its monitor would end the process, where `executor.heartbeat` ends a task or
     names the rank. Exchanges get high priority, so that one that runs beside a kernel need not wait for its last wave.
     """
     for name, value in _NCCL_DEFAULTS.items():

@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from chitu_diffusion.admission import Admission, smaller
 from chitu_diffusion.backend import BackendState, DiffusionBackend, pick_device
 from chitu_diffusion.config import EngineConfig, rank_place, set_nccl_defaults
+from chitu_diffusion.distributed.plan import plan_for
 from chitu_diffusion.errors import StageError, UsageError, WillNotFitError
+from chitu_diffusion.executor.distributed import Alone, Together
+from chitu_diffusion.executor.worker_group import Crew
 from chitu_diffusion.generator import Generator, without_frames
-from chitu_diffusion.lockstep import Alone, Together
-from chitu_diffusion.memory import free_memory, is_out_of_memory, top_useful_level
+from chitu_diffusion.memory.estimate import free_memory, is_out_of_memory, top_useful_level
+from chitu_diffusion.memory.offload import TOP_LEVEL
 from chitu_diffusion.models.spec import resolve_model
-from chitu_diffusion.parallel.crew import Crew
-from chitu_diffusion.parallel.plan import plan_for
-from chitu_diffusion.residency import TOP_LEVEL
+from chitu_diffusion.pipelines.admission import Admission, smaller
 from chitu_diffusion.scheduler import DiffusionScheduler
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskPool, DiffusionUserParams, Progress, TaskStatus
 

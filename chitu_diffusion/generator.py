@@ -18,19 +18,19 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from chitu_diffusion import forward
 from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.distributed.sharing import from_first, strips_on_first
 from chitu_diffusion.errors import NonFiniteError, StageError, TaskError, UsageError
 from chitu_diffusion.flexcache.manager import fork
 from chitu_diffusion.flexcache.registry import parse_flexcache
-from chitu_diffusion.memory import is_out_of_memory
-from chitu_diffusion.parallel.sharing import from_first, strips_on_first
-from chitu_diffusion.recipe import recipe_of
-from chitu_diffusion.request import guidance_pair, resolve_request, stages_of
-from chitu_diffusion.residency import TEXT_ENCODER, VAE
-from chitu_diffusion.sampling import SamplerState, initial_noise, upsample_latent
+from chitu_diffusion.media.video import write_video
+from chitu_diffusion.memory.estimate import is_out_of_memory
+from chitu_diffusion.memory.offload import TEXT_ENCODER, VAE
+from chitu_diffusion.pipelines import denoising as forward
+from chitu_diffusion.pipelines.recipe import recipe_of
+from chitu_diffusion.pipelines.request import guidance_pair, resolve_request, stages_of
+from chitu_diffusion.sampling.solvers import SamplerState, initial_noise, upsample_latent
 from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams, Progress, TaskStatus
-from chitu_diffusion.video import write_video
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from chitu_diffusion.errors import UsageError, nearest
 if TYPE_CHECKING:
     import torch
 
-    from chitu_diffusion.forward import TaskText
     from chitu_diffusion.generator import FiniteCheck
+    from chitu_diffusion.pipelines.denoising import TaskText
 
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 20_000

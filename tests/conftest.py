@@ -122,6 +122,6 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def gelu_apart(monkeypatch):
     """GELU outside oneDNN's product, as the compiler has it on a CPU: then compiled and not compiled agree to the bit."""
-    from chitu_diffusion.models import fused
+    from chitu_diffusion.ops import fused
 
     monkeypatch.setattr(fused, "_ONEDNN", False)

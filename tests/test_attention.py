@@ -14,15 +14,16 @@ import torch
 from conftest import RunText
 from torch import Tensor
 
-from chitu_diffusion.attention import KERNELS, attention_kernel, candidates, choice, fp8
-from chitu_diffusion.attention.choice import KernelChoice, Shape
+from chitu_diffusion.attention import KERNELS, attention_kernel, candidates, fp8
+from chitu_diffusion.attention import autotune as choice
+from chitu_diffusion.attention.autotune import KernelChoice, Shape
 from chitu_diffusion.attention.kernels import AttentionKernel
-from chitu_diffusion.attention.needs import Package
+from chitu_diffusion.attention.requirements import Package
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.networks import load_networks
+from chitu_diffusion.models.components import load_networks
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from benchmarks.measuring import Span, alternating, breakdown, forward_work, ker
 from benchmarks.report import Report, Section, file_name, plain, ratios, run_sections, table_of
 from benchmarks.sections import Latency, carried_over, chosen, relative_error
 from benchmarks.variants import Bench, Variant, case_of, diffusers, ours, random_weights, small_case
-from chitu_diffusion.models.wan_config import WanConfig
+from chitu_diffusion.models.wan.config import WanConfig
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from conftest import Chitu
 from chitu_diffusion.cli.options import parse_cache, parse_guidance, parse_seeds, parse_size, path_for_seed
 from chitu_diffusion.cli.words import duration, printable, quoted, size
 from chitu_diffusion.errors import CheckpointError, OutputError, StageError, UsageError, WillNotFitError
-from chitu_diffusion.video import read_frames, read_recipe
+from chitu_diffusion.media.video import read_frames, read_recipe
 
 ROOT = Path(__file__).parent.parent
 WAN_TINY = ROOT / "chitu_diffusion" / "assets" / "wan-tiny"

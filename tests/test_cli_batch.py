@@ -10,7 +10,7 @@ import pytest
 from conftest import Chitu
 
 from chitu_diffusion.errors import OutputError
-from chitu_diffusion.video import read_frames, read_recipe
+from chitu_diffusion.media.video import read_frames, read_recipe
 
 
 def last_event(text: str) -> dict[str, object]:
@@ -99,7 +99,8 @@ def test_batch_names_every_bad_row_before_loading(chitu: Chitu, tiny_folder: Pat
 
 
 def test_one_failing_row_does_not_stop_the_others(chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from chitu_diffusion import generator, video
+    from chitu_diffusion import generator
+    from chitu_diffusion.media import video
 
     def sometimes(frames: object, path: str, **more: object) -> Path:
         if "0002" in str(path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Chitu
 
-from chitu_diffusion.video import read_frames
+from chitu_diffusion.media.video import read_frames
 
 
 def test_info_shows_the_recipe(chitu: Chitu, tiny_folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.evaluation.compare import compare, contact_sheet, mean_interval, ssim
-from chitu_diffusion.video import read_frames
+from chitu_diffusion.media.video import read_frames
 
 
 def videos(shape: tuple[int, ...] = (5, 24, 32, 3)) -> tuple[np.ndarray, np.ndarray]:

@@ -19,11 +19,11 @@ from chitu_diffusion.attention.kernels import AttentionFn
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig, keep_compiled_code
 from chitu_diffusion.errors import CompileError
-from chitu_diffusion.flexcache.seam import Signal, Site
+from chitu_diffusion.flexcache.interface import Signal, Site
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.models.fused import has_linear_gelu
-from chitu_diffusion.models.quant import Float8Plan, set_float8, to_float8
-from chitu_diffusion.models.wan import WanConfig, WanTransformer
+from chitu_diffusion.models.wan.transformer import WanConfig, WanTransformer
+from chitu_diffusion.ops.float8_linear import Float8Plan, set_float8, to_float8
+from chitu_diffusion.ops.fused import has_linear_gelu
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 CONFIG = WanConfig(

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.attention.kernels import AttentionKernel
-from chitu_diffusion.attention.peers import Landing
-from chitu_diffusion.attention.ring import ring
-from chitu_diffusion.attention.ulysses import ulysses
-from chitu_diffusion.parallel import cuda_wires
-from chitu_diffusion.parallel.copy_peers import CopyPeers
-from chitu_diffusion.parallel.cuda_wires import CudaWires, WiresError, lay
-from chitu_diffusion.parallel.group_peers import GroupPeers
+from chitu_diffusion.distributed import peer_memory as cuda_wires
+from chitu_diffusion.distributed.collectives import Landing
+from chitu_diffusion.distributed.p2p_collectives import CopyPeers
+from chitu_diffusion.distributed.peer_memory import CudaWires, WiresError, lay
+from chitu_diffusion.distributed.ring import ring
+from chitu_diffusion.distributed.torch_collectives import GroupPeers
+from chitu_diffusion.distributed.ulysses import ulysses
 
 PATIENCE = 10.0
 

@@ -177,7 +177,7 @@ def test_the_command_with_two_processes(chitu, tiny_folder, tmp_path) -> None:
 def test_workers_do_not_choose_kernels_by_timing(tiny_folder, tmp_path, monkeypatch) -> None:
     """Two processes that time on a shared device might choose differently."""
     asked = []
-    monkeypatch.setattr("chitu_diffusion.attention.choice.candidates", lambda *_, **__: asked.append(1) or [])
+    monkeypatch.setattr("chitu_diffusion.attention.autotune.candidates", lambda *_, **__: asked.append(1) or [])
     with Workers(config_for(tiny_folder, tmp_path)) as crew:
         crew.submit(DiffusionBackend.choose_attention, 77)
         crew.result()

@@ -17,7 +17,7 @@ from chitu_diffusion.evaluation.traces import trace
 from chitu_diffusion.flexcache.registry import STRATEGIES, cache_bytes, parse_flexcache, parse_strategy
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.spec import FULL_SIZE
-from chitu_diffusion.request import cache_shapes, resolve_request
+from chitu_diffusion.pipelines.request import cache_shapes, resolve_request
 from chitu_diffusion.task import DiffusionUserParams, TaskStatus
 
 STEPS = 10
@@ -263,6 +263,6 @@ def test_caps_hold_before_a_task_is_taken_in(tiny_folder, make_config, monkeypat
         engine.submit(DiffusionUserParams("a cat", flexcache="meancache"))
     with Engine(make_config(tiny_folder)) as engine:
         peak = engine.backend.sizes().peak(4, 8, 5, 32, 32)
-        monkeypatch.setattr("chitu_diffusion.engine.total_memory", lambda device: peak + 1)
+        monkeypatch.setattr("chitu_diffusion.pipelines.admission.total_memory", lambda device: peak + 1)
         with pytest.raises(WillNotFitError, match="meancache would do"):
             engine.submit(DiffusionUserParams("a cat", flexcache="taylorseer"))

@@ -12,7 +12,6 @@ import torch
 from running import config_for, relative_error, task_for
 from torch import Tensor
 
-from chitu_diffusion import forward
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache import predictors
@@ -20,7 +19,8 @@ from chitu_diffusion.flexcache.manager import FlexCacheManager, parse_flexcache
 from chitu_diffusion.flexcache.registry import parse_strategy
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.models.measured import WAN_1_3B, WAN_14B
+from chitu_diffusion.models.wan.cache_coefficients import WAN_1_3B, WAN_14B
+from chitu_diffusion.pipelines import denoising as forward
 from chitu_diffusion.task import TaskStatus
 
 STEPS = 20

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from conftest import RunText
 from torch import Tensor
 
-from chitu_diffusion.models import fused
-from chitu_diffusion.models.fused import FLOAT8, Affine, Float8Rows, quantise
+from chitu_diffusion.ops import fused
+from chitu_diffusion.ops.fused import FLOAT8, Affine, Float8Rows, quantise
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # as meant: GELU of large negative numbers
 EPS = 1e-6
@@ -145,7 +145,7 @@ def test_sixteen_bits_round_where_the_twins_round() -> None:
 @needs_triton
 @torch.no_grad()
 def test_operators_tell_torch_compile_their_shapes() -> None:
-    from chitu_diffusion.models import fused_triton
+    from chitu_diffusion.ops import fused_triton
 
     x = rows((2, 5, 3, 20))
     gate, (weight, bias) = modulation(x)
@@ -163,7 +163,7 @@ def test_operators_tell_torch_compile_their_shapes() -> None:
 COMPILED_FOR_HOPPER = """
 import sys
 from pathlib import Path
-from chitu_diffusion.models import fused_triton as ours
+from chitu_diffusion.ops import fused_triton as ours
 from hopper import build
 
 EIGHT = {"QUANTISE": True, "FLOAT8_TOP": 448.0, "FLOOR": 1e-12}

@@ -9,9 +9,9 @@ import torch
 from test_compile import CONFIG, EverySite
 from torch import Tensor
 
-from chitu_diffusion.models import fused
-from chitu_diffusion.models.quant import Float8Plan, set_float8, to_float8
-from chitu_diffusion.models.wan import WanTransformer
+from chitu_diffusion.models.wan.transformer import WanTransformer
+from chitu_diffusion.ops import fused
+from chitu_diffusion.ops.float8_linear import Float8Plan, set_float8, to_float8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -22,8 +22,8 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in ("wan", "wan_block", "quant"):
-        monkeypatch.setattr(f"chitu_diffusion.models.{room}.can_fuse", lambda x: not torch.is_grad_enabled())
+    for room in ("models.wan.transformer", "models.wan.block", "ops.float8_linear"):
+        monkeypatch.setattr(f"chitu_diffusion.{room}.can_fuse", lambda x: not torch.is_grad_enabled())
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -15,10 +15,10 @@ from torch import Tensor
 from chitu_diffusion.backend import BackendState, DiffusionBackend
 from chitu_diffusion.errors import NonFiniteError, StageError, UsageError
 from chitu_diffusion.generator import Generator, tile_size_for
-from chitu_diffusion.networks import load_networks
-from chitu_diffusion.sampling import initial_noise
+from chitu_diffusion.media.video import read_recipe
+from chitu_diffusion.models.components import load_networks
+from chitu_diffusion.sampling.solvers import initial_noise
 from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams, TaskStatus
-from chitu_diffusion.video import read_recipe
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +300,7 @@ def test_cascade_runs_its_stages_in_one_task(backend):
 
 def test_cascade_by_hand(backend):
     """Base, upsample, re-noise, refine: the same as doing it with the parts."""
-    from chitu_diffusion.sampling import upsample_latent
+    from chitu_diffusion.sampling.solvers import upsample_latent
 
     stages = (CascadeStage(32, 32, 3), CascadeStage(64, 64, 2, strength=0.5))
     task = task_for(cascade=stages, guidance_scale=1.0)

@@ -181,7 +181,7 @@ def test_no_machine_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["chitu_diffusion", "chitu_diffusion.cli.app", "chitu_diffusion.video", "chitu_diffusion.task"]
+    "module", ["chitu_diffusion", "chitu_diffusion.cli.app", "chitu_diffusion.media.video", "chitu_diffusion.task"]
 )
 def test_importing_is_cheap(module: str) -> None:
     heavy = ("torch", "numpy", "diffusers", "transformers", "pydantic", "av", "PIL", "huggingface_hub")

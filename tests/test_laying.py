@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_copies import PATIENCE, Store, in_threads
 
-from chitu_diffusion.parallel import cuda_wires
-from chitu_diffusion.parallel.cuda_wires import CudaWires, WiresError, lay
+from chitu_diffusion.distributed import peer_memory as cuda_wires
+from chitu_diffusion.distributed.peer_memory import CudaWires, WiresError, lay
 
 
 class Unwilling(CudaWires):

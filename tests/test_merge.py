@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from chitu_diffusion.attention.kernels import math
-from chitu_diffusion.attention.merge import merge
-from chitu_diffusion.attention.pack import pack
+from chitu_diffusion.ops.merge_lse import merge
+from chitu_diffusion.ops.pack_qkv import pack
 
 
 def parts(tokens: int = 37, heads: int = 3, channels: int = 20, dtype: torch.dtype = torch.float32):
@@ -41,14 +41,14 @@ def freshly_read(name: str, monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch):
     """The kernel's own function."""
-    return freshly_read("chitu_diffusion.attention.merge_triton", monkeypatch).merge_fused
+    return freshly_read("chitu_diffusion.ops.merge_lse_triton", monkeypatch).merge_fused
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(2, 37, 6, 20, 2, 1, 1), (1, 64, 4, 16, 2, 0, 2), (3, 5, 12, 8, 3, 1, 1)])
 def test_packing_copies_every_peers_heads(dtype: torch.dtype, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     batch, tokens, heads, channels, share, first, width = sizes
-    work = freshly_read("chitu_diffusion.attention.pack_triton", monkeypatch).pack_fused
+    work = freshly_read("chitu_diffusion.ops.pack_qkv_triton", monkeypatch).pack_fused
     wide = torch.randn(3, batch, tokens, heads, 2 * channels).to(dtype)  # channels side by side, heads apart
     q, k, v = (x[..., :channels] for x in wide.unbind())
     peers = heads // share
@@ -93,7 +93,8 @@ def test_both_roads_agree(interpreted) -> None:
 COMPILED_FOR_HOPPER = """
 import sys
 from pathlib import Path
-from chitu_diffusion.attention import merge_triton, pack_triton
+from chitu_diffusion.ops import merge_lse_triton as merge_triton
+from chitu_diffusion.ops import pack_qkv_triton as pack_triton
 from hopper import build
 
 POINTERS = {name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "away_ptr", "own_ptr")}

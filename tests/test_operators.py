@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from chitu_diffusion.operators import Operator, operator
+from chitu_diffusion.ops.custom_op import Operator, operator
 
 DIRECT: list[bool] = []
 

@@ -17,11 +17,12 @@ from ranks import new_store, run_ranks, start_ranks, wait_for
 from running import CAT, config_for
 from tiny_model import write_tiny_model
 
-from chitu_diffusion import forward, generator
+from chitu_diffusion import generator
+from chitu_diffusion.distributed.plan import ParallelPlan
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.parallel.crew import Crew
-from chitu_diffusion.parallel.plan import ParallelPlan
+from chitu_diffusion.executor.worker_group import Crew
+from chitu_diffusion.pipelines import denoising as forward
 from chitu_diffusion.task import DiffusionUserParams
 
 LOST_AFTER = 4.0

@@ -13,16 +13,16 @@ from conftest import WAN_TINY
 from ranks import run_ranks
 from running import config_for, latent_and_video, psnr, relative_error, task_for
 
-from chitu_diffusion import forward
+from benchmarks.comm_volume import Counting
+from benchmarks.comm_volume import traffic as by_formula
 from chitu_diffusion.attention import sdpa
-from chitu_diffusion.attention.ulysses import pieces_for, shard_heads, ulysses
 from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.distributed.plan import ParallelPlan, parse_layout, plan_for
+from chitu_diffusion.distributed.process_groups import RankGroups
+from chitu_diffusion.distributed.ulysses import pieces_for, shard_heads, ulysses
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.networks import load_networks
-from chitu_diffusion.parallel.groups import RankGroups
-from chitu_diffusion.parallel.plan import ParallelPlan, parse_layout, plan_for
-from chitu_diffusion.parallel.traffic import Counting
-from chitu_diffusion.parallel.traffic import traffic as by_formula
+from chitu_diffusion.models.components import load_networks
+from chitu_diffusion.pipelines import denoising as forward
 from chitu_diffusion.task import TaskStatus
 
 HEADS = 4

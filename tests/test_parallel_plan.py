@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from chitu_diffusion.distributed.plan import ParallelPlan, auto_plan, parse_layout, plan_for, shard_lengths
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.parallel.plan import ParallelPlan, auto_plan, parse_layout, plan_for, shard_lengths
 
 
 @pytest.mark.parametrize(

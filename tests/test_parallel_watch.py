@@ -12,10 +12,10 @@ import torch.distributed as dist
 from ranks import new_store
 
 from chitu_diffusion.config import set_nccl_defaults
-from chitu_diffusion.parallel.groups import Pace, RankGroups
-from chitu_diffusion.parallel.orders import Orders
-from chitu_diffusion.parallel.plan import ParallelPlan
-from chitu_diffusion.parallel.watch import Watch
+from chitu_diffusion.distributed.plan import ParallelPlan
+from chitu_diffusion.distributed.process_groups import Pace, RankGroups
+from chitu_diffusion.executor.control_channel import Orders
+from chitu_diffusion.executor.heartbeat import Watch
 
 
 class Exchanges:

@@ -6,10 +6,10 @@ from conftest import WAN_TINY
 from running import CAT, config_for, latent_and_video, psnr, relative_error, task_for
 from torch import Tensor
 
-from chitu_diffusion import forward
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.generator import Generator
+from chitu_diffusion.pipelines import denoising as forward
 from chitu_diffusion.task import TaskStatus
 
 

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from chitu_diffusion.flexcache import planning
-from chitu_diffusion.flexcache.planning import Traces, best_plans, fitted, gap_errors, predictions
+from chitu_diffusion.flexcache import plan_search as planning
+from chitu_diffusion.flexcache.plan_search import Traces, best_plans, fitted, gap_errors, predictions
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)
 

@@ -16,16 +16,17 @@ from test_wan import CONFIG, reference, twin
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chitu_diffusion import forward, generator
+from chitu_diffusion import generator
 from chitu_diffusion.attention.kernels import sdpa, sdpa_weighted, split_weight
 from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.distributed.process_groups import RankGroups
 from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.generator import FiniteCheck, Generator
-from chitu_diffusion.models.prepared_text import PreparedText, fold, rows_that_differ
-from chitu_diffusion.models.wan import SharedStart, WanTransformer
-from chitu_diffusion.models.wan_block import WanAttention
-from chitu_diffusion.parallel.groups import RankGroups
-from chitu_diffusion.sampling import Sampler
+from chitu_diffusion.models.wan.block import WanAttention
+from chitu_diffusion.models.wan.text_kv import PreparedText, fold, rows_that_differ
+from chitu_diffusion.models.wan.transformer import SharedStart, WanTransformer
+from chitu_diffusion.pipelines import denoising as forward
+from chitu_diffusion.sampling.solvers import Sampler
 from chitu_diffusion.task import TaskStatus
 
 
@@ -109,7 +110,7 @@ def test_a_weighted_key_in_16_bits_weighs_what_it_should(dtype: torch.dtype) -> 
 @pytest.fixture
 def key_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry, the number of rows, for each time that a block makes keys of a text."""
-    from chitu_diffusion.models.wan_block import WanBlock
+    from chitu_diffusion.models.wan.block import WanBlock
 
     calls, make = [], WanBlock.text_keys
 

@@ -15,14 +15,14 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.generator import Generator
+from chitu_diffusion.memory.offload import BlockStream, HostMemory, bytes_of
 from chitu_diffusion.models.folder import read_folder
-from chitu_diffusion.models.fused import FLOAT8, quantise
 from chitu_diffusion.models.loading import load_transformer
-from chitu_diffusion.models.quant import Float8Linear, Float8Plan, float8_begins, set_float8, to_float8
-from chitu_diffusion.models.wan import WanTransformer
-from chitu_diffusion.recipe import recipe_of
-from chitu_diffusion.residency import BlockStream, HostMemory, bytes_of
-from chitu_diffusion.sampling import Sampler
+from chitu_diffusion.models.wan.transformer import WanTransformer
+from chitu_diffusion.ops.float8_linear import Float8Linear, Float8Plan, float8_begins, set_float8, to_float8
+from chitu_diffusion.ops.fused import FLOAT8, quantise
+from chitu_diffusion.pipelines.recipe import recipe_of
+from chitu_diffusion.sampling.solvers import Sampler
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 

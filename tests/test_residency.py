@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from chitu_diffusion.residency import BlockStream, HostMemory, Residency, bytes_of, tensors_of
+from chitu_diffusion.memory.offload import BlockStream, HostMemory, Residency, bytes_of, tensors_of
 
 CPU = torch.device("cpu")
 

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from benchmarks import scaling
+from benchmarks.comm_volume import traffic
 from benchmarks.scaling_work import overlap
 from benchmarks.simulate_scaling import NVLINK, as_markdown, needed_shapes, plans, plotted, studied
-from chitu_diffusion.parallel.plan import ParallelPlan, parse_layout, plan_for
-from chitu_diffusion.parallel.traffic import traffic
+from chitu_diffusion.distributed.plan import ParallelPlan, parse_layout, plan_for
 
 MODEL = {"tokens": 3200, "heads": 12, "dim": 1536, "blocks": 10, "values": 64, "latent": 200000, "bytes_per_number": 2}
 

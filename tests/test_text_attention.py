@@ -13,14 +13,16 @@ from test_compile import CONFIG, EverySite
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from chitu_diffusion.models import fused
-from chitu_diffusion.models.prepared_text import PreparedText, TextKeys
-from chitu_diffusion.models.wan import WanTransformer
+from chitu_diffusion.attention.cross_attention import cross_attention, has_fused_cross_attention
+from chitu_diffusion.models.wan.text_kv import PreparedText, TextKeys
+from chitu_diffusion.models.wan.transformer import WanTransformer
+from chitu_diffusion.ops import fused
+from chitu_diffusion.ops.fused import HAS_TRITON
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 EPS = 1e-6
-needs_triton = pytest.mark.skipif(not fused.HAS_TRITON, reason="the kernel needs Triton: pip install triton")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="the kernel needs Triton: pip install triton")
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +34,8 @@ def fresh_numbers() -> None:
 
 @pytest.fixture
 def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in ("wan", "wan_block", "quant"):
-        monkeypatch.setattr(f"chitu_diffusion.models.{room}.can_fuse", lambda x: not torch.is_grad_enabled())
+    for room in ("models.wan.transformer", "models.wan.block", "ops.float8_linear"):
+        monkeypatch.setattr(f"chitu_diffusion.{room}.can_fuse", lambda x: not torch.is_grad_enabled())
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -68,14 +70,15 @@ def test_kernel_is_the_formula_and_its_twin(shape: tuple[int, int, int, int, int
     batch, _, length, _, _ = shape
     q, weight, k, v = inputs(*shape)
     for bias in (None, torch.randn(1, length, device=DEVICE) * 3, torch.randn(batch, length, device=DEVICE)):
-        found = fused.text_attention(q, weight, EPS, k, v, bias, fused=True)
+        found = cross_attention(q, weight, EPS, k, v, bias, fused=True)
         assert found.shape == (*q.shape[:2], *k.shape[2:]) and found.dtype == v.dtype
         # float32 sums over up to 5120 channels and 300 keys
         assert relative_error(found, exact(q, weight, k, v, bias)) < 2e-6
-        assert relative_error(found, fused.text_attention(q, weight, EPS, k, v, bias)) < 3e-6
+        assert relative_error(found, cross_attention(q, weight, EPS, k, v, bias)) < 3e-6
     turned = torch.randn(batch, length, k.shape[3], k.shape[2], device=DEVICE).transpose(2, 3)
     assert turned.stride(-1) != 1 or min(k.shape[2:]) == 1
-    assert relative_error(fused.text_attention(q, weight, EPS, turned, v, fused=True), exact(q, weight, turned, v, None)) < 2e-6
+    found = cross_attention(q, weight, EPS, turned, v, fused=True)
+    assert relative_error(found, exact(q, weight, turned, v, None)) < 2e-6
 
 
 @needs_triton
@@ -83,14 +86,14 @@ def test_kernel_is_the_formula_and_its_twin(shape: tuple[int, int, int, int, int
 @pytest.mark.parametrize("parts", [1, 2, 4])
 @torch.no_grad()
 def test_however_it_is_started(unroll: bool, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from chitu_diffusion.models import text_triton
+    from chitu_diffusion.attention import cross_attention_triton
 
-    how = text_triton.Launch(tile=16, keys=16, parts=parts, warps=4, stages=2, unroll=unroll)
-    monkeypatch.setattr(text_triton, "launch_text", lambda *_: how)
+    how = cross_attention_triton.Launch(tile=16, keys=16, parts=parts, warps=4, stages=2, unroll=unroll)
+    monkeypatch.setattr(cross_attention_triton, "launch_text", lambda *_: how)
     q, weight, k, v = inputs(2, 19, 40, 4, 16)
     bias = torch.randn(2, 40, device=DEVICE)
     bias[0, :20] = -torch.inf  # a whole tile of keys that weigh nothing
-    assert relative_error(fused.text_attention(q, weight, EPS, k, v, bias, fused=True), exact(q, weight, k, v, bias)) < 2e-6
+    assert relative_error(cross_attention(q, weight, EPS, k, v, bias, fused=True), exact(q, weight, k, v, bias)) < 2e-6
 
 
 @needs_triton
@@ -101,7 +104,7 @@ def test_sixteen_bits_round_where_the_twin_rounds() -> None:
     k = k * 8
     bias = torch.zeros(1, 30, device=DEVICE)
     bias[:, -1] = math.log(483)
-    found = fused.text_attention(q, weight, EPS, k, v, bias, fused=True)
+    found = cross_attention(q, weight, EPS, k, v, bias, fused=True)
     assert found.dtype == torch.float16
     rounded = torch.nn.functional.rms_norm(q.float(), weight.shape, weight.float(), EPS).half()
     # shares and results of 11 bits are 2e-4; where q is not rounded, the scores differ, and it is 5e-4
@@ -123,8 +126,8 @@ def test_a_row_with_a_bias_is_as_many_equal_rows() -> None:
     bias[:, -1] = math.log(512 - 40)
     k_all, v_all = (torch.cat([x, x[:, -1:].expand(-1, 471, -1, -1)], dim=1) for x in (k, v))
     expected = exact(q, weight, k_all, v_all, None)
-    assert relative_error(fused.text_attention(q, weight, EPS, k, v, bias, fused=True), expected) < 2e-6
-    assert relative_error(fused.text_attention(q, weight, EPS, k_all, v_all, fused=True), expected) < 2e-6
+    assert relative_error(cross_attention(q, weight, EPS, k, v, bias, fused=True), expected) < 2e-6
+    assert relative_error(cross_attention(q, weight, EPS, k_all, v_all, fused=True), expected) < 2e-6
 
 
 @needs_triton
@@ -156,14 +159,14 @@ def test_where_rows_are_weighted_and_where_they_are_copied(monkeypatch: pytest.M
         seen.append((k.shape[1], bias is not None, fused))
         return q.unflatten(2, v.shape[2:])
 
-    monkeypatch.setattr("chitu_diffusion.models.wan_block.text_attention", attend)
+    monkeypatch.setattr("chitu_diffusion.models.wan.block.cross_attention", attend)
     monkeypatch.setattr(
-        "chitu_diffusion.models.wan_block.norm_and_rotate",
+        "chitu_diffusion.models.wan.block.norm_and_rotate",
         lambda q, k, *_, fused: (q.unflatten(2, (2, -1)), k.unflatten(2, (2, -1))),
     )
     for name in ("layer_norm", "add_gated", "add_gated_norm"):
         plain = getattr(fused, name)
-        monkeypatch.setattr(f"chitu_diffusion.models.wan_block.{name}", lambda *a, plain=plain, fused, **kw: plain(*a, **kw))
+        monkeypatch.setattr(f"chitu_diffusion.models.wan.block.{name}", lambda *a, plain=plain, fused, **kw: plain(*a, **kw))
     for dtype, fuse, grad, expected in [
         (torch.bfloat16, True, False, (10, True, True)),
         (torch.bfloat16, False, False, (512, False, False)),
@@ -208,24 +211,24 @@ def test_compiled_pieces_hold_the_operator_for_texts_of_any_length() -> None:
 @needs_triton
 @torch.no_grad()
 def test_operator_tells_torch_compile_its_shape() -> None:
-    from chitu_diffusion.models import text_triton
+    from chitu_diffusion.attention import cross_attention_triton
 
     q, weight, k, v = inputs(2, 5, 7, 2, 16)
     for bias in (None, torch.zeros(1, 7, device=DEVICE)):
         args = (q, weight, k, v, bias, EPS)
-        torch.library.opcheck(text_triton.text_attention.op, args, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(cross_attention_triton.cross_attention.op, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_which_sizes_it_takes() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert all(fused.has_text_attention(torch.bfloat16, cuda, width) for width in (16, 32, 64, 128))
-    assert not any(fused.has_text_attention(torch.bfloat16, cuda, width) for width in (8, 20, 48, 256))
-    assert fused.has_text_attention(torch.float32, cpu, 16) and not fused.has_text_attention(torch.float32, cuda, 16)
+    assert all(has_fused_cross_attention(torch.bfloat16, cuda, width) for width in (16, 32, 64, 128))
+    assert not any(has_fused_cross_attention(torch.bfloat16, cuda, width) for width in (8, 20, 48, 256))
+    assert has_fused_cross_attention(torch.float32, cpu, 16) and not has_fused_cross_attention(torch.float32, cuda, 16)
 
 
 @needs_triton
 def test_short_sequences_and_small_devices_get_other_launches() -> None:
-    from chitu_diffusion.models.text_triton import launch_text
+    from chitu_diffusion.attention.cross_attention_triton import launch_text
 
     asked = (130, 12, 128, torch.bfloat16)
     whole, part = launch_text(1, 32760, *asked), launch_text(1, 4095, *asked)
@@ -242,7 +245,7 @@ COMPILED_FOR_HOPPER = """
 import sys
 from pathlib import Path
 import torch
-from chitu_diffusion.models import text_triton as ours
+from chitu_diffusion.attention import cross_attention_triton as ours
 from hopper import build
 
 POINTERS = {name: "*bf16" for name in ("q", "weight", "k", "v", "out")} | {"bias": "*fp32"}
@@ -253,7 +256,7 @@ constants = {"HEADS": heads, "OWN_HEADS": heads // how.parts, "HEAD_DIM": 128, "
              "TILE": how.tile, "KEYS": how.keys, "WHOLE": whole, "REST": rest, "UNROLL": how.unroll, "BIAS": True,
              "SCORE_SCALE": 0.1, "LOG2_E": 1.4}
 options = {"num_warps": how.warps, "num_stages": how.stages}
-built = build(ours._text_attention, POINTERS, constants, Path(sys.argv[1]), **options)
+built = build(ours._cross_attention, POINTERS, constants, Path(sys.argv[1]), **options)
 assert built.spilled <= 64, built.spilled
 assert built.shared <= ours._SHARED, built.shared
 assert "wgmma" in built.ptx and "tf32" not in built.ptx

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from chitu_diffusion.models.wan import WanTransformer
+from chitu_diffusion.models.wan.transformer import WanTransformer
 from training import autoencoder, denoiser, export, latents, text
 from training.clock import Clock, learning_rate
 from training.muon import Muon, orthogonal

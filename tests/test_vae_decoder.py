@@ -15,11 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.models import vae_triton
-from chitu_diffusion.models.vae import Vae, _tiles
-from chitu_diffusion.models.vae_decoder import DecodeWays, Window, best_ways, searching_kernels, spans
-from chitu_diffusion.models.vae_flat import flat_conv, flat_weight, suits_flat
-from chitu_diffusion.models.vae_kernels import (
+from chitu_diffusion.models.wan.vae import Vae, _tiles
+from chitu_diffusion.models.wan.vae_decoder import DecodeWays, Window, best_ways, searching_kernels, spans
+from chitu_diffusion.ops import vae_norm_triton as vae_triton
+from chitu_diffusion.ops.vae_conv import (
     CONVOLUTIONS,
     NORMS,
     Sum,
@@ -28,6 +27,7 @@ from chitu_diffusion.models.vae_kernels import (
     upsample_phased,
     weight_for,
 )
+from chitu_diffusion.ops.vae_conv_gemm import flat_conv, flat_weight, suits_flat
 
 # Wan2.1's four stages of three residual blocks, and wan-tiny's three with patches; narrow, so that two cores suffice
 SIZES = {

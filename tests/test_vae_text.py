@@ -12,11 +12,11 @@ from tiny_model import write_tiny_model
 from torch import Tensor
 
 from chitu_diffusion.errors import CheckpointError, UsageError
-from chitu_diffusion.models import vae_decoder
 from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_text_encoder, load_vae
-from chitu_diffusion.models.text import TextEncoder, clean_prompt, load_tokenizer
-from chitu_diffusion.models.vae import Vae, build_vae
+from chitu_diffusion.models.wan import vae_decoder
+from chitu_diffusion.models.wan.text_encoder import TextEncoder, clean_prompt, load_tokenizer
+from chitu_diffusion.models.wan.vae import Vae, build_vae
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from chitu_diffusion.errors import OutputError, UsageError
-from chitu_diffusion.video import check_save_path, read_frames, read_recipe, write_video
+from chitu_diffusion.media.video import check_save_path, read_frames, read_recipe, write_video
 
 ROOT = Path(__file__).parent.parent
 RECIPE = {"prompt": '猫 "walks"\non grass 😀 \x00', "seed": 7, "params": {"guidance_scale": [4.0, 3.0]}}
@@ -182,7 +182,7 @@ SMALL_DISK = """
 import resource, sys
 import numpy as np
 from chitu_diffusion.errors import OutputError
-from chitu_diffusion.video import write_video
+from chitu_diffusion.media.video import write_video
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 noise = np.random.default_rng(0).integers(0, 255, (9, 128, 128, 3), dtype=np.uint8)
 try:
@@ -211,7 +211,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, name: str, monkeypat
     def refuse(source: object, target: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("chitu_diffusion.video.os.replace", refuse)
+    monkeypatch.setattr("chitu_diffusion.media.video.os.replace", refuse)
     with pytest.raises(OutputError, match="no permission to write into"):
         write_video(moving_square(9), f"{tmp_path}/{name}", fps=8, recipe={"other": 1})
     monkeypatch.undo()
@@ -287,14 +287,14 @@ def test_an_interrupted_exchange_never_mixes_old_and_new(
     def killed(source: str, target: str) -> None:
         left[0] -= 1
         if left[0] == -1:
-            monkeypatch.setattr("chitu_diffusion.video.os.replace", dead)
-            monkeypatch.setattr("chitu_diffusion.video._remove", dead)
+            monkeypatch.setattr("chitu_diffusion.media.video.os.replace", dead)
+            monkeypatch.setattr("chitu_diffusion.media.video._remove", dead)
         rename(source, target) if left[0] >= 0 else dead()
 
     def dead(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("chitu_diffusion.video.os.replace", killed)
+    monkeypatch.setattr("chitu_diffusion.media.video.os.replace", killed)
     try:
         write_video(moving_square(9), f"{tmp_path}/{name}", fps=8, recipe={"frames": 9})
     except KeyboardInterrupt:
@@ -315,7 +315,7 @@ def test_an_interrupted_exchange_never_mixes_old_and_new(
 KILLED = """
 import os, sys
 import numpy as np
-from chitu_diffusion import video
+from chitu_diffusion.media import video
 video._sync = lambda path: os.kill(os.getpid(), 9)
 video.write_video(np.zeros((5, 32, 32, 3), np.uint8), sys.argv[1], fps=8)
 """

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from chitu_diffusion.attention import KERNELS, attention_kernel, math, sdpa
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.flexcache.seam import Level, Signal, Site
-from chitu_diffusion.models.fused import rotate
-from chitu_diffusion.models.layouts import official_transformer_name
+from chitu_diffusion.flexcache.interface import Level, Signal, Site
 from chitu_diffusion.models.spec import FULL_SIZE
-from chitu_diffusion.models.wan import KEEP_FLOAT32, WanConfig, WanTransformer
-from chitu_diffusion.models.wan_block import GeluLinear, WanBlock
+from chitu_diffusion.models.wan.block import GeluLinear, WanBlock
+from chitu_diffusion.models.wan.checkpoint_names import official_transformer_name
+from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanConfig, WanTransformer
+from chitu_diffusion.ops.fused import rotate
 
 CONFIG = WanConfig(
     num_attention_heads=3,

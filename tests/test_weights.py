@@ -21,8 +21,8 @@ from chitu_diffusion.models.convert import convert, verify
 from chitu_diffusion.models.folder import TEXT_FILE, VAE_FILE, read_folder
 from chitu_diffusion.models.loading import load_text_encoder, load_transformer, load_vae
 from chitu_diffusion.models.spec import FULL_SIZE, TINY, model_names, resolve_model, spec_of_folder
-from chitu_diffusion.models.wan import KEEP_FLOAT32
-from chitu_diffusion.weights import WeightFiles, fingerprint, load_into, save_weights
+from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32
+from chitu_diffusion.weights.loader import WeightFiles, fingerprint, load_into, save_weights
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from chitu_diffusion.evaluation.judge import CLASSES, Judge, load_judge
 from chitu_diffusion.evaluation.world import held_out_prompts
-from chitu_diffusion.models.wan import WanTransformer
-from chitu_diffusion.models.wan_config import WanConfig
+from chitu_diffusion.models.wan.config import WanConfig
+from chitu_diffusion.models.wan.transformer import WanTransformer
 from training import autoencoder, latents, text
 from training.clock import Clock, Every, learning_rate
 from training.judging import prepare

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.attention.kernels import AttentionKernel
-from chitu_diffusion.attention.needs import Needs, Package
-from chitu_diffusion.operators import operator
+from chitu_diffusion.attention.requirements import Needs, Package
+from chitu_diffusion.ops.custom_op import operator
 
 FA3 = Package(
     module="fa3_fwd_interface",

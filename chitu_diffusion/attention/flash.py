@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.attention.kernels import AttentionKernel, math
-from chitu_diffusion.attention.needs import SIXTEEN_BITS, Needs
+from chitu_diffusion.attention.requirements import SIXTEEN_BITS, Needs
 
 _aten = torch.ops.aten
 

@@ -35,8 +35,8 @@ from torch import Tensor
 
 from chitu_diffusion.attention.fa3 import FA3
 from chitu_diffusion.attention.kernels import AttentionKernel
-from chitu_diffusion.attention.needs import Needs
-from chitu_diffusion.operators import operator
+from chitu_diffusion.attention.requirements import Needs
+from chitu_diffusion.ops.custom_op import operator
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chitu_diffusion.attention.needs import Needs
+from chitu_diffusion.attention.requirements import Needs
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttentionWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.attention.kernels import AttentionKernel
-from chitu_diffusion.attention.needs import SIXTEEN_BITS, Needs, Package
-from chitu_diffusion.operators import operator
+from chitu_diffusion.attention.requirements import SIXTEEN_BITS, Needs, Package
+from chitu_diffusion.ops.custom_op import operator
 
 SAGE = Package(
     module="sageattention",

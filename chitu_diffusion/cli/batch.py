@@ -170,8 +170,8 @@ def _summary(rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask]
 
 def is_done(row: Row, model: str, config: EngineConfig) -> bool:
     """Whether the row's file is there, was made by the same model, and its recipe says what the row and the settings say."""
-    from chitu_diffusion.recipe import quant_of
-    from chitu_diffusion.video import read_recipe
+    from chitu_diffusion.media.video import read_recipe
+    from chitu_diffusion.pipelines.recipe import quant_of
 
     if not Path(row.path).exists():
         return False
@@ -205,7 +205,7 @@ def read_rows(file: Path, folder: Path, defaults: Mapping[str, Any], resolved: R
     Raises:
         UsageError: an unreadable file, no rows, or bad rows: all of them are listed by line number.
     """
-    from chitu_diffusion.video import check_save_path
+    from chitu_diffusion.media.video import check_save_path
 
     readers: Mapping[str, Callable[[str], Iterator[tuple[int, Any]]]] = {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}
     reader = readers.get(file.suffix.lower())

@@ -137,8 +137,8 @@ def requests_for_seeds(
     Raises:
         UsageError: a bad value or a name that cannot be written, naming the flag.
     """
+    from chitu_diffusion.media.video import check_save_path
     from chitu_diffusion.task import DiffusionUserParams, draw_seed
-    from chitu_diffusion.video import check_save_path
 
     chosen = list(seeds) if seeds else [draw_seed()]
     requests = []

@@ -27,7 +27,7 @@ def check_layout(config: EngineConfig, spec: ModelSpec, gpus: int) -> None:
     Raises:
         UsageError: naming what would do.
     """
-    from chitu_diffusion.parallel.plan import plan_for
+    from chitu_diffusion.distributed.plan import plan_for
 
     asked = config.infer.diffusion
     heads = spec.transformers[0].num_attention_heads

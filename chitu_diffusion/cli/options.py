@@ -122,7 +122,7 @@ def settings(
         "output.quality": quality,
     }
     if parallel is not None:
-        from chitu_diffusion.parallel.plan import parse_layout
+        from chitu_diffusion.distributed.plan import parse_layout
 
         with flags_named():
             layout = parse_layout(parallel)

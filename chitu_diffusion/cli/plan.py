@@ -54,7 +54,7 @@ def resolve(spec: ModelSpec, config: EngineConfig, params: DiffusionUserParams) 
         UsageError: what this model cannot do, naming the field.
     """
     from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache
-    from chitu_diffusion.request import cache_shapes, resolve_request
+    from chitu_diffusion.pipelines.request import cache_shapes, resolve_request
 
     task_id, seed = params.task_id or "task", params.seed or 0
     resolved = resolve_request(params, spec, seed=seed, task_id=task_id, output_dir=config.output.dir)

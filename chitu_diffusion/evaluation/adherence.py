@@ -20,8 +20,8 @@ from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.evaluation.judge import CLASSES, Judge, accuracy_on_drawn_clips, load_judge, name_parts
 from chitu_diffusion.evaluation.world import Words, held_out_prompts
+from chitu_diffusion.media.video import read_frames
 from chitu_diffusion.task import DiffusionUserParams, TaskStatus
-from chitu_diffusion.video import read_frames
 
 PROMPT_SEED = 2026
 """Of the choice of prompts, so that two models are asked the same."""

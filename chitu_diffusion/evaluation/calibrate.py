@@ -22,11 +22,11 @@ from chitu_diffusion.evaluation.traces import Trace, trace
 from chitu_diffusion.evaluation.videos import make_video
 from chitu_diffusion.evaluation.workers import Workers
 from chitu_diffusion.flexcache.calibration import Calibration, Verified, triangle
-from chitu_diffusion.flexcache.planning import Array
-from chitu_diffusion.recipe import device_name
+from chitu_diffusion.flexcache.plan_search import Array
+from chitu_diffusion.pipelines.recipe import device_name
 
 if TYPE_CHECKING:
-    from chitu_diffusion.video import Frames
+    from chitu_diffusion.media.video import Frames
 
 SPEEDS = (1.25, 1.5, 1.6, 1.8, 2.0, 2.25, 2.5, 3.0, 3.5, 4.0, 5.0)
 """Of the plans that are checked."""
@@ -103,7 +103,7 @@ def calibrate(
 
 def describe(backend: DiffusionBackend, settings: dict[str, Any]) -> dict[str, Any]:
     """What is measured on."""
-    from chitu_diffusion.request import guidance_pair, resolve_request
+    from chitu_diffusion.pipelines.request import guidance_pair, resolve_request
     from chitu_diffusion.task import DiffusionUserParams
 
     params = DiffusionUserParams(prompt="-", **settings)

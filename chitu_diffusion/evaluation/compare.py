@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.video import read_frames, write_video
+from chitu_diffusion.media.video import read_frames, write_video
 
 if TYPE_CHECKING:
-    from chitu_diffusion.video import Frames
+    from chitu_diffusion.media.video import Frames
 
 _WINDOW, _DEVIATION = 11, 1.5
 _K1, _K2 = 0.01, 0.03

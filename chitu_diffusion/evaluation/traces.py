@@ -1,7 +1,7 @@
 """What a full-compute run passes through, as the few numbers that caches are fitted on.
 
 A run is taken step by step with the networks' own velocity and sampler. Kept of it: inner products of all velocities and
-latents (`flexcache.planning.Traces`), the block stack's residual for TeaCache and MagCache, and, where asked, how an error
+latents (`flexcache.plan_search.Traces`), the block stack's residual for TeaCache and MagCache, and, where asked, how an error
 that is made at one step has grown at the end. Knows the networks and the sampler; no cache strategy.
 """
 
@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chitu_diffusion import forward
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.flexcache.planning import Array
+from chitu_diffusion.flexcache.interface import Level, Signal, Site, StepCache
+from chitu_diffusion.flexcache.plan_search import Array
 from chitu_diffusion.flexcache.predictors import taylor_weights, weighted
-from chitu_diffusion.flexcache.seam import Level, Signal, Site, StepCache
 from chitu_diffusion.flexcache.teacache import embedding_changes
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.request import guidance_pair, resolve_request
-from chitu_diffusion.sampling import SamplerState, initial_noise
+from chitu_diffusion.pipelines import denoising as forward
+from chitu_diffusion.pipelines.request import guidance_pair, resolve_request
+from chitu_diffusion.sampling.solvers import SamplerState, initial_noise
 from chitu_diffusion.task import DiffusionUserParams
 
 _PIECE = 2**18

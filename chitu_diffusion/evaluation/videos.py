@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from chitu_diffusion import forward
 from chitu_diffusion.attention import attention_kernel
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import TaskError
+from chitu_diffusion.flexcache.interface import Agree, Level, Signal, Site, StepCache
 from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.flexcache.registry import strategy_of
-from chitu_diffusion.flexcache.seam import Agree, Level, Signal, Site, StepCache
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.request import guidance_pair
+from chitu_diffusion.pipelines import denoising as forward
+from chitu_diffusion.pipelines.request import guidance_pair
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 if TYPE_CHECKING:
-    from chitu_diffusion.video import Frames
+    from chitu_diffusion.media.video import Frames
 
 
 @dataclass(frozen=True)

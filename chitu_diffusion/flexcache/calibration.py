@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from chitu_diffusion.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from chitu_diffusion.flexcache.planning import Traces
+    from chitu_diffusion.flexcache.plan_search import Traces
 
 CALIBRATION_FILE = "flexcache.json"
 _FORMAT = 1
@@ -69,7 +69,7 @@ class Calibration:
         """The moments as `planning` takes them; sampler weights and guidance are those of the runs' own schedule."""
         import numpy as np
 
-        from chitu_diffusion.flexcache.planning import Traces
+        from chitu_diffusion.flexcache.plan_search import Traces
 
         lower = np.zeros((len(self.moments), len(self.moments)))
         for row, values in enumerate(self.moments):

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from chitu_diffusion.flexcache.interface import Moment, Signal, Site
 from chitu_diffusion.flexcache.interval import fresh_every
 from chitu_diffusion.flexcache.schedule import Schedule
-from chitu_diffusion.flexcache.seam import Moment, Signal, Site
 from chitu_diffusion.flexcache.strategy import Kept, Strategy, check_choice, check_number, check_whole, place_of
 
 if TYPE_CHECKING:

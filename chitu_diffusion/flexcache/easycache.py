@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from chitu_diffusion.flexcache.interface import Moment, Signal, Site
 from chitu_diffusion.flexcache.schedule import Schedule, Shapes
-from chitu_diffusion.flexcache.seam import Moment, Signal, Site
 from chitu_diffusion.flexcache.strategy import Kept, Plan, Strategy, check_choice, check_number, place_of
 
 if TYPE_CHECKING:

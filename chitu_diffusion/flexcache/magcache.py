@@ -5,8 +5,8 @@ block stack's residual r hardly depends on the prompt and is measured once. Over
 gammas says how far the old residual is off; skip while sum |1 - prod gamma| < threshold and the run is at most `longest`.
 The first `retention` of the schedule is always computed.
 
-Ratios belong to the model (`models/measured.py`). A schedule of another length than the measured run takes, for each step,
-the ratio of the nearest one, raised to the power of measured steps a step, for the ratios of finer steps multiply up.
+Ratios belong to the model (`models/wan/cache_coefficients.py`). A schedule of another length than the measured run takes, for
+each step, the ratio of the nearest one, raised to the power of measured steps a step, for the ratios of finer steps multiply up.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from chitu_diffusion.flexcache.interface import NO_CACHE, Agree, Level, Moment, Signal, Site, StepCache, alone
 from chitu_diffusion.flexcache.registry import CacheState, emptied, parse_flexcache, strategy_of
 from chitu_diffusion.flexcache.schedule import Schedule
-from chitu_diffusion.flexcache.seam import NO_CACHE, Agree, Level, Moment, Signal, Site, StepCache, alone
 from chitu_diffusion.flexcache.strategy import Kept, Strategy
 
 if TYPE_CHECKING:

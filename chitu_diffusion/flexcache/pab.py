@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from chitu_diffusion.flexcache.interface import Action, Level
 from chitu_diffusion.flexcache.schedule import Schedule
-from chitu_diffusion.flexcache.seam import Action, Level
 from chitu_diffusion.flexcache.strategy import Plan, Strategy, check_choice, check_number, check_whole
 
 

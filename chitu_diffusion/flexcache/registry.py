@@ -12,6 +12,7 @@ from typing import Any
 
 from chitu_diffusion.errors import UsageError, nearest
 from chitu_diffusion.flexcache.blockdance import BlockDance
+from chitu_diffusion.flexcache.calibrated import CalibratedPlan
 from chitu_diffusion.flexcache.cfg_gate import CfgGate
 from chitu_diffusion.flexcache.dbcache import DBCache, FBCache
 from chitu_diffusion.flexcache.easycache import EasyCache
@@ -19,7 +20,6 @@ from chitu_diffusion.flexcache.interval import Interval
 from chitu_diffusion.flexcache.magcache import MagCache
 from chitu_diffusion.flexcache.meancache import MeanCache
 from chitu_diffusion.flexcache.pab import PAB
-from chitu_diffusion.flexcache.planned import CalibratedPlan
 from chitu_diffusion.flexcache.schedule import Shapes
 from chitu_diffusion.flexcache.strategy import Strategy
 from chitu_diffusion.flexcache.taylorseer import TaylorSeer

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from chitu_diffusion.errors import UsageError, nearest
+from chitu_diffusion.flexcache.interface import MODULE_LEVELS, Action, Agree, Level, Moment, Signal, Site
 from chitu_diffusion.flexcache.predictors import PREDICTORS, Record, predict, records_needed
 from chitu_diffusion.flexcache.schedule import Schedule, Shapes
-from chitu_diffusion.flexcache.seam import MODULE_LEVELS, Action, Agree, Level, Moment, Signal, Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ delta_t = mean|m_t - m_{t-1}| / mean|m_{t-1}| with m the modulation that the blo
 fitted on the model, skip while acc < threshold, else compute and acc = 0; a skipped step adds the last residual.
 
 On Wan m depends on the timestep alone, so the whole pattern is known before step 0; it is computed there, with one transfer
-from the device. Coefficients belong to the model (`models/measured.py`); a model that has none takes P(x) = x.
+from the device. Coefficients belong to the model (`models/wan/cache_coefficients.py`); a model that has none takes P(x) = x.
 """
 
 from __future__ import annotations

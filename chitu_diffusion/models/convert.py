@@ -28,9 +28,9 @@ from chitu_diffusion.models.folder import (
 )
 from chitu_diffusion.models.loading import blueprint, open_weights
 from chitu_diffusion.models.spec import spec_of_folder
-from chitu_diffusion.models.text import load_tokenizer
-from chitu_diffusion.sampling import Sampler
-from chitu_diffusion.weights import match_names, save_weights, write_json
+from chitu_diffusion.models.wan.text_encoder import load_tokenizer
+from chitu_diffusion.sampling.solvers import Sampler
+from chitu_diffusion.weights.loader import match_names, save_weights, write_json
 
 _CLASSES = {
     "transformer": ["diffusers", "WanTransformer3DModel"],

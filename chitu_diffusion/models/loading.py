@@ -1,7 +1,7 @@
 """From a model's folder to networks with weights, in either layout.
 
 Joins what others know: the folder's parts (`folder`), the names in its files (`layouts`), the networks (`wan`, `vae`,
-`text`) and strict reading (`chitu_diffusion.weights`). Which device and dtype is the caller's business.
+`text`) and strict reading (`chitu_diffusion.weights.loader`). Which device and dtype is the caller's business.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import nn
 
 from chitu_diffusion.errors import CheckpointError
 from chitu_diffusion.models.folder import ModelFolder, Role
-from chitu_diffusion.models.layouts import (
+from chitu_diffusion.models.wan.checkpoint_names import (
     TEXT_TIES,
     official_text_name,
     official_transformer_name,
     official_vae_name,
 )
-from chitu_diffusion.models.quant import Float8Linear, Float8Plan, to_float8
-from chitu_diffusion.models.text import TextEncoder, build_text_encoder, load_tokenizer
-from chitu_diffusion.models.vae import Vae, build_vae
-from chitu_diffusion.models.wan import KEEP_FLOAT32, WanConfig, WanTransformer
-from chitu_diffusion.weights import Progress, WeightFiles, load_into
+from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_encoder, load_tokenizer
+from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanConfig, WanTransformer
+from chitu_diffusion.models.wan.vae import Vae, build_vae
+from chitu_diffusion.ops.float8_linear import Float8Linear, Float8Plan, to_float8
+from chitu_diffusion.weights.loader import Progress, WeightFiles, load_into
 
 Device = torch.device | str
 

@@ -19,8 +19,8 @@ from chitu_diffusion.errors import CheckpointError, ModelMissingError, UsageErro
 from chitu_diffusion.flexcache.calibration import Calibration, read_calibration
 from chitu_diffusion.flexcache.schedule import NOTHING_MEASURED, Measured
 from chitu_diffusion.models.folder import NOTES_FILE, ModelFolder, read_folder
-from chitu_diffusion.models.measured import WAN_1_3B, WAN_14B
-from chitu_diffusion.models.wan_config import WanConfig
+from chitu_diffusion.models.wan.cache_coefficients import WAN_1_3B, WAN_14B
+from chitu_diffusion.models.wan.config import WanConfig
 
 logger = logging.getLogger(__name__)
 

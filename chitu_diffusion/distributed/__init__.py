@@ -1,0 +1,1 @@
+"""Layouts of ranks, their process groups and collectives, and attention over a sharded sequence."""

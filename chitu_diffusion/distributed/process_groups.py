@@ -1,0 +1,275 @@
+"""Process groups: the one place where they are opened and closed.
+
+A `RankGroups` holds the groups of one layout. Exchanges have a timeout. When an exchange was cut short, the groups are
+of no use any more: `abandon` drops them, which also releases whoever waits in them, and `open` makes new ones. All ranks
+do so in the same order. Knows torch.distributed; no network, no task.
+
+On a GPU exchanges are queued and the host goes on, so nothing raises on a rank whose peer is gone: it waits on the device
+for good. There the watch asks `waiting`, and cuts the exchange short with `interrupt`, from its own thread. What the
+device computed from then on is void, which `broken` says. (torch's own NCCL watchdog would end the process instead, and
+is switched off by `config.set_nccl_defaults`.)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from chitu_diffusion.distributed.collectives import ALONE, Peers
+from chitu_diffusion.distributed.p2p_collectives import CopyPeers
+from chitu_diffusion.distributed.peer_memory import CudaWires, WiresError, lay
+from chitu_diffusion.distributed.plan import ParallelPlan
+from chitu_diffusion.distributed.torch_collectives import GroupPeers, Pace
+
+_FAREWELL = 5.0
+_GLANCE = 0.002
+_LAST_RESORT = 10
+"""torch's own timeout for groups on a GPU, as a multiple of ours: torch counts from the moment of queueing, we from the last
+progress, and ours shall come first."""
+
+
+class RankGroups:
+    """A layout's groups as this rank sees them.
+
+    Args:
+        plan: the layout; `ParallelPlan()` is one rank, which needs no groups.
+        rank: ours.
+        device: where the exchanged tensors lie: NCCL for CUDA, gloo for the CPU.
+        store: where the ranks meet; None for one rank.
+        timeout: seconds after which an exchange that does not move raises.
+        multiprocessors: how many of a GPU's NCCL may take for an exchange; None leaves it to NCCL.
+        copies: let the GPUs' copy engines do the exchanges within a sequence, where ranks reach each other's memory.
+        at_once: connect when the groups are made, so that the first exchange is as any other. Groups that others split (torch's
+            device meshes) must not be: NCCL 2.28 crashed there.
+
+    Attributes:
+        broken: why the exchanges of this generation were cut short; None as long as they were not.
+        exchanges: what exchanges along an axis are done by, in words.
+        world, branches, sequence, ulysses, ring: this rank's group along each axis; `ALONE` where it has one rank.
+    """
+
+    def __init__(
+        self,
+        plan: ParallelPlan | None = None,
+        rank: int = 0,
+        device: torch.device | None = None,
+        store: dist.Store | None = None,
+        timeout: float = 60.0,
+        *,
+        multiprocessors: int | None = None,
+        copies: bool = True,
+        at_once: bool = True,
+    ) -> None:
+        self.plan, self.rank, self._multiprocessors, self._at_once = plan or ParallelPlan(), rank, multiprocessors, at_once
+        self._copies = copies
+        self.device, self._store, self._timeout = device or torch.device("cpu"), store, timedelta(seconds=timeout)
+        self._generation = 0
+        self.broken: str | None = None
+        self._open = self._opening = False
+        self.exchanges: dict[str, str] = {}
+        self._wires: list[CudaWires] = []
+        self._detached: list[CudaWires] = []
+        self._lock = threading.Lock()  # the watch interrupts while the main thread may be abandoning
+        self._pace = Pace(self.device)
+        self.world: Peers = ALONE
+        self.branches: Peers = ALONE
+        self.sequence: Peers = ALONE
+        self.ulysses: Peers = ALONE
+        self.ring: Peers = ALONE
+
+    @property
+    def generation(self) -> int:
+        """How often the groups were made: what ranks agreed on before does not bind them after."""
+        return self._generation
+
+    @property
+    def held_bytes(self) -> int:
+        """GPU memory into which the other ranks write; torch does not count it."""
+        return sum(wires.held for wires in self._wires)
+
+    def open(self) -> None:
+        """Make the groups, if they are not there, and this rank's GPU the calling thread's. Every rank must come.
+
+        Raises:
+            RuntimeError: a rank did not come in time, or `interrupt` was called meanwhile.
+        """
+        if self.plan.world == 1:
+            return
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(self.device)  # of each thread: it says where kernels go, and stream 0 of the driver's calls
+        if self._open:
+            return
+        assert self._store is not None
+        self._gather()
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=dist.PrefixStore(f"groups/{self._generation}", self._store),
+            rank=self.rank,
+            world_size=self.plan.world,
+            timeout=self._timeout * (_LAST_RESORT if cuda else 1),
+            device_id=self.device if cuda and self._at_once else None,
+            pg_options=self._options(),
+        )
+        self._open = True
+        assert dist.group.WORLD is not None
+        self.world = GroupPeers(dist.group.WORLD, self._pace)
+        for wires in self._detached:
+            wires.free()  # all ranks are here, so all have let go of it
+        self._detached = []
+        self.branches, self.sequence = self._axis(self.plan.branch_groups()), self._axis(self.plan.sequence_groups())
+        self.ulysses = self._axis(self.plan.ulysses_groups(), "ulysses")
+        self.ring = self._axis(self.plan.ring_groups(), "ring")
+
+    def _gather(self) -> None:
+        """Wait for every rank to begin anew. Torch's own waiting hears neither signals nor the watch, and takes minutes."""
+        assert self._store is not None
+        with self._lock:
+            self._generation += 1
+            self.broken, self._pace, self._opening = None, Pace(self.device), True
+        try:
+            self._store.set(f"opens/{self._generation}/{self.rank}", "")
+            keys = [f"opens/{self._generation}/{rank}" for rank in range(self.plan.world)]
+            began, patience = time.monotonic(), self._timeout.total_seconds()
+            while not self._store.check(keys):
+                if self.broken is not None:
+                    raise RuntimeError(f"the process groups were not made: {self.broken}")
+                if time.monotonic() - began > patience:
+                    late = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+                    raise RuntimeError(f"the process groups were not made: ranks {late} did not come within {patience:g} s")
+                time.sleep(_GLANCE)
+        finally:
+            self._opening = False
+
+    def agree(self, value: float | None) -> float:
+        """One number common to all ranks: the largest that any gives. None gives none.
+
+        Raises:
+            ValueError: nobody gave a number.
+        """
+        own = torch.tensor([float("-inf") if value is None else value], dtype=torch.float64, device=self.device)
+        largest = max(float(part) for part in self.world.all_gather(own))
+        if largest == float("-inf"):
+            raise ValueError("no rank gave a number to agree on")
+        return largest
+
+    def _options(self) -> object | None:
+        """Of a group on a GPU, where they differ from what `config.set_nccl_defaults` has set."""
+        if self._multiprocessors is None or self.device.type != "cuda":
+            return None
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options.config.max_ctas = self._multiprocessors
+        return options
+
+    def _axis(self, groups: list[list[int]], copied: str | None = None) -> Peers:
+        """Peers along an axis, by all its groups; `copied` names one whose exchanges copy engines may do."""
+        if len(groups[0]) == 1:
+            return ALONE
+        mine = next(index for index, ranks in enumerate(groups) if self.rank in ranks)
+        if len(groups) == 1:
+            group = dist.group.WORLD
+        else:
+            timeout = self._timeout * (_LAST_RESORT if self.device.type == "cuda" else 1)
+            group = [dist.new_group(ranks, timeout=timeout, pg_options=self._options()) for ranks in groups][mine]
+        assert group is not None
+        if copied is None or self.device.type != "cuda":
+            return GroupPeers(group, self._pace)
+        if not self._copies:
+            self.exchanges[copied] = "NCCL, as asked for"
+            return GroupPeers(group, self._pace)
+        assert self._store is not None
+        store = dist.PrefixStore(f"wires/{self._generation}/{copied}/{groups[mine][0]}", self._store)
+        index, seconds = groups[mine].index(self.rank), self._timeout.total_seconds()
+        laid = list(self._wires)
+        wires, problem = lay(index, len(groups[mine]), self.device, store, seconds, self._hold, lambda: self.broken)
+        if wires is None:
+            self._wires = laid
+            self.exchanges[copied] = f"NCCL, for {problem}"
+            return GroupPeers(group, self._pace)
+        self.exchanges[copied] = "copy engines"
+        return CopyPeers(group, self._pace, wires)
+
+    def _hold(self, wires: CudaWires) -> None:
+        with self._lock:
+            self._wires.append(wires)
+            if self.broken is not None:
+                wires.release()
+
+    def waiting(self) -> float:
+        """Seconds that an exchange on the device has not moved; 0 on the CPU, where exchanges raise by themselves."""
+        if not self._open or self.broken is not None:
+            return 0.0
+        return max(self._pace.waiting(), *(wires.waiting() for wires in self._wires), 0.0)
+
+    def abandon(self) -> None:
+        """Drop the groups as they are, mid-exchange or not; whoever waits in one of them gets an error at once.
+
+        On a GPU only this rank's own waiting ends; that of the others must be ended by their `interrupt`.
+        """
+        if not self._open:
+            return
+        self.interrupt("this rank gave them up")
+        self._open = False
+        self._set_alone()
+        self._detach()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def interrupt(self, why: str, generation: int | None = None) -> None:
+        """Cut short what is under way, from whatever thread; gloo's peers notice a closed group themselves.
+
+        Args:
+            why: for `broken`.
+            generation: leaves later ones alone; None means the one that is open.
+        """
+        with self._lock:
+            begun = self._open or self._opening
+            if not begun or self.broken is not None or generation not in (None, self._generation):
+                return
+            self.broken = why
+            for wires in self._wires:
+                wires.release()
+            if self.device.type == "cuda" and dist.is_initialized():
+                # all communicators at once: one after the other, each would wait for the next (torch issue 119797)
+                dist.distributed_c10d._abort_process_group()
+
+    def close(self) -> None:
+        """Leave in peace; silent the second time."""
+        if self._open and self.broken is not None:
+            self.abandon()
+        elif self._open:
+            self._open = False
+            self._set_alone()
+            # nobody interrupts any more: a peer that went without its last copies must not keep us
+            late = threading.Timer(self._timeout.total_seconds(), _release, [self._wires])
+            late.start()
+            detached = self._detach()
+            late.cancel()
+            for wires in detached:
+                try:
+                    wires.meet(None, _FAREWELL)
+                except WiresError:
+                    continue  # somebody may still hold this memory; the end of the process gives it back
+                wires.free()
+                self._detached.remove(wires)
+            dist.destroy_process_group()
+
+    def _detach(self) -> list[CudaWires]:
+        """Let go of the others' memory; what is returned may be freed when all have."""
+        wires, self._wires = self._wires, []
+        for each in wires:
+            each.detach()
+        self._detached += wires
+        return wires
+
+    def _set_alone(self) -> None:
+        self.world = self.branches = self.sequence = self.ulysses = self.ring = ALONE
+
+
+def _release(all_wires: list[CudaWires]) -> None:
+    for wires in all_wires:
+        wires.release()

@@ -1,0 +1,67 @@
+"""Ring attention: keys and values travel round the ranks, queries stay (arXiv:2310.01889).
+
+While a rank attends to the keys and values it holds, the next ones are already on their way. Partial results are merged
+by their log-sum-exp in float32, so only kernels that give it can be used. A rank's traffic is 2 B s d (P - 1) numbers.
+Tokens may be shared unevenly; nothing is padded.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from chitu_diffusion.attention.kernels import AttentionFn, AttentionKernel
+from chitu_diffusion.distributed.collectives import Peers
+from chitu_diffusion.errors import UsageError
+from chitu_diffusion.ops.merge_lse import merge
+
+
+def ring(kernel: AttentionKernel, peers: Peers, lengths: Sequence[int]) -> AttentionFn:
+    """An attention over the tokens of all peers.
+
+    Args:
+        kernel: attends to one peer's keys at a time.
+        peers: the group, in the order of its tokens.
+        lengths: each peer's tokens.
+
+    Returns:
+        (q, k, v) -> out, all [B, lengths[own], H, D].
+
+    Raises:
+        UsageError: a kernel without the log-sum-exp.
+    """
+    if peers.size == 1:
+        return kernel
+    with_lse = kernel.run_with_lse
+    if with_lse is None:
+        raise UsageError(
+            f"attn_type = {kernel.name!r}: ring attention merges by the log-sum-exp, which this kernel does not give; "
+            "'auto', or ulysses alone, would do",
+            field="infer.attn_type",
+        )
+
+    size = peers.size
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        held = [k.contiguous(), v.contiguous()]
+        out, lse = q, q  # replaced at the first hop
+        peers.clear()
+        for hop in range(size):
+            more = hop + 1 < size
+            # the keys that began hop + 1 places behind each peer; a sequence after the other, for all come from one sender
+            came = [lengths[(p - hop - 1) % size] for p in range(size)]
+            rows = [[q.shape[0] * came[p] * (s == (p - 1) % size) for s in range(size)] for p in range(size)]
+            landings = [peers.landing(rows, x.shape[2:], x) for x in held] if more else []
+            # sent before the kernel is started, so that the copies get their share of the chip at once
+            arrived = peers.pass_on([x.flatten(0, 1) for x in held], landings) if more else None
+            part, part_lse = with_lse(q, held[0], held[1])
+            if hop == 0:
+                out, lse = part, part_lse
+            else:
+                out, lse = merge(out, lse, part, part_lse, torch.float32 if more else q.dtype)
+            if arrived is not None:
+                arrived()
+                held = [landing.whole.unflatten(0, (q.shape[0], came[peers.index])) for landing in landings]
+        return out
+
+    return attend

@@ -1,0 +1,104 @@
+"""Ulysses: ranks trade heads for tokens around an attention (DeepSpeed Ulysses, arXiv:2309.14509).
+
+Each rank comes with its tokens and all heads, attends with all the group's tokens and its share of the heads, and leaves
+with its tokens and all heads. Two exchanges a call: q, k and v packed into one, and the output; each tensor is copied
+once on either side, and what a rank keeps for itself does not travel. Large exchanges go in two pieces, half of the heads
+each, so that one travels while the other is computed. A rank's traffic is 4 B s d (P - 1) / P numbers,
+s its tokens and d all heads' channels. Tokens may be shared unevenly; nothing is padded.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from chitu_diffusion.attention.kernels import AttentionFn
+from chitu_diffusion.distributed.collectives import Peers
+from chitu_diffusion.errors import UsageError
+from chitu_diffusion.ops.pack_qkv import pack
+
+_WORTH_TWO_PIECES = 8 * 2**20
+
+
+def pieces_for(heads: int, sent: float) -> int:
+    """In how many pieces a rank's heads of one sequence go: two where the first exchange is so large that hiding half of it is
+    worth more than a call more.
+
+    Args:
+        heads: of one rank.
+        sent: bytes that a rank with the longest shard sends with q, k and v of a sequence.
+    """
+    return 2 if heads > 1 and sent >= _WORTH_TWO_PIECES else 1
+
+
+def ulysses(inner: AttentionFn, peers: Peers, lengths: Sequence[int], pieces: int | None = None) -> AttentionFn:
+    """An attention over the tokens of all peers.
+
+    Args:
+        inner: attends with [B, sum(lengths), heads of a piece, D].
+        peers: the group, in the order of its tokens.
+        lengths: each peer's tokens.
+        pieces: a rank's heads are attended to in so many calls, at most one a head, for each sequence of the batch; while one
+            is computed, the next one's q, k and v arrive and the last one's output leaves. One takes all sequences at once.
+            None leaves it to `pieces_for`.
+
+    Returns:
+        (q, k, v) -> out, all [B, lengths[own], H, D].
+
+    Raises:
+        UsageError: when called with heads that the group does not divide.
+    """
+    if peers.size == 1:
+        return inner
+    rows, index = list(lengths), peers.index
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, own, heads, channels = q.shape
+        if heads % peers.size:
+            raise UsageError(f"{heads} heads cannot be shared by {peers.size} ranks", field="infer.diffusion.up")
+        share = heads // peers.size
+        # the longest shard, not ours: all ranks must decide alike
+        sent = 3 * max(rows) * (heads - share) * channels * q.element_size()
+        number = pieces or pieces_for(share, sent)
+        sequences = [slice(0, batch)] if number == 1 else [slice(row, row + 1) for row in range(batch)]
+        coming, returning = [], []
+        peers.clear()
+        for some in sequences:
+            first = 0
+            for width in shard_heads(share, number):
+                # of everybody's tokens, our heads
+                here = peers.landing([rows] * peers.size, (3, q[some].shape[0], width, channels), q)
+                leaving = q.new_empty(peers.size, own, *here.whole.shape[1:])
+                # what stays is written where it will be read
+                pack(q[some], k[some], v[some], leaving, here.parts[index], index, share, first)
+                coming.append((some, here.whole, peers.swap(leaving.unbind(), here)))
+                first += width
+        for some, here_all, arrived in coming:
+            arrived()
+            out = inner(*(part.transpose(0, 1) for part in here_all.unbind(1)))  # [B, S, h, D]
+            homeward = out.transpose(0, 1).contiguous().split(rows)
+            # of our tokens, everybody's heads
+            back = peers.landing([[theirs] * peers.size for theirs in rows], homeward[index].shape[1:], out)
+            returned = peers.swap(homeward, back)
+            back.parts[index] = homeward[index]
+            returning.append((some, back.parts, returned))
+        whole = q.new_empty(q.shape)
+        for some in sequences:
+            _in_order([(parts, returned) for of, parts, returned in returning if of == some], whole[some])
+        return whole
+
+    return attend
+
+
+def _in_order(pieces: Sequence[tuple[Sequence[Tensor], Callable[[], None]]], out: Tensor) -> None:
+    """Once they are here, each piece's parts [s, B, h, D] by peer -> out [B, s, H, D], heads in their order."""
+    for _, arrived in pieces:
+        arrived()
+    peers = range(len(pieces[0][0]))
+    torch.cat([parts[peer].transpose(0, 1) for peer in peers for parts, _ in pieces], dim=2, out=out)
+
+
+def shard_heads(heads: int, pieces: int) -> list[int]:
+    """Heads of each piece, as even as can be; no more pieces than heads."""
+    pieces = min(heads, pieces)
+    return [heads // pieces + (piece < heads % pieces) for piece in range(pieces)]

@@ -1,0 +1,164 @@
+"""The plan that costs the picture least for a number of computed steps. Knows what was measured on the model.
+
+Which steps are computed, and by what linear combination of the last computed ones the others are predicted, is calculated
+from full-compute runs of the model (`planning`), for whatever schedule the task has. All of it is known before step 0: no
+sync, no memory but the last `order` velocities and one latent, and all ranks agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from chitu_diffusion.errors import UsageError
+from chitu_diffusion.flexcache.interface import Moment, Signal, Site
+from chitu_diffusion.flexcache.predictors import weighted
+from chitu_diffusion.flexcache.schedule import Schedule, Shapes
+from chitu_diffusion.flexcache.strategy import Kept, Plan, Strategy, check_choice, check_number, check_whole, place_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from chitu_diffusion.flexcache.calibration import Calibration
+
+_LONGEST = 6
+"""Skipped steps in a row that a plan may have at the least, where many are computed."""
+
+
+@dataclass(frozen=True)
+class CalibratedPlan(Strategy):
+    """Computed steps and predictions from `chitu calibrate`.
+
+    Args:
+        speedup: forwards of full compute over forwards of the plan, at least.
+        fresh: how many steps are computed, in place of a speed.
+        order: how many computed steps a prediction looks at, 1 to 4.
+        longest: skipped steps in a row, at most; 0 is 2.5 times the plan's mean, and at least 6.
+    """
+
+    LEVELS: ClassVar[tuple[str, ...]] = ("velocity",)
+
+    warmup: int = 0
+    cooldown: int = 0
+    order: int = 3
+    speedup: float = 2.0
+    fresh: int = 0
+    longest: int = 0
+
+    def check(self) -> None:
+        """Numbers in their ranges; the predictor is its own."""
+        check_number("speedup", self.speedup, 1)
+        check_whole("fresh", self.fresh)
+        check_whole("longest", self.longest)
+        check_choice("predictor", self.predictor, ("reuse",))
+
+    def check_steps(self, num_steps: int) -> None:
+        """No more computed steps than there are."""
+        super().check_steps(num_steps)
+        if self.fresh > num_steps:
+            raise UsageError(f"flexcache fresh = {self.fresh}: at most the task's {num_steps} steps would do", field="flexcache")
+
+    @property
+    def records_needed(self) -> int:
+        """Computed steps that a prediction looks at."""
+        return self.order
+
+    def latent_bytes(self, shapes: Shapes) -> int:
+        """The newest computed step's, float32."""
+        return 4 * shapes.latent
+
+    def plan(self, schedule: Schedule) -> Plan:
+        """The plan alone."""
+        return self.laid_out(schedule)[0]
+
+    def laid_out(self, schedule: Schedule) -> tuple[Plan, dict[int, Any]]:
+        """The plan, and for each skipped step (computed steps looked at, weights [B, B * those + 1]).
+
+        Raises:
+            UsageError: the model was not calibrated, or with other weights, or no plan is that short.
+        """
+        count = self.fresh or max(1, math.floor(schedule.num_steps / self.speedup + 1e-9))
+        if count >= schedule.num_steps:
+            return {"velocity": ["compute"] * schedule.num_steps}, {}
+        calibration = _calibration_for(schedule)
+        longest = self.longest or max(_LONGEST, math.ceil(2.5 * schedule.num_steps / count))
+        required = tuple(step for step, guarded in enumerate(self.protected(schedule)) if guarded)
+        asked = (schedule.sampler, schedule.sigmas, schedule.guidance, schedule.experts, required, count, self.order, longest)
+        if asked not in calibration.plans:
+            calibration.plans[asked] = _calculated(calibration, schedule, required, count, self.order, longest)
+        fits = calibration.plans[asked]
+        return {"velocity": ["predict" if step in fits else "compute" for step in range(schedule.num_steps)]}, fits
+
+    def velocity(self, moment: Moment, latent: Tensor, compute: Callable[[tuple[int, ...]], Tensor], kept: Kept) -> Tensor:
+        """Computes, or combines what is kept; the combination is float32."""
+        import torch
+
+        place = place_of(Site("velocity", 0, 0), moment)
+        if moment.step not in kept.fits:
+            value = compute(moment.branches)
+            if self.worth_keeping(kept.plan["velocity"], moment.step):
+                self.keep(moment, place, value, Signal(latent), kept)
+            return value
+        steps, weights = kept.fits[moment.step]
+        by_step = {record["step"]: record for record in kept.records[place]}
+        branches = len(moment.branches)
+        parts = [part.float() for step in steps for part in by_step[step]["value"].chunk(branches)]
+        parts.append(by_step[steps[-1]]["latent"].float())
+        return torch.cat([weighted(parts, row) for row in weights])
+
+    def keep(self, moment: Moment, place: str, value: Tensor, signal: Signal, kept: Kept) -> None:
+        """Velocity and latent of a computed step; of those before it the velocity."""
+        older = [{**record, "latent": None} for record in kept.records.get(place, [])]
+        record = {"step": moment.step, "at": moment.sigma, "value": value, "latent": signal.entering}
+        kept.records[place] = [*older, record][-self.order :]
+
+
+def _calibration_for(schedule: Schedule) -> Calibration:
+    """What the schedule's model was calibrated to, if it was with these weights.
+
+    Raises:
+        UsageError: it was not.
+    """
+    calibration, remedy = schedule.calibration, f"'chitu calibrate --model {schedule.model}'"
+    if calibration is None:
+        raise UsageError(
+            f"flexcache plan: {schedule.model} was not calibrated; {remedy} does that; meancache needs none", field="flexcache"
+        )
+    found, here = calibration.about.get("weights_sha256"), schedule.weights_sha256()
+    if None not in (found, here) and found != here:
+        raise UsageError(
+            f"flexcache plan: {schedule.model} was calibrated with other weights (sha256 {str(found)[:12]}, here "
+            f"{str(here)[:12]}); {remedy} measures these",
+            field="flexcache",
+        )
+    return calibration
+
+
+def _calculated(
+    calibration: Calibration, schedule: Schedule, required: Sequence[int], count: int, order: int, longest: int
+) -> dict[int, Any]:
+    """Predictions of the best plan's skipped steps.
+
+    Raises:
+        UsageError: no plan computes so few steps.
+    """
+    from chitu_diffusion.flexcache import plan_search as planning
+
+    traces, switches, steps = calibration.traces(), schedule.switches(), schedule.num_steps
+    guidance = schedule.guidance or (1.0,) * steps
+    if max(guidance) <= 1:
+        traces = traces.of_prompt()
+    widths = [after - before for before, after in zip(schedule.sigmas, schedule.sigmas[1:], strict=False)]
+    weights = widths if schedule.response is None else schedule.response()
+    traces = traces.resampled(schedule.sigmas, weights, guidance)
+    plans = planning.best_plans(traces, count, order=order, longest=longest, required=required, switches=switches)
+    if count not in plans:
+        fewest = min(planning.best_plans(traces, steps, order=order, longest=longest, required=required, switches=switches))
+        raise UsageError(
+            f"flexcache plan: no plan computes {count} of {steps} steps with at most {longest} skipped in a row and "
+            f"{len(required)} protected; fresh={fewest} would do",
+            field="flexcache",
+        )
+    return planning.predictions(traces, plans[count].fresh, order, switches)

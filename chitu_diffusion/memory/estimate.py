@@ -1,0 +1,107 @@
+"""How much memory there is, roughly how much a video needs, and what an out-of-memory looks like.
+
+Knows devices and sizes; not networks or tasks. The estimate is a sizing rule, not a measurement: it exists to refuse at
+once what can never fit, and errs on the side of trying.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from chitu_diffusion.memory.offload import TEXT_ENCODER, TOP_LEVEL, VAE
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_CPU_COMPLAINTS = ("DefaultCPUAllocator", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_TILE_PIXELS = 256 * 256
+_DECODER_COPIES = 20
+"""Feature maps of full size and width alive at once in the VAE's last stage; fitted to `AutoencoderKLWan` on an H100."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on the device or in main memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # the CPU allocator and the CUDA libraries have no class of their own for it
+    return isinstance(error, RuntimeError) and any(complaint in str(error) for complaint in _CPU_COMPLAINTS)
+
+
+def free_memory(device: torch.device) -> None:
+    """Let go of what nobody uses: Python's cycles and the device's cached blocks."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def top_useful_level(device: torch.device) -> int:
+    """The last memory level that saves anything: on a CPU, home and device are the same memory, and only tiling helps."""
+    return TOP_LEVEL if device.type == "cuda" else 1
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that the device has in all; for the CPU, main memory or the container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in _CGROUP_LIMITS:
+        limit = Path(name)
+        if limit.exists() and (text := limit.read_text().strip()).isdigit():
+            total = min(total, int(text))
+    return total
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What an estimate is made from.
+
+    Attributes:
+        parts: bytes of each part's weights, by the names of `residency`.
+        block: bytes of the largest transformer block.
+        dim, ffn_dim: widths of the transformer.
+        vae_width: channels of the VAE's decoder at full size.
+        item: bytes of a number in the run's dtype.
+        on_cpu: home and device are the same memory, so that levels 2 to 4 save nothing.
+    """
+
+    parts: Mapping[str, int]
+    block: int
+    dim: int
+    ffn_dim: int
+    vae_width: int
+    item: int
+    on_cpu: bool = False
+
+    def weights(self, level: int, running: str) -> int:
+        """Bytes of weights on the device while part `running` runs."""
+        if level < 2 or self.on_cpu:
+            return sum(self.parts.values())
+        if level == 2:
+            return self.parts[running] + sum(size for name, size in self.parts.items() if name not in (TEXT_ENCODER, running))
+        if running in (TEXT_ENCODER, VAE):
+            return self.parts[running]
+        own = self.parts[running] if level == 3 else min(self.parts[running], 2 * self.block)
+        return own + self.parts[VAE]
+
+    def denoising(self, tokens: int) -> int:
+        """Bytes of activations in a transformer forward over `tokens`: float32 norms, q, k, v, and the feed-forward."""
+        return tokens * (16 * self.dim + self.item * (6 * self.dim + 2 * self.ffn_dim))
+
+    def decoding(self, num_frames: int, height: int, width: int, tiled: bool) -> int:
+        """Bytes of activations in the VAE's decode: four frames at full width, and the float32 video three times."""
+        area = min(height * width, _TILE_PIXELS) if tiled else height * width
+        return area * 4 * self.vae_width * self.item * _DECODER_COPIES + num_frames * height * width * 3 * 4 * 3
+
+    def peak(self, level: int, tokens: int, num_frames: int, height: int, width: int) -> int:
+        """Bytes at the worst moment of a task."""
+        stages = [self.weights(level, TEXT_ENCODER)]
+        for name in self.parts:
+            if name not in (TEXT_ENCODER, VAE):
+                stages.append(self.weights(level, name) + self.denoising(tokens))
+        stages.append(self.weights(level, VAE) + self.decoding(num_frames, height, width, tiled=level >= 1))
+        return max(stages)

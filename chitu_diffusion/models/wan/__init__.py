@@ -1,0 +1,1 @@
+"""The Wan family: its networks and what belongs to each size of them."""

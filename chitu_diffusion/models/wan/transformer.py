@@ -1,0 +1,473 @@
+"""The Wan text-to-video diffusion transformer, as single-device code.
+
+Names and shapes of the parameters are those of diffusers' `WanTransformer3DModel`. The network takes its attention and
+its cache as arguments and is cut into pieces (`embed`, `run_blocks`, `head`, `unpatchify`), so that whoever shards the
+sequence, streams the blocks or caches features does it between the pieces. It knows no rank, sampler, prompt or task.
+
+Architecture: "Wan: Open and Advanced Large-Scale Video Generative Models", arXiv 2503.20314, section 4.2.
+
+Precision. The residual stream has the dtype of the patch embedding's weight; every matrix product runs in its own
+weight's dtype (or autocast's); LayerNorm, modulation, gates and rotary turns run in float32 and are rounded once. With
+bfloat16 weights and `KEEP_FLOAT32` in float32 this is diffusers' own rule. Under autocast with float32 weights, the
+stream and the time embedding stay float32.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from types import MethodType
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from chitu_diffusion.attention.kernels import AttentionFn, sdpa
+from chitu_diffusion.flexcache.interface import MODULE_LEVELS, NO_CACHE, Level, Signal, Site, StepCache
+from chitu_diffusion.models.wan.block import Float32LayerNorm, Rope, WanBlock
+from chitu_diffusion.models.wan.config import WanConfig
+from chitu_diffusion.models.wan.text_kv import PreparedText, fold
+from chitu_diffusion.ops.compile import compiled, let_length_vary
+from chitu_diffusion.ops.float8_linear import Float8Linear
+from chitu_diffusion.ops.fused import can_fuse, layer_norm
+
+__all__ = ["KEEP_FLOAT32", "Embedded", "WanConfig", "WanFeatures", "WanOutput", "WanTransformer"]
+
+# Parts of parameter names that stay float32 when the rest is loaded in 16 bits (diffusers' rule for this network).
+KEEP_FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+
+_ROPE_THETA = 10000.0
+_TIME_PERIOD = 10000.0
+
+Grid = tuple[int, int, int]  # tokens along (frames, rows, columns)
+
+
+@dataclass(eq=False)
+class SharedStart:
+    """The stream after the first block's self-attention, for guidance branches of one latent at one time.
+
+    Up to the first cross-attention nothing depends on the text: the branches' tokens are equal, and one computation does
+    for all. That saves one self-attention in 2 x blocks, exactly.
+
+    Attributes:
+        copies: branches along the batch of this forward: row b of branch i is row i * B + b of B * copies.
+        attended: [B, S, dim], kept for the next forward where each branch has its own and they are handed one object.
+    """
+
+    copies: int = 1
+    attended: Tensor | None = None
+
+    def get(self, tokens: Tensor, modulation: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The stream [copies * B, S, dim]; `attend` takes one branch's rows of tokens and modulation."""
+        if self.copies > 1:
+            one = modulation if len(modulation) == 1 else modulation[: len(modulation) // self.copies]
+            return attend(tokens[: len(tokens) // self.copies], one).repeat(self.copies, 1, 1)
+        if self.attended is None:
+            self.attended = attend(tokens, modulation)
+        return self.attended
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What `embed` hands to the blocks and the head.
+
+    Tokens run frame by frame, row by row. To work on a part of the sequence, replace `tokens` and `rope` by those
+    rows of each (`dataclasses.replace`); nothing else depends on position.
+
+    Attributes:
+        tokens: [B, S, dim], the residual stream.
+        text: of B rows; of `prepare_text`.
+        time: [B, dim] or, where the batch has one time, [1, dim]: the time embedding, for the head.
+        modulation: [B or 1, 6, dim], its projection, for the blocks.
+        rope: rotary cosines and sines of these tokens' positions.
+        grid: tokens along frames, rows, columns of the whole latent.
+        start: where branches of one latent share the first block's self-attention; None where nothing is known to be equal.
+    """
+
+    tokens: Tensor
+    text: PreparedText
+    time: Tensor
+    modulation: Tensor
+    rope: Rope
+    grid: Grid
+    start: SharedStart | None = None
+
+
+@dataclass(frozen=True)
+class WanFeatures:
+    """What one forward leaves for a later one that skips the blocks.
+
+    Attributes:
+        residual: [B, S, dim], what the block stack added to the tokens.
+        timestep: [B], the time at which it did.
+    """
+
+    residual: Tensor
+    timestep: Tensor
+
+
+@dataclass(frozen=True)
+class WanOutput:
+    """A forward's velocity [B, C, T, H, W] together with its reusable features."""
+
+    velocity: Tensor
+    intermediate_features: WanFeatures
+
+
+class PatchEmbedding(nn.Conv3d):
+    """Turns a latent [B, C, T, H, W] into tokens [B, S, dim].
+
+    The kernel equals the stride, so the convolution is a matrix product over patches; written as one, it needs no
+    convolution library and rounds like every other product here. Only the weight's shape is that of a convolution.
+    """
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Embeds; the latent's axes must be multiples of the patch."""
+        batch, channels, frames, rows, columns = latent.shape
+        p_t, p_h, p_w = self.kernel_size
+        patches = latent.reshape(batch, channels, frames // p_t, p_t, rows // p_h, p_h, columns // p_w, p_w)
+        # [B, t, h, w, C, p_t, p_h, p_w] -> [B, S, C * p_t * p_h * p_w]
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, -1, self.weight[0].numel())
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class TwoLayer(nn.Module):
+    """Linear, activation, linear: the time embedder (SiLU) and the text projection (tanh-approximated GELU)."""
+
+    def __init__(self, dim_in: int, dim: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(dim_in, dim)
+        self.activation = activation
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim_in] -> [..., dim], computed in the weights' dtype."""
+        return cast(Tensor, self.linear_2(self.activation(self.linear_1(x.to(self.linear_1.weight.dtype)))))
+
+
+class Conditions(nn.Module):
+    """Projects time and text to the width of the stream."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.freq_dim = config.freq_dim
+        self.time_embedder = TwoLayer(config.freq_dim, config.dim, nn.SiLU())
+        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
+        self.text_embedder = TwoLayer(config.text_dim, config.dim, nn.GELU(approximate="tanh"))
+
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """timestep [B] -> (time [B, dim], modulation [B, 6, dim]), in `time_proj`'s dtype.
+
+        Sinusoids as in "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239), cosines first. Autocast is off:
+        timesteps reach 1000, and what a few bits lose here every block would feel.
+        """
+        with torch.autocast(device_type=timestep.device.type, enabled=False):
+            time = self.time_embedder(sinusoids(timestep, self.freq_dim)).to(self.time_proj.weight.dtype)
+            modulation = self.time_proj(F.silu(time)).unflatten(1, (6, -1))
+        return time, modulation
+
+
+class WanTransformer(nn.Module):
+    """The velocity of a noisy latent under a text: v = noise - data, as flow matching on straight paths defines it.
+
+    Args:
+        config: sizes. Build under `torch.device("meta")` to load weights afterwards; call `init_weights` to train anew.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.fused, self.compiled = True, False
+        self.patch_embedding = PatchEmbedding(
+            config.in_channels, config.dim, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.condition_embedder = Conditions(config)
+        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        self.norm_out = Float32LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(config.dim, config.out_channels * config.patch_values)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        text: Tensor | PreparedText,
+        *,
+        attention: AttentionFn = sdpa,
+        cache: StepCache = NO_CACHE,
+        blocks: Iterable[nn.Module] | None = None,
+        text_bias: Tensor | None = None,
+    ) -> Tensor:
+        """The velocity [B, C, T, H, W] at `latent`.
+
+        Args:
+            latent: [B, C, T, H, W]; T, H, W multiples of the patch.
+            timestep: [B] (or [1], for all), 0 to 1000, any dtype.
+            text: [B, L, text_dim], the text encoder's output, or of `prepare_text`.
+            attention: self-attention, in layout [B, S, heads, head_dim].
+            cache: asked at the sites whose level is among `cache.levels`.
+            blocks: yields this network's blocks in order, each ready to run: for whoever streams them to the device.
+            text_bias: [B, L] float32, see `TextKeys.bias`, or None.
+
+        Returns:
+            Velocity in the dtype of the last matrix product.
+
+        Raises:
+            ValueError: shapes that do not fit the network or each other.
+        """
+        embedded = self.embed(latent, timestep, text)
+        if text_bias is not None:
+            embedded = replace(embedded, text=replace(embedded.text, bias=text_bias))
+        tokens = self.run_blocks(embedded, attention=attention, cache=cache, blocks=blocks)
+        return self.unpatchify(self.head(tokens, embedded.time), embedded.grid)
+
+    def forward_with_features(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        *,
+        attention: AttentionFn = sdpa,
+        cache: StepCache = NO_CACHE,
+    ) -> WanOutput:
+        """`forward`, which also hands out what `forward_with_cache` can use later."""
+        embedded = self.embed(latent, timestep, text)
+        tokens = self.run_blocks(embedded, attention=attention, cache=cache)
+        velocity = self.unpatchify(self.head(tokens, embedded.time), embedded.grid)
+        return WanOutput(velocity, WanFeatures(tokens - embedded.tokens, timestep))
+
+    def forward_with_cache(
+        self, latent: Tensor, embeddings: Tensor, cached_features: WanFeatures, timestep: Tensor | None = None
+    ) -> Tensor:
+        """The velocity at `latent` with the blocks skipped: their residual comes from an earlier forward.
+
+        Args:
+            latent: [B, C, T, H, W], of the shape that made the features.
+            embeddings: [B, L, text_dim]; text acts in the blocks alone, so only its shape is looked at.
+            cached_features: of `forward_with_features`.
+            timestep: [B], for the head's modulation; by default the one of the features.
+
+        Raises:
+            ValueError: features of another shape.
+        """
+        embedded = self.embed(latent, cached_features.timestep if timestep is None else timestep, embeddings)
+        if cached_features.residual.shape != embedded.tokens.shape:
+            raise ValueError(
+                f"cached features are {list(cached_features.residual.shape)}, "
+                f"this latent's tokens {list(embedded.tokens.shape)}"
+            )
+        tokens = embedded.tokens + cached_features.residual
+        return self.unpatchify(self.head(tokens, embedded.time), embedded.grid)
+
+    def prepare_text(self, text: Tensor, rows: int | None = None) -> PreparedText:
+        """A padded text [B, N, text_dim] for any number of forwards with these weights; see `prepared_text`.
+
+        Args:
+            rows: of `rows_that_differ`; None looks, which on a GPU waits for the device.
+        """
+        folded, positions, bias = fold(text, rows)
+        return PreparedText(self.condition_embedder.text_embedder(folded), positions, bias, keep=True)
+
+    def embed(self, latent: Tensor, timestep: Tensor, text: Tensor | PreparedText) -> Embedded:
+        """Everything before the blocks: tokens, projected text, time embedding and positions.
+
+        Args:
+            latent: [B, C, T, H, W].
+            timestep: [B], or [1] for all.
+            text: [B, L, text_dim] for this forward alone, or of `prepare_text` for several. A text of k B rows is that of k
+                guidance branches of the latent, branch by branch: all that follows has k B rows, and what the branches
+                have in common is computed once.
+
+        Raises:
+            ValueError: shapes that do not fit the network or each other.
+        """
+        grid, copies = self._checked_grid(latent, timestep, text)
+        time, modulation = self.condition_embedder.embed_time(timestep.to(latent.device))
+        if len(timestep) > 1:
+            time, modulation = time.repeat(copies, 1), modulation.repeat(copies, 1, 1)
+        if isinstance(text, Tensor):
+            text = PreparedText(self.condition_embedder.text_embedder(text), text.shape[1])
+        # autocast gives 16 bits here; the stream keeps the weights' dtype
+        tokens = self.patch_embedding(latent).to(self.patch_embedding.weight.dtype)
+        return Embedded(
+            tokens=tokens.repeat(copies, 1, 1) if copies > 1 else tokens,
+            text=text,
+            time=time,
+            modulation=modulation,
+            rope=self.rope_table(grid, latent.device),
+            grid=grid,
+            start=SharedStart(copies) if copies > 1 else None,
+        )
+
+    def run_blocks(
+        self,
+        embedded: Embedded,
+        *,
+        attention: AttentionFn = sdpa,
+        cache: StepCache = NO_CACHE,
+        blocks: Iterable[nn.Module] | None = None,
+    ) -> Tensor:
+        """The block stack: tokens [B, S, dim] -> tokens [B, S, dim]. S may be a part of the sequence."""
+        stack = self.blocks if blocks is None else blocks
+        if "step" not in cache.levels:
+            return self._run_stack(embedded, attention, cache, stack)
+        return cache.at(
+            Site("step", 0, len(self.blocks)),
+            lambda: self._run_stack(embedded, attention, cache, stack),
+            Signal(embedded.tokens, embedded.modulation),
+        )
+
+    def head(self, tokens: Tensor, time: Tensor) -> Tensor:
+        """tokens [B, S, dim], time [B, dim] -> [B, S, patch values x channels]. Each token for itself."""
+        shift, scale = (self.scale_shift_table.float() + time.float().unsqueeze(1)).chunk(2, dim=1)
+        dtype, fused = self.proj_out.weight.dtype, self.fused and can_fuse(tokens)
+        return cast(Tensor, self.proj_out(layer_norm(tokens, (1 + scale, shift), self.config.eps, dtype, fused=fused)))
+
+    def unpatchify(self, values: Tensor, grid: Grid) -> Tensor:
+        """[B, S, patch values x channels] of the whole sequence -> [B, C, T, H, W]."""
+        p_t, p_h, p_w = self.config.patch_size
+        values = values.reshape(values.shape[0], *grid, p_t, p_h, p_w, self.config.out_channels)
+        # [B, t, h, w, p_t, p_h, p_w, C] -> [B, C, t, p_t, h, p_h, w, p_w]
+        values = values.permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return values.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def rope_table(self, grid: Grid, device: torch.device | str = "cpu") -> Rope:
+        """Rotary cosines and sines of a whole grid, each [S, head_dim / 2] float32; the last few grids' are remembered.
+
+        Raises:
+            ValueError: a grid axis longer than `rope_max_seq_len`.
+        """
+        if max(grid) > self.config.rope_max_seq_len:
+            raise ValueError(f"token grid {grid} exceeds the longest axis, {self.config.rope_max_seq_len}")
+        return rope_table(grid, self.config.attention_head_dim, torch.device(device))
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Training keeps only each block's input and recomputes the rest; without gradients it changes nothing."""
+        self.gradient_checkpointing = enabled
+
+    def compile_blocks(self, **options: object) -> None:
+        """Compiles the pieces of the blocks (`WanBlock.PIECES`) with `torch.compile`, each once for all blocks.
+
+        One graph for each shape of the latent; the text may have any length. A piece that cannot be compiled whole raises
+        `CompileError`: nothing is left uncompiled in silence.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        self.compiled = True
+        for name in WanBlock.PIECES:
+            piece = compiled(getattr(WanBlock, name), **options)
+            for block in self.blocks:
+                setattr(block, name, MethodType(piece, block))
+
+    def use_fused(self, fused: bool) -> None:
+        """Whether kernels of `ops.fused` do the work between the products, where they can run."""
+        self.fused = fused
+        for module in self.blocks.modules():
+            if isinstance(module, WanBlock | Float8Linear):
+                module.fused = fused
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fresh weights to train from: Xavier in linear layers, zeros in the last, so that the first velocity is 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: the convolution counts as its product
+                nn.init.zeros_(cast(Tensor, module.bias))
+            elif isinstance(module, nn.RMSNorm | nn.LayerNorm) and module.elementwise_affine:
+                module.reset_parameters()
+        for embedder in (self.condition_embedder.time_embedder, self.condition_embedder.text_embedder):
+            nn.init.normal_(embedder.linear_1.weight, std=0.02)
+            nn.init.normal_(embedder.linear_2.weight, std=0.02)
+        for table in [self.scale_shift_table, *(cast(WanBlock, block).scale_shift_table for block in self.blocks)]:
+            nn.init.normal_(table, std=self.config.dim**-0.5)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def _run_stack(
+        self, embedded: Embedded, attention: AttentionFn, cache: StepCache, stack: Iterable[nn.Module]
+    ) -> Tensor:
+        tokens = embedded.tokens
+        for index, block in enumerate(stack):
+            here = replace(embedded, tokens=tokens)
+            compute = partial(self._run_block, cast(WanBlock, block), index, here, attention, cache)
+            if "block" in cache.levels:
+                site = Site("block", index, len(self.blocks))
+                tokens = cache.at(site, compute, Signal(tokens, embedded.modulation))
+            else:
+                tokens = compute()
+        return tokens
+
+    def _run_block(
+        self, block: WanBlock, index: int, embedded: Embedded, attention: AttentionFn, cache: StepCache
+    ) -> Tensor:
+        weighted = block.weighs_text(embedded.tokens, embedded.text.rows.dtype)
+        text = embedded.text.keys(index, block.text_keys, weighted)
+        if self.compiled:
+            let_length_vary(text)
+        inputs = (embedded.tokens, text, embedded.modulation, embedded.rope, attention)
+        if MODULE_LEVELS & cache.levels:
+            return block.forward_at_sites(*inputs, ask=partial(self._ask, cache, index, embedded.modulation))
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
+        if index == 0 and embedded.start is not None:
+            attend = partial(block.attend, rope=embedded.rope, dtype=text.v.dtype, attention=attention)
+            attended = embedded.start.get(embedded.tokens, embedded.modulation, attend)
+            return cast(Tensor, block(attended, text, embedded.modulation, None, attention))
+        return cast(Tensor, block(*inputs))
+
+    def _ask(
+        self, cache: StepCache, index: int, time: Tensor, level: Level, compute: Callable[[], Tensor], entering: Tensor
+    ) -> Tensor:
+        if level not in cache.levels:
+            return compute()
+        return cache.at(Site(level, index, len(self.blocks)), compute, Signal(entering, time))
+
+    def _checked_grid(self, latent: Tensor, timestep: Tensor, text: Tensor | PreparedText) -> tuple[Grid, int]:
+        """The token grid, and how many branches' text there is for the latent."""
+        channels, patch = self.config.in_channels, self.config.patch_size
+        if latent.ndim != 5 or latent.shape[1] != channels:
+            raise ValueError(f"latent is {list(latent.shape)}; expected [B, {channels}, T, H, W]")
+        if any(size % step or not size for size, step in zip(latent.shape[2:], patch, strict=True)):
+            raise ValueError(f"latent axes {list(latent.shape[2:])} are not multiples of the patch {list(patch)}")
+        batch = latent.shape[0]
+        if timestep.ndim != 1 or len(timestep) not in (1, batch):
+            raise ValueError(f"timestep is {list(timestep.shape)}; expected [{batch}] or [1]")
+        given, width = (text, self.config.text_dim) if isinstance(text, Tensor) else (text.rows, self.config.dim)
+        if given.ndim != 3 or given.shape[0] % batch or not given.shape[0] or given.shape[2] != width:
+            raise ValueError(f"text is {list(given.shape)}; expected [{batch}, L, {width}]")
+        frames, rows, columns = (size // step for size, step in zip(latent.shape[2:], patch, strict=True))
+        return (frames, rows, columns), given.shape[0] // batch
+
+
+def sinusoids(timestep: Tensor, width: int) -> Tensor:
+    """timestep [B] -> [B, width] float32: cosines, then sines, of width / 2 geometric frequencies from 1 downward."""
+    half = width // 2
+    # the order of these float32 operations is diffusers': at t = 1000 another order differs by 1e-4
+    exponent = -math.log(_TIME_PERIOD) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+    angles = timestep.float()[:, None] * exponent.exp()[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+@lru_cache(maxsize=4)
+def rope_table(grid: Grid, head_dim: int, device: torch.device) -> Rope:
+    """Rotary cosines and sines of a grid, each [S, head_dim / 2] float32: 17 MB both at 32,760 tokens and 128 channels.
+
+    "RoFormer" (arXiv 2104.09864) along three axes: rows and columns take 2 * (head_dim // 6) channels each, frames
+    the rest. Angles are float64 until after the cosine. They depend on nothing but the arguments, so that all networks and
+    tasks share them; nobody may write into them.
+    """
+    side = 2 * (head_dim // 6)
+    widths = (head_dim - 2 * side, side, side)
+    angles = []
+    for axis, (length, width) in enumerate(zip(grid, widths, strict=True)):
+        frequencies = _ROPE_THETA ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
+        # [length, width / 2]
+        along = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequencies)
+        view = [1, 1, 1, width // 2]
+        view[axis] = length
+        angles.append(along.view(view).expand(*grid, -1))
+    table = torch.cat(angles, dim=-1).flatten(0, 2)  # [S, head_dim / 2]
+    return table.cos().float().to(device), table.sin().float().to(device)

@@ -1,0 +1,82 @@
+"""Whether a model can do a request, asked before it is taken in. Knows sizes and memory; runs nothing.
+
+What it rests on is read once, so that any thread may ask at any time, whatever becomes of the backend meanwhile.
+"""
+
+from __future__ import annotations
+
+from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.errors import WillNotFitError
+from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache
+from chitu_diffusion.media.video import check_save_path
+from chitu_diffusion.memory.estimate import total_memory
+from chitu_diffusion.memory.offload import TOP_LEVEL
+from chitu_diffusion.pipelines.request import cache_shapes, resolve_request, stages_of
+from chitu_diffusion.task import DiffusionTask
+
+
+class Admission:
+    """What a loaded model can do.
+
+    Args:
+        backend: the model.
+    """
+
+    def __init__(self, backend: DiffusionBackend) -> None:
+        self._spec, self._sizes = backend.spec, backend.sizes()
+        self._device, self._item = backend.device, backend.dtype.itemsize
+        self._output_dir = backend.args.output.dir
+        self._cache_limit = backend.args.infer.diffusion.cache_memory_gb
+
+    def check(self, task: DiffusionTask) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            UsageError: a value that this model cannot do.
+            WillNotFitError: more memory than there is, at every memory level.
+        """
+        resolved = resolve_request(
+            task.params, self._spec, seed=task.seed, task_id=task.task_id, output_dir=self._output_dir
+        )
+        parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 0)
+        cache = cache_bytes(resolved.flexcache, cache_shapes(resolved, self._spec, self._item), self._cache_limit)
+        check_save_path(resolved.save_path or "")
+        for stage in stages_of(resolved):
+            self._check_memory(resolved.num_frames or 1, stage.height, stage.width, cache, resolved.flexcache)
+
+    def _check_memory(self, frames: int, height: int, width: int, cache: int, flexcache: object) -> None:
+        total, peak = total_memory(self._device), self._peak(frames, height, width)
+        if peak > total:
+            raise WillNotFitError(
+                f"{width}x{height} with {frames} frames needs about {peak / 2**30:.1f} GiB at the highest memory level; "
+                f"{self._device} has {total / 2**30:.1f} GiB; {self._largest(frames, height, width, total)}"
+            )
+        if peak + cache > total:
+            raise WillNotFitError(
+                f"flexcache {flexcache} would keep {cache / 2**30:.1f} GiB beside the {peak / 2**30:.1f} GiB that "
+                f"the video needs; {self._device} has {total / 2**30:.1f} GiB; flexcache meancache would do"
+            )
+
+    def _peak(self, frames: int, height: int, width: int) -> int:
+        return self._sizes.peak(TOP_LEVEL, self._spec.tokens(frames, height, width), frames, height, width)
+
+    def _largest(self, frames: int, height: int, width: int, total: int) -> str:
+        """The longest video of this size that the estimate lets through, or the largest size."""
+        for shorter in range(frames - 4, 0, -4):
+            if self._peak(shorter, height, width) <= total:
+                return f"{shorter} frames of this size would do"
+        while height > 32 and width > 32:
+            height, width = height // 32 * 16, width // 32 * 16
+            if self._peak(1, height, width) <= total:
+                return f"{width}x{height} would do"
+        return "no size of this model would do"
+
+
+def smaller(task: DiffusionTask) -> str:
+    """What to try in place of a request that ran out of memory."""
+    resolved = task.resolved or task.params
+    if resolved.num_frames is None or resolved.height is None or resolved.width is None:
+        return "fewer frames or a smaller size would do"
+    frames = max(1, (resolved.num_frames // 2) // 4 * 4 + 1)
+    height, width = (max(16, side * 3 // 4 // 16 * 16) for side in (resolved.height, resolved.width))
+    return f"try num_frames={frames}, or {width}x{height} in place of {resolved.width}x{resolved.height}"

@@ -1,0 +1,1 @@
+"""Solvers of the flow, and the noise that they start from."""

@@ -1,0 +1,1 @@
+"""Checkpoint files, read strictly and straight to their device."""

@@ -1,0 +1,266 @@
+"""Files of tensors: what lies in them and whether they are whole. The reading half of `chitu_diffusion.weights.loader`.
+
+Knows safetensors (one or many shards, with or without an index) and torch's `.pth`; no modules, no networks. Headers
+are checked against the file's size before any value is read. A fault is a `CheckpointError` that names file and key.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from chitu_diffusion.errors import CheckpointError
+
+FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INDEX_ENDING = ".safetensors.index.json"
+_TORCH_ENDINGS = (".pth", ".pt", ".bin")
+_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+# Reading a hostile pickle through weights_only is safe from here on: CVE-2025-32434 and its relatives are closed.
+_SAFE_PICKLE = (2, 10)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file: where, its shape and dtype, and its place in the file's order."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    position: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of its values."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class _TensorFile(Protocol):
+    path: Path
+    entries: dict[str, Stored]
+
+    def read(self, key: str) -> Tensor: ...
+
+
+class _SafetensorsFile:
+    """One `.safetensors` file; its header is read at once, its tensors when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries = _safetensors_entries(path)
+        try:
+            self._handle = safe_open(str(path), framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"a weights file cannot be read: {error}", file=path) from error
+
+    def read(self, key: str) -> Tensor:
+        """The tensor, on the CPU; backed by the file where the platform can map it."""
+        return cast(Tensor, self._handle.get_tensor(key))
+
+
+class _TorchFile:
+    """One file of torch.save that holds a flat {name: tensor}; mapped, not read, where its format allows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tensors = _torch_tensors(path)
+        self.entries = {
+            key: Stored(path, tuple(tensor.shape), _checked_float(path, key, str(tensor.dtype), tensor.dtype), place)
+            for place, (key, tensor) in enumerate(self._tensors.items())
+        }
+
+    def read(self, key: str) -> Tensor:
+        """The tensor, on the CPU."""
+        return self._tensors[key]
+
+
+class WeightFiles:
+    """The tensors of one network on disk, by name, whatever files they lie in.
+
+    Args:
+        path: a `.safetensors` file, an index of shards, a `.pth` file, or a folder that holds them.
+        stem: in a folder, how the files begin ("diffusion_pytorch_model", "model").
+
+    Attributes:
+        entries: name -> where and what. Names are the files' own.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or mislabelled, or holds numbers that are not floats.
+    """
+
+    def __init__(self, path: str | Path, stem: str = "diffusion_pytorch_model") -> None:
+        self.path = Path(path)
+        paths, weight_map = _locate(self.path, stem)
+        self._files: dict[Path, _TensorFile] = {file: _open(file) for file in paths}
+        if weight_map is not None:
+            _check_index(self.path, weight_map, self._files)
+        self.entries: dict[str, Stored] = {}
+        for file in self._files.values():
+            for key, stored in file.entries.items():
+                if key in self.entries:
+                    raise CheckpointError(
+                        "a tensor stands in two shards", file=self.entries[key].file, key=key, found=file.path
+                    )
+                self.entries[key] = stored
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return list(self._files)
+
+    def read(self, key: str) -> Tensor:
+        """The tensor of that name, on the CPU, in its stored dtype; do not write into it."""
+        stored = self.entries[key]
+        try:
+            return self._files[stored.file].read(key)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"a tensor cannot be read: {error}", file=stored.file, key=key) from error
+
+
+def _locate(path: Path, stem: str) -> tuple[list[Path], dict[str, str] | None]:
+    """The files to open, and an index's {key: file name} if there is one."""
+    if path.is_dir():
+        single, index = path / f"{stem}.safetensors", path / (stem + INDEX_ENDING)
+        if single.exists():
+            return [single], None
+        if index.exists():
+            return _indexed(index)
+        shards = sorted(path.glob(f"{stem}-*-of-*.safetensors"))
+        if shards:
+            return _complete(shards), None
+        raise CheckpointError(
+            "there are no weights", file=path, expected=f"{stem}.safetensors, or shards of it", found="neither"
+        )
+    if not path.exists():
+        raise CheckpointError("a weights file is missing", file=path)
+    return _indexed(path) if path.name.endswith(INDEX_ENDING) else ([path], None)
+
+
+def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        pairs = {str(key): str(name) for key, name in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"an index of shards cannot be read: {type(error).__name__}: {error}", file=index
+        ) from error
+    for key, name in pairs.items():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                "an index names something that is no shard beside it", file=index, key=key, found=name
+            )
+        if not (index.parent / name).exists():
+            raise CheckpointError("a shard is missing", file=index.parent / name, key=key)
+    return [index.parent / name for name in sorted(set(pairs.values()))], pairs
+
+
+def _complete(shards: list[Path]) -> list[Path]:
+    total = shards[0].stem.rpartition("-of-")[2]
+    stem = shards[0].stem.rpartition("-of-")[0].rpartition("-")[0]
+    expected = [f"{stem}-{number:0{len(total)}d}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
+    found = [shard.name for shard in shards]
+    if found != expected:
+        absent = sorted(set(expected) - set(found)) or sorted(set(found) - set(expected))
+        raise CheckpointError(
+            "the shards are not one complete set", file=shards[0].parent, expected=expected[-1], found=few(absent)
+        )
+    return shards
+
+
+def _check_index(path: Path, weight_map: Mapping[str, str], files: Mapping[Path, _TensorFile]) -> None:
+    for file in files.values():
+        named = {key for key, name in weight_map.items() if name == file.path.name}
+        lacking, unnamed = sorted(named - file.entries.keys()), sorted(file.entries.keys() - named)
+        if lacking:
+            raise CheckpointError("a shard lacks what the index says it holds", file=file.path, key=few(lacking))
+        if unnamed:
+            raise CheckpointError(
+                f"a shard holds what the index of {path} does not say", file=file.path, key=few(unnamed)
+            )
+
+
+def _open(path: Path) -> _TensorFile:
+    if path.suffix == ".safetensors":
+        return _SafetensorsFile(path)
+    if path.suffix in _TORCH_ENDINGS:
+        return _TorchFile(path)
+    raise CheckpointError("not a weights file", file=path, expected=f".safetensors or {', '.join(_TORCH_ENDINGS)}")
+
+
+def _safetensors_entries(path: Path) -> dict[str, Stored]:
+    """Reads a header: 8 bytes of its length (little endian), then JSON {name: {dtype, shape, data_offsets}}."""
+    size = -1
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(_MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    "a weights file is truncated or no safetensors file", file=path, found=f"{size} bytes"
+                )
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        ends = [info["data_offsets"][1] for info in header.values()]
+        found = {key: (info["dtype"], tuple(info["shape"]), info["data_offsets"][0]) for key, info in header.items()}
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"a weights file has no readable header: {error}", file=path, found=f"{size} bytes"
+        ) from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        word = "truncated" if size < expected else "longer than its header says"
+        raise CheckpointError(
+            f"a weights file is {word}", file=path, expected=f"{expected} bytes", found=f"{size} bytes"
+        )
+    return {
+        key: Stored(path, shape, _checked_float(path, key, kind, FLOAT_TYPES.get(kind)), start)
+        for key, (kind, shape, start) in found.items()
+    }
+
+
+def _torch_tensors(path: Path) -> dict[str, Tensor]:
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if release < _SAFE_PICKLE:
+        raise CheckpointError(
+            "this torch is too old to read a .pth file safely",
+            file=path,
+            expected="torch >= " + ".".join(map(str, _SAFE_PICKLE)),
+            found=torch.__version__,
+            remedy="update torch, or convert the file to safetensors elsewhere",
+        )
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"a weights file cannot be read: {reason}", file=path, found=f"{path.stat().st_size} bytes"
+        ) from error
+    if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
+        raise CheckpointError(
+            "not a flat table of tensors", file=path, expected="{name: tensor}", found=type(data).__name__
+        )
+    return {str(key): value for key, value in data.items()}
+
+
+def _checked_float(path: Path, key: str, found: str, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype not in FLOAT_TYPES.values():
+        raise CheckpointError(
+            "a tensor is not of floats", file=path, key=key, expected=" or ".join(FLOAT_TYPES), found=found
+        )
+    assert dtype is not None
+    return dtype
+
+
+def few(names: Iterable[str]) -> str:
+    """The first three names and how many more, for a message."""
+    listed = list(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -1,0 +1,281 @@
+"""Weights between disk and device: strict, one tensor at a time, never a second copy in memory.
+
+Knows modules built on the meta device and, through `chitu_diffusion.weights.files`, files of tensors. It does not know
+which network it fills or how other layouts call its parameters: tables of names are handed in. Every fault of a
+checkpoint is a `CheckpointError` that names file, key, what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from chitu_diffusion.errors import CheckpointError
+from chitu_diffusion.weights.files import INDEX_ENDING, Stored, WeightFiles, few
+
+__all__ = ["WeightFiles", "fingerprint", "load_into", "match_names", "save_weights", "write_json"]
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]  # (bytes read, bytes in all)
+
+
+def load_into(
+    module: nn.Module,
+    weights: WeightFiles,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    keep_float32: Collection[str] = (),
+    names: Mapping[str, str] | None = None,
+    ties: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    placed: Callable[[str], None] | None = None,
+) -> None:
+    """Fills a module (built on the meta device) from files, each tensor straight to its device and dtype.
+
+    Args:
+        module: its parameters and persistent buffers are replaced.
+        weights: the files.
+        device, dtype: where and as what; dtype None keeps what is stored.
+        keep_float32: parts of dotted names that are float32 whatever `dtype` says.
+        names: our name -> name in the files; None: the same.
+        ties: {second name: first name} of parameters that are one tensor. Files may hold either or both.
+        progress: called after each tensor.
+        placed: called with each tensor's name when it is in its module, which may then make something else of it: the next
+            tensor is read afterwards.
+
+    Raises:
+        CheckpointError: a tensor is missing, extra or misshapen; nothing has been loaded then.
+    """
+    ties = ties or {}
+    wanted = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if name not in ties}
+    plan = match_names({name: tuple(tensor.shape) for name, tensor in wanted.items()}, weights, names=names, ties=ties)
+    total, done = sum(weights.entries[key].bytes for key in plan.values()), 0
+    # file by file, in the file's own order, so that a disk reads straight on
+    for name, key in sorted(plan.items(), key=lambda item: _place(weights.entries[item[1]])):
+        stored = weights.entries[key]
+        kept = not set(name.split(".")).isdisjoint(keep_float32)
+        loaded = torch.empty(stored.shape, dtype=torch.float32 if kept else dtype or stored.dtype, device=device)
+        loaded.copy_(weights.read(key))
+        _put(module, name, loaded, wanted[name])
+        del loaded
+        if placed is not None:
+            placed(name)
+        done += stored.bytes
+        if progress is not None:
+            progress(done, total)
+    for second, first in ties.items():
+        owner, _, leaf = second.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, module.get_parameter(first))
+
+
+def match_names(
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: WeightFiles,
+    *,
+    names: Mapping[str, str] | None = None,
+    ties: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Which stored tensor fills which parameter: {our name: name in the files}. Reads no values but tied doubles.
+
+    Args:
+        shapes: of the network's parameters, by our names.
+        weights, names, ties: as for `load_into`.
+
+    Raises:
+        CheckpointError: missing, extra or misshapen tensors; tied doubles that differ.
+    """
+    names, ties = names or {}, ties or {}
+    plan = {name: names.get(name, name) for name in shapes}
+    doubles: set[str] = set()
+    for second, first in ties.items():
+        stored_second, stored_first = names.get(second, second), plan[first]
+        if stored_second in weights.entries and stored_second != stored_first:
+            if stored_first not in weights.entries:
+                plan[first] = stored_second
+            else:
+                _check_double(weights, stored_first, stored_second)
+                doubles.add(stored_second)
+    missing = [key for key in plan.values() if key not in weights.entries]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} tensor(s) missing",
+            file=weights.path,
+            key=few(missing),
+            expected=len(plan),
+            found=len(weights.entries),
+        )
+    extra = weights.entries.keys() - set(plan.values()) - doubles
+    if extra:
+        file = weights.entries[min(extra)].file
+        raise CheckpointError(
+            f"{len(extra)} tensor(s) that the network does not have", file=file, key=few(sorted(extra))
+        )
+    for name, key in plan.items():
+        stored = weights.entries[key]
+        if stored.shape != shapes[name]:
+            raise CheckpointError(
+                "a tensor has the wrong shape",
+                file=stored.file,
+                key=key,
+                expected=list(shapes[name]),
+                found=list(stored.shape),
+            )
+    return plan
+
+
+def save_weights(
+    tensors: Mapping[str, Tensor],
+    folder: str | Path,
+    stem: str = "diffusion_pytorch_model",
+    *,
+    dtype: torch.dtype | None = None,
+    keep_float32: Collection[str] = (),
+    max_shard_bytes: int = 5 * 2**30,
+) -> list[Path]:
+    """Writes a network's tensors as safetensors: one file, or numbered shards with an index.
+
+    Each file is written as `.part` and renamed, the index last; older files of the same stem are removed after that.
+    At most one shard is held in memory beside `tensors`, which may be backed by files.
+
+    Args:
+        tensors: by name.
+        folder: is made if it does not exist.
+        stem: how the files begin.
+        dtype: stored floats; None keeps each tensor's own.
+        keep_float32: parts of dotted names that are stored in float32 whatever `dtype` says.
+        max_shard_bytes: of one file's values.
+
+    Returns:
+        The files, the index among them.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = {
+        name: torch.float32 if not set(name.split(".")).isdisjoint(keep_float32) else dtype or tensor.dtype
+        for name, tensor in tensors.items()
+    }
+    sizes = {name: tensor.numel() * kinds[name].itemsize for name, tensor in tensors.items()}
+    shards = _shards(sizes, max_shard_bytes)
+    written: list[Path] = []
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        plain = len(shards) == 1
+        file = folder / (f"{stem}.safetensors" if plain else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors")
+        # clones, since safetensors refuses tensors that share memory, as views of one file do
+        values = {name: tensors[name].detach().to("cpu", kinds[name], copy=True).contiguous() for name in shard}
+        part = file.with_name(file.name + ".part")
+        save_file(values, str(part), metadata={"format": "pt"})
+        os.replace(part, file)
+        written.append(file)
+        weight_map.update(dict.fromkeys(shard, file.name))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+        written.append(write_json(folder / (stem + INDEX_ENDING), index))
+    for old in [*folder.glob(f"{stem}.safetensors*"), *folder.glob(f"{stem}-*-of-*.safetensors")]:
+        if old not in written:
+            old.unlink()
+    return written
+
+
+def write_json(file: Path, data: Mapping[str, Any]) -> Path:
+    """Writes an object as JSON, through `.part` and a rename; returns the file."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, file)
+    return file
+
+
+def fingerprint(folder: str | Path, cache_dir: str | Path | None = None) -> str:
+    """SHA-256 of all weights in a folder: over "relative/path sha256-of-file" lines of its `.safetensors` and `.pth`.
+
+    Args:
+        folder: a model's folder.
+        cache_dir: remembers each file's hash by path, size and time of change; None: hash everything anew.
+
+    Raises:
+        CheckpointError: there are no weights in the folder.
+    """
+    folder = Path(folder)
+    files = sorted(f for f in folder.rglob("*") if f.suffix in (".safetensors", ".pth") and f.is_file())
+    if not files:
+        raise CheckpointError("there are no weights", file=folder)
+    memory = Path(cache_dir) / "weights-sha256.json" if cache_dir is not None else None
+    known = _recall(memory) if memory is not None else {}
+    digest = hashlib.sha256()
+    fresh = False
+    for file in files:
+        state = file.stat()
+        key, stamp = str(file.resolve()), [state.st_size, state.st_mtime_ns]
+        if known.get(key, [None])[:2] != stamp:
+            with file.open("rb") as stream:
+                known[key] = [*stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
+            fresh = True
+        digest.update(f"{file.relative_to(folder).as_posix()} {known[key][2]}\n".encode())
+    if fresh and memory is not None:
+        _remember(memory, known)
+    return digest.hexdigest()
+
+
+def _remember(memory: Path, known: Mapping[str, Any]) -> None:
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, known)
+    except OSError as error:
+        logger.debug("cannot remember the weights' hashes in %s: %s", memory, error)  # the next run hashes them once more
+
+
+def _recall(memory: Path) -> dict[str, list[Any]]:
+    try:
+        data = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # a spoilt memory costs one more hashing, nothing else
+    return (
+        {key: value for key, value in data.items() if isinstance(value, list) and len(value) == 3}
+        if isinstance(data, dict)
+        else {}
+    )
+
+
+def _check_double(weights: WeightFiles, first: str, second: str) -> None:
+    if not torch.equal(weights.read(first), weights.read(second)):
+        raise CheckpointError(
+            "two names of one tensor hold different values",
+            file=weights.entries[second].file,
+            key=second,
+            expected=f"as {first}",
+        )
+
+
+def _put(module: nn.Module, name: str, loaded: Tensor, old: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    if isinstance(old, nn.Parameter):
+        module.get_submodule(owner).register_parameter(leaf, nn.Parameter(loaded, requires_grad=old.requires_grad))
+    else:
+        module.get_submodule(owner).register_buffer(leaf, loaded)
+
+
+def _place(stored: Stored) -> tuple[str, int]:
+    return str(stored.file), stored.position
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
