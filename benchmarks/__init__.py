@@ -1,1 +1,3 @@
-"""Measurements of speed and fidelity, each one command: `python -m benchmarks.NAME --help` says what it takes."""
+"""Measurements of speed and fidelity, each one command: `python -m benchmarks.NAME --help` says what it
+takes.
+"""

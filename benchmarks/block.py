@@ -1,13 +1,16 @@
-"""What fused kernels, `torch.compile` and 8-bit linear layers are worth: kernels alone, one block, one whole forward.
+"""What fused kernels, `torch.compile` and 8-bit linear layers are worth: kernels alone, one block, one whole
+forward.
 
-    python benchmarks/block.py                                   Wan2.1-1.3B, 832x480, 81 frames (32,760 tokens), on the GPU
+    python benchmarks/block.py                                   Wan2.1-1.3B, 832x480, 81 frames (32,760
+                                                                 tokens), on the GPU
     python benchmarks/block.py --model Wan2.1-T2V-14B --layers 8
-    python benchmarks/block.py --small --device cpu              a toy network, in seconds; "compiled" is then traced only
+    python benchmarks/block.py --small --device cpu              a toy network, in seconds; "compiled" is then
+                                                                 traced only
 
-Random weights, one guidance branch, batch 1, a text of 130 rows padded to 512. Times are medians by CUDA events; the
-first call of each variant is reported apart. The error is that of the velocity against the same weights in float32. Results
-are written after every section to benchmarks/results/; a section that fails is reported there and the rest goes on. Knows the
-transformer; no text, VAE or steps.
+Random weights, one guidance branch, batch 1, a text of 130 rows padded to 512. Times are medians by CUDA
+events; the first call of each variant is reported apart. The error is that of the velocity against the same
+weights in float32. Results are written after every section to benchmarks/results/; a section that fails is
+reported there and the rest goes on. Knows the transformer; no text, VAE or steps.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +66,18 @@ TEXT_ROWS, TEXT_POSITIONS = 130, 512  # a prompt, or Wan's negative one, with it
 SHARES = {  # by parts of kernels' names; the first that fits, else element-wise
     "element-wise": ("triton_poi", "triton_red", "triton_per"),
     "attention": ("flash", "fmha", "sdpa", "attention", "attn"),
-    "matrix products": ("gemm", "cutlass", "xmma", "cublas", "nvjet", "scaled_mm", "mm_kernel", "cudnn", "addmm", "splitk"),
+    "matrix products": (
+        "gemm",
+        "cutlass",
+        "xmma",
+        "cublas",
+        "nvjet",
+        "scaled_mm",
+        "mm_kernel",
+        "cudnn",
+        "addmm",
+        "splitk",
+    ),
     "copies and casts": ("memcpy", "memset", "copy"),
 }
 
@@ -134,8 +149,8 @@ class Bench:
         return taken
 
     def ms(self, work: Callable[[], object], repeats: int = 5) -> float:
-        """Median milliseconds after one warm-up; on a GPU of several calls in a row, for a short one is over before the host
-        has begun the next."""
+        """Median milliseconds after one warm-up; on a GPU of several calls in a row, for a short one is over
+        before the host has begun the next."""
         self.seconds(work, 1)
         calls = CALLS if self.cuda else 1
         return 1e3 * statistics.median(self.seconds(lambda: [work() for _ in range(calls)], repeats)) / calls
@@ -174,7 +189,9 @@ class Bench:
         for name, rows in self.rows.items():
             columns = list(dict.fromkeys(key for row in rows for key in row))
             lines += [f"## {name}", "", f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
-            lines += [f"| {' | '.join(shown(row.get(column)) for column in columns)} |" for row in rows] + [""]
+            lines += [f"| {' | '.join(shown(row.get(column)) for column in columns)} |" for row in rows] + [
+                ""
+            ]
         lines += [f"failed: {name}: {text.strip().splitlines()[-1]}" for name, text in self.failures.items()]
         file.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
@@ -218,16 +235,32 @@ def kernels(bench: Bench) -> None:
     ms = bench.ms(lambda: copied.copy_(wide))
     bench.add("kernels", name="copy", twin_ms=ms, gb_per_s=2 * wide.numel() * item / ms / 1e6)
     cases: list[tuple[str, Callable[[bool], object], float]] = [  # (name, work(fused), bytes that must move)
-        ("norm, modulate", lambda f: fused.layer_norm(x, affine, eps, x.dtype, fused=f), 2 * item * x.numel()),
-        ("norm, modulate, 8 bits", lambda f: fused.layer_norm(x, affine, eps, x.dtype, float8=True, fused=f), 3 * x.numel()),
+        (
+            "norm, modulate",
+            lambda f: fused.layer_norm(x, affine, eps, x.dtype, fused=f),
+            2 * item * x.numel(),
+        ),
+        (
+            "norm, modulate, 8 bits",
+            lambda f: fused.layer_norm(x, affine, eps, x.dtype, float8=True, fused=f),
+            3 * x.numel(),
+        ),
         ("residual", lambda f: fused.add_gated(x, added, gate, fused=f), 3 * item * x.numel()),
-        ("residual, norm", lambda f: fused.add_gated_norm(x, added, gate, affine, eps, x.dtype, fused=f), 4 * item * x.numel()),
+        (
+            "residual, norm",
+            lambda f: fused.add_gated_norm(x, added, gate, affine, eps, x.dtype, fused=f),
+            4 * item * x.numel(),
+        ),
         (
             "residual, norm, 8 bits",
             lambda f: fused.add_gated_norm(x, added, gate, affine, eps, x.dtype, float8=True, fused=f),
             (3 * item + 1) * x.numel(),
         ),
-        ("q, k norm, turn", lambda f: fused.norm_and_rotate(x, added, weights, eps, rope, heads, fused=f), 4 * item * x.numel()),
+        (
+            "q, k norm, turn",
+            lambda f: fused.norm_and_rotate(x, added, weights, eps, rope, heads, fused=f),
+            4 * item * x.numel(),
+        ),
         ("gelu", lambda f: fused.gelu(wide, fused=f), 2 * item * wide.numel()),
         ("gelu, 8 bits", lambda f: fused.gelu(wide, float8=True, fused=f), (item + 1) * wide.numel()),
         ("8 bits", lambda f: fused.quantise(x, fused=f), (item + 1) * x.numel()),
@@ -246,7 +279,9 @@ def kernels(bench: Bench) -> None:
 
 
 def text_attention(bench: Bench, x: Tensor, heads: int, rows: int) -> Callable[[bool], Tensor]:
-    """Work(fused) of the queries' norm and the cross-attention: over a padded text, or over its `rows` that differ."""
+    """Work(fused) of the queries' norm and the cross-attention: over a padded text, or over its `rows` that
+    differ.
+    """
     with bench.device:
         k, v = (torch.randn(1, rows, heads, x.shape[-1] // heads).to(x.dtype) for _ in range(2))
         weight, bias = torch.rand(x.shape[-1]).to(x.dtype), torch.zeros(1, rows)
@@ -263,7 +298,9 @@ def text_attention(bench: Bench, x: Tensor, heads: int, rows: int) -> Callable[[
 
 
 def text_launches(bench: Bench, heads: int, rows: int) -> None:
-    """Ways to start the text attention: how many tokens and keys, which warps, and programs that share a tile's heads."""
+    """Ways to start the text attention: how many tokens and keys, which warps, and programs that share a
+    tile's heads.
+    """
     ours = cross_attention.cross_attention_triton
     own = ours.launch_text
     with bench.device:
@@ -302,8 +339,12 @@ def launches(bench: Bench) -> None:
         rope, weights = (angles.cos(), angles.sin()), (scale[0, 0].to(x.dtype), shift[0, 0].to(x.dtype))
         turned, row = own[0](dim), own[1](dim)
         works = {
-            "residual, norm": lambda: fused.add_gated_norm(x, added, gate, (scale, shift), 1e-6, x.dtype, fused=True),  # noqa: B023
-            "q, k norm, turn": lambda: fused.norm_and_rotate(x, added, weights, 1e-6, rope, dim // 128, fused=True),  # noqa: B023
+            "residual, norm": partial(
+                fused.add_gated_norm, x, added, gate, (scale, shift), 1e-6, x.dtype, fused=True
+            ),
+            "q, k norm, turn": partial(
+                fused.norm_and_rotate, x, added, weights, 1e-6, rope, dim // 128, fused=True
+            ),
         }
         for warps in (1, 2, 4, 8, 16):
             ours.launch = lambda _: (*turned[:2], {"num_warps": warps})  # noqa: B023
@@ -312,8 +353,15 @@ def launches(bench: Bench) -> None:
                 speeds = {name: 4e-6 * item * x.numel() / bench.ms(work) for name, work in works.items()}
             finally:
                 ours.launch, ours.launch_row = own
-            chosen = [name for name, (_, _, options) in zip(works, (row, turned), strict=True) if options["num_warps"] == warps]
-            names = {"residual_norm_gb_per_s": speeds["residual, norm"], "norm_turn_gb_per_s": speeds["q, k norm, turn"]}
+            chosen = [
+                name
+                for name, (_, _, options) in zip(works, (row, turned), strict=True)
+                if options["num_warps"] == warps
+            ]
+            names = {
+                "residual_norm_gb_per_s": speeds["residual, norm"],
+                "norm_turn_gb_per_s": speeds["q, k norm, turn"],
+            }
             bench.add("launches", dim=dim, warps=warps, **names, chosen=" and ".join(chosen) or None)
 
 
@@ -330,7 +378,10 @@ def products(bench: Bench) -> None:
         quantised, operations = fused.quantise(x), 2e-9 * bench.tokens * rows * columns
         wide, small = bench.ms(lambda: linear(x)), bench.ms(lambda: layer(quantised))  # noqa: B023
         row = {"name": f"{rows} to {columns}", "ms": wide, "tflop_per_s": operations / wide, "fp8_ms": small}
-        row |= {"fp8_tflop_per_s": operations / small, "fp8_relative_error": relative_error(layer(quantised), linear(x))}
+        row |= {
+            "fp8_tflop_per_s": operations / small,
+            "fp8_relative_error": relative_error(layer(quantised), linear(x)),
+        }
         if columns == ffn and fused.has_linear_gelu(x, linear.weight, True):
             row["then_gelu_ms"] = bench.ms(lambda: F.gelu(linear(x), approximate="tanh"))  # noqa: B023
             row["gelu_inside_ms"] = bench.ms(lambda: fused.linear_gelu(x, linear.weight, linear.bias))  # noqa: B023
@@ -350,7 +401,9 @@ def reference(bench: Bench) -> None:
 
 
 def variant(bench: Bench, name: str, fuse: bool, compile_: bool, in_float8: bool) -> None:
-    """One way to run the network: first call, later calls, one block alone, memory, error, and where the time goes."""
+    """One way to run the network: first call, later calls, one block alone, memory, error, and where the time
+    goes.
+    """
     network = bench.network
     if in_float8 and not bench.float8:
         keep = Float8Plan().keep if bench.config.num_layers > 2 else ()
@@ -377,7 +430,9 @@ def variant(bench: Bench, name: str, fuse: bool, compile_: bool, in_float8: bool
     block = network.blocks[1]
     weighted = block.weighs_text(embedded.tokens, embedded.text.rows.dtype)
     text = embedded.text.keys(1, block.text_keys, weighted)
-    row["block_ms"] = bench.ms(lambda: block(embedded.tokens, text, embedded.modulation, embedded.rope, bench.attention))
+    row["block_ms"] = bench.ms(
+        lambda: block(embedded.tokens, text, embedded.modulation, embedded.rope, bench.attention)
+    )
     bench.add("forwards", **row)
     if bench.cuda:
         bench.add("shares", name=name, **shares(bench.forward))
@@ -393,17 +448,24 @@ def shares(work: Callable[[], object]) -> dict[str, float]:
     spent = dict.fromkeys(SHARES, 0.0)
     events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     for event in events:
-        kind = next((kind for kind, words in SHARES.items() if any(word in event.name.lower() for word in words)), "element-wise")
+        kind = next(
+            (kind for kind, words in SHARES.items() if any(word in event.name.lower() for word in words)),
+            "element-wise",
+        )
         spent[kind] += event.time_range.elapsed_us() / 1e3
     if events:
-        whole = max(event.time_range.end for event in events) - min(event.time_range.start for event in events)
+        whole = max(event.time_range.end for event in events) - min(
+            event.time_range.start for event in events
+        )
         spent["gaps"] = whole / 1e3 - sum(spent.values())
     return spent
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="Wan2.1-T2V-1.3B")
     parser.add_argument("--size", default="832x480")
     parser.add_argument("--frames", type=int, default=81)
@@ -412,7 +474,9 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--mode", help="of torch.compile, such as max-autotune-no-cudagraphs")
-    parser.add_argument("--variants", default=",".join(name for name, *_ in VARIANTS), help="of the forwards, by name")
+    parser.add_argument(
+        "--variants", default=",".join(name for name, *_ in VARIANTS), help="of the forwards, by name"
+    )
     parser.add_argument("--tune", action="store_true", help="only time the kernels' launch options, on a GPU")
     parser.add_argument("--seconds", type=float, default=110, help="begin no section after this")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -1,7 +1,8 @@
-"""What travels between ranks in one guided forward: by formula, and counted. Arithmetic and a wrapper; no process.
+"""What travels between ranks in one guided forward: by formula, and counted. Arithmetic and a wrapper; no
+process.
 
-The formulas are those of DeepSpeed Ulysses (arXiv:2309.14509) and ring attention (arXiv:2310.01889) for one packed exchange
-of q, k, v and one of the output, and for keys and values that visit everyone.
+The formulas are those of DeepSpeed Ulysses (arXiv:2309.14509) and ring attention (arXiv:2310.01889) for one
+packed exchange of q, k, v and one of the output, and for keys and values that visit everyone.
 """
 
 from __future__ import annotations

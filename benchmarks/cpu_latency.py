@@ -1,11 +1,14 @@
-"""A video on a CPU, from the prompt to its frames: this engine beside diffusers' own `WanPipeline` on the same folder.
+"""A video on a CPU, from the prompt to its frames: this engine beside diffusers' own `WanPipeline` on the
+same folder.
 
-    python benchmarks/cpu_latency.py [--model wan-tiny] [--steps 20] [--rounds 5] [--threads 1] [--results benchmarks/results]
+    python benchmarks/cpu_latency.py [--model wan-tiny] [--steps 20] [--rounds 5] [--threads 1] [--results
+    benchmarks/results]
 
-Both run in one process, float32, with the same threads, prompt, noise and steps, by turns, so that whatever else the machine
-does meets both; each round takes another prompt. Medians over the rounds, of wall time by stage and of the process's
-own CPU time, which other work on the machine disturbs least. What is compared must be equal: the last latents' relative error
-and the frames' PSNR stand beside the table, and beyond 1e-3 or below 50 dB the program fails.
+Both run in one process, float32, with the same threads, prompt, noise and steps, by turns, so that whatever
+else the machine does meets both; each round takes another prompt. Medians over the rounds, of wall time by
+stage and of the process's own CPU time, which other work on the machine disturbs least. What is compared must
+be equal: the last latents' relative error and the frames' PSNR stand beside the table, and beyond 1e-3 or
+below 50 dB the program fails.
 """
 
 from __future__ import annotations
@@ -139,14 +142,21 @@ def measure(backend: DiffusionBackend, pipeline: Any, steps: int, rounds: int) -
         mine, other = found["ours"], found["diffusers"]
         errors.append(float((mine.latent - other.latent).norm() / other.latent.norm()))
         decibels.append(psnr(mine.frames, other.frames))
-        print(f"round {number + 1}: {mine.seconds['whole']:.1f} s, diffusers {other.seconds['whole']:.1f} s", file=sys.stderr)
-    median = {name: {s: statistics.median(run[s] for run in runs) for s in ROWS} for name, runs in seconds.items()}
+        print(
+            f"round {number + 1}: {mine.seconds['whole']:.1f} s, diffusers {other.seconds['whole']:.1f} s",
+            file=sys.stderr,
+        )
+    median = {
+        name: {s: statistics.median(run[s] for run in runs) for s in ROWS} for name, runs in seconds.items()
+    }
     least = {name: {s: min(run[s] for run in runs) for s in ROWS} for name, runs in seconds.items()}
     return {
         "seconds_median": median,
         "seconds_least": least,
         "ratio_vs_diffusers": {stage: median["diffusers"][stage] / median["ours"][stage] for stage in ROWS},
-        "ratio_vs_diffusers_least": {stage: least["diffusers"][stage] / least["ours"][stage] for stage in ROWS},
+        "ratio_vs_diffusers_least": {
+            stage: least["diffusers"][stage] / least["ours"][stage] for stage in ROWS
+        },
         "latent_relative_error_most": max(errors),
         "frames_psnr_least": min(decibels),
         "rounds": seconds,
@@ -155,17 +165,27 @@ def measure(backend: DiffusionBackend, pipeline: Any, steps: int, rounds: int) -
 
 def about(asked: argparse.Namespace) -> dict[str, Any]:
     """Where and how this was measured."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()),
+        "machine": next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+            platform.processor(),
+        ),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
         "commit": commit,
-        "command": f"python benchmarks/cpu_latency.py --model {asked.model} --steps {asked.steps} --rounds {asked.rounds}",
+        "command": f"python benchmarks/cpu_latency.py --model {asked.model} --steps {asked.steps} "
+        f"--rounds {asked.rounds}",
         "model": asked.model,
         "steps": asked.steps,
     }
@@ -173,9 +193,14 @@ def about(asked: argparse.Namespace) -> dict[str, Any]:
 
 def table(facts: dict[str, Any], found: dict[str, Any]) -> str:
     """The result in Markdown."""
-    median, ratio, least = found["seconds_median"], found["ratio_vs_diffusers"], found["ratio_vs_diffusers_least"]
+    median, ratio, least = (
+        found["seconds_median"],
+        found["ratio_vs_diffusers"],
+        found["ratio_vs_diffusers_least"],
+    )
     rows = [
-        f"| {stage} | {median['ours'][stage]:.2f} | {median['diffusers'][stage]:.2f} | {ratio[stage]:.2f} | {least[stage]:.2f} |"
+        f"| {stage} | {median['ours'][stage]:.2f} | {median['diffusers'][stage]:.2f} | {ratio[stage]:.2f} | "
+        f"{least[stage]:.2f} |"
         for stage in ROWS
     ]
     head = [
@@ -198,7 +223,9 @@ def table(facts: dict[str, Any], found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measures, prints the table, writes JSON and Markdown; fails if the outputs are not equal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="wan-tiny")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
@@ -206,7 +233,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="folder for the JSON and Markdown files")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    backend = DiffusionBackend(EngineConfig(models={"name": asked.model}, infer={"device": "cpu", "dtype": "float32"}))
+    backend = DiffusionBackend(
+        EngineConfig(models={"name": asked.model}, infer={"device": "cpu", "dtype": "float32"})
+    )
     _, folder = resolve_model(asked.model)
     pipeline = diffusers.WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)

@@ -1,10 +1,12 @@
-"""The engine itself on two ranks: the same video on every layout, and how it ends when a rank is killed, frozen or stopped.
+"""The engine itself on two ranks: the same video on every layout, and how it ends when a rank is killed,
+frozen or stopped.
 
     python -m benchmarks.faults                  two GPUs, or two processes where there is none
     python -m benchmarks.faults --device cpu
 
-Every row is a `chitu generate --gpus 2` of the shipped model. First the videos: each layout's against one rank's, float32.
-Then the faults: once steps are done a signal goes to one rank, and the seconds are counted until no process is left.
+Every row is a `chitu generate --gpus 2` of the shipped model. First the videos: each layout's against one
+rank's, float32. Then the faults: once steps are done a signal goes to one rank, and the seconds are counted
+until no process is left.
 """
 
 from __future__ import annotations
@@ -32,7 +34,19 @@ PATIENCE = 60.0
 
 def command(device: str, layout: str | None, steps: int, out: Path, *more: str) -> list[str]:
     """A `chitu generate` of two ranks, or of one."""
-    words = [sys.executable, "-m", "chitu_diffusion", "generate", PROMPT, "-o", str(out), "--seed", "1", "--steps", str(steps)]
+    words = [
+        sys.executable,
+        "-m",
+        "chitu_diffusion",
+        "generate",
+        PROMPT,
+        "-o",
+        str(out),
+        "--seed",
+        "1",
+        "--steps",
+        str(steps),
+    ]
     words += ["--device", device, "--dtype", "float32", "--json", *more]
     return words if layout is None else [*words, "--gpus", "2", "--parallel", layout]
 
@@ -42,7 +56,9 @@ def videos(device: str, steps: int, folder: Path) -> list[dict[str, Any]]:
     rows, alone = [], np.empty(0)
     for layout in (None, *LAYOUTS):
         out, began = folder / f"{layout}.npy", time.monotonic()
-        done = subprocess.run(command(device, layout, steps, out), capture_output=True, text=True, timeout=4 * PATIENCE)
+        done = subprocess.run(
+            command(device, layout, steps, out), capture_output=True, text=True, timeout=4 * PATIENCE
+        )
         row: dict[str, Any] = {"layout": layout or "one rank", "seconds": round(time.monotonic() - began, 1)}
         if done.returncode:
             rows.append({**row, "failed": done.stderr[-600:]})
@@ -61,20 +77,32 @@ def videos(device: str, steps: int, folder: Path) -> list[dict[str, Any]]:
 def fault(device: str, layout: str, name: str, rank: int, folder: Path) -> dict[str, Any]:
     """A signal to one rank in the middle of many steps."""
     words = command(device, layout, 1000, folder / "never.npy")
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     row: dict[str, Any] = {"signal": name, "rank": rank, "layout": layout}
     said, told = Lines(process.stdout), Lines(process.stderr)
-    if not waits_for(lambda: process.poll() is not None or any(steps_of(line) >= 3 for line in said.lines)) or process.poll():
+    if (
+        not waits_for(lambda: process.poll() is not None or any(steps_of(line) >= 3 for line in said.lines))
+        or process.poll()
+    ):
         process.kill()
         return {**row, "failed": told.lines[-5:]}
     workers, began = ranks_of(process.pid), time.monotonic()
     os.kill(workers[rank], getattr(signal, name))
-    ended = waits_for(lambda: process.poll() is not None and not any(alive(worker) for worker in workers.values()))
+    ended = waits_for(
+        lambda: process.poll() is not None and not any(alive(worker) for worker in workers.values())
+    )
     row["seconds"] = round(time.monotonic() - began, 1) if ended else None
     for worker in [] if ended else [process.pid, *workers.values()]:
         os.kill(worker, signal.SIGKILL)
     words_of = [line[:400] for line in (*said.lines, *told.lines) if "lost" in line or "interrupted" in line]
-    return {**row, "code": process.wait(), "said": words_of[:2], "left behind": [file.name for file in folder.glob("*never*")]}
+    return {
+        **row,
+        "code": process.wait(),
+        "said": words_of[:2],
+        "left behind": [file.name for file in folder.glob("*never*")],
+    }
 
 
 class Lines:
@@ -123,7 +151,9 @@ def alive(process: int) -> bool:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
     parser.add_argument("--layout", default="u2", help="of the faults")
     parser.add_argument("--steps", type=int, default=20, help="of the videos")

@@ -4,10 +4,11 @@
     python -m benchmarks.fidelity --prompts 32                # narrower intervals
     python -m benchmarks.fidelity --small --device cpu        # does it work?
 
-For each way of computing: the relative error of one forward's velocity (norm of the difference over norm) on latents of
-the reference's own path, PSNR of whole videos against the reference's with the same seed, and adherence by the judge. One
-table; its noise floor is the PSNR between two exact 16-bit kernels, neither of which is the truth: a way of computing
-that lies no further from float32 than exact kernels lie from each other cannot be told from them.
+For each way of computing: the relative error of one forward's velocity (norm of the difference over norm) on
+latents of the reference's own path, PSNR of whole videos against the reference's with the same seed, and
+adherence by the judge. One table; its noise floor is the PSNR between two exact 16-bit kernels, neither of
+which is the truth: a way of computing that lies no further from float32 than exact kernels lie from each
+other cannot be told from them.
 """
 
 from __future__ import annotations
@@ -56,9 +57,14 @@ WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "fa3_fp8 attention": (LOSSY, {"dtype": "bfloat16", "attn_type": "fa3_fp8"}),
     "sage attention": (LOSSY, {"dtype": "bfloat16", "attn_type": "sage"}),
     "fp8 linears, fa3_fp8 attention": (LOSSY, {"dtype": "bfloat16", "attn_type": "fa3_fp8", "quant": "fp8"}),
-    "fp8 linears, every layer and step, fa3_fp8 attention": (LOSSY, {"dtype": "bfloat16", "attn_type": "fa3_fp8", **_ALL}),
+    "fp8 linears, every layer and step, fa3_fp8 attention": (
+        LOSSY,
+        {"dtype": "bfloat16", "attn_type": "fa3_fp8", **_ALL},
+    ),
 }
-"""Name -> (kind, settings of `infer`). The reference comes first; what this machine or version lacks is noted as absent."""
+"""Name -> (kind, settings of `infer`). The reference comes first; what this machine or version lacks is noted
+as absent.
+"""
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,9 @@ class Fidelity:
     def __init__(self, device: str, prompts: int, *, small: bool) -> None:
         self.device = device
         self.asked = held_out_prompts(prompts, PROMPT_SEED)
-        self.shape: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 3} if small else {}
+        self.shape: dict[str, Any] = (
+            {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 3} if small else {}
+        )
         self.judge: Judge = load_judge()
         self.moments: list[Moment] = []
         self.outcomes: dict[str, Outcome] = {}
@@ -101,7 +109,9 @@ class Fidelity:
         """All of one way's videos and its row."""
         kind, settings = WAYS[name]
         try:
-            backend = DiffusionBackend(EngineConfig(models={"name": TINY}, infer={"device": self.device, **known(settings)}))
+            backend = DiffusionBackend(
+                EngineConfig(models={"name": TINY}, infer={"device": self.device, **known(settings)})
+            )
         except (UsageError, ImportError) as error:
             report.note(f"{name} is absent: {str(error).splitlines()[0]}")
             return
@@ -143,7 +153,9 @@ class Fidelity:
             state, latent = task.buffer.sampler, task.buffer.latent
             if task.current_step in wanted and state is not None and latent is not None:
                 embeddings, timestep = both_branches(generator, prompt), sampler.timestep(state)
-                found.append(Moment(latent, embeddings, timestep, velocity(backend, latent, embeddings, timestep)))
+                found.append(
+                    Moment(latent, embeddings, timestep, velocity(backend, latent, embeddings, timestep))
+                )
             generator.generate_step(task)
             if task.error is not None:
                 raise task.error
@@ -157,7 +169,9 @@ class Fidelity:
         for moment in self.moments:
             embeddings = moment.embeddings.to(backend.device)
             answer = velocity(backend, moment.latent.to(backend.device), embeddings, moment.timestep)
-            errors.append(float((answer.float() - moment.velocity.float()).norm() / moment.velocity.float().norm()))
+            errors.append(
+                float((answer.float() - moment.velocity.float()).norm() / moment.velocity.float().norm())
+            )
         decibels = [psnr(a, b) for a, b in zip(outcome.videos, self.outcomes[REFERENCE].videos, strict=True)]
         return {
             "forward_error_mean": mean(errors),
@@ -167,7 +181,9 @@ class Fidelity:
         }
 
     def adherence(self, found: Sequence[Words]) -> dict[str, float]:
-        """Share of parts (actor, colour, scene, motion) that the judge found as asked, with a 95 % interval."""
+        """Share of parts (actor, colour, scene, motion) that the judge found as asked, with a 95 %
+        interval.
+        """
         pairs = [(asdict(words), asdict(asked)) for words, (_, asked) in zip(found, self.asked, strict=True)]
         right = [words[part] == asked[part] for words, asked in pairs for part in CLASSES]
         share = sum(right) / len(right)
@@ -195,17 +211,25 @@ def both_branches(generator: Generator, prompt: str) -> Tensor:
 def velocity(backend: DiffusionBackend, latent: Tensor, embeddings: Tensor, timestep: Tensor) -> Tensor:
     """Both branches' [2, C, T, H, W]."""
     with torch.no_grad():
-        return forward.stacked_velocity(backend, latent, as_task_text(embeddings.to(latent.device)), timestep, expert=0)
+        return forward.stacked_velocity(
+            backend, latent, as_task_text(embeddings.to(latent.device)), timestep, expert=0
+        )
 
 
 def main(words: list[str] | None = None) -> Report:
     """Runs every way and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--ways", default="", metavar="WORD", help="only those with this in their name, and the reference")
+    parser.add_argument(
+        "--ways", default="", metavar="WORD", help="only those with this in their name, and the reference"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS")
-    parser.add_argument("--small", action="store_true", help="three steps of a small video: only to see that it works")
+    parser.add_argument(
+        "--small", action="store_true", help="three steps of a small video: only to see that it works"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     asked = parser.parse_args(words)
     if not any(asked.ways in name for name in WAYS if name != REFERENCE):
@@ -213,7 +237,9 @@ def main(words: list[str] | None = None) -> Report:
     torch.backends.cudnn.allow_tf32 = False  # the reference's convolutions too are float32
     facts = machine(torch.device(asked.device))
     kind = "fidelity-small" if asked.small else "fidelity"
-    report = Report("Fidelity of kernels and precisions, wan-tiny", facts, asked.out, file_name(kind, facts["device"]))
+    report = Report(
+        "Fidelity of kernels and precisions, wan-tiny", facts, asked.out, file_name(kind, facts["device"])
+    )
     found = Fidelity(asked.device, 1 if asked.small else asked.prompts, small=asked.small)
     # wan-tiny's steps are short of work for a GPU: about 8 ms each by launches alone
     estimate = 0.0 if asked.small or asked.device == "cpu" else 0.7 * asked.prompts + 1

@@ -1,10 +1,12 @@
-"""Does every GPU kernel of ours give what its plain twin gives, at full size? One table, some 20 s; exit code 1 if one does not.
+"""Does every GPU kernel of ours give what its plain twin gives, at full size? One table, some 20 s; exit code
+1 if one does not.
 
     python -m benchmarks.gpu_check                     # Wan2.1-1.3B's shapes: 32,760 tokens, 12 heads of 128
     python -m benchmarks.gpu_check --tokens 4095 --heads 40
 
-The tests do the same on a CPU, where Triton interprets the kernels; here they are compiled. Errors are relative, norm over norm,
-against the twin in the same dtypes; allowed are a few roundings to bfloat16 (4e-3 each), or to 8 bits where that is the task.
+The tests do the same on a CPU, where Triton interprets the kernels; here they are compiled. Errors are
+relative, norm over norm, against the twin in the same dtypes; allowed are a few roundings to bfloat16 (4e-3
+each), or to 8 bits where that is the task.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def numbers(found: object) -> Tensor:
     """A result as one float32 tensor."""
     if isinstance(found, fused.Float8Rows):
         return found.widened().flatten()
-    return torch.cat([numbers(each) for each in found]) if isinstance(found, tuple) else found.float().flatten()  # type: ignore
+    return (
+        torch.cat([numbers(each) for each in found]) if isinstance(found, tuple) else found.float().flatten()
+    )  # type: ignore
 
 
 def checks(tokens: int, heads: int) -> dict[str, tuple[Work, float]]:
@@ -42,7 +46,12 @@ def checks(tokens: int, heads: int) -> dict[str, tuple[Work, float]]:
     def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
 
-    x, added, wide, weight = normal(1, tokens, dim), normal(1, tokens, dim), normal(1, tokens, ffn), normal(dim)
+    x, added, wide, weight = (
+        normal(1, tokens, dim),
+        normal(1, tokens, dim),
+        normal(1, tokens, ffn),
+        normal(dim),
+    )
     gate, scale, shift = normal(1, 3, dim, dtype=torch.float32).chunk(3, dim=1)
     angles = normal(tokens, 64, dtype=torch.float32)
     rope, affine = (angles.cos(), angles.sin()), (1 + scale, shift)
@@ -63,7 +72,10 @@ def checks(tokens: int, heads: int) -> dict[str, tuple[Work, float]]:
         if ours:
             pack(q, k, v, places[:2], places[2], 1, heads // 2, 0)
             return places[::2]
-        parts = [torch.stack([each[:, :, own].transpose(0, 1) for each in (q, k, v)], dim=1) for own in _halves(heads)]
+        parts = [
+            torch.stack([each[:, :, own].transpose(0, 1) for each in (q, k, v)], dim=1)
+            for own in _halves(heads)
+        ]
         return torch.stack(parts)
 
     def merged(ours: bool) -> tuple[Tensor, Tensor]:
@@ -80,9 +92,18 @@ def checks(tokens: int, heads: int) -> dict[str, tuple[Work, float]]:
     steps = fp8.steps_on(device)
     return {
         "norm, modulate": (lambda f: fused.layer_norm(x, affine, 1e-6, x.dtype, fused=f), 1e-3),
-        "norm, modulate, 8 bits": (lambda f: fused.layer_norm(x, affine, 1e-6, x.dtype, float8=True, fused=f), 2e-3),
-        "residual, norm": (lambda f: fused.add_gated_norm(x, added, gate, affine, 1e-6, x.dtype, fused=f), 1e-3),
-        "q, k norm, turn": (lambda f: fused.norm_and_rotate(x, added, (weight, weight), 1e-6, rope, heads, fused=f), 1e-3),
+        "norm, modulate, 8 bits": (
+            lambda f: fused.layer_norm(x, affine, 1e-6, x.dtype, float8=True, fused=f),
+            2e-3,
+        ),
+        "residual, norm": (
+            lambda f: fused.add_gated_norm(x, added, gate, affine, 1e-6, x.dtype, fused=f),
+            1e-3,
+        ),
+        "q, k norm, turn": (
+            lambda f: fused.norm_and_rotate(x, added, (weight, weight), 1e-6, rope, heads, fused=f),
+            1e-3,
+        ),
         "gelu, 8 bits": (lambda f: fused.gelu(wide, float8=True, fused=f), 2e-3),
         "text attention": (text, 1e-2),
         "pack": (packed, 0.0),
@@ -105,14 +126,19 @@ def milliseconds(work: Callable[[], object], device: torch.device) -> float:
 @torch.no_grad()
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=32760)
     parser.add_argument("--heads", type=int, default=12)
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no GPU here; the tests check the same kernels on a CPU: pytest tests/test_fused.py")
     device, bad = torch.device("cuda"), 0
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {asked.tokens} tokens, {asked.heads} heads of 128\n")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {asked.tokens} tokens, {asked.heads} "
+        "heads of 128\n"
+    )
     print("| kernel | twin, ms | ours, ms | relative error | allowed | |\n|---|---:|---:|---:|---:|---|")
     for name, (work, allowed) in checks(asked.tokens, asked.heads).items():
         try:
@@ -120,7 +146,10 @@ def main() -> int:
             error = float((numbers(work(True)) - expected).norm() / expected.norm())
             times = [milliseconds(partial(work, ours), device) for ours in (False, True)]
             said = "ok" if error <= allowed else "WRONG"
-            print(f"| {name} | {times[0]:.3f} | {times[1]:.3f} | {error:.1e} | {allowed:.0e} | {said} |", flush=True)
+            print(
+                f"| {name} | {times[0]:.3f} | {times[1]:.3f} | {error:.1e} | {allowed:.0e} | {said} |",
+                flush=True,
+            )
         except Exception as failure:
             traceback.print_exc()
             said = f"{type(failure).__name__}: {str(failure).splitlines()[0][:80]}"

@@ -1,12 +1,14 @@
-"""Attention kernels alone: milliseconds, TFLOP/s and error against float64, on noise and on what real q and k look like.
+"""Attention kernels alone: milliseconds, TFLOP/s and error against float64, on noise and on what real q and k
+look like.
 
-    python -m benchmarks.kernels                           # every kernel that runs here, about 40 s on one H100
+    # every kernel that runs here, about 40 s on one H100
+    python -m benchmarks.kernels
     python -m benchmarks.kernels --small --device cpu      # does it work?
 
-Each shape is one layer's self-attention, batch 1, bfloat16: 832x480x81 of the 1.3B model (12 heads) and of the 14B (40), and
-1280x720x81 of the 14B. Work is 4 S^2 D a head, whatever a kernel does; times are medians by CUDA events, the first call apart.
-Errors are relative L2 (norm of the difference over norm) of some query rows of every head against float64, and the largest
-absolute difference of the log-sum-exp. The cases:
+Each shape is one layer's self-attention, batch 1, bfloat16: 832x480x81 of the 1.3B model (12 heads) and of
+the 14B (40), and 1280x720x81 of the 14B. Work is 4 S^2 D a head, whatever a kernel does; times are medians by
+CUDA events, the first call apart. Errors are relative L2 (norm of the difference over norm) of some query
+rows of every head against float64, and the largest absolute difference of the log-sum-exp. The cases:
 
     gaussian    q, k, v independent, scores of standard deviation 1
     wide        q twice as large: scores of standard deviation 2
@@ -61,20 +63,31 @@ class Bench:
         self.device, self.repeats, self.path = device, repeats, path
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.kernels = [kernel for kernel in KERNELS.values() if self.runs(kernel)]
-        self.found: dict[str, Any] = {"machine": machine_name(device, self.kernels), "absent": self.absent(), "sections": {}}
+        self.found: dict[str, Any] = {
+            "machine": machine_name(device, self.kernels),
+            "absent": self.absent(),
+            "sections": {},
+        }
         print(f"{self.found['machine']}\n")
         for name, why in self.found["absent"].items():
             print(f"- {name}: {why}")
 
     def runs(self, kernel: AttentionKernel) -> bool:
-        """Whether it is measured here; the plain reference would take minutes on full shapes, float8 is emulated on a CPU."""
+        """Whether it is measured here; the plain reference would take minutes on full shapes, float8 is
+        emulated on a CPU.
+        """
         if self.device.type == "cpu":
             return kernel.name in ("sdpa", "fused", "math", "fa3_fp8")
-        return kernel.name not in ("math", "fused") and kernel.why_unavailable(self.device, self.dtype, 128) is None
+        return (
+            kernel.name not in ("math", "fused")
+            and kernel.why_unavailable(self.device, self.dtype, 128) is None
+        )
 
     def absent(self) -> dict[str, str]:
         """Kernels that cannot run here, and why."""
-        whys = {name: kernel.why_unavailable(self.device, self.dtype, 128) for name, kernel in KERNELS.items()}
+        whys = {
+            name: kernel.why_unavailable(self.device, self.dtype, 128) for name, kernel in KERNELS.items()
+        }
         return {name: why for name, why in whys.items() if why is not None}
 
     def section(self, name: str, run: Callable[[], Any]) -> None:
@@ -160,10 +173,17 @@ def speeds(bench: Bench, shape: Shape) -> list[dict[str, Any]]:
 
     def measure(kernel: AttentionKernel) -> dict[str, Any]:
         median, first = bench.milliseconds(lambda: kernel(q, k, v))
-        return {"exact": "yes" if kernel.exact else "no", "ms": median, "TFLOP/s": work / median / 1e9, "first call ms": first}
+        return {
+            "exact": "yes" if kernel.exact else "no",
+            "ms": median,
+            "TFLOP/s": work / median / 1e9,
+            "first call ms": first,
+        }
 
     columns = ("kernel", "exact", "ms", "TFLOP/s", "first call ms", "error")
-    return table(columns, (guarded(kernel.name, lambda kernel=kernel: measure(kernel)) for kernel in bench.kernels))
+    return table(
+        columns, (guarded(kernel.name, lambda kernel=kernel: measure(kernel)) for kernel in bench.kernels)
+    )
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,14 +200,18 @@ def reference(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Te
 def plain_float8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """FlashAttention-3's float8 with one scale a head from the largest number, for comparison."""
     scales = [x.abs().amax((1, 3)).float() / 448 for x in (q, k, v)]
-    q8, k8, v8 = ((x / scale[:, None, :, None]).to(fp8.FLOAT8) for x, scale in zip((q, k, v), scales, strict=True))
+    q8, k8, v8 = (
+        (x / scale[:, None, :, None]).to(fp8.FLOAT8) for x, scale in zip((q, k, v), scales, strict=True)
+    )
     out, _ = fp8.attend(q8, k8, v8, scales[0], scales[1])
     return out.float() * scales[2][:, None, :, None]
 
 
 def errors(bench: Bench, shape: Shape, cases: tuple[str, ...]) -> list[dict[str, Any]]:
     """Every kernel against float64, by case."""
-    runs: dict[str, tuple[Run, RunWithLse | None]] = {kernel.name: (kernel.run, kernel.run_with_lse) for kernel in bench.kernels}
+    runs: dict[str, tuple[Run, RunWithLse | None]] = {
+        kernel.name: (kernel.run, kernel.run_with_lse) for kernel in bench.kernels
+    }
     if "fa3_fp8" in runs:
         runs[PLAIN_FLOAT8] = (plain_float8, None)
     found: dict[str, dict[str, Any]] = {name: {} for name in runs}
@@ -218,7 +242,10 @@ def float8_steps(bench: Bench, shape: Shape) -> list[dict[str, Any]]:
     bias, matrix = steps.correct(means, scales, given)
     small = [x[:, : min(shape.tokens, 1000), :2].contiguous() for x in (q, k, v)]
     exact, ours = (fp8.attend_in_fp8(*small, False, some)[0].float() for some in (fp8.PLAIN, steps))
-    print(f"triton against plain torch: {float((ours - exact).norm() / exact.norm()):.4f} relative (0.01 would be much)\n")
+    print(
+        f"triton against plain torch: {float((ours - exact).norm() / exact.norm()):.4f} relative (0.01 would "
+        "be much)\n"
+    )
     parts: dict[str, Callable[[], object]] = {
         "measure q, k, v": lambda: steps.measure(q, k, v),
         "scale": lambda: steps.scale(means),
@@ -230,7 +257,13 @@ def float8_steps(bench: Bench, shape: Shape) -> list[dict[str, Any]]:
         "all": lambda: KERNELS["fa3_fp8"](q, k, v),
     }
     names = ("kernel", "ms", "error")
-    return table(names, (guarded(name, lambda call=call: {"ms": bench.milliseconds(call)[0]}) for name, call in parts.items()))
+    return table(
+        names,
+        (
+            guarded(name, lambda call=call: {"ms": bench.milliseconds(call)[0]})
+            for name, call in parts.items()
+        ),
+    )
 
 
 def automatic(bench: Bench, shapes: tuple[Shape, ...]) -> list[dict[str, Any]]:
@@ -238,7 +271,9 @@ def automatic(bench: Bench, shapes: tuple[Shape, ...]) -> list[dict[str, Any]]:
 
     def choose(shape: Shape, needs_lse: bool) -> dict[str, Any]:
         began = time.perf_counter()
-        kernel = KernelChoice("auto", bench.device, bench.dtype, shape.head_dim, needs_lse=needs_lse).for_shape(shape)
+        kernel = KernelChoice(
+            "auto", bench.device, bench.dtype, shape.head_dim, needs_lse=needs_lse
+        ).for_shape(shape)
         return {"chosen": kernel.name, "with lse": str(needs_lse), "ms": (time.perf_counter() - began) * 1e3}
 
     asked = [(shape, needs_lse) for shape in shapes for needs_lse in (False, True)]
@@ -253,7 +288,9 @@ def title(shape: Shape) -> str:
 
 def main() -> None:
     """All sections, the shortest first."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="small shapes, to see that it works")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each kernel")
@@ -265,7 +302,10 @@ def main() -> None:
     torch.manual_seed(0)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     short = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = asked.out / f"{datetime.date.today().isoformat()}-attention-{short}{'-small' if asked.small else ''}.json"
+    path = (
+        asked.out
+        / f"{datetime.date.today().isoformat()}-attention-{short}{'-small' if asked.small else ''}.json"
+    )
     shapes, bench = SMALL if asked.small else FULL, Bench(device, asked.repeats, path)
     with torch.inference_mode():
         bench.section(f"speed, {title(shapes[0])}", lambda: speeds(bench, shapes[0]))
@@ -274,7 +314,9 @@ def main() -> None:
         bench.section("auto", lambda: automatic(bench, shapes[:2]))
         for shape in shapes[1:]:
             bench.section(f"speed, {title(shape)}", lambda shape=shape: speeds(bench, shape))
-        bench.section(f"relative error, {title(shapes[-1])}", lambda: errors(bench, shapes[-1], ("gaussian", "mean")))
+        bench.section(
+            f"relative error, {title(shapes[-1])}", lambda: errors(bench, shapes[-1], ("gaussian", "mean"))
+        )
     print(f"\n{path}")
 
 

@@ -1,15 +1,19 @@
-"""How fast, beside diffusers, in one run: forwards, a whole video, and where the time goes. One command, any GPU.
+"""How fast, beside diffusers, in one run: forwards, a whole video, and where the time goes. One command, any
+GPU.
 
-    python -m benchmarks.latency                                # everything: about 315 s on one H200, 85 s of it compiling
+    # everything: about 315 s on one H200, 85 s of it compiling
+    python -m benchmarks.latency
     python -m benchmarks.latency --sections ceilings small-exact --rounds 5
-    python -m benchmarks.latency --budget 270                   # the most important first; what does not fit is left out
+    # the most important first; what does not fit is left out
+    python -m benchmarks.latency --budget 270
     python -m benchmarks.latency --small --device cpu           # does it work?
 
-Both sides run the same random weights at the same shapes in the same process, and their timed calls take turns. The first
-call of each (compiling, choosing kernels) is timed apart as `warm_up_s`. For diffusers a call is one forward, for ours a
-guided step's two, of which the half is shown: the two share work. Results go to `benchmarks/results/` after every
-section. FlashAttention-3 wants the wheel `fa3-fwd`, 8-bit diffusers `torchao`; what is missing is noted as absent. The CPU
-beside diffusers' pipeline is `benchmarks/cpu_latency.py`'s.
+Both sides run the same random weights at the same shapes in the same process, and their timed calls take
+turns. The first call of each (compiling, choosing kernels) is timed apart as `warm_up_s`. For diffusers a
+call is one forward, for ours a guided step's two, of which the half is shown: the two share work. Results go
+to `benchmarks/results/` after every section. FlashAttention-3 wants the wheel `fa3-fwd`, 8-bit diffusers
+`torchao`; what is missing is noted as absent. The CPU beside diffusers' pipeline is
+`benchmarks/cpu_latency.py`'s.
 """
 
 from __future__ import annotations
@@ -34,16 +38,22 @@ PACKAGES = ("torch", "triton", "diffusers", "torchao", "fa3-fwd", "transformers"
 def section_table(latency: Any, small: bool) -> list[Section]:
     """The sections in the order of their importance, as far as those that share a network stand together.
 
-    Estimates, on one H200: 13 s for each compiled variant's first call and 3 s for one of ours, and (warm-up +
-    rounds) calls at the milliseconds measured on an H100 (1.3B 405 to 627; 14B on 8 layers 330 to 500, at 720p 1300 to 1850,
-    on 40 layers 1650 to 2350), ours counting double: both guidance branches. 20 s for imports and building are in the first.
+    Estimates, on one H200: 13 s for each compiled variant's first call and 3 s for one of ours, and (warm-up
+    + rounds) calls at the milliseconds measured on an H100 (1.3B 405 to 627; 14B on 8 layers 330 to 500, at
+    720p 1300 to 1850, on 40 layers 1650 to 2350), ours counting double: both guidance branches. 20 s for
+    imports and building are in the first.
     """
     table = [
         ("ceilings", "large product, large copy", 20, latency.ceilings),
         ("small-exact", "1.3B 832x480x81, 16 bits, ours and diffusers", 50, latency.small_exact),
         ("small-compiled", "the same, our blocks compiled", 35, latency.small_compiled),
         ("small-8bit", "the same in 8 bits, beside torchao", 45, latency.small_eight_bit),
-        ("end-to-end", f"1.3B, {latency.steps} steps, prompt to file", 10 + 0.86 * latency.steps, latency.end_to_end),
+        (
+            "end-to-end",
+            f"1.3B, {latency.steps} steps, prompt to file",
+            10 + 0.86 * latency.steps,
+            latency.end_to_end,
+        ),
         ("profile", "kernels by kind", 6, latency.profile),
         ("cached", "what fixed plans of step caches save of what they skip", 45, latency.cached),
         ("large-exact", "14B 832x480x81 on 8 layers, 16 bits", 28, latency.large_exact),
@@ -51,7 +61,9 @@ def section_table(latency: Any, small: bool) -> list[Section]:
         ("large-720p", "14B 1280x720x81 on 8 layers, ours", 22, latency.large_720p),
         ("large-40", "14B 832x480x81, all 40 layers, ours", 22, latency.large_40),
     ]
-    return [Section(name, about, 0.0 if small else float(estimate), run) for name, about, estimate, run in table]
+    return [
+        Section(name, about, 0.0 if small else float(estimate), run) for name, about, estimate, run in table
+    ]
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -70,11 +82,21 @@ def machine(device: torch.device) -> dict[str, str]:
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", nargs="+", default=[], metavar="NAME", help="only these; a wrong name lists all")
-    parser.add_argument("--profile", action="store_true", help="the profile alone; short for --sections profile")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--without", nargs="+", default=[], metavar="VARIANT", help="variants to leave out, as what compiles for minutes"
+        "--sections", nargs="+", default=[], metavar="NAME", help="only these; a wrong name lists all"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="the profile alone; short for --sections profile"
+    )
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="VARIANT",
+        help="variants to leave out, as what compiles for minutes",
     )
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="for all of it")
     parser.add_argument("--rounds", type=int, default=3, help="timed calls of each variant")
@@ -107,7 +129,14 @@ def main(words: list[str] | None = None) -> Report:
         report.note(missing)
     steps = min(asked.steps, 3) if asked.small else asked.steps
     with tempfile.TemporaryDirectory() as folder:
-        latency = Latency(device, small=asked.small, rounds=asked.rounds, steps=steps, folder=Path(folder), without=asked.without)
+        latency = Latency(
+            device,
+            small=asked.small,
+            rounds=asked.rounds,
+            steps=steps,
+            folder=Path(folder),
+            without=asked.without,
+        )
         sections = section_table(latency, asked.small)
         try:
             run_sections(

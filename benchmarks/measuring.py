@@ -1,7 +1,9 @@
-"""Clocks, the arithmetic of a forward, the machine's ceilings, and where the time goes. Knows torch; no engine, no peer.
+"""Clocks, the arithmetic of a forward, the machine's ceilings, and where the time goes. Knows torch; no
+engine, no peer.
 
-Work is counted by shapes, whatever an implementation saves: "achieved TFLOP/s" is useful work over time, comparable
-between engines, and may exceed what the chip did where an engine computes something once instead of fifty times.
+Work is counted by shapes, whatever an implementation saves: "achieved TFLOP/s" is useful work over time,
+comparable between engines, and may exceed what the chip did where an engine computes something once instead
+of fifty times.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ class Work:
 def forward_work(config: WanConfig, tokens: int, text_tokens: int = 512) -> Work:
     """Operations of one forward of one sequence.
 
-    Linear: 2 x weights x rows for every matrix product. With S tokens, T text rows, width d, feed-forward width f, each
-    layer has 8 S d^2 (self q, k, v, out) + 4 S d^2 (cross q, out) + 4 T d^2 (cross k, v) + 4 S d f. Attention: 4 S^2 d
-    for self-attention and 4 S T d for cross-attention, a layer. Patch embedding, text and time projections and the
-    output projection are counted once. Norms, rotary turns and activations are not.
+    Linear: 2 x weights x rows for every matrix product. With S tokens, T text rows, width d, feed-forward
+    width f, each layer has 8 S d^2 (self q, k, v, out) + 4 S d^2 (cross q, out) + 4 T d^2 (cross k, v) + 4 S
+    d f. Attention: 4 S^2 d for self-attention and 4 S T d for cross-attention, a layer. Patch embedding, text
+    and time projections and the output projection are counted once. Norms, rotary turns and activations are
+    not.
 
     Args:
         config: of the network.
@@ -76,17 +79,22 @@ def timed_ms(call: Callable[[], object], device: torch.device) -> float:
 
 @dataclass
 class Timing:
-    """Of one call: milliseconds in each round, and bytes that the first of them allocated beyond what was there."""
+    """Of one call: milliseconds in each round, and bytes that the first of them allocated beyond what was
+    there.
+    """
 
     ms: list[float]
     allocated: int = 0
 
 
-def alternating(calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Timing]:
-    """Times each call in each round, one after the other within a round, so that a warming chip slows all alike.
+def alternating(
+    calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, Timing]:
+    """Times each call in each round, one after the other within a round, so that a warming chip slows all
+    alike.
 
-    The order turns round from one round to the next: who comes second finds a warmer chip than who comes first. Calls
-    must have been made once before.
+    The order turns round from one round to the next: who comes second finds a warmer chip than who comes
+    first. Calls must have been made once before.
     """
     found = {name: Timing([]) for name in calls}
     names = list(calls)
@@ -105,7 +113,9 @@ def alternating(calls: Mapping[str, Callable[[], object]], rounds: int, device: 
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call allocates on the device beyond what was there before it; 0 on a CPU, where nobody counts."""
+    """Bytes that a call allocates on the device beyond what was there before it; 0 on a CPU, where nobody
+    counts.
+    """
     if device.type != "cuda":
         call()
         return 0
@@ -118,7 +128,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What this machine gives now: TFLOP/s of a large bfloat16 product (and of an 8-bit one), TB/s of a large copy.
+    """What this machine gives now: TFLOP/s of a large bfloat16 product (and of an 8-bit one), TB/s of a large
+    copy.
 
     The best of several bursts of about a tenth of a second: the rate before a long load lowers the clocks.
     """
@@ -155,17 +166,43 @@ def best_seconds(call: Callable[[], object], device: torch.device, bursts: int =
 
 KINDS = ("attention", "gemm", "convolution", "copy", "element-wise")
 _WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    # in this order: a compiled element-wise kernel names all that it fused, attention is built like matrix products
+    # in this order: a compiled element-wise kernel names all that it fused, attention is built like matrix
+    # products
     ("element-wise", ("triton_poi_", "triton_red_", "triton_per_")),
     ("attention", ("flash", "fmha", "attention", "sdpa", "sage", "_attn")),
     ("convolution", ("conv", "fprop", "implicit_gemm", "slow_conv")),
-    ("gemm", ("gemm", "nvjet", "cutlass", "cublas", "matmul", "scaled_mm", "addmm", "::mm", "::bmm", "::linear", "splitk")),
+    (
+        "gemm",
+        (
+            "gemm",
+            "nvjet",
+            "cutlass",
+            "cublas",
+            "matmul",
+            "scaled_mm",
+            "addmm",
+            "::mm",
+            "::bmm",
+            "::linear",
+            "splitk",
+        ),
+    ),
     ("copy", ("memcpy", "memset", "copy", "::clone", "::cat")),
 )
 
 
-_NO_KERNELS = ("##", "Torch-Compiled Region", "TorchDynamo", "ProfilerStep", "Activity Buffer", "Lazy Function", "cuda")
-"""Beginnings of the profiler's other events: compiled regions around what they run, calls of the runtime, its own work."""
+_NO_KERNELS = (
+    "##",
+    "Torch-Compiled Region",
+    "TorchDynamo",
+    "ProfilerStep",
+    "Activity Buffer",
+    "Lazy Function",
+    "cuda",
+)
+"""Beginnings of the profiler's other events: compiled regions around what they run, calls of the runtime, its
+own work.
+"""
 
 
 @dataclass(frozen=True)
@@ -178,13 +215,17 @@ class Span:
 
 
 def kind_of(kernel: str) -> str:
-    """Which of `KINDS` a kernel's name belongs to; what is nothing else is element-wise (norms and reductions among it)."""
+    """Which of `KINDS` a kernel's name belongs to; what is nothing else is element-wise (norms and reductions
+    among it).
+    """
     low = kernel.lower()
     return next((kind for kind, words in _WORDS if any(word in low for word in words)), "element-wise")
 
 
 def breakdown(spans: Iterable[Span]) -> dict[str, float]:
-    """Milliseconds by kind, "busy" (at least one kernel runs), "span" (first start to last end), "gaps" (span - busy)."""
+    """Milliseconds by kind, "busy" (at least one kernel runs), "span" (first start to last end), "gaps" (span
+    - busy).
+    """
     ordered = sorted(spans, key=lambda span: span.start)
     found = dict.fromkeys(KINDS, 0.0)
     busy, until = 0.0, float("-inf")
@@ -202,14 +243,16 @@ def longest(spans: Iterable[Span], count: int = 12) -> list[dict[str, float | st
     for span in spans:
         total.setdefault(span.name, []).append((span.end - span.start) / 1e3)
     ordered = sorted(total.items(), key=lambda item: -sum(item[1]))[:count]
-    return [{"kernel": name[:120], "kind": kind_of(name), "calls": len(ms), "ms": sum(ms)} for name, ms in ordered]
+    return [
+        {"kernel": name[:120], "kind": kind_of(name), "calls": len(ms), "ms": sum(ms)} for name, ms in ordered
+    ]
 
 
 def kernel_spans(call: Callable[[], object], device: torch.device) -> list[Span]:
     """Every kernel that a call runs, by torch's profiler.
 
-    On a CPU every operator, with the time that it spends outside of those it calls, counted from its start: sums by kind
-    are right there, the gaps only roughly.
+    On a CPU every operator, with the time that it spends outside of those it calls, counted from its start:
+    sums by kind are right there, the gaps only roughly.
     """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -223,4 +266,7 @@ def kernel_spans(call: Callable[[], object], device: torch.device) -> list[Span]
     if gpu:
         kernels = [event for event in events if event.device_type == DeviceType.CUDA]
         return [Span(event.name, event.time_range.start, event.time_range.end) for event in kernels]
-    return [Span(event.name, event.time_range.start, event.time_range.start + event.self_cpu_time_total) for event in events]
+    return [
+        Span(event.name, event.time_range.start, event.time_range.start + event.self_cpu_time_total)
+        for event in events
+    ]

@@ -1,10 +1,11 @@
-"""What an exchange between two GPUs costs the kernel beside it: NCCL on multiprocessors, or copies by the copy engines.
+"""What an exchange between two GPUs costs the kernel beside it: NCCL on multiprocessors, or copies by the
+copy engines.
 
     torchrun --nproc-per-node 2 -m benchmarks.overlap
 
-FlashAttention-3 spreads its tiles over all multiprocessors beforehand, so one that is taken when it begins could hold up the
-whole; its variants with a margin or with lengths (which share tiles out as they go) stand beside it. Milliseconds of each
-alone and of both at once; one line each.
+FlashAttention-3 spreads its tiles over all multiprocessors beforehand, so one that is taken when it begins
+could hold up the whole; its variants with a margin or with lengths (which share tiles out as they go) stand
+beside it. Milliseconds of each alone and of both at once; one line each.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def timed(work: Work) -> float:
 def kernels() -> dict[str, Work]:
     """What may stand beside an exchange."""
     q, k, v = torch.randn(3, 1, TOKENS, HEADS, 128, device="cuda").bfloat16().unbind()
-    x, w = torch.randn(TOKENS // 2, DIM, device="cuda").bfloat16(), torch.randn(DIM, 8960, device="cuda").bfloat16()
+    x, w = (
+        torch.randn(TOKENS // 2, DIM, device="cuda").bfloat16(),
+        torch.randn(DIM, 8960, device="cuda").bfloat16(),
+    )
     found: dict[str, Work] = {"product": lambda: x @ w}
     try:
         from fa3_fwd_interface import flash_attn_func, flash_attn_varlen_func
@@ -49,7 +53,11 @@ def kernels() -> dict[str, Work]:
         found["fa3"] = lambda: flash_attn_func(q, k, v)
         found["fa3, 16 left"] = lambda: flash_attn_func(q, k, v, sm_margin=16)
         found["fa3, varlen"] = lambda: flash_attn_varlen_func(q[0], k[0], v[0], ends, ends, TOKENS, TOKENS)
-        out = flash_attn_func(q, k, v)[0] if isinstance(flash_attn_func(q, k, v), tuple) else flash_attn_func(q, k, v)
+        out = (
+            flash_attn_func(q, k, v)[0]
+            if isinstance(flash_attn_func(q, k, v), tuple)
+            else flash_attn_func(q, k, v)
+        )
         other = found["fa3, varlen"]()
         other = other[0] if isinstance(other, tuple) else other
         print("varlen is the same:", bool(torch.equal(out.flatten(), other.flatten())), flush=True)
@@ -126,7 +134,13 @@ def main() -> None:
             alone = timed(lambda begin=begin, wait=wait: (begin(), wait()))
             for name, work in works.items():
                 first = timed(lambda begin=begin, wait=wait, work=work: (begin(), work(), wait()))
-                row = {"kernel": name, "exchange": exchange, "mib": size >> 20, "kernel_ms": timed(work), "exchange_ms": alone}
+                row = {
+                    "kernel": name,
+                    "exchange": exchange,
+                    "mib": size >> 20,
+                    "kernel_ms": timed(work),
+                    "exchange_ms": alone,
+                }
                 if rank == 0:
                     print(json.dumps({**row, "both_ms": first}), flush=True)
     dist.destroy_process_group()

@@ -1,4 +1,5 @@
-"""What a benchmark found, kept in two files that are rewritten after every section, and the budget that sections share.
+"""What a benchmark found, kept in two files that are rewritten after every section, and the budget that
+sections share.
 
 Knows JSON, Markdown and the clock; nothing of what is measured.
 """
@@ -94,10 +95,18 @@ class Report:
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown with a column for every key of any row, in the order of their first appearance; absent values stay empty."""
+    """Markdown with a column for every key of any row, in the order of their first appearance; absent values
+    stay empty.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    numeric = {key: all(isinstance(row[key], int | float) for row in rows if row.get(key) is not None) for key in columns}
-    lines = [f"| {' | '.join(columns)} |", "|" + "|".join("---:" if numeric[key] else "---" for key in columns) + "|"]
+    numeric = {
+        key: all(isinstance(row[key], int | float) for row in rows if row.get(key) is not None)
+        for key in columns
+    }
+    lines = [
+        f"| {' | '.join(columns)} |",
+        "|" + "|".join("---:" if numeric[key] else "---" for key in columns) + "|",
+    ]
     lines += [f"| {' | '.join(shown(row.get(key)) for key in columns)} |" for row in rows]
     return "\n".join(lines)
 
@@ -125,16 +134,20 @@ def plain(value: Any) -> Any:
 
 
 def ratios(times: Mapping[str, float], peer: str = "diffusers") -> dict[str, dict[str, float]]:
-    """How many times faster each entry is than each of the peer's: {name: {"ratio_vs_diffusers_eager": 1.3, ...}}.
+    """How many times faster each entry is than each of the peer's: {name: {"ratio_vs_diffusers_eager": 1.3,
+    ...}}.
 
     Args:
         times: name -> time, the peer's entries being called "PEER_VARIANT"; they get no ratios of their own.
         peer: the prefix.
     """
-    theirs = {name.removeprefix(f"{peer}_"): value for name, value in times.items() if name.startswith(f"{peer}_")}
+    theirs = {
+        name.removeprefix(f"{peer}_"): value for name, value in times.items() if name.startswith(f"{peer}_")
+    }
     ours = {name: value for name, value in times.items() if not name.startswith(f"{peer}_")}
     return {
-        name: {f"ratio_vs_{peer}_{variant}": other / value for variant, other in theirs.items()} for name, value in ours.items()
+        name: {f"ratio_vs_{peer}_{variant}": other / value for variant, other in theirs.items()}
+        for name, value in ours.items()
     }
 
 
@@ -149,8 +162,8 @@ def run_sections(
 ) -> None:
     """Runs sections in their order; one that fails leaves its traceback in the report, and the next goes on.
 
-    A section whose estimate does not fit what is left of the budget is left out with a note; a later, shorter one may
-    still fit. The files are rewritten after each section.
+    A section whose estimate does not fit what is left of the budget is left out with a note; a later, shorter
+    one may still fit. The files are rewritten after each section.
 
     Args:
         sections: in the order of their importance.
@@ -175,7 +188,10 @@ def run_sections(
         left = budget - (clock() - began)
         if section.estimate > left:
             report.sections[section.name] = {"outcome": "skipped", "estimate_s": section.estimate}
-            report.note(f"{section.name} was left out: about {section.estimate:.0f} s, and {max(left, 0):.0f} s are left")
+            report.note(
+                f"{section.name} was left out: about {section.estimate:.0f} s, and {max(left, 0):.0f} s are "
+                "left"
+            )
             report.write()
             continue
         print(f"== {section.name}: {section.about} (about {section.estimate:.0f} s)", flush=True)

@@ -1,13 +1,16 @@
-"""Seconds per guided step and per VAE decode on one GPU and on every layout of the ranks, in one run, on random weights.
+"""Seconds per guided step and per VAE decode on one GPU and on every layout of the ranks, in one run, on
+random weights.
 
     python -m benchmarks.scaling --ranks 2                                    two GPUs of this machine
     torchrun --nproc-per-node 2 -m benchmarks.scaling --budget 200            the same, started by hand
     torchrun --nproc-per-node 8 -m benchmarks.scaling --layouts all --sizes 480p,720p --repeats 1
-    python -m benchmarks.scaling --ranks 2 --small --device cpu               the same road without a GPU (gloo)
+    python -m benchmarks.scaling --ranks 2 --small --device cpu               the same road without a GPU
+                                                                              (gloo)
 
-Beside them diffusers' own context parallelism, the links' bandwidth by message size, and the kernels' times, from which
-`benchmarks.simulate_scaling` computes more ranks. Sections stand for themselves: one that fails fails on all ranks, and the
-run goes on. Results are rewritten after each. Warm-up is reported and not counted; a time is the slowest rank's.
+Beside them diffusers' own context parallelism, the links' bandwidth by message size, and the kernels' times,
+from which `benchmarks.simulate_scaling` computes more ranks. Sections stand for themselves: one that fails
+fails on all ranks, and the run goes on. Results are rewritten after each. Warm-up is reported and not
+counted; a time is the slowest rank's.
 """
 
 from __future__ import annotations
@@ -81,7 +84,13 @@ class Model:
     """
 
     def __init__(
-        self, ranks: Ranks, name: str, size: str, asked: argparse.Namespace, exact: bool, like: Model | None = None
+        self,
+        ranks: Ranks,
+        name: str,
+        size: str,
+        asked: argparse.Namespace,
+        exact: bool,
+        like: Model | None = None,
     ) -> None:
         self._like = like
         self.ranks, self.name, self.asked, self.exact = ranks, f"{name} {size}", asked, exact
@@ -109,14 +118,19 @@ class Model:
         backend = self.case.backend(network, RankGroups())
         found, self.reference = self._timed(self.case.step(backend))
         self.kernel_names[0] = found["kernel"] = backend.attn_backend.name
-        found |= {"weights_agree": all(each == sums[0] for each in sums), "section_to_here": time.monotonic() - began}
+        found |= {
+            "weights_agree": all(each == sums[0] for each in sums),
+            "section_to_here": time.monotonic() - began,
+        }
         if self.exact:
             self.float32 = self._in_float32(network)
             found["error_to_float32"] = relative(self.reference[:1], self.float32)
         return found
 
     def layout(self, word: str) -> dict[str, Any]:
-        """One layout of all ranks; "u2@nccl" exchanges through NCCL, "u2@8" too, which then may take 8 multiprocessors."""
+        """One layout of all ranks; "u2@nccl" exchanges through NCCL, "u2@8" too, which then may take 8
+        multiprocessors.
+        """
         plain, through_nccl, most = layout_and_means(word)
         plan = plan_for(self.ranks.world, self.case.config.num_attention_heads, **parse_layout(plain))
         groups = self.ranks.layout(plan, multiprocessors=most, copies=not through_nccl)
@@ -150,10 +164,17 @@ class Model:
 
     def host(self) -> dict[str, Any]:
         """Seconds that the host takes for a block: of a step so small that the GPU waits for it."""
-        found, case = {}, Case(self.case.spec, SIZES["small"], self.case.device, self.case.dtype, settings_of(self.asked))
+        found, case = (
+            {},
+            Case(self.case.spec, SIZES["small"], self.case.device, self.case.dtype, settings_of(self.asked)),
+        )
         world, heads = self.ranks.world, case.config.num_attention_heads
         for word, ulysses in (("alone", 0), ("u2", 2), ("r2", 1)) if world == 2 else (("alone", 0),):
-            groups = self.ranks.layout(plan_for(world, heads, cp=world, ulysses=ulysses)) if ulysses else RankGroups()
+            groups = (
+                self.ranks.layout(plan_for(world, heads, cp=world, ulysses=ulysses))
+                if ulysses
+                else RankGroups()
+            )
             step = case.step(case.backend(self.weights(), groups))
             found[word] = self.ranks.timed(step, 2 * self.asked.repeats)["seconds"] / case.config.num_layers
         return {"seconds_per_block": found}
@@ -168,16 +189,23 @@ class Model:
         # computed in the constructor, and not weights: made again where the weights are
         with self.ranks.device:
             model.rope = type(model.rope)(
-                self.case.config.attention_head_dim, self.case.config.patch_size, self.case.config.rope_max_seq_len
+                self.case.config.attention_head_dim,
+                self.case.config.patch_size,
+                self.case.config.rope_max_seq_len,
             )
         kind = word.rstrip("0123456789")
         backend = "_native_cudnn" if self.ranks.device.type == "cuda" and kind != "ulysses" else "native"
         model.eval().set_attention_backend(backend)
         if word != "alone":
-            plan = plan_for(self.ranks.world, self.case.config.num_attention_heads, cp=self.ranks.world, ulysses=1)
+            plan = plan_for(
+                self.ranks.world, self.case.config.num_attention_heads, cp=self.ranks.world, ulysses=1
+            )
             self.ranks.layout(plan, at_once=False)
             model.enable_parallelism(config=ContextParallelConfig(**{DIFFUSERS[kind]: self.ranks.world}))
-        latent, time_row = self.case.latent.to(self.case.dtype), self.case.time.reshape(1).to(self.ranks.device)
+        latent, time_row = (
+            self.case.latent.to(self.case.dtype),
+            self.case.time.reshape(1).to(self.ranks.device),
+        )
 
         def step() -> list[Tensor]:
             return [model(latent, time_row, row[None], return_dict=False)[0] for row in self.case.text]
@@ -193,17 +221,26 @@ class Model:
         attention, rows = needed_shapes(self.case.config.num_attention_heads, self.case.tokens)
         pieces = []
         names = self.kernel_names
-        chosen = [self.case.kernel(name, needs_lse) for name, needs_lse in zip(names, (False, True), strict=True)]
+        chosen = [
+            self.case.kernel(name, needs_lse) for name, needs_lse in zip(names, (False, True), strict=True)
+        ]
         for what, work in kernels(self.case, attention, rows, *chosen):
             took, alone = self.ranks.timed(work, 1)["seconds"], False
             if took < SHORT and self.ranks.device.type == "cuda":
                 # a single short call is mostly the clock, or the host that launches it
                 calls = without_host(work, INNER)
-                took, alone = (self.ranks.timed(calls, 2)["seconds"] / INNER, True) if calls else (self._each(work), False)
+                took, alone = (
+                    (self.ranks.timed(calls, 2)["seconds"] / INNER, True)
+                    if calls
+                    else (self._each(work), False)
+                )
             elif self.ranks.device.type == "cuda":
                 # as long as the clocks need to come down to what they hold
                 several = round(LONG / took) or 1
-                took = self.ranks.timed(lambda work=work, n=several: [work() for _ in range(n)], 1)["seconds"] / several
+                took = (
+                    self.ranks.timed(lambda work=work, n=several: [work() for _ in range(n)], 1)["seconds"]
+                    / several
+                )
             pieces.append({**what, "seconds": took, "without_host": alone})
         config = self.case.config
         shape = {"tokens": self.case.tokens, "heads": config.num_attention_heads, "dim": config.dim}
@@ -240,7 +277,9 @@ class Model:
 
 
 def links(ranks: Ranks, sizes: list[int]) -> dict[str, Any]:
-    """Seconds of both kinds of exchange by bytes that a rank sends; bandwidth is of one direction of one rank."""
+    """Seconds of both kinds of exchange by bytes that a rank sends; bandwidth is of one direction of one
+    rank.
+    """
     groups = ranks.layout(plan_for(ranks.world, ranks.world, cp=ranks.world, ulysses=ranks.world))
     rows = []
     for kind, size, work in link_exchanges(groups, ranks.device, sizes):
@@ -253,9 +292,17 @@ def exchanges(ranks: Ranks) -> dict[str, Any]:
     """Whether what arrives is what was sent, in each kind of exchange, with ranks that are late in turn."""
     found: dict[str, Any] = {}
     for axis in ("ulysses", "ring"):
-        groups = ranks.layout(plan_for(ranks.world, ranks.world, cp=ranks.world, ulysses=ranks.world if axis == "ulysses" else 1))
+        groups = ranks.layout(
+            plan_for(
+                ranks.world, ranks.world, cp=ranks.world, ulysses=ranks.world if axis == "ulysses" else 1
+            )
+        )
         wrong = ranks.gathered(wrong_arrivals(vars(groups)[axis], ranks.device))
-        found[axis] = {"by": groups.exchanges.get(axis, "gloo"), "parts": wrong[0]["parts"], "wrong": [w["wrong"] for w in wrong]}
+        found[axis] = {
+            "by": groups.exchanges.get(axis, "gloo"),
+            "parts": wrong[0]["parts"],
+            "wrong": [w["wrong"] for w in wrong],
+        }
     return found
 
 
@@ -270,22 +317,29 @@ def vae(ranks: Ranks, small: bool, repeats: int, shared: bool) -> dict[str, Any]
     groups = ranks.layout(auto_plan(ranks.world, ranks.world))
 
     def strips() -> Tensor | None:
-        return strips_on_first(lambda low, high: decoder.decode_strip(latent, low, high), shape[-1], -1, groups.world)
+        return strips_on_first(
+            lambda low, high: decoder.decode_strip(latent, low, high), shape[-1], -1, groups.world
+        )
 
     found = ranks.timed(strips, repeats)
     alone = ranks.results.get("vae alone", {}).get("seconds")
     whole, video = decoder.decode(latent), strips()
-    error = {} if video is None else {"error_to_alone": relative(video, whole), "largest": float((video - whole).abs().max())}
+    error = (
+        {}
+        if video is None
+        else {"error_to_alone": relative(video, whole), "largest": float((video - whole).abs().max())}
+    )
     return {**found, "speedup": alone and alone / found["seconds"], **error}
 
 
 def fault(ranks: Ranks, kind: str) -> dict[str, Any]:
-    """The last rank raises while the others wait in an exchange with it: how long they wait, and whether groups open again.
+    """The last rank raises while the others wait in an exchange with it: how long they wait, and whether
+    groups open again.
 
     Args:
         ranks: the run.
-        kind: "group", an exchange of the process group; "sequence", one within a sequence; "refused", one within a sequence,
-            through NCCL, that is refused half begun on every rank.
+        kind: "group", an exchange of the process group; "sequence", one within a sequence; "refused", one
+            within a sequence, through NCCL, that is refused half begun on every rank.
     """
     plan = plan_for(ranks.world, ranks.world, cp=ranks.world, ulysses=ranks.world)
     groups, size = ranks.layout(plan, copies=kind == "sequence"), ranks.world
@@ -319,8 +373,15 @@ def fault(ranks: Ranks, kind: str) -> dict[str, Any]:
     facts = ranks.gathered(found)
     groups.open()
     exchange()
-    again = [float(part[0]) for part in groups.world.all_gather(torch.full((1,), float(ranks.rank), device=ranks.device))]
-    return {"exchanges": groups.exchanges, "ranks": facts, "groups_again": again == [float(rank) for rank in range(ranks.world)]}
+    again = [
+        float(part[0])
+        for part in groups.world.all_gather(torch.full((1,), float(ranks.rank), device=ranks.device))
+    ]
+    return {
+        "exchanges": groups.exchanges,
+        "ranks": facts,
+        "groups_again": again == [float(rank) for rank in range(ranks.world)],
+    }
 
 
 def warm_up(ranks: Ranks) -> dict[str, Any]:
@@ -328,12 +389,20 @@ def warm_up(ranks: Ranks) -> dict[str, Any]:
     cuda = ranks.device.type == "cuda"
     x = torch.randn(256, 256, device=ranks.device)
     (x @ x).sum().item()
-    facts: dict[str, Any] = {"device": torch.cuda.get_device_name(ranks.device) if cuda else "cpu", "ranks": ranks.world}
-    facts |= {"torch": torch.__version__, "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None}
+    facts: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(ranks.device) if cuda else "cpu",
+        "ranks": ranks.world,
+    }
+    facts |= {
+        "torch": torch.__version__,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+    }
     return {**facts, "to_first_section": ranks.elapsed}
 
 
-def sections(ranks: Ranks, asked: argparse.Namespace) -> list[tuple[str, Callable[[], dict[str, Any]], float]]:
+def sections(
+    ranks: Ranks, asked: argparse.Namespace
+) -> list[tuple[str, Callable[[], dict[str, Any]], float]]:
     """(name, work, seconds that it takes on H200) in order: what matters first."""
     small, names = asked.small, ["wan-tiny"] if asked.small else asked.models.split(",")
     sizes = ["small"] if small else asked.sizes.split(",")
@@ -355,7 +424,11 @@ def sections(ranks: Ranks, asked: argparse.Namespace) -> list[tuple[str, Callabl
         larger = Model(ranks, model.case.spec.name, "720p", asked, exact=False, like=model)
         rows.append((f"{larger.name} kernels", larger.kernels, 3 if model is models[0] else 8))
         rows.append((f"{larger.name} released", lambda m=model: m.release() or {}, 0))
-    for name, kind in (("fault", "group"), ("fault within a sequence", "sequence"), ("fault in a batch", "refused")):
+    for name, kind in (
+        ("fault", "group"),
+        ("fault within a sequence", "sequence"),
+        ("fault in a batch", "refused"),
+    ):
         rows.append((name, lambda kind=kind: fault(ranks, kind), 6))
     # last, for a crash in there would end the run
     for word in ("alone", *(f"{kind}{ranks.world}" for kind in DIFFUSERS if not small)):
@@ -364,12 +437,20 @@ def sections(ranks: Ranks, asked: argparse.Namespace) -> list[tuple[str, Callabl
     return [row for row in rows if any(word in row[0] for word in chosen)]
 
 
-def steps_of(model: Model, asked: argparse.Namespace, first: bool) -> list[tuple[str, Callable[[], dict[str, Any]], float]]:
-    """Sections of one model and size, with their seconds on H200s; what is looked at once comes with the first."""
+def steps_of(
+    model: Model, asked: argparse.Namespace, first: bool
+) -> list[tuple[str, Callable[[], dict[str, Any]], float]]:
+    """Sections of one model and size, with their seconds on H200s; what is looked at once comes with the
+    first.
+    """
     world, heads = model.ranks.world, model.case.config.num_attention_heads
-    words = [str_of(plan) for plan in plans(world, heads)] if asked.layouts == "all" else asked.layouts.split(",")
+    words = (
+        [str_of(plan) for plan in plans(world, heads)] if asked.layouts == "all" else asked.layouts.split(",")
+    )
     step = 1.0 if first else 5.0 if "480p" in model.name else 21.0 if "14B" in model.name else 4.0
-    rows: list[tuple[str, Callable[[], dict[str, Any]], float]] = [(f"{model.name} alone", model.alone, 12 + 4 * step)]
+    rows: list[tuple[str, Callable[[], dict[str, Any]], float]] = [
+        (f"{model.name} alone", model.alone, 12 + 4 * step)
+    ]
     # a choice of means is looked at once
     for word in (word for word in words if first or "@" not in word):
         rows.append((f"{model.name} {word}", lambda w=word: model.layout(w), 4 + 8 * step / world))
@@ -387,8 +468,9 @@ def str_of(plan: ParallelPlan) -> str:
 
 
 def layout_and_means(word: str) -> tuple[str, bool, int | None]:
-    """"u2" as ("u2", False, None), "u2@nccl" as ("u2", True, None), "u2@8" as ("u2", True, 8): a layout, whether its ranks
-    exchange through NCCL though they could copy, and how many multiprocessors that may take.
+    """ "u2" as ("u2", False, None), "u2@nccl" as ("u2", True, None), "u2@8" as ("u2", True, 8): a layout,
+    whether its ranks exchange through NCCL though they could copy, and how many multiprocessors that may
+    take.
 
     Raises:
         ValueError: no such means.
@@ -402,16 +484,26 @@ def layout_and_means(word: str) -> tuple[str, bool, int | None]:
 @torch.no_grad()
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="processes, where torchrun did not start this one")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=2, help="processes, where torchrun did not start this one"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--small", action="store_true", help="wan-tiny's shape, 64x64, 5 frames")
     parser.add_argument("--repeats", type=int, default=3, help="counted readings of a step")
-    parser.add_argument("--layouts", default="cfg2,u2,r2", help="or all; u2@nccl: no copies; u2@8: on 8 multiprocessors")
+    parser.add_argument(
+        "--layouts", default="cfg2,u2,r2", help="or all; u2@nccl: no copies; u2@8: on 8 multiprocessors"
+    )
     parser.add_argument("--models", default="Wan2.1-T2V-1.3B,Wan2.1-T2V-14B", help="names, comma-separated")
     parser.add_argument("--sizes", default="480p", help="480p, 720p or both, comma-separated")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as infer.attn_type=math")
-    parser.add_argument("--only", default="", help="sections whose names hold one of these words, comma-separated")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="as infer.attn_type=math"
+    )
+    parser.add_argument(
+        "--only", default="", help="sections whose names hold one of these words, comma-separated"
+    )
     parser.add_argument("--budget", type=float, default=200.0, help="seconds; what would not fit is skipped")
     parser.add_argument("--out", type=Path, default=None, help="JSON; a table is written beside it")
     asked = parser.parse_args()

@@ -1,4 +1,5 @@
-"""The processes of a scaling run: sections that fail on all ranks or on none, clocks that agree, results on disk.
+"""The processes of a scaling run: sections that fail on all ranks or on none, clocks that agree, results on
+disk.
 
 Knows ranks, groups, clocks and JSON; not what is measured.
 """
@@ -93,7 +94,9 @@ class Ranks:
         """
         self._section += 1
         if self.gathered(self.elapsed)[0] + estimate > self._budget:
-            self._keep(name, {"skipped": f"{estimate:g} s more would not fit the budget of {self._budget:g} s"})
+            self._keep(
+                name, {"skipped": f"{estimate:g} s more would not fit the budget of {self._budget:g} s"}
+            )
             return
         began, found, error = self.elapsed, {}, None
         try:
@@ -121,7 +124,8 @@ class Ranks:
         self._keep(name, {**found, "section_seconds": round(self.elapsed - began, 2)})
 
     def timed(self, work: Callable[[], object], repeats: int) -> dict[str, Any]:
-        """Seconds of `work` on the slowest rank: the first call, and the median of `repeats` more; and each rank's peak.
+        """Seconds of `work` on the slowest rank: the first call, and the median of `repeats` more; and each
+        rank's peak.
 
         All ranks begin together; on a GPU its own events are the clock. The peak is of bytes allocated,
         with those that other ranks write; 0 on a CPU.
@@ -179,7 +183,11 @@ class Ranks:
             self._groups.interrupt(why)
 
     def _end(self) -> None:
-        print(f"rank {self.rank} is ended in section {self._section}, {_LAST:g} s after the budget", file=sys.stderr, flush=True)
+        print(
+            f"rank {self.rank} is ended in section {self._section}, {_LAST:g} s after the budget",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(3)
 
 

@@ -1,7 +1,8 @@
-"""What a scaling run measures: networks with random weights, their steps, kernels, links, and traces of what overlapped.
+"""What a scaling run measures: networks with random weights, their steps, kernels, links, and traces of what
+overlapped.
 
-Random weights are drawn on each rank from the same seed. A step is that of `chitu_diffusion.pipelines.denoising`. Knows one
-rank's view; no clock and no results.
+Random weights are drawn on each rank from the same seed. A step is that of
+`chitu_diffusion.pipelines.denoising`. Knows one rank's view; no clock and no results.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 if find_spec("ftfy") is None:
-    sys.modules["ftfy"] = ModuleType("ftfy")  # mends prompts; none is read here, and not every test machine has it
+    # mends prompts; none is read here, and not every test machine has it
+    sys.modules["ftfy"] = ModuleType("ftfy")
 
 from benchmarks.comm_volume import Counting, Traffic, traffic
 from chitu_diffusion.attention import AttentionKernel, attention_kernel
@@ -56,7 +58,9 @@ Span = tuple[float, float]
 Work = Callable[[], object]
 
 
-def filled(module: nn.Module, device: torch.device, dtype: torch.dtype, keep: Sequence[str] = (), seed: int = 0) -> nn.Module:
+def filled(
+    module: nn.Module, device: torch.device, dtype: torch.dtype, keep: Sequence[str] = (), seed: int = 0
+) -> nn.Module:
     """A network on the meta device, with random weights on `device`: N(0, 1 / fan-in), norms 1, biases 0.
 
     Args:
@@ -78,7 +82,9 @@ def filled(module: nn.Module, device: torch.device, dtype: torch.dtype, keep: Se
     return module.eval().requires_grad_(False)
 
 
-def random_transformer(config: WanConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> WanTransformer:
+def random_transformer(
+    config: WanConfig, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> WanTransformer:
     """A transformer with random weights."""
     with torch.device("meta"):
         network = WanTransformer(config)
@@ -102,7 +108,12 @@ class Case:
     """
 
     def __init__(
-        self, spec: ModelSpec, size: tuple[int, int, int], device: torch.device, dtype: torch.dtype, settings: Mapping[str, str]
+        self,
+        spec: ModelSpec,
+        size: tuple[int, int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+        settings: Mapping[str, str],
     ) -> None:
         self.spec, self.config, self.device, self.dtype = spec, spec.transformers[0], device, dtype
         kind = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
@@ -113,7 +124,8 @@ class Case:
         shape = (1, *spec.geometry.latent_shape(frames, height, width))
         self.latent = torch.randn(shape, generator=generator).to(device)
         text = torch.randn(2, TEXT_ROWS, self.config.text_dim, generator=generator)
-        for branch, rows in enumerate((40, 130)):  # of a prompt and of a negative one; zeros behind, as an encoder gives them
+        # of a prompt and of a negative one; zeros behind, as an encoder gives them
+        for branch, rows in enumerate((40, 130)):
             text[branch, rows:] = 0
         self.text = text.to(device, dtype)
         self.time = torch.tensor(500.0)
@@ -121,7 +133,9 @@ class Case:
     def backend(self, network: WanTransformer, groups: RankGroups) -> DiffusionBackend:
         """The engine's own backend; of text encoder and VAE it has the shapes alone."""
         encoder = TextEncoder(build_text_encoder({}), tokenizer=None)  # type: ignore[arg-type]
-        networks = Networks(self.spec, [network] * len(self.spec.transformers), encoder, Vae(build_vae({})), SCHEDULER)
+        networks = Networks(
+            self.spec, [network] * len(self.spec.transformers), encoder, Vae(build_vae({})), SCHEDULER
+        )
         return DiffusionBackend.from_networks(networks, self.args, groups)
 
     def step(self, backend: DiffusionBackend) -> Callable[[], Tensor]:
@@ -166,7 +180,9 @@ def beside(case: Case, groups: RankGroups, kernel: AttentionKernel) -> dict[str,
     peers, config, with_lse = groups.ring, case.config, kernel.run_with_lse
     assert with_lse is not None
     own = case.tokens // peers.size
-    q, k, v = torch.randn(3, 1, own, config.num_attention_heads, config.attention_head_dim, device=case.device).to(case.dtype)
+    q, k, v = torch.randn(
+        3, 1, own, config.num_attention_heads, config.attention_head_dim, device=case.device
+    ).to(case.dtype)
     rows = from_the_one_before(own, peers.size)
 
     def transfer() -> Callable[[], None]:
@@ -186,8 +202,12 @@ def from_the_one_before(rows: int, size: int) -> list[list[int]]:
     return [[rows * (sender == (peer - 1) % size) for sender in range(size)] for peer in range(size)]
 
 
-def link_exchanges(groups: RankGroups, device: torch.device, sizes: Sequence[int]) -> Iterable[tuple[str, int, Work]]:
-    """(kind, bytes that a rank sends, the exchange) for both ways in which blocks talk: `pass_on` and `swap`."""
+def link_exchanges(
+    groups: RankGroups, device: torch.device, sizes: Sequence[int]
+) -> Iterable[tuple[str, int, Work]]:
+    """(kind, bytes that a rank sends, the exchange) for both ways in which blocks talk: `pass_on` and
+    `swap`.
+    """
     peers = groups.ulysses
     for size in sizes:
         x = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
@@ -206,8 +226,8 @@ def link_exchanges(groups: RankGroups, device: torch.device, sizes: Sequence[int
 
 
 def wrong_arrivals(peers: Peers, device: torch.device, rounds: int = 40) -> dict[str, int]:
-    """Random parts sent round, several exchanges under way at once, ranks and readers late at random: how many came, and how
-    many were not what the other rank had drawn."""
+    """Random parts sent round, several exchanges under way at once, ranks and readers late at random: how
+    many came, and how many were not what the other rank had drawn."""
     common, own = Random(1), Random(peers.index)
     parts = wrong = 0
 
@@ -227,7 +247,9 @@ def wrong_arrivals(peers: Peers, device: torch.device, rounds: int = 40) -> dict
             rows = [[common.randrange(1, longest) for _ in range(peers.size)] for _ in range(peers.size)]
             token = common.randrange(1 << 30)
             if turn % 2:  # only to the next
-                rows = [[n * (s == (p - 1) % peers.size) for s, n in enumerate(of)] for p, of in enumerate(rows)]
+                rows = [
+                    [n * (s == (p - 1) % peers.size) for s, n in enumerate(of)] for p, of in enumerate(rows)
+                ]
             late()
             landing = peers.landing(rows, (3, 8), torch.empty(0, dtype=torch.int32, device=device))
             leaving = [drawn(token + peers.index * 8 + to, rows[to][peers.index]) for to in range(peers.size)]
@@ -240,12 +262,17 @@ def wrong_arrivals(peers: Peers, device: torch.device, rounds: int = 40) -> dict
             overwritten = [torch.full(size, 7, dtype=torch.int32, device=device) for size in sizes]
             del overwritten
             sources = [before] if turn % 2 else [p for p in range(peers.size) if p != peers.index]
-            under_way.append((landing, wait, {s: (token + s * 8 + peers.index, rows[peers.index][s]) for s in sources}))
+            under_way.append(
+                (landing, wait, {s: (token + s * 8 + peers.index, rows[peers.index][s]) for s in sources})
+            )
         for landing, wait, expected in under_way:
             wait()
             late()
             for source, (seed, length) in expected.items():
-                parts, wrong = parts + 1, wrong + (not torch.equal(landing.parts[source], drawn(seed, length)))
+                parts, wrong = (
+                    parts + 1,
+                    wrong + (not torch.equal(landing.parts[source], drawn(seed, length))),
+                )
     return {"parts": parts, "wrong": wrong}
 
 
@@ -285,7 +312,9 @@ def kernels(
     config, device, dtype, lse = case.config, case.device, case.dtype, with_lse.run_with_lse
     assert lse is not None
     for tokens, heads in attention:
-        q, k, v = torch.randn(3, 1, tokens, heads, config.attention_head_dim, device=device).to(dtype).unbind()
+        q, k, v = (
+            torch.randn(3, 1, tokens, heads, config.attention_head_dim, device=device).to(dtype).unbind()
+        )
         yield {"kind": "attention", "tokens": tokens, "heads": heads}, lambda q=q, k=k, v=v: plain(q, k, v)
         out, sums = lse(q, k, v)
         yield {"kind": "attention_lse", "tokens": tokens, "heads": heads}, lambda q=q, k=k, v=v: lse(q, k, v)
@@ -300,17 +329,27 @@ def kernels(
         cos, sin = (part[:own] for part in whole.rope)
         part = replace(whole, tokens=whole.tokens[:, :own], rope=(cos, sin))
         # the self-attention gives its queries back: everything else of a block is in this
-        yield {"kind": "rest", "tokens": own}, lambda part=part: network.run_blocks(part, attention=lambda q, k, v: q)
+        yield (
+            {"kind": "rest", "tokens": own},
+            lambda part=part: network.run_blocks(part, attention=lambda q, k, v: q),
+        )
     for own, degree in rows:
         if degree > 1:
-            heads = torch.randn(3, 1, own, config.num_attention_heads, config.attention_head_dim, device=device).to(dtype)
+            heads = torch.randn(
+                3, 1, own, config.num_attention_heads, config.attention_head_dim, device=device
+            ).to(dtype)
             pack = ulysses(_nothing, Elsewhere(degree), [own] * degree)  # type: ignore[arg-type]
-            yield {"kind": "pack", "tokens": own, "ulysses": degree}, lambda x=heads, pack=pack: pack(*x.unbind())
+            yield (
+                {"kind": "pack", "tokens": own, "ulysses": degree},
+                lambda x=heads, pack=pack: pack(*x.unbind()),
+            )
     yield {"kind": "ends", "tokens": case.tokens}, lambda: ends(network, case, text)
 
 
 def without_host(work: Work, times: int) -> Work | None:
-    """So many calls of `work` as one CUDA graph, which a GPU runs through without the host; None where it cannot be recorded."""
+    """So many calls of `work` as one CUDA graph, which a GPU runs through without the host; None where it
+    cannot be recorded.
+    """
     try:
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
@@ -353,19 +392,23 @@ def traced(work: Callable[[], object]) -> dict[str, float]:
 
 
 def overlap(kernel_events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """How much of the communication ran beside computation, from a trace's kernels and copies (`name`, `ts` and `dur` in us).
+    """How much of the communication ran beside computation, from a trace's kernels and copies (`name`, `ts`
+    and `dur` in us).
 
-    Communication is NCCL's kernels and copies from GPU to GPU; a stream that waits for a copy from elsewhere is neither.
+    Communication is NCCL's kernels and copies from GPU to GPU; a stream that waits for a copy from elsewhere
+    is neither.
 
     Returns:
-        seconds of communication (each moment once), of computation, of both at once, of neither, and the share of
-        the communication that was hidden.
+        seconds of communication (each moment once), of computation, of both at once, of neither, and the
+        share of the communication that was hidden.
     """
     talk: list[Span] = []
     compute: list[Span] = []
     for event in kernel_events:
         name = str(event["name"])
-        (talk if "nccl" in name or "PtoP" in name else compute).append((event["ts"], event["ts"] + event["dur"]))
+        (talk if "nccl" in name or "PtoP" in name else compute).append(
+            (event["ts"], event["ts"] + event["dur"])
+        )
     talk, compute = _union(talk), _union(compute)
     talking, computing, whole = (_length(spans) for spans in (talk, compute, _union([*talk, *compute])))
     both = talking + computing - whole

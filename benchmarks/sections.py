@@ -1,7 +1,8 @@
-"""The sections of `benchmarks.latency`: what each times, on which network, and what it writes into the report.
+"""The sections of `benchmarks.latency`: what each times, on which network, and what it writes into the
+report.
 
-Knows variants and clocks; no command line. Each section stands alone, so that any can be left out, except that the
-end-to-end and the profile take the fastest variant from the sections before them where these ran.
+Knows variants and clocks; no command line. Each section stands alone, so that any can be left out, except
+that the end-to-end and the profile take the fastest variant from the sections before them where these ran.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ EIGHT_BIT_PEERS: Mapping[str, Builder] = {
     "diffusers_compiled_torchao_fp8": diffusers(compile=True, eight_bit=True),
 }
 UNTUNED_PEER: Mapping[str, Builder] = {
-    "diffusers_compiled_torchao_fp8_untuned": diffusers(compile=True, eight_bit=True, tuned=False),
+    "diffusers_compiled_torchao_fp8_untuned": diffusers(compile=True, eight_bit=True, tuned=False)
 }
 """For 14B: the elements between products are a smaller share there, and tuning them takes minutes."""
 OURS_EXACT: Mapping[str, Builder] = {
@@ -69,12 +70,20 @@ OURS_COMPILED: Mapping[str, Builder] = {
 OURS_EIGHT_BIT: Mapping[str, Builder] = {
     "ours_fp8": ours(attn_type="fa3_fp8", quant="fp8"),
     "ours_fp8_all": ours(attn_type="fa3_fp8", quant="fp8", quant_keep="", quant_originals=False),
-    "ours_fp8_all_compiled": ours(attn_type="fa3_fp8", quant="fp8", quant_keep="", quant_originals=False, compile=True),
+    "ours_fp8_all_compiled": ours(
+        attn_type="fa3_fp8", quant="fp8", quant_keep="", quant_originals=False, compile=True
+    ),
     "ours_fp8_all_batched": ours(
-        attn_type="fa3_fp8", quant="fp8", quant_keep="", quant_originals=False, diffusion={"cfg_batch": "batched"}
+        attn_type="fa3_fp8",
+        quant="fp8",
+        quant_keep="",
+        quant_originals=False,
+        diffusion={"cfg_batch": "batched"},
     ),
 }
-"""`ours_fp8` keeps the first and the last block in 16 bits, as the settings' defaults do; "all" keeps none, as torchao does."""
+"""`ours_fp8` keeps the first and the last block in 16 bits, as the settings' defaults do; "all" keeps none,
+as torchao does.
+"""
 OUR_GUESS: Mapping[bool, str] = {False: "ours_auto", True: "ours_fp8_all"}
 PEERS_GUESS: Mapping[bool, str] = {False: "diffusers_compiled_fa3", True: "diffusers_compiled_torchao_fp8"}
 """Whether 8 bits -> which is taken for the fastest where none was timed."""
@@ -120,7 +129,14 @@ class Latency:
     """
 
     def __init__(
-        self, device: torch.device, *, small: bool, rounds: int, steps: int, folder: Path, without: Iterable[str] = ()
+        self,
+        device: torch.device,
+        *,
+        small: bool,
+        rounds: int,
+        steps: int,
+        folder: Path,
+        without: Iterable[str] = (),
     ) -> None:
         self.device, self.small, self.rounds, self.steps, self.folder = device, small, rounds, steps, folder
         self.without = frozenset(without)
@@ -132,7 +148,9 @@ class Latency:
 
     # -- networks
 
-    def case(self, model: str, size: tuple[int, int, int] = (832, 480, 81), timed_layers: int | None = None) -> Case:
+    def case(
+        self, model: str, size: tuple[int, int, int] = (832, 480, 81), timed_layers: int | None = None
+    ) -> Case:
         """The case of a name, or its stand-in for a small run."""
         if not self.small:
             return case_of(model, size, timed_layers)
@@ -169,12 +187,23 @@ class Latency:
 
     def fastest(self, case: Case, prefix: str, *, eight_bit: bool) -> str | None:
         """The fastest of a case's variants that were timed, by its name's beginning."""
-        names = [name for at, name in self.times if at == case.name and name.startswith(prefix) and ("fp8" in name) == eight_bit]
+        names = [
+            name
+            for at, name in self.times
+            if at == case.name and name.startswith(prefix) and ("fp8" in name) == eight_bit
+        ]
         return min(names, key=lambda name: self.times[case.name, name], default=None)
 
     # -- forwards
 
-    def forwards(self, report: Report, case: Case, part: str, builders: Mapping[str, Builder], rounds: int | None = None) -> None:
+    def forwards(
+        self,
+        report: Report,
+        case: Case,
+        part: str,
+        builders: Mapping[str, Builder],
+        rounds: int | None = None,
+    ) -> None:
         """A table of one forward in each of these ways, timed in turn.
 
         Args:
@@ -192,7 +221,9 @@ class Latency:
             variant = self.variant(bench, name, builder, report)
             if variant is not None:
                 ready[name] = variant
-        found = alternating({name: each.call for name, each in ready.items()}, rounds or self.rounds, self.device)
+        found = alternating(
+            {name: each.call for name, each in ready.items()}, rounds or self.rounds, self.device
+        )
         each_ms = {name: [ms / ready[name].forwards for ms in timing.ms] for name, timing in found.items()}
         times = {name: float(median(ms)) for name, ms in each_ms.items()}
         self.times |= {(case.name, name): ms for name, ms in times.items()}
@@ -208,7 +239,13 @@ class Latency:
         """One variant's figures."""
         work = forward_work(case.config, case.tokens, case.spec.text_tokens)
         middle = float(median(ms))
-        row: dict[str, Any] = {"variant": name, "layers": case.config.num_layers, "ms": middle, "min": min(ms), "max": max(ms)}
+        row: dict[str, Any] = {
+            "variant": name,
+            "layers": case.config.num_layers,
+            "ms": middle,
+            "min": min(ms),
+            "max": max(ms),
+        }
         if case.layers != case.config.num_layers:
             row[f"ms_{case.layers}_layers_from_{case.config.num_layers}"] = carried_over(middle, bare, case)
         if variant.backend is not None:
@@ -237,8 +274,11 @@ class Latency:
 
     def small_exact(self, report: Report) -> None:
         """1.3B in 16 bits."""
-        plain = [] if self.device.type == "cuda" else ["diffusers_compiled"]  # there the other compiled ones are absent
-        self.forwards(report, self.case("Wan2.1-T2V-1.3B"), "16 bits", chosen([*EXACT_PEERS, *plain, *OURS_EXACT]))
+        # there the other compiled ones are absent
+        plain = [] if self.device.type == "cuda" else ["diffusers_compiled"]
+        self.forwards(
+            report, self.case("Wan2.1-T2V-1.3B"), "16 bits", chosen([*EXACT_PEERS, *plain, *OURS_EXACT])
+        )
 
     def small_compiled(self, report: Report) -> None:
         """1.3B in 16 bits, our blocks compiled: beside, and in place of, the fused kernels."""
@@ -251,11 +291,17 @@ class Latency:
 
     def large_exact(self, report: Report) -> None:
         """14B in 16 bits, on 8 layers: the best peer, what `auto` chooses, and what was fastest at 1.3B."""
-        names = ["diffusers_compiled_fa3", "ours_auto", self.fastest(self.case("Wan2.1-T2V-1.3B"), "ours_", eight_bit=False)]
+        names = [
+            "diffusers_compiled_fa3",
+            "ours_auto",
+            self.fastest(self.case("Wan2.1-T2V-1.3B"), "ours_", eight_bit=False),
+        ]
         self.forwards(report, self.case("Wan2.1-T2V-14B", timed_layers=8), "16 bits", chosen(names))
 
     def large_eight_bit(self, report: Report) -> None:
-        """14B in 8 bits, on 8 layers: none of them kept in 16, for of 8 layers these would be a quarter, of 40 a twentieth."""
+        """14B in 8 bits, on 8 layers: none of them kept in 16, for of 8 layers these would be a quarter, of
+        40 a twentieth.
+        """
         small = self.case("Wan2.1-T2V-1.3B")
         timed = [name for at, name in self.times if at == small.name and name.startswith("ours_fp8_all")]
         fastest = min(timed, key=lambda name: self.times[small.name, name], default=OUR_GUESS[True])
@@ -265,7 +311,13 @@ class Latency:
     def large_720p(self, report: Report) -> None:
         """14B at 1280x720, on 8 layers, in the ways that were fastest at 832x480."""
         case = self.case("Wan2.1-T2V-14B", (1280, 720, 81), timed_layers=8)
-        self.forwards(report, case, "ours", chosen([self.best_of_14b(eight_bit=eight) for eight in (False, True)]), rounds=2)
+        self.forwards(
+            report,
+            case,
+            "ours",
+            chosen([self.best_of_14b(eight_bit=eight) for eight in (False, True)]),
+            rounds=2,
+        )
 
     def large_40(self, report: Report) -> None:
         """14B with all of its layers, ours alone: fastest exact, 8 bits by the settings' defaults."""
@@ -278,17 +330,25 @@ class Latency:
         return self.fastest(case, "ours_", eight_bit=eight_bit) or OUR_GUESS[eight_bit]
 
     def end_to_end(self, report: Report) -> None:
-        """A video of 1.3B from prompt to file, by our generator, with an encoder and a VAE of full size and random weights."""
+        """A video of 1.3B from prompt to file, by our generator, with an encoder and a VAE of full size and
+        random weights.
+        """
         case = self.case("Wan2.1-T2V-1.3B")
         bench = self.bench(case)
         name = self.fastest(case, "ours_", eight_bit=False)
         kept = self._variants.get((case.name, name)) if name is not None else None
         settings = dict((kept.settings if kept is not None else None) or {"attn_type": "auto"})
         backend = bench.backend(settings, *random_ends(self.device, bench.dtype, self.small))
-        warm_up = self.video(backend, case, 1, "A red fish swims left in the sea")  # prompts are encoded once, so another
+        # prompts are encoded once, so another
+        warm_up = self.video(backend, case, 1, "A red fish swims left in the sea")
         whole: dict[str, float] = {}
         peak = peak_bytes(lambda: whole.update(self.video(backend, case, self.steps)), self.device)
-        row: dict[str, Any] = {"variant": name or "ours", "steps": self.steps, "seconds": sum(whole.values()), **whole}
+        row: dict[str, Any] = {
+            "variant": name or "ours",
+            "steps": self.steps,
+            "seconds": sum(whole.values()),
+            **whole,
+        }
         forward_ms = self.times.get((case.name, name or ""))
         if forward_ms is not None:
             loop = whole[f"{TaskStatus.DENOISING}_s"]
@@ -298,7 +358,9 @@ class Latency:
         self.idle(report, backend, case)
         backend.terminate()
 
-    def video(self, backend: DiffusionBackend, case: Case, steps: int, prompt: str = PROMPT) -> dict[str, float]:
+    def video(
+        self, backend: DiffusionBackend, case: Case, steps: int, prompt: str = PROMPT
+    ) -> dict[str, float]:
         """Seconds of each stage of one video."""
         path = str(self.folder / f"latency-{steps}.npy")
         params = DiffusionUserParams(
@@ -323,39 +385,57 @@ class Latency:
         generator = Generator(backend)
         embeddings = generator.encode_text([PROMPT, "blurry"])
         noise = torch.randn(case.latent_shape)
-        generator.denoise_loop(noise, embeddings, 1, 5.0)  # a text of another length may want a kernel of its own, compiled once
+        # a text of another length may want a kernel of its own, compiled once
+        generator.denoise_loop(noise, embeddings, 1, 5.0)
         spans = kernel_spans(lambda: generator.denoise_loop(noise, embeddings, steps, 5.0), self.device)
         found = breakdown(spans)
         row = {"variant": f"loop of {steps} steps", "idle_share": idle_share(found), **found}
         report.add("Where the time goes, ms", row)
 
     def cached(self, report: Report) -> None:
-        """Fixed plans at 1.3B: the denoising seconds that each saved, over what the forwards that it skipped had cost.
+        """Fixed plans at 1.3B: the denoising seconds that each saved, over what the forwards that it skipped
+        had cost.
 
         Weights are random, so that nothing is said of the picture.
         """
         case = self.case("Wan2.1-T2V-1.3B")
-        backend = self.bench(case).backend({"attn_type": "auto"}, *random_ends(self.device, self.bench(case).dtype, self.small))
+        backend = self.bench(case).backend(
+            {"attn_type": "auto"}, *random_ends(self.device, self.bench(case).dtype, self.small)
+        )
         size = {"height": case.height, "width": case.width, "num_frames": case.frames}
         steps = CACHED_STEPS
         make_video(backend, prompt=PROMPT, seed=1, num_inference_steps=2, **size)  # chooses kernels
         full = make_video(backend, prompt=PROMPT, seed=1, num_inference_steps=steps, **size)
         for setting in FIXED_PLANS:
             cache = parse_setting(setting)
-            made = make_video(backend, prompt=PROMPT, seed=1, num_inference_steps=steps, flexcache=cache, **size)
+            made = make_video(
+                backend, prompt=PROMPT, seed=1, num_inference_steps=steps, flexcache=cache, **size
+            )
             saved = 1 - made.work / full.work
             kept = (full.seconds - made.seconds) / (saved * full.forward_seconds) if saved > 0 else None
-            row = {"setting": setting, "steps": steps, "forwards_saved": saved, "seconds": made.seconds, "full_s": full.seconds}
-            report.add("Step caches", {**row, "faster": full.seconds / made.seconds, "saved_of_skipped": kept})
+            row = {
+                "setting": setting,
+                "steps": steps,
+                "forwards_saved": saved,
+                "seconds": made.seconds,
+                "full_s": full.seconds,
+            }
+            report.add(
+                "Step caches", {**row, "faster": full.seconds / made.seconds, "saved_of_skipped": kept}
+            )
         backend.terminate()
 
     def profile(self, report: Report) -> None:
-        """Kernels by kind at 1.3B for our fastest exact and 8-bit variants and the fastest peers, or a guess at these."""
+        """Kernels by kind at 1.3B for our fastest exact and 8-bit variants and the fastest peers, or a guess
+        at these.
+        """
         case = self.case("Wan2.1-T2V-1.3B")
         bench = self.bench(case)
         sides = (("diffusers_", PEERS_GUESS), ("ours_", OUR_GUESS))
         names = [
-            self.fastest(case, prefix, eight_bit=eight) or guess[eight] for prefix, guess in sides for eight in (False, True)
+            self.fastest(case, prefix, eight_bit=eight) or guess[eight]
+            for prefix, guess in sides
+            for eight in (False, True)
         ]
         for name, builder in chosen(names).items():
             variant = self.variant(bench, name, builder, report)
@@ -380,10 +460,12 @@ def auto_kernel(ready: Mapping[str, Variant]) -> str | None:
 
 
 def carried_over(ms: float, bare: float, case: Case) -> float:
-    """Milliseconds with all layers from those with some: what the blocks take grows with their number, the rest does not.
+    """Milliseconds with all layers from those with some: what the blocks take grows with their number, the
+    rest does not.
 
-    It flatters ours, whose branches share the first self-attention: of 8 layers that is a sixteenth of the attention, of 40 an
-    eightieth, some 3 % of the whole. All 40 layers, measured by `benchmarks.scaling`, took 2,489 ms where this says 2,403.
+    It flatters ours, whose branches share the first self-attention: of 8 layers that is a sixteenth of the
+    attention, of 40 an eightieth, some 3 % of the whole. All 40 layers, measured by `benchmarks.scaling`,
+    took 2,489 ms where this says 2,403.
     """
     return (ms - bare) * case.layers / case.config.num_layers + bare
 
@@ -408,7 +490,9 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 def random_ends(device: torch.device, dtype: torch.dtype, small: bool) -> tuple[TextEncoder, Vae] | tuple[()]:
-    """An encoder of UMT5-XXL's size with wan-tiny's tokenizer, and Wan's VAE, with random weights; nothing for a small run."""
+    """An encoder of UMT5-XXL's size with wan-tiny's tokenizer, and Wan's VAE, with random weights; nothing
+    for a small run.
+    """
     if small:
         return ()
     folder = read_folder(ASSETS / TINY)

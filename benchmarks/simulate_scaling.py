@@ -1,19 +1,21 @@
-"""What more GPUs would do, computed from a two-GPU run: seconds per guided step for 2 to 64 GPUs over several nodes.
+"""What more GPUs would do, computed from a two-GPU run: seconds per guided step for 2 to 64 GPUs over several
+nodes.
 
     python -m benchmarks.simulate_scaling benchmarks/results/scaling-2-gpus.json
 
-Takes kernel times and link times as `benchmarks.scaling` measured them, and the traffic that `benchmarks.comm_volume` states. A
-block is its attention (one call, or one a hop of the ring), the rest of it, packing for Ulysses, and what its exchanges
-cost: those of Ulysses in full, or, where they go in pieces, the first that comes and the last that goes and what the others'
-work does not hide, a hop of the ring as far as it outlasts the hop's kernel, and what a kernel was seen to lose with a
-transfer beside it. All kernels are scaled by one factor, so that one GPU's step is what was measured (long runs clock lower
-than short ones). A step takes at least what the host needs to launch it, as a tiny step showed, where every further peer is
-taken to cost as much as the first. Nothing else is fitted: the two-GPU predictions are checked against the measurement.
-Writes a table, JSON and a plot beside the input.
+Takes kernel times and link times as `benchmarks.scaling` measured them, and the traffic that
+`benchmarks.comm_volume` states. A block is its attention (one call, or one a hop of the ring), the rest of
+it, packing for Ulysses, and what its exchanges cost: those of Ulysses in full, or, where they go in pieces,
+the first that comes and the last that goes and what the others' work does not hide, a hop of the ring as far
+as it outlasts the hop's kernel, and what a kernel was seen to lose with a transfer beside it. All kernels are
+scaled by one factor, so that one GPU's step is what was measured (long runs clock lower than short ones). A
+step takes at least what the host needs to launch it, as a tiny step showed, where every further peer is taken
+to cost as much as the first. Nothing else is fitted: the two-GPU predictions are checked against the
+measurement. Writes a table, JSON and a plot beside the input.
 
-Assumed, and stated in the table: 8 GPUs a node. NVLink as measured; between nodes a stated speed times the share of its
-nominal speed that NVLink reached, plus a latency. InfiniBand is per GPU, Ethernet per node and shared by who crosses.
-A forward of either expert of Wan2.2-T2V-A14B is one of Wan2.1-T2V-14B.
+Assumed, and stated in the table: 8 GPUs a node. NVLink as measured; between nodes a stated speed times the
+share of its nominal speed that NVLink reached, plus a latency. InfiniBand is per GPU, Ethernet per node and
+shared by who crosses. A forward of either expert of Wan2.2-T2V-A14B is one of Wan2.1-T2V-14B.
 """
 
 from __future__ import annotations
@@ -55,7 +57,10 @@ class Fabric:
     latency: float
 
 
-FABRICS = (Fabric("InfiniBand 400 Gb/s a GPU", 50e9, False, 10e-6), Fabric("Ethernet 100 Gb/s a node", 12.5e9, True, 30e-6))
+FABRICS = (
+    Fabric("InfiniBand 400 Gb/s a GPU", 50e9, False, 10e-6),
+    Fabric("Ethernet 100 Gb/s a node", 12.5e9, True, 30e-6),
+)
 
 
 @dataclass(frozen=True)
@@ -85,13 +90,21 @@ def plans(world: int, heads: int) -> list[ParallelPlan]:
     for cfg in (1, 2):
         if world % cfg == 0:
             sequence = world // cfg
-            degrees = [degree for degree in range(1, min(sequence, NODE) + 1) if sequence % degree == heads % degree == 0]
+            degrees = [
+                degree
+                for degree in range(1, min(sequence, NODE) + 1)
+                if sequence % degree == heads % degree == 0
+            ]
             found += [ParallelPlan(cfg, degree, sequence // degree) for degree in degrees]
     return found
 
 
-def needed_shapes(heads: int, tokens: int, worlds: Sequence[int] = WORLDS) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Shapes whose times a study needs: (tokens, heads) of an attention, and (own tokens, ulysses degree) of a rank."""
+def needed_shapes(
+    heads: int, tokens: int, worlds: Sequence[int] = WORLDS
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Shapes whose times a study needs: (tokens, heads) of an attention, and (own tokens, ulysses degree) of
+    a rank.
+    """
     layouts = [plan for world in worlds for plan in plans(world, heads)]
     attention = {(-(-tokens // plan.ring), heads // plan.ulysses) for plan in layouts}
     rows = {(-(-tokens // plan.sequence), plan.ulysses) for plan in layouts}
@@ -109,7 +122,8 @@ class Links:
     def __init__(self, rows: Sequence[Piece], fabric: Fabric) -> None:
         self._fabric = fabric
         self._known = {
-            kind: sorted((row["bytes"], row["seconds"]) for row in rows if row["kind"] == kind) for kind in ("ring", "swap")
+            kind: sorted((row["bytes"], row["seconds"]) for row in rows if row["kind"] == kind)
+            for kind in ("ring", "swap")
         }
         fastest = max(size / seconds for known in self._known.values() for size, seconds in known)
         self.reached = min(1.0, fastest / NVLINK)
@@ -143,8 +157,8 @@ class Study:
         links: of the machine.
         alone: seconds that one GPU's step took; None leaves the kernels' times as they are.
         factor: on the kernels' times, where `alone` is None.
-        beside: of a hop alone (`attention`), its transfer alone (`transfer`) and both at once; None: they do not disturb
-            each other.
+        beside: of a hop alone (`attention`), its transfer alone (`transfer`) and both at once; None: they do
+            not disturb each other.
         host: seconds that the host takes for a block, `alone`, `u2` and `r2`; None: none.
     """
 
@@ -174,22 +188,38 @@ class Study:
         sent = self._traffic(plan)
         forwards = 2 // plan.cfg
         calls = forwards * blocks
-        own, seen, heads = -(-tokens // plan.sequence), -(-tokens // plan.ring), model["heads"] // plan.ulysses
+        own, seen, heads = (
+            -(-tokens // plan.sequence),
+            -(-tokens // plan.ring),
+            model["heads"] // plan.ulysses,
+        )
         hop = self._time("attention" if plan.ring == 1 else "attention_lse", tokens=seen, heads=heads)
         # branches that share a sequence's ranks share a forward: what is not attention has the rows of both
-        rest = self._time("rest", tokens=2 * own) / 2 if forwards == 2 and plan.sequence > 1 else self._time("rest", tokens=own)
+        rest = (
+            self._time("rest", tokens=2 * own) / 2
+            if forwards == 2 and plan.sequence > 1
+            else self._time("rest", tokens=own)
+        )
         kernels = rest + plan.ring * hop
         if plan.ulysses > 1:
             kernels += self._time("pack", tokens=own, ulysses=plan.ulysses)
         if plan.ring > 1:
             kernels += (plan.ring - 1) * self._time("merge", tokens=seen, heads=heads)
         spread = plan.sequence > NODE
-        waits = self._ulysses_waits(plan, sent.ulysses / calls * item, plan.ring * hop, own) if plan.ulysses > 1 else 0.0
+        waits = (
+            self._ulysses_waits(plan, sent.ulysses / calls * item, plan.ring * hop, own)
+            if plan.ulysses > 1
+            else 0.0
+        )
         if plan.ring > 1:
-            transfer = self._links.seconds("ring", sent.ring / calls / (plan.ring - 1) * item, spread, plan.ulysses)
+            transfer = self._links.seconds(
+                "ring", sent.ring / calls / (plan.ring - 1) * item, spread, plan.ulysses
+            )
             waits += (plan.ring - 1) * (max(0.0, transfer - hop) + self.disturbance * min(transfer, hop))
         compute = forwards * self._time("ends", tokens=tokens) + calls * kernels
-        exposed = calls * waits + forwards * self._links.seconds("swap", sent.gather / forwards * item, spread, NODE)
+        exposed = calls * waits + forwards * self._links.seconds(
+            "swap", sent.gather / forwards * item, spread, NODE
+        )
         exposed += self._links.seconds("swap", sent.guidance * item, plan.world > NODE, NODE)
         host = (forwards if plan.sequence == 1 else 1) * blocks * self._launching(plan)
         return Prediction(str(plan), max(compute + exposed, host), compute, exposed, host, sent.total * item)
@@ -204,11 +234,13 @@ class Study:
         """Seconds in which a block's kernels wait for its two exchanges of `size` bytes together."""
         inward, outward = size * PACKED, size * (1 - PACKED)
         pieces = pieces_for(self.model["heads"] // plan.ulysses, inward) if plan.ring == 1 else 1
-        # branches that share ranks share a forward: so many sequences whose exchanges may hide behind each other's work
+        # branches that share ranks share a forward: so many sequences whose exchanges may hide behind each
+        # other's work
         sequences = 2 // plan.cfg
         whole = 1 if pieces > 1 else sequences  # all of them in one exchange
         first, last = (
-            self._links.seconds("swap", part * whole / pieces, plan.ulysses > NODE, NODE) for part in (inward, outward)
+            self._links.seconds("swap", part * whole / pieces, plan.ulysses > NODE, NODE)
+            for part in (inward, outward)
         )
         if pieces == 1:
             return (first + last) / sequences
@@ -216,22 +248,31 @@ class Study:
         others = sequences * pieces - 1
         packing = others * self._time("pack", tokens=own, ulysses=plan.ulysses) * PACKED / pieces
         beside = kernel / pieces
-        late = others * sum(max(0.0, part - beside) + self.disturbance * min(part, beside) for part in (first, last))
+        late = others * sum(
+            max(0.0, part - beside) + self.disturbance * min(part, beside) for part in (first, last)
+        )
         return (max(0.0, first - packing) + last + late) / sequences
 
     def best(self, world: int) -> Prediction:
         """The fastest layout of that many ranks."""
-        return min((self.predict(plan) for plan in plans(world, self.model["heads"])), key=lambda found: found.seconds)
+        return min(
+            (self.predict(plan) for plan in plans(world, self.model["heads"])),
+            key=lambda found: found.seconds,
+        )
 
     def _traffic(self, plan: ParallelPlan) -> Traffic:
         keys = ("tokens", "dim", "blocks", "values", "latent")
         return traffic(plan, **{key: self.model[key] for key in keys})
 
     def _time(self, kind: str, **shape: int) -> float:
-        """Seconds of a measured piece; of the nearest one, scaled by its work, where this shape was not measured."""
+        """Seconds of a measured piece; of the nearest one, scaled by its work, where this shape was not
+        measured.
+        """
         known = [piece for piece in self._pieces if piece["kind"] == kind]
         if not known:
-            raise ValueError(f"no piece of kind {kind!r} was measured; run benchmarks.scaling with its kernels sections")
+            raise ValueError(
+                f"no piece of kind {kind!r} was measured; run benchmarks.scaling with its kernels sections"
+            )
 
         def work(of: Piece) -> float:
             tokens = of["tokens"] ** 2 if kind.startswith("attention") else of["tokens"]
@@ -244,14 +285,18 @@ class Study:
 
 
 def studied(results: Piece) -> dict[str, Any]:
-    """Everything that follows from a run's results: rows for each model and fabric, and the check on the measured layouts."""
+    """Everything that follows from a run's results: rows for each model and fabric, and the check on the
+    measured layouts.
+    """
     rows: list[dict[str, Any]] = []
     checks: list[dict[str, Any]] = []
     factors: dict[str, float] = {}
     if "rows" not in results.get("links", {}):
         raise ValueError("the links were not measured; run benchmarks.scaling with its section 'links'")
     links = Links(results["links"]["rows"], FABRICS[0])
-    beside = next((found for name, found in results.items() if name.endswith(" overlap") and "both" in found), None)
+    beside = next(
+        (found for name, found in results.items() if name.endswith(" overlap") and "both" in found), None
+    )
     for section, found in results.items():
         if not section.endswith(" kernels") or "pieces" not in found:
             continue
@@ -260,20 +305,31 @@ def studied(results: Piece) -> dict[str, Any]:
         for fabric in FABRICS:
             fabric_links = Links(results["links"]["rows"], fabric)
             factor = factors.get(name.split()[0], 1.0)
-            host = results.get(f"{name.split()[0]} 480p host", results.get(f"{name} host", {})).get("seconds_per_block")
+            host = results.get(f"{name.split()[0]} 480p host", results.get(f"{name} host", {})).get(
+                "seconds_per_block"
+            )
             study = Study(found["model"], found["pieces"], fabric_links, alone, factor, beside, host)
             factors[name.split()[0]] = study.factor
             rows += _rows(name, fabric, study)
         checks += _checked(name, study, results)
     errors = [abs(check["error"]) for check in checks]
     largest = max(errors, default=None)
-    return {"reached": links.reached, "factors": factors, "checks": checks, "largest_error": largest, "rows": rows}
+    return {
+        "reached": links.reached,
+        "factors": factors,
+        "checks": checks,
+        "largest_error": largest,
+        "rows": rows,
+    }
 
 
 def _rows(name: str, fabric: Fabric, study: Study) -> list[dict[str, Any]]:
     rows, one = [], study.predict(ParallelPlan()).seconds
     for world in WORLDS:
-        auto, best = study.predict(auto_plan(world, study.model["heads"], min(world, NODE))), study.best(world)
+        auto, best = (
+            study.predict(auto_plan(world, study.model["heads"], min(world, NODE))),
+            study.best(world),
+        )
         facts = {"model": name, "fabric": fabric.name, "gpus": world, "speedup": one / auto.seconds}
         rows.append({**facts, "efficiency": one / auto.seconds / world, **asdict(auto), "best": asdict(best)})
     return rows
@@ -287,7 +343,14 @@ def _checked(name: str, study: Study, results: Piece) -> list[dict[str, Any]]:
         if section.startswith(f"{name} ") and "@" not in section and found.get("plan") in by_plan:
             predicted = study.predict(by_plan[found["plan"]]).seconds
             measured = found["seconds"]
-            checks.append({"case": section, "predicted": predicted, "measured": measured, "error": predicted / measured - 1})
+            checks.append(
+                {
+                    "case": section,
+                    "predicted": predicted,
+                    "measured": measured,
+                    "error": predicted / measured - 1,
+                }
+            )
     return checks
 
 
@@ -295,21 +358,43 @@ def as_markdown(study: Mapping[str, Any]) -> str:
     """The study as tables."""
     lines = ["# Scaling, simulated", "", (__doc__ or "").split("\n\n")[2].replace("\n", " "), ""]
     lines += [(__doc__ or "").split("\n\n")[3].strip().replace("\n", " "), ""]
-    lines += [f"NVLink reached {study['reached']:.0%} of its nominal speed.", "", "## Checked against the measurement", ""]
+    lines += [
+        f"NVLink reached {study['reached']:.0%} of its nominal speed.",
+        "",
+        "## Checked against the measurement",
+        "",
+    ]
     lines += ["| layout | predicted, s | measured, s | error |", "|---|---|---|---|"]
     for check in study["checks"]:
-        lines.append(f"| {check['case']} | {check['predicted']:.3f} | {check['measured']:.3f} | {check['error']:+.1%} |")
+        lines.append(
+            f"| {check['case']} | {check['predicted']:.3f} | {check['measured']:.3f} | {check['error']:+.1%} "
+            "|"
+        )
     for model in dict.fromkeys(row["model"] for row in study["rows"]):
-        columns = ["GPUs", "between nodes", "layout", "s a step", "speed-up", "efficiency", "waiting", "launching"]
+        columns = [
+            "GPUs",
+            "between nodes",
+            "layout",
+            "s a step",
+            "speed-up",
+            "efficiency",
+            "waiting",
+            "launching",
+        ]
         columns += ["sent, GB", "best"]
         lines += ["", f"## {model}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for row in (row for row in study["rows"] if row["model"] == model):
             if row["gpus"] <= NODE and row["fabric"] != FABRICS[0].name:
                 continue
             between = row["fabric"] if row["gpus"] > NODE else "one node"
-            best = "the same" if row["best"]["plan"] == row["plan"] else f"{row['best']['plan']}: {row['best']['seconds']:.3f} s"
+            best = (
+                "the same"
+                if row["best"]["plan"] == row["plan"]
+                else f"{row['best']['plan']}: {row['best']['seconds']:.3f} s"
+            )
             lines.append(
-                f"| {row['gpus']} | {between} | {row['plan']} | {row['seconds']:.3f} | {row['speedup']:.2f} | "
+                f"| {row['gpus']} | {between} | {row['plan']} | {row['seconds']:.3f} | {row['speedup']:.2f} "
+                "| "
                 f"{row['efficiency']:.0%} | {row['exposed'] / row['seconds']:.1%} | "
                 f"{row['host'] / row['seconds']:.0%} | {row['sent'] / 1e9:.2f} | {best} |"
             )
@@ -336,11 +421,19 @@ def plotted(study: Mapping[str, Any], path: Path) -> None:
         draw.text((margin - 8, at(1, gpus)[1]), f"{gpus}x", "black", font, anchor="rm")
     draw.line([at(1, 1), at(WORLDS[-1], WORLDS[-1])], "#a0a0a0", 2)
     draw.text((width / 2, height - 30), "GPUs, 8 a node", "black", font, anchor="mm")
-    draw.text((width / 2, 30), "Speed-up of a guided step, simulated from two GPUs (grey: ideal)", "black", font, anchor="mm")
+    draw.text(
+        (width / 2, 30),
+        "Speed-up of a guided step, simulated from two GPUs (grey: ideal)",
+        "black",
+        font,
+        anchor="mm",
+    )
     colours = ("#1f6fb4", "#d9541e", "#2b9348", "#7b3fa0", "#b08900", "#c2185b", "#00838f", "#5d4037")
     lines = dict.fromkeys((row["model"], row["fabric"]) for row in study["rows"])
     for index, line in enumerate(lines):
-        points = [at(row["gpus"], row["speedup"]) for row in study["rows"] if (row["model"], row["fabric"]) == line]
+        points = [
+            at(row["gpus"], row["speedup"]) for row in study["rows"] if (row["model"], row["fabric"]) == line
+        ]
         colour = colours[index % len(colours)]
         draw.line(points, colour, 3)
         for x, y in points:
@@ -351,14 +444,18 @@ def plotted(study: Mapping[str, Any], path: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path, help="JSON of benchmarks.scaling")
     parser.add_argument("--out", type=Path, default=None, help="folder; the input's by default")
     asked = parser.parse_args()
     try:
         results = json.loads(asked.results.read_text())
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{asked.results}: {error}; the JSON that 'python -m benchmarks.scaling' writes would do") from None
+        raise SystemExit(
+            f"{asked.results}: {error}; the JSON that 'python -m benchmarks.scaling' writes would do"
+        ) from None
     study = studied(results)
     folder = asked.out or asked.results.parent
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,14 @@
-"""What decoding a video takes: ours, in each way of computing it, beside diffusers', on the same random weights.
+"""What decoding a video takes: ours, in each way of computing it, beside diffusers', on the same random
+weights.
 
-    python benchmarks/vae.py [--device cuda] [--frames 81 --height 480 --width 832] [--seconds 60] [--small] [--out FOLDER]
+    python benchmarks/vae.py [--device cuda] [--frames 81 --height 480 --width 832] [--seconds 60] [--small]
+    [--out FOLDER]
 
-Weights have the full size of Wan2.1's VAE and are random: speed and memory need no more. A first call is timed apart, for
-it compiles kernels and lets cuDNN search; "seconds" is the median of the calls after it. PSNR and relative errors are of a
-short clip against the same weights in float32 with TF32 off. A section that fails says so in the results, and the next one
-goes on; results are written after each. `--small` is for a CPU: narrow weights, and `wan-tiny`'s own VAE.
+Weights have the full size of Wan2.1's VAE and are random: speed and memory need no more. A first call is
+timed apart, for it compiles kernels and lets cuDNN search; "seconds" is the median of the calls after it.
+PSNR and relative errors are of a short clip against the same weights in float32 with TF32 off. A section that
+fails says so in the results, and the next one goes on; results are written after each. `--small` is for a
+CPU: narrow weights, and `wan-tiny`'s own VAE.
 """
 
 from __future__ import annotations
@@ -31,11 +34,26 @@ from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_vae
 from chitu_diffusion.models.wan.vae import Vae
 from chitu_diffusion.models.wan.vae_decoder import DecodeWays, best_ways, searching_kernels
-from chitu_diffusion.ops.vae_conv import CONVOLUTIONS, phased_weight, upsample_nearest, upsample_phased, weight_for
+from chitu_diffusion.ops.vae_conv import (
+    CONVOLUTIONS,
+    phased_weight,
+    upsample_nearest,
+    upsample_phased,
+    weight_for,
+)
 from chitu_diffusion.ops.vae_conv_gemm import flat_conv, flat_weight, suits_flat
 
 WAN_TINY = Path(__file__).parent.parent / "chitu_diffusion" / "assets" / "wan-tiny"
-ROW = ("name", "seconds", "first_seconds", "peak_gib", "ratio_vs_diffusers", "psnr_db", "relative_error", "error")
+ROW = (
+    "name",
+    "seconds",
+    "first_seconds",
+    "peak_gib",
+    "ratio_vs_diffusers",
+    "psnr_db",
+    "relative_error",
+    "error",
+)
 
 
 @dataclass
@@ -108,12 +126,22 @@ def markdown(bench: Bench) -> str:
 
     def table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> list[str]:
         lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
-        return [*lines, *("| " + " | ".join(shown(row.get(column)) for column in columns) + " |" for row in rows)]
+        return [
+            *lines,
+            *("| " + " | ".join(shown(row.get(column)) for column in columns) + " |" for row in rows),
+        ]
 
     def shown(value: object) -> str:
         return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    lines = ["# VAE decode", "", *(f"- {key}: {value}" for key, value in bench.notes.items()), "", *table(ROW, bench.rows), ""]
+    lines = [
+        "# VAE decode",
+        "",
+        *(f"- {key}: {value}" for key, value in bench.notes.items()),
+        "",
+        *table(ROW, bench.rows),
+        "",
+    ]
     if bench.convolutions:
         columns = tuple(dict.fromkeys(key for row in bench.convolutions for key in row))
         lines += ["## Convolutions alone, TFLOP/s", "", *table(columns, bench.convolutions), ""]
@@ -136,7 +164,8 @@ def random_network(bench: Bench) -> AutoencoderKLWan:
 def by_diffusers(network: AutoencoderKLWan, latent: Tensor) -> Tensor:
     """Normalised latent -> video in [0, 1], as `WanPipeline` does it."""
     mean, deviation = (
-        latent.new_tensor(values).view(1, -1, 1, 1, 1) for values in (network.config.latents_mean, network.config.latents_std)
+        latent.new_tensor(values).view(1, -1, 1, 1, 1)
+        for values in (network.config.latents_mean, network.config.latents_std)
     )
     with torch.no_grad():
         pixels = network.decode(latent * deviation + mean, return_dict=False)[0]
@@ -162,7 +191,10 @@ class Fidelity:
     def of(self, video: Tensor) -> dict[str, float]:
         difference = video.float() - self.exact
         relative = float(difference.norm() / (self.exact - self.exact.mean()).norm())
-        return {"psnr_db": float(-10 * difference.square().mean().clamp_min(1e-20).log10()), "relative_error": relative}
+        return {
+            "psnr_db": float(-10 * difference.square().mean().clamp_min(1e-20).log10()),
+            "relative_error": relative,
+        }
 
 
 def variants(device: torch.device) -> dict[str, DecodeWays]:
@@ -190,7 +222,9 @@ def whole(bench: Bench, network: AutoencoderKLWan, fidelity: list[Fidelity]) -> 
 
     def diffusers_whole() -> None:
         found = accuracy(lambda x: by_diffusers(network, x.to(bench.dtype)))
-        bench.diffusers_seconds = bench.measure("diffusers", lambda: by_diffusers(network, narrow), 1, **found)["seconds"]
+        bench.diffusers_seconds = bench.measure(
+            "diffusers", lambda: by_diffusers(network, narrow), 1, **found
+        )["seconds"]
         bench.rows[-1]["ratio_vs_diffusers"] = 1.0
 
     def diffusers_tiled() -> None:
@@ -251,7 +285,9 @@ def one_layer(bench: Bench, x: Tensor, weight: Tensor) -> dict[str, Any]:
         bordered = F.pad(x, (0, 0, 1, 1, 1, 1)).contiguous()
         for rows in (128, 256):
             on_gpu = bench.device.type == "cuda"
-            calls[f"flat, {rows} rows"] = partial(flat_conv, weight=flat_weight(weight), on_gpu=on_gpu, rows=rows)
+            calls[f"flat, {rows} rows"] = partial(
+                flat_conv, weight=flat_weight(weight), on_gpu=on_gpu, rows=rows
+            )
     exact = CONVOLUTIONS["conv3d"](x[:4].float(), weight.float())
     products = 2 * weight.numel() * (len(x) - 2) * x.shape[1] * x.shape[2] / 1e12
     found: dict[str, Any] = {}
@@ -301,7 +337,9 @@ def wan_tiny(bench: Bench) -> None:
 
 def main() -> None:
     """Reads the options, runs the sections."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, default in (("frames", 81), ("height", 480), ("width", 832)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -1,8 +1,8 @@
-"""The same random network in every way of running it that is compared: ours by the engine's settings, diffusers' by its
-users' recipes.
+"""The same random network in every way of running it that is compared: ours by the engine's settings,
+diffusers' by its users' recipes.
 
-Knows how each is built and what one forward of it is; measures nothing. A way that this machine or this version does
-not have raises `Absent`.
+Knows how each is built and what one forward of it is; measures nothing. A way that this machine or this
+version does not have raises `Absent`.
 """
 
 from __future__ import annotations
@@ -77,24 +77,30 @@ def case_of(model: str, size: tuple[int, int, int], timed_layers: int | None = N
     label = f"{model.removeprefix('Wan2.1-T2V-')} {width}x{height}x{frames}"
     if config.num_layers < whole.num_layers:
         label += f", timed on {config.num_layers} of {whole.num_layers} layers"
-    return Case(label, replace(spec, transformers=(config,), boundary=None), height, width, frames, whole.num_layers)
+    return Case(
+        label, replace(spec, transformers=(config,), boundary=None), height, width, frames, whole.num_layers
+    )
 
 
 def small_case(name: str, layers: int, timed_layers: int) -> Case:
     """A network that a CPU runs in a blink, to see that a benchmark works."""
     if timed_layers < layers:
         name += f", timed on {timed_layers} of {layers} layers"
-    config = WanConfig(num_attention_heads=2, attention_head_dim=64, ffn_dim=256, text_dim=128, num_layers=timed_layers)
+    config = WanConfig(
+        num_attention_heads=2, attention_head_dim=64, ffn_dim=256, text_dim=128, num_layers=timed_layers
+    )
     spec = replace(FULL_SIZE["Wan2.1-T2V-1.3B"], transformers=(config,))
     return Case(name, spec, 64, 64, 5, layers)
 
 
 @torch.no_grad()
-def random_weights(config: WanConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+def random_weights(
+    config: WanConfig, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> dict[str, Tensor]:
     """Random weights by name, on the device, in the dtypes in which a checkpoint is loaded.
 
-    Normal with the deviation 1 / sqrt(inputs), so that activations keep their size from layer to layer; norms' weights
-    are 1.
+    Normal with the deviation 1 / sqrt(inputs), so that activations keep their size from layer to layer;
+    norms' weights are 1.
     """
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
@@ -137,7 +143,9 @@ class Bench:
 
     @cached_property
     def text(self) -> Tensor:
-        """[2, L, D]: the prompt's branch with 40 rows, the negative one with 130, zeros behind, as an encoder gives them."""
+        """[2, L, D]: the prompt's branch with 40 rows, the negative one with 130, zeros behind, as an encoder
+        gives them.
+        """
         shape = (2, self.case.spec.text_tokens, self.case.config.text_dim)
         text = torch.randn(shape, generator=torch.Generator().manual_seed(2))
         text[0, 40:] = 0
@@ -225,7 +233,9 @@ def ours(**settings: Any) -> Builder:
     return build
 
 
-def diffusers(attention: str | None = None, *, compile: bool = False, eight_bit: bool = False, tuned: bool = True) -> Builder:
+def diffusers(
+    attention: str | None = None, *, compile: bool = False, eight_bit: bool = False, tuned: bool = True
+) -> Builder:
     """diffusers' transformer: one forward of the prompt's branch.
 
     Args:
@@ -247,7 +257,9 @@ def diffusers(attention: str | None = None, *, compile: bool = False, eight_bit:
             # named always: diffusers keeps the backend of the last model for all that come after
             model.set_attention_backend(attention or "native")
             call = peers.one_forward(shell, bench.latent.to(bench.dtype), bench.timestep, bench.text[:1])
-            velocity, warm_up = compiled_call(model, call, bench) if compile else first_call(call, bench.device)
+            velocity, warm_up = (
+                compiled_call(model, call, bench) if compile else first_call(call, bench.device)
+            )
         return Variant(call, 1, warm_up, weight_bytes(model), velocity)
 
     def checked(bench: Bench) -> Variant:
@@ -261,17 +273,25 @@ def diffusers(attention: str | None = None, *, compile: bool = False, eight_bit:
 
 def known(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of `infer` without those that switch off what this version does not have anyway."""
-    return {name: value for name, value in settings.items() if name in InferSettings.model_fields or value is not False}
+    return {
+        name: value
+        for name, value in settings.items()
+        if name in InferSettings.model_fields or value is not False
+    }
 
 
 def as_task_text(embeddings: Tensor) -> Any:
-    """Embeddings [branches, L, D] as `forward.stacked_velocity` takes them: what depends on the prompt alone is kept."""
+    """Embeddings [branches, L, D] as `forward.stacked_velocity` takes them: what depends on the prompt alone
+    is kept.
+    """
     keeper = getattr(forward, "TaskText", None)
     return embeddings if keeper is None else keeper(embeddings)
 
 
 def compiled_call(model: Any, call: Callable[[], Tensor], bench: Bench) -> tuple[Tensor, float]:
-    """diffusers' blocks compiled, as one graph each if that can be, and their first call; static shapes, the fastest form."""
+    """diffusers' blocks compiled, as one graph each if that can be, and their first call; static shapes, the
+    fastest form.
+    """
     try:
         model.compile_repeated_blocks(backend=bench.compiler, fullgraph=True, dynamic=False)
         return first_call(call, bench.device)

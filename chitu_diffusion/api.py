@@ -1,7 +1,8 @@
-"""The module-level face: `chitu_init`, `chitu_start`, `chitu_generate`, `chitu_terminate`, and the pool they work on.
+"""The module-level face: `chitu_init`, `chitu_start`, `chitu_generate`, `chitu_terminate`, and the pool they
+work on.
 
-One engine a process, for scripts that want no objects. Everything here forwards to it; `_face` is the only module-level
-object of the package that changes.
+One engine a process, for scripts that want no objects. Everything here forwards to it; `_face` is the only
+module-level object of the package that changes.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class FacadePool:
         self._tasks().remove(task_id)
 
     def all_finished(self) -> bool:
-        """Whether no task has work left; true also before `chitu_init`. Ranks but the first wait for rank 0's answer."""
+        """Whether no task has work left; true also before `chitu_init`. Ranks but the first wait for rank 0's
+        answer.
+        """
         return _face.engine is None or not _face.engine.has_work()
 
     def unfinished(self) -> list[DiffusionTask]:
@@ -110,7 +113,9 @@ def chitu_init(args: EngineConfig | None = None, logging_level: int | None = Non
     from chitu_diffusion.engine import Engine
 
     if _face.engine is not None:
-        raise UsageError("there is an engine already: call chitu_terminate() first, or make an Engine of your own")
+        raise UsageError(
+            "there is an engine already: call chitu_terminate() first, or make an Engine of your own"
+        )
     if logging_level is not None:
         logging.getLogger("chitu_diffusion").setLevel(logging_level)
     _face.engine = Engine(args)

@@ -1,7 +1,7 @@
 """The loaded model on its device, and what goes with it: attention, solver, cache manager, residency.
 
-A backend is an instance; several may live in one process. It lends networks and knows where they are; it runs nothing and
-knows no task.
+A backend is an instance; several may live in one process. It lends networks and knows where they are; it runs
+nothing and knows no task.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ from chitu_diffusion.weights.loader import fingerprint
 
 logger = logging.getLogger(__name__)
 
-_DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 class BackendState(IntEnum):
@@ -54,7 +58,8 @@ class DiffusionBackend:
     A load that fails raises and leaves nothing behind.
 
     Args:
-        args: the settings; a frozen copy is kept, so that later edits of `args` reach only backends made after them.
+        args: the settings; a frozen copy is kept, so that later edits of `args` reach only backends made
+            after them.
         logging_level: of the package's logger; None leaves it alone.
         groups: the ranks that share the work; None is this process alone.
 
@@ -64,7 +69,9 @@ class DiffusionBackend:
         torch.OutOfMemoryError: the weights do not fit at this memory level.
     """
 
-    def __init__(self, args: EngineConfig, logging_level: int | None = None, groups: RankGroups | None = None) -> None:
+    def __init__(
+        self, args: EngineConfig, logging_level: int | None = None, groups: RankGroups | None = None
+    ) -> None:
         spec, _ = resolve_model(args.models.name, args.models.ckpt_dir)
         self._begin(args, spec, logging_level, groups)
         try:
@@ -77,9 +84,13 @@ class DiffusionBackend:
     def from_networks(
         cls, networks: Networks, args: EngineConfig | None = None, groups: RankGroups | None = None
     ) -> DiffusionBackend:
-        """A backend of networks that are in memory already. They keep their dtype and are moved to the device."""
+        """A backend of networks that are in memory already. They keep their dtype and are moved to the
+        device.
+        """
         backend = cls.__new__(cls)
-        attended = next(weight.dtype for weight in networks.experts[0].blocks.parameters() if weight.ndim == 2)
+        attended = next(
+            weight.dtype for weight in networks.experts[0].blocks.parameters() if weight.ndim == 2
+        )
         backend._begin(args or EngineConfig(), networks.spec, None, groups, attended)
         backend._install(networks)
         return backend
@@ -121,9 +132,13 @@ class DiffusionBackend:
         for network in (*networks.experts, networks.text_encoder, networks.vae):
             network.eval().requires_grad_(False)
         if self.args.infer.fused and self.device.type == "cuda" and not HAS_TRITON:
-            logger.warning("infer.fused = true: Triton is not there (pip install triton); norms take several passes")
+            logger.warning(
+                "infer.fused = true: Triton is not there (pip install triton); norms take several passes"
+            )
         plan = float8_plan(self.args)
-        self._float8 = [[] if plan is None else to_float8(list(expert.blocks), plan) for expert in networks.experts]
+        self._float8 = [
+            [] if plan is None else to_float8(list(expert.blocks), plan) for expert in networks.experts
+        ]
         for expert in networks.experts:
             expert.use_fused(self.args.infer.fused)
         if self.args.infer.compile:
@@ -131,7 +146,9 @@ class DiffusionBackend:
             self._watch = CompileWatch()
             for expert in networks.experts:
                 expert.compile_blocks()
-        self.sampler = Sampler(self.args.infer.sampler, _with_shift(networks.scheduler, networks.spec.defaults.shift))
+        self.sampler = Sampler(
+            self.args.infer.sampler, _with_shift(networks.scheduler, networks.spec.defaults.shift)
+        )
         self.residency = Residency(
             self.device,
             text_encoder=networks.text_encoder,
@@ -142,7 +159,8 @@ class DiffusionBackend:
         )
         self.residency.settle()
         if self.args.infer.diffusion.low_mem_level >= 1:
-            # real in training; under inference, where nothing is kept for a backward pass, it costs and saves nothing
+            # real in training; under inference, where nothing is kept for a backward pass, it costs and saves
+            # nothing
             for expert in networks.experts:
                 expert.enable_gradient_checkpointing()
         self._networks: Networks | None = networks
@@ -158,13 +176,18 @@ class DiffusionBackend:
         self._attention.pin(kernel)
 
     def choose_attention(self, tokens: int, expert: int = 0) -> None:
-        """Let `attn_backend` be right for forwards over `tokens` tokens, shared by all ranks; every rank must ask alike.
+        """Let `attn_backend` be right for forwards over `tokens` tokens, shared by all ranks; every rank must
+        ask alike.
 
         Raises:
             UsageError: rank 0 found a kernel that cannot run on this rank.
         """
         config, plan = self._alive().spec.transformers[expert], self.groups.plan
-        shape = Shape(-(-tokens // plan.ring), max(1, config.num_attention_heads // plan.ulysses), config.attention_head_dim)
+        shape = Shape(
+            -(-tokens // plan.ring),
+            max(1, config.num_attention_heads // plan.ulysses),
+            config.attention_head_dim,
+        )
         self._attention.for_shape(shape, epoch=self.groups.generation)
 
     @property
@@ -203,7 +226,9 @@ class DiffusionBackend:
         self._networks = replace(networks, spec=replace(networks.spec, calibration=calibration))
 
     def set_precision(self, expert: int, timestep: float) -> bool:
-        """Ready an expert's layers for a step: 8 bits from where the settings say, 16 before. True for 8 bits."""
+        """Ready an expert's layers for a step: 8 bits from where the settings say, 16 before. True for 8
+        bits.
+        """
         layers = self._float8[expert]
         in_float8 = bool(layers) and timestep <= float8_begins(self.args.infer.quant_from, self.sampler.shift)
         set_float8(layers, in_float8, self.device)
@@ -274,16 +299,21 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"device = {name!r}: 'auto', 'cpu', 'cuda' or 'cuda:N' would do", field="infer.device") from None
+        raise UsageError(
+            f"device = {name!r}: 'auto', 'cpu', 'cuda' or 'cuda:N' would do", field="infer.device"
+        ) from None
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise UsageError(f"device = {name!r}: 'auto', 'cpu', 'cuda' or 'cuda:N' would do", field="infer.device")
+        raise UsageError(
+            f"device = {name!r}: 'auto', 'cpu', 'cuda' or 'cuda:N' would do", field="infer.device"
+        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = device.index if device.index is not None else (torch.cuda.current_device() if count else 0)
     if index >= count:
         raise UsageError(
-            f"device = {name!r}: this machine has {count} CUDA device(s); 'auto' or 'cpu' would do", field="infer.device"
+            f"device = {name!r}: this machine has {count} CUDA device(s); 'auto' or 'cpu' would do",
+            field="infer.device",
         )
     return torch.device("cuda", index)
 
@@ -297,11 +327,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _check_ranks(args: EngineConfig, world: int) -> None:
     """A setting that asks for more ranks than there are is refused, not passed over."""
-    for name, value in (("cfg_size", args.infer.diffusion.cfg_size), ("cp_size", args.infer.diffusion.cp_size)):
+    for name, value in (
+        ("cfg_size", args.infer.diffusion.cfg_size),
+        ("cp_size", args.infer.diffusion.cp_size),
+    ):
         if value > world:
             field = f"infer.diffusion.{name}"
             raise UsageError(
-                f"{field} = {value}: this engine runs on {world} rank(s); {world} would do, or start {value} ranks with "
+                f"{field} = {value}: this engine runs on {world} rank(s); {world} would do, or start {value} "
+                "ranks with "
                 "--gpus or torchrun",
                 field=field,
             )
@@ -312,7 +346,10 @@ def _check_quant(args: EngineConfig, device: torch.device, dtype: torch.dtype) -
     if args.infer.quant == "none":
         return
     if not has_float8_products(device):
-        logger.warning("infer.quant = fp8: %s has no 8-bit products; their numbers are computed in float32, slowly", device)
+        logger.warning(
+            "infer.quant = fp8: %s has no 8-bit products; their numbers are computed in float32, slowly",
+            device,
+        )
     elif dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         raise UsageError(f"infer.quant = fp8 with dtype {name}: bfloat16 would do", field="infer.quant")

@@ -49,10 +49,15 @@ class DiffusionSettings(Settings):
     cfg_size: int = Field(1, ge=1, le=2, description="ranks that share the two guidance branches")
     cp_size: int = Field(1, ge=1, description="ranks that share one sequence of tokens")
     cfg_batch: Literal["auto", "batched", "sequential"] = Field(
-        "auto", description="both guidance branches in one forward, or one after the other; auto: batched where it is faster"
+        "auto",
+        description=(
+            "both guidance branches in one forward, or one after the other; auto: batched where it is faster"
+        ),
     )
     cache_memory_gb: float | None = Field(
-        None, ge=0, description="refuse a request whose flexcache would keep more than this, in GiB; None is no limit"
+        None,
+        ge=0,
+        description="refuse a request whose flexcache would keep more than this, in GiB; None is no limit",
     )
     up: int | None = Field(None, ge=1, description="Ulysses degree inside cp_size; None picks it")
 
@@ -66,16 +71,30 @@ class InferSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of weights and matrix products; auto: float32 on CPU, bfloat16 on a GPU"
     )
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; None leaves torch's own choice")
-    fused: bool = Field(True, description="on a GPU, one kernel for each norm, gate, turn or GELU, and the text attention")
-    compile: bool = Field(False, description="torch.compile the transformer's blocks: seconds once for each size, then faster")
-    quant: Literal["none", "fp8"] = Field("none", description="linear layers in 8 bits: lossy; faster from Ada and Hopper on")
-    quant_keep: str = Field(
-        "edges,attn2.to_k,attn2.to_v", description="layers that fp8 leaves alone; 'edges' is the first and last block"
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads; None leaves torch's own choice"
     )
-    quant_from: float = Field(0.25, ge=0, le=1, description="share of the schedule that stays in 16 bits before fp8 begins")
+    fused: bool = Field(
+        True, description="on a GPU, one kernel for each norm, gate, turn or GELU, and the text attention"
+    )
+    compile: bool = Field(
+        False, description="torch.compile the transformer's blocks: seconds once for each size, then faster"
+    )
+    quant: Literal["none", "fp8"] = Field(
+        "none", description="linear layers in 8 bits: lossy; faster from Ada and Hopper on"
+    )
+    quant_keep: str = Field(
+        "edges,attn2.to_k,attn2.to_v",
+        description="layers that fp8 leaves alone; 'edges' is the first and last block",
+    )
+    quant_from: float = Field(
+        0.25, ge=0, le=1, description="share of the schedule that stays in 16 bits before fp8 begins"
+    )
     quant_originals: bool = Field(
-        True, description="keep 16-bit weights beside fp8 for these first steps; false needs less than half of the memory"
+        True,
+        description=(
+            "keep 16-bit weights beside fp8 for these first steps; false needs less than half of the memory"
+        ),
     )
     sampler: Literal["unipc", "euler", "dpm++"] = Field("unipc", description="solver of the flow's ODE")
 
@@ -91,15 +110,24 @@ class SchedulerSettings(Settings):
     """Whose step is next."""
 
     policy: Literal["fifo", "priority", "fair"] = Field("fifo", description="fair shares steps over roles")
-    keep_ended: int = Field(100, ge=0, description="ended tasks that the engine keeps for whoever asks; older ones leave")
+    keep_ended: int = Field(
+        100, ge=0, description="ended tasks that the engine keeps for whoever asks; older ones leave"
+    )
 
 
 class RankSettings(Settings):
     """When several ranks share the work: how long they wait for each other."""
 
-    timeout: float = Field(60.0, gt=0, description="seconds without progress after which ranks stop waiting for each other")
-    lost_after: float = Field(8.0, ge=1, description="seconds of silence after which a rank is taken for lost")
-    copies: bool = Field(True, description="ranks of one machine write into each other's GPUs, not through NCCL, where they can")
+    timeout: float = Field(
+        60.0, gt=0, description="seconds without progress after which ranks stop waiting for each other"
+    )
+    lost_after: float = Field(
+        8.0, ge=1, description="seconds of silence after which a rank is taken for lost"
+    )
+    copies: bool = Field(
+        True,
+        description="ranks of one machine write into each other's GPUs, not through NCCL, where they can",
+    )
 
 
 class EngineConfig(Settings):
@@ -163,7 +191,9 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
     for part in path:
         branch = tree.setdefault(part, {})
         if not isinstance(branch, dict):
-            raise UsageError(f"{dotted}: '{part}' is {branch!r} elsewhere in the settings, not a table", field=dotted)
+            raise UsageError(
+                f"{dotted}: '{part}' is {branch!r} elsewhere in the settings, not a table", field=dotted
+            )
         tree = branch
     tree[last] = value
 
@@ -226,7 +256,9 @@ def load_config(
 
 @dataclass(frozen=True)
 class RankPlace:
-    """This process among those that torchrun started: its number, how many there are, and the same within its node."""
+    """This process among those that torchrun started: its number, how many there are, and the same within its
+    node.
+    """
 
     rank: int
     world: int
@@ -260,10 +292,12 @@ _NCCL_DEFAULTS = {
 
 
 def set_nccl_defaults() -> None:
-    """What torch's NCCL groups shall do, unless the environment says otherwise; to be called before the first is made.
+    """What torch's NCCL groups shall do, unless the environment says otherwise; to be called before the first
+    is made.
 
-    Errors are not handled there: its watchdog and its monitor would end the process, where `executor.heartbeat` ends a task or
-    names the rank. Exchanges get high priority, so that one that runs beside a kernel need not wait for its last wave.
+    Errors are not handled there: its watchdog and its monitor would end the process, where
+    `executor.heartbeat` ends a task or names the rank. Exchanges get high priority, so that one that runs
+    beside a kernel need not wait for its last wave.
     """
     for name, value in _NCCL_DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -277,7 +311,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def keep_compiled_code() -> None:
-    """Has torch keep what it compiles where it outlives a restart of the machine, unless the environment names a place."""
+    """Has torch keep what it compiles where it outlives a restart of the machine, unless the environment
+    names a place.
+    """
     folder = cache_dir()
     if folder is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))

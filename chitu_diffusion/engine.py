@@ -1,7 +1,8 @@
-"""The engine: requests in, events out. Owns a backend, a pool of tasks and a policy; the only layer with a life.
+"""The engine: requests in, events out. Owns a backend, a pool of tasks and a policy; the only layer with a
+life.
 
-Each step it asks the scheduler whose turn it is, lets the generator run one unit of that task, and hands out the event.
-When memory runs out it frees what it can, raises the memory level and runs the same unit again.
+Each step it asks the scheduler whose turn it is, lets the generator run one unit of that task, and hands out
+the event. When memory runs out it frees what it can, raises the memory level and runs the same unit again.
 """
 
 from __future__ import annotations
@@ -33,18 +34,19 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Runs many requests on one model.
 
-    Any thread may call it. Work units run one at a time, in whichever thread calls `step`; `submit` and `cancel` leave a
-    command in an inbox, which is emptied at the start of each unit, or at once where none is running. `close` waits for the
-    end of the unit that is running.
+    Any thread may call it. Work units run one at a time, in whichever thread calls `step`; `submit` and
+    `cancel` leave a command in an inbox, which is emptied at the start of each unit, or at once where none is
+    running. `close` waits for the end of the unit that is running.
 
     Args:
         args: the settings; None: the shipped model on this machine's best device.
         scheduler: a policy of one's own; None makes the one that `args` names.
         on_event: called with every event, in order.
-        backend: a backend that exists already; the engine takes it over. None loads one, at a higher memory level than
-            asked for where the weights do not fit otherwise.
-        crew: the ranks that share the work; None asks torchrun, if it started this process. Rank 0 decides and saves;
-            the other ranks' `step` does what rank 0 says, so that the same loop is right on every rank.
+        backend: a backend that exists already; the engine takes it over. None loads one, at a higher memory
+            level than asked for where the weights do not fit otherwise.
+        crew: the ranks that share the work; None asks torchrun, if it started this process. Rank 0 decides
+            and saves; the other ranks' `step` does what rank 0 says, so that the same loop is right on every
+            rank.
 
     Raises:
         ModelError, UsageError: as `DiffusionBackend`.
@@ -68,7 +70,11 @@ class Engine:
         try:
             self.backend = backend or load_backend(args, crew)
             self.generator = Generator(self.backend)
-            self._lockstep = Alone(self.generator, self.pool) if crew is None else Together(self.generator, self.pool, crew)
+            self._lockstep = (
+                Alone(self.generator, self.pool)
+                if crew is None
+                else Together(self.generator, self.pool, crew)
+            )
         except BaseException as error:
             if crew is not None:
                 crew.leave(f"{type(error).__name__}: {error}")
@@ -141,13 +147,15 @@ class Engine:
             return None
         task = self.pool.get(task_id)
         if task is None:
-            raise UsageError(f"the scheduler named task {task_id!r}, which is not in the pool", field="scheduler")
+            raise UsageError(
+                f"the scheduler named task {task_id!r}, which is not in the pool", field="scheduler"
+            )
         self._drain()  # the task may have come since the unit began, and the other ranks must know it
         return self._advance(task)
 
     def run_until_idle(self) -> None:
-        """Step until no task has work left, or another thread closes the engine. Ctrl+C leaves the running task where it
-        was: call again to go on."""
+        """Step until no task has work left, or another thread closes the engine. Ctrl+C leaves the running
+        task where it was: call again to go on."""
         while self.has_work():
             try:
                 self.step()
@@ -159,7 +167,8 @@ class Engine:
         """End a task as cancelled: at once, or at the end of the unit that is running; waits for neither.
 
         Returns:
-            False if the task is unknown or has ended. True: it will end as cancelled, unless the unit that is running is
+            False if the task is unknown or has ended. True: it will end as cancelled, unless the unit that is
+                running is
             its last.
         """
         task = self.pool.get(task_id)
@@ -229,7 +238,9 @@ class Engine:
 
     def _require_open(self) -> None:
         if not self._open:
-            raise UsageError("this engine is closed and its model terminated; make another one with Engine(args)")
+            raise UsageError(
+                "this engine is closed and its model terminated; make another one with Engine(args)"
+            )
         self.backend.require_alive()
 
     # -- memory
@@ -258,18 +269,23 @@ class Engine:
             task.events.append(notes[-1])
             logger.warning("task %s: %s", task.task_id, notes[-1])
 
-    def _give_up(self, task: DiffusionTask, stage: TaskStatus, failure: Exception, notes: list[str]) -> Progress:
+    def _give_up(
+        self, task: DiffusionTask, stage: TaskStatus, failure: Exception, notes: list[str]
+    ) -> Progress:
         cause = WillNotFitError(f"out of memory at the highest memory level ({failure}); {smaller(task)}")
         error = StageError(str(stage), task.current_step if stage is TaskStatus.DENOISING else None, cause)
         task.end(TaskStatus.FAILED, error)
         task.events.append(str(error))
         self._lockstep.ended(task)
         message = "; ".join([*notes, str(error)])
-        return Progress(task.task_id, task.status, stage, task.current_step, task.num_inference_steps, 0.0, None, message)
+        return Progress(
+            task.task_id, task.status, stage, task.current_step, task.num_inference_steps, 0.0, None, message
+        )
 
 
 def join_ranks(args: EngineConfig) -> Crew | None:
-    """The ranks that torchrun started, laid out as the settings say; None for a process that was started alone.
+    """The ranks that torchrun started, laid out as the settings say; None for a process that was started
+    alone.
 
     Raises:
         UsageError: a layout that cannot be; names one that would fit.
@@ -291,7 +307,14 @@ def join_ranks(args: EngineConfig) -> Crew | None:
     device = pick_device(f"cuda:{place.local_rank}") if device.type == "cuda" else device
     set_nccl_defaults()
     ranks = args.ranks
-    return Crew(plan, place.rank, device=device, timeout=ranks.timeout, lost_after=ranks.lost_after, copies=ranks.copies)
+    return Crew(
+        plan,
+        place.rank,
+        device=device,
+        timeout=ranks.timeout,
+        lost_after=ranks.lost_after,
+        copies=ranks.copies,
+    )
 
 
 def load_backend(args: EngineConfig, crew: Crew | None = None) -> DiffusionBackend:
@@ -312,13 +335,26 @@ def load_backend(args: EngineConfig, crew: Crew | None = None) -> DiffusionBacke
             message = str(without_frames(error))
         free_memory(pick_device(args.infer.device))
         if wanted.infer.diffusion.low_mem_level == TOP_LEVEL:
-            raise WillNotFitError(f"the weights of {args.models.name} do not fit at any memory level ({message})")
+            raise WillNotFitError(
+                f"the weights of {args.models.name} do not fit at any memory level ({message})"
+            )
         wanted.infer.diffusion.low_mem_level += 1
-        logger.warning("out of memory while loading: trying memory level %d", wanted.infer.diffusion.low_mem_level)
+        logger.warning(
+            "out of memory while loading: trying memory level %d", wanted.infer.diffusion.low_mem_level
+        )
 
 
 def _with_notes(event: Progress, notes: list[str]) -> Progress:
     if not notes:
         return event
     message = "; ".join([*notes, *([event.message] if event.message else [])])
-    return Progress(event.task_id, event.status, event.stage, event.step, event.total_steps, event.seconds, event.eta, message)
+    return Progress(
+        event.task_id,
+        event.status,
+        event.stage,
+        event.step,
+        event.total_steps,
+        event.seconds,
+        event.eta,
+        message,
+    )

@@ -76,7 +76,10 @@ class CheckpointError(ModelError):
         key: str | None = None,
         expected: object = None,
         found: object = None,
-        remedy: str = "check the folder with 'chitu models verify FOLDER', or fetch it again with 'chitu models pull NAME'",
+        remedy: str = (
+            "check the folder with 'chitu models verify FOLDER', or fetch it again with 'chitu models pull "
+            "NAME'"
+        ),
     ) -> None:
         parts = [problem]
         details = {"file": file, "key": key, "expected": expected, "found": found}
@@ -91,7 +94,9 @@ class CompileError(ChituError):
 
 
 class RankLostError(ChituError):
-    """A rank of the group died, froze or left; the group cannot go on. The message names rank, host and place."""
+    """A rank of the group died, froze or left; the group cannot go on. The message names rank, host and
+    place.
+    """
 
 
 class TaskError(ChituError):

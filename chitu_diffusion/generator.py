@@ -1,9 +1,10 @@
 """From a task to a video, one unit at a time.
 
-A unit is the encoding of the text, one denoising step, the decoding, or the saving. A `Generator` holds nothing of any
-task: `generate_step` is a function of the backend's networks and the task's own state, computes the unit's results
-first and puts them into the task last, so that a unit that was cut short (out of memory, Ctrl+C) can be run again, by
-this generator or another. It knows stages, guidance and experts; not queues, retries or command lines.
+A unit is the encoding of the text, one denoising step, the decoding, or the saving. A `Generator` holds
+nothing of any task: `generate_step` is a function of the backend's networks and the task's own state,
+computes the unit's results first and puts them into the task last, so that a unit that was cut short (out of
+memory, Ctrl+C) can be run again, by this generator or another. It knows stages, guidance and experts; not
+queues, retries or command lines.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParam
 logger = logging.getLogger(__name__)
 
 _TILE_SIZES = (32, 16, 8)
-"""Latent pixels: the largest that still cuts a latent in more than one tile is taken, for larger tiles waste less overlap."""
+"""Latent pixels: the largest that still cuts a latent in more than one tile is taken, for larger tiles waste
+less overlap.
+"""
 
 
 class Generator:
@@ -62,8 +65,8 @@ class Generator:
     def encode_text(self, prompt: str | list[str]) -> Tensor:
         """Text embeddings [B, seq_len, hidden] of a prompt (B = 1) or of several; rank 0 encodes for all.
 
-        What was encoded before is remembered by its content, the negative prompt first of all; then nothing is run or moved.
-        Autocast is off here: T5's activations do not fit float16's range.
+        What was encoded before is remembered by its content, the negative prompt first of all; then nothing
+        is run or moved. Autocast is off here: T5's activations do not fit float16's range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
 
@@ -80,14 +83,18 @@ class Generator:
 
     @torch.no_grad()
     def denoise_loop(
-        self, latent: Tensor, embeddings: Tensor, num_steps: int = 50, guidance_scale: float | tuple[float, float] = 7.0
+        self,
+        latent: Tensor,
+        embeddings: Tensor,
+        num_steps: int = 50,
+        guidance_scale: float | tuple[float, float] = 7.0,
     ) -> Tensor:
         """Denoise a latent in one go.
 
         Args:
             latent: [B, C, T, H, W], noise (see `sampling.initial_noise`).
-            embeddings: [2, L, D], the prompt's branch, then the negative one; or [1, L, D], and then the model's own
-                negative prompt is the other branch.
+            embeddings: [2, L, D], the prompt's branch, then the negative one; or [1, L, D], and then the
+                model's own negative prompt is the other branch.
             num_steps: denoising steps.
             guidance_scale: at most 1 runs the prompt's branch alone; a pair is (high noise, low noise).
 
@@ -109,7 +116,9 @@ class Generator:
             timestep = sampler.timestep(state)
             expert = self._expert_at(timestep)
             asked = forward.branches_for(scales[expert])
-            velocity = forward.stacked_velocity(self.backend, latent, text, timestep, expert=expert, branches=asked)
+            velocity = forward.stacked_velocity(
+                self.backend, latent, text, timestep, expert=expert, branches=asked
+            )
             latent, state = sampler.step(state, forward.combine(velocity, scales[expert]), latent)
             before, check = check, FiniteCheck(latent, "latent")
             if before is not None:
@@ -126,18 +135,25 @@ class Generator:
 
     @torch.no_grad()
     def decode_vae_tiled(self, latent: Tensor, tile_size: int = 8) -> Tensor:
-        """`decode_vae` in tiles of `tile_size` latent pixels, equal up to rounding: less memory, more time."""
+        """`decode_vae` in tiles of `tile_size` latent pixels, equal up to rounding: less memory, more
+        time.
+        """
         self.backend.residency.use(VAE)
         return self.backend.vae.decode_tiled(latent.to(self.backend.device), tile_size=tile_size)
 
     @torch.no_grad()
     def decode_vae_shared(self, latent: Tensor) -> Tensor | None:
-        """`decode_vae` with each rank decoding a strip of the frame: all of it on rank 0, None on the others."""
+        """`decode_vae` with each rank decoding a strip of the frame: all of it on rank 0, None on the
+        others.
+        """
         self.backend.residency.use(VAE)
         latent, vae = latent.to(self.backend.device), self.backend.vae
         axis = -1 if latent.shape[-1] >= latent.shape[-2] else -2
         return strips_on_first(
-            lambda low, high: vae.decode_strip(latent, low, high, axis), latent.shape[axis], axis, self.backend.groups.world
+            lambda low, high: vae.decode_strip(latent, low, high, axis),
+            latent.shape[axis],
+            axis,
+            self.backend.groups.world,
         )
 
     # -- a task, unit by unit
@@ -146,10 +162,10 @@ class Generator:
     def generate_step(self, task: DiffusionTask) -> Progress:
         """Advance a task by one unit.
 
-        A unit that raises ends the task as failed, with a `StageError` in `task.error`, and the event says so. Running
-        out of memory, and whatever is not an `Exception` (Ctrl+C), is raised, and leaves the task as it was before the
-        unit: call again, here or on another generator. Before it is raised, the networks leave the device, so that
-        there is room for whatever comes next; they come back by themselves.
+        A unit that raises ends the task as failed, with a `StageError` in `task.error`, and the event says
+        so. Running out of memory, and whatever is not an `Exception` (Ctrl+C), is raised, and leaves the task
+        as it was before the unit: call again, here or on another generator. Before it is raised, the networks
+        leave the device, so that there is room for whatever comes next; they come back by themselves.
 
         Raises:
             UsageError: the backend is terminated.
@@ -182,7 +198,9 @@ class Generator:
         return self._event(task, stage, seconds, message)
 
     def run(self, task: DiffusionTask) -> Iterator[Progress]:
-        """Advance a task to its end; yields one event a unit. Memory running out is raised, as by `generate_step`."""
+        """Advance a task to its end; yields one event a unit. Memory running out is raised, as by
+        `generate_step`.
+        """
         while not task.is_finished():
             yield self.generate_step(task)
 
@@ -224,7 +242,8 @@ class Generator:
 
     @torch.no_grad()
     def forward_with_cp(self, latent: Tensor, embeddings: Tensor, timestep: Tensor) -> Tensor:
-        """Velocity [branches * B, C, T, H, W] with the sequence spread over the ranks: the same on each of them.
+        """Velocity [branches * B, C, T, H, W] with the sequence spread over the ranks: the same on each of
+        them.
 
         Each rank has an even share of the tokens (on one rank: all), whatever frames they lie in.
 
@@ -241,7 +260,8 @@ class Generator:
     def forward_with_cfg_parallel(
         self, latent: Tensor, embeddings: Tensor, timestep: Tensor, guidance_scale: float | None = None
     ) -> Tensor:
-        """Guided velocity [B, C, T, H, W] float32 with one branch a rank; where the layout has no two, each runs both.
+        """Guided velocity [B, C, T, H, W] float32 with one branch a rank; where the layout has no two, each
+        runs both.
 
         Args:
             latent: [B, C, T, H, W].
@@ -266,7 +286,8 @@ class Generator:
             latent: [B, C, T, H, W].
             embeddings: [branches, L, D].
             timestep: scalar or [1].
-            step_idx: the step of the task that `flexcache_manager` is bound to, from 0; unbound, nothing is reused.
+            step_idx: the step of the task that `flexcache_manager` is bound to, from 0; unbound, nothing is
+                reused.
             expert: None leaves it to the timestep.
         """
         time = torch.as_tensor(timestep).reshape(-1)[0]
@@ -275,7 +296,13 @@ class Generator:
         return self._cached_velocity(latent, text, tuple(range(len(text))), time, step_idx, expert)
 
     def _cached_velocity(
-        self, latent: Tensor, text: forward.TaskText, asked: tuple[int, ...], timestep: Tensor, step_idx: int, expert: int
+        self,
+        latent: Tensor,
+        text: forward.TaskText,
+        asked: tuple[int, ...],
+        timestep: Tensor,
+        step_idx: int,
+        expert: int,
     ) -> Tensor:
         manager = self.backend.flexcache_manager
 
@@ -330,7 +357,13 @@ class Generator:
             pending = None
         notes = [f"expert {expert}"] if task.expert is not None and task.expert != expert else []
         notes += [note for note in (self.backend.compile_note(),) if note]
-        buffer.latent, buffer.sampler, buffer.cache, buffer.text, task.expert = latent, state, cache, text, expert
+        buffer.latent, buffer.sampler, buffer.cache, buffer.text, task.expert = (
+            latent,
+            state,
+            cache,
+            text,
+            expert,
+        )
         buffer.check = pending
         task.current_step += 1
         if sampler.is_done(state):
@@ -340,7 +373,10 @@ class Generator:
                 task.status = TaskStatus.DECODING
                 buffer.embeddings = buffer.cache = buffer.text = None
                 if cache is not None:
-                    notes.append(f"cache {cache['strategy']} saved work in {cache['reused']} of {cache['num_steps']} steps")
+                    notes.append(
+                        f"cache {cache['strategy']} saved work in {cache['reused']} of {cache['num_steps']} "
+                        "steps"
+                    )
         return "; ".join(notes) or None
 
     def _position(self, task: DiffusionTask, stage: CascadeStage) -> tuple[Tensor, SamplerState]:
@@ -400,14 +436,18 @@ class Generator:
             UsageError: what this model cannot do.
         """
         output_dir = self.backend.args.output.dir
-        return resolve_request(task.params, self.backend.spec, seed=task.seed, task_id=task.task_id, output_dir=output_dir)
+        return resolve_request(
+            task.params, self.backend.spec, seed=task.seed, task_id=task.task_id, output_dir=output_dir
+        )
 
     def _expert_at(self, timestep: Tensor) -> int:
         return forward.expert_at(timestep, self.backend.spec.boundary)
 
     def _fail(self, task: DiffusionTask, stage: TaskStatus, step: int, error: Exception) -> str:
         logger.debug("task %s failed\n%s", task.task_id, traceback.format_exc())
-        failure = StageError(str(stage), step if stage is TaskStatus.DENOISING else None, without_frames(error))
+        failure = StageError(
+            str(stage), step if stage is TaskStatus.DENOISING else None, without_frames(error)
+        )
         task.end(TaskStatus.FAILED, failure)
         return str(failure)
 
@@ -418,14 +458,23 @@ class Generator:
         if task.current_step and not task.is_finished():
             pace = task.seconds.get(TaskStatus.DENOISING, 0.0) / task.current_step
             eta = pace * (task.num_inference_steps - task.current_step)
-        return Progress(task.task_id, task.status, stage, task.current_step, task.num_inference_steps, seconds, eta, message)
+        return Progress(
+            task.task_id,
+            task.status,
+            stage,
+            task.current_step,
+            task.num_inference_steps,
+            seconds,
+            eta,
+            message,
+        )
 
 
 class FiniteCheck:
     """Whether a tensor is free of NaN and Inf: asked now, answered later.
 
-    On a GPU the answer travels while the device works on, so that whoever asks for it a step later waits for that step's
-    end alone and the device never runs empty. On a CPU it is known at once.
+    On a GPU the answer travels while the device works on, so that whoever asks for it a step later waits for
+    that step's end alone and the device never runs empty. On a CPU it is known at once.
 
     Args:
         tensor: of any shape.
@@ -468,7 +517,9 @@ def tile_size_for(latent: Tensor) -> int:
 
 
 def without_frames(error: BaseException) -> BaseException:
-    """The same error, and those that it came from, without their tracebacks: these keep a stage's tensors alive."""
+    """The same error, and those that it came from, without their tracebacks: these keep a stage's tensors
+    alive.
+    """
     seen: BaseException | None = error
     known: set[int] = set()
     while seen is not None and id(seen) not in known:

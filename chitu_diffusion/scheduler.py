@@ -1,7 +1,7 @@
 """Whose step is next. Knows tasks by their role, priority and order of arrival; no tensors, no networks.
 
-The engine asks before every step, so that tasks can take turns at any of their steps. A policy of one's own is a subclass
-that overrides `schedule`; hand an instance of it to `Engine(args, scheduler=...)`.
+The engine asks before every step, so that tasks can take turns at any of their steps. A policy of one's own
+is a subclass that overrides `schedule`; hand an instance of it to `Engine(args, scheduler=...)`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ class DiffusionScheduler:
     """Names the task that goes on.
 
     Args:
-        policy: "fifo" runs the oldest task to its end; "priority" the one of the largest priority (the oldest of these),
-            at once when a more urgent one arrives; "fair" gives each role one step in turn, within a role the oldest task.
+        policy: "fifo" runs the oldest task to its end; "priority" the one of the largest priority (the oldest
+            of these), at once when a more urgent one arrives; "fair" gives each role one step in turn, within
+            a role the oldest task.
 
     Raises:
         UsageError: an unknown policy.
@@ -30,7 +31,9 @@ class DiffusionScheduler:
             "fair": self._next_role,
         }
         if policy not in policies:
-            raise UsageError(f"scheduler policy = {policy!r}.{nearest(policy, policies)}", field="scheduler.policy")
+            raise UsageError(
+                f"scheduler policy = {policy!r}.{nearest(policy, policies)}", field="scheduler.policy"
+            )
         self.policy = policy
         self._choose = policies[policy]
         self._turn = 0

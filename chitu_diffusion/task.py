@@ -147,7 +147,11 @@ class DiffusionUserParams:
         if "prompt" not in values:
             raise UsageError("prompt is missing", field="prompt")
         cascade = values.get("cascade")
-        stages = tuple(_cascade_stage(stage) for stage in cascade) if isinstance(cascade, list | tuple) else cascade
+        stages = (
+            tuple(_cascade_stage(stage) for stage in cascade)
+            if isinstance(cascade, list | tuple)
+            else cascade
+        )
         guidance = values.get("guidance_scale")
         pair = tuple(guidance) if isinstance(guidance, list) else guidance
         return cls(**{**values, "cascade": stages, "guidance_scale": pair})
@@ -165,7 +169,9 @@ def _check_text(name: str, text: object) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UsageError(f"{name} is not valid text: {error.reason} at character {error.start}", field=name) from None
+        raise UsageError(
+            f"{name} is not valid text: {error.reason} at character {error.start}", field=name
+        ) from None
 
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:
@@ -179,26 +185,39 @@ def _check_size(name: str, value: int | None) -> None:
     _check_integer(name, value, SIZE_STEP, 8192)
     if value is not None and value % SIZE_STEP:
         low, high = value - value % SIZE_STEP, value - value % SIZE_STEP + SIZE_STEP
-        raise UsageError(f"{name} = {value}: must be a multiple of {SIZE_STEP}: {max(low, SIZE_STEP)} or {high}", field=name)
+        raise UsageError(
+            f"{name} = {value}: must be a multiple of {SIZE_STEP}: {max(low, SIZE_STEP)} or {high}",
+            field=name,
+        )
 
 
 def _check_frames(value: int | None) -> None:
     _check_integer("num_frames", value, 1, 4001)
     if value is not None and value % FRAME_STEP != 1:
         low = (value - 1) // FRAME_STEP * FRAME_STEP + 1
-        raise UsageError(f"num_frames = {value}: frames must be 4n+1: {low} or {low + FRAME_STEP}", field="num_frames")
+        raise UsageError(
+            f"num_frames = {value}: frames must be 4n+1: {low} or {low + FRAME_STEP}", field="num_frames"
+        )
 
 
 def _check_guidance(value: object) -> None:
     scales = value if isinstance(value, tuple) else (value,)
     if len(scales) not in (1, 2):
-        raise UsageError(f"guidance_scale = {value!r}: one number, or two (high noise, low noise)", field="guidance_scale")
+        raise UsageError(
+            f"guidance_scale = {value!r}: one number, or two (high noise, low noise)", field="guidance_scale"
+        )
     for scale in scales:
         if scale is None and not isinstance(value, tuple):
             continue
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or not 0 <= scale <= 100:
+        if (
+            isinstance(scale, bool)
+            or not isinstance(scale, int | float)
+            or not math.isfinite(scale)
+            or not 0 <= scale <= 100
+        ):
             raise UsageError(
-                f"guidance_scale = {scale!r}: must be a number from 0 to 100; 3 to 7.5 is usual", field="guidance_scale"
+                f"guidance_scale = {scale!r}: must be a number from 0 to 100; 3 to 7.5 is usual",
+                field="guidance_scale",
             )
 
 
@@ -214,9 +233,16 @@ def _check_save_path(value: object) -> None:
 def _check_label(name: str, value: object) -> None:
     if value is None:
         return
-    plain = isinstance(value, str) and 0 < len(value) <= 100 and all(c.isascii() and (c.isalnum() or c in "._-") for c in value)
+    plain = (
+        isinstance(value, str)
+        and 0 < len(value) <= 100
+        and all(c.isascii() and (c.isalnum() or c in "._-") for c in value)
+    )
     if not plain or str(value).startswith("."):
-        raise UsageError(f"{name} = {value!r}: letters, digits, '.', '_' and '-' would do, not starting with '.'", field=name)
+        raise UsageError(
+            f"{name} = {value!r}: letters, digits, '.', '_' and '-' would do, not starting with '.'",
+            field=name,
+        )
 
 
 def _cascade_stage(value: Any) -> Any:
@@ -226,7 +252,10 @@ def _cascade_stage(value: Any) -> Any:
     known = dataclasses.fields(CascadeStage)
     for name in value:
         if name not in {f.name for f in known}:
-            raise UsageError(f"cascade has no field '{name}'.{nearest(str(name), [f.name for f in known])}", field="cascade")
+            raise UsageError(
+                f"cascade has no field '{name}'.{nearest(str(name), [f.name for f in known])}",
+                field="cascade",
+            )
     for f in known:
         if f.name not in value and f.default is dataclasses.MISSING:
             raise UsageError(f"cascade: a stage lacks {f.name}", field="cascade")
@@ -238,7 +267,8 @@ def _check_cascade(stages: object) -> None:
         return
     if not isinstance(stages, list | tuple) or not all(isinstance(stage, CascadeStage) for stage in stages):
         raise UsageError(
-            f"cascade = {stages!r}: stages would do, each with height, width and num_inference_steps", field="cascade"
+            f"cascade = {stages!r}: stages would do, each with height, width and num_inference_steps",
+            field="cascade",
         )
     for stage in stages:
         _check_cascade_stage(stage)
@@ -246,14 +276,18 @@ def _check_cascade(stages: object) -> None:
 
 def _check_cascade_stage(stage: CascadeStage) -> None:
     if None in (stage.height, stage.width, stage.num_inference_steps):
-        raise UsageError(f"cascade = {stage}: each stage needs height, width and num_inference_steps", field="cascade")
+        raise UsageError(
+            f"cascade = {stage}: each stage needs height, width and num_inference_steps", field="cascade"
+        )
     _check_size("cascade height", stage.height)
     _check_size("cascade width", stage.width)
     _check_integer("cascade num_inference_steps", stage.num_inference_steps, 1, 1000)
     _check_integer("cascade expert", stage.expert, 0, 1)
     number = isinstance(stage.strength, int | float) and not isinstance(stage.strength, bool)
     if not number or not LEAST_STRENGTH <= stage.strength <= 1:
-        raise UsageError(f"cascade strength = {stage.strength!r}: must be from {LEAST_STRENGTH} to 1", field="cascade")
+        raise UsageError(
+            f"cascade strength = {stage.strength!r}: must be from {LEAST_STRENGTH} to 1", field="cascade"
+        )
 
 
 def draw_seed() -> int:
@@ -274,7 +308,10 @@ def parse_seeds(text: str | None) -> list[int] | None:
         low, high = int(first), int(last or first)
         if low <= high < low + 1000:
             return list(range(low, high + 1))
-    raise UsageError(f"--seed {text}: a whole number (42) or a rising range of at most 1000 (42..45) would do", field="seed")
+    raise UsageError(
+        f"--seed {text}: a whole number (42) or a rising range of at most 1000 (42..45) would do",
+        field="seed",
+    )
 
 
 def _is_seed(text: str) -> bool:
@@ -369,10 +406,14 @@ class DiffusionTask:
             UsageError: something else than a request.
         """
         if not isinstance(params, DiffusionUserParams):
-            raise UsageError(f"{params!r} is no request: DiffusionUserParams(prompt=...) would do", field="prompt")
+            raise UsageError(
+                f"{params!r} is no request: DiffusionUserParams(prompt=...) would do", field="prompt"
+            )
         task_id = params.task_id or uuid.uuid4().hex[:12]
         seed = params.seed if params.seed is not None else draw_seed()
-        return cls(task_id=task_id, params=params, seed=seed, num_inference_steps=params.num_inference_steps or 0)
+        return cls(
+            task_id=task_id, params=params, seed=seed, num_inference_steps=params.num_inference_steps or 0
+        )
 
     def is_finished(self) -> bool:
         """Whether nothing is left to do: finished, failed or cancelled."""
@@ -415,7 +456,9 @@ class DiffusionTaskPool:
         """
         with self._lock:
             if task.task_id in self.pool:
-                raise UsageError(f"task_id = {task.task_id!r}: a task of that name is here already", field="task_id")
+                raise UsageError(
+                    f"task_id = {task.task_id!r}: a task of that name is here already", field="task_id"
+                )
             self.pool[task.task_id] = task
 
     def prune(self) -> None:

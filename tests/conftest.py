@@ -53,14 +53,19 @@ RunText = Callable[[str], None]
 
 @pytest.fixture
 def runs_for_hopper(tmp_path: Path) -> RunText:
-    """Runs a text of Python that compiles Triton's kernels with `hopper.build`; its first argument is a folder. Skips without
-    triton's assembler."""
+    """Runs a text of Python that compiles Triton's kernels with `hopper.build`; its first argument is a
+    folder. Skips without triton's assembler."""
     triton = pytest.importorskip("triton")
     if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists():
         pytest.skip("this triton has no assembler for NVIDIA")
     here = Path(__file__).parent
     paths = os.pathsep.join((str(here.parent), str(here)))
-    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "TRITON_INTERPRET": "0",
+    }
 
     def run_text(text: str) -> None:
         command = [sys.executable, "-c", text, str(tmp_path)]
@@ -75,11 +80,15 @@ MakeConfig = Callable[..., EngineConfig]
 
 @pytest.fixture
 def make_config(tmp_path: Path) -> MakeConfig:
-    """Settings for a model folder on the CPU, with outputs in the test's own folder; more as dotted names with '__'."""
+    """Settings for a model folder on the CPU, with outputs in the test's own folder; more as dotted names
+    with '__'.
+    """
 
     def make(folder: Path, **more: object) -> EngineConfig:
         args = EngineConfig(
-            models={"name": str(folder)}, output={"dir": str(tmp_path / "outputs")}, infer={"device": "cpu", "dtype": "float32"}
+            models={"name": str(folder)},
+            output={"dir": str(tmp_path / "outputs")},
+            infer={"device": "cpu", "dtype": "float32"},
         )
         for dotted, value in more.items():
             *path, last = dotted.split("__")
@@ -121,7 +130,9 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def gelu_apart(monkeypatch):
-    """GELU outside oneDNN's product, as the compiler has it on a CPU: then compiled and not compiled agree to the bit."""
+    """GELU outside oneDNN's product, as the compiler has it on a CPU: then compiled and not compiled agree to
+    the bit.
+    """
     from chitu_diffusion.ops import fused
 
     monkeypatch.setattr(fused, "_ONEDNN", False)

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_CONTEXT = multiprocessing.get_context("forkserver")  # one import of everything, then each rank is a fork of it
-_CONTEXT.set_forkserver_preload(["chitu_diffusion.engine", "diffusers.models.autoencoders.autoencoder_kl_wan", "transformers"])
+# one import of everything, then each rank is a fork of it
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["chitu_diffusion.engine", "diffusers.models.autoencoders.autoencoder_kl_wan", "transformers"]
+)
 
 Work = Callable[..., None]
 
@@ -25,7 +28,9 @@ def new_store() -> dist.TCPStore:
 
 
 def start_ranks(world: int, work: Work, *given: Any, store: dist.TCPStore, errors: Path) -> list[BaseProcess]:
-    """Begin `work(rank, world, store, *given)` in `world` processes; what it raises is written to ERRORS/RANK.txt."""
+    """Begin `work(rank, world, store, *given)` in `world` processes; what it raises is written to
+    ERRORS/RANK.txt.
+    """
     ranks = [
         _CONTEXT.Process(target=_rank, args=(work, rank, world, store.port, str(errors), given), daemon=True)
         for rank in range(world)

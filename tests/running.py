@@ -17,7 +17,11 @@ CAT = "A cat walking on grass"
 
 def config_for(folder: Path, outputs: Path) -> EngineConfig:
     """Settings for a model folder, on the CPU in float32."""
-    return EngineConfig(models={"name": str(folder)}, output={"dir": str(outputs)}, infer={"device": "cpu", "dtype": "float32"})
+    return EngineConfig(
+        models={"name": str(folder)},
+        output={"dir": str(outputs)},
+        infer={"device": "cpu", "dtype": "float32"},
+    )
 
 
 def task_for(**params) -> DiffusionTask:

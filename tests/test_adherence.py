@@ -53,7 +53,9 @@ def write_clips(folder, words) -> None:
 
 
 def test_scores_tell_right_from_wrong(tmp_path):
-    """Videos that are there are scored, not made again: drawn clips of the prompts score high, shifted ones low."""
+    """Videos that are there are scored, not made again: drawn clips of the prompts score high, shifted ones
+    low.
+    """
     asked = [words for _, words in held_out_prompts(8, PROMPT_SEED)]
     write_clips(tmp_path / "right", asked)
     write_clips(tmp_path / "wrong", [*asked[3:], *asked[:3]])

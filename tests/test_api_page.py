@@ -125,7 +125,9 @@ def page(tiny_folder, make_config: MakeConfig) -> dict:
 
 def new_task(**values) -> DiffusionTask:
     return DiffusionTask.from_user_request(
-        DiffusionUserParams(**{"prompt": "A cat walking on grass", "num_inference_steps": 4, "seed": 1, **values})
+        DiffusionUserParams(
+            **{"prompt": "A cat walking on grass", "num_inference_steps": 4, "seed": 1, **values}
+        )
     )
 
 
@@ -235,7 +237,8 @@ def test_forward_with_cache_as_drawn_equals_the_generators(page):
     for who in results:
         manager.bind(parse_flexcache({"strategy": "interval", "interval": 2, "warmup": 0, "cooldown": 0}, 4))
         for step, latent in enumerate(latents):
-            time = torch.tensor([900])  # the page's call leaves it out where it reuses: there it is the features' own
+            # the page's call leaves it out where it reuses: there it is the features' own
+            time = torch.tensor([900])
             if who == "page":
                 with torch.no_grad():
                     output = page["forward_with_cache"](None, latent, embeddings, time, step)

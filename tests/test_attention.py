@@ -78,19 +78,25 @@ def test_lossy_kernels_are_never_automatic() -> None:
 def plain_float8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """FlashAttention-3's float8 as it is usually called: one scale for each head, from the largest number."""
     scales = [x.abs().amax((1, 3)) / 448 for x in (q, k, v)]
-    q8, k8, v8 = ((x / scale[:, None, :, None]).to(fp8.FLOAT8) for x, scale in zip((q, k, v), scales, strict=True))
+    q8, k8, v8 = (
+        (x / scale[:, None, :, None]).to(fp8.FLOAT8) for x, scale in zip((q, k, v), scales, strict=True)
+    )
     return fp8.emulated(q8, k8, v8, scales[0], scales[1])[0] * scales[2][:, None, :, None]
 
 
 def test_the_emulation_gives_the_errors_that_an_h100_gave() -> None:
-    """There, with one scale a head: 5.4 % on Gaussian noise and 21.9 % where k has this mean, whose draw matters."""
+    """There, with one scale a head: 5.4 % on Gaussian noise and 21.9 % where k has this mean, whose draw
+    matters.
+    """
     q, k, v = inputs(256, 2048, heads=1, channels=128)
     assert relative(plain_float8(q, k, v), reference(q, k, v)[0]) == pytest.approx(0.054, abs=0.005)
     q, k, v = offset()
     assert 0.14 < relative(plain_float8(q, k, v), reference(q, k, v)[0]) < 0.30
 
 
-@pytest.mark.parametrize("case", ["gaussian", "mean of k", "mean of k and v", "channels of k", "channels of q and k"])
+@pytest.mark.parametrize(
+    "case", ["gaussian", "mean of k", "mean of k and v", "channels of k", "channels of q and k"]
+)
 def test_float8_errors(case: str) -> None:
     q, k, v = inputs(256, 2048, heads=1, channels=128)
     large = torch.ones(128)
@@ -105,13 +111,15 @@ def test_float8_errors(case: str) -> None:
     found, found_lse = fp8.attend_in_fp8(q, k, v, True, fp8.PLAIN)
     assert relative(found, out) < 0.05
     assert relative(found, out) < 0.95 * relative(plain_float8(q, k, v), out)
-    assert float((found_lse - lse.transpose(1, 2)).abs().max()) < 0.05  # the mean of k alone would move it by tens
+    # the mean of k alone would move it by tens
+    assert float((found_lse - lse.transpose(1, 2)).abs().max()) < 0.05
 
 
 def test_float8_of_sharp_attention_errs_by_one_rounding_of_v() -> None:
     _, k, v = offset(keys=2048)
     q = 2 * (k - k.mean(1, keepdim=True))[:, :256]
-    # each query finds its own key: one row of v, rounded to three bits: 2 ** -4 / sqrt(3) times 0.73 over an octave
+    # each query finds its own key: one row of v, rounded to three bits: 2 ** -4 / sqrt(3) times 0.73 over an
+    # octave
     assert relative(fp8.attend_in_fp8(q, k, v, False, fp8.PLAIN)[0], reference(q, k, v)[0]) < 0.028
 
 
@@ -124,7 +132,9 @@ def test_float8_errors_on_trained_layers(monkeypatch: pytest.MonkeyPatch) -> Non
         return KERNELS["sdpa"](q, k, v)
 
     monkeypatch.setitem(KERNELS, "look", AttentionKernel("look", exact=True, run=look))
-    generator = Generator(DiffusionBackend(EngineConfig(infer={"device": "cpu", "dtype": "float32", "attn_type": "look"})))
+    generator = Generator(
+        DiffusionBackend(EngineConfig(infer={"device": "cpu", "dtype": "float32", "attn_type": "look"}))
+    )
     task = DiffusionTask.from_user_request(
         DiffusionUserParams("A red fish swims left in the sea", seed=3, num_inference_steps=10, num_frames=17)
     )
@@ -132,14 +142,21 @@ def test_float8_errors_on_trained_layers(monkeypatch: pytest.MonkeyPatch) -> Non
         generator.generate_step(task)
     assert task.error is None and len(seen) == 8
     exact = [reference(*qkv)[0] for qkv in seen]
-    ours = [relative(fp8.attend_in_fp8(*qkv, False, fp8.PLAIN)[0], out) for qkv, out in zip(seen, exact, strict=True)]
+    ours = [
+        relative(fp8.attend_in_fp8(*qkv, False, fp8.PLAIN)[0], out)
+        for qkv, out in zip(seen, exact, strict=True)
+    ]
     plain = [relative(plain_float8(*qkv), out) for qkv, out in zip(seen, exact, strict=True)]
     assert max(ours) < 0.04 and sum(ours) < 0.75 * sum(plain), (ours, plain)
 
 
 def test_float8_takes_what_is_constant_or_zero() -> None:
     some_q, some_k, some_v = inputs(20, 30)
-    for q, k, v in ((some_q, some_k * 0, some_v), (some_q, some_k, some_v * 0 + 3), (some_q * 0, some_k, some_v)):
+    for q, k, v in (
+        (some_q, some_k * 0, some_v),
+        (some_q, some_k, some_v * 0 + 3),
+        (some_q * 0, some_k, some_v),
+    ):
         out, lse = fp8.attend_in_fp8(q, k, v, True, fp8.PLAIN)
         assert out.isfinite().all() and lse.isfinite().all()
         assert float((out - reference(q, k, v)[0]).abs().max()) < 0.15
@@ -166,7 +183,8 @@ for batch, tokens, keys, heads, channels in ((2, 100, 150, 2, 64), (1, 600, 1101
         assert b.shape[2] > 1 and torch.allclose(a.sum(2), b.sum(2), atol=1e-4, rtol=1e-4), name
     scales = ours.scale(parts)
     for name, a, b in zip(scales._fields, plain.scale(means), scales):
-        assert (a.float() - b.float()).norm() / a.float().norm() < 0.005, name  # one channel of k_turn rounded the other way
+        # one channel of k_turn rounded the other way
+        assert (a.float() - b.float()).norm() / a.float().norm() < 0.005, name
     given, found = plain.quantise_kv(k, v, scales), ours.quantise_kv(k, v, scales)
     pairs = (plain.quantise_q(q, scales), ours.quantise_q(q, scales)), (given.k, found.k), (given.v, found.v)
     for a, b in ((a.float(), b.float()) for a, b in pairs):
@@ -176,16 +194,21 @@ for batch, tokens, keys, heads, channels in ((2, 100, 150, 2, 64), (1, 600, 1101
     assert torch.allclose(found.product.sum(2), product, atol=1e-4, rtol=1e-4)
     assert torch.allclose(found.v_mean.sum(2), found.v.float().mean(1), atol=1e-4, rtol=1e-4)
     for a, b in zip(plain.correct(means, scales, found), ours.correct(parts, scales, found)):
-        assert (a - b.float()).norm() / a.norm() < 0.005  # the matrix is in bfloat16, which the interpreter cuts off
+        # the matrix is in bfloat16, which the interpreter cuts off
+        assert (a - b.float()).norm() / a.norm() < 0.005
     for a, b in zip(*(fp8.attend_in_fp8(q, k, v, True, steps) for steps in (plain, ours))):
-        assert (a.float() - b.float()).norm() / a.float().norm() < 0.01, "whole"
+        # 0.4 to 0.5 %; where one channel of k_turn is rounded the other way 1.4 % (once in 80 draws);
+        # the rounding to 8 bits itself is 4.5 % off
+        assert (a.float() - b.float()).norm() / a.float().norm() < 0.03, "whole"
 """
 
 
 def test_triton_against_plain_torch() -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", TRITON_AGAINST_PLAIN], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", TRITON_AGAINST_PLAIN], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -208,12 +231,14 @@ asked = (
     (ours._scale_kernel, {"out": F}, {"PARTS": 22, "RMS": 2.0, "TINY": 1e-12, **D}, ONE, False),
     (ours._quantise_q_kernel, {"factor": F, "out": "*fp8e4nv"}, {**TURN, **EIGHT}, {"num_warps": 4}, True),
     (ours._quantise_kv_kernel, KV8, {**SUMS, **EIGHT, "EIGHT": tl.float16}, {"num_stages": 3, **FEW}, True),
-    (ours._correct_kernel, {}, {"PARTS": 22, "GIVEN_PARTS": 22, "SLAB": 16, "PRODUCT": tl.bfloat16, **D}, ONE, True),
+    (ours._correct_kernel, {}, {"PARTS": 22, "GIVEN_PARTS": 22, "SLAB": 16, "PRODUCT": tl.bfloat16, **D}, ONE,
+    True),
     (ours._finish_kernel, DONE, {**TURN, "LSE": False}, FEW, True),
     (ours._finish_kernel, DONE, {**TURN, "LSE": True}, FEW, True),
 )
 KNOWN = {name: "*bf16" for name in ("q", "k", "v", "signs", "k_turn", "matrix")}
-KNOWN |= {name: F for name in ("rows", "product", "exact", "given", "k_mean", "v_mean", "q_factor", "k_shift", "v_factor")}
+KNOWN |= {name: F for name in ("rows", "product", "exact", "given", "k_mean", "v_mean", "q_factor", "k_shift",
+"v_factor")}
 KNOWN |= {"descale": F, "bias": F}
 for kernel, others, constants, options, multiplies in asked:
     pointers = {name: kind for name, kind in (KNOWN | others).items() if name in kernel.arg_names}
@@ -225,7 +250,8 @@ for kernel, others, constants, options, multiplies in asked:
     assert 2 * built.shared < 227 * 1024, (kernel, built.shared)
     if "FOLD" in constants:
         body = loops(built.ptx)[-1]
-        assert "wgmma" in body and "shfl.sync.bfly" not in body, "sums over tokens are exchanged between threads for every tile"
+        # or sums over tokens are exchanged between threads for every tile
+        assert "wgmma" in body and "shfl.sync.bfly" not in body, kernel
 """
 
 
@@ -240,7 +266,9 @@ def test_operators_have_true_fakes_and_leave_a_graph_whole() -> None:
     torch.library.opcheck(fp8.fa3_fp8_op.op, (q, k, v, False), test_utils=("test_schema", "test_faketensor"))
     for name in ("fa3_fp8", "sdpa", "math", "fused"):
         kernel = KERNELS[name]
-        compiled = torch.compile(lambda *qkv, kernel=kernel: kernel(*qkv) + 1, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(
+            lambda *qkv, kernel=kernel: kernel(*qkv) + 1, fullgraph=True, backend="aot_eager"
+        )
         assert torch.allclose(compiled(q, k, v), kernel(q, k, v) + 1, atol=1e-6), name
 
 
@@ -270,7 +298,9 @@ def test_a_lack_comes_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "set infer.dtype to bfloat16" in str(KERNELS["cudnn"].why_unavailable(gpu, torch.float32, 128))
     assert "not 100" in str(KERNELS["flash"].why_unavailable(gpu, torch.bfloat16, 100))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert "fa3_fwd_interface is not installed; pip install" in str(fa3.why_unavailable(gpu, torch.bfloat16, 128))
+    assert "fa3_fwd_interface is not installed; pip install" in str(
+        fa3.why_unavailable(gpu, torch.bfloat16, 128)
+    )
 
 
 def test_packages_are_asked_for_their_version() -> None:
@@ -280,7 +310,9 @@ def test_packages_are_asked_for_their_version() -> None:
 
 
 def test_an_unavailable_kernel_is_refused_by_name() -> None:
-    with pytest.raises(UsageError, match=r"'fa3': it runs on an NVIDIA GPU, not on cpu.*Here: auto, sdpa, fused, math"):
+    with pytest.raises(
+        UsageError, match=r"'fa3': it runs on an NVIDIA GPU, not on cpu.*Here: auto, sdpa, fused, math"
+    ):
         attention_kernel("fa3", device=CPU)
     with pytest.raises(UsageError, match="Did you mean 'fa3'"):
         attention_kernel("fa4", device=CPU)
@@ -288,7 +320,9 @@ def test_an_unavailable_kernel_is_refused_by_name() -> None:
         attention_kernel("sdpa", needs_lse=True)
 
 
-def test_an_unavailable_kernel_is_refused_before_weights_are_read(tiny_folder, make_config, monkeypatch) -> None:
+def test_an_unavailable_kernel_is_refused_before_weights_are_read(
+    tiny_folder, make_config, monkeypatch
+) -> None:
     from chitu_diffusion import backend
 
     monkeypatch.setattr(backend, "load_networks", lambda *_: pytest.fail("weights were read"))
@@ -316,7 +350,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, speeds: dict[str, float]) -> list[t
     return []
 
 
-def chooser(speeds: dict[str, float], timed: list[tuple[str, Shape]], folder: Path | None, **more) -> KernelChoice:
+def chooser(
+    speeds: dict[str, float], timed: list[tuple[str, Shape]], folder: Path | None, **more
+) -> KernelChoice:
     def timer(kernel: AttentionKernel, shape: Shape) -> float:
         timed.append((kernel.name, shape))
         if speeds[kernel.name] < 0:
@@ -326,7 +362,9 @@ def chooser(speeds: dict[str, float], timed: list[tuple[str, Shape]], folder: Pa
     return KernelChoice("auto", CPU, torch.float32, 128, folder=folder, timer=timer, **more)
 
 
-def test_auto_takes_the_fastest_exact_kernel_and_remembers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_auto_takes_the_fastest_exact_kernel_and_remembers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     speeds = {"slow": 3.0, "quick": 1.0, "middle": 2.0}
     timed, folder = pretend(monkeypatch, speeds), tmp_path / "cache"
     first = chooser(speeds, timed, folder)
@@ -346,7 +384,9 @@ def test_auto_takes_the_fastest_exact_kernel_and_remembers(monkeypatch: pytest.M
     assert [file.name for file in folder.iterdir()] == [choice.FILE], "nothing half-written is left"
 
 
-def test_auto_times_anew_after_an_update_or_a_spoilt_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_auto_times_anew_after_an_update_or_a_spoilt_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     speeds = {"a": 2.0, "b": 1.0}
     timed = pretend(monkeypatch, speeds)
     assert chooser(speeds, timed, tmp_path).for_shape(SHAPE).name == "b"
@@ -363,7 +403,9 @@ def test_auto_leaves_out_what_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     speeds = {"a": -1.0, "b": 2.0, "c": 1.5}
     timed = pretend(monkeypatch, speeds)
     assert chooser(speeds, timed, tmp_path).for_shape(SHAPE).name == "c"
-    assert not (tmp_path / choice.FILE).exists(), "perhaps memory was short: it is asked again in the next run"
+    assert not (tmp_path / choice.FILE).exists(), (
+        "perhaps memory was short: it is asked again in the next run"
+    )
     assert chooser(dict.fromkeys(speeds, -1.0), timed, None).for_shape(SHAPE).name == "a"
 
 
@@ -384,35 +426,51 @@ def test_a_named_kernel_is_what_runs() -> None:
 
 
 def test_rank_0_chooses_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank would measure another order; the second never measures. The wiring runs in the layouts' own tests."""
+    """Each rank would measure another order; the second never measures. The wiring runs in the layouts' own
+    tests.
+    """
     speeds = [{"a": 3.0, "b": 1.0, "c": 2.0}, {"a": 1.0, "b": 3.0, "c": 2.0}]
     pretend(monkeypatch, speeds[0])
     given: list[float | None] = []
 
     def agree(value: float | None) -> float:
         given.append(value)
-        return max(each for each in given if each is not None)  # as `RankGroups.agree`, one rank after the other
+        # as `RankGroups.agree`, one rank after the other
+        return max(each for each in given if each is not None)
 
     names, timed = [], []
     for rank in (0, 1):
         timed.append([])
         found = chooser(speeds[rank], timed[rank], None, agree=agree, leads=rank == 0)
-        names += [found.for_shape(SHAPE).name, found.for_shape(SHAPE).name, found.for_shape(SHAPE, epoch=1).name]
+        names += [
+            found.for_shape(SHAPE).name,
+            found.for_shape(SHAPE).name,
+            found.for_shape(SHAPE, epoch=1).name,
+        ]
     assert names == ["b"] * 6
     assert given == [1.0, 1.0, None, None], "agreed once a shape and epoch"
     assert [len(each) for each in timed] == [6, 0]
 
 
-def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_benchmark_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from benchmarks import kernels
 
-    monkeypatch.setattr(sys, "argv", ["kernels", "--small", "--device", "cpu", "--repeats", "1", "--out", str(tmp_path)])
-    monkeypatch.setattr(kernels, "automatic", lambda *_: 1 / 0)  # a section that breaks takes no other with it
+    monkeypatch.setattr(
+        sys, "argv", ["kernels", "--small", "--device", "cpu", "--repeats", "1", "--out", str(tmp_path)]
+    )
+    # a section that breaks takes no other with it
+    monkeypatch.setattr(kernels, "automatic", lambda *_: 1 / 0)
     kernels.main()
     (file,) = tmp_path.glob("*-attention-cpu-small.json")
     sections = json.loads(file.read_text())["sections"]
     assert sections.pop("auto")["rows"] == {"error": "ZeroDivisionError: division by zero"}
-    assert len(sections) == 5 and not any("error" in row for section in sections.values() for row in section["rows"])
-    (errors,) = (section["rows"] for name, section in sections.items() if name.startswith("relative error, 300"))
+    assert len(sections) == 5 and not any(
+        "error" in row for section in sections.values() for row in section["rows"]
+    )
+    (errors,) = (
+        section["rows"] for name, section in sections.items() if name.startswith("relative error, 300")
+    )
     assert {row["kernel"]: row["gaussian"] < 1e-6 for row in errors}["sdpa"]
     assert "| kernel | exact | ms |" in capsys.readouterr().out

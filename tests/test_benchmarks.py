@@ -1,4 +1,6 @@
-"""The benchmarks' own arithmetic and book-keeping: work by shapes, ratios, tables, budget, kinds of kernels, the bridge."""
+"""The benchmarks' own arithmetic and book-keeping: work by shapes, ratios, tables, budget, kinds of kernels,
+the bridge.
+"""
 
 import json
 import random
@@ -27,7 +29,8 @@ CPU = torch.device("cpu")
 
 
 def test_work_is_what_torch_counts():
-    """Every shape drawn anew; the formula must agree with torch's counter on diffusers' network to the last operation.
+    """Every shape drawn anew; the formula must agree with torch's counter on diffusers' network to the last
+    operation.
 
     Attention as plain products: torch's counter does not know the CPU's flash kernel.
     """
@@ -40,13 +43,20 @@ def test_work_is_what_torch_counts():
         text_dim=draw.randint(8, 40),
         num_layers=draw.randint(1, 3),
     )
-    frames, rows, columns, texts = draw.randint(1, 3), 2 * draw.randint(1, 4), 2 * draw.randint(1, 4), draw.randint(1, 9)
+    frames, rows, columns, texts = (
+        draw.randint(1, 3),
+        2 * draw.randint(1, 4),
+        2 * draw.randint(1, 4),
+        draw.randint(1, 9),
+    )
     network = peers.twin(config, random_weights(config, CPU, torch.float32), CPU)
     latent, text = torch.randn(1, 16, frames, rows, columns), torch.randn(1, texts, config.text_dim)
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         peers.one_forward(network, latent, torch.tensor([3.0]), text)()
-    assert counter.get_total_flops() == forward_work(config, frames * rows * columns // 4, texts).total, config
+    assert counter.get_total_flops() == forward_work(config, frames * rows * columns // 4, texts).total, (
+        config
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +153,12 @@ def outcomes(report: Report) -> dict[str, str]:
 def test_sections_that_do_not_fit_are_left_out(tmp_path):
     """10 of 30 s, then a 25 s one that cannot, then 15 s that can, then nothing more."""
     clock, report = Clock(), report_in(tmp_path)
-    run_sections([clock.section(*row) for row in (("a", 10), ("b", 25), ("c", 15), ("d", 6))], report, budget=30, clock=clock)
+    run_sections(
+        [clock.section(*row) for row in (("a", 10), ("b", 25), ("c", 15), ("d", 6))],
+        report,
+        budget=30,
+        clock=clock,
+    )
     assert outcomes(report) == {"a": "done", "b": "skipped", "c": "done", "d": "skipped"}
     assert report.tables["Done"] == [{"section": "a"}, {"section": "c"}]
     assert "b was left out: about 25 s, and 20 s are left" in report.notes[0]
@@ -151,7 +166,9 @@ def test_sections_that_do_not_fit_are_left_out(tmp_path):
 
 def test_real_time_counts_not_the_estimate(tmp_path):
     clock, report = Clock(), report_in(tmp_path)
-    run_sections([clock.section("a", 10, 29), clock.section("b", 2)], report, budget=30, clock=clock, began=clock.now)
+    run_sections(
+        [clock.section("a", 10, 29), clock.section("b", 2)], report, budget=30, clock=clock, began=clock.now
+    )
     assert outcomes(report) == {"a": "done", "b": "skipped"}
 
 
@@ -179,10 +196,17 @@ def test_sections_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("kernel", "kind"),
     [
-        ("void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<...>>>", "attention"),
+        (
+            "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<...>>>",
+            "attention",
+        ),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_128x128x64", "attention"),
         ("nvjet_sm90_tst_256x128_64x4_2x1_v_bz_coopA_bias_TNT", "gemm"),
-        ("void cutlass::device_kernel<enable_3x_kernel_for_sm9x<cutlass::gemm::kernel::GemmUniversal<...>>>", "gemm"),
+        (
+            "void "
+            "cutlass::device_kernel<enable_3x_kernel_for_sm9x<cutlass::gemm::kernel::GemmUniversal<...>>>",
+            "gemm",
+        ),
         ("sm80_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_tilesize256x32x32", "convolution"),
         ("Memcpy DtoD (Device -> Device)", "copy"),
         ("triton_red_fused__to_copy_add_mul_native_layer_norm_0", "element-wise"),
@@ -207,7 +231,9 @@ def test_gaps_are_where_nothing_runs():
         "gaps": 0.5,
     }
     assert breakdown([])["span"] == 0
-    assert longest([*spans, Span("flash", 6000, 7500)], 1) == [{"kernel": "flash", "kind": "attention", "calls": 2, "ms": 2.5}]
+    assert longest([*spans, Span("flash", 6000, 7500)], 1) == [
+        {"kernel": "flash", "kind": "attention", "calls": 2, "ms": 2.5}
+    ]
 
 
 def test_profiler_sees_the_operators():
@@ -253,7 +279,8 @@ def test_random_weights_are_loaded_as_a_checkpoint_is():
 _FAKE = """
 import torch
 library = torch.library.Library("fa3_fwd", "DEF")
-library.define("fwd(Tensor q, Tensor k, Tensor? v=None, Tensor(out!)? out=None, float? scale=None) -> (Tensor(out!), Tensor)")
+arguments = "Tensor q, Tensor k, Tensor? v=None, Tensor(out!)? out=None, float? scale=None"
+library.define(f"fwd({arguments}) -> (Tensor(out!), Tensor)")
 library.impl("fwd", lambda q, k, v=None, out=None, scale=None: (q + k, k), "CPU")
 def flash_attn_func(*values): return "attended"
 def flash_attn_varlen_func(*values): return "attended"
@@ -278,13 +305,19 @@ def test_diffusers_and_torch_find_the_bridge(tmp_path):
     """Both ask as they would ask an installation; the wheel is stood in for by a module with its names."""
     (tmp_path / "fa3_fwd_interface.py").write_text(_FAKE)
     found = subprocess.run(
-        [sys.executable, "-c", _ASK], env={"PYTHONPATH": f"{tmp_path}:.", "PATH": ""}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", _ASK],
+        env={"PYTHONPATH": f"{tmp_path}:.", "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert found.stdout.strip() == "offered", found.stderr
 
 
 def test_the_fastest_by_kind():
-    """8-bit variants have fp8 in their names; peers and ours are asked for apart, and another case's times do not count."""
+    """8-bit variants have fp8 in their names; peers and ours are asked for apart, and another case's times do
+    not count.
+    """
     found = Latency(CPU, small=True, rounds=1, steps=1, folder=Path())
     case, other = small_case("a", 2, 2), small_case("b", 2, 2)
     found.times = {(case.name, "ours_auto"): 3.0, (case.name, "ours_fa3"): 2.0, (case.name, "ours_fp8"): 1.0}
@@ -299,12 +332,28 @@ def test_the_fastest_by_kind():
 
 
 def test_latency_writes_its_results(tmp_path):
-    """A small run of three sections: ours beside diffusers, ratios in the table, files where they were asked for."""
-    words = ["--small", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path), "--sections", "ceilings", "small-exact"]
+    """A small run of three sections: ours beside diffusers, ratios in the table, files where they were asked
+    for.
+    """
+    words = [
+        "--small",
+        "--device",
+        "cpu",
+        "--rounds",
+        "1",
+        "--out",
+        str(tmp_path),
+        "--sections",
+        "ceilings",
+        "small-exact",
+    ]
     report = latency.main(words)
     (rows,) = (rows for name, rows in report.tables.items() if name.startswith("Forward"))
     by_name = {row["variant"]: row for row in rows}
-    assert by_name["ours_auto"]["ratio_vs_diffusers_eager"] == by_name["diffusers_eager"]["ms"] / by_name["ours_auto"]["ms"]
+    assert (
+        by_name["ours_auto"]["ratio_vs_diffusers_eager"]
+        == by_name["diffusers_eager"]["ms"] / by_name["ours_auto"]["ms"]
+    )
     assert by_name["ours_auto"]["error_to_first"] < 1e-5 and by_name["ours_auto"]["share_of_bf16_product"] > 0
     assert set(outcomes(report).values()) == {"done"}
     assert len(list(tmp_path.glob("*-latency-small-cpu.*"))) == 2
@@ -313,7 +362,11 @@ def test_latency_writes_its_results(tmp_path):
 @pytest.mark.parametrize(
     ("main", "words", "said"),
     [
-        (latency.main, ["--without", "ours_cudn"], "--without ours_cudn: no such variant; there are: .*ours_cudnn"),
+        (
+            latency.main,
+            ["--without", "ours_cudn"],
+            "--without ours_cudn: no such variant; there are: .*ours_cudnn",
+        ),
         (fidelity.main, ["--ways", "fa4"], "--ways fa4: in no way's name; there are: .*fa3_fp8 attention"),
         (simulate_scaling.main, ["none.json"], "none.json: .*python -m benchmarks.scaling"),
         (overlap.main, [], "torchrun --nproc-per-node 2 -m benchmarks.overlap"),
@@ -331,7 +384,9 @@ def test_wrong_words_are_told_before_any_work(main, words, said, tmp_path, monke
 
 
 def test_fidelity_tells_precisions_apart(tmp_path):
-    """Three steps of a small video: another float32 kernel differs by rounding, 16 bits by some 1e-2 and still a video."""
+    """Three steps of a small video: another float32 kernel differs by rounding, 16 bits by some 1e-2 and
+    still a video.
+    """
     found, report = fidelity.Fidelity("cpu", 1, small=True), report_in(tmp_path)
     for name in (fidelity.REFERENCE, "float32 sdpa, fused", "bfloat16 sdpa", "bfloat16 math, fused"):
         found.way(name, report)
@@ -347,4 +402,6 @@ def test_fidelity_tells_precisions_apart(tmp_path):
 def test_a_way_that_is_not_there_is_noted(tmp_path):
     found, report = fidelity.Fidelity("cpu", 1, small=True), report_in(tmp_path)
     found.way("sage attention", report)
-    assert "Fidelity" not in report.tables and report.notes[0].startswith("sage attention is absent: attn_type = 'sage'")
+    assert "Fidelity" not in report.tables and report.notes[0].startswith(
+        "sage attention is absent: attn_type = 'sage'"
+    )

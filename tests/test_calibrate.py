@@ -1,4 +1,6 @@
-"""`chitu calibrate` from runs to file to videos: its fits against float64, its plans against full compute, its refusals."""
+"""`chitu calibrate` from runs to file to videos: its fits against float64, its plans against full compute,
+its refusals.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import CheckpointError, UsageError
 from chitu_diffusion.evaluation.calibrate import Job, calibrate, growth, polynomial
 from chitu_diffusion.evaluation.traces import trace
-from chitu_diffusion.flexcache.calibration import CALIBRATION_FILE, Verified, read_calibration, write_calibration
+from chitu_diffusion.flexcache.calibration import (
+    CALIBRATION_FILE,
+    Verified,
+    read_calibration,
+    write_calibration,
+)
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.spec import spec_of_folder
 
@@ -31,7 +38,9 @@ def calibrated(tiny_folder, tmp_path_factory):
     shutil.copytree(tiny_folder, folder)
     jobs = [Job(prompt, 0) for prompt in PROMPTS[:2]]
     config = config_for(folder, folder / "outputs")
-    found = calibrate(config, jobs, [Job(PROMPTS[2], 1)], settings={"num_inference_steps": STEPS}, speeds=(1.5, 2, 3))
+    found = calibrate(
+        config, jobs, [Job(PROMPTS[2], 1)], settings={"num_inference_steps": STEPS}, speeds=(1.5, 2, 3)
+    )
     write_calibration(found, folder)
     return folder, found
 
@@ -69,8 +78,12 @@ def test_a_trace_is_the_run_that_a_task_makes(tiny_folder, tmp_path) -> None:
     velocities, latents, entered, left = [], [], [], []
     network = backend.model_pool[0]
     hooks = [
-        network.patch_embedding.register_forward_hook(lambda _, __, output: entered.append(output[:1].double())),
-        network.blocks[-1].register_forward_hook(lambda _, __, output: left.append(output.chunk(2)[0].double())),
+        network.patch_embedding.register_forward_hook(
+            lambda _, __, output: entered.append(output[:1].double())
+        ),
+        network.blocks[-1].register_forward_hook(
+            lambda _, __, output: left.append(output.chunk(2)[0].double())
+        ),
     ]
     task, generator = task_for(num_inference_steps=6), Generator(backend)
     usual = generator._cached_velocity
@@ -90,7 +103,9 @@ def test_a_trace_is_the_run_that_a_task_makes(tiny_folder, tmp_path) -> None:
     residuals = torch.stack([after - before for before, after in zip(entered, left, strict=True)]).flatten(1)
     sizes = residuals.abs().mean(1)
     np.testing.assert_allclose(found.ratios[1:], sizes[1:] / sizes[:-1], rtol=1e-4)
-    np.testing.assert_allclose(found.changes[1:], (residuals[1:] - residuals[:-1]).abs().mean(1) / sizes[:-1], rtol=1e-4)
+    np.testing.assert_allclose(
+        found.changes[1:], (residuals[1:] - residuals[:-1]).abs().mean(1) / sizes[:-1], rtol=1e-4
+    )
     assert found.ratios[0] == 1 and found.changes[0] == 0 and 0 < found.gains[3] < 100
 
 
@@ -135,7 +150,10 @@ def test_a_plan_runs_on_schedules_of_other_lengths_and_without_guidance(calibrat
 def test_a_plan_that_skips_nothing_changes_no_bit(calibrated) -> None:
     backend = backend_of(calibrated[0])
     plan = {"strategy": "plan", "fresh": STEPS}
-    assert torch.equal(video_of(backend, num_inference_steps=STEPS, flexcache=plan), video_of(backend, num_inference_steps=STEPS))
+    assert torch.equal(
+        video_of(backend, num_inference_steps=STEPS, flexcache=plan),
+        video_of(backend, num_inference_steps=STEPS),
+    )
 
 
 def test_protected_steps_stay_computed_and_impossible_plans_name_one_that_is(calibrated) -> None:
@@ -188,8 +206,10 @@ def test_other_weights_and_broken_files_are_refused(calibrated, tmp_path) -> Non
 
 
 @pytest.mark.parametrize("harm", [
-    lambda said: {}, lambda said: [], lambda said: {**said, "about": {}}, lambda said: {**said, "gain": said["gain"][1:]},
-    lambda said: {**said, "moments": said["moments"][:-1]}, lambda said: {**said, "sigmas": said["sigmas"][::-1]},
+    lambda said: {}, lambda said: [], lambda said: {**said, "about": {}}, lambda said: {**said,
+    "gain": said["gain"][1:]},
+    lambda said: {**said, "moments": said["moments"][:-1]}, lambda said: {**said,
+    "sigmas": said["sigmas"][::-1]},
     lambda said: {**said, "gain": [float("nan")] * len(said["gain"])},
 ])  # fmt: skip
 def test_a_damaged_file_is_as_none(calibrated, tmp_path, caplog, harm) -> None:
@@ -213,12 +233,16 @@ def test_calibrate_then_generate_by_fidelity(chitu, tiny_folder, tmp_path) -> No
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]) + "\n")
-    code, out, err = chitu("calibrate", "--model", folder, "--prompts", "prompts.txt", "--steps", 8, "--device", "cpu")
+    code, out, err = chitu(
+        "calibrate", "--model", folder, "--prompts", "prompts.txt", "--steps", 8, "--device", "cpu"
+    )
     assert code == 0 and out.strip() == str(folder / CALIBRATION_FILE), err
     assert "| forwards saved |" in err
     asked = ("generate", "a cat", "--model", folder, "--steps", 8, "--device", "cpu", "--seed", 1)
     code, out, err = chitu(*asked, "--fidelity", "10dB", "-o", "cat.npy")
-    assert code == 0 and "cache plan:speedup=" in err and "dB to expect" in err and "over 1 checked video" in err, err
+    assert (
+        code == 0 and "cache plan:speedup=" in err and "dB to expect" in err and "over 1 checked video" in err
+    ), err
     recipe = json.loads((tmp_path / "cat.npy.json").read_text())
     assert recipe["params"]["flexcache"]["strategy"] == "plan"
     code, out, err = chitu(*asked, "--speedup", 2, "--dry-run")

@@ -53,7 +53,10 @@ def events(text: str) -> list[dict[str, object]]:
         (["a cat", "--set", "infer.difusion.up=2"], "Did you mean 'diffusion'?"),
         (["a cat", "--set", "nonsense"], "NAME=VALUE would do"),
         (["a cat", "--config", "missing.toml"], "missing.toml"),
-        (["a cat", "--set", "infer.dtype.x=3", "--dtype", "float32"], "'dtype' is 'float32' elsewhere in the settings"),
+        (
+            ["a cat", "--set", "infer.dtype.x=3", "--dtype", "float32"],
+            "'dtype' is 'float32' elsewhere in the settings",
+        ),
         (["a cat", "--set", "infer.threads=100000"], "infer.threads"),
         (["a cat", "-o", "x" * 300 + "/a.mp4"], "File name too long"),
         (["a cat", "--profile", "/dev/null"], "--profile /dev/null: File exists"),
@@ -93,7 +96,10 @@ def test_json_errors_are_events(chitu: Chitu, tiny_folder: Path) -> None:
         assert (code, err) == (2, "")
         assert event["event"] == "error"
         assert event["exit_code"] == 2
-    assert events(chitu("generate", "x", "--json", "--frames", 32, "--model", tiny_folder)[1])[0]["field"] == "num_frames"
+    assert (
+        events(chitu("generate", "x", "--json", "--frames", 32, "--model", tiny_folder)[1])[0]["field"]
+        == "num_frames"
+    )
 
 
 @pytest.mark.usefixtures("nothing_loads")
@@ -117,12 +123,16 @@ def test_help_is_quick() -> None:
 
 def test_first_words_come_at_once(tiny_folder: Path) -> None:
     """A dry run does all that a run does before its first line."""
-    best = min(processor_seconds("generate", "cat", "--dry-run", "--model", str(tiny_folder)) for _ in range(4))
+    best = min(
+        processor_seconds("generate", "cat", "--dry-run", "--model", str(tiny_folder)) for _ in range(4)
+    )
     assert best < 1, f"the first line came after {best:.2f} s; import heavy things after it"
 
 
 def processor_seconds(*words: str) -> float:
-    """Of a whole command in a process of its own; unlike wall time, it does not depend on what else is running."""
+    """Of a whole command in a process of its own; unlike wall time, it does not depend on what else is
+    running.
+    """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*CHITU, *words], capture_output=True, env=ENVIRONMENT, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -131,7 +141,16 @@ def processor_seconds(*words: str) -> float:
 
 @pytest.mark.parametrize(
     "words",
-    [["generate"], ["batch"], ["info"], ["doctor"], ["models"], ["models", "pull"], ["config", "show"], ["eval"]],
+    [
+        ["generate"],
+        ["batch"],
+        ["info"],
+        ["doctor"],
+        ["models"],
+        ["models", "pull"],
+        ["config", "show"],
+        ["eval"],
+    ],
 )
 def test_every_command_has_help(chitu: Chitu, words: list[str]) -> None:
     code, out, _ = chitu(*words, "--help")
@@ -149,7 +168,9 @@ def test_a_bare_command_shows_help(chitu: Chitu) -> None:
 
 
 def test_generate_makes_a_video(chitu: Chitu, tiny_folder: Path) -> None:
-    code, out, err = chitu("generate", "A [bold]cat[/bold] walks", "--model", tiny_folder, "--seed", 3, "-o", "new/cat.mp4")
+    code, out, err = chitu(
+        "generate", "A [bold]cat[/bold] walks", "--model", tiny_folder, "--seed", 3, "-o", "new/cat.mp4"
+    )
     assert code == 0, err
     assert out == "new/cat.mp4\n"
     assert err.startswith("loading ")
@@ -163,7 +184,9 @@ def test_generate_makes_a_video(chitu: Chitu, tiny_folder: Path) -> None:
 
 
 def test_several_seeds_give_several_files(chitu: Chitu, tiny_folder: Path) -> None:
-    code, out, _ = chitu("generate", "cat", "--model", tiny_folder, "--seed", "3..4", "--steps", 1, "-o", "cat.npy")
+    code, out, _ = chitu(
+        "generate", "cat", "--model", tiny_folder, "--seed", "3..4", "--steps", 1, "-o", "cat.npy"
+    )
     assert code == 0
     assert out.split() == ["cat-seed3.npy", "cat-seed4.npy"]
     assert [read_recipe(name)["seed"] for name in out.split()] == [3, 4]
@@ -179,7 +202,9 @@ def test_a_drawn_seed_is_told_and_makes_the_same_video(chitu: Chitu, tiny_folder
     assert (read_frames("a.npy") == read_frames("b.npy")).all()
 
 
-@pytest.mark.parametrize("prompt", ["../../../../tmp/evil", "/etc/passwd", "a/b\\c", "-- x; rm -rf ~", "\x1b[2Jcat\x07"])
+@pytest.mark.parametrize(
+    "prompt", ["../../../../tmp/evil", "/etc/passwd", "a/b\\c", "-- x; rm -rf ~", "\x1b[2Jcat\x07"]
+)
 def test_a_prompt_never_becomes_a_path(chitu: Chitu, tiny_folder: Path, tmp_path: Path, prompt: str) -> None:
     code, out, err = chitu("generate", "--model", tiny_folder, "--steps", 1, "--", prompt)
     assert code == 0, err
@@ -215,14 +240,18 @@ def test_dry_run_makes_nothing(chitu: Chitu, tiny_folder: Path, tmp_path: Path) 
 
 
 def test_profile_writes_a_trace_and_a_table(chitu: Chitu, tiny_folder: Path) -> None:
-    code, _, err = chitu("generate", "cat", "--model", tiny_folder, "--steps", 1, "-o", "a.npy", "--profile", "p")
+    code, _, err = chitu(
+        "generate", "cat", "--model", tiny_folder, "--steps", 1, "-o", "a.npy", "--profile", "p"
+    )
     assert code == 0
     assert json.loads(Path("p/trace.json").read_text())["traceEvents"]
     assert "aten::" in Path("p/ops.txt").read_text()
     assert "trace.json" in err
 
 
-def test_a_failed_task_is_told_in_words(chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_task_is_told_in_words(
+    chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OutputError("cannot write the video: the disk is full; free some space")
 
@@ -247,8 +276,21 @@ def test_corrupt_model_is_4(chitu: Chitu, tiny_folder: Path, tmp_path: Path) -> 
 
 
 def test_interrupt_is_130_and_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
-    words = ["generate", "cat", "--model", str(tiny_folder), "--steps", "1000", "--size", "128x128", "-o", "cat.mp4"]
-    with subprocess.Popen([*CHITU, *words], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+    words = [
+        "generate",
+        "cat",
+        "--model",
+        str(tiny_folder),
+        "--steps",
+        "1000",
+        "--size",
+        "128x128",
+        "-o",
+        "cat.mp4",
+    ]
+    with subprocess.Popen(
+        [*CHITU, *words], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "denoising" in line:
@@ -272,7 +314,9 @@ def test_interrupt_is_130_and_leaves_nothing(tiny_folder: Path, tmp_path: Path) 
         (RuntimeError("x"), 1),
     ],
 )
-def test_exit_codes(chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int) -> None:
+def test_exit_codes(
+    chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
@@ -307,7 +351,11 @@ def test_small_parsers() -> None:
     assert parse_seeds("7..9") == [7, 8, 9]
     assert parse_guidance("4,3") == (4.0, 3.0)
     assert parse_cache("interval") == "interval"
-    assert parse_cache("teacache:threshold=0.1,warmup=2") == {"strategy": "teacache", "threshold": 0.1, "warmup": 2}
+    assert parse_cache("teacache:threshold=0.1,warmup=2") == {
+        "strategy": "teacache",
+        "threshold": 0.1,
+        "warmup": 2,
+    }
     assert path_for_seed("out/cat.mp4", 3) == "out/cat-seed3.mp4"
     assert path_for_seed("out/cat/", 3) == "out/cat-seed3/"
     for bad in ("", "1..", "..2", "1...2", "x", "9" * 40, "0..100000"):
@@ -316,7 +364,12 @@ def test_small_parsers() -> None:
 
 
 def test_small_words() -> None:
-    assert [duration(s) for s in (0.4213, 12.34, 65, 3725)] == ["0.42 s", "12.3 s", "1 min 05 s", "1 h 02 min"]
+    assert [duration(s) for s in (0.4213, 12.34, 65, 3725)] == [
+        "0.42 s",
+        "12.3 s",
+        "1 min 05 s",
+        "1 h 02 min",
+    ]
     assert [size(n) for n in (512, 2048, 3 * 2**30)] == ["512 B", "2.0 KiB", "3.0 GiB"]
     assert quoted("x" * 100) == f'"{"x" * 57}..."'
     assert "\x1b" not in printable("a\x1b[2J\nb")

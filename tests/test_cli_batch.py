@@ -38,8 +38,12 @@ def test_batch_makes_skips_and_remakes(chitu: Chitu, tiny_folder: Path) -> None:
     assert Path("out/0001.mp4").stat().st_mtime_ns == made
 
 
-@pytest.mark.parametrize("other", [("--set", "infer.quant_keep=", "--quant", "fp8"), ("--set", "infer.sampler=euler")])
-def test_a_video_of_other_settings_is_not_this_one(chitu: Chitu, tiny_folder: Path, other: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "other", [("--set", "infer.quant_keep=", "--quant", "fp8"), ("--set", "infer.sampler=euler")]
+)
+def test_a_video_of_other_settings_is_not_this_one(
+    chitu: Chitu, tiny_folder: Path, other: tuple[str, ...]
+) -> None:
     """A lossy video is not passed off as the exact one."""
     Path("p.txt").write_text("a red cat\n", encoding="utf-8")
     words = ("batch", "p.txt", "-o", "out", "--model", tiny_folder, "--steps", 1, "--dtype", "float32")
@@ -54,7 +58,9 @@ def test_batch_rows_have_their_own_values(chitu: Chitu, tiny_folder: Path) -> No
         {"prompt": "dog", "guidance_scale": 1, "save_path": "frames/"},
     ]
     Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    code, out, err = chitu("batch", "rows.jsonl", "-o", "out", "--model", tiny_folder, "--steps", 1, "--seed", 8, "--json")
+    code, out, err = chitu(
+        "batch", "rows.jsonl", "-o", "out", "--model", tiny_folder, "--steps", 1, "--seed", 8, "--json"
+    )
     assert code == 0, err
     assert read_frames("out/sub/cat.npy").shape[0] == 9
     assert read_recipe("out/sub/cat.npy")["seed"] == 5
@@ -65,7 +71,9 @@ def test_batch_rows_have_their_own_values(chitu: Chitu, tiny_folder: Path) -> No
 
 
 def test_batch_reads_csv(chitu: Chitu, tiny_folder: Path) -> None:
-    Path("rows.csv").write_text('prompt,seed,num_frames,guidance_scale\n"a cat, red",4,5,2.5\ndog,,,\n', encoding="utf-8")
+    Path("rows.csv").write_text(
+        'prompt,seed,num_frames,guidance_scale\n"a cat, red",4,5,2.5\ndog,,,\n', encoding="utf-8"
+    )
     code, _, err = chitu("batch", "rows.csv", "-o", "out", "--model", tiny_folder, "--steps", 1)
     assert code == 0, err
     first = read_recipe("out/0001.mp4")
@@ -98,7 +106,9 @@ def test_batch_names_every_bad_row_before_loading(chitu: Chitu, tiny_folder: Pat
     assert sorted(os.listdir(tmp_path)) == ["rows.jsonl"]
 
 
-def test_one_failing_row_does_not_stop_the_others(chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_failing_row_does_not_stop_the_others(
+    chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from chitu_diffusion import generator
     from chitu_diffusion.media import video
 
@@ -136,7 +146,9 @@ CLASHES = [
 
 @pytest.mark.usefixtures("nothing_loads")
 @pytest.mark.parametrize("rows", CLASHES)
-def test_rows_that_get_in_each_others_way_are_refused(chitu: Chitu, tiny_folder: Path, rows: list[dict[str, str]]) -> None:
+def test_rows_that_get_in_each_others_way_are_refused(
+    chitu: Chitu, tiny_folder: Path, rows: list[dict[str, str]]
+) -> None:
     Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     code, _, err = chitu("batch", "rows.jsonl", "-o", "out", "--model", tiny_folder)
     assert code == 2
@@ -159,8 +171,16 @@ STAGE = '"height": 32, "width": 32, "num_inference_steps": 2'
         ("r.jsonl", '{"prompt": "x", "cascade": [5]}', "stages would do"),
         ("r.jsonl", '{"prompt": "x", "cascade": [{}]}', "a stage lacks height"),
         ("r.jsonl", '{"prompt": "x", "cascade": [{"size": 3}]}', "cascade has no field 'size'"),
-        ("r.jsonl", '{"prompt": "x", "cascade": [{"height": null, "width": 32, "num_inference_steps": 2}]}', "needs height"),
-        ("r.jsonl", f'{{"prompt": "x", "cascade": [{{{STAGE}}}, {{{STAGE}, "strength": 1e-9}}]}}', "from 0.01 to 1"),
+        (
+            "r.jsonl",
+            '{"prompt": "x", "cascade": [{"height": null, "width": 32, "num_inference_steps": 2}]}',
+            "needs height",
+        ),
+        (
+            "r.jsonl",
+            f'{{"prompt": "x", "cascade": [{{{STAGE}}}, {{{STAGE}, "strength": 1e-9}}]}}',
+            "from 0.01 to 1",
+        ),
         ("r.jsonl", f'{{"prompt": "x", "cascade": [{{{STAGE}, "strength": true}}]}}', "from 0.01 to 1"),
         ("r.jsonl", '{"prompt": "x", "role": "\\ud800"}', "role is not valid text"),
     ],
@@ -175,7 +195,10 @@ def test_rows_of_the_wrong_kind(chitu: Chitu, tiny_folder: Path, name: str, text
 def test_only_line_ends_end_a_line(chitu: Chitu, tiny_folder: Path) -> None:
     for name, text in (("p.txt", "a\u2028b\x0cc\x85d\r\n"), ("p.csv", "prompt\r\na\u2028b\x0cc\r\n")):
         Path(name).write_text(text, encoding="utf-8", newline="")
-        assert len(last_event(chitu("batch", name, "--dry-run", "--json", "--model", tiny_folder)[1])["rows"]) == 1
+        assert (
+            len(last_event(chitu("batch", name, "--dry-run", "--json", "--model", tiny_folder)[1])["rows"])
+            == 1
+        )
 
 
 def test_a_dry_run_tells_stale_rows_from_done_ones(chitu: Chitu, tiny_folder: Path) -> None:

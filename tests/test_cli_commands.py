@@ -78,7 +78,9 @@ def test_a_spoilt_part_is_4_for_verify_and_generate(
     assert "unexpected" not in err
 
 
-def test_nowhere_to_remember_hashes_costs_nothing(chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nowhere_to_remember_hashes_costs_nothing(
+    chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from chitu_diffusion.config import cache_dir
 
     Path("file").write_text("")
@@ -88,7 +90,9 @@ def test_nowhere_to_remember_hashes_costs_nothing(chitu: Chitu, tiny_folder: Pat
     assert cache_dir({}) is None
 
 
-def test_a_home_sign_in_the_settings_is_understood(chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_sign_in_the_settings_is_understood(
+    chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tiny_folder.parent))
     Path("c.toml").write_text(f'[models]\nckpt_dir = "~/{tiny_folder.name}"\n')
     code, _, err = chitu("generate", "cat", "--config", "c.toml", "--steps", 1, "-o", "a.npy")
@@ -138,7 +142,9 @@ def test_doctor(chitu: Chitu, tiny_folder: Path, tmp_path: Path) -> None:
     assert "chitu generate" in err
     code, out, _ = chitu("doctor", "--model", "wan-tony", "--json")
     report = json.loads(out)
-    kernels = {finding["name"]: finding for finding in report["findings"] if finding["name"].startswith("attention ")}
+    kernels = {
+        finding["name"]: finding for finding in report["findings"] if finding["name"].startswith("attention ")
+    }
     assert kernels["attention sdpa"]["status"] == "ok"
     assert all(finding["remedy"] for finding in kernels.values() if finding["status"] != "ok")
     assert "lossy" in kernels["attention fa3_fp8"]["found"]

@@ -42,18 +42,25 @@ def test_psnr_and_flicker_are_their_formulas() -> None:
 
 
 def test_ssim_is_its_formula_window_by_window() -> None:
-    first, second = (torch.from_numpy(video[0]).permute(2, 0, 1)[None].double() / 255 for video in videos((1, 13, 12, 3)))
+    first, second = (
+        torch.from_numpy(video[0]).permute(2, 0, 1)[None].double() / 255 for video in videos((1, 13, 12, 3))
+    )
     line = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
     weights = np.outer(line, line) / np.outer(line, line).sum()
     values = []
     for colour in range(3):
         for row in range(3):
             for column in range(2):
-                a, b = (video[0, colour, row : row + 11, column : column + 11].numpy() for video in (first, second))
+                a, b = (
+                    video[0, colour, row : row + 11, column : column + 11].numpy()
+                    for video in (first, second)
+                )
                 ma, mb = (weights * a).sum(), (weights * b).sum()
                 va, vb = (weights * (a - ma) ** 2).sum(), (weights * (b - mb) ** 2).sum()
                 cov = (weights * (a - ma) * (b - mb)).sum()
-                values.append((2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4)))
+                values.append(
+                    (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+                )
     assert ssim(first, second) == pytest.approx(np.mean(values), abs=1e-9)
 
 
@@ -75,14 +82,18 @@ def test_the_command_writes_figures_and_pictures(chitu, tmp_path) -> None:
     first, second = videos()
     np.save(tmp_path / "a.npy", first)
     np.save(tmp_path / "b.npy", second)
-    code, out, err = chitu("eval", "compare", tmp_path / "a.npy", tmp_path / "b.npy", "-o", tmp_path / "found")
+    code, out, err = chitu(
+        "eval", "compare", tmp_path / "a.npy", tmp_path / "b.npy", "-o", tmp_path / "found"
+    )
     assert code == 0, err
     assert "| PSNR, dB |" in out and "flicker" in out
     said = json.loads((tmp_path / "found" / "compare.json").read_text())
     assert said["frames"] == 5 and said["psnr"]["low"] <= said["psnr"]["mean"] <= said["psnr"]["high"]
     assert read_frames(tmp_path / "found" / "side_by_side.mp4").shape == (5, 24, 64, 3)
     assert (tmp_path / "found" / "contact.png").stat().st_size > 100
-    code, out, _ = chitu("eval", "compare", tmp_path / "a.npy", tmp_path / "a.npy", "-o", tmp_path / "same", "--json")
+    code, out, _ = chitu(
+        "eval", "compare", tmp_path / "a.npy", tmp_path / "a.npy", "-o", tmp_path / "same", "--json"
+    )
     assert code == 0 and json.loads(out)["psnr"]["mean"] == 100.0
 
 

@@ -1,6 +1,8 @@
-"""Compiled pieces of the blocks: how often they are compiled, beside what, and what happens when they cannot be.
+"""Compiled pieces of the blocks: how often they are compiled, beside what, and what happens when they cannot
+be.
 
-The compiler's own code generation is left out (backend "eager"): tracing and its guards are what decides all of this.
+The compiler's own code generation is left out (backend "eager"): tracing and its guards are what decides all
+of this.
 """
 
 from __future__ import annotations
@@ -162,7 +164,9 @@ def test_a_task_hears_of_it(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(WanTransformer, "compile_blocks", partialmethod(WanTransformer.compile_blocks, backend="eager"))
+    monkeypatch.setattr(
+        WanTransformer, "compile_blocks", partialmethod(WanTransformer.compile_blocks, backend="eager")
+    )
     latents, notes = [], []
     for compiled in (False, True):
         backend = DiffusionBackend(make_config(tiny_folder, infer__compile=compiled))

@@ -1,7 +1,8 @@
-"""Exchanges by copy engines, on threads: each rank is a thread, its copies are made by another one, late at random.
+"""Exchanges by copy engines, on threads: each rank is a thread, its copies are made by another one, late at
+random.
 
-What a GPU does in the order of its streams is here: the main stream is the rank's own thread, the side stream a queue. That
-the driver's calls do the same is looked at on two GPUs (`benchmarks.scaling --only exchanges`).
+What a GPU does in the order of its streams is here: the main stream is the rank's own thread, the side stream
+a queue. That the driver's calls do the same is looked at on two GPUs (`benchmarks.scaling --only exchanges`).
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ class ThreadWires:
         def do() -> None:
             time.sleep(self.late.random() * self.machine.slow)
             source = alive()
-            assert source is not None and source.data_ptr() == seen, "what travels was given up before it had arrived"
+            assert source is not None and source.data_ptr() == seen, (
+                "what travels was given up before it had arrived"
+            )
             arena[offset : offset + size] = source.view(-1).view(torch.uint8)
 
         self.work.put(do)
@@ -156,7 +159,9 @@ def through_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
     tables: dict[int, dict[tuple[int, int, int], list[Tensor]]] = {}
     counts: dict[tuple[int, int], int] = {}
 
-    def begin(self: Any, sends: dict[int, list[Tensor]], takes: dict[int, list[Tensor]]) -> Callable[[], None]:
+    def begin(
+        self: Any, sends: dict[int, list[Tensor]], takes: dict[int, list[Tensor]]
+    ) -> Callable[[], None]:
         machine = self.machine
         table = tables.setdefault(id(machine), {})
         turn = counts[id(machine), self.index] = counts.get((id(machine), self.index), 0) + 1
@@ -168,7 +173,9 @@ def through_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def wait() -> None:
             with machine.changed:
-                assert machine.changed.wait_for(lambda: all((turn, s, self.index) in table for s in takes), PATIENCE)
+                assert machine.changed.wait_for(
+                    lambda: all((turn, s, self.index) in table for s in takes), PATIENCE
+                )
             for source, tensors in takes.items():
                 for target, came in zip(tensors, table[turn, source, self.index], strict=True):
                     target.copy_(came)
@@ -181,7 +188,9 @@ def through_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def pass_on(self: Any, leaving: list[Tensor], landings: list[Landing]) -> Callable[[], None]:
         following, before = (self.index + 1) % self.size, (self.index - 1) % self.size
-        return begin(self, {following: list(leaving)}, {before: [landing.parts[before] for landing in landings]})
+        return begin(
+            self, {following: list(leaving)}, {before: [landing.parts[before] for landing in landings]}
+        )
 
     monkeypatch.setattr(GroupPeers, "swap", swap)
     monkeypatch.setattr(GroupPeers, "pass_on", pass_on)
@@ -214,7 +223,9 @@ def on_threads(machine: Machine, work: Callable[[ThreadPeers], Any]) -> list[Any
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    return torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v))
+    ).transpose(1, 2)
 
 
 def with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,7 +239,9 @@ KERNEL = AttentionKernel("plain", exact=True, run=sdpa, run_with_lse=with_lse)
 @pytest.mark.parametrize("way", ["ulysses", "ring"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_attention_over_threads(way: str, size: int) -> None:
-    """Sequences of changing length, several attentions one after the other, with ranks that are late in turn."""
+    """Sequences of changing length, several attentions one after the other, with ranks that are late in
+    turn.
+    """
     machine, heads, channels = Machine(size), 2 * size, 8
     generator = torch.Generator().manual_seed(size)
     cases = []
@@ -250,8 +263,11 @@ def test_attention_over_threads(way: str, size: int) -> None:
     for number, (whole, _) in enumerate(cases):
         found = torch.cat([result[number] for result in results], dim=1)
         # float64 on both sides, where the order of sums differs; a ring merges in float32
-        assert torch.allclose(found, sdpa(*whole.unbind()), rtol=0, atol=1e-12 if way == "ulysses" else 1e-6), number
-    # the arena grows after the first of each longer length, whose exchanges go through the group; shorter ones fit
+        assert torch.allclose(
+            found, sdpa(*whole.unbind()), rtol=0, atol=1e-12 if way == "ulysses" else 1e-6
+        ), number
+    # the arena grows after the first of each longer length, whose exchanges go through the group; shorter
+    # ones fit
     assert len(machine.sizes) == 2 and machine.sizes[0] < machine.sizes[1]
     assert len(machine.through_group) <= 2 * size * exchanges_of_one(way, size)
 
@@ -262,7 +278,9 @@ def exchanges_of_one(way: str, size: int) -> int:
 
 
 def exchange(peers: ThreadPeers, rows: list[list[int]], seed: int) -> bool:
-    """One swap, whose source is let go of at once and whose landing is read late; whether what came is what was sent."""
+    """One swap, whose source is let go of at once and whose landing is read late; whether what came is what
+    was sent.
+    """
 
     def drawn(source: int, to: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * 64 + source * 8 + to)
@@ -273,7 +291,9 @@ def exchange(peers: ThreadPeers, rows: list[list[int]], seed: int) -> bool:
     wait()
     if (seed + peers.index) % peers.size == 0:
         time.sleep(0.01)  # the others would write the next into it by now
-    return all(torch.equal(landing.parts[s], drawn(s, peers.index)) for s in range(peers.size) if s != peers.index)
+    return all(
+        torch.equal(landing.parts[s], drawn(s, peers.index)) for s in range(peers.size) if s != peers.index
+    )
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -373,7 +393,9 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> list[CudaWires]:
         each.index, each.size, each._store, each._timeout, each._meetings = index, 2, store, PATIENCE, 0  # type: ignore[assignment]
         each._released, each._gone, each._latest, each._awaited = threading.Event(), threading.Event(), 7, {}
         each._flags, each._flags_at, each._seen, each._moved = None, 0, (), time.monotonic()
-        monkeypatch.setattr(each, "_register", lambda address, size, each=each: setattr(each, "_flags_at", address))
+        monkeypatch.setattr(
+            each, "_register", lambda address, size, each=each: setattr(each, "_flags_at", address)
+        )
     in_threads(lambda index: wires[index].map_numbers())
     assert json.loads(store["1/0"])["token"]
     return wires
@@ -405,7 +427,9 @@ def test_numbers_are_shared_and_a_release_is_seen(pair: list[CudaWires]) -> None
     pair[1]._gone.set()
 
 
-def test_waiting_is_the_time_since_a_number_last_moved(pair: list[CudaWires], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_is_the_time_since_a_number_last_moved(
+    pair: list[CudaWires], monkeypatch: pytest.MonkeyPatch
+) -> None:
     own, clock = pair[0], [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     own._awaited |= {(0, 1): 3, (1, 1): 1}
@@ -431,7 +455,9 @@ def test_waiting_is_the_time_since_a_number_last_moved(pair: list[CudaWires], mo
     assert own.waiting() == 0
 
 
-def test_wires_go_though_the_device_is_in_error(pair: list[CudaWires], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wires_go_though_the_device_is_in_error(
+    pair: list[CudaWires], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The rank that hit an illegal access has still to give up its groups, vote, and tell of it."""
 
     def refuse(device: object) -> None:
@@ -445,7 +471,10 @@ def test_wires_go_though_the_device_is_in_error(pair: list[CudaWires], monkeypat
     own.detach()
     assert own._gone.is_set()
     deadline = time.monotonic() + PATIENCE
-    while any(thread.name == "chitu-release" for thread in threading.enumerate()) and time.monotonic() < deadline:
+    while (
+        any(thread.name == "chitu-release" for thread in threading.enumerate())
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     assert not any(thread.name == "chitu-release" for thread in threading.enumerate())
 

@@ -1,4 +1,6 @@
-"""The engine's life: many tasks, poisoned ones among them, memory that runs out, cancelling, closing, the façade."""
+"""The engine's life: many tasks, poisoned ones among them, memory that runs out, cancelling, closing, the
+façade.
+"""
 
 import gc
 import random
@@ -21,11 +23,19 @@ from chitu_diffusion.errors import NonFiniteError, StageError, UsageError, WillN
 from chitu_diffusion.memory.estimate import Sizes, is_out_of_memory, total_memory
 from chitu_diffusion.pipelines import admission
 from chitu_diffusion.scheduler import DiffusionScheduler
-from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionTaskPool, DiffusionUserParams, TaskStatus
+from chitu_diffusion.task import (
+    CascadeStage,
+    DiffusionTask,
+    DiffusionTaskPool,
+    DiffusionUserParams,
+    TaskStatus,
+)
 
 CAT = "A cat walking on grass"
 CUDA_OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-CPU_OOM = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory")
+CPU_OOM = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"
+)
 
 
 def params(**values) -> DiffusionUserParams:
@@ -129,7 +139,11 @@ def test_out_of_memory_raises_the_level_and_retries_the_unit(engine, monkeypatch
     engine.run_until_idle()
     owner, name = place.split(".")
     monkeypatch.setattr(engine.backend.text_encoder, "recall", lambda *_: None)
-    holder = {"text_encoder": engine.backend.text_encoder, "sampler": engine.backend.sampler, "vae": engine.backend.vae}[owner]
+    holder = {
+        "text_encoder": engine.backend.text_encoder,
+        "sampler": engine.backend.sampler,
+        "vae": engine.backend.vae,
+    }[owner]
     monkeypatch.setattr(holder, name, raising(error, 1, getattr(holder, name)))
     task, messages = engine.submit(params(save_path=str(tmp_path / "b.npy"))), []
     while (event := engine.step()) is not None:
@@ -183,7 +197,9 @@ def test_loading_climbs_too(tiny_folder, make_config, monkeypatch):
 
 def test_what_out_of_memory_looks_like():
     assert all(is_out_of_memory(error) for error in (CUDA_OOM, CPU_OOM, MemoryError()))
-    assert not is_out_of_memory(RuntimeError("shape mismatch")) and not is_out_of_memory(ValueError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("shape mismatch")) and not is_out_of_memory(
+        ValueError("CUDA out of memory")
+    )
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**55, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
@@ -274,9 +290,11 @@ def test_cancel_and_close(tiny_folder, make_config):
 
 @pytest.mark.parametrize("units", range(5))
 @pytest.mark.parametrize("how", ["cancel", "close"])
-def test_ending_a_task_from_another_thread_while_its_unit_runs(tiny_folder, make_config, monkeypatch, units, how):
-    """`close` waits for the unit, `cancel` does not; the unit's last words neither bring the task back to life nor leave
-    tensors on it."""
+def test_ending_a_task_from_another_thread_while_its_unit_runs(
+    tiny_folder, make_config, monkeypatch, units, how
+):
+    """`close` waits for the unit, `cancel` does not; the unit's last words neither bring the task back to
+    life nor leave tensors on it."""
     engine = Engine(make_config(tiny_folder))
     task = engine.submit(params())
     for _ in range(units):
@@ -297,7 +315,9 @@ def test_ending_a_task_from_another_thread_while_its_unit_runs(tiny_folder, make
     worker.start()
     assert running.wait(30)
     answers = []
-    ender = threading.Thread(target=lambda: answers.append(engine.cancel(task.task_id) if how == "cancel" else engine.close()))
+    ender = threading.Thread(
+        target=lambda: answers.append(engine.cancel(task.task_id) if how == "cancel" else engine.close())
+    )
     ender.start()
     ender.join(10 if how == "cancel" else 0.05)
     assert ender.is_alive() == (how == "close") and task.status is not TaskStatus.CANCELLED
@@ -305,7 +325,9 @@ def test_ending_a_task_from_another_thread_while_its_unit_runs(tiny_folder, make
     worker.join()
     ender.join()
     assert answers == [True if how == "cancel" else None]
-    assert task.status is TaskStatus.CANCELLED and task.buffer.latent is None and task.buffer.embeddings is None
+    assert (
+        task.status is TaskStatus.CANCELLED and task.buffer.latent is None and task.buffer.embeddings is None
+    )
     engine.close()
 
 
@@ -317,7 +339,9 @@ def test_closing_while_others_submit(tiny_folder, make_config, delay):
     def submit(role: str) -> None:
         while not stop.is_set():
             try:
-                accepted.append(engine.submit(params(role=role, num_inference_steps=1, num_frames=1, save_path=None)))
+                accepted.append(
+                    engine.submit(params(role=role, num_inference_steps=1, num_frames=1, save_path=None))
+                )
             except Exception as error:
                 refused.append(error)
 
@@ -337,7 +361,9 @@ def test_closing_while_others_submit(tiny_folder, make_config, delay):
 
 
 def test_ended_tasks_leave(tiny_folder, make_config, monkeypatch):
-    """A thousand tasks, and the engine is as it was: nothing of them stays, and the last look costs what the first did."""
+    """A thousand tasks, and the engine is as it was: nothing of them stays, and the last look costs what the
+    first did.
+    """
     monkeypatch.setattr(generator_module, "write_video", lambda frames, path, **_: path)
     with Engine(make_config(tiny_folder, scheduler__keep_ended=5)) as engine:
         sizes, looks = [], []
@@ -370,7 +396,9 @@ def test_what_is_no_request_is_refused(engine):
 def test_ctrl_c_leaves_the_task_where_it_was(engine, monkeypatch):
     task = engine.submit(params())
     engine.step()
-    monkeypatch.setattr(engine.backend.sampler, "step", raising(KeyboardInterrupt(), 1, engine.backend.sampler.step))
+    monkeypatch.setattr(
+        engine.backend.sampler, "step", raising(KeyboardInterrupt(), 1, engine.backend.sampler.step)
+    )
     with pytest.raises(KeyboardInterrupt):
         engine.run_until_idle()
     assert (task.status, task.current_step) == (TaskStatus.DENOISING, 0)
@@ -435,7 +463,9 @@ def test_facade(tiny_folder, make_config):
 def test_importing_is_cheap():
     """No torch, no diffusers: only when a name that needs them is used."""
     program = "import sys, chitu_diffusion; chitu_diffusion.EngineConfig; chitu_diffusion.DiffusionTaskPool; "
-    program += "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'transformers', 'numpy')))"
+    program += (
+        "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'transformers', 'numpy')))"
+    )
     began = time.perf_counter()
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
     assert time.perf_counter() - began < 5

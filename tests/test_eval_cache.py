@@ -1,4 +1,6 @@
-"""`chitu eval cache`: rows that are kept, sums by hand, forwards counted for what they are, and words for bad settings."""
+"""`chitu eval cache`: rows that are kept, sums by hand, forwards counted for what they are, and words for bad
+settings.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import TaskError
 from chitu_diffusion.evaluation import cache_table
 from chitu_diffusion.evaluation.cache_rows import FULL, Row, Video
-from chitu_diffusion.evaluation.cache_table import SETTINGS, check_settings, evaluate, sum_up, table, write_results
+from chitu_diffusion.evaluation.cache_table import (
+    SETTINGS,
+    check_settings,
+    evaluate,
+    sum_up,
+    table,
+    write_results,
+)
 from chitu_diffusion.evaluation.videos import make_video
 from chitu_diffusion.evaluation.workers import Workers
 
@@ -62,7 +71,9 @@ def test_an_evaluation_goes_on_where_it_stopped(tiny_folder, tmp_path, monkeypat
     chosen = ["steps=3", "interval:interval=2,warmup=1", "plan:speedup=2"]
     own = {"num_inference_steps": STEPS}
     seen, work = [], tmp_path / "work"
-    first, about = evaluate(config, videos, work, chosen=chosen, settings=own, on_row=lambda *said: seen.append(said))
+    first, about = evaluate(
+        config, videos, work, chosen=chosen, settings=own, on_row=lambda *said: seen.append(said)
+    )
     assert [done for done, _, _ in seen] == list(range(1, 9)) and {total for _, total, _ in seen} == {8}
     lines = {line.setting: line for line in first}
     assert lines["steps=3"].fewer == pytest.approx(2) and lines["steps=3"].psnr is not None
@@ -72,7 +83,9 @@ def test_an_evaluation_goes_on_where_it_stopped(tiny_folder, tmp_path, monkeypat
     # what is there is not made again; what failed is tried again
     made = []
     monkeypatch.setattr("chitu_diffusion.evaluation.cache_rows._warm", lambda *_: None)
-    monkeypatch.setattr("chitu_diffusion.evaluation.cache_rows.make_video", lambda *_, **asked: made.append(asked) or 1 / 0)
+    monkeypatch.setattr(
+        "chitu_diffusion.evaluation.cache_rows.make_video", lambda *_, **asked: made.append(asked) or 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         evaluate(config, videos, work, chosen=chosen, settings=own)
     assert [asked["flexcache"] for asked in made] == [{"strategy": "plan", "speedup": 2}]
@@ -80,7 +93,9 @@ def test_an_evaluation_goes_on_where_it_stopped(tiny_folder, tmp_path, monkeypat
     assert [line.psnr for line in again] == [line.psnr for line in first[:3]]
 
     # a row that a dying machine left empty is made again
-    next(file for file in work.glob("*.json") if json.loads(file.read_text())["setting"] == "steps=3").write_text("")
+    next(
+        file for file in work.glob("*.json") if json.loads(file.read_text())["setting"] == "steps=3"
+    ).write_text("")
     with pytest.raises(ZeroDivisionError):
         evaluate(config, videos, work, chosen=chosen[:2], settings=own)
     assert made[-1]["num_inference_steps"] == 3
@@ -102,7 +117,9 @@ def test_lines_are_the_sums_of_their_rows() -> None:
         row("plan:speedup=4", psnr=25.0, seconds=3.0, work=25.0, **near),
         row("fbcache", error="UsageError: no"),
     ]
-    lines = {line.setting: line for line in sum_up(rows, ["pab", "plan:speedup=1.5", "plan:speedup=4", "fbcache"])}
+    lines = {
+        line.setting: line for line in sum_up(rows, ["pab", "plan:speedup=1.5", "plan:speedup=4", "fbcache"])
+    }
     pab = lines["pab"]
     assert pab.psnr[0] == 32 and pab.psnr[1] < 32 < pab.psnr[2] and pab.saved == pytest.approx(0.5)
     assert pab.faster == pytest.approx(20 / 12.4) and pab.adherence == 0.75 and pab.flicker == 0.5
@@ -123,7 +140,14 @@ def test_results_are_three_files(tmp_path) -> None:
     rows = [row(FULL, seconds=1.0, forward_seconds=1.0, work=10.0)]
     rows += [row(name, psnr=value, ssim=0.9, seconds=0.5, work=5.0) for name, value in NEAR.items()]
     lines = sum_up(rows, list(NEAR))
-    about = {"model": "m", "steps": 50, "guidance": [5.0, 5.0], "size": [32, 32, 5], "device": "cpu", "dtype": "float32"}
+    about = {
+        "model": "m",
+        "steps": 50,
+        "guidance": [5.0, 5.0],
+        "size": [32, 32, 5],
+        "device": "cpu",
+        "dtype": "float32",
+    }
     about["workers"] = 1
     write_results(lines, about, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.json", "cache.md", "cache.png"]
@@ -166,10 +190,27 @@ def test_bad_settings_are_told_before_anything_is_loaded(chitu, monkeypatch, tmp
 def test_the_command_with_two_processes(chitu, tiny_folder, tmp_path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
-    own = ("--model", folder, "--prompts", 1, "--seeds", "0..1", "--steps", 4, "--settings", "steps=2", "--workers", 2)
+    own = (
+        "--model",
+        folder,
+        "--prompts",
+        1,
+        "--seeds",
+        "0..1",
+        "--steps",
+        4,
+        "--settings",
+        "steps=2",
+        "--workers",
+        2,
+    )
     code, out, err = chitu("eval", "cache", *own, "-o", "found", "--work", "kept", "--device", "cpu")
     assert code == 0 and "| `steps=2` | 50.0% | 2.00x |" in out, err
-    assert sorted(path.name for path in (tmp_path / "found").iterdir()) == ["cache.json", "cache.md", "cache.png"]
+    assert sorted(path.name for path in (tmp_path / "found").iterdir()) == [
+        "cache.json",
+        "cache.md",
+        "cache.png",
+    ]
     line = json.loads((tmp_path / "found" / "cache.json").read_text())["lines"][1]
     assert line["adherence"] is not None and dataclasses.asdict(Video("a", 0))["words"] is None
 
@@ -177,7 +218,9 @@ def test_the_command_with_two_processes(chitu, tiny_folder, tmp_path) -> None:
 def test_workers_do_not_choose_kernels_by_timing(tiny_folder, tmp_path, monkeypatch) -> None:
     """Two processes that time on a shared device might choose differently."""
     asked = []
-    monkeypatch.setattr("chitu_diffusion.attention.autotune.candidates", lambda *_, **__: asked.append(1) or [])
+    monkeypatch.setattr(
+        "chitu_diffusion.attention.autotune.candidates", lambda *_, **__: asked.append(1) or []
+    )
     with Workers(config_for(tiny_folder, tmp_path)) as crew:
         crew.submit(DiffusionBackend.choose_attention, 77)
         crew.result()
@@ -185,7 +228,9 @@ def test_workers_do_not_choose_kernels_by_timing(tiny_folder, tmp_path, monkeypa
 
 
 def test_no_worker_outlives_a_killed_parent(tiny_folder) -> None:
-    """Each would hold its model in the device's memory for good. They share the parent's stdout, which ends with the last."""
+    """Each would hold its model in the device's memory for good. They share the parent's stdout, which ends
+    with the last.
+    """
     code = (
         "import sys, time; from chitu_diffusion.config import load_config; "
         "from chitu_diffusion.evaluation.workers import Workers; "

@@ -43,7 +43,9 @@ PAGE = {
 
 
 def test_public_names() -> None:
-    assert set(chitu_diffusion.__all__) == PUBLIC, "a public name came or went: change PUBLIC here and docs/ with it"
+    assert set(chitu_diffusion.__all__) == PUBLIC, (
+        "a public name came or went: change PUBLIC here and docs/ with it"
+    )
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))

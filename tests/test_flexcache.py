@@ -1,4 +1,6 @@
-"""Caches in the engine's hands: exact when they never reuse, state that belongs to the task, refusals with a remedy."""
+"""Caches in the engine's hands: exact when they never reuse, state that belongs to the task, refusals with a
+remedy.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +113,9 @@ def test_tasks_with_different_caches_take_turns(backend) -> None:
 
 
 @pytest.mark.parametrize("name", OFTEN)
-def test_one_branch_after_the_other_decides_and_gives_the_same(backend, tiny_folder, make_config, name) -> None:
+def test_one_branch_after_the_other_decides_and_gives_the_same(
+    backend, tiny_folder, make_config, name
+) -> None:
     own = {"strategy": name, **OFTEN[name]}
     sequential = DiffusionBackend(make_config(tiny_folder, infer__diffusion__cfg_batch="sequential"))
     sequential.use_calibration(backend.spec.calibration)
@@ -141,7 +145,10 @@ def test_an_experts_switch_drops_what_was_kept_and_runs_in_full(two_experts_fold
     backend = DiffusionBackend(make_config(two_experts_folder))
     exact = latent_of(backend, None)
     for name in ("meancache", "taylorseer", "fbcache", "teacache"):
-        task, generator = task_for(num_inference_steps=STEPS, flexcache={"strategy": name, **OFTEN[name]}), Generator(backend)
+        task, generator = (
+            task_for(num_inference_steps=STEPS, flexcache={"strategy": name, **OFTEN[name]}),
+            Generator(backend),
+        )
         experts, plans = [], []
         while task.status is not TaskStatus.DECODING:
             generator.generate_step(task)
@@ -170,11 +177,15 @@ def test_compiled_blocks_stay_compiled_when_a_cache_is_switched_on(tiny_folder, 
 
 def test_state_is_plain_data(backend) -> None:
     for name in OFTEN:
-        task, generator = task_for(num_inference_steps=STEPS, flexcache={"strategy": name, **OFTEN[name]}), Generator(backend)
+        task, generator = (
+            task_for(num_inference_steps=STEPS, flexcache={"strategy": name, **OFTEN[name]}),
+            Generator(backend),
+        )
         for _ in range(6):
             generator.generate_step(task)
         assert task.error is None, task.error_message
-        json.dumps(task.buffer.cache, default=lambda value: value.tolist())  # tensors are the only thing JSON does not know
+        # tensors are the only thing JSON does not know
+        json.dumps(task.buffer.cache, default=lambda value: value.tolist())
 
 
 # -- refusals
@@ -221,7 +232,9 @@ def test_memory_is_known_from_shapes() -> None:
     assert pab == 2 * 30 * 32760 * 1536 * 2
     assert cache_bytes("meancache", large) < 2**27
     assert cache_bytes(None, large) == 0
-    with pytest.raises(UsageError, match=r"149.96 GiB \(74.98 GiB a branch\).*meancache would keep 0.0\d GiB") as caught:
+    with pytest.raises(
+        UsageError, match=r"149.96 GiB \(74.98 GiB a branch\).*meancache would keep 0.0\d GiB"
+    ) as caught:
         cache_bytes({"strategy": "taylorseer", "cache_memory_gb": 40}, large)
     assert "taylorseer with level=step would keep 1.25 GiB" in str(caught.value)
 

@@ -1,4 +1,6 @@
-"""Each cache's rule beside a plain float64 re-computation of what its paper says, on signals that a real run recorded."""
+"""Each cache's rule beside a plain float64 re-computation of what its paper says, on signals that a real run
+recorded.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,9 @@ def test_blockdance_and_the_gate_keep_to_their_windows() -> None:
 
 @pytest.mark.parametrize("signal", ["modulation", "time"])
 def test_teacache_follows_its_polynomial(schedule, signal) -> None:
-    """acc += P(mean|m - m'| / mean|m'|), computed once it reaches the threshold: in float64, from the embeddings."""
+    """acc += P(mean|m - m'| / mean|m'|), computed once it reaches the threshold: in float64, from the
+    embeddings.
+    """
     which = ("time", "modulation").index(signal)
     states = [schedule.embed_time(step)[which].double().numpy() for step in range(STEPS)]
     for coefficients, threshold in (((1.0, 0.0), 1.9), ((3.0, -0.2, 0.9, 0.01), 8.0)):
@@ -121,7 +125,9 @@ def test_teacache_follows_its_polynomial(schedule, signal) -> None:
             if total >= threshold or step == STEPS - 1:
                 expected.append(step)
                 total = 0.0
-        found = fresh_steps("teacache", schedule, signal=signal, threshold=threshold, coefficients=list(coefficients))
+        found = fresh_steps(
+            "teacache", schedule, signal=signal, threshold=threshold, coefficients=list(coefficients)
+        )
         assert found == expected and 2 < len(found) < STEPS
     with pytest.raises(UsageError, match="time embedding"):
         strategy("teacache").plan(bare(4))
@@ -132,7 +138,9 @@ def test_coefficients_come_from_the_model(schedule) -> None:
     assert fresh_steps("teacache", own, threshold=0.2) == fresh_steps(
         "teacache", schedule, threshold=0.2, coefficients=list(WAN_1_3B["teacache"])
     )
-    assert fresh_steps("magcache", own) == fresh_steps("magcache", schedule, ratios=list(WAN_1_3B["magcache"]))
+    assert fresh_steps("magcache", own) == fresh_steps(
+        "magcache", schedule, ratios=list(WAN_1_3B["magcache"])
+    )
     with pytest.raises(UsageError, match=r"no ratios were measured on random-tiny.*meancache"):
         strategy("magcache").plan(schedule)
 
@@ -160,8 +168,14 @@ def test_taylor_weights_are_the_published_recursion() -> None:
     values, places, at = np.random.default_rng(0).normal(size=(3, 5)), [2.0, 5.0, 6.0], 8.0
     f1, before = (values[2] - values[1]) / 1.0, (values[1] - values[0]) / 3.0
     f2, x = (f1 - before) / 1.0, 2.0
-    for order, expected in ((0, values[2]), (1, values[2] + f1 * x), (2, values[2] + f1 * x + f2 * x * x / 2)):
-        records = [{"at": at, "value": torch.from_numpy(value)} for at, value in zip(places, values, strict=True)]
+    for order, expected in (
+        (0, values[2]),
+        (1, values[2] + f1 * x),
+        (2, values[2] + f1 * x + f2 * x * x / 2),
+    ):
+        records = [
+            {"at": at, "value": torch.from_numpy(value)} for at, value in zip(places, values, strict=True)
+        ]
         assert np.allclose(predictors.predict("taylor", order, records, at=at).numpy(), expected, atol=1e-6)
     # exact on a straight line, whatever the spacing
     line = [{"at": at, "value": torch.tensor([3 * at + 1])} for at in places]
@@ -170,7 +184,11 @@ def test_taylor_weights_are_the_published_recursion() -> None:
 
 def test_velocity_prediction_is_meancaches_formula() -> None:
     random = np.random.default_rng(0)
-    sigmas, v, x = [0.9, 0.7, 0.6], random.normal(size=(3, 2, 1, 1, 1, 4)), random.normal(size=(3, 1, 1, 1, 1, 4))
+    sigmas, v, x = (
+        [0.9, 0.7, 0.6],
+        random.normal(size=(3, 2, 1, 1, 1, 4)),
+        random.normal(size=(3, 1, 1, 1, 1, 4)),
+    )
     records = [
         {"at": sigma, "value": torch.from_numpy(value), "latent": torch.from_numpy(latent)}
         for sigma, value, latent in zip(sigmas, v, x, strict=True)
@@ -190,7 +208,9 @@ def test_velocity_prediction_is_meancaches_formula() -> None:
 # -- decisions that depend on data, against what a run recorded
 
 
-def recorded(backend: DiffusionBackend, monkeypatch, **flexcache) -> tuple[list[Tensor], list[Tensor], list[bool]]:
+def recorded(
+    backend: DiffusionBackend, monkeypatch, **flexcache
+) -> tuple[list[Tensor], list[Tensor], list[bool]]:
     """Of each step: the latent before it, the stacked velocities, whether the cache said to skip."""
     latents, velocities, skipped = [], [], []
     original = FlexCacheManager.velocity
@@ -215,7 +235,9 @@ def recorded(backend: DiffusionBackend, monkeypatch, **flexcache) -> tuple[list[
 
 @pytest.mark.parametrize("threshold", [0.3, 0.8])
 def test_easycache_decides_by_the_latents_way(backend, monkeypatch, threshold) -> None:
-    latents, velocities, skipped = recorded(backend, monkeypatch, strategy="easycache", threshold=threshold, warmup=4)
+    latents, velocities, skipped = recorded(
+        backend, monkeypatch, strategy="easycache", threshold=threshold, warmup=4
+    )
     x, v = [latent.double() for latent in latents], [velocity.double() for velocity in velocities]
     error, rate, full, expected = 0.0, math.nan, 0, []
     for step in range(STEPS):
@@ -230,11 +252,15 @@ def test_easycache_decides_by_the_latents_way(backend, monkeypatch, threshold) -
         else:
             error, full = 0.0, step
             if step:
-                rate = float((v[step][:1] - v[step - 1][:1]).abs().mean() / (x[step] - x[step - 1]).abs().mean())
+                rate = float(
+                    (v[step][:1] - v[step - 1][:1]).abs().mean() / (x[step] - x[step - 1]).abs().mean()
+                )
     assert skipped == expected and 0 < sum(skipped) < STEPS - 5
 
 
-@pytest.mark.parametrize(("name", "threshold", "longest"), [("fbcache", 0.07, 0), ("fbcache", 0.5, 2), ("dbcache", 0.3, 1)])
+@pytest.mark.parametrize(
+    ("name", "threshold", "longest"), [("fbcache", 0.07, 0), ("fbcache", 0.5, 2), ("dbcache", 0.3, 1)]
+)
 def test_first_blocks_decide_by_their_residual(backend, monkeypatch, name, threshold, longest) -> None:
     own = {"strategy": name, "threshold": threshold, "longest": longest, "first_blocks": 1, "last_blocks": 0}
     latents, _, skipped = recorded(backend, monkeypatch, **own)
@@ -244,7 +270,9 @@ def test_first_blocks_decide_by_their_residual(backend, monkeypatch, name, thres
     with torch.no_grad():
         for step, latent in enumerate(latents):
             e = network.embed(latent, timesteps[step].reshape(1), text)
-            after = network.blocks[0](e.tokens, e.text.keys(0, network.blocks[0].text_keys), e.modulation, e.rope)
+            after = network.blocks[0](
+                e.tokens, e.text.keys(0, network.blocks[0].text_keys), e.modulation, e.rope
+            )
             residual = (after - e.tokens).double()
             skips = 4 <= step < STEPS - 1 and not (longest and run >= longest)
             skips = skips and float((residual - known).abs().mean() / known.abs().mean()) < threshold

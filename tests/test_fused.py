@@ -17,14 +17,16 @@ from torch import Tensor
 from chitu_diffusion.ops import fused
 from chitu_diffusion.ops.fused import FLOAT8, Affine, Float8Rows, quantise
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # as meant: GELU of large negative numbers
+# as meant: GELU of large negative numbers
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 EPS = 1e-6
 # (B, S, heads, head_dim): odd lengths, widths of 1.3B, 14B and wan-tiny, and ones that are no power of two
 SHAPES = [(2, 7, 3, 20), (2, 13, 4, 64), (1, 5, 12, 128), (1, 3, 40, 128), (1, 1, 2, 6)]
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 needs_triton = pytest.mark.skipif(
-    not fused.HAS_TRITON, reason="the kernels need Triton: pip install triton; without it only their plain twins are tested"
+    not fused.HAS_TRITON,
+    reason="the kernels need Triton: pip install triton; without it only their plain twins are tested",
 )
 
 
@@ -38,7 +40,12 @@ def fresh_numbers() -> None:
 def rows(shape: tuple[int, int, int, int]) -> Tensor:
     batch, length, heads, width = shape
     # a mean far from zero, and channels of unlike size, as real streams have
-    x = torch.randn(batch, length, heads * width, device=DEVICE) * torch.rand(heads * width, device=DEVICE) * 3 + 0.7
+    x = (
+        torch.randn(batch, length, heads * width, device=DEVICE)
+        * torch.rand(heads * width, device=DEVICE)
+        * 3
+        + 0.7
+    )
     return x
 
 
@@ -58,8 +65,8 @@ def assert_same_rows(found: Tensor | Float8Rows, expected: Tensor | Float8Rows) 
     assert found.scale.shape == expected.scale.shape
     assert relative_error(found.scale, expected.scale) < 1e-6
     codes, other = found.values.float(), expected.values.float()
-    # Triton's interpreter forgets the carry where rounding up reaches the next power of two, and cuts off numbers below
-    # the smallest normal one; a GPU does neither
+    # Triton's interpreter forgets the carry where rounding up reaches the next power of two, and cuts off
+    # numbers below the smallest normal one; a GPU does neither
     carry = (codes.abs() * 2 == other.abs()) & (torch.frexp(other)[0].abs() == 0.5)
     excused = (carry | (other.abs() <= 2**-6)) & (not ON_GPU)
     # a sum in another order moves a number in ten thousand over the middle between two codes
@@ -95,7 +102,9 @@ def test_norm_and_rotation_is_its_twin(shape: tuple[int, int, int, int]) -> None
     weights = (torch.randn(q.shape[-1], device=DEVICE), torch.randn(q.shape[-1], device=DEVICE))
     angles = torch.randn(shape[1], shape[3] // 2, device=DEVICE) * 9
     args = (q, k, weights, EPS, (angles.cos(), angles.sin()), heads)
-    for found, expected in zip(fused.norm_and_rotate(*args, fused=True), fused.norm_and_rotate(*args), strict=True):
+    for found, expected in zip(
+        fused.norm_and_rotate(*args, fused=True), fused.norm_and_rotate(*args), strict=True
+    ):
         assert found.shape == shape
         assert relative_error(found, expected) < 1e-6
 
@@ -120,7 +129,9 @@ def test_eight_bits_are_those_of_the_twins(shape: tuple[int, int, int, int]) -> 
     x[0, 0] = 0  # a row without a largest number
     gate, affine = modulation(x)
     assert_same_rows(quantise(x, fused=True), quantise(x))
-    assert_same_rows(fused.gelu(x, x[0, 0] + 1, float8=True, fused=True), fused.gelu(x, x[0, 0] + 1, float8=True))
+    assert_same_rows(
+        fused.gelu(x, x[0, 0] + 1, float8=True, fused=True), fused.gelu(x, x[0, 0] + 1, float8=True)
+    )
     args = (x, affine, EPS, torch.float32)
     assert_same_rows(fused.layer_norm(*args, float8=True, fused=True), fused.layer_norm(*args, float8=True))
     both = [fused.add_gated_norm(x, added, gate, *args[1:], float8=True, fused=way) for way in (True, False)]
@@ -136,7 +147,9 @@ def test_sixteen_bits_round_where_the_twins_round() -> None:
     args = (x, added, gate, affine, EPS, torch.bfloat16)
     # the interpreter cuts a bfloat16 off (an error of up to 2^-8) where a GPU rounds it
     bound = 1e-3 if ON_GPU else 2**-7
-    for found, expected in zip(fused.add_gated_norm(*args, fused=True), fused.add_gated_norm(*args), strict=True):
+    for found, expected in zip(
+        fused.add_gated_norm(*args, fused=True), fused.add_gated_norm(*args), strict=True
+    ):
         assert isinstance(found, Tensor) and isinstance(expected, Tensor)
         assert found.dtype == torch.bfloat16
         assert relative_error(found, expected) < bound
@@ -168,7 +181,8 @@ from hopper import build
 
 EIGHT = {"QUANTISE": True, "FLOAT8_TOP": 448.0, "FLOOR": 1e-12}
 ROW = {"x": "*bf16", "bias": "*fp32", "scale": "*fp32", "out": "*fp8e4nv"}
-NORM = {"x": "*bf16", "added": "*bf16", "gate": "*fp32", "weight": "*fp32", "bias": "*fp32", "stream": "*bf16",
+NORM = {"x": "*bf16", "added": "*bf16", "gate": "*fp32", "weight": "*fp32", "bias": "*fp32",
+"stream": "*bf16",
         "normed": "*fp8e4nv", "scale": "*fp32"}
 ALL = {"ADD": True, "GATE": True, "NORM": True, "AFFINE": True, "WIDTH": 4}
 for kernel, pointers, constants, dim in (
@@ -179,9 +193,11 @@ for kernel, pointers, constants, dim in (
 ):
     head, tail, options = ours.launch_row(dim)
     assert head < dim <= head + tail <= 1.2 * dim, (head, tail)
-    built = build(kernel, pointers, {"HEAD": head, "TAIL": tail, **EIGHT, **constants}, Path(sys.argv[1]), **options)
+    built = build(kernel, pointers, {"HEAD": head, "TAIL": tail, **EIGHT, **constants}, Path(sys.argv[1]),
+    **options)
     assert not built.spilled, (kernel, built.spilled)
-    assert built.registers <= 96, (kernel, built.registers)  # of a thread: 20 warps and more share a multiprocessor
+    # of a thread: 20 warps and more share a multiprocessor
+    assert built.registers <= 96, (kernel, built.registers)
     assert "convert_layout" not in built.ttgir, "numbers change threads between a load and a store"
     # loads and stores of neighbouring threads leave no gap, in 8, 16 and 32 bits alike
     assert "sizePerThread = [16]" not in built.ttgir
@@ -190,7 +206,9 @@ for kernel, pointers, constants, dim in (
 
 
 def test_kernels_compile_for_hopper(runs_for_hopper: RunText) -> None:
-    """Layouts and registers, on which the speed depends and which the interpreter does not see. Needs no GPU."""
+    """Layouts and registers, on which the speed depends and which the interpreter does not see. Needs no
+    GPU.
+    """
     runs_for_hopper(COMPILED_FOR_HOPPER)
 
 
@@ -209,7 +227,10 @@ def test_twins_are_the_formulas() -> None:
     own = weight[0, 0]
     q, _ = fused.norm_and_rotate(x, added, (own, own), EPS, (angles.cos().float(), angles.sin().float()), 3)
     scaled = x.double() / (x.double().square().mean(-1, keepdim=True) + EPS).sqrt() * own
-    pairs = torch.view_as_complex(scaled.view(2, 7, 3, 10, 2)) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    pairs = (
+        torch.view_as_complex(scaled.view(2, 7, 3, 10, 2))
+        * torch.polar(torch.ones_like(angles), angles)[:, None]
+    )
     assert relative_error(q, torch.view_as_real(pairs).flatten(-2)) < 1e-6
     found = fused.gelu(x, bias[0, 0])
     assert isinstance(found, Tensor)
@@ -223,7 +244,8 @@ def test_gelu_inside_a_product() -> None:
     with torch.enable_grad():
         assert not fused.has_linear_gelu(x, weight, True)
     expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
-    assert relative_error(fused.linear_gelu(x, weight, bias), expected) < (1e-3 if ON_GPU else 1e-6)  # TensorFloat-32
+    # TensorFloat-32
+    assert relative_error(fused.linear_gelu(x, weight, bias), expected) < (1e-3 if ON_GPU else 1e-6)
 
 
 def test_eight_bits_hold_the_largest_number_and_are_near_the_rest() -> None:
@@ -243,7 +265,9 @@ def test_eight_bits_hold_the_largest_number_and_are_near_the_rest() -> None:
 def test_benchmark_runs_small_on_a_cpu(tmp_path: Path) -> None:
     script = Path(__file__).parent.parent / "benchmarks" / "block.py"
     words = ["--small", "--device", "cpu", "--out", str(tmp_path), "--variants", "plain,fused fp8"]
-    subprocess.run([sys.executable, str(script), *words], check=True, capture_output=True, cwd=script.parent.parent)
+    subprocess.run(
+        [sys.executable, str(script), *words], check=True, capture_output=True, cwd=script.parent.parent
+    )
     (file,) = tmp_path.glob("*.json")
     data = json.loads(file.read_text())
     assert [row["name"] for row in data["forwards"]] == ["plain", "fused fp8"]

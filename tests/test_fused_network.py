@@ -1,4 +1,6 @@
-"""The whole network on the fused kernels, in Triton's interpreter (on a GPU: as they are), against the plain one."""
+"""The whole network on the fused kernels, in Triton's interpreter (on a GPU: as they are), against the plain
+one.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,15 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("cross_attn_norm", [True, False])
 @pytest.mark.parametrize("float8", [False, True])
 @torch.no_grad()
-def test_kernels_and_torch_give_one_velocity(cross_attn_norm: bool, float8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_and_torch_give_one_velocity(
+    cross_attn_norm: bool, float8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with torch.device(DEVICE):
-        network = WanTransformer(replace(CONFIG, num_layers=2, cross_attn_norm=cross_attn_norm)).eval().requires_grad_(False)
+        network = (
+            WanTransformer(replace(CONFIG, num_layers=2, cross_attn_norm=cross_attn_norm))
+            .eval()
+            .requires_grad_(False)
+        )
         latent, text, time = torch.randn(2, 4, 1, 2, 6), torch.randn(2, 7, 24), torch.tensor([900.0, 20.0])
     if float8:
         set_float8(to_float8(list(network.blocks), Float8Plan(keep=("attn2.to_k", "attn2.to_v"))), True)
@@ -43,7 +51,9 @@ def test_kernels_and_torch_give_one_velocity(cross_attn_norm: bool, float8: bool
     for name in ("residual_norm", "qk_norm_rotate", "activation"):
         operator = getattr(fused.fused_triton, name)
         monkeypatch.setattr(
-            fused.fused_triton, name, lambda *args, name=name, operator=operator: launched.append(name) or operator(*args)
+            fused.fused_triton,
+            name,
+            lambda *args, name=name, operator=operator: launched.append(name) or operator(*args),
         )
     network.use_fused(False)
     expected = network(latent, time, text)
@@ -52,7 +62,8 @@ def test_kernels_and_torch_give_one_velocity(cross_attn_norm: bool, float8: bool
     # the interpreter's own rounding to 8 bits is coarser than a GPU's, see test_fused
     bound = (3e-2 if DEVICE == "cpu" else 5e-3) if float8 else 1e-5
     assert relative_error(network(latent, time, text), expected) < bound
-    # in every block q's and k's turn; a norm before the first module and one residual behind each of the three; the head's norm
+    # in every block q's and k's turn; a norm before the first module and one residual behind each of the
+    # three; the head's norm
     assert launched.count("qk_norm_rotate") == 2
     assert launched.count("residual_norm") == 2 * 4 + 1
     # in 8 bits two outputs of attention, the GELU, and the rows for q where no norm comes before them

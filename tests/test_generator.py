@@ -92,7 +92,9 @@ def test_decode_tiled_is_close(backend):
     whole, tiled = generator.decode_vae(latent), generator.decode_vae_tiled(latent, tile_size=8)
     assert whole.shape == tiled.shape
     assert psnr(whole, tiled) >= 45
-    assert [tile_size_for(torch.zeros(1, 4, 1, *size)) for size in ((60, 104), (16, 32), (16, 16), (4, 4))] == [32, 16, 8, 8]
+    assert [
+        tile_size_for(torch.zeros(1, 4, 1, *size)) for size in ((60, 104), (16, 32), (16, 16), (4, 4))
+    ] == [32, 16, 8, 8]
 
 
 def test_check_nan(backend):
@@ -108,7 +110,9 @@ def test_check_nan(backend):
 
 
 def test_a_task_goes_on_with_any_generator_and_tasks_take_turns(backend):
-    alone = [latent_and_video(Generator(backend), task_for(seed=seed, num_inference_steps=6))[0] for seed in (1, 2)]
+    alone = [
+        latent_and_video(Generator(backend), task_for(seed=seed, num_inference_steps=6))[0] for seed in (1, 2)
+    ]
     tasks = [task_for(seed=seed, num_inference_steps=6) for seed in (1, 2)]
     while tasks[0].status is not TaskStatus.DECODING:
         for task in tasks:
@@ -145,7 +149,9 @@ def test_finished_tasks_hold_no_tensors_and_the_file_knows_its_recipe(backend):
     assert tensors_in(task) == []
     recipe = read_recipe(task.buffer.save_path)
     assert recipe["prompt"] == CAT and recipe["seed"] == 3
-    assert recipe["params"]["num_inference_steps"] == 4 and recipe["params"]["negative_prompt"] == "blurry, ugly"
+    assert (
+        recipe["params"]["num_inference_steps"] == 4 and recipe["params"]["negative_prompt"] == "blurry, ugly"
+    )
     assert len(recipe["weights_sha256"]) == 64 and recipe["versions"]["torch"] == version("torch")
     assert set(recipe["seconds"]) == {"encoding", "denoising", "decoding"}
     assert json.dumps(recipe)
@@ -369,13 +375,17 @@ def test_cache_refusals_name_the_nearest(backend):
 
 
 def test_bfloat16_and_autocast_stay_near_float32(tiny_folder, make_config):
-    exact, _ = latent_and_video(Generator(DiffusionBackend(make_config(tiny_folder))), task_for(guidance_scale=2.0))
+    exact, _ = latent_and_video(
+        Generator(DiffusionBackend(make_config(tiny_folder))), task_for(guidance_scale=2.0)
+    )
     half = DiffusionBackend(make_config(tiny_folder, infer__dtype="bfloat16"))
     rounded, video = latent_and_video(Generator(half), task_for(guidance_scale=2.0))
     assert rounded.dtype == torch.float32 and video.dtype == torch.float32
     assert relative_error(rounded, exact) < 0.1
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast, _ = latent_and_video(Generator(DiffusionBackend(make_config(tiny_folder))), task_for(guidance_scale=2.0))
+        cast, _ = latent_and_video(
+            Generator(DiffusionBackend(make_config(tiny_folder))), task_for(guidance_scale=2.0)
+        )
     assert 0 < relative_error(cast, exact) < 0.1
 
 
@@ -402,7 +412,11 @@ def test_backend_keeps_a_frozen_copy_and_refuses_what_cannot_be(tiny_folder, mak
     backend = DiffusionBackend(args)
     args.infer.diffusion.low_mem_level += 1
     assert backend.low_mem_level == 0 == backend.args.infer.diffusion.low_mem_level
-    for dotted, value in (("infer__device", "cuda:99"), ("infer__device", "toaster"), ("infer__diffusion__cp_size", 2)):
+    for dotted, value in (
+        ("infer__device", "cuda:99"),
+        ("infer__device", "toaster"),
+        ("infer__diffusion__cp_size", 2),
+    ):
         with pytest.raises(UsageError):
             DiffusionBackend(make_config(tiny_folder, **{dotted: value}))
     with pytest.raises(UsageError, match="Did you mean 'sdpa'"):

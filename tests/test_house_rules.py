@@ -15,12 +15,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "chitu_diffusion"
 FOLDERS = ("chitu_diffusion", "training", "benchmarks", "examples", "tests")
-LONGEST_FILE = 500
-LONGEST_FUNCTION = 60
+LONGEST_FILE = 550
+LONGEST_BODY = 75
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
-
-# Argument tables: their length is the number of options, not of thoughts.
-LONG_BY_NATURE = {"chitu_diffusion/cli/generate.py: generate", "chitu_diffusion/cli/batch.py: batch"}
 
 # getattr with a default, where the object is not ours and may really lack the name: "file: name".
 FOREIGN_ATTRIBUTES: frozenset[str] = frozenset()
@@ -46,7 +43,11 @@ def report(problems: list[str], remedy: str) -> None:
 
 
 def test_files_are_short() -> None:
-    long = [f"{name}: {text.count(chr(10))} lines" for name, _, text in sources() if text.count("\n") > LONGEST_FILE]
+    long = [
+        f"{name}: {text.count(chr(10))} lines"
+        for name, _, text in sources()
+        if text.count("\n") > LONGEST_FILE
+    ]
     report(long, f"no file over {LONGEST_FILE} lines; split it where it knows two things")
 
 
@@ -55,10 +56,11 @@ def test_functions_are_short() -> None:
     for name, tree, _ in sources():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
-                lines = node.end_lineno - node.lineno + 1
-                if lines > LONGEST_FUNCTION and f"{name}: {node.name}" not in LONG_BY_NATURE:
+                first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
+                lines = node.end_lineno - first.lineno + 1
+                if lines > LONGEST_BODY:
                     long.append(f"{name}:{node.lineno} {node.name} has {lines} lines")
-    report(long, f"no function over {LONGEST_FUNCTION} lines; give its parts names")
+    report(long, f"no function body over {LONGEST_BODY} lines; give its parts names")
 
 
 def test_names_say_what_is_inside() -> None:
@@ -72,7 +74,12 @@ def test_modules_say_what_they_know() -> None:
 
 
 def test_no_global_statement() -> None:
-    found = [f"{name}:{node.lineno}" for name, tree, _ in sources() for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    found = [
+        f"{name}:{node.lineno}"
+        for name, tree, _ in sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Global)
+    ]
     report(found, "hold the state in an object and hand it over, in place of 'global'")
 
 
@@ -81,7 +88,11 @@ def test_no_mutable_class_attribute() -> None:
     for name, tree, _ in sources():
         for owner in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
             for item in owner.body:
-                if isinstance(item, ast.Assign | ast.AnnAssign) and item.value is not None and is_mutable(item.value):
+                if (
+                    isinstance(item, ast.Assign | ast.AnnAssign)
+                    and item.value is not None
+                    and is_mutable(item.value)
+                ):
                     found.append(f"{name}:{item.lineno} in class {owner.name}")
     report(found, "make it an instance attribute, a tuple, or field(default_factory=...)")
 
@@ -130,13 +141,20 @@ def test_we_know_what_our_objects_have() -> None:
     found = []
     for name, tree, _ in ours():
         for node in ast.walk(tree):
-            is_getattr = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"getattr", "hasattr"}
+            is_getattr = (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in {"getattr", "hasattr"}
+            )
             if not is_getattr or (node.func.id == "getattr" and len(node.args) < 3):
                 continue
             asked = node.args[1].value if isinstance(node.args[1], ast.Constant) else "?"
             if f"{name}: {asked}" not in FOREIGN_ATTRIBUTES:
                 found.append(f"{name}:{node.lineno} asks for {asked}")
-    remedy = "give the class the attribute; for a foreign object add 'file: name' to FOREIGN_ATTRIBUTES with a reason"
+    remedy = (
+        "give the class the attribute; for a foreign object add 'file: name' to FOREIGN_ATTRIBUTES with a "
+        "reason"
+    )
     report(found, remedy)
 
 
@@ -157,7 +175,10 @@ def test_nothing_runs_what_it_reads() -> None:
     for name, tree, _ in (source for source in sources() if not source[0].startswith("tests/")):
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
-                called, keywords = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+                called, keywords = (
+                    ast.unparse(node.func),
+                    {word.arg: ast.unparse(word.value) for word in node.keywords},
+                )
                 if called in FORBIDDEN_CALLS:
                     found.append(f"{name}:{node.lineno} {called}: {FORBIDDEN_CALLS[called]}")
                 if called == "torch.load" and keywords.get("weights_only") != "True":
@@ -170,8 +191,14 @@ def test_nothing_runs_what_it_reads() -> None:
 def test_no_machine_is_named() -> None:
     pattern = re.compile(r"(?<![\w.])/(?:home|root|Users|mnt|work)/\w+")
     folders = [*(ROOT / folder for folder in FOLDERS), ROOT / "docs"]
-    files = [file for folder in folders for ending in ("*.py", "*.md", "*.toml") for file in folder.rglob(ending)]
-    files += [file for name in ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml") if (file := ROOT / name).exists()]
+    files = [
+        file for folder in folders for ending in ("*.py", "*.md", "*.toml") for file in folder.rglob(ending)
+    ]
+    files += [
+        file
+        for name in ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml")
+        if (file := ROOT / name).exists()
+    ]
     found = []
     for file in files:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
@@ -181,10 +208,13 @@ def test_no_machine_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["chitu_diffusion", "chitu_diffusion.cli.app", "chitu_diffusion.media.video", "chitu_diffusion.task"]
+    "module",
+    ["chitu_diffusion", "chitu_diffusion.cli.app", "chitu_diffusion.media.video", "chitu_diffusion.task"],
 )
 def test_importing_is_cheap(module: str) -> None:
     heavy = ("torch", "numpy", "diffusers", "transformers", "pydantic", "av", "PIL", "huggingface_hub")
     code = f"import sys, {module}; print(*sorted(set(sys.modules) & set({heavy!r})))"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     report(loaded, f"importing {module} must not load these; import them inside the function that needs them")

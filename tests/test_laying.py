@@ -1,4 +1,6 @@
-"""Wires that are being laid: a rank that cannot tells the others, and whoever waits can be cut short. No GPU."""
+"""Wires that are being laid: a rank that cannot tells the others, and whoever waits can be cut short. No
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,15 @@ def test_laying_is_cut_short(meets: bool, monkeypatch: pytest.MonkeyPatch) -> No
 
     def alone(_: int) -> str:
         try:
-            lay(0 if meets else 1, 3, torch.device("cpu"), Store(), PATIENCE, held.append, lambda: why[0] if why else None)  # type: ignore[arg-type]
+            lay(
+                0 if meets else 1,
+                3,
+                torch.device("cpu"),
+                Store(),
+                PATIENCE,
+                held.append,
+                lambda: why[0] if why else None,
+            )  # type: ignore[arg-type]
         except WiresError as error:
             return str(error)
         return "laid"

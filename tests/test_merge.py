@@ -1,5 +1,5 @@
-"""What stands around attention on several ranks, against float64 and plain torch: two partial results as one, and heads packed
-for their peers. The Triton kernels are interpreted on the CPU.
+"""What stands around attention on several ranks, against float64 and plain torch: two partial results as one,
+and heads packed for their peers. The Triton kernels are interpreted on the CPU.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ from chitu_diffusion.ops.pack_qkv import pack
 
 
 def parts(tokens: int = 37, heads: int = 3, channels: int = 20, dtype: torch.dtype = torch.float32):
-    """q, and two sets of keys and values; fresh. The second set's scores are larger, so that it weighs more."""
+    """q, and two sets of keys and values; fresh. The second set's scores are larger, so that it weighs
+    more.
+    """
     q = torch.randn(2, tokens, heads, channels)
     sizes = [(11, 1), (5, 3)]
-    sets = [(scale * torch.randn(2, keys, heads, channels), torch.randn(2, keys, heads, channels)) for keys, scale in sizes]
+    sets = [
+        (scale * torch.randn(2, keys, heads, channels), torch.randn(2, keys, heads, channels))
+        for keys, scale in sizes
+    ]
     found = [math.run_with_lse(q, k, v) for k, v in sets]
     k, v = (torch.cat([each[index] for each in sets], dim=1) for index in (0, 1))
     scores = torch.einsum("bshd,blhd->bhsl", q.double(), k.double()) / channels**0.5
@@ -46,7 +51,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(2, 37, 6, 20, 2, 1, 1), (1, 64, 4, 16, 2, 0, 2), (3, 5, 12, 8, 3, 1, 1)])
-def test_packing_copies_every_peers_heads(dtype: torch.dtype, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_copies_every_peers_heads(
+    dtype: torch.dtype, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch, tokens, heads, channels, share, first, width = sizes
     work = freshly_read("chitu_diffusion.ops.pack_qkv_triton", monkeypatch).pack_fused
     wide = torch.randn(3, batch, tokens, heads, 2 * channels).to(dtype)  # channels side by side, heads apart
@@ -66,7 +73,9 @@ def test_packing_copies_every_peers_heads(dtype: torch.dtype, sizes: tuple[int, 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_parts_are_the_attention_over_all_keys(fused: bool, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+def test_two_parts_are_the_attention_over_all_keys(
+    fused: bool, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
     work = request.getfixturevalue("interpreted") if fused else merge
     ((out, lse), (part, part_lse)), whole, sums = parts(dtype=dtype)
     # as kernels give them: the log-sum-exp heads first, the output out of a wider tensor
@@ -98,11 +107,13 @@ from chitu_diffusion.ops import pack_qkv_triton as pack_triton
 from hopper import build
 
 POINTERS = {name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "away_ptr", "own_ptr")}
-built = build(pack_triton._pack_kernel, POINTERS, {"TOKENS": pack_triton._TOKENS, "CHANNELS": 128}, Path(sys.argv[1]))
+built = build(pack_triton._pack_kernel, POINTERS, {"TOKENS": pack_triton._TOKENS, "CHANNELS": 128},
+Path(sys.argv[1]))
 assert built.spilled == 0, built.spilled
 merge = {name: "*bf16" for name in ("out_ptr", "part_ptr", "merged_ptr")}
 merge |= {name: "*fp32" for name in ("lse_ptr", "part_lse_ptr", "both_ptr")}
-merged = build(merge_triton._merge_kernel, merge, {"TOKENS": merge_triton._TOKENS, "CHANNELS": 128}, Path(sys.argv[1]))
+merged = build(merge_triton._merge_kernel, merge, {"TOKENS": merge_triton._TOKENS, "CHANNELS": 128},
+Path(sys.argv[1]))
 assert merged.spilled == 0, merged.spilled
 # of a batch element: out's, part's and both log-sum-exps' strides times its number, and its rows', in 64 bits
 assert merged.ptx.count("mul.lo.s64") + merged.ptx.count("mad.lo.s64") + merged.ptx.count("mul.wide.s32") >= 5

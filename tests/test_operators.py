@@ -74,4 +74,6 @@ def test_a_graph_holds_it_whole() -> None:
         found = torch.compile(lambda x: twice(x + 1, 3.0) - 1, backend=look, fullgraph=True)(x)
     assert torch.equal(found, (x + 1) * 6 - 1)
     (graph,) = graphs
-    assert [node.target for node in graph.graph.nodes if "twice" in str(node.target)] == [torch.ops.chitu_test.twice.default]
+    assert [node.target for node in graph.graph.nodes if "twice" in str(node.target)] == [
+        torch.ops.chitu_test.twice.default
+    ]

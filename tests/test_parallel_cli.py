@@ -1,4 +1,6 @@
-"""`chitu generate --gpus N`: the launcher, one file, one voice; and layouts that are refused before anything starts."""
+"""`chitu generate --gpus N`: the launcher, one file, one voice; and layouts that are refused before anything
+starts.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,18 @@ ROOT = Path(__file__).parent.parent
 
 def test_two_workers_make_one_video(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "tiny")
-    words = ["generate", "A cat walking on grass", "--model", str(model), "--gpus", "2", "--parallel", "u2", "--seed", "1"]
+    words = [
+        "generate",
+        "A cat walking on grass",
+        "--model",
+        str(model),
+        "--gpus",
+        "2",
+        "--parallel",
+        "u2",
+        "--seed",
+        "1",
+    ]
     command = [sys.executable, "-m", "chitu_diffusion", *words, "--device", "cpu", "-o", "cat.npy"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "cat.npy\n"), done.stderr
@@ -35,7 +48,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from chitu_diffusion import (
-    DiffusionTask, DiffusionTaskPool, DiffusionUserParams, EngineConfig, chitu_generate, chitu_init, chitu_start, chitu_terminate,
+    DiffusionTask, DiffusionTaskPool, DiffusionUserParams, EngineConfig, chitu_generate, chitu_init,
+    chitu_start, chitu_terminate,
 )
 from chitu_diffusion.config import rank_place
 
@@ -44,7 +58,8 @@ args = EngineConfig(models={"name": folder}, output={"dir": out}, infer={"device
 chitu_init(args)
 chitu_start()
 for seed in (1, 2):
-    params = DiffusionUserParams(prompt="A cat walking on grass", num_inference_steps=2, seed=seed, task_id=f"cat-{seed}")
+    params = DiffusionUserParams(prompt="A cat walking on grass", num_inference_steps=2, seed=seed,
+    task_id=f"cat-{seed}")
     DiffusionTaskPool.add(DiffusionTask.from_user_request(params))
 turns = 0
 while not DiffusionTaskPool.all_finished():
@@ -64,7 +79,11 @@ def test_the_page_loop_is_right_on_every_rank_under_torchrun(tmp_path: Path) -> 
     paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH", "")) if path)
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*torchrun, str(script), str(model), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
+        [*torchrun, str(script), str(model), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
@@ -73,7 +92,9 @@ def test_the_page_loop_is_right_on_every_rank_under_torchrun(tmp_path: Path) -> 
     assert sorted(file.name for file in tmp_path.glob("*.mp4")) == ["cat-1.mp4", "cat-2.mp4"]
 
 
-def test_a_layout_that_cannot_be_is_refused_at_once(chitu: Chitu, tiny_folder: Path, nothing_loads: None) -> None:
+def test_a_layout_that_cannot_be_is_refused_at_once(
+    chitu: Chitu, tiny_folder: Path, nothing_loads: None
+) -> None:
     code, _, err = chitu("generate", "a cat", "--model", tiny_folder, "--gpus", "4", "--parallel", "u4")
     assert code == 2 and "ulysses 2 x ring 2 would do" in err
     code, _, err = chitu("generate", "a cat", "--model", tiny_folder, "--parallel", "both")
@@ -81,7 +102,12 @@ def test_a_layout_that_cannot_be_is_refused_at_once(chitu: Chitu, tiny_folder: P
 
 
 def test_workers_get_the_same_words() -> None:
-    assert without_gpus(["generate", "cat", "--gpus", "2", "--gpus=3", "-o", "x.mp4"]) == ["generate", "cat", "-o", "x.mp4"]
+    assert without_gpus(["generate", "cat", "--gpus", "2", "--gpus=3", "-o", "x.mp4"]) == [
+        "generate",
+        "cat",
+        "-o",
+        "x.mp4",
+    ]
 
 
 @pytest.mark.parametrize(("kind", "rank"), [("SIGKILL", 0), ("SIGKILL", 1), ("SIGTERM", 1)])
@@ -100,7 +126,11 @@ def test_the_command_says_what_became_of_a_rank(kind: str, rank: int, tmp_path: 
 
 @pytest.mark.parametrize(
     ("ends", "said"),
-    [({1: -9, 0: 130}, "rank 1 of 2 (process 71) was ended by SIGKILL"), ({1: -9, 0: 1}, 1), ({0: 130, 1: 130}, 130)],
+    [
+        ({1: -9, 0: 130}, "rank 1 of 2 (process 71) was ended by SIGKILL"),
+        ({1: -9, 0: 1}, 1),
+        ({0: 130, 1: 130}, 130),
+    ],
 )
 def test_a_rank_that_was_ended_is_told_of_when_the_others_could_not(
     ends: dict[int, int], said: str | int, monkeypatch: pytest.MonkeyPatch

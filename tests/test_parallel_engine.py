@@ -1,4 +1,6 @@
-"""The engine on two ranks: in step through tasks, failures and memory that runs out; and an end when a rank dies or freezes."""
+"""The engine on two ranks: in step through tasks, failures and memory that runs out; and an end when a rank
+dies or freezes.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine_on(rank: int, store: dist.Store, folder: str, out: str, *, timeout: float = 10.0) -> Engine:
-    crew = Crew(ParallelPlan(ulysses=2), rank, store, device=torch.device("cpu"), timeout=timeout, lost_after=LOST_AFTER)
+    crew = Crew(
+        ParallelPlan(ulysses=2),
+        rank,
+        store,
+        device=torch.device("cpu"),
+        timeout=timeout,
+        lost_after=LOST_AFTER,
+    )
     return Engine(config_for(Path(folder), Path(out)), crew=crew)
 
 
@@ -52,7 +61,14 @@ def drive(engine: Engine) -> None:
 
 def facts(engine: Engine) -> list[list[Any]]:
     return [
-        [task.task_id, task.seed, str(task.status), task.error_message, task.current_step, task.num_inference_steps]
+        [
+            task.task_id,
+            task.seed,
+            str(task.status),
+            task.error_message,
+            task.current_step,
+            task.num_inference_steps,
+        ]
         for task in engine.pool
     ]
 
@@ -69,7 +85,8 @@ def poisoned(rank: int):
         if rank == 1 and poison == "error" and timestep < 900:
             raise ValueError("boom")
         if rank == 1 and poison == "cut" and timestep < 900:
-            backend.groups.interrupt("as the watch does")  # on a GPU nothing raises here: the unit ends well, with anything
+            # on a GPU nothing raises here: the unit ends well, with anything
+            backend.groups.interrupt("as the watch does")
         if rank == 1 and poison == "memory" and once:
             once.clear()
             raise MemoryError("no room on this rank")
@@ -89,7 +106,8 @@ def lead_and_follow(rank: int, world: int, store: dist.Store, folder: str, out: 
     seen["one"] = facts(engine)
     assert not engine.has_work() and not engine.has_work()
 
-    task = engine.submit(params(seed=None))  # the same script on both ranks, and each would draw its own seed and id
+    # the same script on both ranks, and each would draw its own seed and id
+    task = engine.submit(params(seed=None))
     drive(engine)
     seen["own"] = [task.task_id, task.seed, str(task.status)]
 
@@ -132,7 +150,11 @@ def test_both_ranks_know_the_same_of_every_task(scenes) -> None:
 
 def test_only_rank_0_saves(scenes) -> None:
     (leader, _), out = scenes
-    names = [facts[0] for facts in (*leader["one"], leader["own"], *leader["poisoned"], *leader["end"]) if facts[2] == "finished"]
+    names = [
+        facts[0]
+        for facts in (*leader["one"], leader["own"], *leader["poisoned"], *leader["end"])
+        if facts[2] == "finished"
+    ]
     assert sorted(file.stem for file in out.glob("*.mp4")) == sorted(names)
 
 
@@ -216,7 +238,9 @@ FAULTS = [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP), (0, sig
 
 
 @pytest.mark.parametrize(("victim", "kind"), FAULTS, ids=lambda value: getattr(value, "name", value))
-def test_a_lost_rank_ends_the_group_and_is_named(model: Path, tmp_path: Path, victim: int, kind: signal.Signals) -> None:
+def test_a_lost_rank_ends_the_group_and_is_named(
+    model: Path, tmp_path: Path, victim: int, kind: signal.Signals
+) -> None:
     store = new_store()
     ranks = start_ranks(2, work_on, str(model), str(tmp_path), store=store, errors=tmp_path)
     wait_until_begun(tmp_path)
@@ -224,7 +248,10 @@ def test_a_lost_rank_ends_the_group_and_is_named(model: Path, tmp_path: Path, vi
     took = wait_for(ranks, ENDS_WITHIN)
     told = (tmp_path / f"{1 - victim}.txt").read_text()
     # where: its last sign of life may fall between two units; the survivor's own place stands beside it
-    assert f"rank {victim} of 2 ({os.uname().nodename}, process {ranks[victim].pid}) is lost, last heard of in " in told
+    assert (
+        f"rank {victim} of 2 ({os.uname().nodename}, process {ranks[victim].pid}) is lost, last heard of in "
+        in told
+    )
     assert "in denoising, step" in told
     assert ranks[1 - victim].exitcode == 1
     assert took < ENDS_WITHIN
@@ -239,7 +266,8 @@ def test_ctrl_c_ends_all_ranks(model: Path, tmp_path: Path, interrupted: tuple[i
         os.kill(ranks[rank].pid, signal.SIGINT)
     wait_for(ranks, ENDS_WITHIN)
     for rank in (0, 1):
-        # rank 0, caught between two units, says stop; whoever hears that before the next unit goes home in peace
+        # rank 0, caught between two units, says stop; whoever hears that before the next unit goes home in
+        # peace
         sent_home = rank not in interrupted and 0 in interrupted and ranks[rank].exitcode == 0
         assert sent_home or "KeyboardInterrupt" in (tmp_path / f"{rank}.txt").read_text()
 
@@ -271,7 +299,9 @@ def save_slowly(rank: int, world: int, store: dist.Store, folder: str, out: str)
 
 def test_a_video_that_is_being_saved_is_saved_whoever_is_lost(model: Path, tmp_path: Path) -> None:
     """Nobody else is needed for it, and a process that is ended over it leaves half a file behind."""
-    ranks = start_ranks(2, save_slowly, str(model), str(tmp_path), store=(store := new_store()), errors=tmp_path)
+    ranks = start_ranks(
+        2, save_slowly, str(model), str(tmp_path), store=(store := new_store()), errors=tmp_path
+    )
     deadline = time.monotonic() + 30
     while not (tmp_path / "saving").exists():
         assert time.monotonic() < deadline
@@ -301,7 +331,9 @@ def rest_between(rank: int, world: int, store: dist.Store, folder: str, out: str
 
 def test_ctrl_c_is_heard_by_a_rank_that_waits(model: Path, tmp_path: Path) -> None:
     """It is the others' Ctrl+C with the next unit, and no lost rank."""
-    ranks = start_ranks(2, rest_between, str(model), str(tmp_path), store=(store := new_store()), errors=tmp_path)
+    ranks = start_ranks(
+        2, rest_between, str(model), str(tmp_path), store=(store := new_store()), errors=tmp_path
+    )
     wait_until_begun(tmp_path)
     os.kill(ranks[1].pid, signal.SIGINT)
     wait_for(ranks, ENDS_WITHIN)
@@ -310,12 +342,16 @@ def test_ctrl_c_is_heard_by_a_rank_that_waits(model: Path, tmp_path: Path) -> No
 
 
 def load_badly(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
-    crew = Crew(ParallelPlan(ulysses=2), rank, store, device=torch.device("cpu"), timeout=10, lost_after=LOST_AFTER)
+    crew = Crew(
+        ParallelPlan(ulysses=2), rank, store, device=torch.device("cpu"), timeout=10, lost_after=LOST_AFTER
+    )
     Engine(config_for(Path(folder if rank == 0 else out), Path(out)), crew=crew)
 
 
 def test_a_rank_that_cannot_load_is_named_at_once(model: Path, tmp_path: Path) -> None:
-    ranks = start_ranks(2, load_badly, str(model), str(tmp_path), store=(store := new_store()), errors=tmp_path)
+    ranks = start_ranks(
+        2, load_badly, str(model), str(tmp_path), store=(store := new_store()), errors=tmp_path
+    )
     wait_for(ranks, ENDS_WITHIN)
     assert "rank 1 of 2" in (told := (tmp_path / "0.txt").read_text()) and "it left: " in told
     del store

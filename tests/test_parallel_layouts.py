@@ -59,9 +59,16 @@ def folder_of(other: str, folder: Path) -> Path:
 
 def all_layouts(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
     """Every layout of a world on one set of processes; results go to files."""
-    configs = {name: config_for(folder_of(name, Path(folder)), Path(out)) for name, worlds in OTHERS.items() if world in worlds}
+    configs = {
+        name: config_for(folder_of(name, Path(folder)), Path(out))
+        for name, worlds in OTHERS.items()
+        if world in worlds
+    }
     device = torch.device("cpu")
-    others = {name: load_networks(config, device, torch.float32, encodes=rank == 0) for name, config in configs.items()}
+    others = {
+        name: load_networks(config, device, torch.float32, encodes=rank == 0)
+        for name, config in configs.items()
+    }
     for layout in LAYOUTS[world]:
         groups = RankGroups(plan_of(layout), rank, store=dist.PrefixStore(layout, store), timeout=30)
         groups.open()
@@ -77,7 +84,9 @@ def all_layouts(rank: int, world: int, store: dist.Store, folder: str, out: str)
         results |= by_hand(generator)
         results |= in_pieces(groups)
         results |= {"sent": torch.tensor(traffic(backend, layout))}
-        results |= {"encoder": torch.tensor([not weight.is_meta for weight in backend.text_encoder.parameters()])}
+        results |= {
+            "encoder": torch.tensor([not weight.is_meta for weight in backend.text_encoder.parameters()])
+        }
         torch.save(results, Path(out, f"{layout}-{rank}.pt"))
         groups.close()
 
@@ -107,7 +116,9 @@ def by_hand(generator: Generator) -> dict[str, torch.Tensor]:
 
 
 def in_pieces(groups: RankGroups) -> dict[str, torch.Tensor]:
-    """An attention with three heads a rank over shards of unequal length, in 1, 2 and 4 (that is, 3) pieces a sequence."""
+    """An attention with three heads a rank over shards of unequal length, in 1, 2 and 4 (that is, 3) pieces a
+    sequence.
+    """
     peers, generator = groups.ulysses, torch.Generator().manual_seed(7)
     lengths = [3 + rank for rank in range(peers.size)]
     whole = torch.randn(3, 2, sum(lengths), 3 * peers.size, 8, generator=generator)  # q, k, v of all
@@ -129,9 +140,11 @@ def traffic(backend: DiffusionBackend, layout: str) -> list[int]:
     return [counter.sent for counter in counters]
 
 
-def expected_traffic(plan: ParallelPlan, tokens: int = 32, dim: int = 16 * HEADS, blocks: int = 2) -> list[int]:
-    """The same by formula, float32: 4 s d (U-1)/U for Ulysses, 2 s d (R-1) for the ring, both a block and a branch;
-    but branches on one rank share the first block's."""
+def expected_traffic(
+    plan: ParallelPlan, tokens: int = 32, dim: int = 16 * HEADS, blocks: int = 2
+) -> list[int]:
+    """The same by formula, float32: 4 s d (U-1)/U for Ulysses, 2 s d (R-1) for the ring, both a block and a
+    branch; but branches on one rank share the first block's."""
     batch = 2 if plan.cfg == 1 else 1
     own = tokens // plan.sequence
     attentions = blocks * batch - SHARED * (batch - 1)
@@ -165,12 +178,15 @@ def one_process(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
-def ranks_results(request, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, torch.Tensor]]]:
+def ranks_results(
+    request, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, torch.Tensor]]]:
     """layout -> each rank's results."""
     world, out = request.param, tmp_path_factory.mktemp(f"world{request.param}")
     run_ranks(world, all_layouts, str(model), str(out), errors=out)
     return {
-        layout: [torch.load(out / f"{layout}-{rank}.pt", weights_only=True) for rank in range(world)] for layout in LAYOUTS[world]
+        layout: [torch.load(out / f"{layout}-{rank}.pt", weights_only=True) for rank in range(world)]
+        for layout in LAYOUTS[world]
     }
 
 
@@ -180,7 +196,9 @@ def test_every_layout_makes_the_same_video(ranks_results, one_process) -> None:
             latents = [rank[f"{case} latent"] for rank in ranks]
             error = relative_error(latents[0], one_process[f"{case} latent"])
             assert error < 1e-4, f"{layout}, {case}: relative error {error}"
-            assert all(torch.equal(latents[0], other) for other in latents[1:]), f"{layout}, {case}: the ranks differ"
+            assert all(torch.equal(latents[0], other) for other in latents[1:]), (
+                f"{layout}, {case}: the ranks differ"
+            )
             decibels = psnr(ranks[0][f"{case} video"], one_process[f"{case} video"])
             assert decibels >= 60, f"{layout}, {case}: {decibels} dB"
             assert not any(f"{case} video" in rank for rank in ranks[1:]), "only rank 0 has the video"
@@ -192,7 +210,9 @@ def test_branches_one_by_one_give_the_same_latent(ranks_results, one_process) ->
         assert len(names) == 4
         for name in names:
             assert relative_error(ranks[0][name], one_process[name]) < 1e-4, f"{layout}, {name}"
-            assert all(torch.equal(ranks[0][name], rank[name]) for rank in ranks[1:]), f"{layout}, {name}: the ranks differ"
+            assert all(torch.equal(ranks[0][name], rank[name]) for rank in ranks[1:]), (
+                f"{layout}, {name}: the ranks differ"
+            )
 
 
 def test_ulysses_in_pieces_is_the_same_attention(ranks_results) -> None:
@@ -206,7 +226,9 @@ def test_ulysses_in_pieces_is_the_same_attention(ranks_results) -> None:
 @pytest.mark.parametrize("mode", ["auto", "batched", "sequential"])
 @pytest.mark.parametrize("layout", ["one", "cfg2", "u2", "r2", "cfg2u2"])
 def test_ranks_that_share_a_long_sequence_run_both_branches_at_once(layout: str, mode: str) -> None:
-    """By the forwards that are asked for, for no sequence in these tests is so long that one rank would take turns."""
+    """By the forwards that are asked for, for no sequence in these tests is so long that one rank would take
+    turns.
+    """
     shared = SimpleNamespace(size=1 if layout == "one" else plan_of(layout).sequence)
     diffusion = SimpleNamespace(cfg_batch=mode)
     backend: Any = SimpleNamespace(
@@ -229,7 +251,9 @@ def test_the_page_forwards_agree_on_every_rank(ranks_results, one_process) -> No
     for layout, ranks in ranks_results.items():
         for rank, results in enumerate(ranks):
             for name in ("cp", "cfg"):
-                assert relative_error(results[name], one_process[name]) < 1e-5, f"{layout}, rank {rank}, {name}"
+                assert relative_error(results[name], one_process[name]) < 1e-5, (
+                    f"{layout}, rank {rank}, {name}"
+                )
 
 
 def test_ranks_send_what_the_formula_says(ranks_results) -> None:
@@ -242,7 +266,9 @@ def test_the_package_knows_the_formula() -> None:
     for layout in (word for words in LAYOUTS.values() for word in words):
         plan = plan_of(layout)
         found = by_formula(plan, tokens=32, dim=16 * HEADS, blocks=2, values=16, latent=512, shared=SHARED)
-        assert [4 * part for part in (found.ulysses, found.ring, found.gather, found.guidance)] == expected_traffic(plan)
+        assert [
+            4 * part for part in (found.ulysses, found.ring, found.gather, found.guidance)
+        ] == expected_traffic(plan)
 
 
 def test_only_rank_0_has_the_text_encoder(ranks_results) -> None:

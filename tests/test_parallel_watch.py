@@ -1,4 +1,6 @@
-"""Who wakes whom: ranks that fell, exchanges that do not move, and what becomes of groups that were cut short."""
+"""Who wakes whom: ranks that fell, exchanges that do not move, and what becomes of groups that were cut
+short.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,9 @@ def test_groups_that_are_not_open_cannot_be_cut_short() -> None:
     assert groups.broken is None and groups.waiting() == 0
 
 
-def test_torch_is_told_not_to_end_the_process_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_is_told_not_to_end_the_process_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     names = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_NCCL_ENABLE_MONITORING")
     for name in (*names, "TORCH_NCCL_HIGH_PRIORITY"):
         monkeypatch.setenv(name, "")  # restored after the test
@@ -177,7 +181,9 @@ def test_every_thread_that_runs_a_unit_has_the_ranks_gpu(monkeypatch: pytest.Mon
     groups = RankGroups(ParallelPlan(ulysses=2), 1, torch.device("cuda:1"))
     groups._open = True
     chosen: list[tuple[int, torch.device]] = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((threading.get_ident(), device)))
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((threading.get_ident(), device))
+    )
     raised = in_background(groups.open)
     assert within(2, lambda: bool(chosen)) and not raised
     assert chosen[0][0] != threading.get_ident() and chosen[0][1] == torch.device("cuda:1")
@@ -186,7 +192,16 @@ def test_every_thread_that_runs_a_unit_has_the_ranks_gpu(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("launched", [True, False])
 def test_a_store_that_is_gone_says_who_is_gone(launched: bool) -> None:
     store, exchanges = new_store(), Exchanges()
-    watch = Watch(0, 2, store, lost_after=20, timeout=1, interrupt=exchanges.interrupt, waiting=lambda: 0.0, launched=launched)
+    watch = Watch(
+        0,
+        2,
+        store,
+        lost_after=20,
+        timeout=1,
+        interrupt=exchanges.interrupt,
+        waiting=lambda: 0.0,
+        launched=launched,
+    )
     watch.at("waiting for work")
     watch.lose_store("its store is gone (Broken pipe)")
     told = str(watch.lost)

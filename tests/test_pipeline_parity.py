@@ -1,4 +1,6 @@
-"""The whole pipeline beside diffusers' own `WanPipeline` on the same folder, noise and steps: the heart of the promise."""
+"""The whole pipeline beside diffusers' own `WanPipeline` on the same folder, noise and steps: the heart of
+the promise.
+"""
 
 import pytest
 import torch
@@ -63,7 +65,13 @@ def beside_diffusers(request, tiny_folder, tmp_path_factory):
 )
 def test_pipeline_parity(beside_diffusers, height, width, frames, steps, guidance):
     backend, pipeline = beside_diffusers
-    sizes = {"height": height, "width": width, "num_frames": frames, "num_inference_steps": steps, "guidance_scale": guidance}
+    sizes = {
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+    }
     prompt = "  A cat &amp; a  dog walking on grass "
     task = task_for(prompt=prompt, negative_prompt="blurry, ugly", seed=11, **sizes)
     latent, video = latent_and_video(Generator(backend), task)
@@ -86,7 +94,9 @@ def test_expert_switch_is_diffusers(experts, two_experts_folder):
     while task.status in (TaskStatus.PENDING, TaskStatus.ENCODING, TaskStatus.DENOISING):
         generator.generate_step(task)
         used.append(task.expert)
-    theirs, _ = diffusers_run(pipeline, CAT, 5, negative_prompt="blurry", guidance_scale=4.0, guidance_scale_2=3.0, **sizes)
+    theirs, _ = diffusers_run(
+        pipeline, CAT, 5, negative_prompt="blurry", guidance_scale=4.0, guidance_scale_2=3.0, **sizes
+    )
     assert relative_error(task.buffer.latent, theirs) < 1e-4
     # shift 12 of 20 steps: timesteps fall below 875 after the 13th
     times = experts.sampler.begin(20)["timesteps"]

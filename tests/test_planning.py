@@ -1,4 +1,6 @@
-"""Plans by calculation: against brute force, against sums done by hand in float64, on schedules of other lengths."""
+"""Plans by calculation: against brute force, against sums done by hand in float64, on schedules of other
+lengths.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from chitu_diffusion.flexcache.plan_search import Traces, best_plans, fitted, ga
 SEED = int(np.random.SeedSequence().entropy % 2**31)
 
 
-def random_traces(n: int, branches: int = 2, numbers: int = 400, seed: int = SEED) -> tuple[Traces, np.ndarray]:
+def random_traces(
+    n: int, branches: int = 2, numbers: int = 400, seed: int = SEED
+) -> tuple[Traces, np.ndarray]:
     """Smooth random runs, and their rows [(branches + 1) n, numbers]."""
     rng = np.random.default_rng(seed)
     sigmas = np.concatenate([np.sort(rng.uniform(0.05, 1, n))[::-1], [0.0]])
@@ -53,7 +57,10 @@ def test_random_edge_errors_too(monkeypatch) -> None:
     rng, known = np.random.default_rng(SEED), {}
 
     def errors(traces, states, longest):
-        drawn = [[known.setdefault((*state, k), rng.uniform()) for k in range(longest)] for state in states.tolist()]
+        drawn = [
+            [known.setdefault((*state, k), rng.uniform()) for k in range(longest)]
+            for state in states.tolist()
+        ]
         return np.pad(np.array(drawn), ((0, 0), (1, 0)))
 
     monkeypatch.setattr(planning, "gap_errors", errors)
@@ -74,7 +81,9 @@ def test_required_steps_are_computed_and_nothing_older_than_a_switch_is_looked_a
     traces, _ = random_traces(12)
     found = best_plans(traces, 7, order=3, longest=4, required=(5, 6, 7), switches=(6,))
     assert set(found[7].fresh) >= {0, 5, 6, 7}
-    looked_at = [steps for step, (steps, _) in predictions(traces, found[7].fresh, 3, (6,)).items() if step > 6]
+    looked_at = [
+        steps for step, (steps, _) in predictions(traces, found[7].fresh, 3, (6,)).items() if step > 6
+    ]
     assert looked_at and all(min(steps) >= 6 for steps in looked_at)
 
 
@@ -112,7 +121,9 @@ def test_reuse_and_lines_are_members_of_the_family() -> None:
     rows_of, _, weights = fitted(traces, np.array([[4, 6]]), 3)
     for skipped in range(3):
         step = 7 + skipped
-        line = rows[6] + (traces.sigmas[step] - traces.sigmas[6]) / (traces.sigmas[6] - traces.sigmas[4]) * (rows[6] - rows[4])
+        line = rows[6] + (traces.sigmas[step] - traces.sigmas[6]) / (traces.sigmas[6] - traces.sigmas[4]) * (
+            rows[6] - rows[4]
+        )
         ours = weights[0, :, skipped, 0] @ rows[rows_of[0]]
         others = [np.square(other - rows[step]).mean() for other in (rows[6], line)]
         assert np.square(ours - rows[step]).mean() <= min(others) + 1e-3 * np.square(rows[step]).mean(), SEED
@@ -124,7 +135,10 @@ def test_other_schedules_are_the_same_runs_between_the_steps() -> None:
     np.testing.assert_allclose(same.moments, traces.moments, atol=1e-12)
     places = np.linspace(traces.sigmas[0], traces.sigmas[15], 9)
     other = traces.resampled([*places, 0.0], np.full(9, 0.1), np.full(9, 5.0))
-    at = [np.stack([np.interp(-places, -traces.sigmas[:-1], column) for column in part.T], 1) for part in np.split(rows, 3)]
+    at = [
+        np.stack([np.interp(-places, -traces.sigmas[:-1], column) for column in part.T], 1)
+        for part in np.split(rows, 3)
+    ]
     seen = np.concatenate(at)
     np.testing.assert_allclose(other.moments, seen @ seen.T / seen.shape[1], atol=1e-9)
     assert other.num_steps == 9 and other.branches == 2 and other.of_prompt().branches == 1

@@ -1,4 +1,6 @@
-"""What a step does once for all: the prompt's part of the network, the branches' common start; and that no step waits."""
+"""What a step does once for all: the prompt's part of the network, the branches' common start; and that no
+step waits.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def padded(*lengths: int, positions: int = 64) -> Tensor:
 # -- padding
 
 
-@pytest.mark.parametrize(("lengths", "rows"), [((5,), 6), ((5, 9), 10), ((0,), 1), ((63, 2), 64), ((64,), 64)])
+@pytest.mark.parametrize(
+    ("lengths", "rows"), [((5,), 6), ((5, 9), 10), ((0,), 1), ((63, 2), 64), ((64,), 64)]
+)
 def test_rows_that_differ(lengths: tuple[int, ...], rows: int) -> None:
     text = padded(*lengths)
     assert rows_that_differ(text) == rows
@@ -122,7 +126,9 @@ def key_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize(("mode", "level"), [("batched", 0), ("sequential", 0), ("sequential", 4), ("batched", 3)])
+@pytest.mark.parametrize(
+    ("mode", "level"), [("batched", 0), ("sequential", 0), ("sequential", 4), ("batched", 3)]
+)
 def test_keys_are_made_once_a_task(mode, level, tiny_folder, make_config, key_calls) -> None:
     """Of every block, whatever the memory level; and tasks that take turns do not mix."""
     settings = make_config(tiny_folder)
@@ -160,7 +166,9 @@ def test_autocast_does_not_reuse_what_float32_made(backend) -> None:
         plain = forward.stacked_velocity(backend, latent, kept, timestep, expert=0)
         with torch.autocast("cpu", torch.bfloat16):
             found = forward.stacked_velocity(backend, latent, kept, timestep, expert=0)
-            fresh = forward.stacked_velocity(backend, latent, forward.TaskText(embeddings), timestep, expert=0)
+            fresh = forward.stacked_velocity(
+                backend, latent, forward.TaskText(embeddings), timestep, expert=0
+            )
         again = forward.stacked_velocity(backend, latent, kept, timestep, expert=0)
     assert torch.equal(found, fresh) and torch.equal(again, plain) and not torch.equal(found.float(), plain)
 
@@ -179,7 +187,9 @@ def test_running_out_of_memory_drops_the_keys(backend, monkeypatch) -> None:
 
 
 def test_a_known_prompt_needs_no_text_encoder(tiny_folder, make_config) -> None:
-    """The second task of a batch leaves the text encoder where it is, and the negative prompt is encoded once for all."""
+    """The second task of a batch leaves the text encoder where it is, and the negative prompt is encoded once
+    for all.
+    """
     settings = make_config(tiny_folder)
     settings.infer.diffusion.low_mem_level = 2
     lent = DiffusionBackend(settings)
@@ -199,7 +209,11 @@ def test_a_known_prompt_needs_no_text_encoder(tiny_folder, make_config) -> None:
 @torch.no_grad()
 def test_branches_share_what_is_before_the_text() -> None:
     ours = twin(reference(CONFIG))
-    latent, timestep, text = torch.randn(2, 6, 2, 4, 6), torch.rand(2) * 1000, torch.randn(4, 7, CONFIG.text_dim)
+    latent, timestep, text = (
+        torch.randn(2, 6, 2, 4, 6),
+        torch.rand(2) * 1000,
+        torch.randn(4, 7, CONFIG.text_dim),
+    )
     rows: list[int] = []
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -223,13 +237,17 @@ def test_branches_share_what_is_before_the_text() -> None:
 @pytest.mark.parametrize("mode", ["batched", "sequential"])
 @pytest.mark.parametrize("cache", [None, "pab", "taylorseer", "fbcache", "meancache", "cfg_gate"])
 def test_caches_see_every_branch(mode, cache, tiny_folder, make_config) -> None:
-    """Batched or in turn, with whatever cache: the same video, so the shared start hides nothing from any of them."""
+    """Batched or in turn, with whatever cache: the same video, so the shared start hides nothing from any of
+    them.
+    """
     settings = make_config(tiny_folder)
     settings.infer.diffusion.cfg_batch = mode
     made = Generator(DiffusionBackend(settings))
     latent, _ = latent_and_video(made, task_for(num_inference_steps=8, flexcache=cache))
     settings.infer.diffusion.cfg_batch = "sequential" if mode == "batched" else "batched"
-    other, _ = latent_and_video(Generator(DiffusionBackend(settings)), task_for(num_inference_steps=8, flexcache=cache))
+    other, _ = latent_and_video(
+        Generator(DiffusionBackend(settings)), task_for(num_inference_steps=8, flexcache=cache)
+    )
     assert relative_error(latent, other) < 1e-5
 
 
@@ -256,7 +274,9 @@ def test_the_rotary_table_is_made_once_a_shape() -> None:
 
 
 class Waits(TorchDispatchMode):
-    """Collects whatever makes the CPU wait for a GPU: numbers that are read, copies across, answers that are looked at."""
+    """Collects whatever makes the CPU wait for a GPU: numbers that are read, copies across, answers that are
+    looked at.
+    """
 
     READS = ("_local_scalar_dense", "linalg_check_errors", "nonzero", "unique", "masked_select")
 
@@ -270,7 +290,9 @@ class Waits(TorchDispatchMode):
         out = operator(*args, **(kwargs or {}))
         devices = {tensor.device.type for tensor in (*args, out) if isinstance(tensor, Tensor)}
         self.launched += "meta" in devices
-        if ("meta" in devices and any(word in name for word in self.READS)) or ("copy" in name and len(devices) > 1):
+        if ("meta" in devices and any(word in name for word in self.READS)) or (
+            "copy" in name and len(devices) > 1
+        ):
             self.found.append(name)
         return out
 
@@ -292,7 +314,9 @@ class Deferred(FiniteCheck):
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A device that computes shapes alone and refuses to give numbers: what runs on it without a word waits for nothing."""
+    """A device that computes shapes alone and refuses to give numbers: what runs on it without a word waits
+    for nothing.
+    """
     # the one thing that the device does not know
     monkeypatch.setattr(torch, "autocast", lambda device_type, enabled: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
@@ -302,7 +326,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 @pytest.mark.parametrize("name", ["unipc", "dpm++", "euler"])
 @pytest.mark.parametrize("mode", ["batched", "sequential"])
 def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
-    """Every step but the first, which may prepare. The last but one's check is asked for when the last is under way."""
+    """Every step but the first, which may prepare. The last but one's check is asked for when the last is
+    under way.
+    """
     with gpu:
         network = WanTransformer(CONFIG).requires_grad_(False)
     lent: Any = SimpleNamespace(
@@ -321,7 +347,10 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
     )
     monkeypatch.setattr(generator, "FiniteCheck", Deferred)
     monkeypatch.setattr(forward, "rows_that_differ", lambda text: 8)
-    made, task = Generator(lent), task_for(height=32, width=32, num_frames=5, num_inference_steps=6, guidance_scale=5.0)
+    made, task = (
+        Generator(lent),
+        task_for(height=32, width=32, num_frames=5, num_inference_steps=6, guidance_scale=5.0),
+    )
     task.resolved, task.status, task.num_inference_steps = task.params, TaskStatus.DENOISING, 6
     task.buffer.embeddings = torch.randn(2, 16, CONFIG.text_dim, device=gpu)
     task.buffer.latent, task.buffer.sampler = torch.randn(1, 6, 2, 4, 4, device=gpu), lent.sampler.begin(6)
@@ -346,9 +375,9 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
         lambda x: x.copy_(torch.zeros(2, 2)),
         lambda x: torch.linalg.solve(x, x),
         lambda x: x.nonzero(),
-        lambda x: UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction").set_timesteps(
-            3, device=x.device
-        ),
+        lambda x: UniPCMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction"
+        ).set_timesteps(3, device=x.device),
     ],
 )
 def test_a_wait_is_seen(gpu, wait) -> None:

@@ -96,7 +96,9 @@ def test_what_is_kept(tiny_folder: Path) -> None:
     names = {name for name, module in blocks[1].named_modules() if isinstance(module, Float8Linear)}
     inside = {f"attn1.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")}
     assert names == inside | {"attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2"}
-    assert not any(isinstance(module, Float8Linear) for block in (blocks[0], blocks[-1]) for module in block.modules())
+    assert not any(
+        isinstance(module, Float8Linear) for block in (blocks[0], blocks[-1]) for module in block.modules()
+    )
     assert to_float8(blocks, Float8Plan()) == [
         module for block in blocks for module in block.modules() if isinstance(module, Float8Linear)
     ]
@@ -177,7 +179,10 @@ def test_a_share_of_the_steps_comes_first(sampler: str, shift: float) -> None:
 
 def test_a_task_in_8_bits(tiny_folder: Path, make_config: Callable[..., EngineConfig]) -> None:
     asked = {"infer__quant": "fp8", "infer__quant_keep": "attn2.to_k"}
-    plain, lossy = DiffusionBackend(make_config(tiny_folder)), DiffusionBackend(make_config(tiny_folder, **asked))
+    plain, lossy = (
+        DiffusionBackend(make_config(tiny_folder)),
+        DiffusionBackend(make_config(tiny_folder, **asked)),
+    )
     modes: list[bool] = []
     original = lossy.set_precision
     lossy.set_precision = lambda *args: modes.append(original(*args)) or modes[-1]  # type: ignore[method-assign,func-returns-value]
@@ -192,7 +197,13 @@ def test_a_task_in_8_bits(tiny_folder: Path, make_config: Callable[..., EngineCo
     assert modes == [False, True, True, True]  # a quarter of four steps
     assert 0 < relative_error(videos[1], videos[0]) < 0.2
     recipe = recipe_of(task, lossy)
-    assert recipe["quant"] == {"name": "fp8", "lossy": True, "keep": "attn2.to_k", "from": 0.25, "originals": True}
+    assert recipe["quant"] == {
+        "name": "fp8",
+        "lossy": True,
+        "keep": "attn2.to_k",
+        "from": 0.25,
+        "originals": True,
+    }
     assert recipe_of(task, plain)["quant"] is None
     assert lossy.sizes().parts["expert_0"] > plain.sizes().parts["expert_0"]
     small = DiffusionBackend(make_config(tiny_folder, infer__quant_originals=False, **asked))
@@ -208,7 +219,9 @@ def test_numbers_without_8_bit_products_are_announced(
         DiffusionBackend(make_config(tiny_folder, infer__quant="fp8"))
 
 
-def test_a_dry_run_says_that_it_is_lossy(chitu: Callable[..., tuple[int, str, str]], tiny_folder: Path) -> None:
+def test_a_dry_run_says_that_it_is_lossy(
+    chitu: Callable[..., tuple[int, str, str]], tiny_folder: Path
+) -> None:
     code, _, told = chitu("generate", "a fish", "--model", tiny_folder, "--quant", "fp8", "--dry-run")
     assert code == 0 and "fp8 linear layers after 25% of the steps" in told and "lossy" in told
     code, _, told = chitu("generate", "a fish", "--model", tiny_folder, "--quant", "fp9", "--dry-run")

@@ -180,7 +180,12 @@ def test_tied_weights_move_once():
 def test_on_a_cpu_nothing_moves():
     network = Network()
     residency = Residency(
-        CPU, text_encoder=nn.Linear(1, 1), vae=nn.Linear(1, 1), experts=[network], blocks=[list(network.blocks)], level=3
+        CPU,
+        text_encoder=nn.Linear(1, 1),
+        vae=nn.Linear(1, 1),
+        experts=[network],
+        blocks=[list(network.blocks)],
+        level=3,
     )
     place = network.trunk.weight.data_ptr()
     for name in ("text_encoder", "expert_0", "vae"):
@@ -199,7 +204,12 @@ def test_on_a_gpu_streamed_blocks_compute_the_same_bits_as_resident_ones():
         network = nn.Module()
         network.blocks = nn.ModuleList(layers)
         residency = Residency(
-            device, text_encoder=nn.Linear(1, 1), vae=nn.Linear(1, 1), experts=[network], blocks=[layers], level=level
+            device,
+            text_encoder=nn.Linear(1, 1),
+            vae=nn.Linear(1, 1),
+            experts=[network],
+            blocks=[layers],
+            level=level,
         )
         residency.settle()
         residency.use("expert_0")

@@ -44,16 +44,27 @@ def diffusers_run(scheduler, steps: int) -> torch.Tensor:
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])
 def test_unipc_is_diffusers_bit_for_bit(steps):
     config = {key: value for key, value in WAN.items() if not key.startswith("_")}
-    assert torch.equal(run(Sampler("unipc", WAN), steps), diffusers_run(UniPCMultistepScheduler(**config), steps))
+    assert torch.equal(
+        run(Sampler("unipc", WAN), steps), diffusers_run(UniPCMultistepScheduler(**config), steps)
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 3, 16])
 def test_own_config_of_the_other_classes_is_honoured_whole(steps):
     euler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5.0}
-    assert torch.equal(run(Sampler("euler", euler), steps), diffusers_run(FlowMatchEulerDiscreteScheduler(shift=5.0), steps))
-    settings = {"flow_shift": 2.0, "use_flow_sigmas": True, "prediction_type": "flow_prediction", "solver_order": 3}
+    assert torch.equal(
+        run(Sampler("euler", euler), steps), diffusers_run(FlowMatchEulerDiscreteScheduler(shift=5.0), steps)
+    )
+    settings = {
+        "flow_shift": 2.0,
+        "use_flow_sigmas": True,
+        "prediction_type": "flow_prediction",
+        "solver_order": 3,
+    }
     dpm = {"_class_name": "DPMSolverMultistepScheduler", **settings}
-    assert torch.equal(run(Sampler("dpm++", dpm), steps), diffusers_run(DPMSolverMultistepScheduler(**settings), steps))
+    assert torch.equal(
+        run(Sampler("dpm++", dpm), steps), diffusers_run(DPMSolverMultistepScheduler(**settings), steps)
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 20])
@@ -84,7 +95,10 @@ def test_steps_as_weighted_sums_are_the_solvers_own(name, order, steps, monkeypa
 def test_a_different_order_in_the_checkpoints_config_changes_the_run():
     third = Sampler("unipc", {**WAN, "solver_order": 3})
     assert not torch.equal(run(third, 8), run(Sampler("unipc", WAN), 8))
-    assert len(third.step(third.begin(4), torch.ones(SHAPE), torch.ones(SHAPE))[1]["history"]["model_outputs"]) == 3
+    assert (
+        len(third.step(third.begin(4), torch.ones(SHAPE), torch.ones(SHAPE))[1]["history"]["model_outputs"])
+        == 3
+    )
 
 
 def test_the_shift_follows_to_another_sampler():
@@ -141,7 +155,12 @@ def test_the_solver_ignores_autocast():
 def test_noise_is_diffusers_own_for_a_seed_and_differs_by_stream():
     from diffusers.utils.torch_utils import randn_tensor
 
-    theirs = randn_tensor(SHAPE, generator=torch.Generator("cpu").manual_seed(5), device=torch.device("cpu"), dtype=torch.float32)
+    theirs = randn_tensor(
+        SHAPE,
+        generator=torch.Generator("cpu").manual_seed(5),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
     assert torch.equal(initial_noise(SHAPE, 5), theirs)
     assert not torch.equal(initial_noise(SHAPE, 5), initial_noise(SHAPE, 5, stream=1))
     initial_noise(SHAPE, 2**63 - 1, stream=3)

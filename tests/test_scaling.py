@@ -1,4 +1,6 @@
-"""The scaling run on two processes without a GPU, and the study of more GPUs: on synthetic figures whose answer is known."""
+"""The scaling run on two processes without a GPU, and the study of more GPUs: on synthetic figures whose
+answer is known.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +19,48 @@ from benchmarks.scaling_work import overlap
 from benchmarks.simulate_scaling import NVLINK, as_markdown, needed_shapes, plans, plotted, studied
 from chitu_diffusion.distributed.plan import ParallelPlan, parse_layout, plan_for
 
-MODEL = {"tokens": 3200, "heads": 12, "dim": 1536, "blocks": 10, "values": 64, "latent": 200000, "bytes_per_number": 2}
+MODEL = {
+    "tokens": 3200,
+    "heads": 12,
+    "dim": 1536,
+    "blocks": 10,
+    "values": 64,
+    "latent": 200000,
+    "bytes_per_number": 2,
+}
 
 
 def scale(rank: int, world: int, store: dist.TCPStore, out: str, *words: str) -> None:
     """The command in a process that looks like one of torchrun's; its exit code goes to a file."""
-    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": store.port}
+    place = {
+        "RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_RANK": rank,
+        "LOCAL_WORLD_SIZE": world,
+        "MASTER_PORT": store.port,
+    }
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    sys.argv = ["scaling", "--small", "--device", "cpu", "--repeats", "1", "--out", f"{out}/scaling.json", *words]
+    sys.argv = [
+        "scaling",
+        "--small",
+        "--device",
+        "cpu",
+        "--repeats",
+        "1",
+        "--out",
+        f"{out}/scaling.json",
+        *words,
+    ]
     Path(out, f"{rank}.code").write_text(str(scaling.main()))
 
 
 def run(out: Path, *words: str) -> tuple[dict, list[str]]:
     """Results and exit codes."""
     run_ranks(2, scale, str(out), *words, errors=out, seconds=100)
-    return json.loads((out / "scaling.json").read_text()), [(out / f"{rank}.code").read_text() for rank in (0, 1)]
+    return json.loads((out / "scaling.json").read_text()), [
+        (out / f"{rank}.code").read_text() for rank in (0, 1)
+    ]
 
 
 def test_a_small_run_without_a_gpu(tmp_path: Path) -> None:
@@ -95,17 +123,28 @@ ATTENTION, REST, PACK, MERGE, ENDS = 4e-10, 5e-7, 1e-8, 1e-9, 1e-3
 
 
 def synthetic(bandwidth: float) -> dict:
-    """A machine whose kernels' times are formulas; and, as "measured", what these formulas give for two GPUs."""
+    """A machine whose kernels' times are formulas; and, as "measured", what these formulas give for two
+    GPUs.
+    """
     attention, rows = needed_shapes(MODEL["heads"], MODEL["tokens"])
     pieces = [{"kind": "ends", "tokens": MODEL["tokens"], "seconds": ENDS}]
     for tokens, heads in attention:
         shape = {"tokens": tokens, "heads": heads}
-        pieces += [{**shape, "kind": kind, "seconds": ATTENTION * tokens**2 * heads} for kind in ("attention", "attention_lse")]
+        pieces += [
+            {**shape, "kind": kind, "seconds": ATTENTION * tokens**2 * heads}
+            for kind in ("attention", "attention_lse")
+        ]
         pieces.append({**shape, "kind": "merge", "seconds": MERGE * tokens * heads})
     pieces += [{"kind": "rest", "tokens": own, "seconds": REST * own} for own in {own for own, _ in rows}]
-    pieces += [{"kind": "pack", "tokens": own, "ulysses": degree, "seconds": PACK * own} for own, degree in rows if degree > 1]
+    pieces += [
+        {"kind": "pack", "tokens": own, "ulysses": degree, "seconds": PACK * own}
+        for own, degree in rows
+        if degree > 1
+    ]
     links = [
-        {"kind": kind, "bytes": size, "seconds": size / bandwidth} for kind in ("ring", "swap") for size in (10**3, 10**6, 10**9)
+        {"kind": kind, "bytes": size, "seconds": size / bandwidth}
+        for kind in ("ring", "swap")
+        for size in (10**3, 10**6, 10**9)
     ]
     return {"links": {"rows": links}, "wan kernels": {"model": MODEL, "pieces": pieces}}
 
@@ -114,10 +153,15 @@ def by_hand(bandwidth: float) -> dict[str, float]:
     """Seconds of a step on one GPU and on the layouts of two."""
     tokens, heads, blocks = MODEL["tokens"], MODEL["heads"], MODEL["blocks"]
     whole, rest = ATTENTION * tokens**2 * heads, REST * tokens
-    sent = {word: traffic(plan, tokens=tokens, dim=1536, blocks=blocks, values=64, latent=200000) for word, plan in PLANS.items()}
+    sent = {
+        word: traffic(plan, tokens=tokens, dim=1536, blocks=blocks, values=64, latent=200000)
+        for word, plan in PLANS.items()
+    }
     gather, guidance = sent["u2"].gather * 2 / bandwidth, sent["cfg2"].guidance * 2 / bandwidth
     hop = ATTENTION * (tokens / 2) ** 2 * heads
-    ring = 2 * hop + MERGE * tokens / 2 * heads + max(0.0, sent["r2"].ring / (2 * blocks) * 2 / bandwidth - hop)
+    ring = (
+        2 * hop + MERGE * tokens / 2 * heads + max(0.0, sent["r2"].ring / (2 * blocks) * 2 / bandwidth - hop)
+    )
     ulysses = whole / 2 + PACK * tokens / 2
     inward, outward = (sent["u2"].ulysses * share / (2 * blocks) * 2 / bandwidth for share in (0.75, 0.25))
     assert inward * bandwidth < 8 * 2**20  # so that both branches go in one exchange
@@ -174,7 +218,10 @@ def test_a_large_exchange_waits_for_its_first_and_last_piece(cfg: int) -> None:
 
 def test_what_a_transfer_costs_the_kernel_beside_it_is_counted() -> None:
     results, seconds = synthetic(NVLINK), by_hand(NVLINK)
-    results |= {"wan r2": {"plan": str(PLANS["r2"]), "seconds": seconds["r2"]}, "wan alone": {"seconds": seconds["alone"]}}
+    results |= {
+        "wan r2": {"plan": str(PLANS["r2"]), "seconds": seconds["r2"]},
+        "wan alone": {"seconds": seconds["alone"]},
+    }
     results["wan overlap"] = {"attention": 3e-3, "transfer": 1e-3, "both": 3.4e-3}
     (check,) = studied(results)["checks"]
     tokens, blocks = MODEL["tokens"], MODEL["blocks"]
@@ -189,10 +236,13 @@ def test_a_step_takes_what_the_host_needs_to_launch_it() -> None:
     results["wan host"] = {"seconds_per_block": {"alone": 1.0, "u2": 1.5, "r2": 0.9}}
     study = studied(results)
     predicted = {check["case"]: check["predicted"] for check in study["checks"]}
-    # ranks that share a sequence, or have one branch each, launch one forward; what comes out cheaper by chance is not believed
+    # ranks that share a sequence, or have one branch each, launch one forward; what comes out cheaper by
+    # chance is not believed
     assert predicted == pytest.approx({"wan cfg2": blocks, "wan u2": 1.5 * blocks, "wan r2": blocks})
     eight = next(row for row in study["rows"] if row["gpus"] == 8)
-    assert eight["plan"] == str(ParallelPlan(2, 4, 1)) and eight["seconds"] == pytest.approx(blocks * (1 + 3 * 0.5))
+    assert eight["plan"] == str(ParallelPlan(2, 4, 1)) and eight["seconds"] == pytest.approx(
+        blocks * (1 + 3 * 0.5)
+    )
     results["wan host"] = {"seconds_per_block": {"alone": 1e-9, "u2": 1e-9, "r2": 1e-9}}
     assert {check["case"]: check["predicted"] for check in studied(results)["checks"]} == plain
 

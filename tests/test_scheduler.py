@@ -77,5 +77,9 @@ def test_a_subclass_may_choose():
 
     pool = DiffusionTaskPool()
     for task_id, frames in (("long", 81), ("short", 5)):
-        pool.add(DiffusionTask.from_user_request(DiffusionUserParams(prompt="a", num_frames=frames, task_id=task_id)))
+        pool.add(
+            DiffusionTask.from_user_request(
+                DiffusionUserParams(prompt="a", num_frames=frames, task_id=task_id)
+            )
+        )
     assert turns(Shortest(), pool, 1) == ["short", "long"]

@@ -1,4 +1,6 @@
-"""The kernel for the attention to a text, in Triton's interpreter (on a GPU: as it is), against float64 and its twin."""
+"""The kernel for the attention to a text, in Triton's interpreter (on a GPU: as it is), against float64 and
+its twin.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,12 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def inputs(batch: int, rows: int, length: int, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, the norm's weight, k and v; keys and values are views of one tensor, so that no stride is what it seems."""
+def inputs(
+    batch: int, rows: int, length: int, heads: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, the norm's weight, k and v; keys and values are views of one tensor, so that no stride is what it
+    seems.
+    """
     q = torch.randn(batch, rows, heads * width, device=DEVICE) * 3 + 0.7
     both = torch.randn(batch, length, 2, heads, width + 4, device=DEVICE)[..., :width]
     return q, torch.rand(heads * width, device=DEVICE) * 2, both[:, :, 0], both[:, :, 1]
@@ -60,7 +66,14 @@ def exact(q: Tensor, weight: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) 
 
 
 # (B, S, L, heads, head_dim): odd lengths, one row of text, a text as long as a tile and one of many
-SHAPES = [(2, 7, 1, 2, 16), (1, 37, 19, 3, 32), (2, 33, 77, 2, 64), (1, 5, 70, 4, 128), (1, 3, 32, 20, 32), (1, 5, 300, 2, 16)]
+SHAPES = [
+    (2, 7, 1, 2, 16),
+    (1, 37, 19, 3, 32),
+    (2, 33, 77, 2, 64),
+    (1, 5, 70, 4, 128),
+    (1, 3, 32, 20, 32),
+    (1, 5, 300, 2, 16),
+]
 
 
 @needs_triton
@@ -93,13 +106,18 @@ def test_however_it_is_started(unroll: bool, parts: int, monkeypatch: pytest.Mon
     q, weight, k, v = inputs(2, 19, 40, 4, 16)
     bias = torch.randn(2, 40, device=DEVICE)
     bias[0, :20] = -torch.inf  # a whole tile of keys that weigh nothing
-    assert relative_error(cross_attention(q, weight, EPS, k, v, bias, fused=True), exact(q, weight, k, v, bias)) < 2e-6
+    assert (
+        relative_error(cross_attention(q, weight, EPS, k, v, bias, fused=True), exact(q, weight, k, v, bias))
+        < 2e-6
+    )
 
 
 @needs_triton
 @torch.no_grad()
 def test_sixteen_bits_round_where_the_twin_rounds() -> None:
-    """In float16, which the interpreter can multiply: a large key makes plain where q is rounded, and that the bias is not."""
+    """In float16, which the interpreter can multiply: a large key makes plain where q is rounded, and that
+    the bias is not.
+    """
     q, weight, k, v = (each.half() for each in inputs(1, 100, 30, 3, 32))
     k = k * 8
     bias = torch.zeros(1, 30, device=DEVICE)
@@ -155,7 +173,9 @@ def test_where_rows_are_weighted_and_where_they_are_copied(monkeypatch: pytest.M
     """On a device that computes shapes alone and, like a GPU, is no CPU."""
     seen: list[tuple[int, bool, bool]] = []
 
-    def attend(q: Tensor, weight: Tensor, eps: float, k: Tensor, v: Tensor, bias: Tensor | None, *, fused: bool) -> Tensor:
+    def attend(
+        q: Tensor, weight: Tensor, eps: float, k: Tensor, v: Tensor, bias: Tensor | None, *, fused: bool
+    ) -> Tensor:
         seen.append((k.shape[1], bias is not None, fused))
         return q.unflatten(2, v.shape[2:])
 
@@ -166,7 +186,9 @@ def test_where_rows_are_weighted_and_where_they_are_copied(monkeypatch: pytest.M
     )
     for name in ("layer_norm", "add_gated", "add_gated_norm"):
         plain = getattr(fused, name)
-        monkeypatch.setattr(f"chitu_diffusion.models.wan.block.{name}", lambda *a, plain=plain, fused, **kw: plain(*a, **kw))
+        monkeypatch.setattr(
+            f"chitu_diffusion.models.wan.block.{name}", lambda *a, plain=plain, fused, **kw: plain(*a, **kw)
+        )
     for dtype, fuse, grad, expected in [
         (torch.bfloat16, True, False, (10, True, True)),
         (torch.bfloat16, False, False, (512, False, False)),
@@ -175,7 +197,9 @@ def test_where_rows_are_weighted_and_where_they_are_copied(monkeypatch: pytest.M
     ]:
         network = WanTransformer(replace(CONFIG, num_layers=1)).to("meta", dtype)
         network.use_fused(fuse)
-        prepared = PreparedText(torch.empty(1, 10, 32, device="meta", dtype=dtype), 512, torch.zeros(1, 10, device="meta"))
+        prepared = PreparedText(
+            torch.empty(1, 10, 32, device="meta", dtype=dtype), 512, torch.zeros(1, 10, device="meta")
+        )
         block, tokens = network.blocks[0], torch.empty(1, 6, 32, device="meta", dtype=dtype)
         with torch.set_grad_enabled(grad):
             text = prepared.keys(0, block.text_keys, block.weighs_text(tokens, dtype))
@@ -183,10 +207,13 @@ def test_where_rows_are_weighted_and_where_they_are_copied(monkeypatch: pytest.M
         assert seen.pop() == expected
     network = WanTransformer(replace(CONFIG, num_layers=1)).to("meta", torch.bfloat16)
     block, tokens = network.blocks[0], torch.empty(1, 6, 32, device="meta", dtype=torch.bfloat16)
-    for rows, bias, fuse in ((256, False, True), (257, False, False), (257, True, True)):  # many that differ are torch's
+    # many that differ are torch's
+    for rows, bias, fuse in ((256, False, True), (257, False, False), (257, True, True)):
         keys = torch.empty(2, 1, rows, 2, 16, device="meta", dtype=torch.bfloat16)
         with torch.no_grad():
-            block.cross_attention(tokens, TextKeys(*keys, torch.empty(1, rows, device="meta") if bias else None))
+            block.cross_attention(
+                tokens, TextKeys(*keys, torch.empty(1, rows, device="meta") if bias else None)
+            )
         assert seen.pop() == (rows, bias, fuse)
 
 
@@ -197,7 +224,9 @@ def test_compiled_pieces_hold_the_operator_for_texts_of_any_length() -> None:
     with torch.device(DEVICE):
         network = WanTransformer(replace(CONFIG, num_layers=2)).eval().requires_grad_(False)
         latent, time = torch.randn(1, 4, 1, 4, 4), torch.tensor([300.0])
-        texts = [torch.cat([torch.randn(1, rows, 24), torch.zeros(1, 40 - rows, 24)], dim=1) for rows in (7, 9, 30)]
+        texts = [
+            torch.cat([torch.randn(1, rows, 24), torch.zeros(1, 40 - rows, 24)], dim=1) for rows in (7, 9, 30)
+        ]
     expected = [network(latent, time, network.prepare_text(text)) for text in texts]
     torch._dynamo.reset()
     counters.clear()
@@ -216,14 +245,18 @@ def test_operator_tells_torch_compile_its_shape() -> None:
     q, weight, k, v = inputs(2, 5, 7, 2, 16)
     for bias in (None, torch.zeros(1, 7, device=DEVICE)):
         args = (q, weight, k, v, bias, EPS)
-        torch.library.opcheck(cross_attention_triton.cross_attention.op, args, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            cross_attention_triton.cross_attention.op, args, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def test_which_sizes_it_takes() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert all(has_fused_cross_attention(torch.bfloat16, cuda, width) for width in (16, 32, 64, 128))
     assert not any(has_fused_cross_attention(torch.bfloat16, cuda, width) for width in (8, 20, 48, 256))
-    assert has_fused_cross_attention(torch.float32, cpu, 16) and not has_fused_cross_attention(torch.float32, cuda, 16)
+    assert has_fused_cross_attention(torch.float32, cpu, 16) and not has_fused_cross_attention(
+        torch.float32, cuda, 16
+    )
 
 
 @needs_triton
@@ -252,8 +285,10 @@ POINTERS = {name: "*bf16" for name in ("q", "weight", "k", "v", "out")} | {"bias
 heads, length = 12, 128
 how = ours.launch_text(1, 32760, length, heads, 128, torch.bfloat16)
 whole, rest = ours._split(length, how.keys)
-constants = {"HEADS": heads, "OWN_HEADS": heads // how.parts, "HEAD_DIM": 128, "K_ROW": heads * 128, "V_ROW": heads * 128,
-             "TILE": how.tile, "KEYS": how.keys, "WHOLE": whole, "REST": rest, "UNROLL": how.unroll, "BIAS": True,
+constants = {"HEADS": heads, "OWN_HEADS": heads // how.parts, "HEAD_DIM": 128, "K_ROW": heads * 128,
+"V_ROW": heads * 128,
+             "TILE": how.tile, "KEYS": how.keys, "WHOLE": whole, "REST": rest, "UNROLL": how.unroll,
+             "BIAS": True,
              "SCORE_SCALE": 0.1, "LOG2_E": 1.4}
 options = {"num_warps": how.warps, "num_stages": how.stages}
 built = build(ours._cross_attention, POINTERS, constants, Path(sys.argv[1]), **options)

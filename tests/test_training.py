@@ -22,7 +22,9 @@ def tokenizer(tmp_path_factory):
 
 @pytest.mark.parametrize("frames", [1, 5, 9])
 def test_whole_clip_is_diffusers_frame_by_frame(frames):
-    """Training runs clips whole; diffusers walks them with caches. The same function, float32 rounding apart."""
+    """Training runs clips whole; diffusers walks them with caches. The same function, float32 rounding
+    apart.
+    """
     vae = autoencoder.build().eval()
     net = autoencoder.WholeClip(vae)
     video = torch.rand(1, 3, frames, 32, 48) * 2 - 1
@@ -38,7 +40,9 @@ def test_whole_clip_is_diffusers_frame_by_frame(frames):
 @pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 6, 6)])
 def test_orthogonal_brings_singular_values_near_one(shape):
     values = torch.linalg.svdvals(orthogonal(torch.randn(*shape)))
-    assert values.min() > 0.3, "Newton-Schulz with these coefficients ends between about 0.7 and 1.2 for usual matrices"
+    assert values.min() > 0.3, (
+        "Newton-Schulz with these coefficients ends between about 0.7 and 1.2 for usual matrices"
+    )
     assert values.max() < 1.35
 
 
@@ -102,7 +106,10 @@ def test_weights_survive_keep_and_export(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     denoiser.keep(tmp_path / "dit.pt", nets, solvers, step=7, spent=1.5)
     other = denoiser.build(len(tokenizer), torch.device("cpu"))
-    assert denoiser.restore(tmp_path / "dit.pt", other, denoiser.optimizers(other), torch.device("cpu")) == (7, 1.5)
+    assert denoiser.restore(tmp_path / "dit.pt", other, denoiser.optimizers(other), torch.device("cpu")) == (
+        7,
+        1.5,
+    )
     vae = autoencoder.build()
     autoencoder.keep(tmp_path / "vae.pt", vae, [p.detach() for p in vae.parameters()], [], 1, 1.0)
     latents.save_statistics(tmp_path, torch.arange(16.0), torch.ones(16))

@@ -1,4 +1,6 @@
-"""The decoder over diffusers' weights: the same video as diffusers' own, in every way of computing it, in tiles and strips."""
+"""The decoder over diffusers' weights: the same video as diffusers' own, in every way of computing it, in
+tiles and strips.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from chitu_diffusion.ops.vae_conv import (
 )
 from chitu_diffusion.ops.vae_conv_gemm import flat_conv, flat_weight, suits_flat
 
-# Wan2.1's four stages of three residual blocks, and wan-tiny's three with patches; narrow, so that two cores suffice
+# Wan2.1's four stages of three residual blocks, and wan-tiny's three with patches; narrow, so that two cores
+# suffice
 SIZES = {
     "full": {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 4, 4]},
     "patched": {
@@ -42,7 +45,9 @@ SIZES = {
         "out_channels": 12,
     },
 }
-needs_triton = pytest.mark.skipif(vae_triton.triton is None, reason="triton is not installed; its kernels cannot be tested")
+needs_triton = pytest.mark.skipif(
+    vae_triton.triton is None, reason="triton is not installed; its kernels cannot be tested"
+)
 TRITON = pytest.param("triton", marks=needs_triton)
 
 
@@ -79,7 +84,8 @@ def network(request: pytest.FixtureRequest) -> AutoencoderKLWan:
 def by_diffusers(network: AutoencoderKLWan, latent: Tensor) -> Tensor:
     """What `WanPipeline` does after its last step, and then what makes frames of it."""
     mean, deviation = (
-        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (network.config.latents_mean, network.config.latents_std)
+        torch.tensor(values).view(1, -1, 1, 1, 1)
+        for values in (network.config.latents_mean, network.config.latents_std)
     )
     with torch.no_grad():
         pixels = network.decode((latent * deviation + mean).to(latent.dtype), return_dict=False)[0]
@@ -101,7 +107,10 @@ def test_decode_is_diffusers(frames: int, height: int, width: int, network: Auto
     assert expected.std() > 0.005  # the decoder says something
     for frames_per_call in (None, 1, 3):
         found = Vae(network, frames_per_call).decode(latent)
-        assert found.shape == (len(latent), 4 * frames - 3, 3, 8 * height, 8 * width) and found.dtype == torch.float32
+        assert (
+            found.shape == (len(latent), 4 * frames - 3, 3, 8 * height, 8 * width)
+            and found.dtype == torch.float32
+        )
         # sums in another order: some 30 layers, each 1e-7
         assert error(found, expected) < 1e-5
 
@@ -199,7 +208,11 @@ def test_calls_cover_all_frames_once(most: int) -> None:
 def test_norms_are_the_formula(norm: str, phased: bool, residual: bool) -> None:
     """Against float64: a cut of the sum, its norm, and both written into larger buffers."""
     frames, height, width, channels = 2, 6, 10, 24
-    shape = (frames, height // 2 + 1, width // 2 + 1, 4 * channels) if phased else (frames, height, width, channels)
+    shape = (
+        (frames, height // 2 + 1, width // 2 + 1, 4 * channels)
+        if phased
+        else (frames, height, width, channels)
+    )
     value, bias, gamma = torch.randn(shape), torch.randn(channels), torch.rand(channels) + 0.5
     rest = torch.randn(frames, height, width, channels) if residual else None
     whole = value.double()
@@ -236,7 +249,9 @@ def test_a_pixel_of_zeros_stays_zero() -> None:
 def test_convolutions_are_the_definition(name: str, kernel: tuple[int, int, int]) -> None:
     x, weight = torch.randn(5, 6, 7, 16), torch.randn(96, 16, *kernel)
     padding = (0, kernel[1] // 2, kernel[2] // 2)
-    expected = torch.nn.functional.conv3d(x.permute(3, 0, 1, 2)[None].double(), weight.double(), padding=padding)
+    expected = torch.nn.functional.conv3d(
+        x.permute(3, 0, 1, 2)[None].double(), weight.double(), padding=padding
+    )
     found = CONVOLUTIONS[name](x, weight_for(name, weight))
     assert torch.equal(weight_for(name, weight), weight) and found.stride(-1) == 1
     assert error(found.double(), expected[0].permute(1, 2, 3, 0)) < 1e-6
@@ -247,7 +262,9 @@ def test_convolutions_are_the_definition(name: str, kernel: tuple[int, int, int]
 def test_flat_convolution_is_the_definition(into: int, out: int, on_gpu: bool) -> None:
     x, weight = torch.randn(4, 3, 5, into), torch.randn(out, into, 3, 3, 3)
     assert suits_flat(weight)
-    expected = torch.nn.functional.conv3d(x.permute(3, 0, 1, 2)[None].double(), weight.double(), padding=(0, 1, 1))
+    expected = torch.nn.functional.conv3d(
+        x.permute(3, 0, 1, 2)[None].double(), weight.double(), padding=(0, 1, 1)
+    )
     bordered = torch.nn.functional.pad(x, (0, 0, 1, 1, 1, 1))
     found = flat_conv(bordered, flat_weight(weight), on_gpu)
     assert error(found.double(), expected[0].permute(1, 2, 3, 0)) < 1e-6
@@ -271,8 +288,12 @@ def test_flat_convolution_knows_its_sizes(shape: tuple[int, ...], suits: bool) -
 
 def test_phases_are_nearest_and_a_convolution() -> None:
     x, weight, bias = torch.randn(2, 5, 7, 16), torch.randn(8, 16, 3, 3), torch.randn(8)
-    images = torch.nn.functional.interpolate(x.permute(0, 3, 1, 2).double(), scale_factor=2, mode="nearest-exact")
-    expected = torch.nn.functional.conv2d(images, weight.double(), bias.double(), padding=1).permute(0, 2, 3, 1)
+    images = torch.nn.functional.interpolate(
+        x.permute(0, 3, 1, 2).double(), scale_factor=2, mode="nearest-exact"
+    )
+    expected = torch.nn.functional.conv2d(images, weight.double(), bias.double(), padding=1).permute(
+        0, 2, 3, 1
+    )
     for parts in (upsample_phased(x, phased_weight(weight), bias), upsample_nearest(x, weight, bias)):
         total = torch.empty(parts.shape)
         NORMS["torch"][1](parts, total)
@@ -301,7 +322,9 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self.known: set[int] = set()
 
-    def __torch_dispatch__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):

@@ -76,7 +76,8 @@ def test_encode_is_diffusers(vae: Vae, pipeline: WanPipeline) -> None:
     with torch.no_grad():
         latent = pipeline.vae.encode(video.transpose(1, 2) * 2 - 1).latent_dist.mode()
     mean, deviation = (
-        torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.network.config.latents_mean, vae.network.config.latents_std)
+        torch.tensor(v).view(1, -1, 1, 1, 1)
+        for v in (vae.network.config.latents_mean, vae.network.config.latents_std)
     )
     found = vae.encode(video)
     assert found.shape == (2, 4, 3, 2, 3)
@@ -110,7 +111,8 @@ def test_encode_is_diffusers_pipeline(encoder: TextEncoder, pipeline: WanPipelin
         rows = [PROMPTS.index(prompt) for prompt in prompts]
         found = encoder.encode(prompts)
         assert found.shape == (len(prompts), 512, 32)
-        # another length sums the softmax in another order; single values near 0 may differ by more than their own size
+        # another length sums the softmax in another order; single values near 0 may differ by more than their
+        # own size
         assert (found - expected[rows]).norm() < 1e-5 * expected[rows].norm()
     ends = encoder.tokenize(PROMPTS)[1].sum(1)
     found = encoder.encode(PROMPTS)
@@ -124,7 +126,12 @@ def test_autocast_does_not_reach_text_and_vae(encoder: TextEncoder, vae: Vae) ->
     plain = encoder.encode(PROMPTS[:2]), vae.decode(latent), vae.decode_tiled(latent, 1), vae.encode(video)
     encoder._known.clear()
     with torch.autocast("cpu", torch.float16):
-        again = encoder.encode(PROMPTS[:2]), vae.decode(latent), vae.decode_tiled(latent, 1), vae.encode(video)
+        again = (
+            encoder.encode(PROMPTS[:2]),
+            vae.decode(latent),
+            vae.decode_tiled(latent, 1),
+            vae.encode(video),
+        )
     for found, expected in zip(again, plain, strict=True):
         assert torch.equal(found, expected)
 

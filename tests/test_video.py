@@ -81,7 +81,9 @@ def test_odd_sizes_are_padded_for_mp4_only(tmp_path: Path) -> None:
 
 def test_better_quality_is_closer_and_larger(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (5, 64, 64, 3), dtype=np.uint8)
-    paths = [write_video(noise, tmp_path / f"{quality}.mp4", fps=8, quality=quality) for quality in (0, 5, 10)]
+    paths = [
+        write_video(noise, tmp_path / f"{quality}.mp4", fps=8, quality=quality) for quality in (0, 5, 10)
+    ]
     sizes = [path.stat().st_size for path in paths]
     closeness = [psnr(read_frames(path), noise) for path in paths]
     assert sizes == sorted(sizes)
@@ -99,7 +101,10 @@ def test_gif_lasts_as_long_as_the_video(tmp_path: Path) -> None:
 
 def test_same_frames_same_bytes(tmp_path: Path) -> None:
     frames = moving_square()
-    first, second = (write_video(frames, tmp_path / name, fps=16, recipe=RECIPE).read_bytes() for name in ("a.mp4", "b.mp4"))
+    first, second = (
+        write_video(frames, tmp_path / name, fps=16, recipe=RECIPE).read_bytes()
+        for name in ("a.mp4", "b.mp4")
+    )
     assert first == second
 
 
@@ -164,7 +169,9 @@ def test_a_folder_of_frames_is_replaced_whole(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["f"]
 
 
-@pytest.mark.parametrize("frames", [np.zeros((3, 8, 8)), np.zeros((8, 8, 3), np.uint8), np.zeros((0, 8, 8, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "frames", [np.zeros((3, 8, 8)), np.zeros((8, 8, 3), np.uint8), np.zeros((0, 8, 8, 3), np.uint8)]
+)
 def test_frames_that_cannot_be(tmp_path: Path, frames: np.ndarray) -> None:
     with pytest.raises(UsageError, match="T, H, W, 3"):
         write_video(frames, tmp_path / "a.mp4", fps=8)
@@ -196,7 +203,11 @@ except OutputError as error:
 def test_no_room_on_the_disk(tmp_path: Path, name: str) -> None:
     """A limit on the size of files stands in for a full disk: the same road through the code."""
     done = subprocess.run(
-        [sys.executable, "-c", SMALL_DISK, f"{tmp_path}/{name}"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", SMALL_DISK, f"{tmp_path}/{name}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "the disk is full or a size limit was reached" in done.stdout
     assert "free some space" in done.stdout
@@ -204,7 +215,9 @@ def test_no_room_on_the_disk(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.npy", "f/"])
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_video(moving_square(5), f"{tmp_path}/{name}", fps=8, recipe=RECIPE)
     before = read_frames(path)
 
@@ -256,7 +269,9 @@ def test_a_link_to_a_folder_of_frames_stays_a_link(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["f", "link"]
 
 
-@pytest.mark.parametrize(("name", "beside"), [("a.mp4", "a.mp4.part"), ("f/", "f.part"), ("f/", "f.old.part")])
+@pytest.mark.parametrize(
+    ("name", "beside"), [("a.mp4", "a.mp4.part"), ("f/", "f.part"), ("f/", "f.old.part")]
+)
 def test_a_folder_with_the_name_of_a_leftover_is_left_alone(tmp_path: Path, name: str, beside: str) -> None:
     write_video(moving_square(5), f"{tmp_path}/{name}", fps=8)
     (tmp_path / beside).mkdir()

@@ -134,7 +134,15 @@ def official_names(layers: int) -> set[str]:
         "norm_q.weight",
         "norm_k.weight",
     ]
-    rest = ["modulation", "norm3.weight", "norm3.bias", "ffn.0.weight", "ffn.0.bias", "ffn.2.weight", "ffn.2.bias"]
+    rest = [
+        "modulation",
+        "norm3.weight",
+        "norm3.bias",
+        "ffn.0.weight",
+        "ffn.0.bias",
+        "ffn.2.weight",
+        "ffn.2.bias",
+    ]
     block = [f"{place}.{name}" for place in ("self_attn", "cross_attn") for name in attention] + rest
     return names | {f"blocks.{i}.{name}" for i in range(layers) for name in block}
 
@@ -156,7 +164,8 @@ class Asked:
 
 
 @pytest.mark.parametrize(
-    "levels", [("step",), ("block",), ("attention",), ("cross", "ffn"), ("step", "block", "attention", "cross", "ffn")]
+    "levels",
+    [("step",), ("block",), ("attention",), ("cross", "ffn"), ("step", "block", "attention", "cross", "ffn")],
 )
 @torch.no_grad()
 def test_a_cache_that_computes_changes_no_bit(levels: tuple[Level, ...]) -> None:
@@ -211,9 +220,11 @@ def test_pieces_work_on_shards_of_the_sequence() -> None:
     bounds = [(0, 5), (5, 27)]  # uneven
     inner: list[Tensor] = []
     shards = [
-        replace(whole, tokens=whole.tokens[:, a:b], rope=(whole.rope[0][a:b], whole.rope[1][a:b])) for a, b in bounds
+        replace(whole, tokens=whole.tokens[:, a:b], rope=(whole.rope[0][a:b], whole.rope[1][a:b]))
+        for a, b in bounds
     ]
-    # one block at a time over both shards, with the keys and values of both: what a parallel attention will do
+    # one block at a time over both shards, with the keys and values of both: what a parallel attention will
+    # do
     block = ours.blocks[0]
     assert isinstance(block, WanBlock)
     text = whole.text.keys(0, block.text_keys)
@@ -234,7 +245,9 @@ def test_pieces_work_on_shards_of_the_sequence() -> None:
     assert relative_error(torch.cat(inner, 1), expected) < 1e-5
     parts = torch.cat([ours.head(part, whole.time) for part in inner], 1)
     assert (
-        relative_error(ours.unpatchify(parts, whole.grid), ours.unpatchify(ours.head(expected, whole.time), whole.grid))
+        relative_error(
+            ours.unpatchify(parts, whole.grid), ours.unpatchify(ours.head(expected, whole.time), whole.grid)
+        )
         < 1e-5
     )
 
@@ -322,7 +335,9 @@ def test_blocks_compile_whole_and_once() -> None:
 
 @torch.no_grad()
 def test_a_cpus_own_ways_are_the_plain_ones() -> None:
-    """Turning as complex numbers is the same arithmetic; GELU inside the product rounds otherwise, by a few bits."""
+    """Turning as complex numbers is the same arithmetic; GELU inside the product rounds otherwise, by a few
+    bits.
+    """
     x, angles = torch.randn(2, 30, 3, 20), torch.rand(30, 10) * 6
     rope = (angles.cos(), angles.sin())
     for dtype in (torch.float32, torch.bfloat16):
@@ -352,7 +367,10 @@ def test_kernels_agree_with_float64() -> None:
     assert math.run_with_lse is not None
     out, lse = math.run_with_lse(k, k, v)  # 1500 queries: more than one slab of rows
     assert out.shape == v.shape and lse.shape == (2, 1500, 3)
-    assert relative_error(lse, (torch.einsum("bshd,blhd->bshl", k.double(), k.double()) / 8**0.5).logsumexp(-1)) < 1e-6
+    assert (
+        relative_error(lse, (torch.einsum("bshd,blhd->bshl", k.double(), k.double()) / 8**0.5).logsumexp(-1))
+        < 1e-6
+    )
     assert attention_kernel("auto").exact
     with pytest.raises(UsageError, match="'sdpa'"):
         attention_kernel("spda")

@@ -33,7 +33,9 @@ def test_it_travels_light():
 
 
 def test_reconstruction(vae):
-    """35.6 dB is the mean over many clips of the default size; the aim is 30, which four clips reach on average."""
+    """35.6 dB is the mean over many clips of the default size; the aim is 30, which four clips reach on
+    average.
+    """
     specs = sample_specs(4, torch.Generator().manual_seed(torch.seed() % 2**31), "all")
     videos = draw(specs, 128, 128, 33).transpose(1, 2) / 2 + 0.5
     found = [psnr(vae.decode(vae.encode(video[None])), video[None]) for video in videos]
@@ -50,7 +52,9 @@ def test_tiles_of_real_frames_have_no_seams(vae, clips):
 
 
 def test_latents_are_normalised(vae, clips):
-    """The statistics in the VAE's config are those of its latents: what the transformer sees is near N(0, 1)."""
+    """The statistics in the VAE's config are those of its latents: what the transformer sees is near N(0,
+    1).
+    """
     latent = vae.encode(clips)
     assert latent.mean().abs() < 0.5
     assert 0.6 < latent.std() < 1.5

@@ -129,7 +129,9 @@ def test_dtype_and_what_stays_float32(experts: Path) -> None:
 def test_save_and_load(tmp_path: Path, limit: int) -> None:
     values = tensors()
     (tmp_path / f"{STEM}-00001-of-00009.safetensors").write_bytes(b"of an older save")
-    files = save_weights(values, tmp_path, dtype=torch.bfloat16, keep_float32=("norm1",), max_shard_bytes=limit)
+    files = save_weights(
+        values, tmp_path, dtype=torch.bfloat16, keep_float32=("norm1",), max_shard_bytes=limit
+    )
     assert sorted(tmp_path.iterdir()) == sorted(files)  # no .part, nothing stale
     assert len(files) == (1 if limit > 30 else 3)  # two shards and their index
     module = empty()
@@ -250,7 +252,11 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str, str | None]] = {
         "wrong shape; .*expected: \\[2\\]; found: \\[3\\]",
         "scale",
     ),
-    "transposed": (rewrite(lambda v: v.update({"first.weight": torch.ones(4, 3)})), "wrong shape", "first.weight"),
+    "transposed": (
+        rewrite(lambda v: v.update({"first.weight": torch.ones(4, 3)})),
+        "wrong shape",
+        "first.weight",
+    ),
     "integers": (
         rewrite(lambda v: v.update(scale=torch.ones(2, dtype=torch.int32))),
         "not of floats.*found: I32",
@@ -315,7 +321,9 @@ class Hostile:
         (None, "cannot be read"),
     ],
 )
-def test_a_faulty_pth_is_refused(content: object, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_faulty_pth_is_refused(
+    content: object, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "weights.pth"
     torch.save(content if content is not None else tensors(), file)

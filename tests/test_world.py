@@ -112,13 +112,17 @@ def test_specs_and_words_go_both_ways() -> None:
 # -- pictures
 
 
-@pytest.mark.parametrize(("height", "width", "frames"), [(64, 64, 1), (72, 128, 5), (256, 64, 5), (64, 104, 17)])
+@pytest.mark.parametrize(
+    ("height", "width", "frames"), [(64, 64, 1), (72, 128, 5), (256, 64, 5), (64, 104, 17)]
+)
 def test_clips_have_the_asked_shape_and_range(height: int, width: int, frames: int) -> None:
     specs = sample_specs(12, generator(), "all")
     clips = draw(specs, height, width, frames)
     assert clips.shape == (12, 3, frames, height, width) and clips.dtype == torch.float32
     assert clips.isfinite().all() and clips.min() >= -1 and clips.max() <= 1
-    assert (clips - draw(specs, height, width, frames, with_actor=False)).abs().amax(dim=(1, 2, 3, 4)).min() > 0.3
+    assert (clips - draw(specs, height, width, frames, with_actor=False)).abs().amax(
+        dim=(1, 2, 3, 4)
+    ).min() > 0.3
 
 
 def test_the_same_specs_give_the_same_clip_in_any_company() -> None:
@@ -129,7 +133,9 @@ def test_the_same_specs_give_the_same_clip_in_any_company() -> None:
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("motion", "axis", "sign"), [("left", 0, -1), ("right", 0, 1), ("up", 1, -1), ("down", 1, 1)])
+@pytest.mark.parametrize(
+    ("motion", "axis", "sign"), [("left", 0, -1), ("right", 0, 1), ("up", 1, -1), ("down", 1, 1)]
+)
 def test_actors_go_where_they_are_said_to_go(motion: str, axis: int, sign: int) -> None:
     middle = centroids(actor_pixels(every_actor(motion)))
     way = (middle[axis][:, -1] - middle[axis][:, 0]) * sign

@@ -1,4 +1,6 @@
-"""A complete text-to-video model with random weights, small enough for every test, in diffusers' own layout."""
+"""A complete text-to-video model with random weights, small enough for every test, in diffusers' own
+layout.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ TEXT_DIM = 32
 LATENT_CHANNELS = 4
 
 
-def write_tiny_model(folder: Path, *, experts: int = 1, shift: float = 3.0, seed: int = 0, heads: int = 2) -> Path:
+def write_tiny_model(
+    folder: Path, *, experts: int = 1, shift: float = 3.0, seed: int = 0, heads: int = 2
+) -> Path:
     """Writes a WanPipeline folder: 2 blocks with heads of 16 channels, VAE of base width 8, T5 of 2 layers
     with its own tokenizer.
 
@@ -40,7 +44,14 @@ def write_tiny_model(folder: Path, *, experts: int = 1, shift: float = 3.0, seed
         boundary_ratio=0.875 if experts == 2 else None,
     )
     pipeline.save_pretrained(folder)
-    defaults = {"height": 32, "width": 32, "num_frames": 5, "fps": 8, "steps": 4, "negative_prompt": "blurry, ugly"}
+    defaults = {
+        "height": 32,
+        "width": 32,
+        "num_frames": 5,
+        "fps": 8,
+        "steps": 4,
+        "negative_prompt": "blurry, ugly",
+    }
     defaults["guidance"] = [4.0, 3.0] if experts == 2 else [5.0]
     (folder / "chitu.json").write_text(json.dumps({"name": "random-tiny", "defaults": defaults}))
     return folder
@@ -111,7 +122,11 @@ def _tokenizer():
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>"
+    )
     tokenizer.train_from_iterator(PROMPTS * 20, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )

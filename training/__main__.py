@@ -19,9 +19,15 @@ STAGES = ("text", "vae", "decoder", "judge", "dit", "export")
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=24.0, help="the dial: device time of the stages asked for, in all")
-    parser.add_argument("--run", type=Path, default=Path("runs/wan-tiny"), help="where checkpoints of the training lie")
-    parser.add_argument("--out", type=Path, default=Path("chitu_diffusion/assets/wan-tiny"), help="the finished folder")
+    parser.add_argument(
+        "--minutes", type=float, default=24.0, help="the dial: device time of the stages asked for, in all"
+    )
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/wan-tiny"), help="where checkpoints of the training lie"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("chitu_diffusion/assets/wan-tiny"), help="the finished folder"
+    )
     parser.add_argument("--start", type=Path, help="a finished folder, whose weights the run begins with")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -39,16 +45,27 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     torch._dynamo.config.recompile_limit = 64
     torch.set_float32_matmul_precision("high")
-    wanted = [name for name in SHARES if name in options.stages or (name == "latents" and "dit" in options.stages)]
-    minutes = {name: options.minutes * SHARES[name] / sum(SHARES[other] for other in wanted) for name in wanted}
+    wanted = [
+        name for name in SHARES if name in options.stages or (name == "latents" and "dit" in options.stages)
+    ]
+    minutes = {
+        name: options.minutes * SHARES[name] / sum(SHARES[other] for other in wanted) for name in wanted
+    }
     small = options.small
     clips = {"batch": 1, "size": 64, "frames": 17} if small else {"batch": 8, "size": 128, "frames": 33}
     steps = {
         "text": lambda: text.read_captions(options.run, 0.1 if small else 2.0),
         "vae": lambda: autoencoder.train(options.run, minutes["vae"], device, **clips),
-        "decoder": lambda: autoencoder.train(options.run, minutes["decoder"], device, **clips, part="decoder"),
+        "decoder": lambda: autoencoder.train(
+            options.run, minutes["decoder"], device, **clips, part="decoder"
+        ),
         "judge": lambda: judging.train(
-            options.run, minutes["judge"], device, batch=32, clips=64 if small else 16_000, test_clips=16 if small else 2048
+            options.run,
+            minutes["judge"],
+            device,
+            batch=32,
+            clips=64 if small else 16_000,
+            test_clips=16 if small else 2048,
         ),
         "dit": lambda: denoiser.train(
             options.run,

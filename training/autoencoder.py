@@ -88,7 +88,9 @@ class WholeClip:
         self.norm_silu = torch.compile(_norm_silu, dynamic=True) if fuse else _norm_silu
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, T, H, W] in [-1, 1] -> mean and log-variance of the latent, each [B, 16, (T-1)/4+1, H/8, W/8]."""
+        """[B, 3, T, H, W] in [-1, 1] -> mean and log-variance of the latent, each [B, 16, (T-1)/4+1, H/8,
+        W/8].
+        """
         encoder = self.vae.encoder
         x = self._conv(encoder.conv_in, patchify(video, self.vae.config.patch_size or 1))
         for layer in encoder.down_blocks:
@@ -151,7 +153,9 @@ class WholeClip:
 
 
 def reconstruction_psnr(net: WholeClip, clips: int, device: torch.device, seed: int = 1) -> float:
-    """Mean PSNR in dB, of frames in [0, 1], over fresh drawn 128x128x33 clips (latent mean, decoded, clamped)."""
+    """Mean PSNR in dB, of frames in [0, 1], over fresh drawn 128x128x33 clips (latent mean, decoded,
+    clamped).
+    """
     generator = torch.Generator().manual_seed(seed)
     total = 0.0
     for _ in range(clips):
@@ -175,22 +179,33 @@ def loss_of(net: WholeClip, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     edges = sum(error.diff(dim=axis).abs().mean() for axis in (-1, -2))
     kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
     squared = error.square().mean()
-    return 2 * squared + ABSOLUTE_WEIGHT * error.abs().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl, squared, kl
+    return (
+        2 * squared + ABSOLUTE_WEIGHT * error.abs().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl,
+        squared,
+        kl,
+    )
 
 
 def decoder_loss(net: WholeClip, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`loss_of` for a decoder alone: the logarithm of each clip's squared error, whose mean is the mean PSNR."""
+    """`loss_of` for a decoder alone: the logarithm of each clip's squared error, whose mean is the mean
+    PSNR.
+    """
     with torch.no_grad():
         mean, log_variance = net.encode(video)
         latent = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
     error = net.decode(latent).float() - video
     edges = sum(error.diff(dim=axis).abs().mean() for axis in (-1, -2))
     squared = error.square().flatten(1).mean(1)
-    return LOG_WEIGHT * squared.log().mean() + LOG_EDGE_WEIGHT * edges, squared.mean(), torch.zeros_like(edges)
+    return (
+        LOG_WEIGHT * squared.log().mean() + LOG_EDGE_WEIGHT * edges,
+        squared.mean(),
+        torch.zeros_like(edges),
+    )
 
 
 class Step:
-    """Loss and gradients of one batch; on a GPU one replay of a CUDA graph, since launching is what costs there.
+    """Loss and gradients of one batch; on a GPU one replay of a CUDA graph, since launching is what costs
+    there.
 
     Gradients lie in `parameter.grad` after each call and are overwritten by the next: do not clear them.
     """
@@ -239,8 +254,8 @@ def train(
 ) -> None:
     """Train until the minutes are over; resumes from `folder/{part}.pt`, leaves `folder/vae.safetensors`.
 
-    "decoder" keeps the encoder as it is, so that whoever learns its latents can do so at the same time, and minimises the
-    logarithm of each clip's squared error: its mean is the mean PSNR.
+    "decoder" keeps the encoder as it is, so that whoever learns its latents can do so at the same time, and
+    minimises the logarithm of each clip's squared error: its mean is the mean PSNR.
     """
     torch.manual_seed(0)
     vae = channels_last(build().to(device))
@@ -276,7 +291,10 @@ def train(
             keep(state, vae, average, solvers, step, clock.spent)
     with torch.no_grad():
         torch._foreach_copy_(list(vae.parameters()), average)
-    print(f"{part}: reconstruction PSNR {reconstruction_psnr(net, 32, device):.2f} dB on fresh clips", flush=True)
+    print(
+        f"{part}: reconstruction PSNR {reconstruction_psnr(net, 32, device):.2f} dB on fresh clips",
+        flush=True,
+    )
 
 
 def optimizers(parameters: list[Tensor]) -> list[torch.optim.Optimizer]:
@@ -284,11 +302,19 @@ def optimizers(parameters: list[Tensor]) -> list[torch.optim.Optimizer]:
     kernels = [p for p in parameters if p.ndim >= 4 and p.shape[0] > 12 and p.shape[1] > 12]
     chosen = {id(p) for p in kernels}
     others = [p for p in parameters if id(p) not in chosen]
-    return [Muon(kernels, lr=MUON_RATE), torch.optim.AdamW(others, ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0)]
+    return [
+        Muon(kernels, lr=MUON_RATE),
+        torch.optim.AdamW(others, ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
 
 
 def keep(
-    path: Path, vae: AutoencoderKLWan, average: list[Tensor], solvers: list[torch.optim.Optimizer], step: int, spent: float
+    path: Path,
+    vae: AutoencoderKLWan,
+    average: list[Tensor],
+    solvers: list[torch.optim.Optimizer],
+    step: int,
+    spent: float,
 ) -> None:
     """What a restart needs (`path`), and the averaged weights alone (`vae.safetensors` beside it)."""
     state = {
@@ -298,13 +324,22 @@ def keep(
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").rename(path)
     names = [name for name, _ in vae.named_parameters()]
-    save_file({n: a.cpu().contiguous() for n, a in zip(names, average, strict=True)}, path.with_name("vae.safetensors"))
+    save_file(
+        {n: a.cpu().contiguous() for n, a in zip(names, average, strict=True)},
+        path.with_name("vae.safetensors"),
+    )
 
 
 def restore(
-    path: Path, vae: AutoencoderKLWan, average: list[Tensor], solvers: list[torch.optim.Optimizer], device: torch.device
+    path: Path,
+    vae: AutoencoderKLWan,
+    average: list[Tensor],
+    solvers: list[torch.optim.Optimizer],
+    device: torch.device,
 ) -> tuple[int, float]:
-    """Take up a run where it stopped: (steps done, seconds spent). `vae.safetensors` alone is a start with these weights."""
+    """Take up a run where it stopped: (steps done, seconds spent). `vae.safetensors` alone is a start with
+    these weights.
+    """
     if not path.exists():
         if path.with_name("vae.safetensors").exists():
             vae.load_state_dict(load_file(path.with_name("vae.safetensors")))

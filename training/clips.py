@@ -1,4 +1,6 @@
-"""Drawn clips in batches. Clips are drawn many at a time, which keeps a GPU busy, and handed out a few at a time."""
+"""Drawn clips in batches. Clips are drawn many at a time, which keeps a GPU busy, and handed out a few at a
+time.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ from training.judging import prepare
 from training.muon import Muon
 
 CONFIG = WanConfig(
-    num_attention_heads=4, attention_head_dim=64, text_dim=text.WIDTH, freq_dim=128, ffn_dim=1024, num_layers=8,
+    num_attention_heads=4, attention_head_dim=64, text_dim=text.WIDTH, freq_dim=128, ffn_dim=1024,
+    num_layers=8,
     rope_max_seq_len=1024,
 )  # fmt: skip
 SHIFT, SPREAD = 2.5, 1.2
@@ -149,7 +150,9 @@ def train(
         if save() or clock.over:
             keep(path, nets, solvers, step, clock.spent)
         if look() or clock.over:
-            print(f"dit step {step} {glance(nets, tokenizer, vae, mean, deviation, folder, device)}", flush=True)
+            print(
+                f"dit step {step} {glance(nets, tokenizer, vae, mean, deviation, folder, device)}", flush=True
+            )
 
 
 def keep(path: Path, nets: Nets, solvers: list[torch.optim.Optimizer], step: int, spent: float) -> None:
@@ -160,7 +163,10 @@ def keep(path: Path, nets: Nets, solvers: list[torch.optim.Optimizer], step: int
     }  # fmt: skip
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").rename(path)
-    names = [*(f"dit.{n}" for n, _ in nets.dit.named_parameters()), *(f"encoder.{n}" for n, _ in nets.encoder.named_parameters())]
+    names = [
+        *(f"dit.{n}" for n, _ in nets.dit.named_parameters()),
+        *(f"encoder.{n}" for n, _ in nets.encoder.named_parameters()),
+    ]
     save_average(path.parent, dict(zip(names, nets.average, strict=True)))
 
 
@@ -185,7 +191,9 @@ def take_average(folder: Path, nets: Nets) -> bool:
     return True
 
 
-def restore(path: Path, nets: Nets, solvers: list[torch.optim.Optimizer], device: torch.device) -> tuple[int, float]:
+def restore(
+    path: Path, nets: Nets, solvers: list[torch.optim.Optimizer], device: torch.device
+) -> tuple[int, float]:
     """Take up a run where it stopped: (steps done, seconds spent)."""
     state = torch.load(path, map_location=device, weights_only=True)
     nets.dit.load_state_dict(state["dit"])
@@ -197,7 +205,9 @@ def restore(path: Path, nets: Nets, solvers: list[torch.optim.Optimizer], device
 
 
 @torch.no_grad()
-def sample(nets: Nets, ids: Tensor, empty: Tensor, shape: tuple[int, ...], steps: int, guidance: float) -> Tensor:
+def sample(
+    nets: Nets, ids: Tensor, empty: Tensor, shape: tuple[int, ...], steps: int, guidance: float
+) -> Tensor:
     """Plain Euler sampling with guidance, for looking in on the training: latents [B, *shape], normalised."""
     device, batch = ids.device, len(ids)
     generator = torch.Generator().manual_seed(3)

@@ -21,7 +21,16 @@ from training import autoencoder, denoiser, latents, text
 
 SHARD_BYTES = 12 * 2**20
 FLOW_SHIFT = 3.0
-DEFAULTS = Defaults(height=128, width=128, num_frames=33, fps=16, steps=50, guidance=(5.0,), shift=FLOW_SHIFT, negative_prompt="")
+DEFAULTS = Defaults(
+    height=128,
+    width=128,
+    num_frames=33,
+    fps=16,
+    steps=50,
+    guidance=(5.0,),
+    shift=FLOW_SHIFT,
+    negative_prompt="",
+)
 
 
 def start_from(folder: Path, run: Path) -> None:
@@ -37,7 +46,9 @@ def start_from(folder: Path, run: Path) -> None:
     config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
     latents.save_statistics(run, torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"]))
     encoder = {f"encoder.{name}": value for name, value in tensors("text_encoder").items()}
-    denoiser.save_average(run, {f"dit.{name}": value for name, value in tensors("transformer").items()} | encoder)
+    denoiser.save_average(
+        run, {f"dit.{name}": value for name, value in tensors("transformer").items()} | encoder
+    )
 
 
 def write_shards(folder: Path, stem: str, tensors: dict[str, Tensor]) -> None:
@@ -61,7 +72,9 @@ def write_shards(folder: Path, stem: str, tensors: dict[str, Tensor]) -> None:
         save_file(shard, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(shard, file)
     total = sum(value.nbytes for shard in shards for value in shard.values())
-    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    write_json(
+        folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index}
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -90,13 +103,19 @@ def export(run: Path, target: Path) -> None:
     vae.to(torch.bfloat16).save_pretrained(part / "vae")
 
     scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT, num_train_timesteps=1000
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=FLOW_SHIFT,
+        num_train_timesteps=1000,
     )
     scheduler.save_pretrained(part / "scheduler")
     write_json(part / "model_index.json", {
-        "_class_name": "WanPipeline", "_diffusers_version": "0.42.1", "boundary_ratio": None, "expand_timesteps": False,
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "PreTrainedTokenizerFast"], "transformer": ["diffusers", "WanTransformer3DModel"],
+        "_class_name": "WanPipeline", "_diffusers_version": "0.42.1", "boundary_ratio": None,
+        "expand_timesteps": False,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers",
+        "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"], "transformer": ["diffusers",
+        "WanTransformer3DModel"],
         "transformer_2": [None, None], "vae": ["diffusers", "AutoencoderKLWan"],
     })  # fmt: skip
     write_notes(part, "wan-tiny", DEFAULTS)

@@ -26,7 +26,9 @@ SIZES = ((64, 64, 33), (128, 128, 33), (64, 64, 33), (64, 96, 33), (64, 64, 33),
 def disturb(video: Tensor) -> Tensor:
     """Random blur, noise, contrast and per-clip colour shift of [B, T, 3, H, W] in [0, 1]."""
     batch = video.shape[0]
-    blurred = F.avg_pool2d(video.flatten(0, 1), 3, stride=1, padding=1, count_include_pad=False).view_as(video)
+    blurred = F.avg_pool2d(video.flatten(0, 1), 3, stride=1, padding=1, count_include_pad=False).view_as(
+        video
+    )
     share = torch.rand(batch, 1, 1, 1, 1, device=video.device)
     video = video.lerp(blurred, share * 0.9)
     gain = 1 + 0.1 * torch.randn(batch, 1, 1, 1, 1, device=video.device)
@@ -42,7 +44,9 @@ def labels(specs: WorldSpecs, device: torch.device) -> dict[str, Tensor]:
 
 
 def collect(count: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    """Drawn clips of every size at the judge's own: (uint8 [N, FRAMES, 3, SIDE, SIDE], class indices [N] by head)."""
+    """Drawn clips of every size at the judge's own: (uint8 [N, FRAMES, 3, SIDE, SIDE], class indices [N] by
+    head).
+    """
     generator, report = torch.Generator().manual_seed(55), Every(10)
     sources = [drawn(shape, 16, "all", generator, device) for shape in SIZES]
     videos: list[Tensor] = []
@@ -56,8 +60,12 @@ def collect(count: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]
     return torch.cat(videos), {name: torch.cat([truth[name] for truth in truths]) for name in CLASSES}
 
 
-def train(folder: Path, minutes: float, device: torch.device, batch: int, clips: int, test_clips: int) -> None:
-    """Train until the minutes are over, then write `folder/judge.safetensors` and its card `folder/judge.json`."""
+def train(
+    folder: Path, minutes: float, device: torch.device, batch: int, clips: int, test_clips: int
+) -> None:
+    """Train until the minutes are over, then write `folder/judge.safetensors` and its card
+    `folder/judge.json`.
+    """
     torch.manual_seed(1)
     judge = Judge().to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
@@ -69,7 +77,9 @@ def train(folder: Path, minutes: float, device: torch.device, batch: int, clips:
         rows = torch.randint(len(videos), (batch,), device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = judge(disturb(videos[rows].float() / 255))
-            losses = [F.cross_entropy(logits[n].float(), truth[n][rows], label_smoothing=0.05) for n in CLASSES]
+            losses = [
+                F.cross_entropy(logits[n].float(), truth[n][rows], label_smoothing=0.05) for n in CLASSES
+            ]
             loss = torch.stack(losses).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

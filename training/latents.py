@@ -23,12 +23,7 @@ from training.text import tokenize
 
 CAPTIONS = 4
 Shapes = dict[Shape, float]
-SHAPES: Shapes = {
-    (128, 128, 33): 0.70,
-    (96, 160, 33): 0.10,
-    (160, 96, 33): 0.10,
-    (128, 128, 17): 0.10,
-}
+SHAPES: Shapes = {(128, 128, 33): 0.70, (96, 160, 33): 0.10, (160, 96, 33): 0.10, (128, 128, 17): 0.10}
 """(height, width, frames) -> share of the training steps."""
 ONE_SHAPE: Shapes = {(128, 128, 33): 1.0}
 """For a short run: the default size alone, which also halves the compilation."""
@@ -38,8 +33,9 @@ ONE_SHAPE: Shapes = {(128, 128, 33): 1.0}
 class Bucket:
     """Clips of one size.
 
-    latents: [N, 16, T, H, W] bfloat16, the means of the encoder, not normalised. Drawing from the encoder's distribution
-        instead would ask the transformer to predict noise: channels that the autoencoder does not use are nothing else.
+    latents: [N, 16, T, H, W] bfloat16, the means of the encoder, not normalised. Drawing from the encoder's
+        distribution instead would ask the transformer to predict noise: channels that the autoencoder does
+        not use are nothing else.
     spread: [N, 16] float32, the encoder's variance, averaged over each clip.
     ids: [N, CAPTIONS, L] int16.
     """
@@ -50,7 +46,12 @@ class Bucket:
 
 
 def encode_batch(
-    net: WholeClip, tokenizer: PreTrainedTokenizerFast, video: Tensor, specs: WorldSpecs, rng: random.Random, device: torch.device
+    net: WholeClip,
+    tokenizer: PreTrainedTokenizerFast,
+    video: Tensor,
+    specs: WorldSpecs,
+    rng: random.Random,
+    device: torch.device,
 ) -> Bucket:
     """Latents and captions of drawn clips [B, 3, T, H, W]."""
     video = video.contiguous(memory_format=torch.channels_last_3d)
@@ -93,7 +94,8 @@ def fields(bucket: Bucket) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def statistics(bucket: Bucket) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each latent channel as the encoder draws it, [16] float32: its spread belongs to it.
+    """Mean and deviation of each latent channel as the encoder draws it, [16] float32: its spread belongs to
+    it.
 
     Without the spread an unused channel, whose mean hardly moves, would be divided by next to nothing.
     """

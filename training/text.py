@@ -30,10 +30,16 @@ TEXT_POSITIONS = 512
 
 
 def train_tokenizer(captions: Iterable[str]) -> Tokenizer:
-    """A unigram tokenizer with the whole printable ASCII alphabet, so that unknown words fall apart into letters."""
+    """A unigram tokenizer with the whole printable ASCII alphabet, so that unknown words fall apart into
+    letters.
+    """
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.Lowercase(), normalizers.StripAccents()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKD(), normalizers.Lowercase(), normalizers.StripAccents()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
+    )
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
         vocab_size=VOCABULARY,
@@ -92,8 +98,9 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Tensor:
 def encode(encoder: UMT5EncoderModel, ids: Tensor) -> tuple[Tensor, Tensor]:
     """ids [B, L] -> text [B, L + 1, D] and the bias of its rows [B, L + 1] float32.
 
-    The last row is one zero row that stands for all rows from the prompt's end to `TEXT_POSITIONS`: with log n added
-    to its scores it weighs as much as n such rows. Padding inside the first L rows is cut off by -inf.
+    The last row is one zero row that stands for all rows from the prompt's end to `TEXT_POSITIONS`: with log
+    n added to its scores it weighs as much as n such rows. Padding inside the first L rows is cut off by
+    -inf.
     """
     ids = ids.long()
     mask = ids != 0
@@ -106,11 +113,12 @@ def encode(encoder: UMT5EncoderModel, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def read_captions(folder: Path, minutes: float, batch: int = 256) -> None:
-    """Teach a fresh encoder which words mean the same, before it meets any video: `folder/encoder.safetensors`.
+    """Teach a fresh encoder which words mean the same, before it meets any video:
+    `folder/encoder.safetensors`.
 
-    Four linear heads on its mean output must name actor, colour, scene and motion of the clip that a caption tells of.
-    It takes a CPU a few minutes and spares the diffusion transformer the learning of synonyms. Held-out
-    combinations are not read.
+    Four linear heads on its mean output must name actor, colour, scene and motion of the clip that a caption
+    tells of. It takes a CPU a few minutes and spares the diffusion transformer the learning of synonyms.
+    Held-out combinations are not read.
     """
     torch.manual_seed(4)
     tokenizer = make_tokenizer(folder)
@@ -137,7 +145,9 @@ def read_captions(folder: Path, minutes: float, batch: int = 256) -> None:
         if report():
             right = {n: float((logits[n].argmax(1) == truth[n]).float().mean()) for n in truth}
             print(f"text step {step} {clock.spent:.0f}s loss {float(loss.detach()):.3f} {right}", flush=True)
-    save_file({n: p.detach().contiguous() for n, p in encoder.named_parameters()}, folder / "encoder.safetensors")
+    save_file(
+        {n: p.detach().contiguous() for n, p in encoder.named_parameters()}, folder / "encoder.safetensors"
+    )
 
 
 def load_reader(folder: Path, encoder: UMT5EncoderModel) -> None:

@@ -1,8 +1,8 @@
 """`attn_type=auto`: the fastest exact kernel for a shape, found by timing once and remembered on disk.
 
-One file holds, for each machine (device, versions of torch, CUDA, cuDNN and the kernels' packages), the answer for each dtype,
-head size, number of heads and bucket of lengths, two buckets to an octave. Knows kernels and tensors; which folder, which ranks
-and when are told by the backend.
+One file holds, for each machine (device, versions of torch, CUDA, cuDNN and the kernels' packages), the
+answer for each dtype, head size, number of heads and bucket of lengths, two buckets to an octave. Knows
+kernels and tensors; which folder, which ranks and when are told by the backend.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 Timer = Callable[[AttentionKernel, "Shape"], float]  # -> milliseconds
 FILE = "attention-kernels.json"
 _OPERATIONS = 4e12
-"""Multiplications and additions of one timed call at most (about 6 ms on an H100): heads beyond that are left out."""
+"""Multiplications and additions of one timed call at most (about 6 ms on an H100): heads beyond that are left
+out.
+"""
 _REPEATS = 3
 
 
@@ -42,7 +44,10 @@ class Shape:
     def bucket(self, dtype: torch.dtype) -> str:
         """The name under which its answer is kept."""
         octave = round(2 * math.log2(self.tokens)) / 2
-        return f"{str(dtype).removeprefix('torch.')} heads={self.heads} head_dim={self.head_dim} log2(tokens)={octave:g}"
+        return (
+            f"{str(dtype).removeprefix('torch.')} heads={self.heads} head_dim={self.head_dim} "
+            f"log2(tokens)={octave:g}"
+        )
 
 
 class KernelChoice:
@@ -74,14 +79,17 @@ class KernelChoice:
         leads: bool = True,
         timer: Timer | None = None,
     ) -> None:
-        self.kernel = attention_kernel(name, needs_lse=needs_lse, device=device, dtype=dtype, head_dim=head_dim)
+        self.kernel = attention_kernel(
+            name, needs_lse=needs_lse, device=device, dtype=dtype, head_dim=head_dim
+        )
         self._automatic, self._device, self._dtype, self._needs_lse = name == "auto", device, dtype, needs_lse
         self._folder, self._agree, self._leads = folder, agree, leads
         self._timer = timer or self._time_on_device
         self._found: dict[tuple[int, str], AttentionKernel] = {}
 
     def for_shape(self, shape: Shape, epoch: int = 0) -> AttentionKernel:
-        """The kernel for a shape; `kernel` is it until the next call. The first call of a shape may take some milliseconds.
+        """The kernel for a shape; `kernel` is it until the next call. The first call of a shape may take some
+        milliseconds.
 
         With several ranks all must call it with the same shapes in the same order.
 
@@ -112,7 +120,11 @@ class KernelChoice:
         names = list(KERNELS)
         number = self._agree(float(names.index(self._fastest(among, shape).name)) if self._leads else None)
         return attention_kernel(
-            names[int(number)], needs_lse=self._needs_lse, device=self._device, dtype=self._dtype, head_dim=shape.head_dim
+            names[int(number)],
+            needs_lse=self._needs_lse,
+            device=self._device,
+            dtype=self._dtype,
+            head_dim=shape.head_dim,
         )
 
     def _fastest(self, among: Sequence[AttentionKernel], shape: Shape) -> AttentionKernel:
@@ -128,8 +140,14 @@ class KernelChoice:
         if not times:
             return among[0]
         best = min(times, key=lambda name: times[name])
-        if len(times) == len(among):  # one that failed, perhaps for want of memory, gets another chance in the next run
-            remember(self._folder, machine, bucket, {"kernel": best, "ms": {name: round(ms, 4) for name, ms in times.items()}})
+        # one that failed, perhaps for want of memory, gets another chance in the next run
+        if len(times) == len(among):
+            remember(
+                self._folder,
+                machine,
+                bucket,
+                {"kernel": best, "ms": {name: round(ms, 4) for name, ms in times.items()}},
+            )
         return names[best]
 
     def _times(self, among: Sequence[AttentionKernel], shape: Shape) -> dict[str, float]:
@@ -138,7 +156,9 @@ class KernelChoice:
             try:
                 times[kernel.name] = self._timer(kernel, shape)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
-                logger.warning("attention %s failed when it was timed, and is left out: %s", kernel.name, error)
+                logger.warning(
+                    "attention %s failed when it was timed, and is left out: %s", kernel.name, error
+                )
         return times
 
     def _time_on_device(self, kernel: AttentionKernel, shape: Shape) -> float:
@@ -170,14 +190,19 @@ def time_attention(
 
 def machine_name(device: torch.device, kernels: Sequence[AttentionKernel]) -> str:
     """What an answer depends on besides the shape: the device, and the versions of all that takes part."""
-    parts = [torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, f"torch {torch.__version__}"]
+    parts = [
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        f"torch {torch.__version__}",
+    ]
     parts += [f"cuda {torch.version.cuda}", f"cudnn {torch.backends.cudnn.version()}"]
     parts += sorted(f"{k.name} {k.needs.package.version()}" if k.needs.package else k.name for k in kernels)
     return ", ".join(parts)
 
 
 def recall(folder: Path | None) -> dict[str, Any]:
-    """What the file of answers holds; nothing if there is none or it is spoilt, which costs timing once more."""
+    """What the file of answers holds; nothing if there is none or it is spoilt, which costs timing once
+    more.
+    """
     if folder is None:
         return {}
     try:
@@ -200,4 +225,5 @@ def remember(folder: Path | None, machine: str, bucket: str, answer: dict[str, A
         part.write_text(json.dumps(data, indent=1), encoding="utf-8")
         part.replace(folder / FILE)
     except OSError as error:
-        logger.debug("cannot remember the fastest attention in %s: %s", folder, error)  # the next run times once more
+        # the next run times once more
+        logger.debug("cannot remember the fastest attention in %s: %s", folder, error)

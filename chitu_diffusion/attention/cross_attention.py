@@ -1,6 +1,7 @@
 """The attention of many tokens to a text of few rows, with the norm of the queries inside.
 
-Plain torch, and with `fused=True` one Triton kernel (`cross_attention_triton`) that never writes the normed queries.
+Plain torch, and with `fused=True` one Triton kernel (`cross_attention_triton`) that never writes the normed
+queries.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ def has_fused_cross_attention(dtype: torch.dtype, device: torch.device, head_dim
 
 
 def cross_attention(
-    q: Tensor, weight: Tensor, eps: float, k: Tensor, v: Tensor, bias: Tensor | None = None, *, fused: bool = False
+    q: Tensor,
+    weight: Tensor,
+    eps: float,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    fused: bool = False,
 ) -> Tensor:
     """RMSNorm of q over all heads, rounded to the keys' dtype, and its attention to the rows of a text.
 

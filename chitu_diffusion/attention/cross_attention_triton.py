@@ -1,10 +1,12 @@
-"""A Triton kernel for the attention of many tokens to a text of few rows, with the norm of the queries inside.
+"""A Triton kernel for the attention of many tokens to a text of few rows, with the norm of the queries
+inside.
 
-One program takes a tile of tokens. It reads their queries once for the mean square over all heads, and a second time head
-by head, where they are normed, multiplied with the keys and summed over the values. So normed queries are never written,
-and a row of the text may weigh as much as n equal ones: the bias is added to the scores in float32, where a GPU's flash
-kernels take none. The plain torch that says the same is `chitu_diffusion.attention.cross_attention`.
-It needs Triton; on a CPU it runs in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
+One program takes a tile of tokens. It reads their queries once for the mean square over all heads, and a
+second time head by head, where they are normed, multiplied with the keys and summed over the values. So
+normed queries are never written, and a row of the text may weigh as much as n equal ones: the bias is added
+to the scores in float32, where a GPU's flash kernels take none. The plain torch that says the same is
+`chitu_diffusion.attention.cross_attention`. It needs Triton; on a CPU it runs in Triton's interpreter
+(TRITON_INTERPRET=1), which is for tests.
 """
 
 from __future__ import annotations
@@ -34,12 +36,13 @@ class Launch(NamedTuple):
     Attributes:
         tile: tokens of a program.
         keys: rows of the text that are multiplied at a time.
-        parts: programs that share the heads of a tile evenly; each reads all of its queries for the mean square.
+        parts: programs that share the heads of a tile evenly; each reads all of its queries for the mean
+            square.
         warps: of a program.
-        stages: tiles of keys, under `unroll` heads, of which shared memory holds the keys and values: what is multiplied,
-            and what is on its way.
-        unroll: whether all keys of a head are one stage, so that the loop over heads is the innermost: no head begins with
-            waiting.
+        stages: tiles of keys, under `unroll` heads, of which shared memory holds the keys and values: what is
+            multiplied, and what is on its way.
+        unroll: whether all keys of a head are one stage, so that the loop over heads is the innermost: no
+            head begins with waiting.
     """
 
     tile: int
@@ -77,12 +80,13 @@ def _add_keys(
 @triton.jit(do_not_specialize=["rows", "length"])
 def _cross_attention(
     q, weight, k, v, bias, out, rows, length, k_batch, k_head, v_batch, v_head, bias_batch, eps,
-    HEADS: tl.constexpr, OWN_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
+    HEADS: tl.constexpr, OWN_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, K_ROW: tl.constexpr,
+    V_ROW: tl.constexpr,
     TILE: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr, UNROLL: tl.constexpr,
     BIAS: tl.constexpr, SCORE_SCALE: tl.constexpr, LOG2_E: tl.constexpr,
 ):  # fmt: skip
-    # strides are constants and places have 64 bits from the start: so one address does for all rows of a thread, which
-    # leaves its registers to the products
+    # strides are constants and places have 64 bits from the start: so one address does for all rows of a
+    # thread, which leaves its registers to the products
     batch, begin = tl.program_id(2).to(tl.int64), tl.program_id(1) * TILE
     own, channel = tl.arange(0, TILE), tl.arange(0, HEAD_DIM)
     at = own.to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + channel[None, :]  # [TILE, HEAD_DIM]
@@ -106,7 +110,8 @@ def _cross_attention(
         # a finite number below all scores: keys that weigh nothing must not make infinity less infinity
         top, total = tl.full((TILE,), -1e30, tl.float32), tl.zeros((TILE,), tl.float32)
         attended = tl.zeros((TILE, HEAD_DIM), tl.float32)
-        if UNROLL:  # so that the loop over heads is the innermost, and the next head's keys are on their way, too
+        # so that the loop over heads is the innermost, and the next head's keys are on their way, too
+        if UNROLL:
             for start in tl.static_range(0, WHOLE * KEYS, KEYS):
                 top, total, attended = _add_keys(
                     normed, top, total, attended, k_here, v_here, bias, start, length,
@@ -131,13 +136,16 @@ def _cross_attention(
     "chitu_diffusion::cross_attention",
     schema="(Tensor q, Tensor weight, Tensor k, Tensor v, Tensor? bias, float eps) -> Tensor",
 )
-def cross_attention(q: Tensor, weight: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def cross_attention(
+    q: Tensor, weight: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, eps: float
+) -> Tensor:
     """Queries [B, S, heads * head_dim], RMS-normed over all heads, attend to the few rows of a text.
 
     Args:
         q: in any float dtype; it is normed in float32 and rounded once, to that of the keys.
         weight: of the norm, [heads * head_dim].
-        k, v: [B or 1, L, heads, head_dim] in one dtype, strided as they are; head_dim a power of two from 16 on.
+        k, v: [B or 1, L, heads, head_dim] in one dtype, strided as they are; head_dim a power of two from 16
+            on.
         bias: [B or 1, L] float32, added to the scores, or None.
         eps: added to the mean square.
 
@@ -197,20 +205,25 @@ def _(q: Tensor, weight: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, eps:
 def launch_text(
     batch: int, rows: int, length: int, heads: int, head_dim: int, dtype: torch.dtype, shared: int = _SHARED
 ) -> Launch:
-    """How to start the kernel, for q [batch, rows, heads * head_dim], a text of `length` rows and bytes of shared memory.
+    """How to start the kernel, for q [batch, rows, heads * head_dim], a text of `length` rows and bytes of
+    shared memory.
 
-    128 tokens and 8 warps hold a head's sums, its queries, the next head's and a tile of scores in some 200 registers a
-    thread; then one program fills a multiprocessor. Tiles of half that size would read the keys twice as often. Where a
-    short sequence leaves multiprocessors idle, several programs share a tile's heads: each reads all queries once, which
-    is about a quarter of the work.
+    128 tokens and 8 warps hold a head's sums, its queries, the next head's and a tile of scores in some 200
+    registers a thread; then one program fills a multiprocessor. Tiles of half that size would read the keys
+    twice as often. Where a short sequence leaves multiprocessors idle, several programs share a tile's heads:
+    each reads all queries once, which is about a quarter of the work.
     """
     tile, keys, warps = (128, 64, 8) if dtype.itemsize == 2 else (32, 32, 4)
     whole, rest = _split(length, keys)
     held, row, small = whole * keys + rest, head_dim * dtype.itemsize, 2048
     ways = [(True, held), (False, keys)] if held <= 3 * keys else [(False, keys)]
-    # with three stages, loads are under way while another head, or tile, is multiplied; with two, only in between
+    # with three stages, loads are under way while another head, or tile, is multiplied; with two, only in
+    # between
     fitting = [
-        (stages, unroll) for unroll, stage in ways for stages in (3, 2) if (tile + 2 * stages * stage) * row + small <= shared
+        (stages, unroll)
+        for unroll, stage in ways
+        for stages in (3, 2)
+        if (tile + 2 * stages * stage) * row + small <= shared
     ]
     stages, unroll = fitting[0] if fitting else (1, False)
     if not fitting:

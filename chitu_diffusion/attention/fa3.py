@@ -1,7 +1,8 @@
 """FlashAttention-3 (arXiv:2407.08608) through the package fa3-fwd: Hopper's own instructions, bfloat16.
 
-The call is an operator of ours with a fake twin, so that a compiled block holds it without a break and without looking into
-the package. Knows the package's interface; nothing here is imported before the first call.
+The call is an operator of ours with a fake twin, so that a compiled block holds it without a break and
+without looking into the package. Knows the package's interface; nothing here is imported before the first
+call.
 """
 
 import torch
@@ -30,7 +31,9 @@ def fa3_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 @fa3_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty((batch, heads, tokens), dtype=torch.float32)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(
+        (batch, heads, tokens), dtype=torch.float32
+    )
 
 
 def _fa3_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,6 +50,13 @@ fa3 = AttentionKernel(
     exact=True,
     run=_fa3,
     run_with_lse=_fa3_with_lse,
-    needs=Needs(("cuda",), (torch.bfloat16,), head_dim_step=8, head_dim_most=256, compute=((9, 0), (9, 9)), package=FA3),
+    needs=Needs(
+        ("cuda",),
+        (torch.bfloat16,),
+        head_dim_step=8,
+        head_dim_most=256,
+        compute=((9, 0), (9, 9)),
+        package=FA3,
+    ),
     contends=True,
 )

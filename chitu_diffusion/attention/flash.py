@@ -1,8 +1,9 @@
 """The exact kernels that torch brings for a GPU: cuDNN's, FlashAttention-2's and the memory-efficient one.
 
-`scaled_dot_product_attention` keeps the log-sum-exp to itself and picks a kernel by rules of its own; the operators under it
-hand the one out and leave no choice to be made. They have fake twins in torch, so that a compiled block holds them without a
-break. cuDNN's and FlashAttention-2's (arXiv:2307.08691) want 16 bits; the memory-efficient one also takes float32.
+`scaled_dot_product_attention` keeps the log-sum-exp to itself and picks a kernel by rules of its own; the
+operators under it hand the one out and leave no choice to be made. They have fake twins in torch, so that a
+compiled block holds them without a break. cuDNN's and FlashAttention-2's (arXiv:2307.08691) want 16 bits; the
+memory-efficient one also takes float32.
 """
 
 import torch

@@ -1,24 +1,28 @@
-"""FlashAttention-3 in float8, with what makes its inputs fit for float8 taken out first and put back after. Lossy.
+"""FlashAttention-3 in float8, with what makes its inputs fit for float8 taken out first and put back after.
+Lossy.
 
-float8_e4m3 keeps three bits behind the point: each number is off by 2.65 % (root mean square), at any scale. So no scale helps;
-what helps is to hand over small numbers where large ones cancel. All of it is exact in real numbers (per batch and head;
-i is a query, j one of L keys, D the channels of a head):
+float8_e4m3 keeps three bits behind the point: each number is off by 2.65 % (root mean square), at any scale.
+So no scale helps; what helps is to hand over small numbers where large ones cancel. All of it is exact in
+real numbers (per batch and head; i is a query, j one of L keys, D the channels of a head):
 
-1. k loses its mean over tokens: every score of a query changes by the same q_i . mean(k), which the softmax does not see and
-   the log-sum-exp gets back.
-2. channel c of q is multiplied and that of k divided by a_c = (var(k_c) / mean(q_c^2))^(1/4), which makes both equally large:
-   the products stay, the sum of |q_c| |k_c|, to which the error is proportional, is the least that such scaling can give.
-3. q and k are turned by a Hadamard matrix over D, which spreads what is left of outlying channels over all of them.
-4. v loses its mean, which the output gets back, because the weights sum to 1. This also keeps the accumulators of the tensor
-   cores, which drop low bits as they grow, near zero.
-5. Of softmax(s) the part linear in s is known in closed form: (1 / L) sum_j (v_j - mean v) (k_j - mean k)^T q_i / sqrt(D), one
-   D x D matrix a head. What rounding k and v did to that matrix is put right (a control variate). What rounding q did is left:
-   where attention is sharp, the few keys that matter have another matrix than all, and a correction by that of all does harm.
+1. k loses its mean over tokens: every score of a query changes by the same q_i . mean(k), which the softmax
+   does not see and the log-sum-exp gets back.
+2. channel c of q is multiplied and that of k divided by a_c = (var(k_c) / mean(q_c^2))^(1/4), which makes
+   both equally large: the products stay, the sum of |q_c| |k_c|, to which the error is proportional, is the
+   least that such scaling can give.
+3. q and k are turned by a Hadamard matrix over D, which spreads what is left of outlying channels over all of
+  them.
+4. v loses its mean, which the output gets back, because the weights sum to 1. This also keeps the
+   accumulators of the tensor cores, which drop low bits as they grow, near zero.
+5. Of softmax(s) the part linear in s is known in closed form: (1 / L) sum_j (v_j - mean v) (k_j - mean k)^T
+   q_i / sqrt(D), one D x D matrix a head. What rounding k and v did to that matrix is put right (a control
+   variate). What rounding q did is left: where attention is sharp, the few keys that matter have another
+   matrix than all, and a correction by that of all does harm.
 
-Relative error, plain float8 and so: Gaussian q, k, v 5.3 and 4.5 %; k with a mean eight times as large as what varies 22 and
-4.5 %; q, k, v of wan-tiny's trained layers 4.3 and 2.5 %. The sharper the attention, the less step 5 gives; scores of standard
-deviation 2 between independent q and k stay at 7.8 %. Rotation after QuaRot (arXiv:2404.00456), mean of k after SageAttention
-(arXiv:2410.02367).
+Relative error, plain float8 and so: Gaussian q, k, v 5.3 and 4.5 %; k with a mean eight times as large as
+what varies 22 and 4.5 %; q, k, v of wan-tiny's trained layers 4.3 and 2.5 %. The sharper the attention, the
+less step 5 gives; scores of standard deviation 2 between independent q and k stay at 7.8 %. Rotation after
+QuaRot (arXiv:2404.00456), mean of k after SageAttention (arXiv:2410.02367).
 
 On a CPU the same steps run in plain torch, and the attention between them is emulated.
 """
@@ -41,7 +45,9 @@ from chitu_diffusion.ops.custom_op import operator
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
 RMS = 2.0
-"""The root mean square before rounding; float8 goes up to 224 times that, and down to 1/128 of it at full precision."""
+"""The root mean square before rounding; float8 goes up to 224 times that, and down to 1/128 of it at full
+precision.
+"""
 _SAMPLE = 8
 """Every so many queries are looked at for a_c, which any positive number could be."""
 _P_SCALE = 256.0
@@ -52,7 +58,8 @@ TINY = 1e-12
 
 
 class Means(NamedTuple):
-    """Means over tokens, float32, in P parts whose sum they are: P programs of a GPU have one each, plain torch has P = 1.
+    """Means over tokens, float32, in P parts whose sum they are: P programs of a GPU have one each, plain
+    torch has P = 1.
 
     rows: of q^2 (a sample), k, k^2, v, v^2: [B, H, P, 5, D].
     product: of k v^T, [B, H, P, D of k, D of v].
@@ -63,10 +70,12 @@ class Means(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """What rounding takes out and puts in, contiguous: float32 [B, H, D], descale [B, H], and in bfloat16 k_turn [B, H, D, D].
+    """What rounding takes out and puts in, contiguous: float32 [B, H, D], descale [B, H], and in bfloat16
+    k_turn [B, H, D, D].
 
-    q8 = (q * q_factor) turned, k8 = k @ k_turn - k_shift, which is (k - k_mean) divided by a_c, turned and made as large as q8,
-    and v8 = (v - v_mean) * v_factor. What the softmax sees of q (k - k_mean)^T is q8 k8^T * descale^2.
+    q8 = (q * q_factor) turned, k8 = k @ k_turn - k_shift, which is (k - k_mean) divided by a_c, turned and
+    made as large as q8, and v8 = (v - v_mean) * v_factor. What the softmax sees of q (k - k_mean)^T is q8
+    k8^T * descale^2.
     """
 
     k_mean: Tensor
@@ -79,9 +88,11 @@ class Scales(NamedTuple):
 
 
 class Rounded(NamedTuple):
-    """k and v in float8 [B, L, H, D], and of these the means, in parts as above: v_mean [B, H, P, D], product of k8 v8^T.
+    """k and v in float8 [B, L, H, D], and of these the means, in parts as above: v_mean [B, H, P, D], product
+    of k8 v8^T.
 
-    Both means would be taken out of the product, but each is an error of rounding, and what they make together is nothing.
+    Both means would be taken out of the product, but each is an error of rounding, and what they make
+    together is nothing.
     """
 
     k: Tensor
@@ -91,7 +102,9 @@ class Rounded(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The work around the attention, in order; plain torch here, one Triton kernel for each in `fp8_triton`."""
+    """The work around the attention, in order; plain torch here, one Triton kernel for each in
+    `fp8_triton`.
+    """
 
     measure: Callable[[Tensor, Tensor, Tensor], Means]
     scale: Callable[[Means], Scales]
@@ -125,7 +138,8 @@ def scale(means: Means) -> Scales:
     k_rms, v_rms = ((y - x * x).clamp_min(TINY).sqrt() for x, y in ((k_mean, k_square), (v_mean, v_square)))
     balance = (k_rms / q_rms).sqrt()
     descale = (q_rms * k_rms).mean(-1).sqrt() / RMS  # of q's and k's channels after balancing
-    # in 16 bits, which take k as it is; q_factor makes up for what that rounds. The matrix's first column is 1 / sqrt(D)
+    # in 16 bits, which take k as it is; q_factor makes up for what that rounds. The matrix's first column is
+    # 1 / sqrt(D)
     k_turn = (hadamard_on(balance.device, channels) / (balance * descale[..., None])[..., None]).bfloat16()
     q_factor = 1 / (k_turn[..., 0].float() * descale[..., None] ** 2 * math.sqrt(channels))
     k_shift = (k_mean[..., None, :] @ k_turn.float())[..., 0, :]
@@ -150,19 +164,28 @@ def quantise_kv(k: Tensor, v: Tensor, scales: Scales) -> Rounded:
 
 
 def correct(means: Means, scales: Scales, given: Rounded) -> tuple[Tensor, Tensor]:
-    """bias [B, H, D of v] and matrix [B, H, D of q, D of v] such that bias + q matrix makes up for what rounding k and v did."""
+    """bias [B, H, D of v] and matrix [B, H, D of q, D of v] such that bias + q matrix makes up for what
+    rounding k and v did.
+    """
     channels = scales.k_mean.shape[-1]
     exact = means.product.sum(2) - scales.k_mean[..., :, None] * scales.v_mean[..., None, :]  # cov(k, v)
     # the same from k8 and v8, turned back: k_turn is q_factor's inverse, turned, over descale^2
     found = hadamard_on(exact.device, channels) @ given.product.sum(2)
-    found = (scales.q_factor * scales.descale[..., None] ** 2)[..., :, None] * found / scales.v_factor[..., None, :]
+    found = (
+        (scales.q_factor * scales.descale[..., None] ** 2)[..., :, None]
+        * found
+        / scales.v_factor[..., None, :]
+    )
     return scales.v_mean - given.v_mean.sum(2) / scales.v_factor, (exact - found) / math.sqrt(channels)
 
 
-def finish(out: Tensor, lse: Tensor | None, q: Tensor, scales: Scales, bias: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+def finish(
+    out: Tensor, lse: Tensor | None, q: Tensor, scales: Scales, bias: Tensor, matrix: Tensor
+) -> tuple[Tensor, Tensor]:
     """out / v_factor + bias + q @ matrix in q's dtype, and lse + q . k_mean / sqrt(D).
 
-    out, q are [B, S, H, D], lse is [B, H, S], or None, which comes back as an empty tensor; bias and matrix as of `correct`.
+    out, q are [B, S, H, D], lse is [B, H, S], or None, which comes back as an empty tensor; bias and matrix
+    as of `correct`.
     """
     linear = torch.einsum("bshd,bhde->bshe", q.float(), matrix)
     whole = (out.float() / scales.v_factor[:, None] + bias[:, None] + linear).to(q.dtype).contiguous()
@@ -188,10 +211,11 @@ def hadamard_on(device: torch.device, size: int) -> Tensor:
 
 
 def emulated(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor, k_descale: Tensor) -> tuple[Tensor, Tensor]:
-    """What FlashAttention-3 makes of float8 q, k, v: weights rounded to float8 as well, sums and products in float32.
+    """What FlashAttention-3 makes of float8 q, k, v: weights rounded to float8 as well, sums and products in
+    float32.
 
-    It takes the largest score of a row where the kernel takes the largest so far, which float8's steps do not tell apart
-    short of underflow, and knows nothing of the bits that tensor cores drop.
+    It takes the largest score of a row where the kernel takes the largest so far, which float8's steps do not
+    tell apart short of underflow, and knows nothing of the bits that tensor cores drop.
 
     Args:
         q, k, v: [B, S, H, D], [B, L, H, D], [B, L, H, D], float8.
@@ -217,7 +241,9 @@ PLAIN = Steps(measure, scale, quantise_q, quantise_kv, correct, finish)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor, k_descale: Tensor) -> tuple[Tensor, Tensor]:
-    """FlashAttention-3 on float8 q, k, v [B, S, H, D]; descales [B, H]. Emulated off a GPU. Returns out and lse [B, H, S]."""
+    """FlashAttention-3 on float8 q, k, v [B, S, H, D]; descales [B, H]. Emulated off a GPU. Returns out and
+    lse [B, H, S].
+    """
     if q.device.type != "cuda":
         return emulated(q, k, v, q_descale, k_descale)
     from fa3_fwd_interface import flash_attn_func
@@ -236,7 +262,9 @@ def steps_on(device: torch.device) -> Steps:
 
 
 def attend_in_fp8(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, steps: Steps) -> tuple[Tensor, Tensor]:
-    """Attention as the head of this file tells; out [B, S, H, D] in q's dtype and lse [B, H, S] float32, or empty."""
+    """Attention as the head of this file tells; out [B, S, H, D] in q's dtype and lse [B, H, S] float32, or
+    empty.
+    """
     means = steps.measure(q, k, v)
     scales = steps.scale(means)
     q8, given = steps.quantise_q(q, scales), steps.quantise_kv(k, v, scales)
@@ -247,7 +275,9 @@ def attend_in_fp8(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, steps: Steps)
 
 @operator("chitu::fa3_fp8")
 def fa3_fp8_op(q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """q [B, S, H, D], k, v [B, L, H, D] -> out [B, S, H, D], lse [B, H, S] float32, empty if it is not asked for."""
+    """q [B, S, H, D], k, v [B, L, H, D] -> out [B, S, H, D], lse [B, H, S] float32, empty if it is not asked
+    for.
+    """
     return attend_in_fp8(q, k, v, with_lse, steps_on(q.device))
 
 
@@ -272,5 +302,12 @@ fa3_fp8 = AttentionKernel(
     exact=False,
     run=_fa3_fp8,
     run_with_lse=_fa3_fp8_with_lse,
-    needs=Needs(("cuda",), (torch.bfloat16,), head_dim_step=64, head_dim_most=128, compute=((9, 0), (9, 9)), package=FA3),
+    needs=Needs(
+        ("cuda",),
+        (torch.bfloat16,),
+        head_dim_step=64,
+        head_dim_most=128,
+        compute=((9, 0), (9, 9)),
+        package=FA3,
+    ),
 )

@@ -1,10 +1,12 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The work around float8 attention in Triton, each kernel one pass over its tensors; `fp8` has the plain twins.
+"""The work around float8 attention in Triton, each kernel one pass over its tensors; `fp8` has the plain
+twins.
 
-All take tensors [B, S, H, D] of any strides whose last is 1, D a power of two from 16 to 128, and work in float32; products
-of tiles take bfloat16, and float16 where both sides are float8, which is exact in it. What is summed over tokens comes in parts,
-one from each program, which the next kernel adds up in their order: no atomics, so that a result can be had again.
-Needs the package triton, which torch's CUDA builds bring. Triton's kernels take pointers, for which Python has no types.
+All take tensors [B, S, H, D] of any strides whose last is 1, D a power of two from 16 to 128, and work in
+float32; products of tiles take bfloat16, and float16 where both sides are float8, which is exact in it. What
+is summed over tokens comes in parts, one from each program, which the next kernel adds up in their order: no
+atomics, so that a result can be had again. Needs the package triton, which torch's CUDA builds bring.
+Triton's kernels take pointers, for which Python has no types.
 """
 
 from __future__ import annotations
@@ -16,7 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chitu_diffusion.attention.fp8 import FLOAT8, LARGEST, RMS, TINY, Means, Rounded, Scales, Steps, hadamard, sample
+from chitu_diffusion.attention.fp8 import (
+    FLOAT8,
+    LARGEST,
+    RMS,
+    TINY,
+    Means,
+    Rounded,
+    Scales,
+    Steps,
+    hadamard,
+    sample,
+)
 
 _LARGE_TILE, _TILE, _SMALL_TILE = 128, 64, 32
 _SLAB = 16
@@ -27,10 +40,14 @@ _PROGRAMS = 264
 
 @triton.jit
 def _tile(x, first, tokens, stride, channel, TILE: tl.constexpr):
-    """TILE rows of one head from `first` on, zero beyond its tokens. 64 bits go as far as the first row, 32 from there."""
+    """TILE rows of one head from `first` on, zero beyond its tokens. 64 bits go as far as the first row, 32
+    from there.
+    """
     row = tl.arange(0, TILE)
     place = x + first.to(tl.int64) * stride
-    return tl.load(place + (row[:, None] * stride + channel[None, :]), mask=(first + row < tokens)[:, None], other=0.0)
+    return tl.load(
+        place + (row[:, None] * stride + channel[None, :]), mask=(first + row < tokens)[:, None], other=0.0
+    )
 
 
 @triton.jit
@@ -45,14 +62,17 @@ def _store_tile(out, first, tokens, stride, channel, tile):
 def _folded(x, FOLD: tl.constexpr):
     """Sum of the rows of x [TILE, D] that are equal modulo FOLD, [FOLD, D].
 
-    Rows FOLD apart lie in the same thread, which adds them up without a word to the others; those are heard after the loop.
+    Rows FOLD apart lie in the same thread, which adds them up without a word to the others; those are heard
+    after the loop.
     """
     return tl.sum(tl.reshape(x, (x.shape[0] // FOLD, FOLD, x.shape[1])), 0)
 
 
 @triton.jit
 def _rounded(x, DROPPED: tl.constexpr):
-    """x without DROPPED of its 23 bits behind the point, ties to even: where the interpreter would cut them off, or worse."""
+    """x without DROPPED of its 23 bits behind the point, ties to even: where the interpreter would cut them
+    off, or worse.
+    """
     bits = x.to(tl.int32, bitcast=True)
     bits += (1 << (DROPPED - 1)) - 1 + ((bits >> DROPPED) & 1)
     return (bits >> DROPPED << DROPPED).to(tl.float32, bitcast=True)
@@ -62,8 +82,9 @@ def _rounded(x, DROPPED: tl.constexpr):
 def _float8(x, LARGEST: tl.constexpr, INTERPRETED: tl.constexpr):
     """x in float8. A GPU's instruction takes its largest number for what is above it.
 
-    Triton's interpreter loses the carry when it rounds (7.95 becomes 4), and gets numbers that need no rounding: three bits
-    behind the point, and below 2^-6 multiples of 2^-9, which are what is left next to 24576.
+    Triton's interpreter loses the carry when it rounds (7.95 becomes 4), and gets numbers that need no
+    rounding: three bits behind the point, and below 2^-6 multiples of 2^-9, which are what is left next to
+    24576.
     """
     if INTERPRETED:
         x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
@@ -78,7 +99,9 @@ def _measure_kernel(
     Q_SHARE: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, Q_TILE: tl.constexpr, TILE: tl.constexpr,
     FOLD: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """This program's part of the means of q^2, k, k^2, v, v^2, [B * H, parts, 5, D], and of k v^T, [B * H, parts, D, D]."""
+    """This program's part of the means of q^2, k, k^2, v, v^2, [B * H, parts, 5, D], and of k v^T, [B * H,
+    parts, D, D].
+    """
     head, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     channel = tl.max_contiguous(tl.arange(0, D), 8)  # of one thread, which is what FOLD counts on
@@ -86,7 +109,9 @@ def _measure_kernel(
     to = rows + place * (5 * D) + channel
     q_two = tl.zeros((FOLD, D), tl.float32)
     for start in range(0, Q_SHARE, Q_TILE):
-        q_tile = _tile(q + b * q_b + h * q_h, part * Q_SHARE + start, q_tokens, q_s, channel, Q_TILE).to(tl.float32)
+        q_tile = _tile(q + b * q_b + h * q_h, part * Q_SHARE + start, q_tokens, q_s, channel, Q_TILE).to(
+            tl.float32
+        )
         q_two += _folded(q_tile * q_tile, FOLD)
     tl.store(to, tl.sum(q_two, 0) / q_tokens)
     k_one = tl.zeros((FOLD, D), tl.float32)
@@ -112,11 +137,16 @@ def _measure_kernel(
 
 @triton.jit
 def _sum_of_rows(parts, place, PARTS: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr):
-    """Over PARTS rows [D] that lie STRIDE apart; all of them are asked for at once, not one after the other."""
+    """Over PARTS rows [D] that lie STRIDE apart; all of them are asked for at once, not one after the
+    other.
+    """
     total = tl.zeros((D,), tl.float32)
     for first in range(0, PARTS, 32):
         part = first + tl.arange(0, 32)
-        total += tl.sum(tl.load(parts + part[:, None] * STRIDE + place[None, :], mask=(part < PARTS)[:, None], other=0.0), 0)
+        total += tl.sum(
+            tl.load(parts + part[:, None] * STRIDE + place[None, :], mask=(part < PARTS)[:, None], other=0.0),
+            0,
+        )
     return total
 
 
@@ -132,9 +162,12 @@ def _sum_of_slabs(parts, place, PARTS: tl.constexpr, D: tl.constexpr, SLAB: tl.c
 
 @triton.jit
 def _scale_kernel(
-    rows, signs, out, k_turn, descale, PARTS: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr, TINY: tl.constexpr
+    rows, signs, out, k_turn, descale, PARTS: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr,
+    TINY: tl.constexpr
 ):  # fmt: skip
-    """`fp8.scale` of one head: from rows [B * H, PARTS, 5, D] to out [5, B * H, D], k_turn [B * H, D, D], descale [B * H]."""
+    """`fp8.scale` of one head: from rows [B * H, PARTS, 5, D] to out [5, B * H, D], k_turn [B * H, D, D],
+    descale [B * H].
+    """
     head, heads = tl.program_id(0), tl.num_programs(0)
     channel = tl.arange(0, D)
     rows += head.to(tl.int64) * (PARTS * 5 * D)
@@ -167,7 +200,9 @@ def _quantise_q_kernel(
     SHARE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PRODUCT: tl.constexpr,
     LARGEST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """float8 of (q * factor) @ signs / sqrt(D) for this program's share of the tokens; out [B, S, H, D] contiguous."""
+    """float8 of (q * factor) @ signs / sqrt(D) for this program's share of the tokens; out [B, S, H, D]
+    contiguous.
+    """
     head, part = tl.program_id(1), tl.program_id(0)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     channel = tl.arange(0, D)
@@ -183,21 +218,27 @@ def _quantise_q_kernel(
 
 @triton.jit
 def _quantise_kv_kernel(
-    k, v, k_turn, k_shift, v_mean, v_factor, k8, v8, rows, product, tokens, heads, k_b, k_s, k_h, v_b, v_s, v_h,
-    SHARE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, FOLD: tl.constexpr, PRODUCT: tl.constexpr, EIGHT: tl.constexpr,
+    k, v, k_turn, k_shift, v_mean, v_factor, k8, v8, rows, product, tokens, heads, k_b, k_s, k_h, v_b, v_s,
+    v_h,
+    SHARE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, FOLD: tl.constexpr, PRODUCT: tl.constexpr,
+    EIGHT: tl.constexpr,
     LARGEST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """float8 of k @ k_turn - k_shift and of (v - mean) * factor, both [B, L, H, D] contiguous, and of these this program's part
-    of the means of v8, [B * H, parts, D], and of k8 v8^T, [B * H, parts, D, D]. EIGHT multiplies float8, exactly.
+    """float8 of k @ k_turn - k_shift and of (v - mean) * factor, both [B, L, H, D] contiguous, and of these
+    this program's part of the means of v8, [B * H, parts, D], and of k8 v8^T, [B * H, parts, D, D]. EIGHT
+    multiplies float8, exactly.
 
-    Registers decide here: the product takes 64 of a thread's 128. So k goes to the tensor cores as it is read, and is kept as
-    k^T, which fills both groups of four warps with half a tile and, rounded, is the product's left side where it stands.
+    Registers decide here: the product takes 64 of a thread's 128. So k goes to the tensor cores as it is
+    read, and is kept as k^T, which fills both groups of four warps with half a tile and, rounded, is the
+    product's left side where it stands.
     """
     head, part, parts = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     channel = tl.max_contiguous(tl.arange(0, D), 8)  # of one thread, which is what FOLD counts on
     at = head * D + channel
-    turn = tl.trans(tl.load(k_turn + head.to(tl.int64) * (D * D) + channel[:, None] * D + channel[None, :]).to(PRODUCT))
+    turn = tl.trans(
+        tl.load(k_turn + head.to(tl.int64) * (D * D) + channel[:, None] * D + channel[None, :]).to(PRODUCT)
+    )
     shift = -tl.load(k_shift + at)[:, None]
     out = (b * tokens * heads + h) * D
     v_one = tl.zeros((FOLD, D), tl.float32)
@@ -209,7 +250,8 @@ def _quantise_kv_kernel(
         # both are read again for every tile: there are no registers for them to wait in
         v_tile = (v_tile - tl.load(v_mean + at)[None, :]) * tl.load(v_factor + at)[None, :]
         inside = first + tl.arange(0, TILE) < tokens
-        v_tile = _float8(tl.where(inside[:, None], v_tile, 0.0), LARGEST, INTERPRETED)  # nothing beyond, in the product too
+        # nothing beyond, in the product too
+        v_tile = _float8(tl.where(inside[:, None], v_tile, 0.0), LARGEST, INTERPRETED)
         _store_tile(v8 + out, first, tokens, heads * D, channel, v_tile)
         v_one += _folded(v_tile.to(tl.float32), FOLD)
         k_tile = _float8(tl.dot(turn, tl.trans(k_tile)) + shift, LARGEST, INTERPRETED)
@@ -223,9 +265,12 @@ def _quantise_kv_kernel(
 @triton.jit
 def _correct_kernel(
     exact, given, rows, k_mean, v_mean, q_factor, v_factor, descale, signs, bias, matrix,
-    PARTS: tl.constexpr, GIVEN_PARTS: tl.constexpr, D: tl.constexpr, SLAB: tl.constexpr, PRODUCT: tl.constexpr,
+    PARTS: tl.constexpr, GIVEN_PARTS: tl.constexpr, D: tl.constexpr, SLAB: tl.constexpr,
+    PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """`fp8.correct` for SLAB of the channels of v of one head; exact, given [B * H, parts, D, D], rows [B * H, parts, D]."""
+    """`fp8.correct` for SLAB of the channels of v of one head; exact, given [B * H, parts, D, D], rows [B *
+    H, parts, D].
+    """
     head = tl.program_id(1).to(tl.int64)
     of_v = tl.program_id(0) * SLAB + tl.arange(0, SLAB)
     of_k = tl.arange(0, D)
@@ -234,7 +279,8 @@ def _correct_kernel(
     scale = 1.0 / tl.load(v_factor + head * D + of_v)
     size = tl.load(descale + head)
     found = _sum_of_slabs(given + head * (GIVEN_PARTS * D * D), place, GIVEN_PARTS, D, SLAB)
-    # turned back in three products, since 16 bits of a number are too few where two nearly equal ones are subtracted
+    # turned back in three products, since 16 bits of a number are too few where two nearly equal ones are
+    # subtracted
     turn = tl.load(signs + of_k[:, None] * D + of_k[None, :]).to(PRODUCT)
     high = found.to(PRODUCT)
     rest = found - high.to(tl.float32)
@@ -254,20 +300,27 @@ def _finish_kernel(
     given, factor, bias, q, matrix, k_mean, lse, out, out_lse, tokens, heads, g_b, g_s, g_h, q_b, q_s, q_h,
     SHARE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PRODUCT: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """given / factor + bias + q @ matrix for this program's share of the tokens, out [B, S, H, D] contiguous; if LSE is set, also
-    lse + q . k_mean / sqrt(D), both [B, H, S] contiguous.
+    """given / factor + bias + q @ matrix for this program's share of the tokens, out [B, S, H, D] contiguous;
+    if LSE is set, also lse + q . k_mean / sqrt(D), both [B, H, S] contiguous.
     """
     head, part = tl.program_id(1), tl.program_id(0)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     channel = tl.arange(0, D)
     turn = tl.load(matrix + head.to(tl.int64) * D * D + channel[:, None] * D + channel[None, :]).to(PRODUCT)
-    times, plus = 1.0 / tl.load(factor + head * D + channel)[None, :], tl.load(bias + head * D + channel)[None, :]
+    times, plus = (
+        1.0 / tl.load(factor + head * D + channel)[None, :],
+        tl.load(bias + head * D + channel)[None, :],
+    )
     for start in range(0, SHARE, TILE):
         row = part * SHARE + start + tl.arange(0, TILE).to(tl.int64)
         mask = (row < tokens)[:, None]
-        q_tile = tl.load(q + b * q_b + row[:, None] * q_s + h * q_h + channel[None, :], mask=mask, other=0.0).to(PRODUCT)
+        q_tile = tl.load(
+            q + b * q_b + row[:, None] * q_s + h * q_h + channel[None, :], mask=mask, other=0.0
+        ).to(PRODUCT)
         tile = tl.dot(q_tile, turn)
-        out8 = tl.load(given + b * g_b + row[:, None] * g_s + h * g_h + channel[None, :], mask=mask, other=0.0)
+        out8 = tl.load(
+            given + b * g_b + row[:, None] * g_s + h * g_h + channel[None, :], mask=mask, other=0.0
+        )
         tile += out8.to(tl.float32) * times + plus
         place = ((b * tokens + row[:, None]) * heads + h) * D + channel[None, :]
         tl.store(out + place, tile.to(out.dtype.element_ty), mask=mask)
@@ -314,7 +367,8 @@ def measure(q: Tensor, k: Tensor, v: Tensor) -> Means:
     product = torch.empty(batch, heads, parts, channels, channels, dtype=torch.float32, device=k.device)
     _measure_kernel[(batch * heads, parts)](
         q, k, v, rows, product, q.shape[1], tokens, heads, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        Q_SHARE=q_share, SHARE=share, D=channels, Q_TILE=_LARGE_TILE, TILE=_SMALL_TILE, FOLD=_fold(8, _SMALL_TILE, channels),
+        Q_SHARE=q_share, SHARE=share, D=channels, Q_TILE=_LARGE_TILE, TILE=_SMALL_TILE, FOLD=_fold(8,
+        _SMALL_TILE, channels),
         PRODUCT=_product(k), num_warps=8, num_stages=4, maxnreg=128,
     )  # fmt: skip
     return Means(rows, product)
@@ -328,7 +382,16 @@ def scale(means: Means) -> Scales:
     turn = torch.empty(batch, heads, channels, channels, dtype=torch.bfloat16, device=device)
     descale = torch.empty(batch, heads, dtype=torch.float32, device=device)
     _scale_kernel[(batch * heads,)](
-        means.rows, _signs(device, channels), out, turn, descale, PARTS=parts, D=channels, RMS=RMS, TINY=TINY, num_warps=8
+        means.rows,
+        _signs(device, channels),
+        out,
+        turn,
+        descale,
+        PARTS=parts,
+        D=channels,
+        RMS=RMS,
+        TINY=TINY,
+        num_warps=8,
     )
     k_mean, v_mean, q_factor, k_shift, v_factor = out.unbind()
     return Scales(k_mean, v_mean, q_factor, turn, k_shift, v_factor, descale)
@@ -342,7 +405,8 @@ def quantise_q(q: Tensor, scales: Scales) -> Tensor:
     # few programs read the signs once for many tiles and the next tile ahead
     parts, share = _shares(q, _TILE)
     _quantise_q_kernel[(parts, batch * heads)](
-        q, scales.q_factor, _signs(q.device, channels), out, tokens, heads, *q.stride()[:3], SHARE=share, D=channels, TILE=_TILE,
+        q, scales.q_factor, _signs(q.device, channels), out, tokens, heads, *q.stride()[:3], SHARE=share,
+        D=channels, TILE=_TILE,
         PRODUCT=_product(q), LARGEST=LARGEST, INTERPRETED=not q.is_cuda, num_warps=4,
     )  # fmt: skip
     return out
@@ -357,9 +421,12 @@ def quantise_kv(k: Tensor, v: Tensor, scales: Scales) -> Rounded:
     rows = torch.empty(batch, heads, parts, channels, dtype=torch.float32, device=k.device)
     product = torch.empty(batch, heads, parts, channels, channels, dtype=torch.float32, device=k.device)
     _quantise_kv_kernel[(parts, batch * heads)](
-        k, v, scales.k_turn, scales.k_shift, scales.v_mean, scales.v_factor, k8, v8, rows, product, tokens, heads,
-        *k.stride()[:3], *v.stride()[:3], SHARE=share, D=channels, TILE=_SMALL_TILE, FOLD=_fold(8, _SMALL_TILE, channels),
-        PRODUCT=_product(k), EIGHT=tl.float16 if k.is_cuda else tl.float32, LARGEST=LARGEST, INTERPRETED=not k.is_cuda,
+        k, v, scales.k_turn, scales.k_shift, scales.v_mean, scales.v_factor, k8, v8, rows, product, tokens,
+        heads,
+        *k.stride()[:3], *v.stride()[:3], SHARE=share, D=channels, TILE=_SMALL_TILE, FOLD=_fold(8,
+        _SMALL_TILE, channels),
+        PRODUCT=_product(k), EIGHT=tl.float16 if k.is_cuda else tl.float32, LARGEST=LARGEST,
+        INTERPRETED=not k.is_cuda,
         num_warps=8, num_stages=3, maxnreg=128,
     )  # fmt: skip
     return Rounded(k8, v8, rows, product)
@@ -372,23 +439,31 @@ def correct(means: Means, scales: Scales, given: Rounded) -> tuple[Tensor, Tenso
     bias = torch.empty(batch, heads, channels, dtype=torch.float32, device=device)
     matrix = torch.empty(batch, heads, channels, channels, dtype=torch.bfloat16, device=device)
     _correct_kernel[(channels // _SLAB, batch * heads)](
-        means.product, given.product, given.v_mean, scales.k_mean, scales.v_mean, scales.q_factor, scales.v_factor,
-        scales.descale, _signs(device, channels), bias, matrix, PARTS=parts, GIVEN_PARTS=given.product.shape[2], D=channels,
+        means.product, given.product, given.v_mean, scales.k_mean, scales.v_mean, scales.q_factor,
+        scales.v_factor,
+        scales.descale, _signs(device, channels), bias, matrix, PARTS=parts,
+        GIVEN_PARTS=given.product.shape[2], D=channels,
         SLAB=_SLAB, PRODUCT=_product(bias), num_warps=8,
     )  # fmt: skip
     return bias, matrix
 
 
-def finish(out: Tensor, lse: Tensor | None, q: Tensor, scales: Scales, bias: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+def finish(
+    out: Tensor, lse: Tensor | None, q: Tensor, scales: Scales, bias: Tensor, matrix: Tensor
+) -> tuple[Tensor, Tensor]:
     """As `fp8.finish`; the matrix in bfloat16."""
     given, q = _even(out), _even(q)
     batch, tokens, heads, channels = q.shape
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    whole_lse = torch.empty((0,) if lse is None else (batch, heads, tokens), dtype=torch.float32, device=q.device)
+    whole_lse = torch.empty(
+        (0,) if lse is None else (batch, heads, tokens), dtype=torch.float32, device=q.device
+    )
     parts, share = _shares(q, _TILE)
     _finish_kernel[(parts, batch * heads)](
-        given, scales.v_factor, bias, q, matrix, scales.k_mean, bias if lse is None else lse.contiguous(), result, whole_lse,
-        tokens, heads, *given.stride()[:3], *q.stride()[:3], SHARE=share, D=channels, TILE=_TILE, PRODUCT=_product(q),
+        given, scales.v_factor, bias, q, matrix, scales.k_mean, bias if lse is None else lse.contiguous(),
+        result, whole_lse,
+        tokens, heads, *given.stride()[:3], *q.stride()[:3], SHARE=share, D=channels, TILE=_TILE,
+        PRODUCT=_product(q),
         LSE=lse is not None, num_warps=8, maxnreg=128,
     )  # fmt: skip
     return result, whole_lse

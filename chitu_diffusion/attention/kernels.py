@@ -1,8 +1,8 @@
 """Attention kernels: each a small value that says what it promises.
 
-A kernel takes q [B, S, H, D] and k, v [B, L, H, D] and returns [B, S, H, D] in q's dtype: softmax(q k^T / sqrt(D)) v,
-with no mask. This file knows tensors only; which kernel a run uses is chosen in `chitu_diffusion.attention`, and how a
-sequence is spread over ranks is composed around a kernel elsewhere.
+A kernel takes q [B, S, H, D] and k, v [B, L, H, D] and returns [B, S, H, D] in q's dtype: softmax(q k^T /
+sqrt(D)) v, with no mask. This file knows tensors only; which kernel a run uses is chosen in
+`chitu_diffusion.attention`, and how a sequence is spread over ranks is composed around a kernel elsewhere.
 """
 
 import math as arithmetic
@@ -18,7 +18,8 @@ from chitu_diffusion.attention.requirements import Needs
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttentionWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-# Rows of the score matrix that the reference kernel holds at a time: 1024 x 32,760 keys in float32 is 128 MiB a head.
+# Rows of the score matrix that the reference kernel holds at a time: 1024 x 32,760 keys in float32 is 128 MiB
+# a head.
 _MATH_ROWS = 1024
 
 
@@ -30,10 +31,11 @@ class AttentionKernel:
         name: what settings call it.
         exact: True if it is attention up to rounding in its own dtype; False for 8-bit and sparse kernels.
         run: (q, k, v) -> out.
-        run_with_lse: (q, k, v) -> (out, lse [B, S, H] float32), or None. Ring attention merges partial results by the
-            log-sum-exp of the scaled scores and admits only kernels that have it.
+        run_with_lse: (q, k, v) -> (out, lse [B, S, H] float32), or None. Ring attention merges partial
+            results by the log-sum-exp of the scaled scores and admits only kernels that have it.
         needs: devices, dtypes, head sizes and packages.
-        contends: whether `auto` times it against others; the rest is what `auto` falls back on, in the registry's order.
+        contends: whether `auto` times it against others; the rest is what `auto` falls back on, in the
+            registry's order.
     """
 
     name: str
@@ -48,8 +50,12 @@ class AttentionKernel:
         """Whether the log-sum-exp can be had."""
         return self.run_with_lse is not None
 
-    def why_unavailable(self, device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None) -> str | None:
-        """Why it cannot be used there, and what to do about it; None if it can. A dtype or head size of None is not asked."""
+    def why_unavailable(
+        self, device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None
+    ) -> str | None:
+        """Why it cannot be used there, and what to do about it; None if it can. A dtype or head size of None
+        is not asked.
+        """
         lack = self.needs.lack(device, dtype, head_dim)
         return None if lack is None else str(lack)
 
@@ -65,23 +71,28 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa_weighted(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Attention whose scores get `bias` [B or 1, L] float32 added, by key: log n makes one key weigh as much as n equal ones.
+    """Attention whose scores get `bias` [B or 1, L] float32 added, by key: log n makes one key weigh as much
+    as n equal ones.
 
-    The bias must not be rounded to 16 bits: at log 500 that is 1.6 % of the key's weight. The CPU's kernel takes it in
-    float32. CUDA's want it in q's dtype; there each key stands twice, see `split_weight`.
+    The bias must not be rounded to 16 bits: at log 500 that is 1.6 % of the key's weight. The CPU's kernel
+    takes it in float32. CUDA's want it in q's dtype; there each key stands twice, see `split_weight`.
     """
     if bias.dtype != q.dtype and q.device.type != "cpu":
         bias = split_weight(bias, q.dtype)
         k, v = torch.cat([k, k], dim=1), torch.cat([v, v], dim=1)
     mask = bias[:, None, None, :]
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+    )
     return out.transpose(1, 2)
 
 
 def split_weight(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bias [B, L], >= 0 or -inf, for keys that stand twice, [B, 2 L] in a coarser dtype, of the same weight to 5e-4.
+    """A bias [B, L], >= 0 or -inf, for keys that stand twice, [B, 2 L] in a coarser dtype, of the same weight
+    to 5e-4.
 
-    First the bias rounded down, then the log of the weight that this lacks (-inf for none): 1.6 % of 1.6 % is left.
+    First the bias rounded down, then the log of the weight that this lacks (-inf for none): 1.6 % of 1.6 % is
+    left.
     """
     coarse = bias.to(dtype)
     coarse = torch.where(coarse.float() > bias, coarse * (1 - torch.finfo(dtype).eps), coarse)

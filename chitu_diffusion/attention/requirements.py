@@ -1,6 +1,7 @@
 """What a kernel needs of device, dtype, head size and packages, and what to do where something is lacking.
 
-Knows no kernel. A lack is told before anything is loaded, in the words of the person who asked for the kernel.
+Knows no kernel. A lack is told before anything is loaded, in the words of the person who asked for the
+kernel.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ class Needs:
     compute: tuple[tuple[int, int], tuple[int, int]] = (_LOWEST, _HIGHEST)
     package: Package | None = None
 
-    def lack(self, device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None) -> Lack | None:
+    def lack(
+        self, device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None
+    ) -> Lack | None:
         """The first thing that is missing, or None; what is not known yet (None) is taken to be right."""
         lack = self._device_lack(device)
         if lack is None and self.package is not None:
@@ -102,17 +105,28 @@ class Needs:
         return lack
 
     def _takes(self, head_dim: int) -> bool:
-        return head_dim % self.head_dim_step == 0 and (self.head_dim_most is None or head_dim <= self.head_dim_most)
+        return head_dim % self.head_dim_step == 0 and (
+            self.head_dim_most is None or head_dim <= self.head_dim_most
+        )
 
     def _device_lack(self, device: torch.device) -> Lack | None:
         if device.type not in self.devices:
             able = " or ".join("an NVIDIA GPU" if each == "cuda" else each for each in self.devices)
-            return Lack(f"it runs on {able}, not on {device.type}", "choose another kernel, or another infer.device")
+            return Lack(
+                f"it runs on {able}, not on {device.type}", "choose another kernel, or another infer.device"
+            )
         if device.type == "cuda" and self.compute != (_LOWEST, _HIGHEST):
             found, (least, most) = torch.cuda.get_device_capability(device), self.compute
             if not least <= found <= most:
-                span = f"{_dotted(least)} or later" if most == _HIGHEST else f"{_dotted(least)} to {_dotted(most)}"
-                return Lack(f"it wants CUDA compute capability {span}, this GPU has {_dotted(found)}", "choose another kernel")
+                span = (
+                    f"{_dotted(least)} or later"
+                    if most == _HIGHEST
+                    else f"{_dotted(least)} to {_dotted(most)}"
+                )
+                return Lack(
+                    f"it wants CUDA compute capability {span}, this GPU has {_dotted(found)}",
+                    "choose another kernel",
+                )
         return None
 
 
@@ -121,7 +135,9 @@ def _dotted(numbers: tuple[int, ...]) -> str:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "2.2.0+cu130" is (2, 2, 0); a version that nobody knows is taken for new."""
+    """The leading numbers of a version: "2.2.0+cu130" is (2, 2, 0); a version that nobody knows is taken for
+    new.
+    """
     if not text[:1].isdigit():
         return (10**6,)
     parts = text.split("+")[0].split(".")

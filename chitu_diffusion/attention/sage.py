@@ -1,7 +1,8 @@
 """SageAttention 2 (arXiv:2411.10958) where it is installed: int8 scores, float8 values. Lossy.
 
-It takes the mean over tokens from k, which the softmax does not see, and quantises q and k per thread block. Measured on an
-H100 at 32,760 tokens: relative error 3.9 % on Gaussian noise and the same where k has a large mean.
+It takes the mean over tokens from k, which the softmax does not see, and quantises q and k per thread block.
+Measured on an H100 at 32,760 tokens: relative error 3.9 % on Gaussian noise and the same where k has a large
+mean.
 """
 
 import torch
@@ -14,21 +15,28 @@ from chitu_diffusion.ops.custom_op import operator
 SAGE = Package(
     module="sageattention",
     distribution="sageattention",
-    install="build SageAttention 2 from its repository (github.com/thu-ml/SageAttention): pip install --no-build-isolation .",
+    install=(
+        "build SageAttention 2 from its repository (github.com/thu-ml/SageAttention): pip install "
+        "--no-build-isolation ."
+    ),
     at_least=(2,),
 )
 
 
 @operator("chitu::sage", device_types="cuda")
 def sage_op(q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """q [B, S, H, D], k, v [B, L, H, D] of 16 bits -> out [B, S, H, D], lse [B, H, S] float32, empty if it is not asked for."""
+    """q [B, S, H, D], k, v [B, L, H, D] of 16 bits -> out [B, S, H, D], lse [B, H, S] float32, empty if it is
+    not asked for.
+    """
     from sageattention import sageattn
 
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if with_lse:
         out, lse = sageattn(q, k, v, tensor_layout="NHD", is_causal=False, return_lse=True)
         return out.contiguous(), lse.float().contiguous()
-    return sageattn(q, k, v, tensor_layout="NHD", is_causal=False).contiguous(), q.new_empty((0,), dtype=torch.float32)
+    return sageattn(q, k, v, tensor_layout="NHD", is_causal=False).contiguous(), q.new_empty(
+        (0,), dtype=torch.float32
+    )
 
 
 @sage_op.register_fake
@@ -52,5 +60,7 @@ sage = AttentionKernel(
     exact=False,
     run=_sage,
     run_with_lse=_sage_with_lse,
-    needs=Needs(("cuda",), SIXTEEN_BITS, head_dim_step=8, head_dim_most=128, compute=((8, 0), (99, 9)), package=SAGE),
+    needs=Needs(
+        ("cuda",), SIXTEEN_BITS, head_dim_step=8, head_dim_most=128, compute=((8, 0), (99, 9)), package=SAGE
+    ),
 )

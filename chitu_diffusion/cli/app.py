@@ -56,11 +56,15 @@ def build(*, with_evaluation: bool) -> typer.Typer:
 
 
 def _evaluation(*, load: bool) -> typer.Typer:
-    """`chitu eval ...`: the app named `app` of the evaluation package's commands, if that package has them."""
+    """`chitu eval ...`: the app named `app` of the evaluation package's commands, if that package has
+    them.
+    """
     if load and find_spec("chitu_diffusion.evaluation") and find_spec(EVALUATION_COMMANDS):
         commands: typer.Typer = importlib.import_module(EVALUATION_COMMANDS).app
         return commands
-    empty = typer.Typer(no_args_is_help=True, help="Measure videos: adherence to the prompt, fidelity to a reference.")
+    empty = typer.Typer(
+        no_args_is_help=True, help="Measure videos: adherence to the prompt, fidelity to a reference."
+    )
     empty.callback()(_nothing)
     return empty
 
@@ -81,7 +85,8 @@ def _print_version(wanted: bool) -> None:
 def _common(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version_: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and stop.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and stop."),
     ] = False,
 ) -> None:
     """chitu_diffusion: from a sentence to a video, with Wan text-to-video models."""
@@ -122,7 +127,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # recorded: told in words here, and as a traceback with --debug
         if "--debug" in options:
             traceback.print_exc()
-        message = f"unexpected {type(error).__name__}: {error}. 'chitu --debug ...' shows where; please report it"
+        message = (
+            f"unexpected {type(error).__name__}: {error}. 'chitu --debug ...' shows where; please report it"
+        )
         return _tell(error, message, 1, as_json)
 
 

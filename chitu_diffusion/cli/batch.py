@@ -35,7 +35,9 @@ WHOLE_NUMBERS = ("height", "width", "num_frames", "fps", "num_inference_steps", 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the file: its number (from 1), the checked request, and the same with the model's values filled in."""
+    """One line of the file: its number (from 1), the checked request, and the same with the model's values
+    filled in.
+    """
 
     line: int
     params: DiffusionUserParams
@@ -49,7 +51,9 @@ class Row:
 
 @dataclass
 class Taken:
-    """What earlier rows write and are called: their lines by file, by every folder above a file, and by task id."""
+    """What earlier rows write and are called: their lines by file, by every folder above a file, and by task
+    id.
+    """
 
     files: dict[Path, int] = field(default_factory=dict)
     folders: dict[Path, int] = field(default_factory=dict)
@@ -62,9 +66,14 @@ class Taken:
             UsageError: an earlier row has its file, a folder above or below it, or its task id.
         """
         path, label = Path(row.path), row.params.task_id
-        other = next((self.files[place] for place in (path, *path.parents) if place in self.files), self.folders.get(path))
+        other = next(
+            (self.files[place] for place in (path, *path.parents) if place in self.files),
+            self.folders.get(path),
+        )
         if other is not None:
-            raise UsageError(f"save_path = {row.path!r}: line {other} has the same, or a folder above or below it")
+            raise UsageError(
+                f"save_path = {row.path!r}: line {other} has the same, or a folder above or below it"
+            )
         if label is not None and label in self.labels:
             raise UsageError(f"task_id = {label!r}: line {self.labels[label]} has the same")
         self.files[path] = row.line
@@ -74,8 +83,13 @@ class Taken:
 
 
 def batch(
-    file: Annotated[Path, typer.Argument(help="prompts.txt (one a line), .jsonl (one object a line) or .csv (with a header).")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the videos.")] = Path("outputs"),
+    file: Annotated[
+        Path,
+        typer.Argument(help="prompts.txt (one a line), .jsonl (one object a line) or .csv (with a header)."),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the videos.")
+    ] = Path("outputs"),
     model: options.Model = None,
     negative_prompt: options.NegativePrompt = None,
     size: options.Size = None,
@@ -100,12 +114,19 @@ def batch(
 ) -> int:
     """Make a video for each row of a file; rows that are done already are skipped.
 
-    A row may hold prompt, negative_prompt, height, width, num_frames, fps, num_inference_steps, guidance_scale,
-    seed, save_path, flexcache, role and priority. The flags fill in what a row leaves out.
+    A row may hold prompt, negative_prompt, height, width, num_frames, fps, num_inference_steps,
+    guidance_scale, seed, save_path, flexcache, role and priority. The flags fill in what a row leaves out.
     """
     engine_config, _ = options.settings(
-        config=config, set_=set_, model=model, low_mem_level=low_mem_level, dtype=dtype, device=device, quality=quality,
-        quant=quant, parallel=parallel,
+        config=config,
+        set_=set_,
+        model=model,
+        low_mem_level=low_mem_level,
+        dtype=dtype,
+        device=device,
+        quality=quality,
+        quant=quant,
+        parallel=parallel,
     )
     width, height = options.parse_size(size)
     defaults = {
@@ -138,7 +159,9 @@ def batch(
     from chitu_diffusion.cli.run import run_requests
 
     tasks = run_requests(engine_config, [_with_seed(row) for row in todo], make_reporter(as_json=json_))
-    return _summary(rows, left, {row.line: task for row, task in zip(todo, tasks, strict=True)}, as_json=json_)
+    return _summary(
+        rows, left, {row.line: task for row, task in zip(todo, tasks, strict=True)}, as_json=json_
+    )
 
 
 def _with_seed(row: Row) -> DiffusionUserParams:
@@ -153,7 +176,12 @@ def _summary(rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask]
     for row in rows:
         task = tasks.get(row.line)
         if task is None:
-            status, spent, seed, result = ("to make" if row.line in left else "done before"), "", row.params.seed, row.path
+            status, spent, seed, result = (
+                ("to make" if row.line in left else "done before"),
+                "",
+                row.params.seed,
+                row.path,
+            )
         else:
             good = task.status == "finished"
             failed += not good
@@ -169,7 +197,9 @@ def _summary(rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask]
 
 
 def is_done(row: Row, model: str, config: EngineConfig) -> bool:
-    """Whether the row's file is there, was made by the same model, and its recipe says what the row and the settings say."""
+    """Whether the row's file is there, was made by the same model, and its recipe says what the row and the
+    settings say.
+    """
     from chitu_diffusion.media.video import read_recipe
     from chitu_diffusion.pipelines.recipe import quant_of
 
@@ -184,7 +214,11 @@ def is_done(row: Row, model: str, config: EngineConfig) -> bool:
         return False
     # settings that make another video; "auto" attention is exact, and which exact kernel it was is no matter
     sampler, kernel = recipe.get("sampler"), config.infer.attn_type
-    if recipe.get("quant") != quant_of(config) or not isinstance(sampler, dict) or sampler.get("name") != config.infer.sampler:
+    if (
+        recipe.get("quant") != quant_of(config)
+        or not isinstance(sampler, dict)
+        or sampler.get("name") != config.infer.sampler
+    ):
         return False
     if kernel != "auto" and recipe.get("attention") != kernel:
         return False
@@ -207,7 +241,11 @@ def read_rows(file: Path, folder: Path, defaults: Mapping[str, Any], resolved: R
     """
     from chitu_diffusion.media.video import check_save_path
 
-    readers: Mapping[str, Callable[[str], Iterator[tuple[int, Any]]]] = {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}
+    readers: Mapping[str, Callable[[str], Iterator[tuple[int, Any]]]] = {
+        ".txt": _txt,
+        ".jsonl": _jsonl,
+        ".csv": _csv,
+    }
     reader = readers.get(file.suffix.lower())
     if reader is None:
         raise UsageError(f"'{file}': .txt, .jsonl or .csv would do", field="file")
@@ -228,7 +266,10 @@ def read_rows(file: Path, folder: Path, defaults: Mapping[str, Any], resolved: R
         except UsageError as error:
             problems.append(f"line {line}: {printable(str(error))}")
     if problems:
-        raise UsageError(f"{len(problems)} bad rows in '{file}', nothing was made:\n  " + "\n  ".join(problems), field="file")
+        raise UsageError(
+            f"{len(problems)} bad rows in '{file}', nothing was made:\n  " + "\n  ".join(problems),
+            field="file",
+        )
     if not rows:
         raise UsageError(f"'{file}' has no rows", field="file")
     return rows
@@ -243,7 +284,9 @@ def _request(number: int, values: Any, folder: Path, defaults: Mapping[str, Any]
     name = given.pop("save_path", f"{number:04d}.mp4")
     plain = isinstance(name, str) and name and "\\" not in name and not PurePosixPath(name).is_absolute()
     if not plain or ".." in PurePosixPath(name).parts:
-        raise UsageError(f"save_path = {name!r}: a plain name inside the output folder would do", field="save_path")
+        raise UsageError(
+            f"save_path = {name!r}: a plain name inside the output folder would do", field="save_path"
+        )
     path = f"{folder / name}/" if name.endswith("/") else str(folder / name)
     return DiffusionUserParams.from_mapping({**defaults, **given, "save_path": path})
 
@@ -263,7 +306,12 @@ def _jsonl(text: str) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError) as error:
             yield line, UsageError(f"not JSON: {error}")
             continue
-        yield line, values if isinstance(values, dict) else UsageError('an object such as {"prompt": "..."} would do')
+        yield (
+            line,
+            values
+            if isinstance(values, dict)
+            else UsageError('an object such as {"prompt": "..."} would do'),
+        )
 
 
 def _csv(text: str) -> Iterator[tuple[int, Any]]:

@@ -31,7 +31,9 @@ PROMPTS = (
 
 def calibrate(
     model: options.Model = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="One prompt a line, twelve or so.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="One prompt a line, twelve or so.")
+    ] = None,
     seeds: Annotated[str, typer.Option("--seeds", metavar="A..B", help="Of the runs that are fitted.")] = "0",
     steps: options.Steps = None,
     size: options.Size = None,
@@ -39,14 +41,19 @@ def calibrate(
     guidance_scale: options.GuidanceScale = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, max=64, help="Processes that share the device.")] = 1,
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Not beside the model, but here.")] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, max=64, help="Processes that share the device.")
+    ] = 1,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Not beside the model, but here.")
+    ] = None,
     set_: options.Set = None,
     json_: options.Json = False,
 ) -> None:
     """Measure how a model's steps resemble each other, find the plans that skip them best, and check these.
 
-    The last quarter of the prompts, with another seed, is for the check. The result is flexcache.json beside the weights.
+    The last quarter of the prompts, with another seed, is for the check. The result is flexcache.json beside
+    the weights.
     """
     config, _ = options.settings(config=None, set_=set_, model=model, dtype=dtype, device=device)
     _, folder = find_model(config)
@@ -67,7 +74,9 @@ def calibrate(
 
     sentences = list(PROMPTS) if prompts is None else read_prompts(prompts)
     if len(sentences) < 2:
-        raise UsageError(f"--prompts {prompts}: one prompt; at least two would do, one to check on", field="prompts")
+        raise UsageError(
+            f"--prompts {prompts}: one prompt; at least two would do, one to check on", field="prompts"
+        )
     kept = max(1, len(sentences) // 4)
     fitted_on = [Job(prompt, seed) for seed in numbers for prompt in sentences[:-kept]]
     checked_on = [Job(prompt, max(numbers) + 1) for prompt in sentences[-kept:]]
@@ -85,7 +94,8 @@ def calibrate(
     for row in found.table:
         psnr, ssim = row.psnr, row.ssim
         say(
-            f"| {1 - 1 / row.speedup:.1%} | {row.speedup:.2f} | {psnr[0]:.1f} ({psnr[1]:.1f} to {psnr[2]:.1f}) "
+            f"| {1 - 1 / row.speedup:.1%} | {row.speedup:.2f} | {psnr[0]:.1f} ({psnr[1]:.1f} to "
+            f"{psnr[2]:.1f}) "
             f"| {ssim[0]:.4f} ({ssim[1]:.4f} to {ssim[2]:.4f}) |"
         )
     print(path)

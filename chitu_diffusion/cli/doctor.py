@@ -62,13 +62,19 @@ def doctor(config: options.ConfigFile = None, model: options.Model = None, json_
         try:
             findings += check()
         except Exception as error:  # recorded as a finding
-            findings.append(Finding(name, "lack", f"the check broke: {type(error).__name__}: {error}", "please report it"))
+            findings.append(
+                Finding(name, "lack", f"the check broke: {type(error).__name__}: {error}", "please report it")
+            )
     lacks = [finding for finding in findings if finding.status == "lack"]
     if json_:
         emit_document({"ok": not lacks, "findings": [asdict(finding) for finding in findings]})
         return 1 if lacks else 0
     table(("what", "", "found", "remedy"), [(f.name, f.status, f.found, f.remedy) for f in findings])
-    say(f"{len(lacks)} things are lacking, see the remedies" if lacks else 'ready: chitu generate "A cat walking on grass"')
+    say(
+        f"{len(lacks)} things are lacking, see the remedies"
+        if lacks
+        else 'ready: chitu generate "A cat walking on grass"'
+    )
     return 1 if lacks else 0
 
 
@@ -102,7 +108,12 @@ def _memory() -> Iterator[Finding]:
 def _disk() -> Iterator[Finding]:
     free = shutil.disk_usage(Path.cwd()).free
     enough = free >= DISK_NEEDS
-    yield Finding("disk here", "ok" if enough else "note", f"{size(free)} free", "" if enough else "free some space for videos")
+    yield Finding(
+        "disk here",
+        "ok" if enough else "note",
+        f"{size(free)} free",
+        "" if enough else "free some space for videos",
+    )
     writable = os.access(Path.cwd(), os.W_OK)
     if not writable:
         yield Finding("this folder", "note", "not writable", "name a place with -o, such as -o ~/cat.mp4")
@@ -135,7 +146,9 @@ def _attention() -> Iterator[Finding]:
     dtype = pick_dtype("auto", device)
     automatic = {kernel.name for kernel in candidates(device, dtype)}
     for name, kernel in KERNELS.items():
-        about = ("exact" if kernel.exact else "lossy, by name only") + (", for ring attention too" if kernel.gives_lse else "")
+        about = ("exact" if kernel.exact else "lossy, by name only") + (
+            ", for ring attention too" if kernel.gives_lse else ""
+        )
         if name in automatic:
             about += ", the automatic choice" if len(automatic) == 1 else ", timed by auto"
         lack = kernel.needs.lack(device, dtype)
@@ -148,11 +161,15 @@ def _attention() -> Iterator[Finding]:
 def _video() -> Iterator[Finding]:
     import av
 
-    libraries = ", ".join(f"{name} {'.'.join(map(str, number))}" for name, number in sorted(av.library_versions.items())[:3])
+    libraries = ", ".join(
+        f"{name} {'.'.join(map(str, number))}" for name, number in sorted(av.library_versions.items())[:3]
+    )
     if "libx264" in av.codecs_available:
         yield Finding("mp4", "ok", f"libx264 through PyAV {av.__version__} ({libraries})")
     else:
-        remedy = "pip install --force-reinstall av (its wheels bring libx264), or write .gif, .npy or a folder"
+        remedy = (
+            "pip install --force-reinstall av (its wheels bring libx264), or write .gif, .npy or a folder"
+        )
         yield Finding("mp4", "lack", f"PyAV {av.__version__} without libx264", remedy)
 
 
@@ -174,4 +191,6 @@ def _models(config: Path | None, model: str | None) -> Iterator[Finding]:
         if other.name != spec.name:
             _, place = resolve_model(other.name)
             remedy = "" if place else f"optional: chitu models pull {other.name}"
-            yield Finding(f"model {other.name}", "ok" if place else "note", str(place or "not on this machine"), remedy)
+            yield Finding(
+                f"model {other.name}", "ok" if place else "note", str(place or "not on this machine"), remedy
+            )

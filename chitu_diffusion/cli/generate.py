@@ -33,7 +33,9 @@ def generate(
     fps: options.Fps = None,
     steps: options.Steps = None,
     guidance_scale: options.GuidanceScale = None,
-    seed: Annotated[str | None, typer.Option("--seed", metavar="N | A..B", help="One seed, or one video for each.")] = None,
+    seed: Annotated[
+        str | None, typer.Option("--seed", metavar="N | A..B", help="One seed, or one video for each.")
+    ] = None,
     cache: options.Cache = None,
     fidelity: options.Fidelity = None,
     speedup: options.Speedup = None,
@@ -46,7 +48,9 @@ def generate(
     parallel: options.Parallel = None,
     config: options.ConfigFile = None,
     set_: options.Set = None,
-    profile: Annotated[Path | None, typer.Option("--profile", metavar="DIR", help="Write a Chrome trace, show top ops.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", metavar="DIR", help="Write a Chrome trace, show top ops.")
+    ] = None,
     dry_run: options.DryRun = False,
     json_: options.Json = False,
     context: typer.Context = None,  # type: ignore[assignment]
@@ -93,11 +97,14 @@ def generate(
     return make_videos(engine_config, requests, profile=profile, as_json=json_)
 
 
-def picked_cache(config: EngineConfig, asked: dict[str, Any], fidelity: str | None, speedup: float | None) -> dict[str, Any]:
+def picked_cache(
+    config: EngineConfig, asked: dict[str, Any], fidelity: str | None, speedup: float | None
+) -> dict[str, Any]:
     """The calibrated setting for `--fidelity` or `--speedup`; says which it is and what to expect.
 
     Raises:
-        UsageError: both, or a cache besides, or a model that was not calibrated, or more than it was found to keep.
+        UsageError: both, or a cache besides, or a model that was not calibrated, or more than it was found to
+            keep.
     """
     if asked["flexcache"] is not None or None not in (fidelity, speedup):
         raise UsageError("--cache, --fidelity and --speedup: one of them would do", field="flexcache")
@@ -115,17 +122,25 @@ def picked_cache(config: EngineConfig, asked: dict[str, Any], fidelity: str | No
     elif speedup is not None:
         flexcache, expected = spec.calibration.for_speedup(speedup)
     kept = "beyond what was checked" if expected is None else f"{expected:.1f} dB to expect"
-    usual, videos = (about.get("steps"), about.get("guidance")), max((row.videos for row in spec.calibration.table), default=0)
+    usual, videos = (
+        (about.get("steps"), about.get("guidance")),
+        max((row.videos for row in spec.calibration.table), default=0),
+    )
     say(
-        f"cache {setting_text(flexcache)}: {speedup:.3g} times fewer forwards, {kept} (PSNR against full compute, "
-        f"mean over {videos} checked video(s) at {usual[0]} steps, guidance {usual[1][0] if usual[1] else '-'})"
+        f"cache {setting_text(flexcache)}: {speedup:.3g} times fewer forwards, {kept} (PSNR against full "
+        "compute, "
+        f"mean over {videos} checked video(s) at {usual[0]} steps, guidance "
+        f"{usual[1][0] if usual[1] else '-'})"
     )
     return flexcache
 
 
 def setting_text(flexcache: dict[str, Any]) -> str:
     """As `--cache` takes it."""
-    more = ",".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in flexcache.items())
+    more = ",".join(
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in flexcache.items()
+    )
     return f"{flexcache['strategy']}:{more.partition(',')[2]}".removesuffix(":")
 
 
@@ -153,7 +168,9 @@ def requests_for_seeds(
     return requests
 
 
-def make_videos(config: EngineConfig, requests: list[DiffusionUserParams], *, profile: Path | None, as_json: bool) -> int:
+def make_videos(
+    config: EngineConfig, requests: list[DiffusionUserParams], *, profile: Path | None, as_json: bool
+) -> int:
     """Run the requests; the paths go to stdout."""
     from chitu_diffusion.cli.progress import make_reporter
     from chitu_diffusion.cli.run import exit_code_for, run_requests

@@ -1,6 +1,7 @@
 """`--gpus N`: the same command line in N processes of this machine, through torch.distributed's own launcher.
 
-Knows processes and command lines; everything was checked before. Where there is no GPU, the workers share the CPU.
+Knows processes and command lines; everything was checked before. Where there is no GPU, the workers share the
+CPU.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def check_layout(config: EngineConfig, spec: ModelSpec, gpus: int) -> None:
 
         count = torch.cuda.device_count()
         if 0 < count < gpus:
-            raise UsageError(f"--gpus {gpus}: this machine has {count}; at most {count} would do", field="gpus")
+            raise UsageError(
+                f"--gpus {gpus}: this machine has {count}; at most {count} would do", field="gpus"
+            )
 
 
 def launch(words: Sequence[str], gpus: int, config: EngineConfig) -> int:
@@ -65,7 +68,12 @@ def launch(words: Sequence[str], gpus: int, config: EngineConfig) -> int:
     if config.infer.threads is None and not torch.cuda.is_available():
         command += ["--set", f"infer.threads={max(1, (os.cpu_count() or 1) // gpus)}"]
     settings = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=gpus, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="chitu"
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=gpus,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="chitu",
     )
     settings.max_restarts = 0
     try:
@@ -75,7 +83,10 @@ def launch(words: Sequence[str], gpus: int, config: EngineConfig) -> int:
         rank, first = error.get_first_failure()
         if first.exitcode < 0 and all(code == INTERRUPTED for code in codes):
             # nobody went by itself having told why; the others may only know that they were to end
-            told = f"rank {rank} of {gpus} (process {first.pid}) was ended by {first.signal_name()}; {_next(first.exitcode)}"
+            told = (
+                f"rank {rank} of {gpus} (process {first.pid}) was ended by {first.signal_name()}; "
+                f"{_next(first.exitcode)}"
+            )
             raise RankLostError(told) from None
         return min(codes)
     except (SignalException, KeyboardInterrupt):
@@ -85,7 +96,10 @@ def launch(words: Sequence[str], gpus: int, config: EngineConfig) -> int:
 
 def _next(code: int) -> str:
     if code == -signal.SIGKILL:
-        return "the system does so where memory ran out, which its log tells ('dmesg'): less at once, or '--low-mem-level 4'"
+        return (
+            "the system does so where memory ran out, which its log tells ('dmesg'): less at once, or "
+            "'--low-mem-level 4'"
+        )
     return "the same command starts again"
 
 

@@ -14,10 +14,19 @@ import typer
 
 from chitu_diffusion.cli.show import Document
 from chitu_diffusion.cli.words import emit_document, say, size, table
-from chitu_diffusion.errors import ChituError, ModelError, ModelMissingError, OutputError, UsageError, WillNotFitError
+from chitu_diffusion.errors import (
+    ChituError,
+    ModelError,
+    ModelMissingError,
+    OutputError,
+    UsageError,
+    WillNotFitError,
+)
 
 models_app = typer.Typer(no_args_is_help=True, help="The models: list, fetch, check, convert.")
-ModelName = Annotated[str, typer.Argument(metavar="NAME", help="A name from 'chitu models ls', or a Hugging Face id.")]
+ModelName = Annotated[
+    str, typer.Argument(metavar="NAME", help="A name from 'chitu models ls', or a Hugging Face id.")
+]
 
 
 @models_app.command("ls")
@@ -29,7 +38,10 @@ def models_ls(json_: Document = False) -> int:
     if json_:
         emit_document(rows)
         return 0
-    cells = [(row["name"], row["kind"], row["default"], size(row["bytes"]) if row["bytes"] else "", row["where"]) for row in rows]
+    cells = [
+        (row["name"], row["kind"], row["default"], size(row["bytes"]) if row["bytes"] else "", row["where"])
+        for row in rows
+    ]
     table(("name", "kind", "default video", "on disk", "where"), cells)
     return 0
 
@@ -40,7 +52,14 @@ def _described(name: str) -> dict[str, Any]:
     try:
         spec, folder = resolve_model(name)
     except ChituError as error:
-        return {"name": name, "here": False, "kind": "", "default": "", "bytes": 0, "where": f"unusable: {error}"}
+        return {
+            "name": name,
+            "here": False,
+            "kind": "",
+            "default": "",
+            "bytes": 0,
+            "where": f"unusable: {error}",
+        }
     own = spec.defaults
     return {
         "name": name,
@@ -59,7 +78,9 @@ def _bytes_in(folder: Path) -> int:
 @models_app.command("pull")
 def models_pull(
     name: ModelName,
-    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="A folder; else the hub's usual cache.")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="A folder; else the hub's usual cache.")
+    ] = None,
 ) -> int:
     """Fetch a model's weights from the Hugging Face hub; goes on where it was broken off."""
     from huggingface_hub import snapshot_download
@@ -78,8 +99,12 @@ def models_pull(
 
 @models_app.command("verify")
 def models_verify(
-    model: Annotated[str, typer.Argument(metavar="NAME|FOLDER", help="A name from 'chitu models ls', or a folder.")] = "wan-tiny",
-    deep: Annotated[bool, typer.Option("--deep", help="Also read every value and look for NaN and Inf.")] = False,
+    model: Annotated[
+        str, typer.Argument(metavar="NAME|FOLDER", help="A name from 'chitu models ls', or a folder.")
+    ] = "wan-tiny",
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also read every value and look for NaN and Inf.")
+    ] = False,
     json_: Document = False,
 ) -> int:
     """Check a model: configs, each file's size, every tensor's name and shape. Exit 4 if it is not whole."""
@@ -101,7 +126,8 @@ def models_convert(
     model: Annotated[str, typer.Argument(metavar="NAME|FOLDER", help="The model to write anew.")],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="A folder that does not exist yet.")],
     layout: Annotated[
-        Literal["diffusers", "official"] | None, typer.Option("--layout", help="By default the one that it does not have.")
+        Literal["diffusers", "official"] | None,
+        typer.Option("--layout", help="By default the one that it does not have."),
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -116,12 +142,16 @@ def models_convert(
     from chitu_diffusion.models.convert import convert
     from chitu_diffusion.models.folder import read_folder
 
-    other: Literal["diffusers", "official"] = "official" if read_folder(folder).layout == "diffusers" else "diffusers"
+    other: Literal["diffusers", "official"] = (
+        "official" if read_folder(folder).layout == "diffusers" else "diffusers"
+    )
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     try:
         written = convert(folder, target, layout or other, dtype=dtypes[dtype] if dtype else None)
     except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}; choose another place") from error
+        raise OutputError(
+            f"cannot write {target}: {error.strerror or error}; choose another place"
+        ) from error
     say(f"written in {written.layout} layout; 'chitu models verify {target}' checks it")
     print(target)
     return 0
@@ -156,7 +186,9 @@ def _hub_id(name: str) -> str:
         raise UsageError(f"{TINY} is shipped with chitu_diffusion; there is nothing to fetch", field="name")
     spec, _ = resolve_model(name)
     if not spec.hub_ids or Path(name).is_dir():
-        raise UsageError(f"'{name}' is a folder on this machine; 'chitu models verify {name}' checks it", field="name")
+        raise UsageError(
+            f"'{name}' is a folder on this machine; 'chitu models verify {name}' checks it", field="name"
+        )
     return next((hub_id for hub_id in spec.hub_ids if hub_id.lower() == name.lower()), spec.hub_ids[0])
 
 
@@ -176,11 +208,14 @@ def _check_room(hub_id: str, to: Path | None) -> None:
     free = shutil.disk_usage(place).free
     say(f"{size(needed)} in {len(files)} files; {size(free)} free in {place}")
     if needed > free:
-        raise WillNotFitError(f"{hub_id} needs {size(needed)}, but {place} has {size(free)} free; choose another disk with --to")
+        raise WillNotFitError(
+            f"{hub_id} needs {size(needed)}, but {place} has {size(free)} free; choose another disk with --to"
+        )
 
 
 def _cannot_fetch(hub_id: str, error: Exception) -> ModelMissingError:
     return ModelMissingError(
-        f"cannot fetch {hub_id} ({type(error).__name__}). Is this machine online? If not, copy the model's folder here from "
+        f"cannot fetch {hub_id} ({type(error).__name__}). Is this machine online? If not, copy the model's "
+        "folder here from "
         "another machine and name it with '--model FOLDER'; wan-tiny needs no download"
     )

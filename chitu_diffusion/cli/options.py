@@ -23,37 +23,69 @@ if TYPE_CHECKING:
 
 OutputFile = Annotated[
     str | None,
-    typer.Option("-o", "--output", metavar="FILE", help="NAME.mp4, .gif, .npy, or NAME/ for a folder of png frames."),
+    typer.Option(
+        "-o", "--output", metavar="FILE", help="NAME.mp4, .gif, .npy, or NAME/ for a folder of png frames."
+    ),
 ]
-Model = Annotated[str | None, typer.Option("--model", help="A name ('chitu models ls'), a Hugging Face id, or a folder.")]
-NegativePrompt = Annotated[str | None, typer.Option("--negative-prompt", help="What the video should not be.")]
+Model = Annotated[
+    str | None, typer.Option("--model", help="A name ('chitu models ls'), a Hugging Face id, or a folder.")
+]
+NegativePrompt = Annotated[
+    str | None, typer.Option("--negative-prompt", help="What the video should not be.")
+]
 Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16: 832x480.")]
 Frames = Annotated[int | None, typer.Option("--frames", help="Length in frames, 4n+1: 33, 81.")]
 Fps = Annotated[int | None, typer.Option("--fps", help="Frames per second of the file.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.")]
 GuidanceScale = Annotated[
-    str | None, typer.Option("--guidance-scale", metavar="G", help="Weight of the prompt: 5; or HIGH,LOW for two experts.")
+    str | None,
+    typer.Option(
+        "--guidance-scale", metavar="G", help="Weight of the prompt: 5; or HIGH,LOW for two experts."
+    ),
 ]
 Cache = Annotated[
-    str | None, typer.Option("--cache", metavar="NAME[:KEY=VALUE,..]", help="A lossy feature cache: teacache:threshold=0.1.")
+    str | None,
+    typer.Option(
+        "--cache", metavar="NAME[:KEY=VALUE,..]", help="A lossy feature cache: teacache:threshold=0.1."
+    ),
 ]
 Fidelity = Annotated[
-    str | None, typer.Option("--fidelity", metavar="DB", help="The fastest calibrated plan that keeps this PSNR: 35dB.")
+    str | None,
+    typer.Option("--fidelity", metavar="DB", help="The fastest calibrated plan that keeps this PSNR: 35dB."),
 ]
-Speedup = Annotated[float | None, typer.Option("--speedup", metavar="X", help="The calibrated plan of this speed: 2.")]
+Speedup = Annotated[
+    float | None, typer.Option("--speedup", metavar="X", help="The calibrated plan of this speed: 2.")
+]
 LowMemLevel = Annotated[
-    int | None, typer.Option("--low-mem-level", help="0 all resident .. 4 blocks streamed; each level needs less memory.")
+    int | None,
+    typer.Option(
+        "--low-mem-level", help="0 all resident .. 4 blocks streamed; each level needs less memory."
+    ),
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-Quant = Annotated[str | None, typer.Option("--quant", help="none, or fp8: linear layers in 8 bits, faster and lossy.")]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Quality = Annotated[int | None, typer.Option("--quality", help="Of the mp4: 0 smallest .. 10 no visible loss.")]
-Gpus = Annotated[int | None, typer.Option("--gpus", min=1, metavar="N", help="Share the work over N local processes.")]
-Parallel = Annotated[
-    str | None, typer.Option("--parallel", metavar="LAYOUT", help="auto, or cfg2, u4, r2, cfg2u2r2 (CFG x Ulysses x ring).")
+Quant = Annotated[
+    str | None, typer.Option("--quant", help="none, or fp8: linear layers in 8 bits, faster and lossy.")
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings from a TOML file.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any setting ('chitu config show'); repeatable.")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Quality = Annotated[
+    int | None, typer.Option("--quality", help="Of the mp4: 0 smallest .. 10 no visible loss.")
+]
+Gpus = Annotated[
+    int | None, typer.Option("--gpus", min=1, metavar="N", help="Share the work over N local processes.")
+]
+Parallel = Annotated[
+    str | None,
+    typer.Option(
+        "--parallel", metavar="LAYOUT", help="auto, or cfg2, u4, r2, cfg2u2r2 (CFG x Ulysses x ring)."
+    ),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="Settings from a TOML file.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Any setting ('chitu config show'); repeatable."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON event a line on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")]
 
@@ -171,7 +203,10 @@ def parse_guidance(text: str | None) -> float | tuple[float, float] | None:
         return scales[0]
     if len(scales) == 2:
         return scales[0], scales[1]
-    raise UsageError(f"--guidance-scale {text}: a number (5), or two (4,3) for a model with two experts", field="guidance_scale")
+    raise UsageError(
+        f"--guidance-scale {text}: a number (5), or two (4,3) for a model with two experts",
+        field="guidance_scale",
+    )
 
 
 def parse_cache(text: str | None) -> str | dict[str, Any] | None:
@@ -224,9 +259,13 @@ def make_folder(flag: str, folder: Path | None) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{flag} {folder}: {error.strerror or error}; another folder would do", field="profile") from error
+        raise UsageError(
+            f"{flag} {folder}: {error.strerror or error}; another folder would do", field="profile"
+        ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"{flag} {folder}: no permission to write into it; another folder would do", field="profile")
+        raise UsageError(
+            f"{flag} {folder}: no permission to write into it; another folder would do", field="profile"
+        )
 
 
 def path_for_seed(path: str, seed: int) -> str:

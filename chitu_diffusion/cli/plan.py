@@ -1,4 +1,5 @@
-"""What a run would do, told before anything is loaded: `--dry-run`, and the checks that every run makes first.
+"""What a run would do, told before anything is loaded: `--dry-run`, and the checks that every run makes
+first.
 
 Knows models by their configs only; torch is not imported.
 """
@@ -59,9 +60,12 @@ def resolve(spec: ModelSpec, config: EngineConfig, params: DiffusionUserParams) 
     task_id, seed = params.task_id or "task", params.seed or 0
     resolved = resolve_request(params, spec, seed=seed, task_id=task_id, output_dir=config.output.dir)
     parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 1)
-    # what "auto" will be is not known yet: the least is checked here, the rest when the engine takes the request in
+    # what "auto" will be is not known yet: the least is checked here, the rest when the engine takes the
+    # request in
     item = 4 if config.infer.dtype == "float32" else 2
-    cache_bytes(resolved.flexcache, cache_shapes(resolved, spec, item), config.infer.diffusion.cache_memory_gb)
+    cache_bytes(
+        resolved.flexcache, cache_shapes(resolved, spec, item), config.infer.diffusion.cache_memory_gb
+    )
     return resolved
 
 
@@ -83,10 +87,21 @@ def show_plan(config: EngineConfig, requests: Sequence[DiffusionUserParams], *, 
     quant = config.infer.quant
     if as_json:
         device = config.infer.device
-        emit("plan", model=spec.name, folder=folder, device=device, low_mem_level=level, quant=quant, tasks=plans)
+        emit(
+            "plan",
+            model=spec.name,
+            folder=folder,
+            device=device,
+            low_mem_level=level,
+            quant=quant,
+            tasks=plans,
+        )
         return 0
     say(f"model   {spec.name} in {folder}")
-    say(f"device  {config.infer.device}, dtype {config.infer.dtype}, memory level {level}, attention {config.infer.attn_type}")
+    say(
+        f"device  {config.infer.device}, dtype {config.infer.dtype}, memory level {level}, attention "
+        f"{config.infer.attn_type}"
+    )
     if quant != "none":
         share, kept = f"{config.infer.quant_from:.0%}", config.infer.quant_keep or "none"
         say(f"quant   {quant} linear layers after {share} of the steps (kept in 16 bits: {kept}); lossy")
@@ -95,7 +110,8 @@ def show_plan(config: EngineConfig, requests: Sequence[DiffusionUserParams], *, 
             f"video   {quoted(plan['prompt'])}\n"
             f"        {plan['width']}x{plan['height']}, {plan['num_frames']} frames at {plan['fps']} fps "
             f"({plan['seconds_of_video']:g} s), {plan['tokens']} tokens\n"
-            f"        {plan['num_inference_steps']} steps, guidance {plan['guidance_scale']}, seed {plan['seed']}, "
+            f"        {plan['num_inference_steps']} steps, guidance {plan['guidance_scale']}, seed "
+            f"{plan['seed']}, "
             f"cache {plan['flexcache'] or 'none'}\n"
             f"        to {plan['save_path']}"
         )

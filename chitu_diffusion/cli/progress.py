@@ -58,7 +58,9 @@ def make_reporter(*, as_json: bool) -> Reporter:
 
 
 class Pace:
-    """Mean time of a task's denoising steps. The first one, which may warm up, counts only while it is alone."""
+    """Mean time of a task's denoising steps. The first one, which may warm up, counts only while it is
+    alone.
+    """
 
     def __init__(self) -> None:
         self._first: float | None = None
@@ -211,7 +213,14 @@ class JsonReporter:
         emit("loading", model=model)
 
     def begin(self, task: DiffusionTask, number: int, total: int) -> None:
-        emit("begin", task_id=task.task_id, number=number, total=total, prompt=task.params.prompt, seed=task.seed)
+        emit(
+            "begin",
+            task_id=task.task_id,
+            number=number,
+            total=total,
+            prompt=task.params.prompt,
+            seed=task.seed,
+        )
 
     def advance(self, event: Progress) -> None:
         emit(

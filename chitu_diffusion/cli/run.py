@@ -26,7 +26,11 @@ OPS_SHOWN = 20
 
 
 def run_requests(
-    config: EngineConfig, requests: Sequence[DiffusionUserParams], reporter: Reporter, *, profile: Path | None = None
+    config: EngineConfig,
+    requests: Sequence[DiffusionUserParams],
+    reporter: Reporter,
+    *,
+    profile: Path | None = None,
 ) -> list[DiffusionTask]:
     """Make every request's video, in one engine.
 
@@ -134,6 +138,8 @@ def _profiling(folder: Path | None) -> Iterator[None]:
         profiler.export_chrome_trace(str(folder / "trace.json"))
         (folder / "ops.txt").write_text(ops + "\n", encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"cannot write the profile into '{folder}': {error.strerror or error}; free some space") from error
+        raise OutputError(
+            f"cannot write the profile into '{folder}': {error.strerror or error}; free some space"
+        ) from error
     say(ops)
     say(f"profile: {folder / 'trace.json'} (open it in a trace viewer), {folder / 'ops.txt'}")

@@ -17,7 +17,9 @@ config_app = typer.Typer(no_args_is_help=True, help="The settings: what they are
 
 
 def info(
-    file: Annotated[Path, typer.Argument(help="A video that chitu wrote: .mp4, .gif, .npy or a folder of frames.")],
+    file: Annotated[
+        Path, typer.Argument(help="A video that chitu wrote: .mp4, .gif, .npy or a folder of frames.")
+    ],
     json_: Document = False,
 ) -> int:
     """Show the recipe inside a video: prompt, parameters, seed, model, versions."""
@@ -59,7 +61,10 @@ def config_show(config: options.ConfigFile = None, set_: options.Set = None, jso
     meanings = {name: field.description or "" for name, field in leaves()}
     table(
         ("setting", "value", "from", "meaning"),
-        [(name, "none" if value is None else value, origins[name], meanings[name]) for name, value in values.items()],
+        [
+            (name, "none" if value is None else value, origins[name], meanings[name])
+            for name, value in values.items()
+        ],
     )
     return 0
 
@@ -67,5 +72,7 @@ def config_show(config: options.ConfigFile = None, set_: options.Set = None, jso
 def _leaf_values(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for name, value in tree.items():
-        rows += _leaf_values(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+        rows += (
+            _leaf_values(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+        )
     return rows

@@ -27,7 +27,9 @@ class Landing:
 
 
 class Peers(Protocol):
-    """Ranks that talk to each other, one of which is this one. Every call is made by all of them, in the same order."""
+    """Ranks that talk to each other, one of which is this one. Every call is made by all of them, in the same
+    order.
+    """
 
     @property
     def size(self) -> int:
@@ -54,14 +56,17 @@ class Peers(Protocol):
         ...
 
     def swap(self, leaving: Sequence[Tensor], landing: Landing) -> Callable[[], None]:
-        """Begin to send leaving[p] to each other peer p and to fill landing.parts[p] from it; the result waits for all.
+        """Begin to send leaving[p] to each other peer p and to fill landing.parts[p] from it; the result
+        waits for all.
 
         What leaves is contiguous; this one's own place stays as it is.
         """
         ...
 
     def pass_on(self, leaving: Sequence[Tensor], landings: Sequence[Landing]) -> Callable[[], None]:
-        """Begin to send tensors to the next peer and to fill each landing from the one before; the result waits for both."""
+        """Begin to send tensors to the next peer and to fill each landing from the one before; the result
+        waits for both.
+        """
         ...
 
     def all_gather(self, x: Tensor) -> list[Tensor]:

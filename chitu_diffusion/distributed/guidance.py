@@ -1,4 +1,6 @@
-"""Guidance branches over ranks: each takes one, and all get every velocity. Where counts differ, each rank runs all."""
+"""Guidance branches over ranks: each takes one, and all get every velocity. Where counts differ, each rank
+runs all.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Which machine this process is on, told apart from containers that look like it, and which others run there."""
+"""Which machine this process is on, told apart from containers that look like it, and which others run
+there.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,14 @@ from pathlib import Path
 
 
 def machine() -> str | None:
-    """What two processes share only if a process number means the same to both; None where that is unknown."""
+    """What two processes share only if a process number means the same to both; None where that is
+    unknown.
+    """
     try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        return (
+            f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} "
+            f"{os.readlink('/proc/self/ns/pid')}"
+        )
     except OSError:
         return None
 

@@ -1,15 +1,19 @@
 """Exchanges by the GPUs' copy engines: what leaves is written straight into the other rank's memory.
 
-NCCL's kernels take multiprocessors, most of the time to wait for the other rank; a copy engine takes none, and a stream that
-waits for a number in memory takes nothing at all. Every rank has an arena of the same size, laid out alike on all, and two
-rows of numbers that only grow: how many exchanges have arrived from each peer, and how often each peer has read its arena.
+NCCL's kernels take multiprocessors, most of the time to wait for the other rank; a copy engine takes none,
+and a stream that waits for a number in memory takes nothing at all. Every rank has an arena of the same size,
+laid out alike on all, and two rows of numbers that only grow: how many exchanges have arrived from each peer,
+and how often each peer has read its arena.
 
-- A part is written, then the number of its exchange; both in the order of one stream, so the number never comes first.
-- Whoever begins to use its arena anew says so once what it has queued before is done; nobody writes there earlier.
+- A part is written, then the number of its exchange; both in the order of one stream, so the number never
+  comes first.
+- Whoever begins to use its arena anew says so once what it has queued before is done; nobody writes there
+  earlier.
 
-Both are waited for on the device, so a rank that is late holds up nothing but what needs it. Ranks make the same calls with
-the same tables, so they agree without a word on where everything lies. What does not fit the arena goes through the process
-group, and the arena grows before the next use. The same numbers arrive either way.
+Both are waited for on the device, so a rank that is late holds up nothing but what needs it. Ranks make the
+same calls with the same tables, so they agree without a word on where everything lies. What does not fit the
+arena goes through the process group, and the arena grows before the next use. The same numbers arrive either
+way.
 """
 
 from __future__ import annotations
@@ -31,12 +35,13 @@ _ALIGNED = 1024
 class Wires(Protocol):
     """Memory that the peers can write, and numbers that they can raise. Peers are counted within their group.
 
-    Calls queue work on one of two streams and return: the main one, which computes, and a side one, which copies.
+    Calls queue work on one of two streams and return: the main one, which computes, and a side one, which
+    copies.
     """
 
     def resize(self, size: int) -> Tensor | None:
-        """A new arena of so many bytes on every peer, this rank's as [size] uint8; None, and none at all, where one has no
-        memory. All come; it waits for them.
+        """A new arena of so many bytes on every peer, this rank's as [size] uint8; None, and none at all,
+        where one has no memory. All come; it waits for them.
 
         Raises:
             RuntimeError: a peer did not come.
@@ -106,7 +111,8 @@ class CopyPeers(GroupPeers):
         self._used = self._wanted = 0
         self._most: int | None = None  # no arena of so many bytes
         self._exchanges = self._readings = 0
-        self._places: dict[tuple[object, ...], _Place] = {}  # by where they begin and all that makes them: the same each block
+        # by where they begin and all that makes them: the same each block
+        self._places: dict[tuple[object, ...], _Place] = {}
         self._heard: dict[int, int] = {}  # how many readings of a peer the side stream has waited for
 
     def landing(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> Landing:
@@ -165,7 +171,9 @@ class CopyPeers(GroupPeers):
         following, before = ((self.index + step) % self.size for step in (1, -1))
         return self._write({following: list(zip(leaving, places, strict=True))}, [before])
 
-    def _write(self, parts: Mapping[int, Sequence[tuple[Tensor, _Place]]], sources: Sequence[int]) -> Callable[[], None]:
+    def _write(
+        self, parts: Mapping[int, Sequence[tuple[Tensor, _Place]]], sources: Sequence[int]
+    ) -> Callable[[], None]:
         """Send each peer its parts, and give what waits for those of the sources."""
         self._exchanges += 1
         wires, number = self._wires, self._exchanges

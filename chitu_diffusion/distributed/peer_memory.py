@@ -1,10 +1,12 @@
-"""Memory of other GPUs and numbers to wait for, of ranks on one machine: CUDA's own means, through its driver library.
+"""Memory of other GPUs and numbers to wait for, of ranks on one machine: CUDA's own means, through its driver
+library.
 
-An arena is shared by CUDA's inter-process handles and written by copies from GPU to GPU, over NVLink where there is any. The
-numbers lie in host memory that all ranks map and register: a GPU raises and awaits them as a stream operation (CUDA driver
-API, "Stream Memory Operations"), 6 us from one H200 to another, as with numbers in GPU memory; and the host can raise them
-as well, whatever the GPU is stuck in, which is how `release` sets a rank free. On two H200 a rank whose peer was killed in
-the middle of its exchanges ended in order, naming it.
+An arena is shared by CUDA's inter-process handles and written by copies from GPU to GPU, over NVLink where
+there is any. The numbers lie in host memory that all ranks map and register: a GPU raises and awaits them as
+a stream operation (CUDA driver API, "Stream Memory Operations"), 6 us from one H200 to another, as with
+numbers in GPU memory; and the host can raise them as well, whatever the GPU is stuck in, which is how
+`release` sets a rank free. On two H200 a rank whose peer was killed in the middle of its exchanges ended in
+order, naming it.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from chitu_diffusion.distributed.host import machine
 _LINE = 64
 """Bytes from one number to the next: a cache line each."""
 _ARRIVED, _READ, _QUEUED, _SENT = range(4)
-"""Kinds of numbers: two that peers raise, and two between this rank's own streams, in place of events, which cost the host
-several times as much."""
+"""Kinds of numbers: two that peers raise, and two between this rank's own streams, in place of events, which
+cost the host several times as much."""
 _NUMBERS = 1 << 32
 _AHEAD = 1 << 30
 """Numbers are compared modulo 2^32, by their signed difference: so far ahead, nothing waits."""
@@ -61,7 +63,9 @@ class CudaWires:
         OSError: no driver.
     """
 
-    def __init__(self, index: int, size: int, device: torch.device, store: dist.Store, timeout: float) -> None:
+    def __init__(
+        self, index: int, size: int, device: torch.device, store: dist.Store, timeout: float
+    ) -> None:
         self.index, self.size, self._device, self._store, self._timeout = index, size, device, store, timeout
         self._cuda = _driver()
         self._side = torch.cuda.Stream(device, priority=-1)
@@ -112,7 +116,10 @@ class CudaWires:
         """See `Wires`."""
         assert x.is_contiguous()
         size = x.numel() * x.element_size()
-        _check(self._cuda.cuMemcpyAsync(self._theirs[peer] + offset, x.data_ptr(), size, self._side.cuda_stream), "a copy")
+        _check(
+            self._cuda.cuMemcpyAsync(self._theirs[peer] + offset, x.data_ptr(), size, self._side.cuda_stream),
+            "a copy",
+        )
 
     def tell_arrived(self, peer: int, number: int) -> None:
         """See `Wires`."""
@@ -147,7 +154,9 @@ class CudaWires:
         return time.monotonic() - self._moved
 
     def release(self) -> None:
-        """See `Wires`. Peers that do not know yet may still put numbers back, so it is done again and again until `detach`."""
+        """See `Wires`. Peers that do not know yet may still put numbers back, so it is done again and again
+        until `detach`.
+        """
         if not self._released.is_set():
             self._released.set()
             threading.Thread(target=self._keep_released, name="chitu-release", daemon=True).start()
@@ -158,7 +167,8 @@ class CudaWires:
         """Let go of the others' memory. Ours stays until `free`, for they may not have let go of it."""
         if self._gone.is_set():
             return
-        with suppress(RuntimeError):  # a device in error, which whoever used it has heard of; here nothing must stop the end
+        # a device in error, which whoever used it has heard of; here nothing must stop the end
+        with suppress(RuntimeError):
             torch.cuda.synchronize(self._device)
             self._close()
         self._gone.set()
@@ -306,7 +316,9 @@ class CudaWires:
         for kind in (_ARRIVED, _READ, _QUEUED, _SENT):
             for source in range(self.size):
                 if self._flags is not None:
-                    self._flags[(self._number_at(kind, self.index, source) - self._flags_at) // 4] = number % _NUMBERS
+                    self._flags[(self._number_at(kind, self.index, source) - self._flags_at) // 4] = (
+                        number % _NUMBERS
+                    )
 
     def _allocate(self, size: int) -> bool:
         found = ctypes.c_uint64()
@@ -340,7 +352,8 @@ class CudaWires:
     def _close(self) -> None:
         with torch.cuda.device(self._device):
             for pointer in self._theirs.values():
-                self._cuda.cuIpcCloseMemHandle(ctypes.c_uint64(pointer))  # refused, it stays mapped until the process ends
+                # refused, it stays mapped until the process ends
+                self._cuda.cuIpcCloseMemHandle(ctypes.c_uint64(pointer))
         self._theirs = {}
 
     def _free(self) -> None:
@@ -353,8 +366,15 @@ class CudaWires:
         found = ctypes.c_uint64()
         with torch.cuda.device(self._device):
             # 3: known to all contexts, and mapped
-            self._call("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_uint(3))
-            self._call("cuMemHostGetDevicePointer_v2", ctypes.byref(found), ctypes.c_void_p(address), ctypes.c_uint(0))
+            self._call(
+                "cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_uint(3)
+            )
+            self._call(
+                "cuMemHostGetDevicePointer_v2",
+                ctypes.byref(found),
+                ctypes.c_void_p(address),
+                ctypes.c_uint(0),
+            )
         self._flags_at = found.value
 
     def _unmap(self) -> None:
@@ -379,7 +399,8 @@ def lay(
         device: of this rank.
         store: of the group alone.
         timeout: seconds for each meeting.
-        hold: is given the wires before they wait for anything: whoever cuts this short releases them, and detaches them.
+        hold: is given the wires before they wait for anything: whoever cuts this short releases them, and
+            detaches them.
         broken: why this was cut short; None as long as it was not.
 
     Raises:
@@ -406,7 +427,8 @@ def lay(
     if not any(problems):
         return wires, None
     if wires is not None:
-        wires.detach()  # the trial's few bytes stay with the process, for another rank may not have let go of them
+        # the trial's few bytes stay with the process, for another rank may not have let go of them
+        wires.detach()
     return None, next(problem for problem in problems if problem)
 
 
@@ -420,7 +442,12 @@ class _Raw:
     """Memory at an address, as torch takes it."""
 
     def __init__(self, address: int, size: int) -> None:
-        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
 
 
 def _numbers_size(size: int) -> int:

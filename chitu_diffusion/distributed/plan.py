@@ -1,8 +1,9 @@
 """How many ranks share what: cfg x ulysses x ring = world. Arithmetic only; no torch, no process.
 
-Classifier-free guidance splits first, because two branches are halves without any exchange inside the network. Ulysses
-(arXiv:2309.14509) trades heads for tokens and must divide the heads; ring attention (arXiv:2310.01889) takes the rest.
-Their composition is that of USP (arXiv:2405.07719): Ulysses inside, on neighbouring ranks, the ring outside.
+Classifier-free guidance splits first, because two branches are halves without any exchange inside the
+network. Ulysses (arXiv:2309.14509) trades heads for tokens and must divide the heads; ring attention
+(arXiv:2310.01889) takes the rest. Their composition is that of USP (arXiv:2405.07719): Ulysses inside, on
+neighbouring ranks, the ring outside.
 """
 
 from __future__ import annotations
@@ -42,15 +43,21 @@ class ParallelPlan:
 
     def branch_groups(self) -> list[list[int]]:
         """Ranks that hold the same tokens of different branches."""
-        return [[index + branch * self.sequence for branch in range(self.cfg)] for index in range(self.sequence)]
+        return [
+            [index + branch * self.sequence for branch in range(self.cfg)] for index in range(self.sequence)
+        ]
 
     def sequence_groups(self) -> list[list[int]]:
         """Ranks that share one branch's sequence, in the order of their tokens."""
-        return [[branch * self.sequence + index for index in range(self.sequence)] for branch in range(self.cfg)]
+        return [
+            [branch * self.sequence + index for index in range(self.sequence)] for branch in range(self.cfg)
+        ]
 
     def ulysses_groups(self) -> list[list[int]]:
         """Neighbours that trade heads for tokens."""
-        return [[first + index for index in range(self.ulysses)] for first in range(0, self.world, self.ulysses)]
+        return [
+            [first + index for index in range(self.ulysses)] for first in range(0, self.world, self.ulysses)
+        ]
 
     def ring_groups(self) -> list[list[int]]:
         """Ranks with the same heads and different tokens."""
@@ -65,7 +72,13 @@ class ParallelPlan:
 
 
 def plan_for(
-    world: int, heads: int, *, cfg: int = 1, cp: int = 1, ulysses: int | None = None, ranks_per_node: int | None = None
+    world: int,
+    heads: int,
+    *,
+    cfg: int = 1,
+    cp: int = 1,
+    ulysses: int | None = None,
+    ranks_per_node: int | None = None,
 ) -> ParallelPlan:
     """The layout for a number of ranks.
 
@@ -83,11 +96,15 @@ def plan_for(
     if cfg == cp == 1 and ulysses is None:
         return auto_plan(world, heads, ranks_per_node)
     if cfg not in (1, 2):
-        raise UsageError(f"cfg_size = {cfg}: there are two guidance branches; 1 or 2 would do", field="infer.diffusion.cfg_size")
+        raise UsageError(
+            f"cfg_size = {cfg}: there are two guidance branches; 1 or 2 would do",
+            field="infer.diffusion.cfg_size",
+        )
     if cfg * cp != world:
         raise UsageError(
             f"cfg_size {cfg} x cp_size {cp} = {cfg * cp}, but {world} rank(s) were started; "
-            f"{auto_plan(world, heads, ranks_per_node)} would do, or start {cfg * cp} with --gpus or torchrun",
+            f"{auto_plan(world, heads, ranks_per_node)} would do, or start {cfg * cp} with --gpus or "
+            "torchrun",
             field="infer.diffusion.cp_size",
         )
     chosen = math.gcd(cp, heads, ranks_per_node or world) if ulysses is None else ulysses
@@ -102,14 +119,17 @@ def plan_for(
 
 
 def auto_plan(world: int, heads: int, ranks_per_node: int | None = None) -> ParallelPlan:
-    """CFG first, for it halves exactly; then Ulysses within a node, up to a divisor of the heads; then ring."""
+    """CFG first, for it halves exactly; then Ulysses within a node, up to a divisor of the heads; then
+    ring.
+    """
     cfg = 2 if world % 2 == 0 else 1
     ulysses = math.gcd(world // cfg, heads, ranks_per_node or world)
     return ParallelPlan(cfg, ulysses, world // cfg // ulysses)
 
 
 def parse_layout(text: str) -> dict[str, int | None]:
-    """`auto`, or parts in this order: `cfg2u2r2`, `cfg2`, `u4`, `r2`; as keywords `cfg`, `cp`, `ulysses` of `plan_for`.
+    """`auto`, or parts in this order: `cfg2u2r2`, `cfg2`, `u4`, `r2`; as keywords `cfg`, `cp`, `ulysses` of
+    `plan_for`.
 
     Raises:
         UsageError: not such a word.
@@ -118,7 +138,9 @@ def parse_layout(text: str) -> dict[str, int | None]:
         return {"cfg": 1, "cp": 1, "ulysses": None}
     found = _LAYOUT.fullmatch(text.lower())
     if not text or found is None:
-        raise UsageError(f"parallel = {text!r}: 'auto', or parts such as cfg2, u4, r2, cfg2u2r2", field="parallel")
+        raise UsageError(
+            f"parallel = {text!r}: 'auto', or parts such as cfg2, u4, r2, cfg2u2r2", field="parallel"
+        )
     cfg, ulysses, ring = (max(1, int(found[name] or 1)) for name in ("cfg", "ulysses", "ring"))
     return {"cfg": cfg, "cp": ulysses * ring, "ulysses": ulysses}
 

@@ -1,13 +1,13 @@
 """Process groups: the one place where they are opened and closed.
 
-A `RankGroups` holds the groups of one layout. Exchanges have a timeout. When an exchange was cut short, the groups are
-of no use any more: `abandon` drops them, which also releases whoever waits in them, and `open` makes new ones. All ranks
-do so in the same order. Knows torch.distributed; no network, no task.
+A `RankGroups` holds the groups of one layout. Exchanges have a timeout. When an exchange was cut short, the
+groups are of no use any more: `abandon` drops them, which also releases whoever waits in them, and `open`
+makes new ones. All ranks do so in the same order. Knows torch.distributed; no network, no task.
 
-On a GPU exchanges are queued and the host goes on, so nothing raises on a rank whose peer is gone: it waits on the device
-for good. There the watch asks `waiting`, and cuts the exchange short with `interrupt`, from its own thread. What the
-device computed from then on is void, which `broken` says. (torch's own NCCL watchdog would end the process instead, and
-is switched off by `config.set_nccl_defaults`.)
+On a GPU exchanges are queued and the host goes on, so nothing raises on a rank whose peer is gone: it waits
+on the device for good. There the watch asks `waiting`, and cuts the exchange short with `interrupt`, from its
+own thread. What the device computed from then on is void, which `broken` says. (torch's own NCCL watchdog
+would end the process instead, and is switched off by `config.set_nccl_defaults`.)
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from chitu_diffusion.distributed.torch_collectives import GroupPeers, Pace
 _FAREWELL = 5.0
 _GLANCE = 0.002
 _LAST_RESORT = 10
-"""torch's own timeout for groups on a GPU, as a multiple of ours: torch counts from the moment of queueing, we from the last
-progress, and ours shall come first."""
+"""torch's own timeout for groups on a GPU, as a multiple of ours: torch counts from the moment of queueing,
+we from the last progress, and ours shall come first."""
 
 
 class RankGroups:
@@ -42,14 +42,16 @@ class RankGroups:
         store: where the ranks meet; None for one rank.
         timeout: seconds after which an exchange that does not move raises.
         multiprocessors: how many of a GPU's NCCL may take for an exchange; None leaves it to NCCL.
-        copies: let the GPUs' copy engines do the exchanges within a sequence, where ranks reach each other's memory.
-        at_once: connect when the groups are made, so that the first exchange is as any other. Groups that others split (torch's
-            device meshes) must not be: NCCL 2.28 crashed there.
+        copies: let the GPUs' copy engines do the exchanges within a sequence, where ranks reach each other's
+            memory.
+        at_once: connect when the groups are made, so that the first exchange is as any other. Groups that
+            others split (torch's device meshes) must not be: NCCL 2.28 crashed there.
 
     Attributes:
         broken: why the exchanges of this generation were cut short; None as long as they were not.
         exchanges: what exchanges along an axis are done by, in words.
-        world, branches, sequence, ulysses, ring: this rank's group along each axis; `ALONE` where it has one rank.
+        world, branches, sequence, ulysses, ring: this rank's group along each axis; `ALONE` where it has one
+            rank.
     """
 
     def __init__(
@@ -64,9 +66,18 @@ class RankGroups:
         copies: bool = True,
         at_once: bool = True,
     ) -> None:
-        self.plan, self.rank, self._multiprocessors, self._at_once = plan or ParallelPlan(), rank, multiprocessors, at_once
+        self.plan, self.rank, self._multiprocessors, self._at_once = (
+            plan or ParallelPlan(),
+            rank,
+            multiprocessors,
+            at_once,
+        )
         self._copies = copies
-        self.device, self._store, self._timeout = device or torch.device("cpu"), store, timedelta(seconds=timeout)
+        self.device, self._store, self._timeout = (
+            device or torch.device("cpu"),
+            store,
+            timedelta(seconds=timeout),
+        )
         self._generation = 0
         self.broken: str | None = None
         self._open = self._opening = False
@@ -92,7 +103,8 @@ class RankGroups:
         return sum(wires.held for wires in self._wires)
 
     def open(self) -> None:
-        """Make the groups, if they are not there, and this rank's GPU the calling thread's. Every rank must come.
+        """Make the groups, if they are not there, and this rank's GPU the calling thread's. Every rank must
+        come.
 
         Raises:
             RuntimeError: a rank did not come in time, or `interrupt` was called meanwhile.
@@ -101,7 +113,8 @@ class RankGroups:
             return
         cuda = self.device.type == "cuda"
         if cuda:
-            torch.cuda.set_device(self.device)  # of each thread: it says where kernels go, and stream 0 of the driver's calls
+            # of each thread: it says where kernels go, and stream 0 of the driver's calls
+            torch.cuda.set_device(self.device)
         if self._open:
             return
         assert self._store is not None
@@ -121,12 +134,17 @@ class RankGroups:
         for wires in self._detached:
             wires.free()  # all ranks are here, so all have let go of it
         self._detached = []
-        self.branches, self.sequence = self._axis(self.plan.branch_groups()), self._axis(self.plan.sequence_groups())
+        self.branches, self.sequence = (
+            self._axis(self.plan.branch_groups()),
+            self._axis(self.plan.sequence_groups()),
+        )
         self.ulysses = self._axis(self.plan.ulysses_groups(), "ulysses")
         self.ring = self._axis(self.plan.ring_groups(), "ring")
 
     def _gather(self) -> None:
-        """Wait for every rank to begin anew. Torch's own waiting hears neither signals nor the watch, and takes minutes."""
+        """Wait for every rank to begin anew. Torch's own waiting hears neither signals nor the watch, and
+        takes minutes.
+        """
         assert self._store is not None
         with self._lock:
             self._generation += 1
@@ -140,7 +158,9 @@ class RankGroups:
                     raise RuntimeError(f"the process groups were not made: {self.broken}")
                 if time.monotonic() - began > patience:
                     late = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-                    raise RuntimeError(f"the process groups were not made: ranks {late} did not come within {patience:g} s")
+                    raise RuntimeError(
+                        f"the process groups were not made: ranks {late} did not come within {patience:g} s"
+                    )
                 time.sleep(_GLANCE)
         finally:
             self._opening = False
@@ -151,7 +171,9 @@ class RankGroups:
         Raises:
             ValueError: nobody gave a number.
         """
-        own = torch.tensor([float("-inf") if value is None else value], dtype=torch.float64, device=self.device)
+        own = torch.tensor(
+            [float("-inf") if value is None else value], dtype=torch.float64, device=self.device
+        )
         largest = max(float(part) for part in self.world.all_gather(own))
         if largest == float("-inf"):
             raise ValueError("no rank gave a number to agree on")
@@ -174,7 +196,9 @@ class RankGroups:
             group = dist.group.WORLD
         else:
             timeout = self._timeout * (_LAST_RESORT if self.device.type == "cuda" else 1)
-            group = [dist.new_group(ranks, timeout=timeout, pg_options=self._options()) for ranks in groups][mine]
+            group = [dist.new_group(ranks, timeout=timeout, pg_options=self._options()) for ranks in groups][
+                mine
+            ]
         assert group is not None
         if copied is None or self.device.type != "cuda":
             return GroupPeers(group, self._pace)
@@ -185,7 +209,9 @@ class RankGroups:
         store = dist.PrefixStore(f"wires/{self._generation}/{copied}/{groups[mine][0]}", self._store)
         index, seconds = groups[mine].index(self.rank), self._timeout.total_seconds()
         laid = list(self._wires)
-        wires, problem = lay(index, len(groups[mine]), self.device, store, seconds, self._hold, lambda: self.broken)
+        wires, problem = lay(
+            index, len(groups[mine]), self.device, store, seconds, self._hold, lambda: self.broken
+        )
         if wires is None:
             self._wires = laid
             self.exchanges[copied] = f"NCCL, for {problem}"
@@ -200,13 +226,16 @@ class RankGroups:
                 wires.release()
 
     def waiting(self) -> float:
-        """Seconds that an exchange on the device has not moved; 0 on the CPU, where exchanges raise by themselves."""
+        """Seconds that an exchange on the device has not moved; 0 on the CPU, where exchanges raise by
+        themselves.
+        """
         if not self._open or self.broken is not None:
             return 0.0
         return max(self._pace.waiting(), *(wires.waiting() for wires in self._wires), 0.0)
 
     def abandon(self) -> None:
-        """Drop the groups as they are, mid-exchange or not; whoever waits in one of them gets an error at once.
+        """Drop the groups as they are, mid-exchange or not; whoever waits in one of them gets an error at
+        once.
 
         On a GPU only this rank's own waiting ends; that of the others must be ended by their `interrupt`.
         """
@@ -234,7 +263,8 @@ class RankGroups:
             for wires in self._wires:
                 wires.release()
             if self.device.type == "cuda" and dist.is_initialized():
-                # all communicators at once: one after the other, each would wait for the next (torch issue 119797)
+                # all communicators at once: one after the other, each would wait for the next (torch issue
+                # 119797)
                 dist.distributed_c10d._abort_process_group()
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Ring attention: keys and values travel round the ranks, queries stay (arXiv:2310.01889).
 
-While a rank attends to the keys and values it holds, the next ones are already on their way. Partial results are merged
-by their log-sum-exp in float32, so only kernels that give it can be used. A rank's traffic is 2 B s d (P - 1) numbers.
-Tokens may be shared unevenly; nothing is padded.
+While a rank attends to the keys and values it holds, the next ones are already on their way. Partial results
+are merged by their log-sum-exp in float32, so only kernels that give it can be used. A rank's traffic is 2 B
+s d (P - 1) numbers. Tokens may be shared unevenly; nothing is padded.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,8 @@ def ring(kernel: AttentionKernel, peers: Peers, lengths: Sequence[int]) -> Atten
     with_lse = kernel.run_with_lse
     if with_lse is None:
         raise UsageError(
-            f"attn_type = {kernel.name!r}: ring attention merges by the log-sum-exp, which this kernel does not give; "
+            f"attn_type = {kernel.name!r}: ring attention merges by the log-sum-exp, which this kernel does "
+            "not give; "
             "'auto', or ulysses alone, would do",
             field="infer.attn_type",
         )
@@ -48,7 +49,8 @@ def ring(kernel: AttentionKernel, peers: Peers, lengths: Sequence[int]) -> Atten
         peers.clear()
         for hop in range(size):
             more = hop + 1 < size
-            # the keys that began hop + 1 places behind each peer; a sequence after the other, for all come from one sender
+            # the keys that began hop + 1 places behind each peer; a sequence after the other, for all come
+            # from one sender
             came = [lengths[(p - hop - 1) % size] for p in range(size)]
             rows = [[q.shape[0] * came[p] * (s == (p - 1) % size) for s in range(size)] for p in range(size)]
             landings = [peers.landing(rows, x.shape[2:], x) for x in held] if more else []

@@ -1,4 +1,6 @@
-"""A sequence of tokens in shards: which rows are ours, and the whole again. Shards may differ in length by one."""
+"""A sequence of tokens in shards: which rows are ours, and the whole again. Shards may differ in length by
+one.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ class Shards:
         """
         if total < peers.size:
             field = "infer.diffusion.cp_size"
-            raise UsageError(f"{total} tokens cannot be shared by {peers.size} ranks; at most {total} would do", field=field)
+            raise UsageError(
+                f"{total} tokens cannot be shared by {peers.size} ranks; at most {total} would do",
+                field=field,
+            )
         return cls(shard_lengths(total, peers.size), peers.index)
 
     def take(self, x: Tensor, dim: int) -> Tensor:
@@ -54,7 +59,9 @@ class Shards:
         return torch.cat([part[:, :length] for part, length in zip(parts, self.lengths, strict=True)], dim=1)
 
 
-def sharded_attention(kernel: AttentionKernel, ulysses_peers: Peers, ring_peers: Peers, lengths: tuple[int, ...]) -> AttentionFn:
+def sharded_attention(
+    kernel: AttentionKernel, ulysses_peers: Peers, ring_peers: Peers, lengths: tuple[int, ...]
+) -> AttentionFn:
     """Self-attention over a sharded sequence: Ulysses inside, the ring outside, one exchange back at the end.
 
     Args:
@@ -69,6 +76,7 @@ def sharded_attention(kernel: AttentionKernel, ulysses_peers: Peers, ring_peers:
     degree = ulysses_peers.size
     neighbourhoods = [lengths[first : first + degree] for first in range(0, len(lengths), degree)]
     passed = ring(kernel, ring_peers, [sum(shards) for shards in neighbourhoods])
-    # with a ring inside, whose own exchanges are hidden already, a second piece would only double their number
+    # with a ring inside, whose own exchanges are hidden already, a second piece would only double their
+    # number
     pieces = None if ring_peers.size == 1 else 1
     return ulysses(passed, ulysses_peers, neighbourhoods[ring_peers.index], pieces)

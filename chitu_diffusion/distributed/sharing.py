@@ -29,14 +29,19 @@ def from_first(compute: Callable[[], Tensor], peers: Peers, device: torch.device
     if first is not None:
         header[: 2 + first.ndim] = torch.tensor([_DTYPES.index(first.dtype), first.ndim, *first.shape])
     kind, axes, *shape = peers.broadcast(header.to(device)).tolist()
-    return peers.broadcast(first if first is not None else torch.empty(shape[:axes], dtype=_DTYPES[kind], device=device))
+    return peers.broadcast(
+        first if first is not None else torch.empty(shape[:axes], dtype=_DTYPES[kind], device=device)
+    )
 
 
-def strips_on_first(compute: Callable[[int, int], Tensor], cells: int, axis: int, peers: Peers) -> Tensor | None:
+def strips_on_first(
+    compute: Callable[[int, int], Tensor], cells: int, axis: int, peers: Peers
+) -> Tensor | None:
     """Strips of one tensor, each computed by one peer, put together on the first.
 
     Args:
-        compute: (low, high) of a strip in cells -> the strip, as long along `axis` as it has cells, times a constant.
+        compute: (low, high) of a strip in cells -> the strip, as long along `axis` as it has cells, times a
+            constant.
         cells: the length of all strips together.
         axis: along which they lie; from the end, so negative.
         peers: who shares; those for whom no cell is left do nothing.

@@ -1,4 +1,6 @@
-"""Exchanges through torch's process groups: NCCL on GPUs, gloo on CPUs; and how long the one under way has been."""
+"""Exchanges through torch's process groups: NCCL on GPUs, gloo on CPUs; and how long the one under way has
+been.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from chitu_diffusion.distributed.collectives import Landing
 
 
 class Pace:
-    """How long the exchange that is under way has been, on the host or on the device. One thread writes, one reads.
+    """How long the exchange that is under way has been, on the host or on the device. One thread writes, one
+    reads.
 
     Args:
         device: of the exchanged tensors; on a CPU an exchange is over when its call returns.
@@ -111,7 +114,9 @@ class GroupPeers:
         return wait
 
     def _leave_batch(self, device: torch.device) -> None:
-        """When one of a batch is refused, torch 2.13 leaves NCCL's group call open, and communicators made later are void."""
+        """When one of a batch is refused, torch 2.13 leaves NCCL's group call open, and communicators made
+        later are void.
+        """
         if device.type == "cuda":
             with suppress(Exception):  # what was begun is given up anyway
                 self._group._end_coalescing(device)

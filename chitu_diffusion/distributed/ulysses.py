@@ -1,10 +1,11 @@
 """Ulysses: ranks trade heads for tokens around an attention (DeepSpeed Ulysses, arXiv:2309.14509).
 
-Each rank comes with its tokens and all heads, attends with all the group's tokens and its share of the heads, and leaves
-with its tokens and all heads. Two exchanges a call: q, k and v packed into one, and the output; each tensor is copied
-once on either side, and what a rank keeps for itself does not travel. Large exchanges go in two pieces, half of the heads
-each, so that one travels while the other is computed. A rank's traffic is 4 B s d (P - 1) / P numbers,
-s its tokens and d all heads' channels. Tokens may be shared unevenly; nothing is padded.
+Each rank comes with its tokens and all heads, attends with all the group's tokens and its share of the heads,
+and leaves with its tokens and all heads. Two exchanges a call: q, k and v packed into one, and the output;
+each tensor is copied once on either side, and what a rank keeps for itself does not travel. Large exchanges
+go in two pieces, half of the heads each, so that one travels while the other is computed. A rank's traffic is
+4 B s d (P - 1) / P numbers, s its tokens and d all heads' channels. Tokens may be shared unevenly; nothing is
+padded.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +22,8 @@ _WORTH_TWO_PIECES = 8 * 2**20
 
 
 def pieces_for(heads: int, sent: float) -> int:
-    """In how many pieces a rank's heads of one sequence go: two where the first exchange is so large that hiding half of it is
-    worth more than a call more.
+    """In how many pieces a rank's heads of one sequence go: two where the first exchange is so large that
+    hiding half of it is worth more than a call more.
 
     Args:
         heads: of one rank.
@@ -31,16 +32,18 @@ def pieces_for(heads: int, sent: float) -> int:
     return 2 if heads > 1 and sent >= _WORTH_TWO_PIECES else 1
 
 
-def ulysses(inner: AttentionFn, peers: Peers, lengths: Sequence[int], pieces: int | None = None) -> AttentionFn:
+def ulysses(
+    inner: AttentionFn, peers: Peers, lengths: Sequence[int], pieces: int | None = None
+) -> AttentionFn:
     """An attention over the tokens of all peers.
 
     Args:
         inner: attends with [B, sum(lengths), heads of a piece, D].
         peers: the group, in the order of its tokens.
         lengths: each peer's tokens.
-        pieces: a rank's heads are attended to in so many calls, at most one a head, for each sequence of the batch; while one
-            is computed, the next one's q, k and v arrive and the last one's output leaves. One takes all sequences at once.
-            None leaves it to `pieces_for`.
+        pieces: a rank's heads are attended to in so many calls, at most one a head, for each sequence of the
+            batch; while one is computed, the next one's q, k and v arrive and the last one's output leaves.
+            One takes all sequences at once. None leaves it to `pieces_for`.
 
     Returns:
         (q, k, v) -> out, all [B, lengths[own], H, D].
@@ -55,7 +58,9 @@ def ulysses(inner: AttentionFn, peers: Peers, lengths: Sequence[int], pieces: in
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, own, heads, channels = q.shape
         if heads % peers.size:
-            raise UsageError(f"{heads} heads cannot be shared by {peers.size} ranks", field="infer.diffusion.up")
+            raise UsageError(
+                f"{heads} heads cannot be shared by {peers.size} ranks", field="infer.diffusion.up"
+            )
         share = heads // peers.size
         # the longest shard, not ours: all ranks must decide alike
         sent = 3 * max(rows) * (heads - share) * channels * q.element_size()
@@ -91,7 +96,9 @@ def ulysses(inner: AttentionFn, peers: Peers, lengths: Sequence[int], pieces: in
 
 
 def _in_order(pieces: Sequence[tuple[Sequence[Tensor], Callable[[], None]]], out: Tensor) -> None:
-    """Once they are here, each piece's parts [s, B, h, D] by peer -> out [B, s, H, D], heads in their order."""
+    """Once they are here, each piece's parts [s, B, h, D] by peer -> out [B, s, H, D], heads in their
+    order.
+    """
     for _, arrived in pieces:
         arrived()
     peers = range(len(pieces[0][0]))

@@ -1,8 +1,8 @@
 """Does the video show what was asked? Held-out prompts through the whole product, scored by the judge.
 
-The prompts name combinations of actor, colour, scene and motion that training never saw. Every video is made by an
-`Engine` at the model's default settings, from prompt to frames, and the judge, which has seen drawn clips only, names its
-four parts. Knows the engine's face and the judge; no command line.
+The prompts name combinations of actor, colour, scene and motion that training never saw. Every video is made
+by an `Engine` at the model's default settings, from prompt to frames, and the judge, which has seen drawn
+clips only, names its four parts. Knows the engine's face and the judge; no command line.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Scores:
         lines = ["| part | as asked | 95 % interval | judge on fresh drawn clips |", "|---|---:|---:|---:|"]
         for part in CLASSES:
             low, high = wilson(self.share(part), len(self.answers))
-            lines.append(f"| {part} | {self.share(part):.1%} | {low:.1%} to {high:.1%} | {self.judge[part]:.1%} |")
+            lines.append(
+                f"| {part} | {self.share(part):.1%} | {low:.1%} to {high:.1%} | {self.judge[part]:.1%} |"
+            )
         return "\n".join(lines)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -98,14 +100,20 @@ def adherence(
         TaskError: a video could not be made.
     """
     judge = load_judge()
-    asked = [(prompt, words, seed) for prompt, words in held_out_prompts(prompts, PROMPT_SEED) for seed in range(seeds)]
+    asked = [
+        (prompt, words, seed)
+        for prompt, words in held_out_prompts(prompts, PROMPT_SEED)
+        for seed in range(seeds)
+    ]
     answers: list[Answer] = []
     folder.mkdir(parents=True, exist_ok=True)
     with Engine(config) as engine:
         for number, (prompt, words, seed) in enumerate(asked):
             path = folder / f"{number // seeds:03d}-seed{seed}.npy"
             if not path.exists():
-                params = DiffusionUserParams(prompt=prompt, seed=seed, save_path=str(path), **(settings or {}))
+                params = DiffusionUserParams(
+                    prompt=prompt, seed=seed, save_path=str(path), **(settings or {})
+                )
                 make(engine, params)
             answers.append(Answer(prompt, seed, words, judged(judge, path)))
             if on_video is not None:

@@ -23,7 +23,8 @@ Box = tuple[float, float, float, float]
 
 
 def draw(lines: Sequence[Line], title: str, path: Path) -> None:
-    """Times fewer forwards to the right, mean PSNR upwards; plans and fewer steps as curves, the rest as named dots.
+    """Times fewer forwards to the right, mean PSNR upwards; plans and fewer steps as curves, the rest as
+    named dots.
 
     The noise floor lies far above everything; it is drawn at the top, with its figure.
     """
@@ -31,7 +32,10 @@ def draw(lines: Sequence[Line], title: str, path: Path) -> None:
 
     found = [(line.setting, line.fewer, line.psnr[0]) for line in lines if line.psnr is not None]
     top = max((psnr for name, _, psnr in found if not name.startswith("kernel=")), default=100.0) + 3
-    shown = [(name, fewer, psnr) if psnr <= top else (f"{name}: {psnr:.0f} dB", fewer, top) for name, fewer, psnr in found]
+    shown = [
+        (name, fewer, psnr) if psnr <= top else (f"{name}: {psnr:.0f} dB", fewer, top)
+        for name, fewer, psnr in found
+    ]
     image = Image.new("RGB", (_WIDTH, _HEIGHT), (255, 255, 255))
     pen = ImageDraw.Draw(image)
     font, small = ImageFont.load_default(20 * _SCALE), ImageFont.load_default(_TEXT)
@@ -63,7 +67,10 @@ def _free(dot: Point, width: float, taken: Sequence[Box]) -> Box:
     sides = [(x + gap, beside), (x - gap - width, beside), (x + gap, above), (x + gap, below)]
     lower = [(x + gap, y + height * (0.3 + step)) for step in range(1, 40)]
     boxes = [(left, top, left + width, top + height) for left, top in sides + lower]
-    return next((box for box in boxes if box[0] > _LEFT and not any(_overlap(box, other) for other in taken)), boxes[-1])
+    return next(
+        (box for box in boxes if box[0] > _LEFT and not any(_overlap(box, other) for other in taken)),
+        boxes[-1],
+    )
 
 
 def _overlap(a: Box, b: Box) -> bool:
@@ -88,6 +95,11 @@ def _axes(pen: Any, font: Any, points: Sequence[Point]) -> Callable[[float, floa
         x, y = place(1, decibels)
         pen.line((x, y, _WIDTH - _RIGHT, y), fill=_GRID, width=_SCALE)
         pen.text((x - 34 * _SCALE, y - 9 * _SCALE), str(decibels), fill=_INK, font=font)
-    pen.text((_WIDTH / 2 - 120 * _SCALE, _HEIGHT - 36 * _SCALE), "times fewer transformer forwards", fill=_INK, font=font)
+    pen.text(
+        (_WIDTH / 2 - 120 * _SCALE, _HEIGHT - 36 * _SCALE),
+        "times fewer transformer forwards",
+        fill=_INK,
+        font=font,
+    )
     pen.text((12 * _SCALE, _TOP - 24 * _SCALE), "PSNR against full compute, dB", fill=_INK, font=font)
     return place

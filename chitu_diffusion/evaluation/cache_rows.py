@@ -1,7 +1,8 @@
 """One video of a cache setting against full compute, as a row of plain numbers in a file of its own.
 
-Rows are written whole or not at all, under a name made of everything that they depend on, so that a run that was cut short
-goes on where it stopped, and a row of other weights is never taken for one of these. Knows one row; tables are made beside.
+Rows are written whole or not at all, under a name made of everything that they depend on, so that a run that
+was cut short goes on where it stopped, and a row of other weights is never taken for one of these. Knows one
+row; tables are made beside.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Video:
-    """What is asked for: a prompt, its seed, and the words behind the prompt where it comes from the drawn world."""
+    """What is asked for: a prompt, its seed, and the words behind the prompt where it comes from the drawn
+    world.
+    """
 
     prompt: str
     seed: int
@@ -102,7 +105,9 @@ class Place:
         return self.folder / hashlib.sha256(said.encode()).hexdigest()[:24]
 
 
-def make_row(backend: DiffusionBackend, setting: str, video: Video, settings: Mapping[str, Any], place: Place) -> Row:
+def make_row(
+    backend: DiffusionBackend, setting: str, video: Video, settings: Mapping[str, Any], place: Place
+) -> Row:
     """Makes the video, compares it and writes its row. An error becomes the row's; the other rows go on."""
     try:
         _warm(backend, tuple(settings.items()))
@@ -147,7 +152,14 @@ def _row(setting: str, video: Video, made: Made, place: Place, device: torch.dev
         os.replace(part, place.frames(video))
         return row
     near = compare(np.load(place.frames(video)), made.frames, device)
-    return Row(**{**asdict(row), "psnr": float(np.mean(near.psnr)), "ssim": float(np.mean(near.ssim)), "flicker": near.flicker})
+    return Row(
+        **{
+            **asdict(row),
+            "psnr": float(np.mean(near.psnr)),
+            "ssim": float(np.mean(near.ssim)),
+            "flicker": near.flicker,
+        }
+    )
 
 
 def _share_right(made: Made, video: Video) -> float | None:

@@ -1,7 +1,8 @@
-"""`chitu eval cache`: caches x settings against full compute on one model, as a table, its numbers and a picture.
+"""`chitu eval cache`: caches x settings against full compute on one model, as a table, its numbers and a
+picture.
 
-Controls stand among the rows: fewer steps, and another exact attention kernel, whose distance from full compute is the noise
-floor. Knows rows and workers; no strategy.
+Controls stand among the rows: fewer steps, and another exact attention kernel, whose distance from full
+compute is the noise floor. Knows rows and workers; no strategy.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ SETTINGS = (
     "dbcache",
     "taylorseer",
 )
-"""Controls, plans, and each method as it was published or, where nothing was published for such a model, as it stands here."""
+"""Controls, plans, and each method as it was published or, where nothing was published for such a model, as
+it stands here.
+"""
 
 Mean = tuple[float, float, float]
 
@@ -71,9 +74,10 @@ class Line:
         psnr, ssim: mean with its 95 % interval; None for full compute.
         adherence: share of asked parts that the judge finds; None where prompts name none.
         flicker: mean difference to full compute's, grey levels.
-        kept_of_saving: seconds saved over what the skipped forwards cost in full compute; None where none was skipped.
-        above: dB of the calibrated plan at this speed over this setting; None where no plan is that fast or slow.
-        error: of its first failed video.
+        kept_of_saving: seconds saved over what the skipped forwards cost in full compute; None where none was
+            skipped.
+        above: dB of the calibrated plan at this speed over this setting; None where no plan is that fast or
+        slow. error: of its first failed video.
     """
 
     setting: str
@@ -95,7 +99,8 @@ class Line:
 
 
 def videos_for(prompts: str, seeds: str) -> list[Video]:
-    """The videos of `--prompts` (a number of held-out prompts, or a file with one a line) and `--seeds` (A..B).
+    """The videos of `--prompts` (a number of held-out prompts, or a file with one a line) and `--seeds`
+    (A..B).
 
     Raises:
         UsageError: neither a number nor a readable file with a line in it, or no seeds.
@@ -103,8 +108,13 @@ def videos_for(prompts: str, seeds: str) -> list[Video]:
     numbers = parse_seeds(seeds) or [0]
     if prompts.isascii() and prompts.isdigit():
         if int(prompts) == 0:
-            raise UsageError("--prompts 0: a number from 1, or a text file with one prompt a line would do", field="prompts")
-        asked: list[tuple[str, Any]] = [(said, asdict(words)) for said, words in held_out_prompts(int(prompts), PROMPT_SEED)]
+            raise UsageError(
+                "--prompts 0: a number from 1, or a text file with one prompt a line would do",
+                field="prompts",
+            )
+        asked: list[tuple[str, Any]] = [
+            (said, asdict(words)) for said, words in held_out_prompts(int(prompts), PROMPT_SEED)
+        ]
     else:
         asked = [(prompt, None) for prompt in read_prompts(prompts)]
     return [Video(prompt, seed, words) for prompt, words in asked for seed in numbers]
@@ -119,8 +129,11 @@ def read_prompts(file: str | Path) -> list[str]:
     try:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UsageError(f"--prompts {file}: {error}; a text file with one prompt a line would do", field="prompts") from error
-    found = list(dict.fromkeys(line for line in lines if line))  # twice the same would be one video counted twice
+        raise UsageError(
+            f"--prompts {file}: {error}; a text file with one prompt a line would do", field="prompts"
+        ) from error
+    # twice the same would be one video counted twice
+    found = list(dict.fromkeys(line for line in lines if line))
     if not found:
         raise UsageError(f"--prompts {file}: no prompt in it; one a line would do", field="prompts")
     return found
@@ -207,7 +220,9 @@ def _calibration_of(config: EngineConfig) -> str:
     found = spec.calibration
     if found is None:
         return ""
-    return hashlib.sha256(json.dumps([found.moments, found.gain, *found.measured.items()]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([found.moments, found.gain, *found.measured.items()]).encode()
+    ).hexdigest()
 
 
 def sum_up(rows: Sequence[Row], chosen: Sequence[str]) -> list[Line]:
@@ -220,8 +235,14 @@ def sum_up(rows: Sequence[Row], chosen: Sequence[str]) -> list[Line]:
     failed = next((row.error for row in full.values() if row.error is not None), None)
     if failed is not None:
         raise TaskError(f"full compute failed: {failed}")
-    lines = [_line(setting, [row for row in rows if row.setting == setting], full) for setting in (FULL, *chosen)]
-    plans = sorted((line.fewer, line.psnr[0]) for line in lines if line.setting.startswith("plan") and line.psnr is not None)
+    lines = [
+        _line(setting, [row for row in rows if row.setting == setting], full) for setting in (FULL, *chosen)
+    ]
+    plans = sorted(
+        (line.fewer, line.psnr[0])
+        for line in lines
+        if line.setting.startswith("plan") and line.psnr is not None
+    )
     return [_beside(line, plans) for line in lines]
 
 
@@ -236,7 +257,10 @@ def _line(setting: str, rows: Sequence[Row], full: Mapping[tuple[str, int], Row]
     seconds, exact_seconds = sum(row.seconds for row in made), sum(exact.seconds for _, exact in pairs)
     judged = [row.right for row in made if row.right is not None]
     moving = [row.flicker[1] - row.flicker[0] for row in made if row.flicker is not None]
-    psnr, ssim = [row.psnr for row in made if row.psnr is not None], [row.ssim for row in made if row.ssim is not None]
+    psnr, ssim = (
+        [row.psnr for row in made if row.psnr is not None],
+        [row.ssim for row in made if row.ssim is not None],
+    )
     return Line(
         setting,
         len(made),
@@ -264,7 +288,18 @@ def _beside(line: Line, plans: Sequence[tuple[float, float]]) -> Line:
 
 def table(lines: Sequence[Line]) -> str:
     """Markdown."""
-    head = ("setting", "forwards saved", "fewer", "faster", "PSNR, dB", "SSIM", "as asked", "flicker", "kept", "plan above")
+    head = (
+        "setting",
+        "forwards saved",
+        "fewer",
+        "faster",
+        "PSNR, dB",
+        "SSIM",
+        "as asked",
+        "flicker",
+        "kept",
+        "plan above",
+    )
     text = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for line in lines:
         if line.videos == 0:
@@ -294,7 +329,10 @@ def write_results(lines: Sequence[Line], about: Mapping[str, Any], folder: Path)
     said = {**about, "lines": [asdict(line) | {"fewer": line.fewer} for line in lines]}
     (folder / "cache.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     size = "x".join(map(str, about["size"]))
-    title = f"{about['model']}, {about['steps']} steps, guidance {about['guidance'][0]:g}, {size}, {lines[0].videos} videos"
+    title = (
+        f"{about['model']}, {about['steps']} steps, guidance {about['guidance'][0]:g}, {size}, "
+        f"{lines[0].videos} videos"
+    )
     where = f"{about['device']}, {about['dtype']}, timed with {about['workers']} process(es) on the device"
     (folder / "cache.md").write_text(f"{title}; {where}.\n\n{table(lines)}\n", encoding="utf-8")
     draw(lines, title, folder / "cache.png")

@@ -1,8 +1,9 @@
 """`chitu calibrate`: what step caches need to know of a model, measured on it and checked on other prompts.
 
-Full-compute runs of some prompts give second moments, TeaCache's polynomial and MagCache's ratios; a few of them are run on
-from a wrong step, to see how errors grow. Plans of several speeds are then really run on prompts and seeds that the fits did
-not see, and compared with full compute on raw frames. Knows evaluation's parts and the calibration; no command line.
+Full-compute runs of some prompts give second moments, TeaCache's polynomial and MagCache's ratios; a few of
+them are run on from a wrong step, to see how errors grow. Plans of several speeds are then really run on
+prompts and seeds that the fits did not see, and compared with full compute on raw frames. Knows evaluation's
+parts and the calibration; no command line.
 """
 
 from __future__ import annotations
@@ -79,10 +80,17 @@ def calibrate(
         about = crew.result()[1]
         steps = int(about["steps"])
         if steps < 4:
-            raise UsageError(f"--steps {steps}: at least 4 would do; a cache has nothing to skip", field="num_inference_steps")
+            raise UsageError(
+                f"--steps {steps}: at least 4 would do; a cache has nothing to skip",
+                field="num_inference_steps",
+            )
         probes = sorted({min(max(2, round(share * steps)), steps - 1) for share in _PROBED})
         for number, job in enumerate(fitted_on):
-            crew.submit(trace, {"prompt": job.prompt, "seed": job.seed, **settings}, probes if number < _PROBED_RUNS else ())
+            crew.submit(
+                trace,
+                {"prompt": job.prompt, "seed": job.seed, **settings},
+                probes if number < _PROBED_RUNS else (),
+            )
         exact: dict[tuple[str, int], Frames] = {}
         for job in checked_on:
             crew.submit(frames_of, job, settings)
@@ -129,7 +137,12 @@ def frames_of(backend: DiffusionBackend, job: Job, settings: dict[str, Any]) -> 
 
 
 def nearness(
-    backend: DiffusionBackend, job: Job, settings: dict[str, Any], speed: float, calibration: Calibration, exact: Frames
+    backend: DiffusionBackend,
+    job: Job,
+    settings: dict[str, Any],
+    speed: float,
+    calibration: Calibration,
+    exact: Frames,
 ) -> tuple[float, float]:
     """PSNR and SSIM, means over frames, of a video by the plan of a speed."""
     if backend.spec.calibration != calibration:
@@ -152,7 +165,9 @@ def fit(traces: Sequence[Trace], about: dict[str, Any]) -> Calibration:
         about=about,
         sigmas=tuple(float(sigma) for sigma in ordered[0].sigmas),
         moments=triangle(moments.tolist()),
-        gain=tuple(round(float(gain), 6) for gain in growth(ordered[0].sigmas, [found.gains for found in ordered])),
+        gain=tuple(
+            round(float(gain), 6) for gain in growth(ordered[0].sigmas, [found.gains for found in ordered])
+        ),
         measured={
             "teacache": tuple(float(f"{value:.9g}") for value in polynomial(signals, changes)),
             "magcache": tuple(round(float(ratio), 6) for ratio in ratios),
@@ -161,10 +176,11 @@ def fit(traces: Sequence[Trace], about: dict[str, Any]) -> Calibration:
 
 
 def polynomial(signals: Array, changes: Array, degree: int = _DEGREE) -> Array:
-    """TeaCache's fit (arXiv:2411.19108): least squares of the residual's change over the signal's, highest power first.
+    """TeaCache's fit (arXiv:2411.19108): least squares of the residual's change over the signal's, highest
+    power first.
 
-    On Wan the signal depends on the step alone, so that runs share their places; of fewer places than coefficients, fewer
-    powers are fitted.
+    On Wan the signal depends on the step alone, so that runs share their places; of fewer places than
+    coefficients, fewer powers are fitted.
     """
     places = len(np.unique(np.round(signals, 12)))
     found = np.polynomial.Polynomial.fit(signals, changes, min(degree, places - 1)).convert().coef
@@ -172,12 +188,17 @@ def polynomial(signals: Array, changes: Array, degree: int = _DEGREE) -> Array:
 
 
 def growth(sigmas: Array, gains: Sequence[dict[int, float]]) -> Array:
-    """How an error at each step has grown at the end, [n]: geometric mean over runs, linear in between; 1 if not measured."""
+    """How an error at each step has grown at the end, [n]: geometric mean over runs, linear in between; 1 if
+    not measured.
+    """
     probed = sorted({step for found in gains for step in found})
     steps = np.arange(len(sigmas) - 1)
     if not probed:
         return np.ones(len(steps))
-    logs = [np.mean([np.log(found[step]) for found in gains if found.get(step, 0) > 0] or [0.0]) for step in probed]
+    logs = [
+        np.mean([np.log(found[step]) for found in gains if found.get(step, 0) > 0] or [0.0])
+        for step in probed
+    ]
     return np.asarray(np.exp(np.interp(steps, probed, logs)))
 
 
@@ -192,9 +213,12 @@ def _checked(
 ) -> tuple[Verified, ...]:
     """Plans of these speeds against full compute."""
     steps = len(calibration.sigmas) - 1
-    # of speeds that come to the same number of computed steps the slowest stays, for it promises no more than it keeps
+    # of speeds that come to the same number of computed steps the slowest stays, for it promises no more than
+    # it keeps
     counts = {int(steps / speed + 1e-9): float(speed) for speed in sorted(speeds, reverse=True)}
-    near: dict[float, list[tuple[float, float]]] = {speed: [] for count, speed in sorted(counts.items())[::-1] if count > 1}
+    near: dict[float, list[tuple[float, float]]] = {
+        speed: [] for count, speed in sorted(counts.items())[::-1] if count > 1
+    }
     for speed in near:
         for job in jobs:
             crew.submit(nearness, job, settings, speed, calibration, exact[job.prompt, job.seed])

@@ -1,4 +1,6 @@
-"""`chitu eval ...`: the measuring commands. Knows flags and how results are told; measuring is done beside it."""
+"""`chitu eval ...`: the measuring commands. Knows flags and how results are told; measuring is done beside
+it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ import typer
 
 from chitu_diffusion.errors import UsageError
 
-app = typer.Typer(no_args_is_help=True, help="Measure videos: adherence to the prompt, fidelity to a reference.")
+app = typer.Typer(
+    no_args_is_help=True, help="Measure videos: adherence to the prompt, fidelity to a reference."
+)
 
 
 @app.callback()
@@ -21,12 +25,18 @@ def _group() -> None:
 
 @app.command()
 def adherence(
-    model: Annotated[str, typer.Option("--model", help="The shipped model, or a folder trained on the same world.")] = "wan-tiny",
+    model: Annotated[
+        str, typer.Option("--model", help="The shipped model, or a folder trained on the same world.")
+    ] = "wan-tiny",
     prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts.")] = 64,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Videos of each prompt.")] = 2,
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; the model's own by default.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Denoising steps; the model's own by default.")
+    ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:N.")] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for frames and scores.")] = Path("outputs/adherence"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for frames and scores.")] = Path(
+        "outputs/adherence"
+    ),
     json_: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """Score the model on prompts whose combinations it has never seen. Goes on where it stopped."""
@@ -51,45 +61,83 @@ def adherence(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="The reference: .npy, a folder of png frames, .mp4 or .gif.")],
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="The reference: .npy, a folder of png frames, .mp4 or .gif.")
+    ],
     b: Annotated[Path, typer.Argument(metavar="B", help="The video that is compared with it.")],
     fps: Annotated[float, typer.Option("--fps", min=1, help="Of the side-by-side video.")] = 16,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for figures and pictures.")] = Path("outputs/compare"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for figures and pictures.")] = Path(
+        "outputs/compare"
+    ),
     json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """PSNR, SSIM, LPIPS (where installed) and flicker of two videos; a contact sheet and both side by side."""
+    """PSNR, SSIM, LPIPS (where installed) and flicker of two videos; a contact sheet and both side by
+    side.
+    """
     from chitu_diffusion.evaluation.compare import compare_files
 
     for name in (a, b):
         if name.suffix.lower() in (".mp4", ".gif"):
-            print(f"{name} was encoded with a loss of its own; .npy would show the model's alone", file=sys.stderr, flush=True)
+            print(
+                f"{name} was encoded with a loss of its own; .npy would show the model's alone",
+                file=sys.stderr,
+                flush=True,
+            )
     found = compare_files(a, b, output, fps=fps)
-    print(json.dumps(found.to_mapping()) if json_ else f"{found.table()}\n{output}/contact.png, {output}/side_by_side.mp4")
+    print(
+        json.dumps(found.to_mapping())
+        if json_
+        else f"{found.table()}\n{output}/contact.png, {output}/side_by_side.mp4"
+    )
 
 
 @app.command()
 def cache(
-    model: Annotated[str, typer.Option("--model", help="A name ('chitu models ls'), or a folder.")] = "wan-tiny",
+    model: Annotated[
+        str, typer.Option("--model", help="A name ('chitu models ls'), or a folder.")
+    ] = "wan-tiny",
     prompts: Annotated[
-        str, typer.Option("--prompts", metavar="N | FILE", help="N held-out prompts of the drawn world, or one a line.")
+        str,
+        typer.Option(
+            "--prompts", metavar="N | FILE", help="N held-out prompts of the drawn world, or one a line."
+        ),
     ] = "16",
-    seeds: Annotated[str, typer.Option("--seeds", metavar="A..B", help="One video of each prompt for each.")] = "0..2",
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; the model's own by default.")] = None,
+    seeds: Annotated[
+        str, typer.Option("--seeds", metavar="A..B", help="One video of each prompt for each.")
+    ] = "0..2",
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Denoising steps; the model's own by default.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--settings", help="steps=N, kernel=NAME, or as --cache; repeatable. All methods by default."),
+        typer.Option(
+            "--settings", help="steps=N, kernel=NAME, or as --cache; repeatable. All methods by default."
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, max=64, help="Processes that share the device.")] = 1,
-    output: Annotated[Path, typer.Option("-o", "--output", help="For table, numbers and picture.")] = Path("outputs/cache"),
-    work: Annotated[Path | None, typer.Option("--work", help="Folder for rows and frames; OUTPUT/work by default.")] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, max=64, help="Processes that share the device.")
+    ] = 1,
+    output: Annotated[Path, typer.Option("-o", "--output", help="For table, numbers and picture.")] = Path(
+        "outputs/cache"
+    ),
+    work: Annotated[
+        Path | None, typer.Option("--work", help="Folder for rows and frames; OUTPUT/work by default.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Caches x settings against full compute: speed, fidelity, adherence. Goes on where it stopped."""
     from chitu_diffusion.config import load_config
     from chitu_diffusion.evaluation.cache_rows import Row
-    from chitu_diffusion.evaluation.cache_table import SETTINGS, check_settings, evaluate, table, videos_for, write_results
+    from chitu_diffusion.evaluation.cache_table import (
+        SETTINGS,
+        check_settings,
+        evaluate,
+        table,
+        videos_for,
+        write_results,
+    )
 
     videos = videos_for(prompts, seeds)
     chosen = list(dict.fromkeys(settings or SETTINGS))
@@ -101,13 +149,21 @@ def cache(
 
     def tell(done: int, total: int, row: Row) -> None:
         near = row.error or ("" if row.psnr is None else f"{row.psnr:.1f} dB")
-        print(f"[{done}/{total}] {row.setting}, {row.prompt!r}, seed {row.seed}: {near}", file=sys.stderr, flush=True)
+        print(
+            f"[{done}/{total}] {row.setting}, {row.prompt!r}, seed {row.seed}: {near}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     lines, about = evaluate(
         config, videos, work or output / "work", chosen=chosen, settings=asked, workers=workers, on_row=tell
     )
     write_results(lines, about, output)
-    print((output / "cache.json").read_text(encoding="utf-8") if json_ else f"{table(lines)}\n{output}/cache.json, .md, .png")
+    print(
+        (output / "cache.json").read_text(encoding="utf-8")
+        if json_
+        else f"{table(lines)}\n{output}/cache.json, .md, .png"
+    )
 
 
 def _make_folder(flag: str, folder: Path) -> None:
@@ -115,4 +171,6 @@ def _make_folder(flag: str, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{flag} {folder}: {error.strerror or error}; another folder would do", field="output") from error
+        raise UsageError(
+            f"{flag} {folder}: {error.strerror or error}; another folder would do", field="output"
+        ) from error

@@ -1,9 +1,9 @@
 """How near two videos are: per frame, over time, and as a picture.
 
-PSNR and SSIM ("Image Quality Assessment", Wang et al., IEEE TIP 13, 2004: 11x11 Gaussian window of 1.5 pixels, K1 = 0.01,
-K2 = 0.03, on each colour) are taken on raw frames: compare .npy or png folders, for an encoder adds an error of its own.
-LPIPS (arXiv:1801.03924) is measured where the package `lpips` is installed. Flicker is the mean difference between
-neighbouring frames. Knows frames; no prompts or engines.
+PSNR and SSIM ("Image Quality Assessment", Wang et al., IEEE TIP 13, 2004: 11x11 Gaussian window of 1.5
+pixels, K1 = 0.01, K2 = 0.03, on each colour) are taken on raw frames: compare .npy or png folders, for an
+encoder adds an error of its own. LPIPS (arXiv:1801.03924) is measured where the package `lpips` is installed.
+Flicker is the mean difference between neighbouring frames. Knows frames; no prompts or engines.
 """
 
 from __future__ import annotations
@@ -52,18 +52,31 @@ class Comparison:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain JSON values: each measure's mean with its 95 % interval, and its frames."""
-        measures = {"psnr": self.psnr, "ssim": self.ssim, **({} if self.lpips is None else {"lpips": self.lpips})}
+        measures = {
+            "psnr": self.psnr,
+            "ssim": self.ssim,
+            **({} if self.lpips is None else {"lpips": self.lpips}),
+        }
         summary: dict[str, Any] = {
-            name: dict(zip(("mean", "low", "high"), mean_interval(frames), strict=True)) | {"frames": list(frames)}
+            name: dict(zip(("mean", "low", "high"), mean_interval(frames), strict=True))
+            | {"frames": list(frames)}
             for name, frames in measures.items()
         }
         before, after = self.flicker
-        return {"frames": len(self.psnr), **summary, "flicker": {"a": before, "b": after, "difference": after - before}}
+        return {
+            "frames": len(self.psnr),
+            **summary,
+            "flicker": {"a": before, "b": after, "difference": after - before},
+        }
 
     def table(self) -> str:
         """Markdown."""
         lines = ["| measure | mean | 95 % interval | worst frame |", "|---|---:|---:|---:|"]
-        for name, frames, worst in (("PSNR, dB", self.psnr, min), ("SSIM", self.ssim, min), ("LPIPS", self.lpips, max)):
+        for name, frames, worst in (
+            ("PSNR, dB", self.psnr, min),
+            ("SSIM", self.ssim, min),
+            ("LPIPS", self.lpips, max),
+        ):
             if frames is not None:
                 mean, low, high = mean_interval(frames)
                 lines.append(f"| {name} | {mean:.4g} | {low:.4g} to {high:.4g} | {worst(frames):.4g} |")
@@ -82,8 +95,11 @@ def compare(a: Frames, b: Frames, device: torch.device | str = "cpu") -> Compari
         UsageError: shapes that differ.
     """
     if a.shape != b.shape:
-        raise UsageError(f"the videos are {list(a.shape)} and {list(b.shape)}: equal frames, height and width would do")
-    first, second = (torch.from_numpy(frames).to(device).permute(0, 3, 1, 2) for frames in (a, b))  # [T, 3, H, W]
+        raise UsageError(
+            f"the videos are {list(a.shape)} and {list(b.shape)}: equal frames, height and width would do"
+        )
+    # [T, 3, H, W]
+    first, second = (torch.from_numpy(frames).to(device).permute(0, 3, 1, 2) for frames in (a, b))
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         # frame by frame: a whole video in float64 takes gigabytes
@@ -112,14 +128,18 @@ def ssim(a: Tensor, b: Tensor) -> float:
     # the window is a product of two lines: sums of shifted images, first along rows, then along columns
     maps = torch.cat([a, b, a * a, b * b, a * b])  # [5, 3, H, W]
     columns, rows = maps.shape[-1] - size + 1, maps.shape[-2] - size + 1
-    along = sum((weight * maps[..., k : k + columns] for k, weight in enumerate(weights)), start=maps.new_zeros(()))
+    along = sum(
+        (weight * maps[..., k : k + columns] for k, weight in enumerate(weights)), start=maps.new_zeros(())
+    )
     mean_a, mean_b, square_a, square_b, product = sum(
         (weight * along[..., k : k + rows, :] for k, weight in enumerate(weights)), start=maps.new_zeros(())
     )
     variances = square_a - mean_a**2 + square_b - mean_b**2
     covariance = product - mean_a * mean_b
     c1, c2 = _K1**2, _K2**2
-    found = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))
+    found = (
+        (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))
+    )
     return float(found.mean())
 
 
@@ -160,7 +180,8 @@ def contact_sheet(a: Frames, b: Frames) -> Frames:
 
 
 def compare_files(a: Path, b: Path, folder: Path, *, fps: float = 16) -> Comparison:
-    """Compares two videos and writes compare.json, compare.md, contact.png and side_by_side.mp4 into a folder.
+    """Compares two videos and writes compare.json, compare.md, contact.png and side_by_side.mp4 into a
+    folder.
 
     Raises:
         UsageError: a file that cannot be read, or sizes that differ.

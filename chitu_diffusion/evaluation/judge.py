@@ -41,11 +41,17 @@ class Judge(nn.Module):
             for a, b in pairwise(widths)
         )
         self.flat = nn.Linear(widths[-1] * (SIDE // 16) ** 2, 192)
-        self.time = nn.Sequential(nn.Conv1d(192, 192, 3, padding=1), nn.GELU(), nn.Conv1d(192, 96, 3, padding=1), nn.GELU())
-        self.heads = nn.ModuleDict({name: nn.Linear(96 * FRAMES + 192, len(names)) for name, names in CLASSES.items()})
+        self.time = nn.Sequential(
+            nn.Conv1d(192, 192, 3, padding=1), nn.GELU(), nn.Conv1d(192, 96, 3, padding=1), nn.GELU()
+        )
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(96 * FRAMES + 192, len(names)) for name, names in CLASSES.items()}
+        )
 
     def forward(self, video: Tensor) -> dict[str, Tensor]:
-        """video [B, T, 3, H, W] in [0, 1], any T, H, W -> logits [B, classes] by name ("actor", "colour", ...)."""
+        """video [B, T, 3, H, W] in [0, 1], any T, H, W -> logits [B, classes] by name ("actor", "colour",
+        ...).
+        """
         x = prepare(video)  # [B, FRAMES, 3, SIDE, SIDE]
         batch = x.shape[0]
         line = torch.linspace(-1, 1, SIDE, device=x.device, dtype=x.dtype)
@@ -60,7 +66,9 @@ class Judge(nn.Module):
 
 
 def prepare(video: Tensor) -> Tensor:
-    """Any clip [B, T, 3, H, W] -> [B, FRAMES, 3, SIDE, SIDE]: frames evenly spread, area-averaged to a square."""
+    """Any clip [B, T, 3, H, W] -> [B, FRAMES, 3, SIDE, SIDE]: frames evenly spread, area-averaged to a
+    square.
+    """
     index = torch.linspace(0, video.shape[1] - 1, FRAMES, device=video.device).round().long()
     picked = video[:, index]
     small = F.interpolate(picked.flatten(0, 1).float(), size=(SIDE, SIDE), mode="area")
@@ -74,7 +82,9 @@ def load_judge(path: Path = WEIGHTS) -> Judge:
         ModelMissingError: its weights are not there.
     """
     if not path.exists():
-        raise ModelMissingError(f"the judge's weights are missing: {path}; train them with 'python -m training --stages judge'")
+        raise ModelMissingError(
+            f"the judge's weights are missing: {path}; train them with 'python -m training --stages judge'"
+        )
     judge = Judge()
     judge.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return judge.eval().requires_grad_(False)
@@ -88,7 +98,9 @@ def name_parts(judge: Judge, video: Tensor) -> list[Words]:
     return [Words(**{part: CLASSES[part][best[part][row]] for part in CLASSES}) for row in range(len(video))]
 
 
-def accuracy_on_drawn_clips(judge: Judge, count: int, device: torch.device | str = "cpu", seed: int = 77) -> dict[str, float]:
+def accuracy_on_drawn_clips(
+    judge: Judge, count: int, device: torch.device | str = "cpu", seed: int = 77
+) -> dict[str, float]:
     """Share of fresh drawn 128x128x33 clips, of all combinations, that the judge names right, by part."""
     generator = torch.Generator().manual_seed(seed)
     right = dict.fromkeys(CLASSES, 0)

@@ -1,8 +1,9 @@
 """What a full-compute run passes through, as the few numbers that caches are fitted on.
 
-A run is taken step by step with the networks' own velocity and sampler. Kept of it: inner products of all velocities and
-latents (`flexcache.plan_search.Traces`), the block stack's residual for TeaCache and MagCache, and, where asked, how an error
-that is made at one step has grown at the end. Knows the networks and the sampler; no cache strategy.
+A run is taken step by step with the networks' own velocity and sampler. Kept of it: inner products of all
+velocities and latents (`flexcache.plan_search.Traces`), the block stack's residual for TeaCache and MagCache,
+and, where asked, how an error that is made at one step has grown at the end. Knows the networks and the
+sampler; no cache strategy.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Trace:
     Attributes:
         sigmas: [n + 1].
         moments: inner products over the numbers of a latent, [(B + 1) n, (B + 1) n].
-        changes: mean|r_t - r_{t-1}| / mean|r_{t-1}| of the prompt's block residual r, [n]; 0 at the first step.
+        changes: mean|r_t - r_{t-1}| / mean|r_{t-1}| of the prompt's block residual r, [n]; 0 at the first
+            step.
         ratios: mean|r_t| / mean|r_{t-1}|, [n]; 1 at the first step.
         signals: the same change of the modulation that blocks get, [n].
         gains: for each probed step, |error at the end| / |error that was made|.
@@ -88,7 +90,10 @@ def trace(backend: DiffusionBackend, params: dict[str, Any], probes: Sequence[in
         latents.append(latent)
         states.append(state)
         latent, state = backend.sampler.step(state, run.guided(velocity, state), latent)
-    by_branch = [torch.stack(branch).flatten(1) for branch in zip(*(v.chunk(run.branches) for v in velocities), strict=True)]
+    by_branch = [
+        torch.stack(branch).flatten(1)
+        for branch in zip(*(v.chunk(run.branches) for v in velocities), strict=True)
+    ]
     rows = torch.cat([*by_branch, torch.stack(latents).flatten(1)])
     products = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
     for piece in rows.split(_PIECE, dim=1):
@@ -98,7 +103,14 @@ def trace(backend: DiffusionBackend, params: dict[str, Any], probes: Sequence[in
     sizes, changed = (np.array(column) for column in zip(*run.residuals, strict=True))
     signals = embedding_changes(forward.schedule_of(backend, states[0]), "modulation")
     before = np.concatenate([sizes[:1], sizes[:-1]])
-    return Trace(states[0]["sigmas"].double().numpy(), moments, changed / before, sizes / before, np.array(signals), gains)
+    return Trace(
+        states[0]["sigmas"].double().numpy(),
+        moments,
+        changed / before,
+        sizes / before,
+        np.array(signals),
+        gains,
+    )
 
 
 class _Run:
@@ -121,7 +133,9 @@ class _Run:
 
     def begin(self) -> tuple[SamplerState, Tensor]:
         """The sampler's state and the latent before the first step."""
-        return self.backend.sampler.begin(self.steps), initial_noise(self._shape, self._seed).to(self.backend.device)
+        return self.backend.sampler.begin(self.steps), initial_noise(self._shape, self._seed).to(
+            self.backend.device
+        )
 
     def expert(self, state: SamplerState) -> int:
         """Which network runs the coming step."""
@@ -145,11 +159,18 @@ class _Run:
         return forward.combine(velocity, self.scales[self.expert(state)] if self.branches == 2 else 1.0)
 
     def gain(
-        self, step: int, velocities: Sequence[Tensor], latent: Tensor, states: Sequence[SamplerState], exact: Tensor
+        self,
+        step: int,
+        velocities: Sequence[Tensor],
+        latent: Tensor,
+        states: Sequence[SamplerState],
+        exact: Tensor,
     ) -> float:
-        """|error of the last latent| / |error| where one step takes a line through the two before it, as a cache would.
+        """|error of the last latent| / |error| where one step takes a line through the two before it, as a
+        cache would.
 
-        The error that is made is what the sampler hands to the last latent if no later velocity answers to it.
+        The error that is made is what the sampler hands to the last latent if no later velocity answers to
+        it.
         """
         sampler, state, sigmas = self.backend.sampler, states[step], states[0]["sigmas"].tolist()
         known = [index for index in (step - 1, step - 2) if index >= 0]

@@ -1,7 +1,7 @@
 """One video from a prompt to raw frames, with its denoising timed and its forwards counted.
 
-Forwards are counted at the seam where caches are asked, so that a skipped step, branch, block or module counts for what it
-is, whatever the strategy. Knows the generator and the seam; no strategy, no file.
+Forwards are counted at the seam where caches are asked, so that a skipped step, branch, block or module
+counts for what it is, whatever the strategy. Knows the generator and the seam; no strategy, no file.
 """
 
 from __future__ import annotations
@@ -76,8 +76,13 @@ def make_video(backend: DiffusionBackend, *, kernel: str | None = None, **params
 
 
 def _lay_out(backend: DiffusionBackend, task: DiffusionTask) -> None:
-    """Calculate a plan that the model keeps: the first task of a process pays for it, and is no measure of the others."""
-    steps, guidance = task.num_inference_steps, guidance_pair(task.resolved.guidance_scale if task.resolved else None)
+    """Calculate a plan that the model keeps: the first task of a process pays for it, and is no measure of
+    the others.
+    """
+    steps, guidance = (
+        task.num_inference_steps,
+        guidance_pair(task.resolved.guidance_scale if task.resolved else None),
+    )
     if task.buffer.cache is not None:
         schedule = forward.schedule_of(backend, backend.sampler.begin(steps), guidance)
         strategy_of(task.buffer.cache).laid_out(schedule)
@@ -156,7 +161,11 @@ class _CountingManager(FlexCacheManager):
         self._tokens = 0
 
     def velocity(
-        self, step_idx: int, latent: Tensor, branches: tuple[int, ...], compute: Callable[[tuple[int, ...]], Tensor]
+        self,
+        step_idx: int,
+        latent: Tensor,
+        branches: tuple[int, ...],
+        compute: Callable[[tuple[int, ...]], Tensor],
     ) -> Tensor:
         patch = self._backend.spec.transformers[0].patch_size
         self._tokens = latent[0, 0].numel() // (patch[0] * patch[1] * patch[2])
@@ -174,7 +183,9 @@ class _CountingManager(FlexCacheManager):
         return _Noting(inner, self._count, len(branches), self._shares()) if inner.levels else inner
 
     def _shares(self) -> dict[Level, float]:
-        """Share of a forward's multiplications at one site of each level, before it is divided by the depth."""
+        """Share of a forward's multiplications at one site of each level, before it is divided by the
+        depth.
+        """
         spec, tokens = self._backend.spec, self._tokens
         config = spec.transformers[0]
         dim, text = config.dim, spec.text_tokens
@@ -182,7 +193,13 @@ class _CountingManager(FlexCacheManager):
         cross = 2 * (tokens + text) * dim**2 + 2 * tokens * text * dim
         ffn = 2 * tokens * dim * config.ffn_dim
         whole = attention + cross + ffn
-        return {"step": 1.0, "block": 1.0, "attention": attention / whole, "cross": cross / whole, "ffn": ffn / whole}
+        return {
+            "step": 1.0,
+            "block": 1.0,
+            "attention": attention / whole,
+            "cross": cross / whole,
+            "ffn": ffn / whole,
+        }
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Several processes that share one device, each with the model loaded once, for many small pieces of work.
 
-A small model leaves a large device idle while the next operation is launched; a dozen processes fill it. With one worker
-the work is done in this process. Knows settings and functions; not what they do.
+A small model leaves a large device idle while the next operation is launched; a dozen processes fill it. With
+one worker the work is done in this process. Knows settings and functions; not what they do.
 """
 
 from __future__ import annotations
@@ -49,14 +49,18 @@ class Workers:
             self._work, self._results = context.Queue(), context.Queue()
             plain, threads = config.model_dump(), max(1, (os.cpu_count() or 1) // count)
             for _ in range(count):
-                process = context.Process(target=_serve, args=(plain, threads, self._work, self._results), daemon=True)
+                process = context.Process(
+                    target=_serve, args=(plain, threads, self._work, self._results), daemon=True
+                )
                 process.start()
                 self._processes.append(process)
 
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for process in self._processes:
             if kind is None:
                 self._work.put(None)
@@ -100,7 +104,8 @@ class Workers:
                 dead = [process for process in self._processes if not process.is_alive()]
                 if dead:
                     raise TaskError(
-                        f"a worker process ended with code {dead[0].exitcode}; fewer workers need less memory (--workers)"
+                        f"a worker process ended with code {dead[0].exitcode}; fewer workers need less "
+                        "memory (--workers)"
                     ) from None
                 continue
             if failure is not None:
@@ -109,15 +114,17 @@ class Workers:
 
 
 def _loaded(config: EngineConfig) -> DiffusionBackend:
-    """The model, with its attention kernel pinned: "auto" times kernels, and on a device that others use it might choose
-    differently in each process, so that videos would be compared across kernels."""
+    """The model, with its attention kernel pinned: "auto" times kernels, and on a device that others use it
+    might choose differently in each process, so that videos would be compared across kernels."""
     backend = DiffusionBackend(config)
     backend.attn_backend = backend.attn_backend
     return backend
 
 
 def _end_with(parent: Any) -> None:
-    """Ends this process once its parent has: one that was killed sends no word, and its workers would hold the device."""
+    """Ends this process once its parent has: one that was killed sends no word, and its workers would hold
+    the device.
+    """
     parent.join()
     os._exit(1)
 
@@ -135,4 +142,6 @@ def _serve(plain: dict[str, Any], threads: int, work: Any, results: Any) -> None
         results.put((0, None, str(error)))
     except Exception as error:
         # recorded: the process that asked raises it
-        results.put((0, None, f"a worker failed with {type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        results.put(
+            (0, None, f"a worker failed with {type(error).__name__}: {error}\n{traceback.format_exc()}")
+        )

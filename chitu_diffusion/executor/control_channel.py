@@ -1,7 +1,7 @@
 """What rank 0 says and how each rank did: small JSON words in the store where the ranks meet.
 
-Nobody waits in an exchange for work to come, so ranks without work idle for as long as they like. Knows a store and a
-watch; not what the words mean.
+Nobody waits in an exchange for work to come, so ranks without work idle for as long as they like. Knows a
+store and a watch; not what the words mean.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Orders:
         self._order += 1
 
     def hear(self, patience: float | None = None) -> Word | None:
-        """The others: the next order; None if none came within `patience` seconds. None waits for as long as it takes.
+        """The others: the next order; None if none came within `patience` seconds. None waits for as long as
+        it takes.
 
         Raises:
             RankLostError: a rank is lost.
@@ -48,7 +49,8 @@ class Orders:
         if not self._wait([key], patience):
             return None
         order: Word = json.loads(self._ask(self._store.get, key))
-        self._order += 1  # not before it is here: Ctrl+C may come in between, and the order must be heard then
+        # not before it is here: Ctrl+C may come in between, and the order must be heard then
+        self._order += 1
         return order
 
     def vote(self, mine: Word, patience: float | None = None) -> list[Word]:
@@ -56,7 +58,8 @@ class Orders:
 
         Args:
             mine: ours.
-            patience: seconds after which a rank that gives signs of life but no vote is lost, too; None waits on.
+            patience: seconds after which a rank that gives signs of life but no vote is lost, too; None waits
+                on.
 
         Raises:
             RankLostError: a rank is lost.

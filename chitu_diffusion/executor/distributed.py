@@ -1,8 +1,9 @@
-"""One unit on every rank at once: rank 0 orders it, all run it, all vote how it went, and all draw the same conclusion.
+"""One unit on every rank at once: rank 0 orders it, all run it, all vote how it went, and all draw the same
+conclusion.
 
-A unit that failed anywhere has failed everywhere: the task ends on all ranks, or, when memory ran out or Ctrl+C came, goes
-back to where it was. Exchanges that were cut short are dropped and made anew, so the group outlives a failed task.
-Knows tasks, the generator and the crew; not whose turn it is.
+A unit that failed anywhere has failed everywhere: the task ends on all ranks, or, when memory ran out or
+Ctrl+C came, goes back to where it was. Exchanges that were cut short are dropped and made anew, so the group
+outlives a failed task. Knows tasks, the generator and the crew; not whose turn it is.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ class Together(Alone):
     def admit(self, task: DiffusionTask) -> None:
         """Rank 0 tells the others of a task."""
         self._resting = False
-        self._orders.say({"do": "task", "id": task.task_id, "seed": task.seed, "params": task.params.to_mapping()})
+        self._orders.say(
+            {"do": "task", "id": task.task_id, "seed": task.seed, "params": task.params.to_mapping()}
+        )
 
     def claim(self, task: DiffusionTask) -> DiffusionTask:
         """On ranks but the first, which run the same script: the task becomes rank 0's own.
@@ -103,7 +106,10 @@ class Together(Alone):
             order = self._held or self._hear(None)
             if order is None or order["do"] == "unit":
                 self._held = order
-                raise UsageError(f"task {task.task_id}: rank 0 was not given it; give tasks to all ranks, or to rank 0 alone")
+                raise UsageError(
+                    f"task {task.task_id}: rank 0 was not given it; give tasks to all ranks, or to rank 0 "
+                    "alone"
+                )
             self._apply(order)
 
     def unit(self, task: DiffusionTask) -> Progress:
@@ -115,7 +121,9 @@ class Together(Alone):
             RankLostError: the group is at its end.
         """
         if self.leads:
-            self._orders.say({"do": "unit", "id": task.task_id, "level": self._generator.backend.low_mem_level})
+            self._orders.say(
+                {"do": "unit", "id": task.task_id, "level": self._generator.backend.low_mem_level}
+            )
         before, status = _Snapshot(task), task.status
         event, outcome, raised = self._run(task)
         if outcome["how"] != "done":
@@ -140,7 +148,9 @@ class Together(Alone):
     def ended(self, task: DiffusionTask) -> None:
         """Rank 0 tells the others that a task ended between two units."""
         if self.leads:
-            self._orders.say({"do": "end", "id": task.task_id, "status": task.status, "error": task.error_message})
+            self._orders.say(
+                {"do": "end", "id": task.task_id, "status": task.status, "error": task.error_message}
+            )
 
     def rest(self) -> None:
         """Rank 0 tells the others, once, that no task has work left."""
@@ -149,8 +159,9 @@ class Together(Alone):
             self._orders.say({"do": "rest"})
 
     def has_work(self) -> bool:
-        """Whether rank 0 has a task with work left. The others wait for its answer, and once that was no, keep it until
-        they are given a task, follow, or close: so the same script takes the same turns on every rank.
+        """Whether rank 0 has a task with work left. The others wait for its answer, and once that was no,
+        keep it until they are given a task, follow, or close: so the same script takes the same turns on
+        every rank.
         """
         if not self.leads:
             return not self._resting and self._next_unit() is not None
@@ -163,7 +174,8 @@ class Together(Alone):
         """Do what rank 0 says, up to and including one unit.
 
         Returns:
-            the unit's event; None when rank 0 has nothing left to do, or memory ran out and the unit comes again.
+            the unit's event; None when rank 0 has nothing left to do, or memory ran out and the unit comes
+            again.
         """
         order = self._next_unit()
         if order is None:
@@ -260,7 +272,9 @@ class Together(Alone):
             self._unclaimed.clear()
         if order["do"] == "task":
             params = DiffusionUserParams.from_mapping(order["params"])
-            adopted = DiffusionTask(order["id"], params, order["seed"], num_inference_steps=params.num_inference_steps or 0)
+            adopted = DiffusionTask(
+                order["id"], params, order["seed"], num_inference_steps=params.num_inference_steps or 0
+            )
             self._unclaimed = [task for task in self._unclaimed if not task.is_finished()]
             if self._pool.get(adopted.task_id) is None:  # Ctrl+C may make rank 0 say it twice
                 self._pool.add(adopted)
@@ -273,7 +287,10 @@ class Together(Alone):
 
     def _run(self, task: DiffusionTask) -> tuple[Progress | None, dict[str, Any], BaseException | None]:
         """The unit on this rank: its event, the vote, and what was raised."""
-        place, saves = f"{task.status}, step {task.current_step} of task {task.task_id}", task.status is TaskStatus.SAVING
+        place, saves = (
+            f"{task.status}, step {task.current_step} of task {task.task_id}",
+            task.status is TaskStatus.SAVING,
+        )
         try:
             if self._interrupted and not self.leads:
                 raise KeyboardInterrupt
@@ -288,17 +305,32 @@ class Together(Alone):
             return None, {"how": "interrupted"}, without_frames(error)
         except Exception as error:
             how = "memory" if is_out_of_memory(error) else "failed"
-            vote = {"how": how, "error": f"{type(error).__name__}: {error}", "exchange": self._is_exchange(error)}
+            vote = {
+                "how": how,
+                "error": f"{type(error).__name__}: {error}",
+                "exchange": self._is_exchange(error),
+            }
             return None, vote, without_frames(error)
         if task.status is TaskStatus.FAILED:
-            return event, {"how": "failed", "error": task.error_message, "exchange": self._is_exchange(task.error)}, None
+            return (
+                event,
+                {"how": "failed", "error": task.error_message, "exchange": self._is_exchange(task.error)},
+                None,
+            )
         if self._crew.groups.broken is not None and not saves:
-            # on a GPU a queued exchange that is cut short raises nothing; what came after it was computed from anything
-            return None, {"how": "failed", "error": f"cut short: {self._crew.groups.broken}", "exchange": True}, None
+            # on a GPU a queued exchange that is cut short raises nothing; what came after it was computed
+            # from anything
+            return (
+                None,
+                {"how": "failed", "error": f"cut short: {self._crew.groups.broken}", "exchange": True},
+                None,
+            )
         return event, {"how": "done"}, None
 
     def _is_exchange(self, error: BaseException | None) -> bool:
-        """Whether an error says only that the other ranks could not be reached: somebody else's failure, most likely."""
+        """Whether an error says only that the other ranks could not be reached: somebody else's failure, most
+        likely.
+        """
         words = any(word in str(error) for word in _EXCHANGE_FAILURES)
         return words or isinstance(error, dist.DistError) or self._crew.groups.broken is not None
 
@@ -308,8 +340,12 @@ class Together(Alone):
             return None
         return self._crew.timeout
 
-    def _failed(self, task: DiffusionTask, stage: TaskStatus, votes: list[dict[str, Any]], event: Progress | None) -> Progress:
-        """The task fails on every rank with one and the same error: the first that is not just a broken exchange."""
+    def _failed(
+        self, task: DiffusionTask, stage: TaskStatus, votes: list[dict[str, Any]], event: Progress | None
+    ) -> Progress:
+        """The task fails on every rank with one and the same error: the first that is not just a broken
+        exchange.
+        """
         failed = [rank for rank, vote in enumerate(votes) if vote["how"] == "failed"]
         first = min(failed, key=lambda rank: (votes[rank]["exchange"], rank))
         if first == self._crew.rank and event is not None:
@@ -317,12 +353,16 @@ class Together(Alone):
         message = f"{self._watch.describe(first)}: {votes[first]['error']}"
         task.end(TaskStatus.FAILED, TaskError(message))
         task.events.append(message)
-        return Progress(task.task_id, task.status, stage, task.current_step, task.num_inference_steps, 0.0, None, message)
+        return Progress(
+            task.task_id, task.status, stage, task.current_step, task.num_inference_steps, 0.0, None, message
+        )
 
 
 def _same_request(one: DiffusionUserParams, other: DiffusionUserParams) -> bool:
     """Whether two ranks' scripts mean the same: everything but what each draws or names for itself."""
-    bare = [{**params.to_mapping(), "seed": None, "task_id": None, "save_path": None} for params in (one, other)]
+    bare = [
+        {**params.to_mapping(), "seed": None, "task_id": None, "save_path": None} for params in (one, other)
+    ]
     return json.dumps(bare[0], default=str) == json.dumps(bare[1], default=str)
 
 
@@ -332,7 +372,11 @@ class _Snapshot:
     def __init__(self, task: DiffusionTask) -> None:
         self._task = task
         self._fields = {field.name: vars(task)[field.name] for field in dataclasses.fields(task)}
-        self._fields |= {"buffer": copy.copy(task.buffer), "events": list(task.events), "seconds": dict(task.seconds)}
+        self._fields |= {
+            "buffer": copy.copy(task.buffer),
+            "events": list(task.events),
+            "seconds": dict(task.seconds),
+        }
 
     def restore(self) -> None:
         """Put it back."""

@@ -1,10 +1,10 @@
 """Signs of life: every rank tells the others once a second where it is, and notices who no longer does.
 
-Two threads: one talks to the store, the other only looks at the clock, for the store itself may freeze with the rank it
-lies in. A lost rank is first an error that the main thread can raise; a main thread that cannot (it hangs in an exchange
-with the lost one) is ended, with its stack on stderr. A rank that raised in the middle of a unit has fallen: it lives, but
-the others' exchanges with it are cut short, for on a GPU nothing else would wake them; so are exchanges that do not move.
-Knows ranks and places in words; no task, no tensors.
+Two threads: one talks to the store, the other only looks at the clock, for the store itself may freeze with
+the rank it lies in. A lost rank is first an error that the main thread can raise; a main thread that cannot
+(it hangs in an exchange with the lost one) is ended, with its stack on stderr. A rank that raised in the
+middle of a unit has fallen: it lives, but the others' exchanges with it are cut short, for on a GPU nothing
+else would wake them; so are exchanges that do not move. Knows ranks and places in words; no task, no tensors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Watch:
         store: where the ranks meet; a connection of the watch's own is made.
         lost_after: seconds of silence after which a rank is lost.
         timeout: seconds after which an exchange that does not move is cut short.
-        interrupt: (why, generation or None) cuts short the exchanges of that generation, or all; from another thread.
+        interrupt: (why, generation or None) cuts short the exchanges of that generation, or all; from another
+            thread.
         waiting: seconds that an exchange has not moved.
         launched: the store lies with the launcher, not with rank 0.
     """
@@ -79,7 +80,9 @@ class Watch:
 
     @contextmanager
     def busy(self, place: str) -> Iterator[None]:
-        """The main thread works with the other ranks: should one be lost and this not end, the process does."""
+        """The main thread works with the other ranks: should one be lost and this not end, the process
+        does.
+        """
         self.at(place)
         self._busy = True
         try:
@@ -109,7 +112,9 @@ class Watch:
         self._lose(None if self._launched else 0, why, frozen)
 
     def fell(self, generation: int) -> None:
-        """This rank raised and gave up the exchanges of that generation: the others shall not wait for it in them."""
+        """This rank raised and gave up the exchanges of that generation: the others shall not wait for it in
+        them.
+        """
         self._fallen = generation
         self._speak.set()
 
@@ -200,7 +205,9 @@ class Watch:
 
     def _cut_short(self, why: str, generation: int | None = None) -> None:
         # in a thread of its own: the watch goes on if that should hang
-        threading.Thread(target=self._interrupt, args=(why, generation), name="chitu-interrupt", daemon=True).start()
+        threading.Thread(
+            target=self._interrupt, args=(why, generation), name="chitu-interrupt", daemon=True
+        ).start()
 
     def _look(self) -> None:
         last = time.monotonic()
@@ -227,11 +234,16 @@ class Watch:
         with self._lock:
             if self.lost is not None:
                 return
-            who = "the launcher is lost" if other is None else f"{self.describe(other)} is lost, last heard of in {place}"
+            who = (
+                "the launcher is lost"
+                if other is None
+                else f"{self.describe(other)} is lost, last heard of in {place}"
+            )
             self.lost = RankLostError(self._report(who, why, stack))
         self._cut_short(str(self.lost))
         if frozen:
-            _end_frozen(beat)  # not before `lost` says why: its launcher now ends this rank, too, see `terminated`
+            # not before `lost` says why: its launcher now ends this rank, too, see `terminated`
+            _end_frozen(beat)
         deadline = time.monotonic() + _GRACE
         while self._busy and time.monotonic() < deadline:
             time.sleep(_GLANCE / 5)

@@ -46,7 +46,9 @@ class Crew:
         copies: bool = True,
     ) -> None:
         self.rank, self.size, self.timeout = rank, plan.world, timeout
-        meeting = dist.PrefixStore("chitu", store if store is not None else next(iter(dist.rendezvous("env://")))[0])
+        meeting = dist.PrefixStore(
+            "chitu", store if store is not None else next(iter(dist.rendezvous("env://")))[0]
+        )
         self.groups = RankGroups(plan, rank, device, meeting, timeout, copies=copies)
         self.watch = Watch(
             rank,
@@ -74,7 +76,9 @@ class Crew:
         self.watch.at("starting")
 
     def fall(self) -> None:
-        """Give up the exchanges that are under way, and wake whoever waits in them. The groups can be opened again."""
+        """Give up the exchanges that are under way, and wake whoever waits in them. The groups can be opened
+        again.
+        """
         self.watch.fell(self.groups.generation)
         self.groups.abandon()
 

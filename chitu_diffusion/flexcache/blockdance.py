@@ -1,10 +1,11 @@
-"""The first blocks are skipped every other step in a window; the last ones always run. Knows block and step numbers.
+"""The first blocks are skipped every other step in a window; the last ones always run. Knows block and step
+numbers.
 
-BlockDance, "Reuse Structurally Similar Spatio-Temporal Features to Accelerate Diffusion Transformers" (arXiv:2503.15927):
-shallow and middle blocks, which make structure, change little once it stands. Between 25 and 95 % of the schedule, steps
-come in groups; the first of a group is computed, and the others begin at the state after block `boundary`. The paper hands
-on that state h itself; `form=residual` hands on what blocks 0..boundary added, h - tokens, and lays it upon the present
-tokens, so that the present latent still counts.
+BlockDance, "Reuse Structurally Similar Spatio-Temporal Features to Accelerate Diffusion Transformers"
+(arXiv:2503.15927): shallow and middle blocks, which make structure, change little once it stands. Between 25
+and 95 % of the schedule, steps come in groups; the first of a group is computed, and the others begin at the
+state after block `boundary`. The paper hands on that state h itself; `form=residual` hands on what blocks
+0..boundary added, h - tokens, and lays it upon the present tokens, so that the present latent still counts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The plan that costs the picture least for a number of computed steps. Knows what was measured on the model.
 
-Which steps are computed, and by what linear combination of the last computed ones the others are predicted, is calculated
-from full-compute runs of the model (`planning`), for whatever schedule the task has. All of it is known before step 0: no
-sync, no memory but the last `order` velocities and one latent, and all ranks agree.
+Which steps are computed, and by what linear combination of the last computed ones the others are predicted,
+is calculated from full-compute runs of the model (`planning`), for whatever schedule the task has. All of it
+is known before step 0: no sync, no memory but the last `order` velocities and one latent, and all ranks
+agree.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.interface import Moment, Signal, Site
 from chitu_diffusion.flexcache.predictors import weighted
 from chitu_diffusion.flexcache.schedule import Schedule, Shapes
-from chitu_diffusion.flexcache.strategy import Kept, Plan, Strategy, check_choice, check_number, check_whole, place_of
+from chitu_diffusion.flexcache.strategy import (
+    Kept,
+    Plan,
+    Strategy,
+    check_choice,
+    check_number,
+    check_whole,
+    place_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +67,10 @@ class CalibratedPlan(Strategy):
         """No more computed steps than there are."""
         super().check_steps(num_steps)
         if self.fresh > num_steps:
-            raise UsageError(f"flexcache fresh = {self.fresh}: at most the task's {num_steps} steps would do", field="flexcache")
+            raise UsageError(
+                f"flexcache fresh = {self.fresh}: at most the task's {num_steps} steps would do",
+                field="flexcache",
+            )
 
     @property
     def records_needed(self) -> int:
@@ -85,13 +97,28 @@ class CalibratedPlan(Strategy):
         calibration = _calibration_for(schedule)
         longest = self.longest or max(_LONGEST, math.ceil(2.5 * schedule.num_steps / count))
         required = tuple(step for step, guarded in enumerate(self.protected(schedule)) if guarded)
-        asked = (schedule.sampler, schedule.sigmas, schedule.guidance, schedule.experts, required, count, self.order, longest)
+        asked = (
+            schedule.sampler,
+            schedule.sigmas,
+            schedule.guidance,
+            schedule.experts,
+            required,
+            count,
+            self.order,
+            longest,
+        )
         if asked not in calibration.plans:
-            calibration.plans[asked] = _calculated(calibration, schedule, required, count, self.order, longest)
+            calibration.plans[asked] = _calculated(
+                calibration, schedule, required, count, self.order, longest
+            )
         fits = calibration.plans[asked]
-        return {"velocity": ["predict" if step in fits else "compute" for step in range(schedule.num_steps)]}, fits
+        return {
+            "velocity": ["predict" if step in fits else "compute" for step in range(schedule.num_steps)]
+        }, fits
 
-    def velocity(self, moment: Moment, latent: Tensor, compute: Callable[[tuple[int, ...]], Tensor], kept: Kept) -> Tensor:
+    def velocity(
+        self, moment: Moment, latent: Tensor, compute: Callable[[tuple[int, ...]], Tensor], kept: Kept
+    ) -> Tensor:
         """Computes, or combines what is kept; the combination is float32."""
         import torch
 
@@ -124,12 +151,14 @@ def _calibration_for(schedule: Schedule) -> Calibration:
     calibration, remedy = schedule.calibration, f"'chitu calibrate --model {schedule.model}'"
     if calibration is None:
         raise UsageError(
-            f"flexcache plan: {schedule.model} was not calibrated; {remedy} does that; meancache needs none", field="flexcache"
+            f"flexcache plan: {schedule.model} was not calibrated; {remedy} does that; meancache needs none",
+            field="flexcache",
         )
     found, here = calibration.about.get("weights_sha256"), schedule.weights_sha256()
     if None not in (found, here) and found != here:
         raise UsageError(
-            f"flexcache plan: {schedule.model} was calibrated with other weights (sha256 {str(found)[:12]}, here "
+            f"flexcache plan: {schedule.model} was calibrated with other weights (sha256 {str(found)[:12]}, "
+            "here "
             f"{str(here)[:12]}); {remedy} measures these",
             field="flexcache",
         )
@@ -137,7 +166,12 @@ def _calibration_for(schedule: Schedule) -> Calibration:
 
 
 def _calculated(
-    calibration: Calibration, schedule: Schedule, required: Sequence[int], count: int, order: int, longest: int
+    calibration: Calibration,
+    schedule: Schedule,
+    required: Sequence[int],
+    count: int,
+    order: int,
+    longest: int,
 ) -> dict[int, Any]:
     """Predictions of the best plan's skipped steps.
 
@@ -153,11 +187,18 @@ def _calculated(
     widths = [after - before for before, after in zip(schedule.sigmas, schedule.sigmas[1:], strict=False)]
     weights = widths if schedule.response is None else schedule.response()
     traces = traces.resampled(schedule.sigmas, weights, guidance)
-    plans = planning.best_plans(traces, count, order=order, longest=longest, required=required, switches=switches)
+    plans = planning.best_plans(
+        traces, count, order=order, longest=longest, required=required, switches=switches
+    )
     if count not in plans:
-        fewest = min(planning.best_plans(traces, steps, order=order, longest=longest, required=required, switches=switches))
+        fewest = min(
+            planning.best_plans(
+                traces, steps, order=order, longest=longest, required=required, switches=switches
+            )
+        )
         raise UsageError(
-            f"flexcache plan: no plan computes {count} of {steps} steps with at most {longest} skipped in a row and "
+            f"flexcache plan: no plan computes {count} of {steps} steps with at most {longest} skipped in a "
+            "row and "
             f"{len(required)} protected; fresh={fewest} would do",
             field="flexcache",
         )

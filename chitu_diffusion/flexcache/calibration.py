@@ -1,7 +1,8 @@
 """What `chitu calibrate` measured on a model, as a file beside its weights, and what is picked from it.
 
-Second moments of full-compute runs, from which a plan for any number of steps follows (`planning`); TeaCache's polynomial and
-MagCache's ratios; and a table of plans that were really run, with what they kept of the picture. Plain data: no torch.
+Second moments of full-compute runs, from which a plan for any number of steps follows (`planning`);
+TeaCache's polynomial and MagCache's ratios; and a table of plans that were really run, with what they kept of
+the picture. Plain data: no torch.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Calibration:
     """See the file's docstring.
 
     Attributes:
-        about: what it was measured on: weights_sha256, sampler, shift, steps, guidance, size, prompts, seeds, versions.
+        about: what it was measured on: weights_sha256, sampler, shift, steps, guidance, size, prompts, seeds,
+            versions.
         sigmas: noise levels of the runs, [steps + 1].
         moments: rows of the lower triangle of the mean inner products, see `planning.Traces`.
         gain: of an error at each step, [steps].
@@ -66,7 +68,9 @@ class Calibration:
     plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def traces(self) -> Traces:
-        """The moments as `planning` takes them; sampler weights and guidance are those of the runs' own schedule."""
+        """The moments as `planning` takes them; sampler weights and guidance are those of the runs' own
+        schedule.
+        """
         import numpy as np
 
         from chitu_diffusion.flexcache.plan_search import Traces
@@ -94,14 +98,16 @@ class Calibration:
         if not good:
             best = max((row.psnr[0] for row in self.table), default=math.nan)
             raise UsageError(
-                f"--fidelity {decibels:g}dB: the nearest calibrated plan kept {best:.1f} dB; leave the cache out for exact "
+                f"--fidelity {decibels:g}dB: the nearest calibrated plan kept {best:.1f} dB; leave the cache "
+                "out for exact "
                 "videos",
                 field="fidelity",
             )
         return max(good, key=lambda row: row.speedup)
 
     def for_speedup(self, speedup: float) -> tuple[dict[str, Any], float | None]:
-        """A plan of this speed, and the PSNR to expect: between its neighbours in the table, None beyond them.
+        """A plan of this speed, and the PSNR to expect: between its neighbours in the table, None beyond
+        them.
 
         Raises:
             UsageError: not above 1.
@@ -122,7 +128,9 @@ class Calibration:
 
 def triangle(moments: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
     """The lower triangle of a symmetric matrix, rounded as it is stored."""
-    return tuple(tuple(round(float(value), _DIGITS) for value in row[: index + 1]) for index, row in enumerate(moments))
+    return tuple(
+        tuple(round(float(value), _DIGITS) for value in row[: index + 1]) for index, row in enumerate(moments)
+    )
 
 
 def write_calibration(calibration: Calibration, folder: str | Path) -> Path:
@@ -139,7 +147,8 @@ def write_calibration(calibration: Calibration, folder: str | Path) -> Path:
         os.replace(part, path)
     except OSError as error:
         raise UsageError(
-            f"cannot write {path}: {error.strerror or error}; copy the model to a folder of your own", field="output"
+            f"cannot write {path}: {error.strerror or error}; copy the model to a folder of your own",
+            field="output",
         ) from error
     return path
 
@@ -161,7 +170,10 @@ def read_calibration(folder: str | Path) -> Calibration | None:
     try:
         if data.pop("format") != _FORMAT:
             raise ValueError("another version of chitu wrote it")
-        table = tuple(Verified(**{**row, "psnr": tuple(row["psnr"]), "ssim": tuple(row["ssim"])}) for row in data.pop("table"))
+        table = tuple(
+            Verified(**{**row, "psnr": tuple(row["psnr"]), "ssim": tuple(row["ssim"])})
+            for row in data.pop("table")
+        )
         found = Calibration(
             about=data["about"],
             sigmas=tuple(data["sigmas"]),
@@ -181,13 +193,17 @@ def _check(found: Calibration) -> None:
     steps, rows = len(found.sigmas) - 1, len(found.moments)
     if steps < 2 or any(high <= low for high, low in zip(found.sigmas, found.sigmas[1:], strict=False)):
         raise ValueError("sigmas do not fall")
-    if rows not in (2 * steps, 3 * steps) or any(len(row) != index + 1 for index, row in enumerate(found.moments)):
+    if rows not in (2 * steps, 3 * steps) or any(
+        len(row) != index + 1 for index, row in enumerate(found.moments)
+    ):
         raise ValueError(f"moments are not the triangle of one or two branches at {steps} steps")
     if len(found.gain) != steps:
         raise ValueError(f"{len(found.gain)} gains for {steps} steps")
     if not all(math.isfinite(value) for row in (found.gain, *found.moments) for value in row):
         raise ValueError("a number is not finite")
-    if not isinstance(found.about, Mapping) or not {"weights_sha256", "guidance", "steps"} <= set(found.about):
+    if not isinstance(found.about, Mapping) or not {"weights_sha256", "guidance", "steps"} <= set(
+        found.about
+    ):
         raise ValueError("it does not say what it was measured on")
     if not all(isinstance(row.flexcache, Mapping) for row in found.table):
         raise ValueError("a row of the table names no cache")

@@ -1,9 +1,10 @@
 """The branch without the prompt is left out in a window of the schedule. Knows branches and step numbers.
 
-Classifier-free guidance (arXiv:2207.12598) runs two branches, c with the prompt and u without, and takes u + s (c - u). Late
-steps change the difference c - u little ("Adaptive Guidance", arXiv:2312.12487; FasterCache's CFG-Cache,
-arXiv:2410.19355). In the window only every `interval`-th step runs both; the others run c alone and take
-u = c - (c - u of the last full step) (`fill=difference`), or u = c, no guidance at all (`fill=drop`).
+Classifier-free guidance (arXiv:2207.12598) runs two branches, c with the prompt and u without, and takes u +
+s (c - u). Late steps change the difference c - u little ("Adaptive Guidance", arXiv:2312.12487; FasterCache's
+CFG-Cache, arXiv:2410.19355). In the window only every `interval`-th step runs both; the others run c alone
+and take u = c - (c - u of the last full step) (`fill=difference`), or u = c, no guidance at all
+(`fill=drop`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from typing import TYPE_CHECKING, ClassVar
 from chitu_diffusion.flexcache.interface import Moment, Signal, Site
 from chitu_diffusion.flexcache.interval import fresh_every
 from chitu_diffusion.flexcache.schedule import Schedule
-from chitu_diffusion.flexcache.strategy import Kept, Strategy, check_choice, check_number, check_whole, place_of
+from chitu_diffusion.flexcache.strategy import (
+    Kept,
+    Strategy,
+    check_choice,
+    check_number,
+    check_whole,
+    place_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +61,9 @@ class CfgGate(Strategy):
         outside = [guarded or not low <= step < high for step, guarded in enumerate(self.protected(schedule))]
         return outside if self.interval == 0 else fresh_every(self.interval, outside)
 
-    def velocity(self, moment: Moment, latent: Tensor, compute: Callable[[tuple[int, ...]], Tensor], kept: Kept) -> Tensor:
+    def velocity(
+        self, moment: Moment, latent: Tensor, compute: Callable[[tuple[int, ...]], Tensor], kept: Kept
+    ) -> Tensor:
         """Both branches, or the prompt's and a stand-in for the other."""
         import torch
 

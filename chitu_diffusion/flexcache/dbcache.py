@@ -1,9 +1,10 @@
 """The first blocks run and say whether the middle ones must. Knows block residuals.
 
-First Block Cache (ParaAttention) and its generalisation DBCache (cache-dit): blocks 0 .. F-1 always run; their residual
-r = h_F - h_0 is compared with that of the last full step, delta = mean|r - r'| / mean|r'|; while delta < threshold the middle
-blocks are skipped and what they added at the last full step is added again; the last B blocks always run. F = 1, B = 0 is
-First Block Cache. One number a step is fetched from the device, from the prompt's branch; the other branch follows.
+First Block Cache (ParaAttention) and its generalisation DBCache (cache-dit): blocks 0 .. F-1 always run;
+their residual r = h_F - h_0 is compared with that of the last full step, delta = mean|r - r'| / mean|r'|;
+while delta < threshold the middle blocks are skipped and what they added at the last full step is added
+again; the last B blocks always run. F = 1, B = 0 is First Block Cache. One number a step is fetched from the
+device, from the prompt's branch; the other branch follows.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class DBCache(Strategy):
         """The middle's residuals, and the first blocks' own."""
         return super().kept_bytes(shapes) + shapes.stream
 
-    def blocks(self, moment: Moment, site: Site, compute: Callable[[], Tensor], signal: Signal, kept: Kept) -> Tensor:
+    def blocks(
+        self, moment: Moment, site: Site, compute: Callable[[], Tensor], signal: Signal, kept: Kept
+    ) -> Tensor:
         """The first blocks compute, the last of them decides, the rest follow."""
         first, last = self.span(site.depth)
         if site.block >= first or first > last:

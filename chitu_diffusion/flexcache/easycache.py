@@ -1,12 +1,14 @@
-"""Steps are skipped while the latent's way says that the velocity has hardly changed. Knows latents and velocities.
+"""Steps are skipped while the latent's way says that the velocity has hardly changed. Knows latents and
+velocities.
 
-EasyCache, "Training-Free Video Diffusion Acceleration via Runtime-Adaptive Caching" (arXiv:2507.02860): at the last full
-step the network turned a change of its input into a change of its output at the rate k = mean|v_t - v_p| / mean|x_t - x_p|,
-p the step before it. A step adds k mean|x_t - x_p| / mean|v_p| to its error; it is skipped while the sum is below the
+EasyCache, "Training-Free Video Diffusion Acceleration via Runtime-Adaptive Caching" (arXiv:2507.02860): at
+the last full step the network turned a change of its input into a change of its output at the rate k =
+mean|v_t - v_p| / mean|x_t - x_p|, p the step before it. A step adds k mean|x_t - x_p| / mean|v_p| to its
+error; it is skipped while the sum is below the
 threshold, and then v_t = x_t + (v - x of the last full step). The first `warmup` steps are full.
 
-x is shared by both branches and v is the prompt's, so that one number decides for all; it is the only thing that is
-fetched from the device.
+x is shared by both branches and v is the prompt's, so that one number decides for all; it is the only thing
+that is fetched from the device.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ class EasyCache(Strategy):
 
     Args:
         threshold: of the accumulated error; 0 never skips.
-        fill: what a skipped step takes: "offset", v - x of the last full step laid upon x as in the paper, or "predictor",
-            the velocity that `predictor` gives.
+        fill: what a skipped step takes: "offset", v - x of the last full step laid upon x as in the paper, or
+            "predictor", the velocity that `predictor` gives.
     """
 
     LEVELS: ClassVar[tuple[str, ...]] = ("velocity",)
@@ -47,13 +49,17 @@ class EasyCache(Strategy):
     def plan(self, schedule: Schedule) -> Plan:
         """Asks at every step that is not protected."""
         never = self.threshold == 0
-        return {"velocity": ["compute" if guarded or never else "ask" for guarded in self.protected(schedule)]}
+        return {
+            "velocity": ["compute" if guarded or never else "ask" for guarded in self.protected(schedule)]
+        }
 
     def kept_bytes(self, shapes: Shapes) -> int:
         """Records, the last step's velocities, and two latents."""
         return (self.records_needed + 1) * shapes.velocity + self.latent_bytes(shapes) + 8 * shapes.latent
 
-    def velocity(self, moment: Moment, latent: Tensor, compute: Callable[[tuple[int, ...]], Tensor], kept: Kept) -> Tensor:
+    def velocity(
+        self, moment: Moment, latent: Tensor, compute: Callable[[tuple[int, ...]], Tensor], kept: Kept
+    ) -> Tensor:
         """Decides, then computes or stands in."""
         asks = "ask" in kept.plan["velocity"][moment.step :]
         place = place_of(Site("velocity", 0, 0), moment)
@@ -85,7 +91,9 @@ class EasyCache(Strategy):
             now, then = moment.of_prompt(value), moment.of_prompt(velocity)
             kept.notes["rated"] = True
             if now is not None and then is not None:
-                kept.notes["rate"] = (now.float() - then.float()).abs().mean() / (latent - before).abs().mean()
+                kept.notes["rate"] = (now.float() - then.float()).abs().mean() / (
+                    latent - before
+                ).abs().mean()
         kept.notes.update(error=0.0, anchor=latent)
         self.keep(moment, place, value, Signal(latent), kept)
 
@@ -94,5 +102,7 @@ class EasyCache(Strategy):
             return self.predicted(moment, place, kept)
         record = kept.records[place][-1]
         repeats = len(moment.branches)
-        value: Tensor = record["value"] + (latent - kept.notes["anchor"]).repeat(repeats, 1, 1, 1, 1).to(record["value"].dtype)
+        value: Tensor = record["value"] + (latent - kept.notes["anchor"]).repeat(repeats, 1, 1, 1, 1).to(
+            record["value"].dtype
+        )
         return value

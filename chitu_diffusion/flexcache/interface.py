@@ -1,25 +1,28 @@
 """The one seam through which every cache meets a forward.
 
-A network names the places where work could be saved (a `Site`) and asks the cache it was handed; the cache either calls
-`compute` or answers from what it holds. The loop around the network names one place more, the whole velocity of a step.
-This file knows tensors, sites and moments; it holds no strategy and no task.
+A network names the places where work could be saved (a `Site`) and asks the cache it was handed; the cache
+either calls `compute` or answers from what it holds. The loop around the network names one place more, the
+whole velocity of a step. This file knows tensors, sites and moments; it holds no strategy and no task.
 
 What is asked at each level, and what the answer means:
 
-    velocity    once a step, by the loop, around the forwards of all guidance branches; answer: their stacked velocities
+    velocity    once a step, by the loop, around the forwards of all guidance branches; answer: their stacked
+                velocities
     step        once a forward, around the whole block stack; answer: the tokens that leave the last block
     block       around each block; answer: the tokens that leave that block
     attention   a block's self-attention; answer: the module's output before its gate
     cross       a block's cross-attention; answer: the module's output
     ffn         a block's feed-forward; answer: the module's output before its gate
 
-`step` and `block` answers are whole states, not residuals, so that "compute" hands back the very bits that an uncached
-forward gives; a strategy that stores residuals subtracts `signal.entering` itself. Skipping a run of blocks a..b needs
-nothing more: answer `signal.entering` at a..b-1 and the state (or `entering` + stored residual) at b.
+`step` and `block` answers are whole states, not residuals, so that "compute" hands back the very bits that an
+uncached forward gives; a strategy that stores residuals subtracts `signal.entering` itself. Skipping a run of
+blocks a..b needs nothing more: answer `signal.entering` at a..b-1 and the state (or `entering` + stored
+residual) at b.
 
-What a strategy answers is an `Action`. Those that follow from the schedule alone are laid down before step 0 (a plan), and
-cost nothing at run time; "ask" marks a step whose action depends on data. Such a decision is one number, taken from the
-prompt's branch, and goes through one function (`Agree`), so that every rank and every branch follows the same answer.
+What a strategy answers is an `Action`. Those that follow from the schedule alone are laid down before step 0
+(a plan), and cost nothing at run time; "ask" marks a step whose action depends on data. Such a decision is
+one number, taken from the prompt's branch, and goes through one function (`Agree`), so that every rank and
+every branch follows the same answer.
 """
 
 from __future__ import annotations
@@ -37,8 +40,8 @@ Action = Literal["compute", "reuse", "predict", "ask"]
 MODULE_LEVELS: frozenset[Level] = frozenset({"attention", "cross", "ffn"})
 
 Agree = Callable[[float | None], float]
-"""One number that a decision rests on, made common to all ranks: the largest of theirs. A rank that does not run the
-prompt's branch has none to give (None) and takes the others'."""
+"""One number that a decision rests on, made common to all ranks: the largest of theirs. A rank that does not
+run the prompt's branch has none to give (None) and takes the others'."""
 
 
 def alone(value: float | None) -> float:
@@ -71,7 +74,9 @@ class Moment:
     branches: tuple[int, ...]
 
     def of_prompt(self, stacked: Tensor) -> Tensor | None:
-        """The rows of `stacked` [branches * B, ...] that belong to the prompt's branch; None if it is not among them."""
+        """The rows of `stacked` [branches * B, ...] that belong to the prompt's branch; None if it is not
+        among them.
+        """
         if 0 not in self.branches:
             return None
         return stacked.chunk(len(self.branches))[self.branches.index(0)]
@@ -84,7 +89,8 @@ class Site:
     Attributes:
         level: how much work the site covers.
         block: index of the block it lies in; 0 at step level.
-        depth: how many blocks the network has, so that a strategy can speak of "the last block" without asking.
+        depth: how many blocks the network has, so that a strategy can speak of "the last block" without
+            asking.
     """
 
     level: Level
@@ -97,10 +103,10 @@ class Signal:
     """What a strategy may look at when it decides. Nothing here is a copy: do not write into it.
 
     Attributes:
-        entering: tokens that enter the site, [B, S, dim], the residual stream's dtype; at level "velocity" the latent
-            [B, C, T, H, W], which all branches share.
-        time: the projected time embedding of this forward, [B, 6, dim] (TeaCache's signal on Wan), [1, 6, dim] where it is
-            common to the batch; None at level "velocity".
+        entering: tokens that enter the site, [B, S, dim], the residual stream's dtype; at level "velocity"
+            the latent [B, C, T, H, W], which all branches share.
+        time: the projected time embedding of this forward, [B, 6, dim] (TeaCache's signal on Wan), [1, 6,
+            dim] where it is common to the batch; None at level "velocity".
     """
 
     entering: Tensor
@@ -114,12 +120,15 @@ class StepCache(Protocol):
     def levels(self) -> frozenset[Level]:
         """The levels at which this cache wants to be asked during the coming forward.
 
-        A network asks at these and nowhere else, so a cache that looks at steps alone leaves compiled blocks whole.
+        A network asks at these and nowhere else, so a cache that looks at steps alone leaves compiled blocks
+        whole.
         """
         ...
 
     def at(self, site: Site, compute: Callable[[], Tensor], signal: Signal) -> Tensor:
-        """Answers for `site`: calls `compute` (at most once) or gives a reused or predicted tensor of that shape."""
+        """Answers for `site`: calls `compute` (at most once) or gives a reused or predicted tensor of that
+        shape.
+        """
         ...
 
 

@@ -1,8 +1,8 @@
 """Every n-th step is computed, the rest stand on it. Knows step numbers only.
 
-FORA, "Fast-Forward Caching in Diffusion Transformer Acceleration" (arXiv:2407.01425): step t is computed iff t mod n = 0.
-The paper keeps the outputs of attention and feed-forward (level "module"); the default here keeps what the whole block
-stack adds (level "step"), which costs one state in place of three a block.
+FORA, "Fast-Forward Caching in Diffusion Transformer Acceleration" (arXiv:2407.01425): step t is computed iff
+t mod n = 0. The paper keeps the outputs of attention and feed-forward (level "module"); the default here
+keeps what the whole block stack adds (level "step"), which costs one state in place of three a block.
 """
 
 from __future__ import annotations

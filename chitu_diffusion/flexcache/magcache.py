@@ -1,12 +1,14 @@
 """Steps are skipped while the residual's size is known to change little. Knows measured ratios; no latent.
 
-MagCache, "Fast Video Generation with Magnitude-Aware Cache" (arXiv:2506.09045): gamma_t = mean|r_t| / mean|r_{t-1}| of the
-block stack's residual r hardly depends on the prompt and is measured once. Over a run of skipped steps the product of the
-gammas says how far the old residual is off; skip while sum |1 - prod gamma| < threshold and the run is at most `longest`.
-The first `retention` of the schedule is always computed.
+MagCache, "Fast Video Generation with Magnitude-Aware Cache" (arXiv:2506.09045): gamma_t = mean|r_t| /
+mean|r_{t-1}| of the block stack's residual r hardly depends on the prompt and is measured once. Over a run of
+skipped steps the product of the
+gammas says how far the old residual is off; skip while sum |1 - prod gamma| < threshold and the run is at
+most `longest`. The first `retention` of the schedule is always computed.
 
-Ratios belong to the model (`models/wan/cache_coefficients.py`). A schedule of another length than the measured run takes, for
-each step, the ratio of the nearest one, raised to the power of measured steps a step, for the ratios of finer steps multiply up.
+Ratios belong to the model (`models/wan/cache_coefficients.py`). A schedule of another length than the
+measured run takes, for each step, the ratio of the nearest one, raised to the power of measured steps a step,
+for the ratios of finer steps multiply up.
 """
 
 from __future__ import annotations
@@ -52,12 +54,15 @@ class MagCache(Strategy):
         measured = self.ratios or schedule.measured.get("magcache", ())
         if not measured:
             raise UsageError(
-                f"flexcache magcache: no ratios were measured on {schedule.model}; give ratios=, or use meancache or easycache, "
+                f"flexcache magcache: no ratios were measured on {schedule.model}; give ratios=, or use "
+                "meancache or easycache, "
                 "which need none",
                 field="flexcache",
             )
         count = schedule.num_steps
-        held = [guarded or step < self.retention * count for step, guarded in enumerate(self.protected(schedule))]
+        held = [
+            guarded or step < self.retention * count for step, guarded in enumerate(self.protected(schedule))
+        ]
         return run_lengths(spread(measured, count), held, self.threshold, self.longest)
 
 
@@ -69,7 +74,9 @@ def spread(ratios: Sequence[float], num_steps: int) -> list[float]:
     return [float(ratios[round(step * scale)] ** scale) for step in range(num_steps)]
 
 
-def run_lengths(ratios: Sequence[float], protected: Sequence[bool], threshold: float, longest: int) -> list[bool]:
+def run_lengths(
+    ratios: Sequence[float], protected: Sequence[bool], threshold: float, longest: int
+) -> list[bool]:
     """For each step, whether it is computed."""
     flags: list[bool] = []
     product, error, run = 1.0, 0.0, 0

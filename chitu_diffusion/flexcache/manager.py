@@ -1,10 +1,11 @@
 """The cache of the running task: whether a step may reuse what earlier ones computed, and what they left.
 
-`FlexCacheManager` is lent by the backend and bound to one task's state at a time; the state is plain data that lies in the
-task (`task.buffer.cache`), so that tasks can take turns. It has two faces. The loop's: `velocity` around a step, `cache_for`
-for each forward in it; every strategy works there. The API page's: `should_reuse`, `get_cache`, `update_cache`, for whoever
-runs the network by hand and hands whole features over; it follows plans that skip whole block stacks or velocities, with
-plain reuse. This file knows no network, guidance or sampler.
+`FlexCacheManager` is lent by the backend and bound to one task's state at a time; the state is plain data
+that lies in the task (`task.buffer.cache`), so that tasks can take turns. It has two faces. The loop's:
+`velocity` around a step, `cache_for` for each forward in it; every strategy works there. The API page's:
+`should_reuse`, `get_cache`, `update_cache`, for whoever runs the network by hand and hands whole features
+over; it follows plans that skip whole block stacks or velocities, with plain reuse. This file knows no
+network, guidance or sampler.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _WHOLE: tuple[Level, ...] = ("step", "velocity")
 
 
 def fork(state: CacheState) -> CacheState:
-    """A copy that can be written to while the original stays as it is. Tensors are shared: nobody writes into them."""
+    """A copy that can be written to while the original stays as it is. Tensors are shared: nobody writes into
+    them.
+    """
     return {**state, "records": dict(state["records"]), "notes": dict(state["notes"])}
 
 
@@ -73,9 +76,10 @@ class FlexCacheManager:
 
         Args:
             state: of `parse_flexcache`, or as an earlier binding left it; it is updated in place.
-            key: what must agree for anything kept to be valid (the expert, the number of guidance branches, the shape).
-                What was kept under another key is dropped.
-            schedule: the task's steps, looked at the first time, when the plan is made; None: evenly spaced ones.
+            key: what must agree for anything kept to be valid (the expert, the number of guidance branches,
+                the shape). What was kept under another key is dropped.
+            schedule: the task's steps, looked at the first time, when the plan is made; None: evenly spaced
+                ones.
 
         Raises:
             UsageError: the strategy's plan needs more than is known.
@@ -99,7 +103,11 @@ class FlexCacheManager:
     # -- the loop's face
 
     def velocity(
-        self, step_idx: int, latent: Tensor, branches: tuple[int, ...], compute: Callable[[tuple[int, ...]], Tensor]
+        self,
+        step_idx: int,
+        latent: Tensor,
+        branches: tuple[int, ...],
+        compute: Callable[[tuple[int, ...]], Tensor],
     ) -> Tensor:
         """The velocities [branches * B, C, T, H, W] of a step.
 
@@ -154,9 +162,13 @@ class FlexCacheManager:
 
     def _kept(self) -> Kept:
         state = self._state or emptied()
-        return Kept(state.get("plan") or {}, state["records"], state["notes"], self._agree, state.get("fits") or {})
+        return Kept(
+            state.get("plan") or {}, state["records"], state["notes"], self._agree, state.get("fits") or {}
+        )
 
     def _moment(self, step: int, branches: tuple[int, ...]) -> Moment:
         state = self._state or {}
         sigmas = state["sigmas"]
-        return Moment(step, state["num_steps"], state["timesteps"][step], sigmas[step], sigmas[step + 1], branches)
+        return Moment(
+            step, state["num_steps"], state["timesteps"][step], sigmas[step], sigmas[step + 1], branches
+        )

@@ -1,14 +1,16 @@
 """A fixed schedule of fresh steps, with a velocity predictor between them. Knows step numbers only.
 
-MeanCache, "From Instantaneous to Average Velocity for Accelerating Flow Matching Inference" (arXiv:2601.19961): a skipped
-step takes the last velocity, corrected by v_hat = v_last - J (sigma_next - sigma_now), where J comes from the mean velocity
-over the last fresh steps (`predictors`, "velocity"). Which steps are fresh is laid down beforehand: dense at the start,
-where the video's layout is decided, sparse in the middle, and dense again at the very end.
+MeanCache, "From Instantaneous to Average Velocity for Accelerating Flow Matching Inference"
+(arXiv:2601.19961): a skipped step takes the last velocity, corrected by v_hat = v_last - J (sigma_next -
+sigma_now), where J comes from the mean velocity over the last fresh steps (`predictors`, "velocity"). Which
+steps are fresh is laid down beforehand: dense at the start, where the video's layout is decided, sparse in
+the middle, and dense again at the very end.
 
-The paper's implementation has hand-made lists for 50 steps and 30, 25, 17 or 10 fresh ones. Here each list is read as a
-quantile function Q_s(u), the share of the schedule that is over when a share u of the fresh steps is spent, for its share
-s = fresh / steps. Any other s takes the linear mix of its two neighbours (s = 1 is Q(u) = u), and rounding to distinct steps
-gives a plan for any number of steps that equals the lists where they exist.
+The paper's implementation has hand-made lists for 50 steps and 30, 25, 17 or 10 fresh ones. Here each list is
+read as a quantile function Q_s(u), the share of the schedule that is over when a share u of the fresh steps
+is spent, for its share s = fresh / steps. Any other s takes the linear mix of its two neighbours (s = 1 is
+Q(u) = u), and rounding to distinct steps gives a plan for any number of steps that equals the lists where
+they exist.
 """
 
 from __future__ import annotations
@@ -54,14 +56,19 @@ class MeanCache(Strategy):
         check_whole("fresh", self.fresh)
         listed = self.listed()
         if listed and listed[0] != 0:
-            raise UsageError(f"flexcache steps = {self.steps!r}: step 0 has nothing to stand on; begin with 0", field="flexcache")
+            raise UsageError(
+                f"flexcache steps = {self.steps!r}: step 0 has nothing to stand on; begin with 0",
+                field="flexcache",
+            )
 
     def check_steps(self, num_steps: int) -> None:
         """No more fresh steps than there are."""
         super().check_steps(num_steps)
         asked = max((self.fresh, *(step + 1 for step in self.listed())))
         if asked > num_steps:
-            raise UsageError(f"flexcache fresh = {asked}: at most the task's {num_steps} steps would do", field="flexcache")
+            raise UsageError(
+                f"flexcache fresh = {asked}: at most the task's {num_steps} steps would do", field="flexcache"
+            )
 
     def computed(self, schedule: Schedule) -> Sequence[bool]:
         """The plan for this number of steps."""
@@ -79,13 +86,17 @@ class MeanCache(Strategy):
         for part in filter(None, self.steps.split("+")):
             first, _, last = part.strip().partition("-")
             if not first.isdigit() or not (last or first).isdigit():
-                raise UsageError(f"flexcache steps = {self.steps!r}: such as 0-19+24+28 would do", field="flexcache")
+                raise UsageError(
+                    f"flexcache steps = {self.steps!r}: such as 0-19+24+28 would do", field="flexcache"
+                )
             found |= set(range(int(first), int(last or first) + 1))
         return sorted(found)
 
 
 def fresh_plan(num_steps: int, fresh: int = 0) -> list[int]:
-    """The fresh steps of a schedule: `fresh` of them (at least 1), or 60 % for 0; first and last step among them."""
+    """The fresh steps of a schedule: `fresh` of them (at least 1), or 60 % for 0; first and last step among
+    them.
+    """
     fresh = fresh or max(1, round(_USUAL_SHARE * num_steps))
     if fresh == 1 or num_steps == 1:
         return [0]
@@ -100,7 +111,9 @@ def fresh_plan(num_steps: int, fresh: int = 0) -> list[int]:
 
 
 def _quantile(share: float, spent: float) -> float:
-    """Share of the schedule that is over when a share `spent` of the fresh steps is, at a share of fresh steps."""
+    """Share of the schedule that is over when a share `spent` of the fresh steps is, at a share of fresh
+    steps.
+    """
     shares = [len(steps) / _LISTED_STEPS for steps in _LISTS] + [1.0]
     share = min(max(share, shares[0]), 1.0)
     above = max(bisect_left(shares, share), 1)

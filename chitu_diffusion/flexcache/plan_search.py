@@ -1,17 +1,20 @@
-"""Plans found by calculation: which steps of a schedule are computed, and what the others take in their place.
+"""Plans found by calculation: which steps of a schedule are computed, and what the others take in their
+place.
 
-Everything is computed from one matrix, the mean inner products of what full-compute runs passed through: the velocity of
-each guidance branch at each step, and the latent. A skipped step takes a linear combination of what the last `order`
-computed steps left (their velocities, and the last one's latent); its coefficients are the least-squares ones. Reuse,
-Taylor in sigma and MeanCache's predictor are members of that family, so that a fit is at least as near as any of them.
+Everything is computed from one matrix, the mean inner products of what full-compute runs passed through: the
+velocity of each guidance branch at each step, and the latent. A skipped step takes a linear combination of
+what the last `order` computed steps left (their velocities, and the last one's latent); its coefficients are
+the least-squares ones. Reuse, Taylor in sigma and MeanCache's predictor are members of that family, so that a
+fit is at least as near as any of them.
 
 The error of a gap, computed steps ... < i < j and the next one k, is what the sampler integrates over it:
 
     || sum_{j < t < k} r_t (v_t - prediction_t) ||^2,    r_t = d(last latent) / d(velocity of step t)
 
-v the guided velocity. Summed over the gaps of a schedule it is what dynamic programming makes least for a number of computed
-steps; a state is the last `order` of them, on which a gap's error depends. The network's answer to the error is measured
-apart (`gain`): how much an error at a noise level has grown or shrunk at the end.
+v the guided velocity. Summed over the gaps of a schedule it is what dynamic programming makes least for a
+number of computed steps; a state is the last `order` of them, on which a gap's error depends. The network's
+answer to the error is measured apart (`gain`): how much an error at a noise level has grown or shrunk at the
+end.
 
 Knows numbers only: no tensors of a task, no strategy. Shapes: n steps, B guidance branches, rows = (B + 1) n.
 """
@@ -29,8 +32,9 @@ Fresh = tuple[int, ...]
 """The last few computed steps, oldest first."""
 
 _RIDGE_VALUE, _RIDGE_DIFFERENCE = 1e-6, 1e-3
-"""Of a coefficient's own square mean, on values and on their divided differences. Differences are small and noisy in bfloat16,
-and hardly lose by it; shrinking the value itself by 1e-4 would cost 2 dB at 60 % of the work."""
+"""Of a coefficient's own square mean, on values and on their divided differences. Differences are small and
+noisy in bfloat16, and hardly lose by it; shrinking the value itself by 1e-4 would cost 2 dB at 60 % of the
+work."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class Traces:
 
     Attributes:
         sigmas: noise levels [n + 1], from about 1 down to 0.
-        moments: mean inner products [rows, rows] over runs and numbers of a latent; rows are the prompt's velocities at
-            steps 0 .. n-1, the other branch's where there are two, and the latents.
+        moments: mean inner products [rows, rows] over runs and numbers of a latent; rows are the prompt's
+            velocities at steps 0 .. n-1, the other branch's where there are two, and the latents.
         response: d(last latent) / d(velocity) of each step, [n]: the sampler's own weights.
         gain: how an error at each step has grown at the end, [n]; 1 where it was not measured.
         guidance: scale at which branches are combined at each step, [n].
@@ -73,7 +77,9 @@ class Traces:
         rows = [*range(n), *range(self.branches * n, (self.branches + 1) * n)]
         return replace(self, moments=self.moments[np.ix_(rows, rows)])
 
-    def resampled(self, sigmas: Sequence[float], response: Sequence[float], guidance: Sequence[float]) -> Traces:
+    def resampled(
+        self, sigmas: Sequence[float], response: Sequence[float], guidance: Sequence[float]
+    ) -> Traces:
         """The same runs seen at other noise levels, linear in sigma between the steps that were recorded.
 
         Finer steps than the recorded ones seem smoother than they are.
@@ -111,9 +117,9 @@ def _basis(traces: Traces, states: NDArray[np.int64]) -> tuple[NDArray[np.int64]
     """What predictions may combine after each state [N, m] of computed steps, oldest first.
 
     Returns:
-        rows of the moments [N, B m + 1] (each branch's velocities, newest first, then the newest latent), and the change of
-        basis [N, B m + 1, B m + 1] to the newest velocity and divided differences to older ones: so written each is of its
-        own size, and a ridge weighs evenly.
+        rows of the moments [N, B m + 1] (each branch's velocities, newest first, then the newest latent), and
+        the change of basis [N, B m + 1, B m + 1] to the newest velocity and divided differences to older
+        ones: so written each is of its own size, and a ridge weighs evenly.
     """
     n, branches, (count, depth) = traces.num_steps, traces.branches, states.shape
     steps = states[:, ::-1]
@@ -133,12 +139,14 @@ def _basis(traces: Traces, states: NDArray[np.int64]) -> tuple[NDArray[np.int64]
     return np.concatenate(rows, axis=1), change
 
 
-def fitted(traces: Traces, states: NDArray[np.int64], longest: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
+def fitted(
+    traces: Traces, states: NDArray[np.int64], longest: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
     """Least-squares predictions of the `longest` steps that follow each state [N, m].
 
     Returns:
-        rows of the moments that are combined [N, F], rows that are predicted [N, longest, B], weights [N, F, longest, B].
-        Steps past the last one stand for the last.
+        rows of the moments that are combined [N, F], rows that are predicted [N, longest, B], weights [N, F,
+        longest, B]. Steps past the last one stand for the last.
     """
     n, branches = traces.num_steps, traces.branches
     rows, change = _basis(traces, states)
@@ -153,7 +161,9 @@ def fitted(traces: Traces, states: NDArray[np.int64], longest: int) -> tuple[NDA
 
 
 def gap_errors(traces: Traces, states: NDArray[np.int64], longest: int) -> Array:
-    """Mean squares [N, longest + 1] that gaps of 0, 1, ... skipped steps after each state add to the last latent."""
+    """Mean squares [N, longest + 1] that gaps of 0, 1, ... skipped steps after each state add to the last
+    latent.
+    """
     n, count = traces.num_steps, len(states)
     if longest == 0:
         return np.zeros((count, 1))
@@ -262,14 +272,25 @@ class _Reached:
         return tuple(reversed(steps))
 
 
-def _known_errors(traces: Traces, order: int, longest: int, switches: Collection[int]) -> Callable[[Fresh], Array]:
-    """`gap_errors` of every state that there can be, computed in one go for each number of remembered steps."""
+def _known_errors(
+    traces: Traces, order: int, longest: int, switches: Collection[int]
+) -> Callable[[Fresh], Array]:
+    """`gap_errors` of every state that there can be, computed in one go for each number of remembered
+    steps.
+    """
     n, known = traces.num_steps, {}
     states: list[Fresh] = [(0,), *((step,) for step in sorted(switches))]
     while states:
-        for state, errors in zip(states, gap_errors(traces, np.array(states), min(longest, n - 1)), strict=True):
+        for state, errors in zip(
+            states, gap_errors(traces, np.array(states), min(longest, n - 1)), strict=True
+        ):
             known[state] = errors[: n - state[-1]]
-        after = {(*s, k)[-order:] for s in states for k in range(s[-1] + 1, min(s[-1] + longest + 2, n)) if k not in switches}
+        after = {
+            (*s, k)[-order:]
+            for s in states
+            for k in range(s[-1] + 1, min(s[-1] + longest + 2, n))
+            if k not in switches
+        }
         states = sorted(after - known.keys())
     return known.__getitem__
 
@@ -279,8 +300,8 @@ def predictions(
 ) -> dict[int, tuple[list[int], list[list[float]]]]:
     """For each skipped step of a plan: the computed steps that it looks at, oldest first, and its weights.
 
-    Weights are [B, B * steps + 1]: for each branch those of the steps' velocities, branch by branch in each step, and that
-    of the newest step's latent.
+    Weights are [B, B * steps + 1]: for each branch those of the steps' velocities, branch by branch in each
+    step, and that of the newest step's latent.
     """
     n, branches = traces.num_steps, traces.branches
     found: dict[int, tuple[list[int], list[list[float]]]] = {}

@@ -1,15 +1,17 @@
 """What stands in for a value that is not computed: the last one, or an extrapolation of the last few.
 
-Every predictor is a linear combination of records, and its weights are plain numbers computed in float64 from where the
-records lie: no device sync, one pass over the tensors. Decision rules (which steps are fresh) combine with any of them.
-Knows records; no strategy, site or task.
+Every predictor is a linear combination of records, and its weights are plain numbers computed in float64 from
+where the records lie: no device sync, one pass over the tensors. Decision rules (which steps are fresh)
+combine with any of them. Knows records; no strategy, site or task.
 
     reuse      the last value
-    taylor     TaylorSeer, "From Reusable to Forecasting" (arXiv:2503.06923): F_0 = y, F_{i+1} = (F_i - F_i of the fresh step
-               before) / (distance between the two), value = sum_i F_i x^i / i!, x the distance from the last fresh step
+    taylor     TaylorSeer, "From Reusable to Forecasting" (arXiv:2503.06923): F_0 = y, F_{i+1} = (F_i - F_i of
+               the fresh step
+               before) / (distance between the two), value = sum_i F_i x^i / i!, x the distance from the last
+               fresh step
     velocity   MeanCache (arXiv:2601.19961), for velocities: mean velocity over the last fresh steps
-               a = (x_end - x_start) / (sigma_end - sigma_start), J = (v_start - a) / (sigma_end - sigma_start),
-               value = v_last - J (sigma_next - sigma_now)
+               a = (x_end - x_start) / (sigma_end - sigma_start), J = (v_start - a) / (sigma_end -
+               sigma_start), value = v_last - J (sigma_next - sigma_now)
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 PREDICTORS = ("reuse", "taylor", "velocity")
 
 Record = dict[str, Any]
-"""One fresh value, as plain data: step; at: where it lies on the predictor's axis; value: tensor; latent: the latent at
-which it was computed, or None."""
+"""One fresh value, as plain data: step; at: where it lies on the predictor's axis; value: tensor; latent: the
+latent at which it was computed, or None."""
 
 
 def records_needed(predictor: str, order: int) -> int:
@@ -36,8 +38,8 @@ def records_needed(predictor: str, order: int) -> int:
 def taylor_weights(places: Sequence[float], at: float, order: int) -> list[float]:
     """Weights of the values at `places` (newest first) in the Taylor extrapolation to `at`.
 
-    The order is at most the number of values less one. Divided differences of the published rule: each is divided by the
-    distance between the two fresh steps that it compares.
+    The order is at most the number of values less one. Divided differences of the published rule: each is
+    divided by the distance between the two fresh steps that it compares.
     """
     order = min(order, len(places) - 1)
     rows = [[float(row == column) for column in range(len(places))] for row in range(len(places))]
@@ -52,7 +54,9 @@ def taylor_weights(places: Sequence[float], at: float, order: int) -> list[float
     return weights
 
 
-def velocity_weights(sigmas: Sequence[float], now: float, following: float) -> tuple[list[float], list[float]]:
+def velocity_weights(
+    sigmas: Sequence[float], now: float, following: float
+) -> tuple[list[float], list[float]]:
     """Weights of the velocities and of the latents at `sigmas` (newest first) in MeanCache's prediction."""
     values, latents = [0.0] * len(sigmas), [0.0] * len(sigmas)
     values[0] = 1.0
@@ -66,7 +70,13 @@ def velocity_weights(sigmas: Sequence[float], now: float, following: float) -> t
 
 
 def predict(
-    predictor: str, order: int, records: Sequence[Record], *, at: float, sigma: float = 0.0, next_sigma: float = 0.0
+    predictor: str,
+    order: int,
+    records: Sequence[Record],
+    *,
+    at: float,
+    sigma: float = 0.0,
+    next_sigma: float = 0.0,
 ) -> Tensor:
     """The value that a predictor gives.
 
@@ -75,7 +85,8 @@ def predict(
         order: of the Taylor sum, or how many fresh steps MeanCache's mean spans.
         records: fresh values, newest last.
         at: where the value is wanted, on the records' axis.
-        sigma, next_sigma: noise level now and after this step; "velocity" looks at them, and its records' axis is sigma.
+        sigma, next_sigma: noise level now and after this step; "velocity" looks at them, and its records'
+            axis is sigma.
 
     Returns:
         a tensor of the records' shape and dtype. "reuse" gives the very tensor: do not write into it.

@@ -1,6 +1,7 @@
 """Which cache strategies there are, and the way from a request's words to one of them.
 
-Imports no torch, so that a request can be checked before anything is loaded. Knows names, parameters and sizes; no task.
+Imports no torch, so that a request can be checked before anything is loaded. Knows names, parameters and
+sizes; no task.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType(
 )
 
 CacheState = dict[str, Any]
-"""A task's cache, as plain data. strategy and its parameters; num_steps: of the task; timesteps, sigmas: of its schedule;
-plan: per level the action of each step, or None before it is made; fits: what the strategy laid out besides it; records:
-fresh values by place, oldest first; notes: what else the strategy remembers; key: what both are valid for; reused: how many
-steps did less than a whole forward; features, computed_at: what the page's `update_cache` was given, and at which step."""
+"""A task's cache, as plain data. strategy and its parameters; num_steps: of the task; timesteps, sigmas: of
+its schedule; plan: per level the action of each step, or None before it is made; fits: what the strategy laid
+out besides it; records: fresh values by place, oldest first; notes: what else the strategy remembers; key:
+what both are valid for; reused: how many steps did less than a whole forward; features, computed_at: what the
+page's `update_cache` was given, and at which step."""
 
 _EMPTY: Mapping[str, Any] = MappingProxyType(
     {"plan": None, "fits": None, "timesteps": (), "sigmas": (), "key": None, "reused": 0}
@@ -87,17 +89,26 @@ def parse_strategy(value: str | Mapping[str, Any]) -> tuple[str, Strategy]:
         UsageError: an unknown strategy or parameter (with the nearest known one), or a bad value.
     """
     if not isinstance(value, str | Mapping):
-        raise UsageError(f"flexcache = {value!r}: a strategy's name, or a table with 'strategy' in it", field="flexcache")
+        raise UsageError(
+            f"flexcache = {value!r}: a strategy's name, or a table with 'strategy' in it", field="flexcache"
+        )
     asked = {"strategy": value} if isinstance(value, str) else dict(value)
     given = str(asked.pop("strategy", ""))
     name = given.lower()
     if name not in STRATEGIES:
-        raise UsageError(f"flexcache strategy = {given!r}: no cache of that name.{nearest(name, STRATEGIES)}", field="flexcache")
+        raise UsageError(
+            f"flexcache strategy = {given!r}: no cache of that name.{nearest(name, STRATEGIES)}",
+            field="flexcache",
+        )
     known = {field.name for field in fields(STRATEGIES[name])}
     for key in asked:
         if key not in known:
-            raise UsageError(f"flexcache '{name}' has no parameter '{key}'.{nearest(str(key), known)}", field="flexcache")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()}
+            raise UsageError(
+                f"flexcache '{name}' has no parameter '{key}'.{nearest(str(key), known)}", field="flexcache"
+            )
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()
+    }
     return name, STRATEGIES[name](**values)
 
 
@@ -142,7 +153,8 @@ def cache_bytes(value: str | Mapping[str, Any] | None, shapes: Shapes, limit_gb:
     if limit is not None and needed > limit * 2**30:
         branch = f" ({needed / 2**30 / shapes.branches:.2f} GiB a branch)" if shapes.branches > 1 else ""
         raise UsageError(
-            f"flexcache {name} would keep {needed / 2**30:.2f} GiB{branch}, above cache_memory_gb = {limit:g}; "
+            f"flexcache {name} would keep {needed / 2**30:.2f} GiB{branch}, above cache_memory_gb = "
+            f"{limit:g}; "
             f"{_smaller(name, strategy, shapes)}",
             field="flexcache",
         )
@@ -150,6 +162,10 @@ def cache_bytes(value: str | Mapping[str, Any] | None, shapes: Shapes, limit_gb:
 
 
 def _smaller(name: str, strategy: Strategy, shapes: Shapes) -> str:
-    others = [(f"{name} with level={level}", type(strategy)(level=level)) for level in strategy.LEVELS if level != strategy.where]
+    others = [
+        (f"{name} with level={level}", type(strategy)(level=level))
+        for level in strategy.LEVELS
+        if level != strategy.where
+    ]
     kept = [(other.kept_bytes(shapes), said) for said, other in [*others, ("meancache", MeanCache())]]
     return " and ".join(f"{said} would keep {needed / 2**30:.2f} GiB" for needed, said in sorted(kept))

@@ -1,6 +1,7 @@
 """What is known of a task's steps before the first one: the ground on which plans are made.
 
-Knows noise levels, timesteps, experts and what was measured on a model; no tensors that belong to a task, no strategy.
+Knows noise levels, timesteps, experts and what was measured on a model; no tensors that belong to a task, no
+strategy.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from chitu_diffusion.flexcache.calibration import Calibration
 
 Measured = Mapping[str, tuple[float, ...]]
-"""What was measured on a model, by name: "teacache" and "teacache_time" (polynomials, highest power first), "magcache"
-(one ratio a step of the run on which they were measured)."""
+"""What was measured on a model, by name: "teacache" and "teacache_time" (polynomials, highest power first),
+"magcache" (one ratio a step of the run on which they were measured)."""
 
 NOTHING_MEASURED: Measured = MappingProxyType({})
 
@@ -30,13 +31,14 @@ class Schedule:
         timesteps: what the network is told at each step.
         sigmas: noise levels, one more than steps.
         experts: which expert runs each step.
-        embed_time: step -> (time embedding [dim], its projection [6 * dim]) of that step, or None where no network is at
-            hand.
+        embed_time: step -> (time embedding [dim], its projection [6 * dim]) of that step, or None where no
+            network is at hand.
         measured: on this model.
         model: its name, for messages.
         guidance: scale at each step; at most 1 runs the prompt's branch alone. Empty is 1 throughout.
         sampler: its name.
-        response: gives d(last latent) / d(velocity) of each step, the sampler's own weights; None where no sampler is at hand.
+        response: gives d(last latent) / d(velocity) of each step, the sampler's own weights; None where no
+            sampler is at hand.
         calibration: full-compute runs of this model (`chitu calibrate`), or None.
         weights_sha256: gives the weights' fingerprint, or None for weights made in memory.
     """

@@ -1,8 +1,9 @@
 """What every cache strategy has: protected steps, a plan, a predictor, and a rule for its sites.
 
-A strategy is frozen parameters; whatever it remembers of a task lies in the task, handed to it as `Kept`. A new strategy
-says which steps are fresh (`computed`), at which levels it saves work (`levels_used`), and, only where that is not all,
-answers by itself (`answer`, `velocity`). Knows sites, moments and predictors; no networks, tasks or devices.
+A strategy is frozen parameters; whatever it remembers of a task lies in the task, handed to it as `Kept`. A
+new strategy says which steps are fresh (`computed`), at which levels it saves work (`levels_used`), and, only
+where that is not all, answers by itself (`answer`, `velocity`). Knows sites, moments and predictors; no
+networks, tasks or devices.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Kept:
         records: by `place_of`, oldest first. Replace a list, never write into it; tensors likewise.
         notes: whatever else a strategy remembers between steps: numbers, tensors.
         agree: makes a number common to all ranks.
-        fits: what a plan takes in a skipped step's place, where it says so itself; made with it, see `Strategy.laid_out`.
+        fits: what a plan takes in a skipped step's place, where it says so itself; made with it, see
+            `Strategy.laid_out`.
         scratch: for one forward; nothing of it stays.
     """
 
@@ -69,11 +71,13 @@ class Strategy:
 
     Args:
         warmup, cooldown: steps at the start and at the end that are always computed in full.
-        switch: full steps after another expert took over; the one before it is full too, and what was kept is dropped.
+        switch: full steps after another expert took over; the one before it is full too, and what was kept is
+            dropped.
         predictor: what stands in for a value that is not computed, see `predictors`.
         order: of the Taylor sum; for "velocity", how many fresh steps its mean spans.
-        level: where work is saved: "velocity" skips everything, "step" the blocks (patch embedding and head still see the
-            present latent), "module" the attentions and the feed-forward inside the blocks. Empty is the strategy's own.
+        level: where work is saved: "velocity" skips everything, "step" the blocks (patch embedding and head
+            still see the present latent), "module" the attentions and the feed-forward inside the blocks.
+            Empty is the strategy's own.
         cache_memory_gb: refuse the request if the cache would keep more than this, in GiB.
     """
 
@@ -99,7 +103,10 @@ class Strategy:
             check_number("cache_memory_gb", self.cache_memory_gb)
         if self.predictor == "velocity" and self.where != "velocity":
             would = "level=velocity" if "velocity" in self.LEVELS else "predictor=taylor"
-            raise UsageError(f"flexcache predictor = 'velocity' predicts whole velocities; {would} would do", field="flexcache")
+            raise UsageError(
+                f"flexcache predictor = 'velocity' predicts whole velocities; {would} would do",
+                field="flexcache",
+            )
         self.check()
 
     @property
@@ -124,7 +131,8 @@ class Strategy:
         """
         if self.warmup + self.cooldown > num_steps:
             raise UsageError(
-                f"flexcache warmup + cooldown = {self.warmup + self.cooldown}: at most the task's {num_steps} steps would do",
+                f"flexcache warmup + cooldown = {self.warmup + self.cooldown}: at most the task's "
+                f"{num_steps} steps would do",
                 field="flexcache",
             )
 
@@ -160,7 +168,9 @@ class Strategy:
 
     def kept_bytes(self, shapes: Shapes) -> int:
         """Bytes that the cache keeps at the most."""
-        return self.records_needed * sum(level_bytes(level, shapes) for level in self.levels_used()) + self.latent_bytes(shapes)
+        return self.records_needed * sum(
+            level_bytes(level, shapes) for level in self.levels_used()
+        ) + self.latent_bytes(shapes)
 
     # -- what follows from it
 
@@ -174,7 +184,9 @@ class Strategy:
         return 4 * shapes.latent * self.records_needed if self.predictor == "velocity" else 0
 
     def protected(self, schedule: Schedule) -> list[bool]:
-        """For each step, whether it is computed whatever the rule says: start, end, and around the experts' switch."""
+        """For each step, whether it is computed whatever the rule says: start, end, and around the experts'
+        switch.
+        """
         count = schedule.num_steps
         guarded = [step < self.warmup or step >= count - self.cooldown for step in range(count)]
         for switch in schedule.switches():
@@ -183,17 +195,23 @@ class Strategy:
         return guarded
 
     def worth_keeping(self, actions: Sequence[Action], step: int) -> bool:
-        """Whether a value computed at `step` can still be asked for: before `records_needed` newer ones exist."""
+        """Whether a value computed at `step` can still be asked for: before `records_needed` newer ones
+        exist.
+        """
         following = list(actions[step + 1 : step + 1 + self.records_needed])
         return any(action != "compute" for action in following)
 
     def levels(self, step: int, kept: Kept) -> frozenset[Level]:
         """The levels at which this step wants to be asked: where something is saved, or kept for later."""
         return frozenset(
-            level for level, actions in kept.plan.items() if actions[step] != "compute" or self.worth_keeping(actions, step)
+            level
+            for level, actions in kept.plan.items()
+            if actions[step] != "compute" or self.worth_keeping(actions, step)
         )
 
-    def velocity(self, moment: Moment, latent: Tensor, compute: Callable[[tuple[int, ...]], Tensor], kept: Kept) -> Tensor:
+    def velocity(
+        self, moment: Moment, latent: Tensor, compute: Callable[[tuple[int, ...]], Tensor], kept: Kept
+    ) -> Tensor:
         """The velocities [branches * B, C, T, H, W] of a step.
 
         Args:
@@ -206,14 +224,20 @@ class Strategy:
         site = Site("velocity", 0, 0)
         return self.whole(moment, site, lambda: compute(moment.branches), Signal(latent), kept)
 
-    def answer(self, moment: Moment, site: Site, compute: Callable[[], Tensor], signal: Signal, kept: Kept) -> Tensor:
+    def answer(
+        self, moment: Moment, site: Site, compute: Callable[[], Tensor], signal: Signal, kept: Kept
+    ) -> Tensor:
         """The answer at a site inside the network."""
         if site.level == "block":
             return self.blocks(moment, site, compute, signal, kept)
         return self.whole(moment, site, compute, signal, kept)
 
-    def whole(self, moment: Moment, site: Site, compute: Callable[[], Tensor], signal: Signal, kept: Kept) -> Tensor:
-        """A site that is answered by itself; the stream's levels keep what was added, the others the value."""
+    def whole(
+        self, moment: Moment, site: Site, compute: Callable[[], Tensor], signal: Signal, kept: Kept
+    ) -> Tensor:
+        """A site that is answered by itself; the stream's levels keep what was added, the others the
+        value.
+        """
         place, residual = place_of(site, moment), site.level == "step"
         if self.saves(moment, site.level, kept) and place in kept.records:
             value = self.predicted(moment, place, kept)
@@ -223,7 +247,9 @@ class Strategy:
             self.keep(moment, place, value - signal.entering if residual else value, signal, kept)
         return value
 
-    def blocks(self, moment: Moment, site: Site, compute: Callable[[], Tensor], signal: Signal, kept: Kept) -> Tensor:
+    def blocks(
+        self, moment: Moment, site: Site, compute: Callable[[], Tensor], signal: Signal, kept: Kept
+    ) -> Tensor:
         """A run of blocks, `span`, that is answered as one: the residual over it is kept."""
         first, last = self.span(site.depth)
         if not first <= site.block <= last:
@@ -250,7 +276,9 @@ class Strategy:
     def predicted(self, moment: Moment, place: str, kept: Kept) -> Tensor:
         """What the predictor gives at a place that has records."""
         records, at = kept.records[place], self.place_in_time(moment)
-        return predict(self.predictor, self.order, records, at=at, sigma=moment.sigma, next_sigma=moment.next_sigma)
+        return predict(
+            self.predictor, self.order, records, at=at, sigma=moment.sigma, next_sigma=moment.next_sigma
+        )
 
     def keep(self, moment: Moment, place: str, value: Tensor, signal: Signal, kept: Kept) -> None:
         """Remember a fresh value, and forget those that nobody will look at again."""
@@ -259,7 +287,9 @@ class Strategy:
         kept.records[place] = [*kept.records.get(place, []), record][-self.records_needed :]
 
     def place_in_time(self, moment: Moment) -> float:
-        """Where a step lies on the predictor's axis: whole velocities vary with the noise level, features with the step."""
+        """Where a step lies on the predictor's axis: whole velocities vary with the noise level, features
+        with the step.
+        """
         return moment.sigma if self.where == "velocity" else float(moment.step)
 
 
@@ -276,9 +306,16 @@ def check_whole(name: str, value: object, low: int = 0, high: int | None = None)
     Raises:
         UsageError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < low
+        or (high is not None and value > high)
+    ):
         until = "" if high is None else f" to {high}"
-        raise UsageError(f"flexcache {name} = {value!r}: a whole number from {low}{until} would do", field="flexcache")
+        raise UsageError(
+            f"flexcache {name} = {value!r}: a whole number from {low}{until} would do", field="flexcache"
+        )
 
 
 def check_number(name: str, value: object, low: float = 0.0, high: float = math.inf) -> None:
@@ -289,7 +326,9 @@ def check_number(name: str, value: object, low: float = 0.0, high: float = math.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         until = "" if high == math.inf else f" to {high:g}"
-        raise UsageError(f"flexcache {name} = {value!r}: a number from {low:g}{until} would do", field="flexcache")
+        raise UsageError(
+            f"flexcache {name} = {value!r}: a number from {low:g}{until} would do", field="flexcache"
+        )
 
 
 def check_numbers(name: str, values: object) -> None:
@@ -298,7 +337,9 @@ def check_numbers(name: str, values: object) -> None:
     Raises:
         UsageError: something else.
     """
-    if not isinstance(values, tuple) or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+    if not isinstance(values, tuple) or not all(
+        isinstance(value, int | float) and math.isfinite(value) for value in values
+    ):
         raise UsageError(f"flexcache {name} = {values!r}: a list of numbers would do", field="flexcache")
 
 

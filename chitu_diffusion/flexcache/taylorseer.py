@@ -1,8 +1,8 @@
 """Features are forecast between computed steps. Knows step numbers; the forecast itself is in `predictors`.
 
-TaylorSeer, "From Reusable to Forecasting: Accelerating Diffusion Models with TaylorSeers" (arXiv:2503.06923): every
-`interval`-th step is computed, in between each module's output is a Taylor sum of its backward differences,
-F(x) = sum_i F_i x^i / i!. Order 0 is plain reuse.
+TaylorSeer, "From Reusable to Forecasting: Accelerating Diffusion Models with TaylorSeers" (arXiv:2503.06923):
+every `interval`-th step is computed, in between each module's output is a Taylor sum of its backward
+differences, F(x) = sum_i F_i x^i / i!. Order 0 is plain reuse.
 """
 
 from __future__ import annotations

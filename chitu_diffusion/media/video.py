@@ -65,7 +65,11 @@ def _check_place(kind: str, target: Path) -> None:
     if kind == FOLDER and target.is_dir():
         _check_ours(target)
     elif kind == FOLDER and os.path.lexists(target):
-        raise _refused(target, "a file or a broken link of that name is here already; name a folder, or a file that ends in .mp4")
+        raise _refused(
+            target,
+            "a file or a broken link of that name is here already; name a folder, or a file that ends in "
+            ".mp4",
+        )
     elif kind != FOLDER and target.is_dir():
         raise _refused(target, "a folder of that name is here already; choose another name")
     for beside in _beside(kind, _place(kind, target)):
@@ -101,7 +105,8 @@ def _kind(path: str | os.PathLike[str]) -> str:
     if ending:
         raise _refused(
             path,
-            f"'{ending}' is not a format; .mp4, .gif and .npy would do, or a name that ends in '/' for a folder of png frames",
+            f"'{ending}' is not a format; .mp4, .gif and .npy would do, or a name that ends in '/' for a "
+            "folder of png frames",
         )
     return FOLDER
 
@@ -111,7 +116,9 @@ def _check_ours(folder: Path) -> None:
     for entry in folder.iterdir():
         named_so = entry.name == RECIPE_FILE or _OUR_FRAME.fullmatch(entry.name)
         if not named_so or entry.is_dir():
-            raise _refused(folder, f"that folder holds other things ('{entry.name}'); choose a new or empty folder")
+            raise _refused(
+                folder, f"that folder holds other things ('{entry.name}'); choose a new or empty folder"
+            )
 
 
 def _check_parent(target: Path) -> None:
@@ -125,12 +132,17 @@ def _check_parent(target: Path) -> None:
 
 
 def write_video(
-    frames: Frames, path: str | os.PathLike[str], *, fps: float, quality: int = 8, recipe: Recipe | None = None
+    frames: Frames,
+    path: str | os.PathLike[str],
+    *,
+    fps: float,
+    quality: int = 8,
+    recipe: Recipe | None = None,
 ) -> Path:
     """Write frames so that the final name appears only when the file is whole.
 
-    The data goes to NAME.part, is synced to the disk, and is then renamed over NAME. Missing folders are made.
-    H.264 needs even sizes: an odd row or column is doubled at the edge. Pillow merges neighbouring gif
+    The data goes to NAME.part, is synced to the disk, and is then renamed over NAME. Missing folders are
+    made. H.264 needs even sizes: an odd row or column is doubled at the edge. Pillow merges neighbouring gif
     frames that are equal, and holds them longer.
 
     Args:
@@ -176,7 +188,9 @@ def write_video(
 
 
 def _place(kind: str, target: Path) -> Path:
-    """Where the data goes: a link to a folder stays a link, its folder is replaced; a link to a file is itself replaced."""
+    """Where the data goes: a link to a folder stays a link, its folder is replaced; a link to a file is
+    itself replaced.
+    """
     return Path(os.path.realpath(target)) if kind == FOLDER else target
 
 
@@ -195,7 +209,9 @@ def _sweep(kind: str, target: Path) -> None:
 def _check_frames(frames: Frames) -> None:
     shape, dtype = tuple(frames.shape), str(frames.dtype)
     if len(shape) != 4 or shape[-1] != 3 or 0 in shape or dtype != "uint8":
-        raise UsageError(f"frames have shape {list(shape)} and type {dtype}: uint8 [T, H, W, 3] would do", field="frames")
+        raise UsageError(
+            f"frames have shape {list(shape)} and type {dtype}: uint8 [T, H, W, 3] would do", field="frames"
+        )
 
 
 @contextmanager
@@ -251,7 +267,9 @@ def _write_mp4(part: Path, frames: Frames, fps: float, quality: int, text: str |
             if text is not None:
                 container.metadata["comment"] = text
             rate = Fraction(fps).limit_denominator(1001)
-            stream = container.add_stream("libx264", rate=rate, options={"crf": str(34 - 2 * quality), "preset": "medium"})
+            stream = container.add_stream(
+                "libx264", rate=rate, options={"crf": str(34 - 2 * quality), "preset": "medium"}
+            )
             stream.height, stream.width = padded.shape[1:3]
             stream.pix_fmt = "yuv420p"
             context = stream.codec_context
@@ -280,7 +298,14 @@ def _write_gif(part: Path, frames: Frames, fps: float, text: str | None) -> None
     comment = {"comment": text.encode()} if text is not None else {}
     with part.open("wb") as file:
         images[0].save(
-            file, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0, disposal=1, **comment
+            file,
+            format="GIF",
+            save_all=True,
+            append_images=images[1:],
+            duration=durations,
+            loop=0,
+            disposal=1,
+            **comment,
         )
 
 
@@ -307,7 +332,9 @@ def _sidecar(path: Path) -> Path:
 
 
 def _replace_file(kind: str, part: Path, target: Path, text: str | None) -> None:
-    """A recipe beside its frames leaves before the frames change and comes after them: it never tells of others."""
+    """A recipe beside its frames leaves before the frames change and comes after them: it never tells of
+    others.
+    """
     if kind != ".npy":
         os.replace(part, target)
         return
@@ -323,7 +350,9 @@ def _replace_file(kind: str, part: Path, target: Path, text: str | None) -> None
 
 @contextmanager
 def _stepped_aside(path: Path) -> Iterator[None]:
-    """What stands at a name has another one inside the block; afterwards it is gone, or back if the block fails."""
+    """What stands at a name has another one inside the block; afterwards it is gone, or back if the block
+    fails.
+    """
     old, there = _old(path), os.path.lexists(path)
     if there:
         os.replace(path, old)
@@ -375,13 +404,18 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UsageError: nothing of that name, an unreadable file, or no recipe in it.
     """
-    text = _read(path, {".mp4": _mp4_recipe, ".gif": _gif_recipe, ".npy": _npy_recipe, FOLDER: _folder_recipe})
+    text = _read(
+        path, {".mp4": _mp4_recipe, ".gif": _gif_recipe, ".npy": _npy_recipe, FOLDER: _folder_recipe}
+    )
     try:
         recipe = json.loads(text or "null")
     except (ValueError, RecursionError):
         recipe = None
     if not isinstance(recipe, dict):
-        raise UsageError(f"'{path}' holds no recipe: it was not written by chitu, or another program rewrote it", field="file")
+        raise UsageError(
+            f"'{path}' holds no recipe: it was not written by chitu, or another program rewrote it",
+            field="file",
+        )
     return recipe
 
 
@@ -393,10 +427,14 @@ def read_frames(path: str | os.PathLike[str]) -> Frames:
     """
     import numpy as np
 
-    frames = _read(path, {".mp4": _mp4_frames, ".gif": _gif_frames, ".npy": _npy_frames, FOLDER: _folder_frames})
+    frames = _read(
+        path, {".mp4": _mp4_frames, ".gif": _gif_frames, ".npy": _npy_frames, FOLDER: _folder_frames}
+    )
     result = np.asarray(frames)
     if result.ndim != 4 or result.shape[-1] != 3 or result.dtype != np.uint8:
-        raise UsageError(f"'{path}' holds {result.dtype} {list(result.shape)}, not uint8 [T, H, W, 3]", field="file")
+        raise UsageError(
+            f"'{path}' holds {result.dtype} {list(result.shape)}, not uint8 [T, H, W, 3]", field="file"
+        )
     return result
 
 
@@ -406,12 +444,20 @@ def _read(path: str | os.PathLike[str], readers: Mapping[str, Callable[[Path], _
         raise UsageError(f"there is no file '{path}'", field="file")
     kind = FOLDER if file.is_dir() else file.suffix.lower()
     if kind not in readers:
-        raise UsageError(f"'{path}' is not a video of ours: .mp4, .gif, .npy or a folder of png frames would do", field="file")
+        raise UsageError(
+            f"'{path}' is not a video of ours: .mp4, .gif, .npy or a folder of png frames would do",
+            field="file",
+        )
     try:
         return readers[kind](file)
     except UsageError:
         raise
-    except (OSError, ValueError, SyntaxError, IndexError) as error:  # PyAV's errors are kinds of OSError or ValueError
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        IndexError,
+    ) as error:  # PyAV's errors are kinds of OSError or ValueError
         raise UsageError(f"'{path}' cannot be read: {error}", field="file") from error
 
 

@@ -1,7 +1,7 @@
 """How much memory there is, roughly how much a video needs, and what an out-of-memory looks like.
 
-Knows devices and sizes; not networks or tasks. The estimate is a sizing rule, not a measurement: it exists to refuse at
-once what can never fit, and errs on the side of trying.
+Knows devices and sizes; not networks or tasks. The estimate is a sizing rule, not a measurement: it exists to
+refuse at once what can never fit, and errs on the side of trying.
 """
 
 from __future__ import annotations
@@ -17,10 +17,17 @@ import torch
 from chitu_diffusion.memory.offload import TEXT_ENCODER, TOP_LEVEL, VAE
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-_CPU_COMPLAINTS = ("DefaultCPUAllocator", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_CPU_COMPLAINTS = (
+    "DefaultCPUAllocator",
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 _TILE_PIXELS = 256 * 256
 _DECODER_COPIES = 20
-"""Feature maps of full size and width alive at once in the VAE's last stage; fitted to `AutoencoderKLWan` on an H100."""
+"""Feature maps of full size and width alive at once in the VAE's last stage; fitted to `AutoencoderKLWan` on
+an H100.
+"""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -40,7 +47,9 @@ def free_memory(device: torch.device) -> None:
 
 
 def top_useful_level(device: torch.device) -> int:
-    """The last memory level that saves anything: on a CPU, home and device are the same memory, and only tiling helps."""
+    """The last memory level that saves anything: on a CPU, home and device are the same memory, and only
+    tiling helps.
+    """
     return TOP_LEVEL if device.type == "cuda" else 1
 
 
@@ -82,20 +91,28 @@ class Sizes:
         if level < 2 or self.on_cpu:
             return sum(self.parts.values())
         if level == 2:
-            return self.parts[running] + sum(size for name, size in self.parts.items() if name not in (TEXT_ENCODER, running))
+            return self.parts[running] + sum(
+                size for name, size in self.parts.items() if name not in (TEXT_ENCODER, running)
+            )
         if running in (TEXT_ENCODER, VAE):
             return self.parts[running]
         own = self.parts[running] if level == 3 else min(self.parts[running], 2 * self.block)
         return own + self.parts[VAE]
 
     def denoising(self, tokens: int) -> int:
-        """Bytes of activations in a transformer forward over `tokens`: float32 norms, q, k, v, and the feed-forward."""
+        """Bytes of activations in a transformer forward over `tokens`: float32 norms, q, k, v, and the
+        feed-forward.
+        """
         return tokens * (16 * self.dim + self.item * (6 * self.dim + 2 * self.ffn_dim))
 
     def decoding(self, num_frames: int, height: int, width: int, tiled: bool) -> int:
-        """Bytes of activations in the VAE's decode: four frames at full width, and the float32 video three times."""
+        """Bytes of activations in the VAE's decode: four frames at full width, and the float32 video three
+        times.
+        """
         area = min(height * width, _TILE_PIXELS) if tiled else height * width
-        return area * 4 * self.vae_width * self.item * _DECODER_COPIES + num_frames * height * width * 3 * 4 * 3
+        return (
+            area * 4 * self.vae_width * self.item * _DECODER_COPIES + num_frames * height * width * 3 * 4 * 3
+        )
 
     def peak(self, level: int, tokens: int, num_frames: int, height: int, width: int) -> int:
         """Bytes at the worst moment of a task."""

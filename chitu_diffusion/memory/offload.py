@@ -1,18 +1,19 @@
 """Which weights are on the device now.
 
-A `Residency` moves whole parts (text encoder, each expert, VAE) between the device and their home in main memory as
-the memory level asks, and streams an expert's blocks through two slots on the device at the highest level. It knows
-modules and devices; not what the modules compute, nor tasks.
+A `Residency` moves whole parts (text encoder, each expert, VAE) between the device and their home in main
+memory as the memory level asks, and streams an expert's blocks through two slots on the device at the highest
+level. It knows modules and devices; not what the modules compute, nor tasks.
 
     level 0   every part stays on the device
     level 1   the same (the VAE decodes in tiles; that is the generator's business)
     level 2   the text encoder is on the device only while it encodes
     level 3   one of text encoder, expert, VAE at a time (the VAE may stay beside an expert)
-    level 4   as 3, and an expert's blocks pass through the device one by one, the next copied while one computes
+    level 4   as 3, and an expert's blocks pass through the device one by one, the next copied while one
+              computes
 
-Weights never change here, so that going home is free after the first time: the copy in main memory stays and the one on
-the device is dropped. Where the device is the CPU, home and device are one and parts do not move; blocks are streamed
-all the same.
+Weights never change here, so that going home is free after the first time: the copy in main memory stays and
+the one on the device is dropped. Where the device is the CPU, home and device are one and parts do not move;
+blocks are streamed all the same.
 """
 
 from __future__ import annotations
@@ -53,14 +54,15 @@ def bytes_of(module: nn.Module) -> int:
 class HostMemory:
     """Main memory that the device can read at full speed and without the CPU waiting.
 
-    Tensors are locked where they lie (`cudaHostRegister`), without a copy and without the rounding up to a power of
-    two of torch's pinned allocator. Where locking fails, copies are slower but right.
+    Tensors are locked where they lie (`cudaHostRegister`), without a copy and without the rounding up to a
+    power of two of torch's pinned allocator. Where locking fails, copies are slower but right.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._locked: list[Tensor] = []
-        # runs when this object goes, also when nobody called `release`; the list keeps the memory alive until then
+        # runs when this object goes, also when nobody called `release`; the list keeps the memory alive until
+        # then
         self.release = weakref.finalize(self, _unlock, self._locked)
 
     @property
@@ -101,8 +103,8 @@ class Part:
         self.module, self.device = module, device
         self.home: dict[Tensor, Tensor] = {}
         self._apart, self._memory = apart, memory
-        # what the last complete move left on the device (minus which tensors), so that being there already costs nothing;
-        # None while a move is under way, and after one that was cut short
+        # what the last complete move left on the device (minus which tensors), so that being there already
+        # costs nothing; None while a move is under way, and after one that was cut short
         self._there: bool | None = None
         self._left_out = _NOTHING
 
@@ -167,17 +169,25 @@ class _Place:
 class BlockStream:
     """A network's blocks, each on the device while it is its turn: iterate over it in place of the blocks.
 
-    Every block's tensors lie in one buffer in main memory, so that a block is one copy. Two slots on the device take
-    turns: while block i computes from one, block i + 1 is copied into the other on a stream of its own, ordered by events.
+    Every block's tensors lie in one buffer in main memory, so that a block is one copy. Two slots on the
+    device take turns: while block i computes from one, block i + 1 is copied into the other on a stream of
+    its own, ordered by events.
 
     Args:
         blocks: in the order in which they run.
-        device: where they run. On the CPU the slots are copied as well, so that this very path is what tests run.
+        device: where they run. On the CPU the slots are copied as well, so that this very path is what tests
+            run.
         memory: locks the buffers.
         home: tensor -> its home; entries of the blocks are replaced by views of the buffers.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, memory: HostMemory, home: dict[Tensor, Tensor]) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        device: torch.device,
+        memory: HostMemory,
+        home: dict[Tensor, Tensor],
+    ) -> None:
         self.blocks, self.device = list(blocks), device
         self._places: list[list[_Place]] = []
         self._buffers: list[Tensor] = []
@@ -207,7 +217,8 @@ class BlockStream:
     def release(self) -> None:
         """Give the slots' memory back."""
         if self._side is not None:
-            # a copy that nobody waited for (a forward that raised) must not land in memory that others hold by then
+            # a copy that nobody waited for (a forward that raised) must not land in memory that others hold
+            # by then
             torch.cuda.current_stream(self.device).wait_stream(self._side)
         self._slots, self._filled, self._freed = [], [], []
 
@@ -266,8 +277,8 @@ class Residency:
         text_encoder, experts, vae: the networks, wherever their weights lie now.
         blocks: of each expert, in order.
         level: 0 to 4; may be set again at any time between two uses.
-        apart: whether home and device are two memories; None: unless the device is the CPU. True on a CPU moves weights
-            between two places in main memory, which serves tests alone.
+        apart: whether home and device are two memories; None: unless the device is the CPU. True on a CPU
+            moves weights between two places in main memory, which serves tests alone.
     """
 
     def __init__(
@@ -287,7 +298,9 @@ class Residency:
         modules: dict[str, nn.Module] = {TEXT_ENCODER: text_encoder, VAE: vae}
         modules |= {expert_part(index): expert for index, expert in enumerate(experts)}
         self._parts = {name: Part(module, device, apart, self._memory) for name, module in modules.items()}
-        self._blocks: Mapping[str, Sequence[nn.Module]] = {expert_part(i): own for i, own in enumerate(blocks)}
+        self._blocks: Mapping[str, Sequence[nn.Module]] = {
+            expert_part(i): own for i, own in enumerate(blocks)
+        }
         self._streams: dict[str, BlockStream] = {}
         self._level = level
         self.set_level(level)
@@ -318,7 +331,9 @@ class Residency:
             self._parts[name].on_device()
 
     def settle(self) -> None:
-        """Bring what the level keeps on the device there: everything below level 2, to be ready for the first task."""
+        """Bring what the level keeps on the device there: everything below level 2, to be ready for the first
+        task.
+        """
         for name, part in self._parts.items():
             if self._level < 2 or (self._level == 2 and name != TEXT_ENCODER):
                 part.on_device()

@@ -1,1 +1,3 @@
-"""The networks, one plain file each; they take attention and cache as arguments and know no request or setting."""
+"""The networks, one plain file each; they take attention and cache as arguments and know no request or
+setting.
+"""

@@ -1,6 +1,7 @@
 """The networks of one model together, each loaded straight to where it will first be used, in its dtype.
 
-Knows the settings that decide where and as what; reading is `models.loading`'s, what is done with the networks the engine's.
+Knows the settings that decide where and as what; reading is `models.loading`'s, what is done with the
+networks the engine's.
 """
 
 from __future__ import annotations
@@ -52,16 +53,19 @@ def float8_plan(args: EngineConfig) -> Float8Plan | None:
     return Float8Plan.from_text(args.infer.quant_keep, args.infer.quant_originals)
 
 
-def load_networks(args: EngineConfig, device: torch.device, dtype: torch.dtype, *, encodes: bool = True) -> Networks:
+def load_networks(
+    args: EngineConfig, device: torch.device, dtype: torch.dtype, *, encodes: bool = True
+) -> Networks:
     """The networks of the model that the settings name.
 
     Args:
         args: the settings.
         device, dtype: where and as what.
-        encodes: False where another rank encodes the text: the encoder is then its shapes alone, without weights.
+        encodes: False where another rank encodes the text: the encoder is then its shapes alone, without
+            weights.
 
-    The text encoder is loaded into main memory from memory level 2, the transformers from level 3; the rest onto the
-    device. In float16 the text encoder is bfloat16: T5's activations do not fit float16's range.
+    The text encoder is loaded into main memory from memory level 2, the transformers from level 3; the rest
+    onto the device. In float16 the text encoder is bfloat16: T5's activations do not fit float16's range.
 
     Raises:
         ModelError: no such model on this machine, or a faulty checkpoint.

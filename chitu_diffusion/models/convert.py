@@ -1,4 +1,6 @@
-"""Checking a model's folder, and turning one layout into the other. Moves weights; never computes with them."""
+"""Checking a model's folder, and turning one layout into the other. Moves weights; never computes with
+them.
+"""
 
 from __future__ import annotations
 
@@ -97,14 +99,15 @@ def convert(
 ) -> ModelFolder:
     """Writes a model anew in a layout.
 
-    The new folder appears whole or not at all: it grows beside its place as NAME.part. A `chitu.json` in it keeps what
-    its layout has no room for, so that turning a model round and back loses nothing.
+    The new folder appears whole or not at all: it grows beside its place as NAME.part. A `chitu.json` in it
+    keeps what its layout has no room for, so that turning a model round and back loses nothing.
 
     Args:
         source: a model's folder, in either layout.
         target: must not exist yet.
         layout: "diffusers" or "official".
-        dtype: of the stored weights; None keeps each tensor's own. What the network keeps in float32 stays so.
+        dtype: of the stored weights; None keeps each tensor's own. What the network keeps in float32 stays
+            so.
         max_shard_bytes: of one safetensors file's values.
 
     Raises:
@@ -138,7 +141,9 @@ def write_model_index(place: Path, folder: ModelFolder) -> None:
     """Writes diffusers' `model_index.json` for the parts of `folder` into `place`."""
     settings = folder.tokenizer / "tokenizer_config.json"
     tokenizer = (
-        read_json(settings).get("tokenizer_class", "T5TokenizerFast") if settings.exists() else "T5TokenizerFast"
+        read_json(settings).get("tokenizer_class", "T5TokenizerFast")
+        if settings.exists()
+        else "T5TokenizerFast"
     )
     index: dict[str, Any] = {
         "_class_name": "WanPipeline",
@@ -167,11 +172,18 @@ def _verified(folder: ModelFolder, role: Role, deep: bool) -> Finding:
                     return Finding(role, weights.entries[key].file, False, f"{key} holds NaN or Inf")
     except ChituError as error:
         return Finding(role, component.weights, False, str(error))
-    return Finding(role, component.weights, True, f"{len(names)} tensors, {total / 2**30:.2f} GiB, {'/'.join(kinds)}")
+    return Finding(
+        role, component.weights, True, f"{len(names)} tensors, {total / 2**30:.2f} GiB, {'/'.join(kinds)}"
+    )
 
 
 def _write_component(
-    folder: ModelFolder, role: Role, place: Path, layout: Layout, dtype: torch.dtype | None, max_shard_bytes: int
+    folder: ModelFolder,
+    role: Role,
+    place: Path,
+    layout: Layout,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
 ) -> None:
     config = dict(folder.components[role].config)
     plan, weights = blueprint(folder, role), open_weights(folder, role)
@@ -189,9 +201,13 @@ def _write_component(
     else:
         home = place / role
         config = (
-            {"_class_name": _CLASSES[role][1], **config} if role != "text_encoder" else {"model_type": "umt5", **config}
+            {"_class_name": _CLASSES[role][1], **config}
+            if role != "text_encoder"
+            else {"model_type": "umt5", **config}
         )
-    save_weights(tensors, home, WEIGHTS_STEM[role], dtype=dtype, keep_float32=keep, max_shard_bytes=max_shard_bytes)
+    save_weights(
+        tensors, home, WEIGHTS_STEM[role], dtype=dtype, keep_float32=keep, max_shard_bytes=max_shard_bytes
+    )
     write_json(home / "config.json", config)
 
 

@@ -1,11 +1,12 @@
-"""What a model's folder on disk holds: which parts, where, with which configs. Reads JSON only, never a weight.
+"""What a model's folder on disk holds: which parts, where, with which configs. Reads JSON only, never a
+weight.
 
 Two layouts are understood. Diffusers':
 
     model_index.json  transformer/  [transformer_2/]  vae/  text_encoder/  tokenizer/  scheduler/
 
-and the official Wan one, whose VAE and text encoder have no config beside them (they are those of the full-size models
-unless a `chitu.json` says otherwise, which `convert` writes for every other model):
+and the official Wan one, whose VAE and text encoder have no config beside them (they are those of the
+full-size models unless a `chitu.json` says otherwise, which `convert` writes for every other model):
 
     config.json  diffusion_pytorch_model*.safetensors            (one transformer)
     high_noise_model/  low_noise_model/                          (two experts, each like the line above)
@@ -113,7 +114,8 @@ class ModelFolder:
     Attributes:
         path: the folder.
         layout: "diffusers" or "official".
-        components: by role; "transformer_2" only where there are two experts ("transformer" is the high-noise one).
+        components: by role; "transformer_2" only where there are two experts ("transformer" is the high-noise
+            one).
         tokenizer: the tokenizer's folder.
         scheduler: config of the diffusers scheduler that the checkpoint asks for.
         boundary_ratio: of two experts, the share of the 1000 timesteps below which the second takes over.
@@ -138,7 +140,9 @@ def read_folder(path: str | Path) -> ModelFolder:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise ModelMissingError(f"there is no folder {folder}; 'chitu models ls' shows the models on this machine")
+        raise ModelMissingError(
+            f"there is no folder {folder}; 'chitu models ls' shows the models on this machine"
+        )
     notes = read_json(folder / NOTES_FILE) if (folder / NOTES_FILE).exists() else {}
     if (folder / "model_index.json").exists():
         return _read_diffusers(folder, notes)
@@ -163,7 +167,9 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"a config cannot be read: {error}", file=file) from error
     if not isinstance(data, dict):
-        raise CheckpointError("a config is not an object", file=file, expected="{...}", found=type(data).__name__)
+        raise CheckpointError(
+            "a config is not an object", file=file, expected="{...}", found=type(data).__name__
+        )
     return data
 
 
@@ -197,13 +203,17 @@ def _read_diffusers(folder: Path, notes: Mapping[str, Any]) -> ModelFolder:
 
 
 def _read_official(folder: Path, notes: Mapping[str, Any]) -> ModelFolder:
-    experts = [folder / name for name in EXPERT_FOLDERS] if (folder / EXPERT_FOLDERS[0]).is_dir() else [folder]
+    experts = (
+        [folder / name for name in EXPERT_FOLDERS] if (folder / EXPERT_FOLDERS[0]).is_dir() else [folder]
+    )
     components: dict[Role, Component] = {}
     roles: tuple[Role, Role] = ("transformer", "transformer_2")
     for role, place in zip(roles, experts, strict=False):
         components[role] = Component(role, place, _transformer_config(place / "config.json"))
     components["vae"] = Component("vae", folder / VAE_FILE, notes.get("vae", _VAE_CONFIG))
-    components["text_encoder"] = Component("text_encoder", folder / TEXT_FILE, notes.get("text_encoder", _TEXT_CONFIG))
+    components["text_encoder"] = Component(
+        "text_encoder", folder / TEXT_FILE, notes.get("text_encoder", _TEXT_CONFIG)
+    )
     two = len(experts) == 2
     # wan/configs of Wan2.1 and Wan2.2: shift 5 and 12, boundary 0.875
     scheduler = notes.get("scheduler", {**_SCHEDULER_CONFIG, "flow_shift": 12.0 if two else 5.0})

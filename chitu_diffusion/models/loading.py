@@ -1,7 +1,8 @@
 """From a model's folder to networks with weights, in either layout.
 
-Joins what others know: the folder's parts (`folder`), the names in its files (`layouts`), the networks (`wan`, `vae`,
-`text`) and strict reading (`chitu_diffusion.weights.loader`). Which device and dtype is the caller's business.
+Joins what others know: the folder's parts (`folder`), the names in its files (`layouts`), the networks
+(`wan`, `vae`, `text`) and strict reading (`chitu_diffusion.weights.loader`). Which device and dtype is the
+caller's business.
 """
 
 from __future__ import annotations
@@ -49,7 +50,11 @@ class Blueprint:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every parameter, by name, tied second names left out."""
-        return {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items() if name not in self.ties}
+        return {
+            name: tuple(tensor.shape)
+            for name, tensor in self.module.state_dict().items()
+            if name not in self.ties
+        }
 
     def names(self, layout: Literal["diffusers", "official"]) -> Mapping[str, str]:
         """{parameter: name in the files of that layout}."""
@@ -67,7 +72,9 @@ def blueprint(folder: ModelFolder, role: Role, dtype: torch.dtype | None = None)
     try:
         return _drawn(role, folder.components[role].config, dtype)
     except Exception as error:  # diffusers and transformers have many words for a config that cannot be
-        raise CheckpointError(f"the config of the {role} cannot be used: {error}", file=folder.path / role) from error
+        raise CheckpointError(
+            f"the config of the {role} cannot be used: {error}", file=folder.path / role
+        ) from error
 
 
 def _drawn(role: Role, config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:
@@ -111,14 +118,22 @@ def load_transformer(
 
 
 def load_vae(
-    folder: ModelFolder, *, device: Device = "cpu", dtype: torch.dtype | None = None, progress: Progress | None = None
+    folder: ModelFolder,
+    *,
+    device: Device = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
 ) -> Vae:
     """The VAE with its weights. Arguments and errors as for `load_transformer`."""
     return Vae(_loaded(folder, "vae", device, dtype, progress)).eval()
 
 
 def load_text_encoder(
-    folder: ModelFolder, *, device: Device = "cpu", dtype: torch.dtype | None = None, progress: Progress | None = None
+    folder: ModelFolder,
+    *,
+    device: Device = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
 ) -> TextEncoder:
     """The text encoder with its weights and its tokenizer. Arguments and errors as for `load_transformer`.
 
@@ -177,7 +192,9 @@ def _loaded(
 
 
 def _rounded(network: nn.Module, name: str) -> None:
-    """Rounds a weight that has just been read, if its layer multiplies in 8 bits: only one is there in full at a time."""
+    """Rounds a weight that has just been read, if its layer multiplies in 8 bits: only one is there in full
+    at a time.
+    """
     owner, _, leaf = name.rpartition(".")
     layer = network.get_submodule(owner)
     if leaf == "weight" and isinstance(layer, Float8Linear):

@@ -1,7 +1,7 @@
 """Which models there are, and what each one asks for when a request says nothing.
 
-Torch-free, so that a request can be checked against its model before anything is loaded. Weights are not read here;
-a folder's configs are.
+Torch-free, so that a request can be checked against its model before anything is loaded. Weights are not read
+here; a folder's configs are.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class LatentGeometry:
         return self.channels, (num_frames - 1) // frames + 1, height // rows, width // columns
 
 
-_NOTES = frozenset({"name", "defaults", "measured", "boundary_ratio", "vae", "text_encoder", "scheduler", "transformer"})
+_NOTES = frozenset(
+    {"name", "defaults", "measured", "boundary_ratio", "vae", "text_encoder", "scheduler", "transformer"}
+)
 """What a folder's `chitu.json` may say."""
 
 
@@ -63,7 +65,8 @@ class Defaults:
 
     Attributes:
         guidance: one scale per expert, high noise first.
-        shift: of the flow's noise schedule, as the authors sample; None leaves it to the checkpoint's scheduler.
+        shift: of the flow's noise schedule, as the authors sample; None leaves it to the checkpoint's
+            scheduler.
         negative_prompt: the other branch of classifier-free guidance.
     """
 
@@ -174,13 +177,16 @@ def resolve_model(name: str, ckpt_dir: str | Path | None = None) -> tuple[ModelS
 
     Raises:
         UsageError: a name that is neither; names the nearest.
-        ModelMissingError, CheckpointError: the folder holds no readable model, or one of other sizes than `name` has.
+        ModelMissingError, CheckpointError: the folder holds no readable model, or one of other sizes than
+            `name` has.
     """
     spec = _by_name(name)
     if ckpt_dir is not None:
         folder = folder_named(ckpt_dir)
         if folder is None:
-            raise ModelMissingError(f"there is no folder {ckpt_dir}; 'chitu models ls' shows the models on this machine")
+            raise ModelMissingError(
+                f"there is no folder {ckpt_dir}; 'chitu models ls' shows the models on this machine"
+            )
         return _checked_against(spec, spec_of_folder(folder)), folder
     if spec is not None:
         return spec, _in_hub_cache(spec)
@@ -190,7 +196,9 @@ def resolve_model(name: str, ckpt_dir: str | Path | None = None) -> tuple[ModelS
     if folder is not None:
         return spec_of_folder(folder), folder
     known = [*model_names(), *(hub for full in FULL_SIZE.values() for hub in full.hub_ids)]
-    raise UsageError(f"models.name = {name!r}: no such model or folder.{nearest(name, known)}", field="models.name")
+    raise UsageError(
+        f"models.name = {name!r}: no such model or folder.{nearest(name, known)}", field="models.name"
+    )
 
 
 def folder_named(name: str | Path) -> Path | None:
@@ -203,7 +211,8 @@ def folder_named(name: str | Path) -> Path | None:
 
 
 def spec_of_folder(path: str | Path) -> ModelSpec:
-    """The spec of the model in a folder: from its configs, its `chitu.json`, and the full-size model it equals, if any.
+    """The spec of the model in a folder: from its configs, its `chitu.json`, and the full-size model it
+    equals, if any.
 
     Raises:
         ModelMissingError, CheckpointError: no model, or not one that is supported.
@@ -213,7 +222,11 @@ def spec_of_folder(path: str | Path) -> ModelSpec:
         return _spec_of(folder)
     except CheckpointError:
         raise
-    except (TypeError, ValueError, AttributeError) as error:  # UsageError among them: a network that is not supported
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # UsageError among them: a network that is not supported
         raise CheckpointError(f"a config of the model cannot be used: {error}", file=folder.path) from error
 
 
@@ -261,7 +274,9 @@ def _calibration_of(folder: Path) -> Calibration | None:
 def write_notes(path: str | Path, name: str, defaults: Defaults, **more: Any) -> None:
     """Writes a folder's `chitu.json`: the model's name and defaults, and whatever else `more` says."""
     notes = {"name": name, "defaults": dataclasses.asdict(defaults), **more}
-    Path(path, NOTES_FILE).write_text(json.dumps(notes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    Path(path, NOTES_FILE).write_text(
+        json.dumps(notes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def _folder_defaults(folder: ModelFolder, base: Defaults, experts: int) -> Defaults:
@@ -269,7 +284,9 @@ def _folder_defaults(folder: ModelFolder, base: Defaults, experts: int) -> Defau
     known = {f.name for f in dataclasses.fields(Defaults)}
     for key in said:
         if key not in known:
-            raise CheckpointError("an unknown default", file=folder.path / NOTES_FILE, key=key, expected=sorted(known))
+            raise CheckpointError(
+                "an unknown default", file=folder.path / NOTES_FILE, key=key, expected=sorted(known)
+            )
     guidance = said.get("guidance", base.guidance)
     said["guidance"] = tuple(guidance) if isinstance(guidance, list | tuple) else (guidance,)
     if len(said["guidance"]) == 1:
@@ -282,7 +299,10 @@ def _folder_defaults(folder: ModelFolder, base: Defaults, experts: int) -> Defau
 
 def _folder_measured(folder: ModelFolder, base: Measured) -> Measured:
     """What the folder's notes say was measured on it, over what its twin's authors measured."""
-    said = {str(name): tuple(float(value) for value in values) for name, values in folder.notes.get("measured", {}).items()}
+    said = {
+        str(name): tuple(float(value) for value in values)
+        for name, values in folder.notes.get("measured", {}).items()
+    }
     return MappingProxyType({**base, **said})
 
 

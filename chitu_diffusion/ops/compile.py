@@ -1,8 +1,8 @@
 """`torch.compile` that is heard and never gives up in silence.
 
-torch compiles a function when it first meets new shapes, which takes seconds in which nothing seems to happen, and runs it
-uncompiled where it cannot go on. Here the first is announced and timed, and the second is an error. Knows functions; not
-what they compute.
+torch compiles a function when it first meets new shapes, which takes seconds in which nothing seems to
+happen, and runs it uncompiled where it cannot go on. Here the first is announced and timed, and the second is
+an error. Knows functions; not what they compute.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from chitu_diffusion.errors import CompileError
 logger = logging.getLogger(__name__)
 
 _MOST_GRAPHS = 64
-"""Graphs of one function, one for each size, precision and kind of layer; torch's own limit of 8 is soon reached."""
+"""Graphs of one function, one for each size, precision and kind of layer; torch's own limit of 8 is soon
+reached.
+"""
 
 
 class CompileWatch:
@@ -50,13 +52,18 @@ class CompileWatch:
         """Hear no more; silent the second time."""
         from torch._dynamo.callback import callback_handler
 
-        for heard, ours in ((callback_handler.start_callbacks, self._start), (callback_handler.end_callbacks, self._end)):
+        for heard, ours in (
+            (callback_handler.start_callbacks, self._start),
+            (callback_handler.end_callbacks, self._end),
+        ):
             if ours in heard:
                 heard.remove(ours)
 
     def _start(self, _: object) -> None:
         if not self._announced:
-            logger.warning("compiling the transformer for this size, once; later runs find most of it on disk")
+            logger.warning(
+                "compiling the transformer for this size, once; later runs find most of it on disk"
+            )
         self._announced, self._began = True, time.perf_counter()
 
     def _end(self, _: object) -> None:
@@ -96,7 +103,9 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 
 
 def let_length_vary(tensors: Iterable[Tensor | None]) -> None:
-    """Says that the second axis of tensors [B, L, ...] has another length at every call, so that no graph is made for each."""
+    """Says that the second axis of tensors [B, L, ...] has another length at every call, so that no graph is
+    made for each.
+    """
     for tensor in tensors:
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 1)

@@ -1,17 +1,19 @@
 """Linear layers in 8 bits: float8 (e4m3) rows times float8 columns, one scale for each row and each column.
 
-Every token's row is scaled by its own largest magnitude when it comes by, every output channel of a weight once, when it
-is loaded: "row-wise dynamic" scaling, which 8-bit matrix products of sm_89 and later take as they are. It is lossy: some
-3.6 % relative error in one product with Gaussian numbers (two roundings of 3 mantissa bits). So by default the first and
-last block, keys and values of the text (computed once a prompt) and the first quarter of the steps, in which the picture's
-layout is found, stay in 16 bits.
+Every token's row is scaled by its own largest magnitude when it comes by, every output channel of a weight
+once, when it is loaded: "row-wise dynamic" scaling, which 8-bit matrix products of sm_89 and later take as
+they are. It is lossy: some 3.6 % relative error in one product with Gaussian numbers (two roundings of 3
+mantissa bits). So by default the first and last block, keys and values of the text (computed once a prompt)
+and the first quarter of the steps, in which the picture's layout is found, stay in 16 bits.
 
-Two ways to run those first steps. `originals=True` keeps the 16-bit weights beside the 8-bit ones: exact there, three
-bytes a weight. `originals=False` keeps the 8-bit ones alone, one byte, and the first steps multiply 16-bit rows by widened
-weights: half of the rounding is there from the start. 14B (28.6 GB in 16 bits) needs 40 GB the first way, 17 GB the second.
+Two ways to run those first steps. `originals=True` keeps the 16-bit weights beside the 8-bit ones: exact
+there, three bytes a weight. `originals=False` keeps the 8-bit ones alone, one byte, and the first steps
+multiply 16-bit rows by widened weights: half of the rounding is there from the start. 14B (28.6 GB in 16
+bits) needs 40 GB the first way, 17 GB the second.
 
-Where no 8-bit products are (CPU, GPUs before sm_89) the same numbers are multiplied in float32: it shows what 8 bits do to
-a video, slower than 16 bits would. This file knows linear layers and their names; not which network, step or setting.
+Where no 8-bit products are (CPU, GPUs before sm_89) the same numbers are multiplied in float32: it shows what
+8 bits do to a video, slower than 16 bits would. This file knows linear layers and their names; not which
+network, step or setting.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ class Float8Plan:
     """Which linear layers are multiplied in 8 bits.
 
     Attributes:
-        keep: layers that stay as they are: "edges" (the first and last block), or part of a name inside a block, such as
-            "attn2.to_k" or "ffn".
+        keep: layers that stay as they are: "edges" (the first and last block), or part of a name inside a
+            block, such as "attn2.to_k" or "ffn".
         originals: whether the 16-bit weights stay beside the 8-bit ones (see this file's head).
     """
 
@@ -86,7 +88,8 @@ class Float8Linear(nn.Linear):
             self.register_parameter("weight", None)
 
     def forward(self, x: Tensor | Float8Rows) -> Tensor:
-        """x [..., in] -> [..., out], in x's dtype; `Float8Rows` in the bias's. Rows are rounded here unless they are already.
+        """x [..., in] -> [..., out], in x's dtype; `Float8Rows` in the bias's. Rows are rounded here unless
+        they are already.
 
         Raises:
             TypeError: rows in 8 bits while this layer multiplies in 16.
@@ -123,7 +126,9 @@ class Float8Linear(nn.Linear):
 
 
 def wants_float8(layer: object) -> bool:
-    """Whether a linear layer multiplies in 8 bits now, so that whoever makes its rows may round them as well."""
+    """Whether a linear layer multiplies in 8 bits now, so that whoever makes its rows may round them as
+    well.
+    """
     return isinstance(layer, Float8Linear) and layer.in_float8
 
 
@@ -136,8 +141,9 @@ def has_float8_products(device: torch.device) -> bool:
 def to_float8(blocks: Sequence[nn.Module], plan: Float8Plan) -> list[Float8Linear]:
     """Puts `Float8Linear` in the place of linear layers, in every block alike but for those that are kept.
 
-    Layers that hold their values are rounded at once, one after the other; on the meta device nothing is, and whoever
-    loads a weight calls `quantise_weight` then. Calling it again changes nothing. Widths that are no multiple of 16 stay.
+    Layers that hold their values are rounded at once, one after the other; on the meta device nothing is, and
+    whoever loads a weight calls `quantise_weight` then. Calling it again changes nothing. Widths that are no
+    multiple of 16 stay.
 
     Args:
         blocks: of one network, in order.
@@ -149,7 +155,9 @@ def to_float8(blocks: Sequence[nn.Module], plan: Float8Plan) -> list[Float8Linea
     Raises:
         UsageError: a word of the keep-list that fits no layer, or one that keeps them all.
     """
-    names = {name for block in blocks for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    names = {
+        name for block in blocks for name, module in block.named_modules() if isinstance(module, nn.Linear)
+    }
     _check_words(plan.keep, names)
     edges = {0, len(blocks) - 1} if _EDGES in plan.keep else set()
     layers: list[Float8Linear] = []
@@ -185,10 +193,12 @@ def set_float8(layers: Iterable[Float8Linear], in_float8: bool, device: torch.de
 
 
 def float8_begins(share: float, shift: float) -> float:
-    """The timestep, 0 to 1000, at and below which a schedule with this shift has left `share` of its steps behind.
+    """The timestep, 0 to 1000, at and below which a schedule with this shift has left `share` of its steps
+    behind.
 
-    Steps are even before the shift s = shift: sigma = s u / (1 + (s - 1) u) with u from 1 to 0. Half a timestep is added,
-    since solvers round. It looks at the time alone, so that every rank, stage and number of steps follows one rule.
+    Steps are even before the shift s = shift: sigma = s u / (1 + (s - 1) u) with u from 1 to 0. Half a
+    timestep is added, since solvers round. It looks at the time alone, so that every rank, stage and number
+    of steps follows one rule.
     """
     rest = 1 - share
     return 1000 * shift * rest / (1 + (shift - 1) * rest) + 0.5
@@ -207,7 +217,9 @@ def _replaced(block: nn.Module, name: str, linear: nn.Linear, originals: bool) -
 
 
 def _inside(word: str, name: str) -> bool:
-    """Whether a dotted word is part of a dotted name: "attn2.to_k" and "attn2" are in "attn2.to_k", "to" is not."""
+    """Whether a dotted word is part of a dotted name: "attn2.to_k" and "attn2" are in "attn2.to_k", "to" is
+    not.
+    """
     return f".{word}." in f".{name}."
 
 
@@ -215,5 +227,6 @@ def _check_words(words: Iterable[str], names: set[str]) -> None:
     for word in words:
         if word != _EDGES and not any(_inside(word, name) for name in names):
             raise UsageError(
-                f"quant_keep: no layer is called {word!r}.{nearest(word, names | {_EDGES})}", field="infer.quant_keep"
+                f"quant_keep: no layer is called {word!r}.{nearest(word, names | {_EDGES})}",
+                field="infer.quant_keep",
             )

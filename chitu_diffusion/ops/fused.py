@@ -1,9 +1,10 @@
-"""What stands between the matrix products of a transformer block: norms, gates, rotary turns, GELU, rounding to 8 bits.
+"""What stands between the matrix products of a transformer block: norms, gates, rotary turns, GELU, rounding
+to 8 bits.
 
 Each function is plain torch, and with `fused=True` one Triton kernel that reads and writes every number once
-(`chitu_diffusion.ops.fused_triton`). Both work in float32 and round where diffusers rounds: the stream after a
-residual, q and k after their norm and again after the turn. They differ by the order of float32 sums alone: some 1e-7
-before the last rounding, so that one result in some hundreds falls to the neighbouring bfloat16.
+(`chitu_diffusion.ops.fused_triton`). Both work in float32 and round where diffusers rounds: the stream after
+a residual, q and k after their norm and again after the turn. They differ by the order of float32 sums alone:
+some 1e-7 before the last rounding, so that one result in some hundreds falls to the neighbouring bfloat16.
 """
 
 from __future__ import annotations
@@ -59,7 +60,13 @@ def quantise(x: Tensor, *, fused: bool = False) -> Float8Rows:
 
 
 def layer_norm(
-    x: Tensor, affine: Affine | None, eps: float, dtype: torch.dtype, *, float8: bool = False, fused: bool = False
+    x: Tensor,
+    affine: Affine | None,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    float8: bool = False,
+    fused: bool = False,
 ) -> Tensor | Float8Rows:
     """LayerNorm of x [B, S, dim] in float32, then weight and bias, rounded once.
 
@@ -112,7 +119,9 @@ def add_gated_norm(
     """`add_gated`, and the `layer_norm` of its result: (the new stream [B, S, dim], its norm)."""
     if fused:
         weight, bias = affine or (None, None)
-        stream, normed, scale = fused_triton.residual_norm(x, added, gate, weight, bias, eps, dtype, True, float8)
+        stream, normed, scale = fused_triton.residual_norm(
+            x, added, gate, weight, bias, eps, dtype, True, float8
+        )
         return stream, Float8Rows(normed, scale) if float8 else normed
     stream = add_gated(x, added, gate)
     return stream, layer_norm(stream, affine, eps, dtype, float8=float8)
@@ -128,7 +137,8 @@ def norm_and_rotate(
     *,
     fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm over all heads of q and k, rounded, then each neighbouring pair of channels turned by its token's angles.
+    """RMSNorm over all heads of q and k, rounded, then each neighbouring pair of channels turned by its
+    token's angles.
 
     Args:
         q, k: [B, S, heads * head_dim].
@@ -144,26 +154,38 @@ def norm_and_rotate(
     if fused:
         q, k = fused_triton.qk_norm_rotate(q, k, *weights, *rope, eps)
         return q.unflatten(2, (heads, -1)), k.unflatten(2, (heads, -1))
-    q, k = (F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps) for x, weight in zip((q, k), weights, strict=True))
+    q, k = (
+        F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+        for x, weight in zip((q, k), weights, strict=True)
+    )
     return rotate(q.unflatten(2, (heads, -1)), rope), rotate(k.unflatten(2, (heads, -1)), rope)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns each neighbouring pair of channels of x [B, S, heads, head_dim] by its token's angles; in float32."""
+    """Turns each neighbouring pair of channels of x [B, S, heads, head_dim] by its token's angles; in
+    float32.
+    """
     if x.device.type == "cpu":
-        # the same products and sums in one pass, as complex numbers, for which a compiler for GPUs has no code
+        # the same products and sums in one pass, as complex numbers, for which a compiler for GPUs has no
+        # code
         turns = torch.complex(*rope)[:, None, :]  # [S, 1, head_dim / 2]
-        return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(-2).to(x.dtype)
+        return (
+            torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns)
+            .flatten(-2)
+            .to(x.dtype)
+        )
     cos, sin = (part[:, None, :] for part in rope)  # [S, 1, head_dim / 2]
     even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
-def gelu(x: Tensor, bias: Tensor | None = None, *, float8: bool = False, fused: bool = False) -> Tensor | Float8Rows:
+def gelu(
+    x: Tensor, bias: Tensor | None = None, *, float8: bool = False, fused: bool = False
+) -> Tensor | Float8Rows:
     """tanh-approximated GELU ("Gaussian Error Linear Units", arXiv:1606.08415) of x [..., dim] + bias [dim].
 
-    The sum is rounded to x's dtype first, as a matrix product with bias hands it out. The result has x's dtype, or
-    (`float8`) is `Float8Rows`, rounded from float32.
+    The sum is rounded to x's dtype first, as a matrix product with bias hands it out. The result has x's
+    dtype, or (`float8`) is `Float8Rows`, rounded from float32.
     """
     if fused:
         values, scale = fused_triton.activation(x, bias, True, float8)
@@ -184,14 +206,19 @@ def has_linear_gelu(x: Tensor, weight: Tensor, fused: bool) -> bool:
         return fused
     if torch.compiler.is_compiling():
         return False
-    return x.device.type == "cpu" and x.dtype == torch.float32 and _ONEDNN and not torch.is_autocast_enabled("cpu")
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and _ONEDNN
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU of x [..., in] times weight [out, in] plus bias, inside the matrix product: [..., out].
 
-    Against the product and then the GELU it saves a read and a write of [..., out], and in 16 bits one rounding. On a CPU
-    the GELU alone would take as long as the product.
+    Against the product and then the GELU it saves a read and a write of [..., out], and in 16 bits one
+    rounding. On a CPU the GELU alone would take as long as the product.
     """
     if x.is_cuda:
         return _linear_gelu_cuda(x, weight, bias)

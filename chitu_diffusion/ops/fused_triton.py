@@ -1,9 +1,10 @@
-"""Triton kernels for what stands between the matrix products of a transformer block: one read and one write each.
+"""Triton kernels for what stands between the matrix products of a transformer block: one read and one write
+each.
 
-One program takes whole rows (tokens) and holds their channels in registers; arithmetic is float32. What the kernels
-compute, and the plain torch that says the same, stands in `chitu_diffusion.ops.fused`; this file only launches them,
-as operators that `torch.compile` takes as they are. It needs Triton; on a CPU it runs in Triton's interpreter
-(TRITON_INTERPRET=1), which is for tests.
+One program takes whole rows (tokens) and holds their channels in registers; arithmetic is float32. What the
+kernels compute, and the plain torch that says the same, stands in `chitu_diffusion.ops.fused`; this file only
+launches them, as operators that `torch.compile` takes as they are. It needs Triton; on a CPU it runs in
+Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ SMALLEST_AMAX = 1e-12
 
 @triton.jit
 def _channels(FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    # left alone, the compiler gives a thread 16 neighbours, as many as fill a store of 8-bit numbers; loads of the wider ones
-    # then leave gaps between threads, and a parameter in float32 costs four times its bytes in the cache
+    # left alone, the compiler gives a thread 16 neighbours, as many as fill a store of 8-bit numbers; loads
+    # of the wider ones then leave gaps between threads, and a parameter in float32 costs four times its bytes
+    # in the cache
     return FIRST + tl.max_contiguous(tl.arange(0, SIZE), WIDTH)
 
 
@@ -60,7 +62,8 @@ def _residual_norm(
     x, added, gate, weight, bias, stream, normed, scale,
     rows, dim, gate_stride, weight_stride, bias_stride, eps,
     ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr, QUANTISE: tl.constexpr,
-    FLOAT8_TOP: tl.constexpr, FLOOR: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
+    FLOAT8_TOP: tl.constexpr, FLOOR: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1)
     row = batch.to(tl.int64) * rows + tl.program_id(0)
@@ -76,7 +79,8 @@ def _residual_norm(
         rounded_head = (head + more_head).to(stream.dtype.element_ty)
         rounded_tail = (tail + more_tail).to(stream.dtype.element_ty)
         _write_row(stream + at, rounded_head, rounded_tail, dim, HEAD, TAIL, WIDTH)
-        head, tail = rounded_head.to(tl.float32), rounded_tail.to(tl.float32)  # the norm sees what the stream keeps
+        # the norm sees what the stream keeps
+        head, tail = rounded_head.to(tl.float32), rounded_tail.to(tl.float32)
     if NORM:
         mean = (tl.sum(head, axis=0) + tl.sum(tail, axis=0)) / dim
         head -= mean
@@ -139,8 +143,9 @@ def _qk_norm_rotate(
 
 @triton.jit
 def _tanh_gelu(y):
-    # 0.5 y (1 + tanh u) = y / (1 + exp(-2 u)), u = sqrt(2 / pi) (y + 0.044715 y^3); the constants are -2 sqrt(2 / pi) over ln 2.
-    # A GPU has an instruction for exp2 and one for 1 / sqrt; exp and a division would be ten
+    # 0.5 y (1 + tanh u) = y / (1 + exp(-2 u)), u = sqrt(2 / pi) (y + 0.044715 y^3); the constants are -2
+    # sqrt(2 / pi) over ln 2. A GPU has an instruction for exp2 and one for 1 / sqrt; exp and a division would
+    # be ten
     root = tl.rsqrt(1.0 + tl.exp2(y * (-2.302208198144325 - 0.1029432395800235 * (y * y))))
     return y * root * root
 
@@ -148,7 +153,8 @@ def _tanh_gelu(y):
 @triton.jit
 def _activation(
     x, bias, out, scale, dim,
-    BIAS: tl.constexpr, GELU: tl.constexpr, QUANTISE: tl.constexpr, FLOAT8_TOP: tl.constexpr, FLOOR: tl.constexpr,
+    BIAS: tl.constexpr, GELU: tl.constexpr, QUANTISE: tl.constexpr, FLOAT8_TOP: tl.constexpr,
+    FLOOR: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -167,8 +173,8 @@ def _activation(
 
 @operator(
     "chitu_diffusion::residual_norm",
-    schema="(Tensor x, Tensor? added, Tensor? gate, Tensor? weight, Tensor? bias, float eps, ScalarType dtype, bool norm, "
-    "bool quantise) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor x, Tensor? added, Tensor? gate, Tensor? weight, Tensor? bias, float eps, "
+    "ScalarType dtype, bool norm, bool quantise) -> (Tensor, Tensor, Tensor)",
 )
 def residual_norm(
     x: Tensor,
@@ -193,7 +199,8 @@ def residual_norm(
         quantise: whether the normed rows are float8 with one scale each.
 
     Returns:
-        (the sum in x's dtype, the normed rows, their scales [B, S, 1] float32); what was not asked for is empty.
+        (the sum in x's dtype, the normed rows, their scales [B, S, 1] float32); what was not asked for is
+        empty.
     """
     x, batch, rows, dim = x.contiguous(), *x.shape
     stream, normed, scale = _outputs(x, added, dtype, norm, quantise)
@@ -248,12 +255,16 @@ def _(
 
 @operator(
     "chitu_diffusion::qk_norm_rotate",
-    schema="(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
+    schema=(
+        "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps) -> "
+        "(Tensor, Tensor)"
+    ),
 )
 def qk_norm_rotate(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm over all heads of q and of k [B, S, dim], then the turn of neighbouring channels by cos, sin [S, head_dim / 2].
+    """RMSNorm over all heads of q and of k [B, S, dim], then the turn of neighbouring channels by cos, sin
+    [S, head_dim / 2].
 
     Returns:
         q and k [B, S, dim], each in its own dtype.
@@ -284,7 +295,9 @@ def qk_norm_rotate(
 
 
 @qk_norm_rotate.register_fake
-def _(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     return _like(q, q.dtype), _like(k, k.dtype)
 
 
@@ -334,7 +347,9 @@ def _scales(x: Tensor, quantise: bool) -> Tensor:
     return torch.empty((*x.shape[:-1], 1) if quantise else (0,), dtype=torch.float32, device=x.device)
 
 
-def _outputs(x: Tensor, added: Tensor | None, dtype: torch.dtype, norm: bool, quantise: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(
+    x: Tensor, added: Tensor | None, dtype: torch.dtype, norm: bool, quantise: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     nothing = (0,)
     stream = torch.empty(nothing if added is None else x.shape, dtype=x.dtype, device=x.device)
     normed = torch.empty(x.shape if norm else nothing, dtype=FLOAT8 if quantise else dtype, device=x.device)
@@ -348,11 +363,13 @@ def _by_batch(x: Tensor, batch: int) -> Tensor:
 
 
 def launch_row(dim: int) -> tuple[int, int, dict[str, int]]:
-    """(channels of the head, of the tail, options of the launch) for a program that takes one row of `dim` channels.
+    """(channels of the head, of the tail, options of the launch) for a program that takes one row of `dim`
+    channels.
 
-    Triton's tiles are powers of two. One that holds 8960 channels is 16384 wide and works on as many nothings; two of 8192
-    and 1024 waste 3 %. Some 48 channels a thread: a row of 1536 is one warp's, which then waits for no other, and a
-    multiprocessor holds 20 to 30 of them, whose loads together are what keeps the memory busy.
+    Triton's tiles are powers of two. One that holds 8960 channels is 16384 wide and works on as many
+    nothings; two of 8192 and 1024 waste 3 %. Some 48 channels a thread: a row of 1536 is one warp's, which
+    then waits for no other, and a multiprocessor holds 20 to 30 of them, whose loads together are what keeps
+    the memory busy.
     """
     head = triton.next_power_of_2(dim) // 2 or 1
     tail = triton.next_power_of_2(max(dim - head, 1))
@@ -362,8 +379,8 @@ def launch_row(dim: int) -> tuple[int, int, dict[str, int]]:
 def launch(dim: int) -> tuple[int, int, dict[str, int]]:
     """(channels held, rows of a program, options of the launch) for rows of `dim` channels.
 
-    16 channels a thread: 32 bytes of a bfloat16 row, two loads. Few registers, so that several programs share a core and
-    hide each other's waiting: without a limit the wide ones would run alone.
+    16 channels a thread: 32 bytes of a bfloat16 row, two loads. Few registers, so that several programs share
+    a core and hide each other's waiting: without a limit the wide ones would run alone.
     """
     block = triton.next_power_of_2(dim)
     options = {"num_warps": min(16, max(1, block // 512))}

@@ -1,6 +1,7 @@
 """Attention over two sets of keys, from the attention over each: weights by the log-sum-exp, sums in float32.
 
-One pass over memory on a GPU (a Triton kernel), plain torch elsewhere and where Triton is missing. Knows tensors only.
+One pass over memory on a GPU (a Triton kernel), plain torch elsewhere and where Triton is missing. Knows
+tensors only.
 """
 
 from functools import cache
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 
-def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def merge(
+    out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """The two results as one.
 
     Args:

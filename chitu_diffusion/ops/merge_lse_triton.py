@@ -18,7 +18,8 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     # one program: TOKENS tokens of one head of one batch element
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads  # a batch may pass 2^31 numbers
+    # a batch may pass 2^31 numbers
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.arange(0, CHANNELS)
     here = token < tokens
@@ -28,15 +29,29 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     two = tl.load(part_lse_ptr + batch * plse_b + row * plse_s + head * plse_h, mask=here, other=0.0)
     most = tl.maximum(one, two)
     both = most + tl.log(tl.exp(one - most) + tl.exp(two - most))
-    x = tl.load(out_ptr + batch * out_b + row[:, None] * out_s + head * out_h + channel[None, :], mask=whole, other=0.0)
-    y = tl.load(part_ptr + batch * part_b + row[:, None] * part_s + head * part_h + channel[None, :], mask=whole, other=0.0)
+    x = tl.load(
+        out_ptr + batch * out_b + row[:, None] * out_s + head * out_h + channel[None, :],
+        mask=whole,
+        other=0.0,
+    )
+    y = tl.load(
+        part_ptr + batch * part_b + row[:, None] * part_s + head * part_h + channel[None, :],
+        mask=whole,
+        other=0.0,
+    )
     merged = x.to(tl.float32) * tl.exp(one - both)[:, None] + y.to(tl.float32) * tl.exp(two - both)[:, None]
     place = (batch * tokens + row) * heads + head  # of a contiguous [B, S, H]
-    tl.store(merged_ptr + place[:, None] * channels + channel[None, :], merged.to(merged_ptr.dtype.element_ty), mask=whole)
+    tl.store(
+        merged_ptr + place[:, None] * channels + channel[None, :],
+        merged.to(merged_ptr.dtype.element_ty),
+        mask=whole,
+    )
     tl.store(both_ptr + place, both, mask=here)
 
 
-def merge_fused(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def merge_fused(
+    out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """See `chitu_diffusion.ops.merge_lse.merge`."""
     out, part = (x if x.stride(3) == 1 else x.contiguous() for x in (out, part))
     batch, tokens, heads, channels = out.shape

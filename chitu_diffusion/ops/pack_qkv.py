@@ -1,6 +1,7 @@
 """Heads of q, k and v side by side, a place for each peer that gets them: what Ulysses sends.
 
-One pass over memory on a GPU (a Triton kernel), plain torch elsewhere and where Triton is missing. Knows tensors only.
+One pass over memory on a GPU (a Triton kernel), plain torch elsewhere and where Triton is missing. Knows
+tensors only.
 """
 
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor
 from chitu_diffusion.ops.merge_lse import has_triton
 
 
-def pack(q: Tensor, k: Tensor, v: Tensor, away: Tensor, own: Tensor, index: int, share: int, first: int) -> None:
-    """Copies heads p * share + first and following of q, k and v to place p: `own` for p = index, else away[p].
+def pack(
+    q: Tensor, k: Tensor, v: Tensor, away: Tensor, own: Tensor, index: int, share: int, first: int
+) -> None:
+    """Copies heads p * share + first and following of q, k and v to place p: `own` for p = index, else
+    away[p].
 
     Args:
         q, k, v: [B, S, H, D].

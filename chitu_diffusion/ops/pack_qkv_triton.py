@@ -19,7 +19,8 @@ def _pack_kernel(  # type: ignore[no-untyped-def]
     # one program: TOKENS tokens of one head of one batch element, of q, k and v, for one place
     peer = tl.program_id(2)
     first += peer * share
-    element, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads  # a batch may pass 2^31 numbers
+    # a batch may pass 2^31 numbers
+    element, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.arange(0, CHANNELS)
     whole = (token < tokens)[:, None] & (channel < channels)[None, :]
@@ -36,7 +37,9 @@ def _pack_kernel(  # type: ignore[no-untyped-def]
     tl.store(place + 2 * step, v, mask=whole)
 
 
-def pack_fused(q: Tensor, k: Tensor, v: Tensor, away: Tensor, own: Tensor, index: int, share: int, first: int) -> None:
+def pack_fused(
+    q: Tensor, k: Tensor, v: Tensor, away: Tensor, own: Tensor, index: int, share: int, first: int
+) -> None:
     """See `chitu_diffusion.ops.pack_qkv.pack`."""
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     tokens, _, batch, heads, channels = own.shape

@@ -1,8 +1,10 @@
-"""What the video decoder computes with: "add up, normalise, SiLU" in one pass, and causal convolutions, each in several ways.
+"""What the video decoder computes with: "add up, normalise, SiLU" in one pass, and causal convolutions, each
+in several ways.
 
-Activations are frames with channels last, [T, H, W, C], contiguous. A convolution's result is not finished by a pass of
-its own: its bias and its residual wait in a `Sum` until the next norm, which reads everything once and writes the
-next convolution's input straight where that convolution reads it. Knows no layer of the network.
+Activations are frames with channels last, [T, H, W, C], contiguous. A convolution's result is not finished by
+a pass of its own: its bias and its residual wait in a `Sum` until the next norm, which reads everything once
+and writes the next convolution's input straight where that convolution reads it. Knows no layer of the
+network.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ class Sum:
     """An activation whose parts are not added up yet. Whoever adds them up `release`s them.
 
     Attributes:
-        value: [T, H, W, C] of any strides but 1 in the channel; of `phased` sums [T, H/2 + 1, W/2 + 1, 4 C], see
-            `phased_weight`.
+        value: [T, H, W, C] of any strides but 1 in the channel; of `phased` sums [T, H/2 + 1, W/2 + 1, 4 C],
+            see `phased_weight`.
         bias: [C], or None.
         residual: as value (not phased), or None.
         phased: pixel (y, x) lies at (y/2 + y%2, x/2 + x%2), in channels (2 (y%2) + x%2) C and on.
@@ -50,7 +52,9 @@ class Sum:
         """A rectangle of it; nothing is copied."""
         if self.phased:
             return replace(self, window=(self.window[0] + top, self.window[1] + left, height, width))
-        residual = None if self.residual is None else self.residual[:, top : top + height, left : left + width]
+        residual = (
+            None if self.residual is None else self.residual[:, top : top + height, left : left + width]
+        )
         return replace(self, value=self.value[:, top : top + height, left : left + width], residual=residual)
 
     def release(self) -> None:
@@ -161,7 +165,9 @@ CONVOLUTIONS: dict[str, Convolution] = {
 
 
 def weight_for(convolution: str, weight: Tensor) -> Tensor:
-    """The weight [C', C, kt, kh, kw] laid out so that this convolution need not lay it out again; same values, same shape."""
+    """The weight [C', C, kt, kh, kw] laid out so that this convolution need not lay it out again; same
+    values, same shape.
+    """
     if convolution in ("conv3d", "widened"):
         return weight.contiguous(memory_format=torch.channels_last_3d)
     taps, out, into, high, wide = 2, 0, 1, 3, 4
@@ -176,8 +182,9 @@ def weight_for(convolution: str, weight: Tensor) -> Tensor:
 def phased_weight(weight: Tensor) -> Tensor:
     """The 2 x 2 convolution at the low resolution that equals "nearest x 2, then 3 x 3" at the high one.
 
-    Of the three pixels that a tap row sees after up-sampling two are the same pixel, so that their weights add up:
-    (w0, w1 + w2) for even rows, (w0 + w1, w2) for odd ones, and so for columns. 4 x 4 products in place of 4 x 9.
+    Of the three pixels that a tap row sees after up-sampling two are the same pixel, so that their weights
+    add up: (w0, w1 + w2) for even rows, (w0 + w1, w2) for odd ones, and so for columns. 4 x 4 products in
+    place of 4 x 9.
 
     Args:
         weight: [C', C, 3, 3].
@@ -188,7 +195,9 @@ def phased_weight(weight: Tensor) -> Tensor:
     even = weight.new_tensor([[1, 0, 0], [0, 1, 1]], dtype=torch.float32)
     odd = weight.new_tensor([[1, 1, 0], [0, 0, 1]], dtype=torch.float32)
     phases = torch.stack([even, odd])  # [phase, tap of 2, tap of 3]
-    summed = torch.einsum("ayk,bxl,oikl->aboiyx", phases.to(weight.device), phases.to(weight.device), weight.float())
+    summed = torch.einsum(
+        "ayk,bxl,oikl->aboiyx", phases.to(weight.device), phases.to(weight.device), weight.float()
+    )
     return summed.flatten(0, 2).to(weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
@@ -201,6 +210,10 @@ def upsample_phased(x: Tensor, weight: Tensor, bias: Tensor | None) -> Sum:
 def upsample_nearest(x: Tensor, weight: Tensor, bias: Tensor | None) -> Sum:
     """The same by its definition, with the 3 x 3 weight; copying pixels is exact in any dtype."""
     frames, height, width, channels = x.shape
-    larger = x[:, :, None, :, None].expand(frames, height, 2, width, 2, channels).reshape(frames, 2 * height, 2 * width, -1)
+    larger = (
+        x[:, :, None, :, None]
+        .expand(frames, height, 2, width, 2, channels)
+        .reshape(frames, 2 * height, 2 * width, -1)
+    )
     y = F.conv2d(larger.permute(0, 3, 1, 2), weight, padding=1).permute(0, 2, 3, 1).contiguous()
     return Sum(y, bias)

@@ -1,9 +1,10 @@
 """A 3 x 3 x 3 convolution as 27 matrix products over shifted rows.
 
-With a zero border of one cell around each frame, a cell's neighbour in any direction lies a fixed number of rows away in
-the flat matrix [frames (H + 2) (W + 2), C]. So a tap of the convolution is a product of that matrix, shifted, and a [C, C']
-matrix; what comes out at border cells means nothing and is never read. On a GPU one Triton kernel adds the 27 products up
-in registers; it is for widths such as 96, at which cuDNN takes a kernel of an older generation.
+With a zero border of one cell around each frame, a cell's neighbour in any direction lies a fixed number of
+rows away in the flat matrix [frames (H + 2) (W + 2), C]. So a tap of the convolution is a product of that
+matrix, shifted, and a [C, C'] matrix; what comes out at border cells means nothing and is never read. On a
+GPU one Triton kernel adds the 27 products up in registers; it is for widths such as 96, at which cuDNN takes
+a kernel of an older generation.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ _DEEPEST = 64  # channels a step
 
 
 def suits_flat(weight: Tensor) -> bool:
-    """Whether a convolution's weight is of a size for `flat_conv`: 3 x 3 x 3, two or fewer powers of two wide."""
+    """Whether a convolution's weight is of a size for `flat_conv`: 3 x 3 x 3, two or fewer powers of two
+    wide.
+    """
     return weight.shape[2:] == (3, 3, 3) and all(_parts(width) is not None for width in weight.shape[:2])
 
 
@@ -93,7 +96,9 @@ def _multiplied(x: Tensor, weight: Tensor, out: Tensor, plane: int, line: int, r
 
 
 def _parts(width: int) -> tuple[int, int] | None:
-    """A width as a power of two and another one or nothing; None where that cannot be, or is too wide or narrow."""
+    """A width as a power of two and another one or nothing; None where that cannot be, or is too wide or
+    narrow.
+    """
     first = 1 << (width.bit_length() - 1)
     rest = width - first
     if width < _NARROWEST or width > _WIDEST or rest & (rest - 1) or 0 < rest < _NARROWEST:
@@ -137,4 +142,8 @@ if triton is not None:
         places = (start + rows).to(tl.int64)[:, None] * (FIRST + SECOND)
         tl.store(out + places + tl.arange(0, FIRST)[None, :], sum0.to(out.dtype.element_ty), mask=inside)
         if SECOND > 0:
-            tl.store(out + places + FIRST + tl.arange(0, SECOND)[None, :], sum1.to(out.dtype.element_ty), mask=inside)
+            tl.store(
+                out + places + FIRST + tl.arange(0, SECOND)[None, :],
+                sum1.to(out.dtype.element_ty),
+                mask=inside,
+            )

@@ -121,7 +121,9 @@ if triton is not None:
         if PHASED:
             y, x = h + top, w + left
             place = t * value_t + (y // 2 + y % 2).to(tl.int64) * value_h
-            places = place + ((x // 2 + x % 2) * value_w + (2 * (y % 2) + x % 2) * channels)[:, None] + c[None, :]
+            places = (
+                place + ((x // 2 + x % 2) * value_w + (2 * (y % 2) + x % 2) * channels)[:, None] + c[None, :]
+            )
         else:
             places = t * value_t + h.to(tl.int64) * value_h + (w * value_w)[:, None] + c[None, :]
         s = tl.load(value + places, mask=inside, other=0.0).to(tl.float32)

@@ -1,6 +1,7 @@
 """Whether a model can do a request, asked before it is taken in. Knows sizes and memory; runs nothing.
 
-What it rests on is read once, so that any thread may ask at any time, whatever becomes of the backend meanwhile.
+What it rests on is read once, so that any thread may ask at any time, whatever becomes of the backend
+meanwhile.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Admission:
             task.params, self._spec, seed=task.seed, task_id=task.task_id, output_dir=self._output_dir
         )
         parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 0)
-        cache = cache_bytes(resolved.flexcache, cache_shapes(resolved, self._spec, self._item), self._cache_limit)
+        cache = cache_bytes(
+            resolved.flexcache, cache_shapes(resolved, self._spec, self._item), self._cache_limit
+        )
         check_save_path(resolved.save_path or "")
         for stage in stages_of(resolved):
             self._check_memory(resolved.num_frames or 1, stage.height, stage.width, cache, resolved.flexcache)
@@ -48,12 +51,14 @@ class Admission:
         total, peak = total_memory(self._device), self._peak(frames, height, width)
         if peak > total:
             raise WillNotFitError(
-                f"{width}x{height} with {frames} frames needs about {peak / 2**30:.1f} GiB at the highest memory level; "
+                f"{width}x{height} with {frames} frames needs about {peak / 2**30:.1f} GiB at the highest "
+                "memory level; "
                 f"{self._device} has {total / 2**30:.1f} GiB; {self._largest(frames, height, width, total)}"
             )
         if peak + cache > total:
             raise WillNotFitError(
-                f"flexcache {flexcache} would keep {cache / 2**30:.1f} GiB beside the {peak / 2**30:.1f} GiB that "
+                f"flexcache {flexcache} would keep {cache / 2**30:.1f} GiB beside the {peak / 2**30:.1f} GiB "
+                "that "
                 f"the video needs; {self._device} has {total / 2**30:.1f} GiB; flexcache meancache would do"
             )
 

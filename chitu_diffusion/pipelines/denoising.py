@@ -1,9 +1,11 @@
-"""One evaluation of the velocity field: the right expert, both guidance branches, cached or not, on one rank or many.
+"""One evaluation of the velocity field: the right expert, both guidance branches, cached or not, on one rank
+or many.
 
-Knows the backend's networks, where they are and which ranks share the work; no stages, solver or saving. With several
-ranks each runs its own branch over its own tokens: shared out once after the patch embedding, gathered once after the
-output projection. Every rank gets the whole velocity. A velocity here is for one or two guidance branches, stacked along
-the batch: the prompt's first. Guidance itself is "Classifier-Free Diffusion Guidance", arXiv:2207.12598.
+Knows the backend's networks, where they are and which ranks share the work; no stages, solver or saving. With
+several ranks each runs its own branch over its own tokens: shared out once after the patch embedding,
+gathered once after the output projection. Every rank gets the whole velocity. A velocity here is for one or
+two guidance branches, stacked along the batch: the prompt's first. Guidance itself is "Classifier-Free
+Diffusion Guidance", arXiv:2207.12598.
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ from chitu_diffusion.sampling.solvers import SamplerState
 TRAINED_STEPS = 1000
 """Timesteps run from this to 0; an expert boundary is a share of it."""
 _BATCH_UP_TO = 4096
-"""Tokens a branch up to which two branches in one forward are faster than one after the other: longer sequences fill the
-chip by themselves, and half the activations fit where all do not. Ranks that share a sequence always batch: two shares are
-no more than one sequence, fill the chip as it does, and give exchanges more to hide behind. Depends on shapes and layout
-alone, so that every memory level and every run does the same arithmetic."""
+"""Tokens a branch up to which two branches in one forward are faster than one after the other: longer
+sequences fill the chip by themselves, and half the activations fit where all do not. Ranks that share a
+sequence always batch: two shares are no more than one sequence, fill the chip as it does, and give exchanges
+more to hide behind. Depends on shapes and layout alone, so that every memory level and every run does the
+same arithmetic."""
 
 
 def expert_at(timestep: Tensor, boundary: float | None) -> int:
@@ -62,10 +65,11 @@ def uncached(branches: tuple[int, ...]) -> StepCache:
 
 
 class TaskText:
-    """A task's text, and what the networks made of it: projected rows and cross-attention keys, for all of its steps.
+    """A task's text, and what the networks made of it: projected rows and cross-attention keys, for all of
+    its steps.
 
-    Lies in the task, so that tasks can take turns; what it holds beyond `embeddings` can be dropped at any time and comes
-    back by itself.
+    Lies in the task, so that tasks can take turns; what it holds beyond `embeddings` can be dropped at any
+    time and comes back by itself.
 
     Args:
         embeddings: [branches, L, D], the prompt's branch first.
@@ -84,7 +88,9 @@ class TaskText:
         """Memory held beyond the embeddings; see `PreparedText.bytes`."""
         return sum(prepared.bytes for prepared in self._prepared.values())
 
-    def under(self, network: WanTransformer, expert: int, branches: tuple[int, ...], batch: int) -> PreparedText:
+    def under(
+        self, network: WanTransformer, expert: int, branches: tuple[int, ...], batch: int
+    ) -> PreparedText:
         """Some branches' text, each `batch` times, for one expert, whose weights are on the device now."""
         device = self.embeddings.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -105,12 +111,13 @@ def stacked_velocity(
     branches: tuple[int, ...] = (0, 1),
     cache_for: Callable[[tuple[int, ...]], StepCache] = uncached,
 ) -> Tensor:
-    """The velocities of some guidance branches, [branches * B, C, T, H, W], branch by branch, the same on every rank.
+    """The velocities of some guidance branches, [branches * B, C, T, H, W], branch by branch, the same on
+    every rank.
 
     Args:
         latent: [B, C, T, H, W].
-        text: of one or two branches, the prompt's first; each for all of the batch. A bare [branches, L, D] is prepared for
-            this call alone.
+        text: of one or two branches, the prompt's first; each for all of the batch. A bare [branches, L, D]
+            is prepared for this call alone.
         timestep: scalar on the CPU.
         expert: index into the model pool.
         branches: which of `text`'s branches run; those that `text` lacks are left out.
@@ -119,8 +126,11 @@ def stacked_velocity(
     text = TaskText(text) if isinstance(text, Tensor) else text
     if len(text) > 2:
         shape = list(text.embeddings.shape)
-        raise UsageError(f"embeddings are {shape}: [1, L, D], or [2, L, D] with the prompt's branch first, would do")
-    backend.choose_attention(tokens_of(backend, latent), expert)  # here, where no rank is without a branch to run
+        raise UsageError(
+            f"embeddings are {shape}: [1, L, D], or [2, L, D] with the prompt's branch first, would do"
+        )
+    # here, where no rank is without a branch to run
+    backend.choose_attention(tokens_of(backend, latent), expert)
     asked, peers = tuple(branch for branch in branches if branch < len(text)), backend.groups.branches
     own = own_branches(asked, peers)
     backend.residency.use(expert_part(expert))
@@ -136,7 +146,9 @@ def stacked_velocity(
     return all_branches(found[0] if len(found) == 1 else torch.cat(found), len(asked), peers)
 
 
-def schedule_of(backend: DiffusionBackend, state: SamplerState, guidance: tuple[float, float] = (1.0, 1.0)) -> Schedule:
+def schedule_of(
+    backend: DiffusionBackend, state: SamplerState, guidance: tuple[float, float] = (1.0, 1.0)
+) -> Schedule:
     """What is known of a task's steps before the first, for a cache's plan.
 
     Args:
@@ -148,7 +160,9 @@ def schedule_of(backend: DiffusionBackend, state: SamplerState, guidance: tuple[
     def embed_time(step: int) -> tuple[Tensor, Tensor]:
         embedder = backend.model_pool[experts[step]].condition_embedder
         # wherever the weights lie now: at high memory levels that is not the device
-        time, modulation = embedder.embed_time(timesteps[step].reshape(1).to(embedder.time_proj.weight.device))
+        time, modulation = embedder.embed_time(
+            timesteps[step].reshape(1).to(embedder.time_proj.weight.device)
+        )
         return time[0], modulation[0].flatten()
 
     return Schedule(
@@ -166,7 +180,9 @@ def schedule_of(backend: DiffusionBackend, state: SamplerState, guidance: tuple[
     )
 
 
-def _as_batches(backend: DiffusionBackend, latent: Tensor, branches: tuple[int, ...]) -> list[tuple[int, ...]]:
+def _as_batches(
+    backend: DiffusionBackend, latent: Tensor, branches: tuple[int, ...]
+) -> list[tuple[int, ...]]:
     """Which branches share a forward."""
     mode = backend.args.infer.diffusion.cfg_batch
     pays = backend.groups.sequence.size > 1 or tokens_of(backend, latent) <= _BATCH_UP_TO
@@ -186,7 +202,9 @@ def _forward(backend: DiffusionBackend, embedded: Embedded, expert: int, cache: 
     own, shards = _own_tokens(backend, embedded)
     groups = backend.groups
     attention = sharded_attention(backend.attn_backend, groups.ulysses, groups.ring, shards.lengths)
-    return _whole(backend, model, model.run_blocks(own, attention=attention, cache=cache, blocks=stream), own, shards)
+    return _whole(
+        backend, model, model.run_blocks(own, attention=attention, cache=cache, blocks=stream), own, shards
+    )
 
 
 def _own_tokens(backend: DiffusionBackend, embedded: Embedded) -> tuple[Embedded, Shards]:
@@ -196,6 +214,8 @@ def _own_tokens(backend: DiffusionBackend, embedded: Embedded) -> tuple[Embedded
     return replace(embedded, tokens=shards.take(embedded.tokens, 1), rope=(cos, sin)), shards
 
 
-def _whole(backend: DiffusionBackend, model: WanTransformer, tokens: Tensor, own: Embedded, shards: Shards) -> Tensor:
+def _whole(
+    backend: DiffusionBackend, model: WanTransformer, tokens: Tensor, own: Embedded, shards: Shards
+) -> Tensor:
     """The velocity of the whole latent from this rank's tokens after the blocks."""
     return model.unpatchify(shards.gather(model.head(tokens, own.time), backend.groups.sequence), own.grid)

@@ -1,7 +1,7 @@
 """A request against a model: every None filled in, everything that the model cannot do refused.
 
-Knows `DiffusionUserParams` and a model's spec; loads nothing and imports no torch, so that a request can be checked
-before anything else happens.
+Knows `DiffusionUserParams` and a model's spec; loads nothing and imports no torch, so that a request can be
+checked before anything else happens.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def resolve_request(
 ) -> DiffusionUserParams:
     """The request with the model's own value for each None.
 
-    A cascade's height and width are its last stage's, its number of steps the sum of the stages'. One guidance scale for
-    a model with two experts holds for both.
+    A cascade's height and width are its last stage's, its number of steps the sum of the stages'. One
+    guidance scale for a model with two experts holds for both.
 
     Raises:
         UsageError: what this model cannot do, naming the field, the value and what would do.
@@ -31,7 +31,9 @@ def resolve_request(
     params = _with_cascade(params, len(spec.transformers))
     resolved = dataclasses.replace(
         params,
-        negative_prompt=defaults.negative_prompt if params.negative_prompt is None else params.negative_prompt,
+        negative_prompt=defaults.negative_prompt
+        if params.negative_prompt is None
+        else params.negative_prompt,
         height=params.height or defaults.height,
         width=params.width or defaults.width,
         num_frames=params.num_frames or defaults.num_frames,
@@ -41,7 +43,10 @@ def resolve_request(
         seed=seed,
         save_path=str(params.save_path or Path(output_dir) / f"{task_id}.mp4"),
     )
-    for height, width in {(resolved.height, resolved.width), *((leg.height, leg.width) for leg in stages_of(resolved))}:
+    for height, width in {
+        (resolved.height, resolved.width),
+        *((leg.height, leg.width) for leg in stages_of(resolved)),
+    }:
         _check_size(spec, height or 0, width or 0, resolved.num_frames or 0)
     return resolved
 
@@ -89,10 +94,14 @@ def _guidance(params: DiffusionUserParams, spec: ModelSpec) -> float | tuple[flo
     if isinstance(asked, tuple):
         if experts == 1:
             raise UsageError(
-                f"guidance_scale = {asked}: {spec.name} has one transformer; one number would do", field="guidance_scale"
+                f"guidance_scale = {asked}: {spec.name} has one transformer; one number would do",
+                field="guidance_scale",
             )
         if len(asked) != 2:
-            raise UsageError(f"guidance_scale = {asked}: one number, or two (high noise, low noise)", field="guidance_scale")
+            raise UsageError(
+                f"guidance_scale = {asked}: one number, or two (high noise, low noise)",
+                field="guidance_scale",
+            )
         return asked
     return (asked, asked) if experts == 2 else asked
 
@@ -103,17 +112,22 @@ def _with_cascade(params: DiffusionUserParams, experts: int) -> DiffusionUserPar
     last, steps = params.cascade[-1], sum(stage.num_inference_steps for stage in params.cascade)
     if params.cascade[0].strength != 1:
         raise UsageError(
-            f"cascade strength = {params.cascade[0].strength}: the first stage starts from noise; 1 would do", field="cascade"
+            f"cascade strength = {params.cascade[0].strength}: the first stage starts from noise; 1 would do",
+            field="cascade",
         )
     if params.flexcache is not None:
-        raise UsageError("flexcache and cascade together are not supported; one of them would do", field="flexcache")
+        raise UsageError(
+            "flexcache and cascade together are not supported; one of them would do", field="flexcache"
+        )
     for name, value in (("height", last.height), ("width", last.width), ("num_inference_steps", steps)):
         asked = dataclasses.asdict(params)[name]
         if asked not in (None, value):
             raise UsageError(f"{name} = {asked}: the cascade makes it {value}; leave it out", field=name)
     for stage in params.cascade:
         if stage.expert is not None and stage.expert >= experts:
-            raise UsageError(f"cascade expert = {stage.expert}: this model has {experts} transformer(s)", field="cascade")
+            raise UsageError(
+                f"cascade expert = {stage.expert}: this model has {experts} transformer(s)", field="cascade"
+            )
     return dataclasses.replace(params, height=last.height, width=last.width, num_inference_steps=steps)
 
 
@@ -127,4 +141,6 @@ def _check_size(spec: ModelSpec, height: int, width: int, num_frames: int) -> No
     cells = (("num_frames", frames // patch[0]), ("height", rows // patch[1]), ("width", columns // patch[2]))
     for name, length in cells:
         if length > longest:
-            raise UsageError(f"{name}: {length} tokens along one axis; {spec.name} has positions for {longest}", field=name)
+            raise UsageError(
+                f"{name}: {length} tokens along one axis; {spec.name} has positions for {longest}", field=name
+            )

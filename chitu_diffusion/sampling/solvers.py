@@ -1,12 +1,13 @@
 """Solvers of the flow's differential equation, and the noise they start from.
 
-The solvers are diffusers' schedulers; what they remember between steps is taken out after each step and put back before
-the next, so that the whole of a run's solver is one plain dict (`SamplerState`) and a `Sampler` itself remembers nothing.
-This file knows tensors and a checkpoint's `scheduler_config.json`; no network, request or task.
+The solvers are diffusers' schedulers; what they remember between steps is taken out after each step and put
+back before the next, so that the whole of a run's solver is one plain dict (`SamplerState`) and a `Sampler`
+itself remembers nothing. This file knows tensors and a checkpoint's `scheduler_config.json`; no network,
+request or task.
 
-A step takes the velocity v = noise - data of a latent x at noise level sigma, x = (1 - sigma) data + sigma noise ("Flow
-Matching for Generative Modeling", arXiv:2210.02747). `unipc` is UniPC (arXiv:2302.04867), `dpm++` DPM-Solver++
-(arXiv:2211.01095), both multistep; `euler` the first-order rule.
+A step takes the velocity v = noise - data of a latent x at noise level sigma, x = (1 - sigma) data + sigma
+noise ("Flow Matching for Generative Modeling", arXiv:2210.02747). `unipc` is UniPC (arXiv:2302.04867),
+`dpm++` DPM-Solver++ (arXiv:2211.01095), both multistep; `euler` the first-order rule.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from torch import Tensor
 from chitu_diffusion.errors import CheckpointError, UsageError, nearest
 
 SamplerState = dict[str, Any]
-"""sampler: its name; schedule: number of steps in the whole schedule; index: the step that comes next; timesteps [schedule];
-sigmas [schedule + 1]; history: what the solver remembers (tensors, numbers, lists of tensors)."""
+"""sampler: its name; schedule: number of steps in the whole schedule; index: the step that comes next;
+timesteps [schedule]; sigmas [schedule + 1]; history: what the solver remembers (tensors, numbers, lists of
+tensors)."""
 
 Weights = tuple[float, ...]
 
@@ -31,7 +33,9 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 _MOST_TIMESTEPS = 10_000
 
 NOISE_STREAM_STEP = 1_000_003
-"""Distance between the seeds of a task's successive noises; prime, so that neighbouring seeds do not share them."""
+"""Distance between the seeds of a task's successive noises; prime, so that neighbouring seeds do not share
+them.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ _SOLVERS: dict[str, _Solver] = {
         ("model_outputs", "timestep_list", "last_sample", "lower_order_nums", "this_order"),
         _FLOW_SETTINGS,
     ),
-    "dpm++": _Solver("DPMSolverMultistepScheduler", "flow_shift", ("model_outputs", "lower_order_nums"), _FLOW_SETTINGS),
+    "dpm++": _Solver(
+        "DPMSolverMultistepScheduler", "flow_shift", ("model_outputs", "lower_order_nums"), _FLOW_SETTINGS
+    ),
     "euler": _Solver("FlowMatchEulerDiscreteScheduler", "shift"),
 }
 SAMPLERS = tuple(_SOLVERS)
@@ -64,7 +70,8 @@ def sampler_names() -> tuple[str, ...]:
 
 
 def shift_of(config: Mapping[str, Any]) -> float:
-    """The timestep shift that a `scheduler_config.json` asks for, under either of its names; 1 where it has none.
+    """The timestep shift that a `scheduler_config.json` asks for, under either of its names; 1 where it has
+    none.
 
     Raises:
         CheckpointError: it is not a number above 0.
@@ -75,7 +82,11 @@ def shift_of(config: Mapping[str, Any]) -> float:
             continue
         if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < 1000:
             raise CheckpointError(
-                "the scheduler's config cannot be used", file=SCHEDULER_FILE, key=key, expected="a number above 0", found=shift
+                "the scheduler's config cannot be used",
+                file=SCHEDULER_FILE,
+                key=key,
+                expected="a number above 0",
+                found=shift,
             )
         return float(shift)
     return 1.0
@@ -95,15 +106,18 @@ def _train_timesteps(config: Mapping[str, Any]) -> int:
 
 
 class Sampler:
-    """One solver with a checkpoint's settings. Remembers nothing: every call takes the state and gives the next one.
+    """One solver with a checkpoint's settings. Remembers nothing: every call takes the state and gives the
+    next one.
 
     Args:
         name: "unipc", "euler" or "dpm++".
-        config: the checkpoint's `scheduler_config.json`, parsed. If it belongs to the chosen solver it is used whole, as
-            diffusers would; for another solver its shift and number of training steps are carried over.
+        config: the checkpoint's `scheduler_config.json`, parsed. If it belongs to the chosen solver it is
+            used whole, as diffusers would; for another solver its shift and number of training steps are
+            carried over.
 
     Raises:
-        UsageError: an unknown name, or a config whose schedule depends on the size of the video (`use_dynamic_shifting`).
+        UsageError: an unknown name, or a config whose schedule depends on the size of the video
+            (`use_dynamic_shifting`).
         CheckpointError: a config that no scheduler can be made of.
     """
 
@@ -112,7 +126,8 @@ class Sampler:
             raise UsageError(f"sampler = {name!r}.{nearest(name, _SOLVERS)}", field="infer.sampler")
         if config.get("use_dynamic_shifting"):
             raise UsageError(
-                "the checkpoint's scheduler uses dynamic shifting; Wan models have a fixed one", field="infer.sampler"
+                "the checkpoint's scheduler uses dynamic shifting; Wan models have a fixed one",
+                field="infer.sampler",
             )
         self.name = name
         self._solver = _SOLVERS[name]
@@ -123,7 +138,9 @@ class Sampler:
         try:
             self._scheduler(2)
         except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-            raise CheckpointError(f"the scheduler's config cannot be used: {error}", file=SCHEDULER_FILE) from error
+            raise CheckpointError(
+                f"the scheduler's config cannot be used: {error}", file=SCHEDULER_FILE
+            ) from error
 
     def _settings_from(self, config: Mapping[str, Any]) -> dict[str, Any]:
         carried = {"num_train_timesteps": self.train_timesteps, self._solver.shift_key: self.shift}
@@ -138,14 +155,17 @@ class Sampler:
 
         Args:
             steps: steps that will be taken.
-            strength: share of the noise schedule that they cover, from its end; in (0, 1]. The whole schedule then has
-                round(steps / strength) steps, of which the last `steps` are run (SDEdit, arXiv:2108.01073).
+            strength: share of the noise schedule that they cover, from its end; in (0, 1]. The whole schedule
+                then has round(steps / strength) steps, of which the last `steps` are run (SDEdit,
+                arXiv:2108.01073).
 
         Raises:
             UsageError: no steps, or a strength outside (0, 1].
         """
         if steps < 1:
-            raise UsageError(f"num_inference_steps = {steps}: at least 1 would do", field="num_inference_steps")
+            raise UsageError(
+                f"num_inference_steps = {steps}: at least 1 would do", field="num_inference_steps"
+            )
         if not 0 < strength <= 1:
             raise UsageError(f"strength = {strength}: must be in (0, 1]", field="cascade")
         whole = max(steps, round(steps / strength))
@@ -187,7 +207,10 @@ class Sampler:
             UsageError: a state of another solver, or one with no step left.
         """
         if state["sampler"] != self.name:
-            raise UsageError(f"this latent was begun with sampler '{state['sampler']}', not '{self.name}'", field="infer.sampler")
+            raise UsageError(
+                f"this latent was begun with sampler '{state['sampler']}', not '{self.name}'",
+                field="infer.sampler",
+            )
         if self.is_done(state):
             raise UsageError(f"all {state['schedule']} steps are taken", field="num_inference_steps")
         solve = self._solved if latent.device.type == "cpu" else self._weighed
@@ -205,14 +228,20 @@ class Sampler:
             moved = scheduler.step(velocity, self.timestep(state), latent, return_dict=False)[0]
         return moved, {name: getattr(scheduler, name) for name in self._solver.history}
 
-    def _weighed(self, state: SamplerState, velocity: Tensor, latent: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """`_solved` for tensors on a device that works by itself, without ever waiting for it; equal within rounding.
+    def _weighed(
+        self, state: SamplerState, velocity: Tensor, latent: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """`_solved` for tensors on a device that works by itself, without ever waiting for it; equal within
+        rounding.
 
-        The library moves each coefficient to the device and solves there for some of them, and every time the device runs
-        empty. But a step is linear in the velocity, the latent and the remembered tensors. So the library takes its step
-        on the CPU with unit vectors in their place, and what comes out are the weights of the sums to take on the device.
+        The library moves each coefficient to the device and solves there for some of them, and every time the
+        device runs empty. But a step is linear in the velocity, the latent and the remembered tensors. So the
+        library takes its step on the CPU with unit vectors in their place, and what comes out are the weights
+        of the sums to take on the device.
         """
-        known = list({id(tensor): tensor for tensor in (velocity, latent, *_latents_in(state["history"]))}.values())
+        known = list(
+            {id(tensor): tensor for tensor in (velocity, latent, *_latents_in(state["history"]))}.values()
+        )
         moved, history = self._weights(state, velocity, latent, known)
         sums: dict[Weights, Tensor] = {}
 
@@ -226,7 +255,9 @@ class Sampler:
     def _weights(
         self, state: SamplerState, velocity: Tensor, latent: Tensor, known: Sequence[Tensor]
     ) -> tuple[Weights, dict[str, Any]]:
-        """What `_solved` gives, with each tensor as its weights over the known ones. Works on the CPU alone."""
+        """What `_solved` gives, with each tensor as its weights over the known ones. Works on the CPU
+        alone.
+        """
         # [1, known] each
         units = {id(tensor): unit for tensor, unit in zip(known, torch.eye(len(known)).split(1), strict=True)}
         history = _exchanged(state["history"], Tensor, lambda tensor: units[id(tensor)])
@@ -234,7 +265,9 @@ class Sampler:
         return tuple(moved[0].tolist()), _exchanged(kept, Tensor, lambda row: tuple(row[0].tolist()))
 
     def response(self, state: SamplerState) -> tuple[float, ...]:
-        """d(last latent) / d(velocity) of each step that is left: a solver is linear in the velocities that it is given."""
+        """d(last latent) / d(velocity) of each step that is left: a solver is linear in the velocities that
+        it is given.
+        """
         timesteps = state["timesteps"][state["index"] :]
         scheduler = self._scheduler(state["schedule"])
         scheduler.set_begin_index(state["index"])
@@ -247,7 +280,9 @@ class Sampler:
         return tuple(latent.flatten().tolist())
 
     def renoise(self, state: SamplerState, latent: Tensor, noise: Tensor) -> Tensor:
-        """Bring a clean latent [B, C, T, H, W] to the noise level at which the coming step expects it: float32."""
+        """Bring a clean latent [B, C, T, H, W] to the noise level at which the coming step expects it:
+        float32.
+        """
         sigma = self.sigma(state)
         return (1.0 - sigma) * latent.float() + sigma * noise.to(latent.device, torch.float32)
 
@@ -256,8 +291,8 @@ class Sampler:
 
         scheduler = getattr(diffusers, self._solver.class_name).from_config(self._settings)
         if self.name == "euler" and not self._own:
-            # the flow schedule that the multistep solvers use, so that all solvers pass through the same noise levels;
-            # left to itself this class would apply the shift a second time at the low end
+            # the flow schedule that the multistep solvers use, so that all solvers pass through the same
+            # noise levels; left to itself this class would apply the shift a second time at the low end
             sigmas = np.linspace(1, 1 / self.train_timesteps, steps + 1)[:-1]
             scheduler.set_timesteps(sigmas=sigmas.tolist())
         else:
@@ -300,7 +335,8 @@ def initial_noise(shape: Sequence[int], seed: int, stream: int = 0) -> Tensor:
 
     Args:
         shape: of the latent, [B, C, T, H, W].
-        seed: of the task. With stream 0 these are the bits that diffusers draws from a CPU generator of this seed.
+        seed: of the task. With stream 0 these are the bits that diffusers draws from a CPU generator of this
+            seed.
         stream: which noise of the task: 0 the starting one, k the one of cascade stage k.
     """
     generator = torch.Generator("cpu").manual_seed((seed + stream * NOISE_STREAM_STEP) % 2**63)
@@ -308,7 +344,9 @@ def initial_noise(shape: Sequence[int], seed: int, stream: int = 0) -> Tensor:
 
 
 def upsample_latent(latent: Tensor, height: int, width: int) -> Tensor:
-    """A latent [B, C, T, h, w] at another spatial size [B, C, T, height, width], bicubic, frame by frame; float32."""
+    """A latent [B, C, T, h, w] at another spatial size [B, C, T, height, width], bicubic, frame by frame;
+    float32.
+    """
     batch, _, frames = latent.shape[:3]
     flat = latent.float().transpose(1, 2).flatten(0, 1)  # [B * T, C, h, w]
     larger = torch.nn.functional.interpolate(flat, size=(height, width), mode="bicubic", antialias=True)

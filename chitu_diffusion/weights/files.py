@@ -1,7 +1,9 @@
-"""Files of tensors: what lies in them and whether they are whole. The reading half of `chitu_diffusion.weights.loader`.
+"""Files of tensors: what lies in them and whether they are whole. The reading half of
+`chitu_diffusion.weights.loader`.
 
-Knows safetensors (one or many shards, with or without an index) and torch's `.pth`; no modules, no networks. Headers
-are checked against the file's size before any value is read. A fault is a `CheckpointError` that names file and key.
+Knows safetensors (one or many shards, with or without an index) and torch's `.pth`; no modules, no networks.
+Headers are checked against the file's size before any value is read. A fault is a `CheckpointError` that
+names file and key.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 INDEX_ENDING = ".safetensors.index.json"
 _TORCH_ENDINGS = (".pth", ".pt", ".bin")
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
-# Reading a hostile pickle through weights_only is safe from here on: CVE-2025-32434 and its relatives are closed.
+# Reading a hostile pickle through weights_only is safe from here on: CVE-2025-32434 and its relatives are
+# closed.
 _SAFE_PICKLE = (2, 10)
 
 
@@ -74,7 +77,9 @@ class _TorchFile:
         self.path = path
         self._tensors = _torch_tensors(path)
         self.entries = {
-            key: Stored(path, tuple(tensor.shape), _checked_float(path, key, str(tensor.dtype), tensor.dtype), place)
+            key: Stored(
+                path, tuple(tensor.shape), _checked_float(path, key, str(tensor.dtype), tensor.dtype), place
+            )
             for place, (key, tensor) in enumerate(self._tensors.items())
         }
 
@@ -138,7 +143,10 @@ def _locate(path: Path, stem: str) -> tuple[list[Path], dict[str, str] | None]:
         if shards:
             return _complete(shards), None
         raise CheckpointError(
-            "there are no weights", file=path, expected=f"{stem}.safetensors, or shards of it", found="neither"
+            "there are no weights",
+            file=path,
+            expected=f"{stem}.safetensors, or shards of it",
+            found="neither",
         )
     if not path.exists():
         raise CheckpointError("a weights file is missing", file=path)
@@ -166,12 +174,17 @@ def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
 def _complete(shards: list[Path]) -> list[Path]:
     total = shards[0].stem.rpartition("-of-")[2]
     stem = shards[0].stem.rpartition("-of-")[0].rpartition("-")[0]
-    expected = [f"{stem}-{number:0{len(total)}d}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
+    expected = [
+        f"{stem}-{number:0{len(total)}d}-of-{total}.safetensors" for number in range(1, int(total) + 1)
+    ]
     found = [shard.name for shard in shards]
     if found != expected:
         absent = sorted(set(expected) - set(found)) or sorted(set(found) - set(expected))
         raise CheckpointError(
-            "the shards are not one complete set", file=shards[0].parent, expected=expected[-1], found=few(absent)
+            "the shards are not one complete set",
+            file=shards[0].parent,
+            expected=expected[-1],
+            found=few(absent),
         )
     return shards
 
@@ -181,7 +194,9 @@ def _check_index(path: Path, weight_map: Mapping[str, str], files: Mapping[Path,
         named = {key for key, name in weight_map.items() if name == file.path.name}
         lacking, unnamed = sorted(named - file.entries.keys()), sorted(file.entries.keys() - named)
         if lacking:
-            raise CheckpointError("a shard lacks what the index says it holds", file=file.path, key=few(lacking))
+            raise CheckpointError(
+                "a shard lacks what the index says it holds", file=file.path, key=few(lacking)
+            )
         if unnamed:
             raise CheckpointError(
                 f"a shard holds what the index of {path} does not say", file=file.path, key=few(unnamed)
@@ -193,11 +208,15 @@ def _open(path: Path) -> _TensorFile:
         return _SafetensorsFile(path)
     if path.suffix in _TORCH_ENDINGS:
         return _TorchFile(path)
-    raise CheckpointError("not a weights file", file=path, expected=f".safetensors or {', '.join(_TORCH_ENDINGS)}")
+    raise CheckpointError(
+        "not a weights file", file=path, expected=f".safetensors or {', '.join(_TORCH_ENDINGS)}"
+    )
 
 
 def _safetensors_entries(path: Path) -> dict[str, Stored]:
-    """Reads a header: 8 bytes of its length (little endian), then JSON {name: {dtype, shape, data_offsets}}."""
+    """Reads a header: 8 bytes of its length (little endian), then JSON {name: {dtype, shape,
+    data_offsets}}.
+    """
     size = -1
     try:
         size = path.stat().st_size
@@ -210,7 +229,10 @@ def _safetensors_entries(path: Path) -> dict[str, Stored]:
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         ends = [info["data_offsets"][1] for info in header.values()]
-        found = {key: (info["dtype"], tuple(info["shape"]), info["data_offsets"][0]) for key, info in header.items()}
+        found = {
+            key: (info["dtype"], tuple(info["shape"]), info["data_offsets"][0])
+            for key, info in header.items()
+        }
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(
             f"a weights file has no readable header: {error}", file=path, found=f"{size} bytes"

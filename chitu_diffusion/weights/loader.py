@@ -1,8 +1,8 @@
 """Weights between disk and device: strict, one tensor at a time, never a second copy in memory.
 
-Knows modules built on the meta device and, through `chitu_diffusion.weights.files`, files of tensors. It does not know
-which network it fills or how other layouts call its parameters: tables of names are handed in. Every fault of a
-checkpoint is a `CheckpointError` that names file, key, what was expected and what was found.
+Knows modules built on the meta device and, through `chitu_diffusion.weights.files`, files of tensors. It does
+not know which network it fills or how other layouts call its parameters: tables of names are handed in. Every
+fault of a checkpoint is a `CheckpointError` that names file, key, what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -51,21 +51,25 @@ def load_into(
         names: our name -> name in the files; None: the same.
         ties: {second name: first name} of parameters that are one tensor. Files may hold either or both.
         progress: called after each tensor.
-        placed: called with each tensor's name when it is in its module, which may then make something else of it: the next
-            tensor is read afterwards.
+        placed: called with each tensor's name when it is in its module, which may then make something else of
+            it: the next tensor is read afterwards.
 
     Raises:
         CheckpointError: a tensor is missing, extra or misshapen; nothing has been loaded then.
     """
     ties = ties or {}
     wanted = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if name not in ties}
-    plan = match_names({name: tuple(tensor.shape) for name, tensor in wanted.items()}, weights, names=names, ties=ties)
+    plan = match_names(
+        {name: tuple(tensor.shape) for name, tensor in wanted.items()}, weights, names=names, ties=ties
+    )
     total, done = sum(weights.entries[key].bytes for key in plan.values()), 0
     # file by file, in the file's own order, so that a disk reads straight on
     for name, key in sorted(plan.items(), key=lambda item: _place(weights.entries[item[1]])):
         stored = weights.entries[key]
         kept = not set(name.split(".")).isdisjoint(keep_float32)
-        loaded = torch.empty(stored.shape, dtype=torch.float32 if kept else dtype or stored.dtype, device=device)
+        loaded = torch.empty(
+            stored.shape, dtype=torch.float32 if kept else dtype or stored.dtype, device=device
+        )
         loaded.copy_(weights.read(key))
         _put(module, name, loaded, wanted[name])
         del loaded
@@ -86,7 +90,8 @@ def match_names(
     names: Mapping[str, str] | None = None,
     ties: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Which stored tensor fills which parameter: {our name: name in the files}. Reads no values but tied doubles.
+    """Which stored tensor fills which parameter: {our name: name in the files}. Reads no values but tied
+    doubles.
 
     Args:
         shapes: of the network's parameters, by our names.
@@ -145,8 +150,8 @@ def save_weights(
 ) -> list[Path]:
     """Writes a network's tensors as safetensors: one file, or numbered shards with an index.
 
-    Each file is written as `.part` and renamed, the index last; older files of the same stem are removed after that.
-    At most one shard is held in memory beside `tensors`, which may be backed by files.
+    Each file is written as `.part` and renamed, the index last; older files of the same stem are removed
+    after that. At most one shard is held in memory beside `tensors`, which may be backed by files.
 
     Args:
         tensors: by name.
@@ -171,16 +176,23 @@ def save_weights(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         plain = len(shards) == 1
-        file = folder / (f"{stem}.safetensors" if plain else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors")
+        file = folder / (
+            f"{stem}.safetensors" if plain else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
         # clones, since safetensors refuses tensors that share memory, as views of one file do
-        values = {name: tensors[name].detach().to("cpu", kinds[name], copy=True).contiguous() for name in shard}
+        values = {
+            name: tensors[name].detach().to("cpu", kinds[name], copy=True).contiguous() for name in shard
+        }
         part = file.with_name(file.name + ".part")
         save_file(values, str(part), metadata={"format": "pt"})
         os.replace(part, file)
         written.append(file)
         weight_map.update(dict.fromkeys(shard, file.name))
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         written.append(write_json(folder / (stem + INDEX_ENDING), index))
     for old in [*folder.glob(f"{stem}.safetensors*"), *folder.glob(f"{stem}-*-of-*.safetensors")]:
         if old not in written:
@@ -197,7 +209,8 @@ def write_json(file: Path, data: Mapping[str, Any]) -> Path:
 
 
 def fingerprint(folder: str | Path, cache_dir: str | Path | None = None) -> str:
-    """SHA-256 of all weights in a folder: over "relative/path sha256-of-file" lines of its `.safetensors` and `.pth`.
+    """SHA-256 of all weights in a folder: over "relative/path sha256-of-file" lines of its `.safetensors` and
+    `.pth`.
 
     Args:
         folder: a model's folder.
@@ -232,7 +245,8 @@ def _remember(memory: Path, known: Mapping[str, Any]) -> None:
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_json(memory, known)
     except OSError as error:
-        logger.debug("cannot remember the weights' hashes in %s: %s", memory, error)  # the next run hashes them once more
+        # the next run hashes them once more
+        logger.debug("cannot remember the weights' hashes in %s: %s", memory, error)
 
 
 def _recall(memory: Path) -> dict[str, list[Any]]:
@@ -260,7 +274,9 @@ def _check_double(weights: WeightFiles, first: str, second: str) -> None:
 def _put(module: nn.Module, name: str, loaded: Tensor, old: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     if isinstance(old, nn.Parameter):
-        module.get_submodule(owner).register_parameter(leaf, nn.Parameter(loaded, requires_grad=old.requires_grad))
+        module.get_submodule(owner).register_parameter(
+            leaf, nn.Parameter(loaded, requires_grad=old.requires_grad)
+        )
     else:
         module.get_submodule(owner).register_buffer(leaf, loaded)
 

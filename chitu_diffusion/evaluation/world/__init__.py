@@ -1,7 +1,7 @@
 """A small cartoon world with captions: what the shipped `wan-tiny` model is trained on and judged by.
 
-Ten actors in eight colours do nine motions in six scenes. One combination in ten is held out from training, so that a
-model can be asked for what it has never seen.
+Ten actors in eight colours do nine motions in six scenes. One combination in ten is held out from training,
+so that a model can be asked for what it has never seen.
 """
 
 from chitu_diffusion.evaluation.world.captions import caption, held_out_prompts, prompt_for, vocabulary_corpus

@@ -1,7 +1,9 @@
-"""The five animals, facing right, in local units: about two units high, the ground near y = 0.95, y downwards.
+"""The five animals, facing right, in local units: about two units high, the ground near y = 0.95, y
+downwards.
 
 Each painter works from the far side to the near side. Fur, feathers and scales have the asked colour, `tint`
-`[n, 3]`; eyes, noses and beaks are the same for every colour. Animals know how they look and step, not where they are.
+`[n, 3]`; eyes, noses and beaks are the same for every colour. Animals know how they look and step, not where
+they are.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ ROSE = rgb(240, 130, 140)
 BEAK = rgb(245, 150, 30)
 
 
-def _leg(canvas: Canvas, pose: Pose, hip: tuple[float, float], ground: float, late: float, radius: float) -> Tensor:
+def _leg(
+    canvas: Canvas, pose: Pose, hip: tuple[float, float], ground: float, late: float, radius: float
+) -> Tensor:
     """A leg from the hip to the ground, `late` of a step behind the first."""
     phase = pose.stride + 2 * math.pi * late
     foot_x = hip[0] + 0.26 * pose.effort * torch.sin(phase)
@@ -52,10 +56,7 @@ def draw_cat(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
     canvas.outlined(union(*far), shade)
     wag = 0.16 * torch.sin(pose.stride * 0.5)
     bend = (-1.02, -0.2)
-    tail = union(
-        capsule(x, y, (-0.66, 0.2), bend, 0.12),
-        capsule(x, y, bend, (-0.86 + wag, -0.76), 0.12),
-    )
+    tail = union(capsule(x, y, (-0.66, 0.2), bend, 0.12), capsule(x, y, bend, (-0.86 + wag, -0.76), 0.12))
     near = [_leg(canvas, pose, (hip, 0.4), 0.97, late, 0.14) for hip, late in ((-0.66, 0.0), (0.42, 0.5))]
     canvas.outlined(union(tail, ellipse(x, y, (-0.12, 0.26), (0.74, 0.37)), *near), tint)
 
@@ -77,11 +78,15 @@ def draw_dog(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
     wag = 0.2 * torch.sin(2 * pose.stride)
     tail = capsule(x, y, (-0.75, 0.05), (-1.08 + 0.5 * wag, -0.4 + 0.5 * wag), 0.1)
     near = [_leg(canvas, pose, (hip, 0.3), 0.97, late, 0.14) for hip, late in ((-0.66, 0.0), (0.36, 0.5))]
-    body = union(capsule(x, y, (-0.5, 0.18), (0.22, 0.16), 0.33), capsule(x, y, (0.3, 0.1), (0.5, -0.4), 0.25))
+    body = union(
+        capsule(x, y, (-0.5, 0.18), (0.22, 0.16), 0.33), capsule(x, y, (0.3, 0.1), (0.5, -0.4), 0.25)
+    )
     canvas.outlined(union(tail, body, *near), tint)
 
     canvas.fill(capsule(x, y, (0.86, -0.18), (0.88, 0.06), 0.1), ROSE)
-    canvas.outlined(union(circle(x, y, 0.5, -0.5, 0.38), capsule(x, y, (0.6, -0.36), (0.98, -0.32), 0.21)), tint)
+    canvas.outlined(
+        union(circle(x, y, 0.5, -0.5, 0.38), capsule(x, y, (0.6, -0.36), (0.98, -0.32), 0.21)), tint
+    )
     canvas.fill(circle(x, y, 1.12, -0.43, 0.12), INK)
     _eyes(canvas, x, y, (0.62, -0.6), 0.17)
     ear_x, ear_y = turned(x - 0.26, y + 0.36, pose.effort.new_tensor(0.25))

@@ -1,8 +1,8 @@
 """Painting with signed distances: the shapes, and a canvas that fills them with smooth edges.
 
-A distance is negative inside its shape. Coordinates come as two tensors that only have to broadcast together: as long
-as nothing is rotated, x is `[n, T, 1, w]` and y is `[n, T, h, 1]`, and most arithmetic happens on those small tensors.
-Colours are in [-1, 1]. This file knows shapes and colours, no actor, scene or motion.
+A distance is negative inside its shape. Coordinates come as two tensors that only have to broadcast together:
+as long as nothing is rotated, x is `[n, T, 1, w]` and y is `[n, T, h, 1]`, and most arithmetic happens on
+those small tensors. Colours are in [-1, 1]. This file knows shapes and colours, no actor, scene or motion.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ EDGE = 2.0
 
 @dataclass
 class Canvas:
-    """Pixels being painted over. Edges run over `EDGE` pixels: sharper ones would be beyond an 8x smaller latent.
+    """Pixels being painted over. Edges run over `EDGE` pixels: sharper ones would be beyond an 8x smaller
+    latent.
 
     pixels: `[n, 3, T, h, w]` in [-1, 1], changed in place.
     x, y: the pixel centres in the painter's own units, broadcastable to `[n, T, h, w]`.
@@ -91,7 +92,9 @@ def circle(x: Tensor, y: Tensor, cx: Tensor | float, cy: Tensor | float, radius:
     return torch.hypot(x - cx, y - cy).sub_(radius)
 
 
-def ellipse(x: Tensor, y: Tensor, centre: tuple[Tensor | float, Tensor | float], half: tuple[float, float]) -> Tensor:
+def ellipse(
+    x: Tensor, y: Tensor, centre: tuple[Tensor | float, Tensor | float], half: tuple[float, float]
+) -> Tensor:
     """An axis-aligned ellipse (distance to first order, exact on the edge)."""
     dx, dy = x - centre[0], y - centre[1]
     level = torch.hypot(dx / half[0], dy / half[1])

@@ -1,7 +1,7 @@
 """Sentences for clips: many ways to say the same four words, never a false one.
 
-A caption may leave parts out, as people do, but what it says is true of the clip. Sentences are made and never parsed:
-whoever scores a clip keeps the words beside the prompt.
+A caption may leave parts out, as people do, but what it says is true of the clip. Sentences are made and
+never parsed: whoever scores a clip keeps the words beside the prompt.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def prompt_for(words: Words) -> str:
 def caption(words: Words, rng: random.Random, *, complete: bool = False) -> str:
     """A random true sentence about a clip of these words; `complete` names all four and the direction."""
     if not complete and rng.random() < 0.02:
-        return _styled(f"{rng.choice(('', 'a view', 'a scene', 'something'))} {_place(words, rng)}".strip(), rng)
+        return _styled(
+            f"{rng.choice(('', 'a view', 'a scene', 'something'))} {_place(words, rng)}".strip(), rng
+        )
     named = complete or rng.random() > 0.04
     coloured = complete or rng.random() > 0.2
     placed = complete or rng.random() > 0.12
@@ -71,7 +73,9 @@ def caption(words: Words, rng: random.Random, *, complete: bool = False) -> str:
 
 
 def held_out_prompts(n: int, seed: int) -> list[tuple[str, Words]]:
-    """`n` complete prompts, variously phrased, for held-out combinations; none comes twice before each came once."""
+    """`n` complete prompts, variously phrased, for held-out combinations; none comes twice before each came
+    once.
+    """
     combinations = every_combination()
     kept = is_held_out(*combinations)
     rows = [

@@ -1,8 +1,9 @@
 """From specs to pixels: the scene behind, the actor in front.
 
-The batch is sorted by scene and then by actor, so that a clip pays only for what it shows, and worked through in
-pieces, so that temporaries stay small. An actor is painted in a window around it, not over the whole frame. This file
-knows the order of painting; looks are in `scenes`, `animals` and `things`, motions in `poses`.
+The batch is sorted by scene and then by actor, so that a clip pays only for what it shows, and worked through
+in pieces, so that temporaries stay small. An actor is painted in a window around it, not over the whole
+frame. This file knows the order of painting; looks are in `scenes`, `animals` and `things`, motions in
+`poses`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The English for each word of the world: nouns, places, and ways to say what something does.
 
-Every phrase is true for its word and for no other word of the same kind. A motion is said with the verb that suits the
-actor: fish swim, cars drive. A verb of going without a direction means left or right, and nothing else. This file knows
-phrases; how they are put together is in `captions`.
+Every phrase is true for its word and for no other word of the same kind. A motion is said with the verb that
+suits the actor: fish swim, cars drive. A verb of going without a direction means left or right, and nothing
+else. This file knows phrases; how they are put together is in `captions`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,19 @@ NOUNS: dict[str, tuple[str, ...]] = {
 
 UNNAMED = ("thing", "something", "object", "figure", "shape")
 
-ADJECTIVES = ("cute", "little", "happy", "lovely", "nice", "funny", "small", "pretty", "cheerful", "friendly", "simple")
+ADJECTIVES = (
+    "cute",
+    "little",
+    "happy",
+    "lovely",
+    "nice",
+    "funny",
+    "small",
+    "pretty",
+    "cheerful",
+    "friendly",
+    "simple",
+)
 
 OPENINGS = (
     "a video of",
@@ -138,7 +150,12 @@ class Doing:
         return Doing(f"{self.gerund} {rest}".rstrip(), f"{self.finite} {rest}".rstrip())
 
 
-_WALK = (Doing("walking", "walks"), Doing("walking", "walks"), Doing("running", "runs"), Doing("trotting", "trots"))
+_WALK = (
+    Doing("walking", "walks"),
+    Doing("walking", "walks"),
+    Doing("running", "runs"),
+    Doing("trotting", "trots"),
+)
 _GENERIC = (Doing("moving", "moves"), Doing("going", "goes"), Doing("travelling", "travels"))
 
 GAITS: dict[str, tuple[Doing, ...]] = {
@@ -156,7 +173,14 @@ GAITS: dict[str, tuple[Doing, ...]] = {
 
 _DIRECTIONS: dict[str, tuple[str, ...]] = {
     "left": ("to the left", "to the left", "left", "leftwards", "towards the left", "from right to left"),
-    "right": ("to the right", "to the right", "right", "rightwards", "towards the right", "from left to right"),
+    "right": (
+        "to the right",
+        "to the right",
+        "right",
+        "rightwards",
+        "towards the right",
+        "from left to right",
+    ),
     "up": ("up", "upward", "upwards", "straight up", "to the top"),
     "down": ("down", "downward", "downwards", "straight down", "to the bottom"),
     "circling": ("in a circle", "in a circle", "in circles", "round and round", "round in circles"),

@@ -1,8 +1,9 @@
 """Where an actor is at each frame, and how it holds itself.
 
-Lengths are in short sides of the frame, from its centre, y downwards. A motion is a function of the time as a share of
-the clip, so it is complete at the last frame of any clip of 17 frames or more; a shorter clip shows its middle part.
-What repeats (steps, wing beats) runs in seconds. This file knows motions; it knows no pixels and no actor's looks.
+Lengths are in short sides of the frame, from its centre, y downwards. A motion is a function of the time as a
+share of the clip, so it is complete at the last frame of any clip of 17 frames or more; a shorter clip shows
+its middle part. What repeats (steps, wing beats) runs in seconds. This file knows motions; it knows no pixels
+and no actor's looks.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Pose:
 
 
 def pose_of(specs: WorldSpecs, num_frames: int, half_width: float, half_height: float) -> Pose:
-    """The poses of a batch over `num_frames` frames of a picture of 2 `half_width` x 2 `half_height` short sides."""
+    """The poses of a batch over `num_frames` frames of a picture of 2 `half_width` x 2 `half_height` short
+    sides.
+    """
     frame = torch.arange(num_frames, device=specs.motion.device, dtype=torch.float32)[None]
     whole = max(num_frames, WHOLE_MOTION_FRAMES) - 1
     share = (frame + (whole - (num_frames - 1)) / 2) / whole

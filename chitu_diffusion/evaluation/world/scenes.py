@@ -1,8 +1,8 @@
 """The six scenes behind the actors: few large features, smooth gradients, one dominating colour each.
 
-Scene coordinates: y from 0 at the top to 1 at the bottom, x in the same unit from the middle. Features are placed as
-shares of the picture's width and sized by its short side, so that they show in every aspect ratio. What stands still is
-painted once for all frames. Scenes know nothing of actors.
+Scene coordinates: y from 0 at the top to 1 at the bottom, x in the same unit from the middle. Features are
+placed as shares of the picture's width and sized by its short side, so that they show in every aspect ratio.
+What stands still is painted once for all frames. Scenes know nothing of actors.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Backdrop:
     """An empty background and its coordinates.
 
     random: `[n, 8]` in [0, 1), what makes one clip's hills differ from another's.
-    x `[1, 1, 1, W]`, y `[1, 1, H, 1]`; half_width is x at the right edge; size is the short side (all in heights).
-    seconds: `[1, T, 1, 1]`.
+    x `[1, 1, 1, W]`, y `[1, 1, H, 1]`; half_width is x at the right edge; size is the short side (all in
+    heights). seconds: `[1, T, 1, 1]`.
     """
 
     def __init__(self, random: Tensor, height: int, width: int, num_frames: int) -> None:
@@ -54,7 +54,9 @@ class Backdrop:
 
     def canvas(self, *stops: tuple[float, Colour]) -> Canvas:
         """One still frame a clip, `[n, 3, 1, H, W]`, shaded from top to bottom through (y, colour) stops."""
-        still = Canvas(self.x.new_empty(len(self.random), 3, 1, self.height, self.width), self.x, self.y, self.height)
+        still = Canvas(
+            self.x.new_empty(len(self.random), 3, 1, self.height, self.width), self.x, self.y, self.height
+        )
         heights = self.y.new_tensor([height for height, _ in stops])
         colours = self.y.new_tensor([colour for _, colour in stops])
         y = self.y.flatten()
@@ -79,7 +81,9 @@ def _cloud(canvas: Canvas, cx: Tensor, cy: Tensor, size: float, colour: Colour) 
     canvas.glow(union(*bubbles), colour, 0.03)
 
 
-def _wave(back: Backdrop, y: float | Tensor, swing: float, length: float, speed: float, number: int) -> Tensor:
+def _wave(
+    back: Backdrop, y: float | Tensor, swing: float, length: float, speed: float, number: int
+) -> Tensor:
     """Distance to the water below a wavy line that travels: `[n, T, H, W]`."""
     phase = back.pick(number, 0.0, 2 * math.pi)
     line = y + swing * torch.sin(2 * math.pi * back.x / length + speed * back.seconds + phase)
@@ -90,8 +94,16 @@ def paint_grass(back: Backdrop) -> Tensor:
     """Green hills under a light blue sky with a sun and a cloud."""
     canvas = back.canvas((0.0, rgb(120, 200, 250)), (0.5, rgb(205, 238, 255)))
     side = torch.where(back.pick(0, 0, 1) < 0.5, -1.0, 1.0)
-    canvas.fill(circle(back.x, back.y, side * 0.62 * back.half_width, back.pick(1, 0.1, 0.18), 0.1 * back.size), SUN)
-    _cloud(canvas, -side * back.pick(2, 0.3, 0.7) * back.half_width, back.pick(3, 0.13, 0.2), 0.2 * back.size, WHITE)
+    canvas.fill(
+        circle(back.x, back.y, side * 0.62 * back.half_width, back.pick(1, 0.1, 0.18), 0.1 * back.size), SUN
+    )
+    _cloud(
+        canvas,
+        -side * back.pick(2, 0.3, 0.7) * back.half_width,
+        back.pick(3, 0.13, 0.2),
+        0.2 * back.size,
+        WHITE,
+    )
     far = back.pick(4, 0.42, 0.5) + 0.06 * torch.sin(back.x * 5.0 + back.pick(5, 0.0, 6.28))
     canvas.fill(far - back.y, rgb(132, 204, 96))
     near = back.pick(6, 0.58, 0.66) + 0.04 * torch.sin(back.x * 4.0 + back.pick(7, 0.0, 6.28))
@@ -104,7 +116,9 @@ def paint_beach(back: Backdrop) -> Tensor:
     shore = 0.54
     canvas = back.canvas((0.0, rgb(150, 222, 245)), (0.38, rgb(255, 240, 205)))
     side = torch.where(back.pick(0, 0, 1) < 0.5, -1.0, 1.0)
-    canvas.fill(circle(back.x, back.y, -side * back.pick(1, 0.3, 0.7) * back.half_width, 0.2, 0.12 * back.size), SUN)
+    canvas.fill(
+        circle(back.x, back.y, -side * back.pick(1, 0.3, 0.7) * back.half_width, 0.2, 0.12 * back.size), SUN
+    )
     canvas.fill(back.pick(2, 0.38, 0.42) - back.y, rgb(40, 165, 190))
     film = back.moving(canvas)
     edge = _wave(back, shore, 0.018, 0.7 * back.size, 1.6, 3)
@@ -129,7 +143,11 @@ def paint_night_sky(back: Backdrop) -> Tensor:
     """Dark blue with a crescent moon and a few stars that twinkle."""
     canvas = back.canvas((0.0, rgb(10, 12, 44)), (1.0, rgb(44, 36, 104)))
     side = torch.where(back.pick(0, 0, 1) < 0.5, -1.0, 1.0)
-    moon_x, moon_y, size = side * back.pick(1, 0.5, 0.66) * back.half_width, back.pick(2, 0.17, 0.23), back.size
+    moon_x, moon_y, size = (
+        side * back.pick(1, 0.5, 0.66) * back.half_width,
+        back.pick(2, 0.17, 0.23),
+        back.size,
+    )
     moon = circle(back.x, back.y, moon_x, moon_y, 0.12 * size)
     bite = circle(back.x, back.y, moon_x - 0.065 * size, moon_y - 0.03 * size, 0.105 * size)
     canvas.fill(torch.maximum(moon, -bite), rgb(255, 246, 190))
@@ -165,7 +183,9 @@ def paint_city(back: Backdrop) -> Tensor:
     for number, (place, half) in enumerate(((-0.78, 0.17), (-0.26, 0.15), (0.3, 0.17), (0.8, 0.16))):
         cx, half = place * back.half_width * 1.0, half * 2 * back.half_width * 0.92
         tall = back.pick(number, 0.3, 0.58)
-        walls = torch.maximum((back.x - cx).abs() - half / 1.35, torch.maximum(ground - tall - back.y, back.y - ground))
+        walls = torch.maximum(
+            (back.x - cx).abs() - half / 1.35, torch.maximum(ground - tall - back.y, back.y - ground)
+        )
         canvas.fill(walls, tones[number])
         window_x = ((back.x - cx).abs() - 0.055 * size).abs() - 0.03 * size
         down = back.y - (ground - tall) - 0.08
@@ -190,7 +210,10 @@ def paint_snow(back: Backdrop) -> Tensor:
     canvas.fill(hill - back.y, rgb(226, 236, 250))
     for number, place in enumerate((-0.86, -0.44, 0.44, 0.86)):
         _fir(
-            canvas, back, place * back.half_width + back.pick(2 + number, -0.05, 0.05) * back.size, 0.3 + 0.03 * number
+            canvas,
+            back,
+            place * back.half_width + back.pick(2 + number, -0.05, 0.05) * back.size,
+            0.3 + 0.03 * number,
         )
     near = back.pick(6, 0.62, 0.68) + 0.03 * torch.sin(back.x * 5.0 + back.pick(7, 0.0, 6.28))
     canvas.fill(near - back.y, rgb(246, 250, 255))

@@ -1,7 +1,7 @@
 """The five things, facing right, in local units: about two units high, the ground near y = 0.95, y downwards.
 
-Bodywork, hull, petals and so on have the asked colour (`tint`, `[n, 3]`); wheels, windows, sails and leaves are the
-same for every colour. Things know how they look and move their parts, not where they are.
+Bodywork, hull, petals and so on have the asked colour (`tint`, `[n, 3]`); wheels, windows, sails and leaves
+are the same for every colour. Things know how they look and move their parts, not where they are.
 """
 
 from __future__ import annotations
@@ -116,8 +116,7 @@ def draw_flower(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
     leaf_x, leaf_y = turned(x.abs() - 0.32, y - 0.62, torch.full_like(lean, -0.5))
     canvas.outlined(
         union(
-            capsule(x, y, (lean, -0.3), (0.0, 0.98), 0.08),
-            ellipse(leaf_x, leaf_y, (0.0, 0.0), (0.32, 0.14)),
+            capsule(x, y, (lean, -0.3), (0.0, 0.98), 0.08), ellipse(leaf_x, leaf_y, (0.0, 0.0), (0.32, 0.14))
         ),
         LEAF,
     )

@@ -1,8 +1,8 @@
 """The world's four word lists, and how its clips are drawn at random.
 
-A clip is named by four words: who (actor), in which colour, where (scene) and doing what (motion). Beside the words it
-has a handful of random numbers (where exactly, how large, which hills). This file knows the words, their combinations,
-and which of those are kept back from training; it knows nothing of pixels or sentences.
+A clip is named by four words: who (actor), in which colour, where (scene) and doing what (motion). Beside the
+words it has a handful of random numbers (where exactly, how large, which hills). This file knows the words,
+their combinations, and which of those are kept back from training; it knows nothing of pixels or sentences.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Words:
 
 @dataclass(frozen=True)
 class WorldSpecs:
-    """A batch of clips to draw: word numbers, int64 `[B]`, and `variation`, float32 `[B, VARIATIONS]` in [0, 1)."""
+    """A batch of clips to draw: word numbers, int64 `[B]`, and `variation`, float32 `[B, VARIATIONS]` in [0,
+    1).
+    """
 
     actor: Tensor
     colour: Tensor

@@ -1,8 +1,8 @@
 """One block of the Wan transformer: self-attention, cross-attention to the text, feed-forward.
 
-Single-device code on a residual stream of tokens. It takes the attention as an argument and knows nothing of the other
-blocks, of positions beyond the rotary table it is handed, or of caches beyond a callable that it asks.
-Precision is told in `chitu_diffusion.models.wan.transformer`.
+Single-device code on a residual stream of tokens. It takes the attention as an argument and knows nothing of
+the other blocks, of positions beyond the rotary table it is handed, or of caches beyond a callable that it
+asks. Precision is told in `chitu_diffusion.models.wan.transformer`.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,8 @@ from chitu_diffusion.ops.fused import (
 _FEW_ROWS = 256
 Rope = tuple[Tensor, Tensor]  # (cos, sin), each [S, head_dim / 2] float32
 Activation = Tensor | Float8Rows  # what enters a matrix product: 8 bits only where its layer wants them
-Ask = Callable[[Level, Callable[[], Tensor], Tensor], Tensor]  # (level, compute, entering tokens) -> module output
+# (level, compute, entering tokens) -> module output
+Ask = Callable[[Level, Callable[[], Tensor], Tensor], Tensor]
 
 
 class Float32LayerNorm(nn.LayerNorm):
@@ -60,7 +61,9 @@ class WanAttention(nn.Module):
         self.norm_k = nn.RMSNorm(dim, eps=eps)
 
     def project(self, x: Activation, rope: Rope, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of x [B, S, dim], each [B, S, heads, head_dim]: q and k normed over all heads and turned by position."""
+        """q, k, v of x [B, S, dim], each [B, S, heads, head_dim]: q and k normed over all heads and turned by
+        position.
+        """
         # in the norms' own dtype: under autocast that is float32, where the products are 16 bits
         q, k = (project(x).to(self.norm_q.weight.dtype) for project in (self.to_q, self.to_k))
         weights, eps = (self.norm_q.weight, self.norm_k.weight), cast(float, self.norm_q.eps)
@@ -102,7 +105,9 @@ class GeluLinear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """dim -> ffn_dim -> dim. The empty place at index 1 is a dropout in diffusers; it keeps the parameters' names."""
+    """dim -> ffn_dim -> dim. The empty place at index 1 is a dropout in diffusers; it keeps the parameters'
+    names.
+    """
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
@@ -116,13 +121,14 @@ class FeedForward(nn.Module):
 class WanBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward on a residual stream.
 
-    `self_attention`, `cross_attention` and `feed_forward` give what each module adds before its gate. `forward` is all of
-    them in one piece, the unit that is checkpointed and streamed; `attend` is its first third alone. `PIECES` are what is
-    compiled: all but the self-attention itself, which may be any callable (another library's kernel, an exchange between
-    ranks) and never enters a graph.
+    `self_attention`, `cross_attention` and `feed_forward` give what each module adds before its gate.
+    `forward` is all of them in one piece, the unit that is checkpointed and streamed; `attend` is its first
+    third alone. `PIECES` are what is compiled: all but the self-attention itself, which may be any callable
+    (another library's kernel, an exchange between ranks) and never enters a graph.
 
     Attributes:
-        fused: whether the work between the products is done by the kernels of `ops.fused`, where they can run.
+        fused: whether the work between the products is done by the kernels of `ops.fused`, where they can
+            run.
     """
 
     PIECES = ("project", "after_attention", "cross_attention", "feed_forward")
@@ -141,7 +147,12 @@ class WanBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
-        self, tokens: Tensor, text: TextKeys, modulation: Tensor, rope: Rope | None, attention: AttentionFn = sdpa
+        self,
+        tokens: Tensor,
+        text: TextKeys,
+        modulation: Tensor,
+        rope: Rope | None,
+        attention: AttentionFn = sdpa,
     ) -> Tensor:
         """One block.
 
@@ -149,7 +160,8 @@ class WanBlock(nn.Module):
             tokens: [B, S, dim], the stream.
             text: of `text_keys`; its dtype is the one in which this block multiplies.
             modulation: [B, 6, dim] or [1, 6, dim], the projected time embedding.
-            rope: (cos, sin) of the tokens' positions, [S, head_dim / 2] float32; None where `attend` was run already.
+            rope: (cos, sin) of the tokens' positions, [S, head_dim / 2] float32; None where `attend` was run
+                already.
             attention: self-attention, in layout [B, S, heads, head_dim].
         """
         if rope is None:
@@ -158,9 +170,16 @@ class WanBlock(nn.Module):
         return self.after_attention(tokens, attended, text, modulation)
 
     def attend(
-        self, tokens: Tensor, modulation: Tensor, rope: Rope, dtype: torch.dtype, attention: AttentionFn = sdpa
+        self,
+        tokens: Tensor,
+        modulation: Tensor,
+        rope: Rope,
+        dtype: torch.dtype,
+        attention: AttentionFn = sdpa,
     ) -> Tensor:
-        """The stream after the self-attention, which knows nothing of the text; `forward` without `rope` does the rest."""
+        """The stream after the self-attention, which knows nothing of the text; `forward` without `rope` does
+        the rest.
+        """
         added = self.self_attention(tokens, modulation, rope, dtype, attention)
         return add_gated(tokens, added, self.modulate(modulation)[2], fused=self._fuses(tokens))
 
@@ -169,7 +188,9 @@ class WanBlock(nn.Module):
     ) -> Tensor:
         """`forward`, where `ask(level, compute, entering)` answers for each of the three modules."""
         shifts, dtype, fused = self.modulate(modulation), text.v.dtype, self._fuses(tokens)
-        added = ask("attention", lambda: self.self_attention(tokens, modulation, rope, dtype, attention), tokens)
+        added = ask(
+            "attention", lambda: self.self_attention(tokens, modulation, rope, dtype, attention), tokens
+        )
         attended = add_gated(tokens, added, shifts[2], fused=fused)
         added = ask("cross", lambda: self.cross_attention(attended, text), attended)
         crossed = add_gated(attended, added, None, fused=fused)
@@ -177,7 +198,8 @@ class WanBlock(nn.Module):
         return add_gated(crossed, added, shifts[5], fused=fused)
 
     def text_keys(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v of the cross-attention for projected text rows [B, L, dim], each [B, L, heads, head_dim] in one dtype.
+        """k, v of the cross-attention for projected text rows [B, L, dim], each [B, L, heads, head_dim] in
+        one dtype.
 
         They depend on the text alone: `PreparedText` asks once for all steps.
         """
@@ -185,13 +207,17 @@ class WanBlock(nn.Module):
         return k.to(v.dtype), v
 
     def weighs_text(self, tokens: Tensor, dtype: torch.dtype) -> bool:
-        """Whether the attention of `tokens` to a text of `dtype` takes rows with a bias, where else they are copied."""
+        """Whether the attention of `tokens` to a text of `dtype` takes rows with a bias, where else they are
+        copied.
+        """
         if tokens.device.type == "cpu":
             return True
         return self._fuses(tokens) and has_fused_cross_attention(dtype, tokens.device, self.attn2.head_dim)
 
     def modulate(self, modulation: Tensor) -> tuple[Tensor, ...]:
-        """(shift, scale, gate) of the self-attention, then of the feed-forward; six of [B, 1, dim] float32."""
+        """(shift, scale, gate) of the self-attention, then of the feed-forward; six of [B, 1, dim]
+        float32.
+        """
         return (self.scale_shift_table.float() + modulation.float()).chunk(6, dim=1)
 
     def self_attention(
@@ -209,13 +235,19 @@ class WanBlock(nn.Module):
         x = layer_norm(tokens, (1 + shifts[1], shifts[0]), self.eps, dtype, float8=float8, fused=fused)
         return self.attn1.project(x, rope, fused)
 
-    def after_attention(self, tokens: Tensor, attended: Tensor | None, text: TextKeys, modulation: Tensor) -> Tensor:
-        """The block from the self-attention's output [B, S, heads, head_dim] on; None: the stream holds it already."""
+    def after_attention(
+        self, tokens: Tensor, attended: Tensor | None, text: TextKeys, modulation: Tensor
+    ) -> Tensor:
+        """The block from the self-attention's output [B, S, heads, head_dim] on; None: the stream holds it
+        already.
+        """
         shifts, dtype, fused = self.modulate(modulation), text.v.dtype, self._fuses(tokens)
         if attended is not None and self._norm2 is not None:
             added = self.attn1.out(attended)
             to_8 = wants_float8(self.attn2.to_q)
-            tokens, x = add_gated_norm(tokens, added, shifts[2], self._norm2, self.eps, dtype, float8=to_8, fused=fused)
+            tokens, x = add_gated_norm(
+                tokens, added, shifts[2], self._norm2, self.eps, dtype, float8=to_8, fused=fused
+            )
         else:
             if attended is not None:
                 tokens = add_gated(tokens, self.attn1.out(attended), shifts[2], fused=fused)

@@ -1,9 +1,9 @@
 """What others measured on the published Wan models, for caches that rest on it. Numbers only.
 
-"teacache" and "teacache_time": TeaCache's polynomials (arXiv:2411.19108), highest power first, over the change of the
-modulation and of the time embedding; from the authors' Wan2.1 script. "magcache": MagCache's ratios (arXiv:2506.09045) of the
-prompt's branch over 50 steps; from the authors' Wan2.1 script. Wan2.2-A14B has none of its own; the authors of both take the
-14B's.
+"teacache" and "teacache_time": TeaCache's polynomials (arXiv:2411.19108), highest power first, over the
+change of the modulation and of the time embedding; from the authors' Wan2.1 script. "magcache": MagCache's
+ratios (arXiv:2506.09045) of the prompt's branch over 50 steps; from the authors' Wan2.1 script. Wan2.2-A14B
+has none of its own; the authors of both take the 14B's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a parameter is called in the official Wan files, given its name in diffusers' layout. Strings only.
 
-Each function is one-to-one, so a table made of it over a network's parameters serves both directions. Shapes are the
-same in both layouts. Sources of the facts: the parameter names of the two implementations themselves (Wan-Video/Wan2.1,
-wan/modules, and diffusers / transformers).
+Each function is one-to-one, so a table made of it over a network's parameters serves both directions. Shapes
+are the same in both layouts. Sources of the facts: the parameter names of the two implementations themselves
+(Wan-Video/Wan2.1, wan/modules, and diffusers / transformers).
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def official_vae_name(name: str, res_blocks: int = 2) -> str:
 
     Args:
         name: the parameter.
-        res_blocks: `num_res_blocks` of the VAE's config: official up-sampling blocks stand in one flat list, each level
-            taking res_blocks + 1 residual blocks and one resampler.
+        res_blocks: `num_res_blocks` of the VAE's config: official up-sampling blocks stand in one flat list,
+            each level taking res_blocks + 1 residual blocks and one resampler.
     """
     place, _, kind = name.rpartition(".")
     if place in _VAE_TOP:

@@ -1,4 +1,6 @@
-"""The shape of a Wan text-to-video transformer, as data. Knows no tensors, so that reading it costs no torch import."""
+"""The shape of a Wan text-to-video transformer, as data. Knows no tensors, so that reading it costs no torch
+import.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,8 +12,9 @@ from chitu_diffusion.errors import UsageError
 _QK_NORM = "rms_norm_across_heads"
 _NO_SIZES = ("patch_size", "cross_attn_norm", "qk_norm", "eps")
 
-# Fields of diffusers' config.json that belong to other Wan models (image-to-video, VACE, animate). None (or False) is
-# what a text-to-video checkpoint says there; anything else means parts that `WanTransformer` does not have.
+# Fields of diffusers' config.json that belong to other Wan models (image-to-video, VACE, animate). None (or
+# False) is what a text-to-video checkpoint says there; anything else means parts that `WanTransformer` does
+# not have.
 _FOREIGN_FIELDS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "add_img_emb", "vace_layers")
 
 
@@ -45,7 +48,9 @@ class WanConfig:
     def __post_init__(self) -> None:
         """Checks what the network's arithmetic relies on."""
         if len(self.patch_size) != 3:
-            raise UsageError(f"patch_size must have three numbers (frames, rows, columns), not {self.patch_size}")
+            raise UsageError(
+                f"patch_size must have three numbers (frames, rows, columns), not {self.patch_size}"
+            )
         sizes = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NO_SIZES}
         sizes |= {f"patch_size[{axis}]": value for axis, value in enumerate(self.patch_size)}
         for name, value in sizes.items():
@@ -59,7 +64,9 @@ class WanConfig:
                 f"{self.attention_head_dim} and {self.freq_dim}"
             )
         if self.qk_norm != _QK_NORM:
-            raise UsageError(f"qk_norm {self.qk_norm!r} is not supported; Wan text-to-video models use {_QK_NORM!r}")
+            raise UsageError(
+                f"qk_norm {self.qk_norm!r} is not supported; Wan text-to-video models use {_QK_NORM!r}"
+            )
 
     @property
     def dim(self) -> int:
@@ -76,8 +83,8 @@ class WanConfig:
     def from_json(cls, data: Mapping[str, Any]) -> "WanConfig":
         """Reads diffusers' `transformer/config.json`, already parsed.
 
-        Missing fields take the class's defaults (they are diffusers' own). Keys that start with "_" are diffusers'
-        bookkeeping and are passed over.
+        Missing fields take the class's defaults (they are diffusers' own). Keys that start with "_" are
+        diffusers' bookkeeping and are passed over.
 
         Raises:
             UsageError: a field of a model that is not text-to-video, or an unknown field.

@@ -1,7 +1,8 @@
-"""The text encoder: transformers' UMT5 and its tokenizer behind a room that takes prompts and gives embeddings.
+"""The text encoder: transformers' UMT5 and its tokenizer behind a room that takes prompts and gives
+embeddings.
 
-Cleans and encodes as diffusers' `WanPipeline` does: 512 positions, zeros beyond a prompt's end. It knows no guidance,
-no negative prompt's default and no device plan.
+Cleans and encodes as diffusers' `WanPipeline` does: 512 positions, zeros beyond a prompt's end. It knows no
+guidance, no negative prompt's default and no device plan.
 """
 
 from __future__ import annotations
@@ -30,11 +31,16 @@ class TextEncoder(nn.Module):
         network: the encoder, with weights.
         tokenizer: its own.
         max_tokens: positions of an embedding; longer prompts are cut, as Wan's are.
-        remembered: how many prompts' embeddings are kept in main memory, the last used ones; at most 4 MB each.
+        remembered: how many prompts' embeddings are kept in main memory, the last used ones; at most 4 MB
+            each.
     """
 
     def __init__(
-        self, network: nn.Module, tokenizer: PreTrainedTokenizerBase, max_tokens: int = MAX_TOKENS, remembered: int = 64
+        self,
+        network: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int = MAX_TOKENS,
+        remembered: int = 64,
     ) -> None:
         super().__init__()
         self.network: Any = network  # transformers' types do not say what its forward gives
@@ -48,9 +54,9 @@ class TextEncoder(nn.Module):
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings of prompts, computed or remembered.
 
-        The encoder runs each prompt by itself and at its own length, not at `max_tokens`: padding is masked in every
-        layer and its rows become zeros, so this changes nothing but the time, and a prompt's embedding is the same bits
-        whatever stands beside it and whatever was encoded before.
+        The encoder runs each prompt by itself and at its own length, not at `max_tokens`: padding is masked
+        in every layer and its rows become zeros, so this changes nothing but the time, and a prompt's
+        embedding is the same bits whatever stands beside it and whatever was encoded before.
 
         Args:
             prompts: as people typed them.
@@ -62,7 +68,9 @@ class TextEncoder(nn.Module):
         return torch.stack([self._padded(self._tokens_of(prompt), device) for prompt in prompts])
 
     def recall(self, prompts: Sequence[str], device: torch.device) -> Tensor | None:
-        """What `encode` would give, on a device, if all of it is remembered: then the encoder's weights are not needed."""
+        """What `encode` would give, on a device, if all of it is remembered: then the encoder's weights are
+        not needed.
+        """
         places = [self._place(prompt) for prompt in prompts]
         if not all(place in self._known for place in places):
             return None
@@ -84,7 +92,8 @@ class TextEncoder(nn.Module):
 
     def _place(self, prompt: str) -> tuple[str, object]:
         weights = list(self.network.parameters())
-        # moving weights between devices leaves these as they are; loading others, or converting them, does not
+        # moving weights between devices leaves these as they are; loading others, or converting them, does
+        # not
         identity = (weights[0].dtype, sum(weight._version for weight in weights))
         return clean_prompt(prompt), identity
 
@@ -92,7 +101,9 @@ class TextEncoder(nn.Module):
         return torch.nn.functional.pad(rows.to(device), (0, 0, 0, self.max_tokens - rows.shape[0]))
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(ids, mask) of cleaned prompts, each [B, longest] int64; the mask is 1 on tokens, the end mark included."""
+        """(ids, mask) of cleaned prompts, each [B, longest] int64; the mask is 1 on tokens, the end mark
+        included.
+        """
         tokens = self.tokenizer(
             [clean_prompt(prompt) for prompt in prompts],
             padding="longest",
@@ -106,7 +117,9 @@ class TextEncoder(nn.Module):
 
 
 def clean_prompt(text: str) -> str:
-    """Mends broken Unicode, resolves HTML entities (twice, for doubly escaped ones) and squeezes white space."""
+    """Mends broken Unicode, resolves HTML entities (twice, for doubly escaped ones) and squeezes white
+    space.
+    """
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 
@@ -130,5 +143,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers has many words for a tokenizer that cannot be
         raise CheckpointError(f"the tokenizer cannot be read: {error}", file=folder) from error
     if tokenizer.pad_token_id is None:
-        raise CheckpointError("the tokenizer has no padding token", file=folder / "tokenizer_config.json", key="pad_token")
+        raise CheckpointError(
+            "the tokenizer has no padding token", file=folder / "tokenizer_config.json", key="pad_token"
+        )
     return cast(PreTrainedTokenizerBase, tokenizer)

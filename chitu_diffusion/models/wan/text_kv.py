@@ -1,15 +1,17 @@
-"""A text as a network's blocks see it: what depends on the prompt alone, computed once and used by every step.
+"""A text as a network's blocks see it: what depends on the prompt alone, computed once and used by every
+step.
 
-Per network these are the projected rows and, for each block, the keys and values of its cross-attention. They belong to
-whoever runs a task, never to the network, so that tasks can take turns on one network. Knows rows and blocks; no
-prompt, guidance or task.
+Per network these are the projected rows and, for each block, the keys and values of its cross-attention. They
+belong to whoever runs a task, never to the network, so that tasks can take turns on one network. Knows rows
+and blocks; no prompt, guidance or task.
 
-Padding. Wan pads every prompt to 512 rows, and the padding takes part in the attention: n equal rows. Only one of them
-is projected and kept. How it counts n times depends on the kernel: where the scores take a bias of log n in float32 (a CPU's
-kernel, and the fused one of `text_triton`), the attention runs over the few rows that differ. Flash kernels on a GPU (cuDNN,
-FlashAttention-3) take no bias, and those that do cost more than 512 keys against 512 without; there the kept row is copied n
-times on the way into the attention, 10 MB a block at 14B, which is nothing beside a block. Either equals the padded text
-within rounding, and whoever asks for the keys says which, at every forward.
+Padding. Wan pads every prompt to 512 rows, and the padding takes part in the attention: n equal rows. Only
+one of them is projected and kept. How it counts n times depends on the kernel: where the scores take a bias
+of log n in float32 (a CPU's kernel, and the fused one of `text_triton`), the attention runs over the few rows
+that differ. Flash kernels on a GPU (cuDNN, FlashAttention-3) take no bias, and those that do cost more than
+512 keys against 512 without; there the kept row is copied n times on the way into the attention, 10 MB a
+block at 14B, which is nothing beside a block. Either equals the padded text within rounding, and whoever asks
+for the keys says which, at every forward.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class TextKeys(NamedTuple):
 
     Attributes:
         k, v: [B, L, heads, head_dim]; k is normalised. Their dtype is the one in which the block multiplies.
-        bias: [B, L] or [1, L] float32, added to the scores, or None. Log n makes a row weigh as much as n equal ones.
+        bias: [B, L] or [1, L] float32, added to the scores, or None. Log n makes a row weigh as much as n
+            equal ones.
     """
 
     k: Tensor
@@ -43,9 +46,10 @@ class PreparedText:
     Attributes:
         rows: [B, L, dim], projected text, in the dtype in which the blocks multiply.
         positions: how many rows the text stands for; where more than L, the rest are equal to the last row.
-        bias: see `TextKeys`; where positions are more than L it says the same as copies of the last row would.
-        keep: whether a block's keys stay for the next forward. They hold for as long as the network's weights and the
-            autocast setting do.
+        bias: see `TextKeys`; where positions are more than L it says the same as copies of the last row
+            would.
+        keep: whether a block's keys stay for the next forward. They hold for as long as the network's weights
+            and the autocast setting do.
     """
 
     rows: Tensor
@@ -54,8 +58,11 @@ class PreparedText:
     keep: bool = False
     _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
-    def keys(self, block: int, make: Callable[[Tensor], tuple[Tensor, Tensor]], weighted: bool = False) -> TextKeys:
-        """The keys of a block, made when they are first asked for: that is when a streamed block's weights are there.
+    def keys(
+        self, block: int, make: Callable[[Tensor], tuple[Tensor, Tensor]], weighted: bool = False
+    ) -> TextKeys:
+        """The keys of a block, made when they are first asked for: that is when a streamed block's weights
+        are there.
 
         Args:
             block: its index.
@@ -72,24 +79,28 @@ class PreparedText:
 
     @property
     def bytes(self) -> int:
-        """Memory held, on the network's device: 2 x dim x L numbers a block and branch. At 14B in bfloat16 0.8 MiB a row,
-        so some 25 MiB for a prompt of 30 tokens and 100 MiB for Wan's negative prompt, where 512 rows would be 400 MiB."""
+        """Memory held, on the network's device: 2 x dim x L numbers a block and branch. At 14B in bfloat16
+        0.8 MiB a row, so some 25 MiB for a prompt of 30 tokens and 100 MiB for Wan's negative prompt, where
+        512 rows would be 400 MiB."""
         kept = [tensor for pair in self._kept.values() for tensor in pair]
         return sum(tensor.numel() * tensor.element_size() for tensor in [self.rows, *kept])
 
 
 def rows_that_differ(text: Tensor) -> int:
-    """How many leading rows of a padded text [B, N, D] say everything: the last of them and all behind it are equal.
+    """How many leading rows of a padded text [B, N, D] say everything: the last of them and all behind it are
+    equal.
 
     Reads the text once; on a GPU that waits for the device.
     """
-    same = (text[:, 1:] == text[:, :-1]).all(dim=-1).all(dim=0)  # [N - 1], row equals the one before it, in every branch
+    # [N - 1], row equals the one before it, in every branch
+    same = (text[:, 1:] == text[:, :-1]).all(dim=-1).all(dim=0)
     behind = same.flip(0).int().cumprod(0).sum()  # length of the run of equal rows at the end
     return int(text.shape[1] - behind)
 
 
 def fold(text: Tensor, rows: int | None = None) -> tuple[Tensor, int, Tensor | None]:
-    """The rows of a padded text [B, N, D] that differ, how many they stand for, and their bias (see the file's head).
+    """The rows of a padded text [B, N, D] that differ, how many they stand for, and their bias (see the
+    file's head).
 
     Args:
         rows: of `rows_that_differ`, where it is known.
@@ -102,5 +113,6 @@ def fold(text: Tensor, rows: int | None = None) -> tuple[Tensor, int, Tensor | N
     if rows == positions:
         return text, positions, None
     bias = torch.zeros(1, rows, device=text.device)
-    bias[:, -1].fill_(math.log(positions - rows + 1))  # not a copy from the CPU, which would wait for the device
+    # not a copy from the CPU, which would wait for the device
+    bias[:, -1].fill_(math.log(positions - rows + 1))
     return text[:, :rows], positions, bias

@@ -1,15 +1,16 @@
 """The Wan text-to-video diffusion transformer, as single-device code.
 
-Names and shapes of the parameters are those of diffusers' `WanTransformer3DModel`. The network takes its attention and
-its cache as arguments and is cut into pieces (`embed`, `run_blocks`, `head`, `unpatchify`), so that whoever shards the
-sequence, streams the blocks or caches features does it between the pieces. It knows no rank, sampler, prompt or task.
+Names and shapes of the parameters are those of diffusers' `WanTransformer3DModel`. The network takes its
+attention and its cache as arguments and is cut into pieces (`embed`, `run_blocks`, `head`, `unpatchify`), so
+that whoever shards the sequence, streams the blocks or caches features does it between the pieces. It knows
+no rank, sampler, prompt or task.
 
 Architecture: "Wan: Open and Advanced Large-Scale Video Generative Models", arXiv 2503.20314, section 4.2.
 
-Precision. The residual stream has the dtype of the patch embedding's weight; every matrix product runs in its own
-weight's dtype (or autocast's); LayerNorm, modulation, gates and rotary turns run in float32 and are rounded once. With
-bfloat16 weights and `KEEP_FLOAT32` in float32 this is diffusers' own rule. Under autocast with float32 weights, the
-stream and the time embedding stay float32.
+Precision. The residual stream has the dtype of the patch embedding's weight; every matrix product runs in its
+own weight's dtype (or autocast's); LayerNorm, modulation, gates and rotary turns run in float32 and are
+rounded once. With bfloat16 weights and `KEEP_FLOAT32` in float32 this is diffusers' own rule. Under autocast
+with float32 weights, the stream and the time embedding stay float32.
 """
 
 import math
@@ -35,7 +36,8 @@ from chitu_diffusion.ops.fused import can_fuse, layer_norm
 
 __all__ = ["KEEP_FLOAT32", "Embedded", "WanConfig", "WanFeatures", "WanOutput", "WanTransformer"]
 
-# Parts of parameter names that stay float32 when the rest is loaded in 16 bits (diffusers' rule for this network).
+# Parts of parameter names that stay float32 when the rest is loaded in 16 bits (diffusers' rule for this
+# network).
 KEEP_FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 
 _ROPE_THETA = 10000.0
@@ -48,12 +50,13 @@ Grid = tuple[int, int, int]  # tokens along (frames, rows, columns)
 class SharedStart:
     """The stream after the first block's self-attention, for guidance branches of one latent at one time.
 
-    Up to the first cross-attention nothing depends on the text: the branches' tokens are equal, and one computation does
-    for all. That saves one self-attention in 2 x blocks, exactly.
+    Up to the first cross-attention nothing depends on the text: the branches' tokens are equal, and one
+    computation does for all. That saves one self-attention in 2 x blocks, exactly.
 
     Attributes:
         copies: branches along the batch of this forward: row b of branch i is row i * B + b of B * copies.
-        attended: [B, S, dim], kept for the next forward where each branch has its own and they are handed one object.
+        attended: [B, S, dim], kept for the next forward where each branch has its own and they are handed one
+            object.
     """
 
     copies: int = 1
@@ -73,8 +76,8 @@ class SharedStart:
 class Embedded:
     """What `embed` hands to the blocks and the head.
 
-    Tokens run frame by frame, row by row. To work on a part of the sequence, replace `tokens` and `rope` by those
-    rows of each (`dataclasses.replace`); nothing else depends on position.
+    Tokens run frame by frame, row by row. To work on a part of the sequence, replace `tokens` and `rope` by
+    those rows of each (`dataclasses.replace`); nothing else depends on position.
 
     Attributes:
         tokens: [B, S, dim], the residual stream.
@@ -83,7 +86,8 @@ class Embedded:
         modulation: [B or 1, 6, dim], its projection, for the blocks.
         rope: rotary cosines and sines of these tokens' positions.
         grid: tokens along frames, rows, columns of the whole latent.
-        start: where branches of one latent share the first block's self-attention; None where nothing is known to be equal.
+        start: where branches of one latent share the first block's self-attention; None where nothing is
+            known to be equal.
     """
 
     tokens: Tensor
@@ -119,8 +123,9 @@ class WanOutput:
 class PatchEmbedding(nn.Conv3d):
     """Turns a latent [B, C, T, H, W] into tokens [B, S, dim].
 
-    The kernel equals the stride, so the convolution is a matrix product over patches; written as one, it needs no
-    convolution library and rounds like every other product here. Only the weight's shape is that of a convolution.
+    The kernel equals the stride, so the convolution is a matrix product over patches; written as one, it
+    needs no convolution library and rounds like every other product here. Only the weight's shape is that of
+    a convolution.
     """
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -134,7 +139,9 @@ class PatchEmbedding(nn.Conv3d):
 
 
 class TwoLayer(nn.Module):
-    """Linear, activation, linear: the time embedder (SiLU) and the text projection (tanh-approximated GELU)."""
+    """Linear, activation, linear: the time embedder (SiLU) and the text projection (tanh-approximated
+    GELU).
+    """
 
     def __init__(self, dim_in: int, dim: int, activation: nn.Module) -> None:
         super().__init__()
@@ -160,8 +167,8 @@ class Conditions(nn.Module):
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """timestep [B] -> (time [B, dim], modulation [B, 6, dim]), in `time_proj`'s dtype.
 
-        Sinusoids as in "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239), cosines first. Autocast is off:
-        timesteps reach 1000, and what a few bits lose here every block would feel.
+        Sinusoids as in "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239), cosines first. Autocast
+        is off: timesteps reach 1000, and what a few bits lose here every block would feel.
         """
         with torch.autocast(device_type=timestep.device.type, enabled=False):
             time = self.time_embedder(sinusoids(timestep, self.freq_dim)).to(self.time_proj.weight.dtype)
@@ -170,10 +177,12 @@ class Conditions(nn.Module):
 
 
 class WanTransformer(nn.Module):
-    """The velocity of a noisy latent under a text: v = noise - data, as flow matching on straight paths defines it.
+    """The velocity of a noisy latent under a text: v = noise - data, as flow matching on straight paths
+    defines it.
 
     Args:
-        config: sizes. Build under `torch.device("meta")` to load weights afterwards; call `init_weights` to train anew.
+        config: sizes. Build under `torch.device("meta")` to load weights afterwards; call `init_weights` to
+            train anew.
     """
 
     def __init__(self, config: WanConfig) -> None:
@@ -209,7 +218,8 @@ class WanTransformer(nn.Module):
             text: [B, L, text_dim], the text encoder's output, or of `prepare_text`.
             attention: self-attention, in layout [B, S, heads, head_dim].
             cache: asked at the sites whose level is among `cache.levels`.
-            blocks: yields this network's blocks in order, each ready to run: for whoever streams them to the device.
+            blocks: yields this network's blocks in order, each ready to run: for whoever streams them to the
+                device.
             text_bias: [B, L] float32, see `TextKeys.bias`, or None.
 
         Returns:
@@ -277,9 +287,9 @@ class WanTransformer(nn.Module):
         Args:
             latent: [B, C, T, H, W].
             timestep: [B], or [1] for all.
-            text: [B, L, text_dim] for this forward alone, or of `prepare_text` for several. A text of k B rows is that of k
-                guidance branches of the latent, branch by branch: all that follows has k B rows, and what the branches
-                have in common is computed once.
+            text: [B, L, text_dim] for this forward alone, or of `prepare_text` for several. A text of k B
+                rows is that of k guidance branches of the latent, branch by branch: all that follows has k B
+                rows, and what the branches have in common is computed once.
 
         Raises:
             ValueError: shapes that do not fit the network or each other.
@@ -324,7 +334,9 @@ class WanTransformer(nn.Module):
         """tokens [B, S, dim], time [B, dim] -> [B, S, patch values x channels]. Each token for itself."""
         shift, scale = (self.scale_shift_table.float() + time.float().unsqueeze(1)).chunk(2, dim=1)
         dtype, fused = self.proj_out.weight.dtype, self.fused and can_fuse(tokens)
-        return cast(Tensor, self.proj_out(layer_norm(tokens, (1 + scale, shift), self.config.eps, dtype, fused=fused)))
+        return cast(
+            Tensor, self.proj_out(layer_norm(tokens, (1 + scale, shift), self.config.eps, dtype, fused=fused))
+        )
 
     def unpatchify(self, values: Tensor, grid: Grid) -> Tensor:
         """[B, S, patch values x channels] of the whole sequence -> [B, C, T, H, W]."""
@@ -335,7 +347,8 @@ class WanTransformer(nn.Module):
         return values.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def rope_table(self, grid: Grid, device: torch.device | str = "cpu") -> Rope:
-        """Rotary cosines and sines of a whole grid, each [S, head_dim / 2] float32; the last few grids' are remembered.
+        """Rotary cosines and sines of a whole grid, each [S, head_dim / 2] float32; the last few grids' are
+        remembered.
 
         Raises:
             ValueError: a grid axis longer than `rope_max_seq_len`.
@@ -345,14 +358,17 @@ class WanTransformer(nn.Module):
         return rope_table(grid, self.config.attention_head_dim, torch.device(device))
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Training keeps only each block's input and recomputes the rest; without gradients it changes nothing."""
+        """Training keeps only each block's input and recomputes the rest; without gradients it changes
+        nothing.
+        """
         self.gradient_checkpointing = enabled
 
     def compile_blocks(self, **options: object) -> None:
-        """Compiles the pieces of the blocks (`WanBlock.PIECES`) with `torch.compile`, each once for all blocks.
+        """Compiles the pieces of the blocks (`WanBlock.PIECES`) with `torch.compile`, each once for all
+        blocks.
 
-        One graph for each shape of the latent; the text may have any length. A piece that cannot be compiled whole raises
-        `CompileError`: nothing is left uncompiled in silence.
+        One graph for each shape of the latent; the text may have any length. A piece that cannot be compiled
+        whole raises `CompileError`: nothing is left uncompiled in silence.
 
         Args:
             options: of `torch.compile`.
@@ -372,17 +388,23 @@ class WanTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Fresh weights to train from: Xavier in linear layers, zeros in the last, so that the first velocity is 0."""
+        """Fresh weights to train from: Xavier in linear layers, zeros in the last, so that the first velocity
+        is 0.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv3d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: the convolution counts as its product
+                # a view: the convolution counts as its product
+                nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(cast(Tensor, module.bias))
             elif isinstance(module, nn.RMSNorm | nn.LayerNorm) and module.elementwise_affine:
                 module.reset_parameters()
         for embedder in (self.condition_embedder.time_embedder, self.condition_embedder.text_embedder):
             nn.init.normal_(embedder.linear_1.weight, std=0.02)
             nn.init.normal_(embedder.linear_2.weight, std=0.02)
-        for table in [self.scale_shift_table, *(cast(WanBlock, block).scale_shift_table for block in self.blocks)]:
+        for table in [
+            self.scale_shift_table,
+            *(cast(WanBlock, block).scale_shift_table for block in self.blocks),
+        ]:
             nn.init.normal_(table, std=self.config.dim**-0.5)
         nn.init.zeros_(self.proj_out.weight)
 
@@ -419,23 +441,35 @@ class WanTransformer(nn.Module):
         return cast(Tensor, block(*inputs))
 
     def _ask(
-        self, cache: StepCache, index: int, time: Tensor, level: Level, compute: Callable[[], Tensor], entering: Tensor
+        self,
+        cache: StepCache,
+        index: int,
+        time: Tensor,
+        level: Level,
+        compute: Callable[[], Tensor],
+        entering: Tensor,
     ) -> Tensor:
         if level not in cache.levels:
             return compute()
         return cache.at(Site(level, index, len(self.blocks)), compute, Signal(entering, time))
 
-    def _checked_grid(self, latent: Tensor, timestep: Tensor, text: Tensor | PreparedText) -> tuple[Grid, int]:
+    def _checked_grid(
+        self, latent: Tensor, timestep: Tensor, text: Tensor | PreparedText
+    ) -> tuple[Grid, int]:
         """The token grid, and how many branches' text there is for the latent."""
         channels, patch = self.config.in_channels, self.config.patch_size
         if latent.ndim != 5 or latent.shape[1] != channels:
             raise ValueError(f"latent is {list(latent.shape)}; expected [B, {channels}, T, H, W]")
         if any(size % step or not size for size, step in zip(latent.shape[2:], patch, strict=True)):
-            raise ValueError(f"latent axes {list(latent.shape[2:])} are not multiples of the patch {list(patch)}")
+            raise ValueError(
+                f"latent axes {list(latent.shape[2:])} are not multiples of the patch {list(patch)}"
+            )
         batch = latent.shape[0]
         if timestep.ndim != 1 or len(timestep) not in (1, batch):
             raise ValueError(f"timestep is {list(timestep.shape)}; expected [{batch}] or [1]")
-        given, width = (text, self.config.text_dim) if isinstance(text, Tensor) else (text.rows, self.config.dim)
+        given, width = (
+            (text, self.config.text_dim) if isinstance(text, Tensor) else (text.rows, self.config.dim)
+        )
         if given.ndim != 3 or given.shape[0] % batch or not given.shape[0] or given.shape[2] != width:
             raise ValueError(f"text is {list(given.shape)}; expected [{batch}, L, {width}]")
         frames, rows, columns = (size // step for size, step in zip(latent.shape[2:], patch, strict=True))
@@ -443,21 +477,26 @@ class WanTransformer(nn.Module):
 
 
 def sinusoids(timestep: Tensor, width: int) -> Tensor:
-    """timestep [B] -> [B, width] float32: cosines, then sines, of width / 2 geometric frequencies from 1 downward."""
+    """timestep [B] -> [B, width] float32: cosines, then sines, of width / 2 geometric frequencies from 1
+    downward.
+    """
     half = width // 2
     # the order of these float32 operations is diffusers': at t = 1000 another order differs by 1e-4
-    exponent = -math.log(_TIME_PERIOD) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+    exponent = (
+        -math.log(_TIME_PERIOD) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+    )
     angles = timestep.float()[:, None] * exponent.exp()[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 @lru_cache(maxsize=4)
 def rope_table(grid: Grid, head_dim: int, device: torch.device) -> Rope:
-    """Rotary cosines and sines of a grid, each [S, head_dim / 2] float32: 17 MB both at 32,760 tokens and 128 channels.
+    """Rotary cosines and sines of a grid, each [S, head_dim / 2] float32: 17 MB both at 32,760 tokens and 128
+    channels.
 
-    "RoFormer" (arXiv 2104.09864) along three axes: rows and columns take 2 * (head_dim // 6) channels each, frames
-    the rest. Angles are float64 until after the cosine. They depend on nothing but the arguments, so that all networks and
-    tasks share them; nobody may write into them.
+    "RoFormer" (arXiv 2104.09864) along three axes: rows and columns take 2 * (head_dim // 6) channels each,
+    frames the rest. Angles are float64 until after the cosine. They depend on nothing but the arguments, so
+    that all networks and tasks share them; nobody may write into them.
     """
     side = 2 * (head_dim // 6)
     widths = (head_dim - 2 * side, side, side)

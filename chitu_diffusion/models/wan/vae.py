@@ -1,13 +1,14 @@
-"""The video autoencoder: the weights of diffusers' `AutoencoderKLWan` behind a room that speaks this project's shapes.
+"""The video autoencoder: the weights of diffusers' `AutoencoderKLWan` behind a room that speaks this
+project's shapes.
 
-Latents come and go normalised (zero mean, unit deviation by the VAE's own statistics); videos are [B, T, C, H, W]
-float32 in [0, 1]. The room owns the loop over frames, tiles and their memory; `vae_decoder` owns the decoder's layers. It
-knows no request or device plan. Encoding is diffusers' own.
+Latents come and go normalised (zero mean, unit deviation by the VAE's own statistics); videos are [B, T, C,
+H, W] float32 in [0, 1]. The room owns the loop over frames, tiles and their memory; `vae_decoder` owns the
+decoder's layers. It knows no request or device plan. Encoding is diffusers' own.
 
-Decoding computes what diffusers computes, in another order: in float32 the video differs by rounding (relative error
-about 1e-6), in bf16 by about as much as either differs from float32 (norms and sums are rounded once here, there after
-each step). Whole frames, tiles and strips are one function: a window is decoded with all neighbours that matter to it,
-so that tiles need no blending.
+Decoding computes what diffusers computes, in another order: in float32 the video differs by rounding
+(relative error about 1e-6), in bf16 by about as much as either differs from float32 (norms and sums are
+rounded once here, there after each step). Whole frames, tiles and strips are one function: a window is
+decoded with all neighbours that matter to it, so that tiles need no blending.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ class Vae(nn.Module):
 
     Args:
         network: diffusers' VAE, with weights.
-        frames_per_call: latent frames that one pass of the decoder takes; more is faster and costs memory. None takes
-            up to 5, as `memory_budget` allows.
-        memory_budget: bytes that a decode's activations may take on the device, the video included; a decode that cannot
-            keep to it is refused. None aims at 9 GiB (tiles at 2.5, a CPU at 3) or what the device has free, and refuses
-            nothing.
+        frames_per_call: latent frames that one pass of the decoder takes; more is faster and costs memory.
+            None takes up to 5, as `memory_budget` allows.
+        memory_budget: bytes that a decode's activations may take on the device, the video included; a decode
+            that cannot keep to it is refused. None aims at 9 GiB (tiles at 2.5, a CPU at 3) or what the
+            device has free, and refuses nothing.
         ways: how to compute; None takes the fastest for the device.
     """
 
@@ -81,12 +82,14 @@ class Vae(nn.Module):
 
     @torch.no_grad()
     def decode_tiled(self, latent: Tensor, tile_size: int = 8) -> Tensor:
-        """Decodes tile by tile: memory follows the tile, not the frame. The same video as `decode`, up to rounding.
+        """Decodes tile by tile: memory follows the tile, not the frame. The same video as `decode`, up to
+        rounding.
 
         Args:
             latent: [B, C, T, H, W], normalised.
-            tile_size: in latent cells; a tile's neighbours, which are decoded with it, come on top. On 60 x 104 cells,
-                tiles of 32 cost a quarter more time than the whole frame, tiles of 8 three times as much.
+            tile_size: in latent cells; a tile's neighbours, which are decoded with it, come on top. On 60 x
+                104 cells, tiles of 32 cost a quarter more time than the whole frame, tiles of 8 three times
+                as much.
 
         Returns, Raises:
             As `decode`.
@@ -99,8 +102,8 @@ class Vae(nn.Module):
     def decode_strip(self, latent: Tensor, low: int, high: int, axis: int = -1) -> Tensor:
         """A strip of what `decode` gives, up to rounding: for ranks that share a frame.
 
-        The strip's neighbours are decoded with it only as far as they matter, which is less in every stage: at full
-        resolution, where the time goes, a few pixels.
+        The strip's neighbours are decoded with it only as far as they matter, which is less in every stage:
+        at full resolution, where the time goes, a few pixels.
 
         Args:
             latent: [B, C, T, H, W], normalised; all of it.
@@ -134,8 +137,8 @@ class Vae(nn.Module):
         return cast(Tensor, (latent - mean) / deviation)
 
     def peak_bytes(self, latent: Tensor, tiles: Sequence[Window] = (), frames_per_call: int = 1) -> int:
-        """Bytes that decoding takes on the device at its worst moment, the video included, the weights and cuDNN's
-        workspace not.
+        """Bytes that decoding takes on the device at its worst moment, the video included, the weights and
+        cuDNN's workspace not.
 
         Args:
             latent: for its shape, [B, C, T, H, W].
@@ -145,7 +148,10 @@ class Vae(nn.Module):
         frame = self._whole(latent)
         video = 4 * 3 * 64 * frame.cells * 4 * latent.shape[2] * len(latent)
         frames, ways = latent.shape[2], self._ways()
-        return video + max(decode_bytes(self.network, ways, frames, frame, tile, frames_per_call) for tile in tiles or [frame])
+        return video + max(
+            decode_bytes(self.network, ways, frames, frame, tile, frames_per_call)
+            for tile in tiles or [frame]
+        )
 
     def _ways(self) -> DecodeWays:
         return self.ways or best_ways(self._weight.device, self.network.decoder.conv_in.out_channels)
@@ -156,12 +162,16 @@ class Vae(nn.Module):
 
     @property
     def _patch(self) -> int:
-        # pixels a side that the decoder's last convolution gives as channels; wan-tiny has 2, the full-size VAE 1
+        # pixels a side that the decoder's last convolution gives as channels; wan-tiny has 2, the full-size
+        # VAE 1
         return int(self.network.config.patch_size or 1)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         config = self.network.config
-        mean, deviation = (like.new_tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        mean, deviation = (
+            like.new_tensor(values).view(1, -1, 1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
         return mean, deviation
 
     def _whole(self, latent: Tensor) -> Window:
@@ -175,9 +185,14 @@ class Vae(nn.Module):
         tiles = [window] if tile_size is None else _tiles(window, tile_size)
         most = self._frames_a_call(latent, tiles)
         device, ways = self._weight.device, self._ways()
-        frames, height, width = 4 * (latent.shape[2] - 1) + 1, window.bottom - window.top, window.right - window.left
+        frames, height, width = (
+            4 * (latent.shape[2] - 1) + 1,
+            window.bottom - window.top,
+            window.right - window.left,
+        )
         video = torch.empty(len(latent), frames, 3, 8 * height, 8 * width, device=device)
-        with torch.autocast(device.type, enabled=False), searching_kernels(ways.search):  # runs in the dtype it was loaded in
+        # runs in the dtype it was loaded in
+        with torch.autocast(device.type, enabled=False), searching_kernels(ways.search):
             decoder = Decoder(self.network, ways)
             for clip, out in zip(latent, video, strict=True):
                 low = _lower(decoder, self._denormalised(clip))
@@ -189,7 +204,9 @@ class Vae(nn.Module):
         """[C, T, H, W], normalised -> what the decoder takes, [T, H, W, C]."""
         clip = clip.to(self._weight.device, torch.promote_types(clip.dtype, torch.float32))[None]
         mean, deviation = self._statistics(clip)
-        return cast(Tensor, self.network.post_quant_conv((clip * deviation + mean).to(self._weight)))[0].permute(1, 2, 3, 0)
+        return cast(Tensor, self.network.post_quant_conv((clip * deviation + mean).to(self._weight)))[
+            0
+        ].permute(1, 2, 3, 0)
 
     def _frames_a_call(self, latent: Tensor, tiles: list[Window]) -> int:
         """Latent frames a call that the budget has room for.
@@ -204,7 +221,8 @@ class Vae(nn.Module):
         if needs[1] > budget and self.memory_budget is not None:
             frames, height, width = latent.shape[2:]
             raise UsageError(
-                f"decoding {frames} latent frames of {height} x {width} cells takes {needs[1] / 2**30:.2f} GiB at least, the "
+                f"decoding {frames} latent frames of {height} x {width} cells takes {needs[1] / 2**30:.2f} "
+                "GiB at least, the "
                 f"budget is {budget / 2**30:.2f} GiB: decode smaller tiles (low_mem_level = 1), or allow more"
             )
         return next((n for n, need in needs.items() if need <= budget), 1)
@@ -232,10 +250,15 @@ def build_vae(config: Mapping[str, Any]) -> nn.Module:
     for name in ("latents_mean", "latents_std"):
         values = network.config[name]
         if not isinstance(values, list | tuple) or len(values) != network.config.z_dim:
-            raise UsageError(f"vae config has {name}={values!r}: {network.config.z_dim} numbers (z_dim) would do")
+            raise UsageError(
+                f"vae config has {name}={values!r}: {network.config.z_dim} numbers (z_dim) would do"
+            )
     patch, channels = network.config.patch_size, network.config.out_channels
     if patch not in (None, 1, 2, 4, 8) or channels != 3 * (patch or 1) ** 2:
-        raise UsageError(f"vae config has patch_size={patch!r}, out_channels={channels!r}: 3 x patch_size^2 channels would do")
+        raise UsageError(
+            f"vae config has patch_size={patch!r}, out_channels={channels!r}: 3 x patch_size^2 channels "
+            "would do"
+        )
     return cast(nn.Module, network)
 
 

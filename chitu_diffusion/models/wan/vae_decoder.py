@@ -1,12 +1,12 @@
 """Wan's video decoder (arXiv 2503.20314, section 4.1), run over the weights of diffusers' `AutoencoderKLWan`.
 
-The network has two halves. At the latent's resolution stand the only parts that look at a whole frame (the middle block's
-attention); they are cheap. The up-sampling half is convolutions alone and takes nearly all time and memory: it can be run
-for a window of the frame, with just the neighbours that still matter at each stage, and for some frames at a time, with
-the last two frames that each causal convolution saw.
+The network has two halves. At the latent's resolution stand the only parts that look at a whole frame (the
+middle block's attention); they are cheap. The up-sampling half is convolutions alone and takes nearly all
+time and memory: it can be run for a window of the frame, with just the neighbours that still matter at each
+stage, and for some frames at a time, with the last two frames that each causal convolution saw.
 
-The same function as diffusers' frame by frame walk: a causal convolution over several frames sees what it would see over
-one after the other, and the first frame, which is not doubled in time, is walked alone.
+The same function as diffusers' frame by frame walk: a causal convolution over several frames sees what it
+would see over one after the other, and the first frame, which is not doubled in time, is walked alone.
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ class DecodeWays:
 
     Attributes:
         norm: "torch", or "triton" (one pass).
-        convolution: a key of `vae_kernels.CONVOLUTIONS`, or "flat" (`vae_flat` where it suits, conv3d elsewhere).
+        convolution: a key of `vae_kernels.CONVOLUTIONS`, or "flat" (`vae_flat` where it suits, conv3d
+            elsewhere).
         upsample: "phased" (a 2 x 2 convolution at the low resolution), or "nearest" (3 x 3 at the high one).
         attention: "sdpa", or "product" (float32 logits written out; one frame at a time).
-        search: let cuDNN time its kernels for each new shape, in the decode alone. The first decode of a shape takes
-            longer, and two processes may choose differently, which shows in the last bits.
+        search: let cuDNN time its kernels for each new shape, in the decode alone. The first decode of a
+            shape takes longer, and two processes may choose differently, which shows in the last bits.
     """
 
     norm: str = "torch"
@@ -67,13 +68,16 @@ class DecodeWays:
 def best_ways(device: torch.device, channels: int) -> DecodeWays:
     """The fastest measured choices.
 
-    On a CPU, convolutions in two dimensions are several times faster than in three. On an H200, 96 channels widened to 128 take
-    0.58 s a video of 832x480x81 (with search), conv3d as it is 0.62 s with search and without it.
+    On a CPU, convolutions in two dimensions are several times faster than in three. On an H200, 96 channels
+    widened to 128 take 0.58 s a video of 832x480x81 (with search), conv3d as it is 0.62 s with search and
+    without it.
     """
     if device.type != "cuda":
         return DecodeWays()
     attention = "product" if channels > _WIDEST_HEAD else "sdpa"
-    return DecodeWays("triton" if has_triton(device) else "torch", "widened", "phased", attention, search=False)
+    return DecodeWays(
+        "triton" if has_triton(device) else "torch", "widened", "phased", attention, search=False
+    )
 
 
 class Window(NamedTuple):
@@ -100,7 +104,8 @@ class Window(NamedTuple):
 
 
 class Decoder:
-    """diffusers' decoder, read once: its weights are laid out for the kernels and kept as long as this object.
+    """diffusers' decoder, read once: its weights are laid out for the kernels and kept as long as this
+    object.
 
     Args:
         network: diffusers' `AutoencoderKLWan`.
@@ -120,7 +125,9 @@ class Decoder:
     # -- halves
 
     def lower(self, x: Tensor, memory: Memory) -> Tensor:
-        """[T, H, W, z] -> [T, H, W, C] at the latent's resolution, frames following those that `memory` saw."""
+        """[T, H, W, z] -> [T, H, W, C] at the latent's resolution, frames following those that `memory`
+        saw.
+        """
         seen = self._seen(self.net.conv_in, x.shape, x, memory)
         self._new(self.net.conv_in, seen).copy_(x)
         parts = Sum(self._convolved(self.net.conv_in, seen, memory), self.net.conv_in.bias)
@@ -184,7 +191,11 @@ class Decoder:
         return Sum(F.linear(found, block.proj.weight.flatten(1), block.proj.bias).view_as(x), None, x)
 
     def _upsampled(self, layer: Any, parts: Sum, memory: Memory, first: bool) -> Sum:
-        x = self._total(parts) if layer.mode == "upsample2d" or first else self._doubled(layer.time_conv, parts, memory)
+        x = (
+            self._total(parts)
+            if layer.mode == "upsample2d" or first
+            else self._doubled(layer.time_conv, parts, memory)
+        )
         if first and layer.mode == "upsample3d":
             # the first frame is neither doubled nor remembered
             memory[self._names[layer.time_conv]] = x.new_zeros(_REMEMBERED, *x.shape[1:])
@@ -197,21 +208,26 @@ class Decoder:
         seen = self._seen(conv, parts.shape, parts.value, memory)
         self._add_up(parts, seen[_REMEMBERED:])
         parts.release()
-        pairs = self._convolved(conv, seen, memory).unflatten(-1, (2, -1)).permute(0, 3, 1, 2, 4)  # [T, 2, H, W, C]
+        # [T, 2, H, W, C]
+        pairs = self._convolved(conv, seen, memory).unflatten(-1, (2, -1)).permute(0, 3, 1, 2, 4)
         frames = pairs.new_empty(pairs.shape)
         return torch.add(pairs, conv.bias.view(2, 1, 1, -1), out=frames).flatten(0, 1)
 
     # -- their parts
 
     def _normed(self, norm: Any, conv: nn.Module, parts: Sum, total: Tensor | None, memory: Memory) -> Tensor:
-        """What `conv` sees of the normalised sum: the frames that it remembers, and the new ones behind them."""
+        """What `conv` sees of the normalised sum: the frames that it remembers, and the new ones behind
+        them.
+        """
         seen = self._seen(conv, parts.shape, parts.value, memory)
         self._norm_silu(parts, norm.gamma.flatten(), self._new(conv, seen), total)
         parts.release()
         return seen
 
     def _seen(self, conv: nn.Module, shape: tuple[int, ...], like: Tensor, memory: Memory) -> Tensor:
-        """A convolution's input with the remembered frames in their place and the new ones yet to be written."""
+        """A convolution's input with the remembered frames in their place and the new ones yet to be
+        written.
+        """
         frames, height, width, channels = shape
         border = self._border(conv)
         seen = like.new_empty(_REMEMBERED + frames, height + 2 * border, width + 2 * border, channels)
@@ -262,7 +278,9 @@ class Decoder:
 
 
 def reaches(decoder: Any) -> list[int]:
-    """Cells beyond an edge that the result looks at: at the entrance of each block, and before the last convolution."""
+    """Cells beyond an edge that the result looks at: at the entrance of each block, and before the last
+    convolution.
+    """
     found = [1]
     for block in reversed(decoder.up_blocks):
         # the upsampler's convolution at twice the resolution, then two convolutions in each residual block
@@ -272,7 +290,9 @@ def reaches(decoder: Any) -> list[int]:
 
 
 def spans(frames: int, most: int) -> Iterator[tuple[int, int]]:
-    """(first, end) of each call over latent frames: the first frame alone, then as even parts of at most `most` as can be."""
+    """(first, end) of each call over latent frames: the first frame alone, then as even parts of at most
+    `most` as can be.
+    """
     yield 0, 1
     rest = frames - 1
     if rest:
@@ -282,7 +302,9 @@ def spans(frames: int, most: int) -> Iterator[tuple[int, int]]:
             yield start, min(start + size, frames)
 
 
-def decode_bytes(network: Any, ways: DecodeWays, frames: int, frame: Window, window: Window, frames_per_call: int) -> int:
+def decode_bytes(
+    network: Any, ways: DecodeWays, frames: int, frame: Window, window: Window, frames_per_call: int
+) -> int:
     """Bytes at the worst moment of decoding one clip: activations, and the laid out copy of the weights.
 
     Args:
@@ -319,7 +341,8 @@ def decode_bytes(network: Any, ways: DecodeWays, frames: int, frame: Window, win
     remembered += _REMEMBERED * last * decoder.conv_out.in_channels * item
     pixels = 2 * batch * last * decoder.conv_out.out_channels * item
     worst = max(worst, remembered + 3 * (batch + 1) * last * decoder.conv_out.in_channels * item)
-    copies = 2 * sum(weight.numel() for weight in decoder.parameters()) * item  # nearly; phased weights are larger
+    # nearly; phased weights are larger
+    copies = 2 * sum(weight.numel() for weight in decoder.parameters()) * item
     return int(features + worst + pixels + copies)
 
 
@@ -352,6 +375,8 @@ def _cut(parts: Sum, here: Window, there: Window) -> tuple[Sum, Window]:
 
 
 def _unpatched(x: Tensor, patch: int) -> Tensor:
-    """[T, H, W, C patch patch] -> [T, C, patch H, patch W]; of a pixel's channels the column runs before the row."""
+    """[T, H, W, C patch patch] -> [T, C, patch H, patch W]; of a pixel's channels the column runs before the
+    row.
+    """
     x = x.unflatten(-1, (-1, patch, patch)).permute(0, 3, 1, 5, 2, 4)  # [T, C, H, row, W, column]
     return x.flatten(4, 5).flatten(2, 3)
