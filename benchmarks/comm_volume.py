@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from chitu_diffusion.distributed.collectives import Landing, Peers
+from chitu_diffusion.distributed.collectives import Collectives, RecvBuffer
 from chitu_diffusion.distributed.plan import ParallelPlan
 
 PACKED = 3 / 4
@@ -77,14 +77,14 @@ def traffic(
 
 
 class Counting:
-    """Peers that count what this rank sends to the others.
+    """Collectives that count what this rank sends to the others.
 
     Attributes:
         sent: bytes.
         calls: exchanges.
     """
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, peers: Collectives) -> None:
         self.peers, self.size, self.index = peers, peers.size, peers.index
         self.sent = 0
         self.calls = 0
@@ -93,39 +93,39 @@ class Counting:
         self.sent += times * sum(x.numel() * x.element_size() for x in tensors)
         self.calls += 1
 
-    def landing(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> Landing:
-        """See `Peers`."""
-        return self.peers.landing(rows, shape, like)
+    def recv_buffer(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> RecvBuffer:
+        """See `Collectives`."""
+        return self.peers.recv_buffer(rows, shape, like)
 
-    def clear(self) -> None:
-        """See `Peers`."""
-        self.peers.clear()
+    def release_buffers(self) -> None:
+        """See `Collectives`."""
+        self.peers.release_buffers()
 
-    def swap(self, leaving: Sequence[Tensor], landing: Landing) -> Callable[[], None]:
-        """See `Peers`."""
+    def all_to_all(self, leaving: Sequence[Tensor], recv_buffer: RecvBuffer) -> Callable[[], None]:
+        """See `Collectives`."""
         self._count([x for peer, x in enumerate(leaving) if peer != self.index])
-        return self.peers.swap(leaving, landing)
+        return self.peers.all_to_all(leaving, recv_buffer)
 
-    def pass_on(self, leaving: Sequence[Tensor], landings: Sequence[Landing]) -> Callable[[], None]:
-        """See `Peers`."""
+    def ring_shift(self, leaving: Sequence[Tensor], recv_buffers: Sequence[RecvBuffer]) -> Callable[[], None]:
+        """See `Collectives`."""
         self._count(leaving)
-        return self.peers.pass_on(leaving, landings)
+        return self.peers.ring_shift(leaving, recv_buffers)
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
-        """See `Peers`."""
+        """See `Collectives`."""
         self._count([x], self.size - 1)
         return self.peers.all_gather(x)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """See `Peers`."""
+        """See `Collectives`."""
         self._count([x], self.size - 1 if self.index == 0 else 0)
         return self.peers.broadcast(x)
 
-    def send_to_first(self, x: Tensor) -> None:
-        """See `Peers`."""
+    def send_to_rank0(self, x: Tensor) -> None:
+        """See `Collectives`."""
         self._count([x])
-        self.peers.send_to_first(x)
+        self.peers.send_to_rank0(x)
 
-    def receive_from(self, index: int, arriving: Tensor) -> Tensor:
-        """See `Peers`."""
-        return self.peers.receive_from(index, arriving)
+    def recv_from(self, index: int, arriving: Tensor) -> Tensor:
+        """See `Collectives`."""
+        return self.peers.recv_from(index, arriving)

@@ -44,8 +44,8 @@ from benchmarks.scaling_work import (
 from benchmarks.simulate_scaling import needed_shapes, plans
 from chitu_diffusion.config import rank_place
 from chitu_diffusion.distributed.plan import ParallelPlan, auto_plan, parse_layout, plan_for
-from chitu_diffusion.distributed.process_groups import RankGroups
-from chitu_diffusion.distributed.sharing import strips_on_first
+from chitu_diffusion.distributed.process_groups import ProcessGroups
+from chitu_diffusion.distributed.sharding import gather_strips
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.models.spec import resolve_model
 from chitu_diffusion.models.wan.transformer import WanTransformer
@@ -115,7 +115,7 @@ class Model:
         """One GPU; every rank by itself."""
         began, network = time.monotonic(), self.weights()
         sums = self.ranks.gathered([float(x.double().sum()) for x in list(network.parameters())[:8]])
-        backend = self.case.backend(network, RankGroups())
+        backend = self.case.backend(network, ProcessGroups())
         found, self.reference = self._timed(self.case.step(backend))
         self.kernel_names[0] = found["kernel"] = backend.attn_backend.name
         found |= {
@@ -173,7 +173,7 @@ class Model:
             groups = (
                 self.ranks.layout(plan_for(world, heads, cp=world, ulysses=ulysses))
                 if ulysses
-                else RankGroups()
+                else ProcessGroups()
             )
             step = case.step(case.backend(self.weights(), groups))
             found[word] = self.ranks.timed(step, 2 * self.asked.repeats)["seconds"] / case.config.num_layers
@@ -317,7 +317,7 @@ def vae(ranks: Ranks, small: bool, repeats: int, shared: bool) -> dict[str, Any]
     groups = ranks.layout(auto_plan(ranks.world, ranks.world))
 
     def strips() -> Tensor | None:
-        return strips_on_first(
+        return gather_strips(
             lambda low, high: decoder.decode_strip(latent, low, high), shape[-1], -1, groups.world
         )
 
@@ -349,8 +349,10 @@ def fault(ranks: Ranks, kind: str) -> dict[str, Any]:
         if kind == "group":
             groups.world.all_gather(x)
         else:
-            groups.ulysses.clear()
-            groups.ulysses.swap([x] * size, groups.ulysses.landing([[len(x)] * size] * size, (), x))()
+            groups.ulysses.release_buffers()
+            groups.ulysses.all_to_all(
+                [x] * size, groups.ulysses.recv_buffer([[len(x)] * size] * size, (), x)
+            )()
 
     for _ in range(3):
         exchange()
@@ -369,7 +371,7 @@ def fault(ranks: Ranks, kind: str) -> dict[str, Any]:
         said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     waited = time.monotonic() - began
     found = {"seconds": waited, "broken": groups.broken, "raised": said}
-    groups.abandon()  # with gloo that is what wakes those who wait for this rank
+    groups.abort()  # with gloo that is what wakes those who wait for this rank
     facts = ranks.gathered(found)
     groups.open()
     exchange()

@@ -24,9 +24,9 @@ import torch.distributed as dist
 
 from chitu_diffusion.config import RankPlace, set_nccl_defaults
 from chitu_diffusion.distributed.plan import ParallelPlan
-from chitu_diffusion.distributed.process_groups import RankGroups
-from chitu_diffusion.executor.control_channel import Orders
-from chitu_diffusion.executor.heartbeat import Watch
+from chitu_diffusion.distributed.process_groups import ProcessGroups
+from chitu_diffusion.executor.control_channel import ControlChannel
+from chitu_diffusion.executor.heartbeat import HeartbeatMonitor
 
 PATIENCE = 90.0
 """Seconds that a rank waits for the others' word at the end of a section."""
@@ -51,17 +51,17 @@ class Ranks:
         self.broken: list[str] = []
         self._began, self._budget, self._section, self._layouts = time.monotonic(), budget, 0, 0
         self._store = dist.PrefixStore("scaling", next(iter(dist.rendezvous("env://")))[0])
-        self._groups = RankGroups()
-        self.watch = Watch(
+        self._groups = ProcessGroups()
+        self.monitor = HeartbeatMonitor(
             self.rank,
             self.world,
             self._store,
-            lost_after=30,
+            heartbeat_timeout=30,
             timeout=PATIENCE / 2,
-            interrupt=self._interrupt,
+            cancel=self._cancel,
             waiting=lambda: self._groups.waiting(),
         )
-        self._orders = Orders(self._store, self.watch)
+        self._channel = ControlChannel(self._store, self.monitor)
         last = threading.Timer(budget + _LAST, self._end)
         last.daemon = True
         last.start()
@@ -71,18 +71,18 @@ class Ranks:
         """Seconds since the start."""
         return time.monotonic() - self._began
 
-    def layout(self, plan: ParallelPlan, **options: Any) -> RankGroups:
-        """The groups of a layout, with options of `RankGroups`; those of the one before are closed."""
+    def layout(self, plan: ParallelPlan, **options: Any) -> ProcessGroups:
+        """The groups of a layout, with options of `ProcessGroups`; those of the one before are closed."""
         self._groups.close()
         self._layouts += 1
         store = dist.PrefixStore(f"layout/{self._layouts}", self._store)
-        self._groups = RankGroups(plan, self.rank, self.device, store, timeout=PATIENCE, **options)
+        self._groups = ProcessGroups(plan, self.rank, self.device, store, timeout=PATIENCE, **options)
         self._groups.open()
         return self._groups
 
     def gathered(self, value: Any) -> list[Any]:
         """Everyone's value, JSON, by rank."""
-        return [vote["value"] for vote in self._orders.vote({"value": value}, PATIENCE)]
+        return [vote["value"] for vote in self._channel.gather_status({"value": value}, PATIENCE)]
 
     def section(self, name: str, work: Callable[[], dict[str, Any]], estimate: float) -> None:
         """Run a part of the benchmark on all ranks.
@@ -100,7 +100,7 @@ class Ranks:
             return
         began, found, error = self.elapsed, {}, None
         try:
-            with self.watch.busy(f"section {name}"):
+            with self.monitor.critical(f"section {name}"):
                 found = work()
                 self._sync()
             if self._groups.broken is not None:
@@ -113,11 +113,11 @@ class Ranks:
             self.fall()
         errors = self.gathered(error)
         if any(errors):
-            self._groups.abandon()
+            self._groups.abort()
             self.broken.append(name)
             found = {"failed": {rank: said for rank, said in enumerate(errors) if said}}
         self._groups.close()
-        self._groups = RankGroups()
+        self._groups = ProcessGroups()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -146,14 +146,14 @@ class Ranks:
 
     def fall(self) -> None:
         """This rank gives the section's exchanges up; the others' are cut short."""
-        self.watch.fell(self._section)
-        self._groups.abandon()
+        self.monitor.report_abort(self._section)
+        self._groups.abort()
 
     def close(self) -> None:
         """Go, all together."""
         self._groups.close()
         self.gathered(None)
-        self.watch.leave()
+        self.monitor.leave()
 
     def _clock(self, work: Callable[[], object]) -> float:
         if self.device.type != "cuda":
@@ -178,9 +178,9 @@ class Ranks:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.out.write_text(json.dumps(self.results, indent=1) + "\n")
 
-    def _interrupt(self, why: str, generation: int | None) -> None:
+    def _cancel(self, why: str, generation: int | None) -> None:
         if generation in (None, self._section):
-            self._groups.interrupt(why)
+            self._groups.cancel(why)
 
     def _end(self) -> None:
         print(

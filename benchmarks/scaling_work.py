@@ -31,8 +31,8 @@ from benchmarks.comm_volume import Counting, Traffic, traffic
 from chitu_diffusion.attention import AttentionKernel, attention_kernel
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import load_config
-from chitu_diffusion.distributed.collectives import Landing, Peers
-from chitu_diffusion.distributed.process_groups import RankGroups
+from chitu_diffusion.distributed.collectives import Collectives, RecvBuffer
+from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.distributed.ulysses import ulysses
 from chitu_diffusion.models.components import Networks
 from chitu_diffusion.models.spec import ModelSpec
@@ -130,7 +130,7 @@ class Case:
         self.text = text.to(device, dtype)
         self.time = torch.tensor(500.0)
 
-    def backend(self, network: WanTransformer, groups: RankGroups) -> DiffusionBackend:
+    def backend(self, network: WanTransformer, groups: ProcessGroups) -> DiffusionBackend:
         """The engine's own backend; of text encoder and VAE it has the shapes alone."""
         encoder = TextEncoder(build_text_encoder({}), tokenizer=None)  # type: ignore[arg-type]
         networks = Networks(
@@ -149,7 +149,7 @@ class Case:
         asked = {key: value for key, value in place.items() if key in signature(attention_kernel).parameters}
         return attention_kernel(name, needs_lse=needs_lse, **asked)
 
-    def formula(self, groups: RankGroups) -> Traffic:
+    def formula(self, groups: ProcessGroups) -> Traffic:
         """Numbers that a rank sends in a step."""
         return traffic(
             groups.plan,
@@ -163,7 +163,7 @@ class Case:
 
 
 @contextmanager
-def counted(groups: RankGroups) -> Iterator[dict[str, Counting]]:
+def counted(groups: ProcessGroups) -> Iterator[dict[str, Counting]]:
     """What this rank sends inside, by axis; exchanges go on as they are."""
     counters = {name: Counting(vars(groups)[name]) for name in AXES}
     for name, counter in counters.items():
@@ -175,7 +175,7 @@ def counted(groups: RankGroups) -> Iterator[dict[str, Counting]]:
             setattr(groups, name, counter.peers)
 
 
-def beside(case: Case, groups: RankGroups, kernel: AttentionKernel) -> dict[str, Work]:
+def beside(case: Case, groups: ProcessGroups, kernel: AttentionKernel) -> dict[str, Work]:
     """A ring's hop taken apart: the kernel, the transfer of the next keys and values, and both at once."""
     peers, config, with_lse = groups.ring, case.config, kernel.run_with_lse
     assert with_lse is not None
@@ -186,8 +186,8 @@ def beside(case: Case, groups: RankGroups, kernel: AttentionKernel) -> dict[str,
     rows = from_the_one_before(own, peers.size)
 
     def transfer() -> Callable[[], None]:
-        peers.clear()
-        return peers.pass_on([k[0], v[0]], [peers.landing(rows, x.shape[2:], x) for x in (k, v)])
+        peers.release_buffers()
+        return peers.ring_shift([k[0], v[0]], [peers.recv_buffer(rows, x.shape[2:], x) for x in (k, v)])
 
     def both() -> None:
         wait = transfer()
@@ -198,15 +198,15 @@ def beside(case: Case, groups: RankGroups, kernel: AttentionKernel) -> dict[str,
 
 
 def from_the_one_before(rows: int, size: int) -> list[list[int]]:
-    """A table for `Peers.landing`: each of `size` peers gets so many rows from the one before."""
+    """A table for `Collectives.recv_buffer`: each of `size` peers gets so many rows from the one before."""
     return [[rows * (sender == (peer - 1) % size) for sender in range(size)] for peer in range(size)]
 
 
 def link_exchanges(
-    groups: RankGroups, device: torch.device, sizes: Sequence[int]
+    groups: ProcessGroups, device: torch.device, sizes: Sequence[int]
 ) -> Iterable[tuple[str, int, Work]]:
-    """(kind, bytes that a rank sends, the exchange) for both ways in which blocks talk: `pass_on` and
-    `swap`.
+    """(kind, bytes that a rank sends, the exchange) for both ways in which blocks talk: `ring_shift` and
+    `all_to_all`.
     """
     peers = groups.ulysses
     for size in sizes:
@@ -214,18 +214,20 @@ def link_exchanges(
         each = size // 2 // (peers.size - 1)
 
         def ring(x: Tensor = x) -> None:
-            peers.clear()
-            peers.pass_on([x], [peers.landing(from_the_one_before(len(x), peers.size), (), x)])()
+            peers.release_buffers()
+            peers.ring_shift([x], [peers.recv_buffer(from_the_one_before(len(x), peers.size), (), x)])()
 
-        def swap(x: Tensor = x, each: int = each) -> None:
-            peers.clear()
-            peers.swap([x[:each]] * peers.size, peers.landing([[each] * peers.size] * peers.size, (), x))()
+        def all_to_all(x: Tensor = x, each: int = each) -> None:
+            peers.release_buffers()
+            peers.all_to_all(
+                [x[:each]] * peers.size, peers.recv_buffer([[each] * peers.size] * peers.size, (), x)
+            )()
 
         yield "ring", size, ring
-        yield "swap", 2 * each * (peers.size - 1), swap
+        yield "all_to_all", 2 * each * (peers.size - 1), all_to_all
 
 
-def wrong_arrivals(peers: Peers, device: torch.device, rounds: int = 40) -> dict[str, int]:
+def wrong_arrivals(peers: Collectives, device: torch.device, rounds: int = 40) -> dict[str, int]:
     """Random parts sent round, several exchanges under way at once, ranks and readers late at random: how
     many came, and how many were not what the other rank had drawn."""
     common, own = Random(1), Random(peers.index)
@@ -240,7 +242,7 @@ def wrong_arrivals(peers: Peers, device: torch.device, rounds: int = 40) -> dict
             torch.cuda._sleep(own.randrange(1_000_000))  # cycles
 
     for turn in range(rounds):
-        peers.clear()
+        peers.release_buffers()
         under_way = []
         for _ in range(common.randrange(1, 4)):
             longest, before = common.choice((50, 5_000, 200_000)), (peers.index - 1) % peers.size
@@ -251,45 +253,45 @@ def wrong_arrivals(peers: Peers, device: torch.device, rounds: int = 40) -> dict
                     [n * (s == (p - 1) % peers.size) for s, n in enumerate(of)] for p, of in enumerate(rows)
                 ]
             late()
-            landing = peers.landing(rows, (3, 8), torch.empty(0, dtype=torch.int32, device=device))
+            recv_buffer = peers.recv_buffer(rows, (3, 8), torch.empty(0, dtype=torch.int32, device=device))
             leaving = [drawn(token + peers.index * 8 + to, rows[to][peers.index]) for to in range(peers.size)]
             if turn % 2:
-                wait = peers.pass_on([leaving[(peers.index + 1) % peers.size]], [landing])
+                wait = peers.ring_shift([leaving[(peers.index + 1) % peers.size]], [recv_buffer])
             else:
-                wait = peers.swap(leaving, landing)
+                wait = peers.all_to_all(leaving, recv_buffer)
             sizes = [x.shape for x in leaving]
             del leaving  # what is given out anew must not be what still travels
             overwritten = [torch.full(size, 7, dtype=torch.int32, device=device) for size in sizes]
             del overwritten
             sources = [before] if turn % 2 else [p for p in range(peers.size) if p != peers.index]
             under_way.append(
-                (landing, wait, {s: (token + s * 8 + peers.index, rows[peers.index][s]) for s in sources})
+                (recv_buffer, wait, {s: (token + s * 8 + peers.index, rows[peers.index][s]) for s in sources})
             )
-        for landing, wait, expected in under_way:
+        for recv_buffer, wait, expected in under_way:
             wait()
             late()
             for source, (seed, length) in expected.items():
                 parts, wrong = (
                     parts + 1,
-                    wrong + (not torch.equal(landing.parts[source], drawn(seed, length))),
+                    wrong + (not torch.equal(recv_buffer.parts[source], drawn(seed, length))),
                 )
     return {"parts": parts, "wrong": wrong}
 
 
 class Elsewhere:
-    """Peers whose exchanges take no time and bring nothing: what remains of a layout is its own work."""
+    """Collectives that take no time and bring nothing: what remains of a layout is its own work."""
 
     def __init__(self, size: int) -> None:
         self.size, self.index = size, 0
 
-    def landing(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> Landing:
+    def recv_buffer(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> RecvBuffer:
         """New memory."""
-        return Landing.new(rows[self.index], shape, like)
+        return RecvBuffer.new(rows[self.index], shape, like)
 
-    def clear(self) -> None:
+    def release_buffers(self) -> None:
         """Nobody writes."""
 
-    def swap(self, leaving: Sequence[Tensor], landing: Landing) -> Callable[[], None]:
+    def all_to_all(self, leaving: Sequence[Tensor], recv_buffer: RecvBuffer) -> Callable[[], None]:
         """Nothing travels."""
         return lambda: None
 

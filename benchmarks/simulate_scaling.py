@@ -115,7 +115,7 @@ class Links:
     """Seconds of an exchange, by bytes that a rank sends.
 
     Args:
-        rows: measured within a node: `kind` ("ring" or "swap"), `bytes`, `seconds`.
+        rows: measured within a node: `kind` ("ring" or "all_to_all"), `bytes`, `seconds`.
         fabric: between nodes.
     """
 
@@ -123,7 +123,7 @@ class Links:
         self._fabric = fabric
         self._known = {
             kind: sorted((row["bytes"], row["seconds"]) for row in rows if row["kind"] == kind)
-            for kind in ("ring", "swap")
+            for kind in ("ring", "all_to_all")
         }
         fastest = max(size / seconds for known in self._known.values() for size, seconds in known)
         self.reached = min(1.0, fastest / NVLINK)
@@ -218,9 +218,9 @@ class Study:
             waits += (plan.ring - 1) * (max(0.0, transfer - hop) + self.disturbance * min(transfer, hop))
         compute = forwards * self._time("ends", tokens=tokens) + calls * kernels
         exposed = calls * waits + forwards * self._links.seconds(
-            "swap", sent.gather / forwards * item, spread, NODE
+            "all_to_all", sent.gather / forwards * item, spread, NODE
         )
-        exposed += self._links.seconds("swap", sent.guidance * item, plan.world > NODE, NODE)
+        exposed += self._links.seconds("all_to_all", sent.guidance * item, plan.world > NODE, NODE)
         host = (forwards if plan.sequence == 1 else 1) * blocks * self._launching(plan)
         return Prediction(str(plan), max(compute + exposed, host), compute, exposed, host, sent.total * item)
 
@@ -239,7 +239,7 @@ class Study:
         sequences = 2 // plan.cfg
         whole = 1 if pieces > 1 else sequences  # all of them in one exchange
         first, last = (
-            self._links.seconds("swap", part * whole / pieces, plan.ulysses > NODE, NODE)
+            self._links.seconds("all_to_all", part * whole / pieces, plan.ulysses > NODE, NODE)
             for part in (inward, outward)
         )
         if pieces == 1:

@@ -17,11 +17,12 @@ import torch
 from chitu_diffusion.attention import AttentionKernel
 from chitu_diffusion.attention.autotune import KernelChoice, Shape
 from chitu_diffusion.config import EngineConfig, cache_dir, keep_compiled_code
-from chitu_diffusion.distributed.process_groups import RankGroups
+from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.calibration import Calibration
 from chitu_diffusion.flexcache.manager import FlexCacheManager
-from chitu_diffusion.memory.estimate import Sizes, free_memory
+from chitu_diffusion.memory.device import empty_cache
+from chitu_diffusion.memory.estimate import Sizes
 from chitu_diffusion.memory.offload import Residency
 from chitu_diffusion.models.components import Networks, float8_plan, load_networks
 from chitu_diffusion.models.spec import ModelSpec, resolve_model
@@ -70,19 +71,19 @@ class DiffusionBackend:
     """
 
     def __init__(
-        self, args: EngineConfig, logging_level: int | None = None, groups: RankGroups | None = None
+        self, args: EngineConfig, logging_level: int | None = None, groups: ProcessGroups | None = None
     ) -> None:
         spec, _ = resolve_model(args.models.name, args.models.ckpt_dir)
         self._begin(args, spec, logging_level, groups)
         try:
             self._install(load_networks(self.args, self.device, self.dtype, encodes=self.groups.rank == 0))
         except BaseException:
-            free_memory(self.device)
+            empty_cache(self.device)
             raise
 
     @classmethod
     def from_networks(
-        cls, networks: Networks, args: EngineConfig | None = None, groups: RankGroups | None = None
+        cls, networks: Networks, args: EngineConfig | None = None, groups: ProcessGroups | None = None
     ) -> DiffusionBackend:
         """A backend of networks that are in memory already. They keep their dtype and are moved to the
         device.
@@ -100,14 +101,14 @@ class DiffusionBackend:
         args: EngineConfig,
         spec: ModelSpec,
         logging_level: int | None,
-        groups: RankGroups | None,
+        groups: ProcessGroups | None,
         attended: torch.dtype | None = None,
     ) -> None:
         self.state = BackendState.UNINITIALIZED
         if logging_level is not None:
             logging.getLogger("chitu_diffusion").setLevel(logging_level)
         self.args = args.frozen_copy()
-        self.groups = groups or RankGroups()
+        self.groups = groups or ProcessGroups()
         _check_ranks(self.args, self.groups.plan.world)
         self.device = pick_device(self.args.infer.device)
         self.dtype = pick_dtype(self.args.infer.dtype, self.device)
@@ -259,7 +260,7 @@ class DiffusionBackend:
             self.residency.close()
             del self.residency
             self._networks = None
-            free_memory(self.device)
+            empty_cache(self.device)
         self.state = BackendState.TERMINATED
 
     def sizes(self) -> Sizes:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from chitu_diffusion.errors import UsageError, nearest
 
 ENVIRONMENT_PREFIX = "CHITU_"
+_RENAMED = {"up": "ulysses_degree", "lost_after": "heartbeat_timeout"}
 Origins = dict[str, str]
 
 
@@ -59,7 +60,7 @@ class DiffusionSettings(Settings):
         ge=0,
         description="refuse a request whose flexcache would keep more than this, in GiB; None is no limit",
     )
-    up: int | None = Field(None, ge=1, description="Ulysses degree inside cp_size; None picks it")
+    ulysses_degree: int | None = Field(None, ge=1, description="Ulysses degree inside cp_size; None picks it")
 
 
 class InferSettings(Settings):
@@ -121,7 +122,7 @@ class RankSettings(Settings):
     timeout: float = Field(
         60.0, gt=0, description="seconds without progress after which ranks stop waiting for each other"
     )
-    lost_after: float = Field(
+    heartbeat_timeout: float = Field(
         8.0, ge=1, description="seconds of silence after which a rank is taken for lost"
     )
     copies: bool = Field(
@@ -166,6 +167,8 @@ def usage_error(branch: type[BaseModel], error: ValidationError) -> UsageError:
         owner: type[BaseModel] = branch
         for part in path[:-1]:
             owner = _branch_of(owner, part) or owner
+        if _RENAMED.get(path[-1]) in owner.model_fields:
+            return UsageError(f"setting '{name}' is called '{_RENAMED[path[-1]]}' now", field=name)
         return UsageError(f"unknown setting '{name}'.{nearest(path[-1], owner.model_fields)}", field=name)
     return UsageError(f"{name} = {first['input']!r}: {first['msg']}", field=name)
 
@@ -246,6 +249,10 @@ def load_config(
             origins[dotted] = f"env {variable}"
     for variable in environment:
         if variable.startswith(ENVIRONMENT_PREFIX) and "__" in variable and variable not in variables:
+            path, _, last = variable.rpartition("__")
+            renamed = f"{path}__{_RENAMED.get(last.lower(), last).upper()}"
+            if renamed in variables:
+                raise UsageError(f"variable {variable} is called {renamed} now", field=variable)
             raise UsageError(f"unknown variable {variable}.{nearest(variable, variables)}", field=variable)
     for name, value in (flags or {}).items():
         if value is not None:

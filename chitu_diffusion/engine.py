@@ -17,11 +17,12 @@ from functools import partial
 from chitu_diffusion.backend import BackendState, DiffusionBackend, pick_device
 from chitu_diffusion.config import EngineConfig, rank_place, set_nccl_defaults
 from chitu_diffusion.distributed.plan import plan_for
-from chitu_diffusion.errors import StageError, UsageError, WillNotFitError
-from chitu_diffusion.executor.distributed import Alone, Together
-from chitu_diffusion.executor.worker_group import Crew
-from chitu_diffusion.generator import Generator, without_frames
-from chitu_diffusion.memory.estimate import free_memory, is_out_of_memory, top_useful_level
+from chitu_diffusion.errors import StageError, UsageError, WillNotFitError, without_frames
+from chitu_diffusion.executor.distributed import DistributedExecutor
+from chitu_diffusion.executor.local import Executor, LocalExecutor
+from chitu_diffusion.executor.worker_group import WorkerGroup
+from chitu_diffusion.generator import Generator
+from chitu_diffusion.memory.device import empty_cache, is_out_of_memory, top_useful_level
 from chitu_diffusion.memory.offload import TOP_LEVEL
 from chitu_diffusion.models.spec import resolve_model
 from chitu_diffusion.pipelines.admission import Admission, smaller
@@ -44,7 +45,7 @@ class Engine:
         on_event: called with every event, in order.
         backend: a backend that exists already; the engine takes it over. None loads one, at a higher memory
             level than asked for where the weights do not fit otherwise.
-        crew: the ranks that share the work; None asks torchrun, if it started this process. Rank 0 decides
+        workers: the ranks that share the work; None asks torchrun, if it started this process. Rank 0 decides
             and saves; the other ranks' `step` does what rank 0 says, so that the same loop is right on every
             rank.
 
@@ -61,23 +62,23 @@ class Engine:
         scheduler: DiffusionScheduler | None = None,
         on_event: Callable[[Progress], None] | None = None,
         backend: DiffusionBackend | None = None,
-        crew: Crew | None = None,
+        workers: WorkerGroup | None = None,
     ) -> None:
         args = args or (backend.args if backend is not None else EngineConfig())
         self.pool = DiffusionTaskPool(keep_ended=args.scheduler.keep_ended)
         self.scheduler = scheduler or DiffusionScheduler(args.scheduler.policy)
-        crew = crew or (join_ranks(args) if backend is None else None)
+        workers = workers or (join_ranks(args) if backend is None else None)
         try:
-            self.backend = backend or load_backend(args, crew)
+            self.backend = backend or load_backend(args, workers)
             self.generator = Generator(self.backend)
-            self._lockstep = (
-                Alone(self.generator, self.pool)
-                if crew is None
-                else Together(self.generator, self.pool, crew)
+            self._executor: Executor = (
+                LocalExecutor(self.generator, self.pool)
+                if workers is None
+                else DistributedExecutor(self.generator, self.pool, workers)
             )
         except BaseException as error:
-            if crew is not None:
-                crew.leave(f"{type(error).__name__}: {error}")
+            if workers is not None:
+                workers.leave(f"{type(error).__name__}: {error}")
             raise
         self._on_event = on_event
         self._turn = threading.RLock()  # a task changes under it; one's own `on_event` may cancel or close
@@ -87,9 +88,9 @@ class Engine:
         self._admission = Admission(self.backend)
 
     @property
-    def leads(self) -> bool:
+    def is_driver(self) -> bool:
         """Whether this rank decides and saves; true without ranks."""
-        return self._lockstep.leads
+        return self._executor.is_driver
 
     def submit(self, request: DiffusionUserParams | DiffusionTask) -> DiffusionTask:
         """Take a request in, if the model can do it.
@@ -107,14 +108,14 @@ class Engine:
         task = request if isinstance(request, DiffusionTask) else DiffusionTask.from_user_request(request)
         self._require_open()
         self._admission.check(task)
-        if not self.leads:
+        if not self.is_driver:
             with self._turn:
                 self._require_open()
-                return self._lockstep.claim(task)
+                return self._executor.claim_task(task)
         with self._admitting:
             self._require_open()
             self.pool.add(task)
-            self._inbox.append(partial(self._lockstep.admit, task))
+            self._inbox.append(partial(self._executor.add_task, task))
         self._deliver()
         return task
 
@@ -127,7 +128,7 @@ class Engine:
         """
         with self._driving():
             self._require_open()
-            event = self._lead() if self.leads else self._lockstep.follow()
+            event = self._drive() if self.is_driver else self._executor.execute_next()
             self.pool.prune()
             if event is not None and self._on_event is not None:
                 self._on_event(event)
@@ -135,15 +136,15 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether a task has work left. On ranks but the first: whether rank 0 has, which is waited for."""
-        if self.leads and not self.pool.all_finished():
+        if self.is_driver and not self.pool.all_finished():
             return True
         with self._driving():
-            return self._open and self._lockstep.has_work()
+            return self._open and self._executor.has_work()
 
-    def _lead(self) -> Progress | None:
+    def _drive(self) -> Progress | None:
         task_id = self.scheduler.schedule(self.pool)
         if task_id is None:
-            self._lockstep.rest()
+            self._executor.idle()
             return None
         task = self.pool.get(task_id)
         if task is None:
@@ -178,10 +179,22 @@ class Engine:
         self._deliver()
         return True
 
+    def run_worker(self) -> None:
+        """On ranks but the first: serve rank 0 until it closes, and let go of the model. This is a worker's
+        whole life, however its process was started.
+
+        Raises:
+            UsageError: this is rank 0, or the only rank.
+            RankLostError: another rank died or froze.
+        """
+        if self.is_driver:
+            raise UsageError("this rank decides and has none to serve: use step() or run_until_idle()")
+        self.close()
+
     def close(self) -> None:
         """Cancel what is unfinished and let go of the model; silent the second time.
 
-        On ranks but the first it serves rank 0 until that one closes.
+        On ranks but the first it serves rank 0 until that one closes, as `run_worker`.
 
         Raises:
             RankLostError: another rank died or froze while this one served.
@@ -191,7 +204,7 @@ class Engine:
         with self._turn:
             self._inbox.clear()
             try:
-                self._lockstep.close()
+                self._executor.shutdown()
             finally:
                 for task in self.pool.unfinished():
                     task.end(TaskStatus.CANCELLED)
@@ -234,7 +247,7 @@ class Engine:
     def _cancel(self, task: DiffusionTask) -> None:
         if not task.is_finished():
             task.end(TaskStatus.CANCELLED)
-            self._lockstep.ended(task)
+            self._executor.end_task(task)
 
     def _require_open(self) -> None:
         if not self._open:
@@ -251,7 +264,7 @@ class Engine:
         while True:
             failure: Exception
             try:
-                return _with_notes(self._lockstep.unit(task), notes)
+                return _with_notes(self._executor.execute(task), notes)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -260,7 +273,7 @@ class Engine:
             stage = task.status
             for waiting in self.pool:
                 waiting.buffer.text = None  # a few megabytes on the device each, made anew when needed
-            free_memory(self.backend.device)
+            empty_cache(self.backend.device)
             level = self.backend.low_mem_level + 1
             if level > top_useful_level(self.backend.device):
                 return self._give_up(task, stage, failure, notes)
@@ -276,14 +289,14 @@ class Engine:
         error = StageError(str(stage), task.current_step if stage is TaskStatus.DENOISING else None, cause)
         task.end(TaskStatus.FAILED, error)
         task.events.append(str(error))
-        self._lockstep.ended(task)
+        self._executor.end_task(task)
         message = "; ".join([*notes, str(error)])
         return Progress(
             task.task_id, task.status, stage, task.current_step, task.num_inference_steps, 0.0, None, message
         )
 
 
-def join_ranks(args: EngineConfig) -> Crew | None:
+def join_ranks(args: EngineConfig) -> WorkerGroup | None:
     """The ranks that torchrun started, laid out as the settings say; None for a process that was started
     alone.
 
@@ -300,40 +313,40 @@ def join_ranks(args: EngineConfig) -> Crew | None:
         spec.transformers[0].num_attention_heads,
         cfg=asked.cfg_size,
         cp=asked.cp_size,
-        ulysses=asked.up,
+        ulysses=asked.ulysses_degree,
         ranks_per_node=place.local_world,
     )
     device = pick_device(args.infer.device)
     device = pick_device(f"cuda:{place.local_rank}") if device.type == "cuda" else device
     set_nccl_defaults()
     ranks = args.ranks
-    return Crew(
+    return WorkerGroup(
         plan,
         place.rank,
         device=device,
         timeout=ranks.timeout,
-        lost_after=ranks.lost_after,
+        heartbeat_timeout=ranks.heartbeat_timeout,
         copies=ranks.copies,
     )
 
 
-def load_backend(args: EngineConfig, crew: Crew | None = None) -> DiffusionBackend:
+def load_backend(args: EngineConfig, workers: WorkerGroup | None = None) -> DiffusionBackend:
     """A backend at the asked memory level, or at the first higher one at which the weights fit.
 
     Raises:
         WillNotFitError: they fit at none.
     """
     wanted = args.frozen_copy()
-    if crew is not None:
-        wanted.infer.device = str(crew.groups.device)
+    if workers is not None:
+        wanted.infer.device = str(workers.groups.device)
     while True:
         try:
-            return DiffusionBackend(wanted, groups=None if crew is None else crew.groups)
+            return DiffusionBackend(wanted, groups=None if workers is None else workers.groups)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             message = str(without_frames(error))
-        free_memory(pick_device(args.infer.device))
+        empty_cache(pick_device(args.infer.device))
         if wanted.infer.diffusion.low_mem_level == TOP_LEVEL:
             raise WillNotFitError(
                 f"the weights of {args.models.name} do not fit at any memory level ({message})"

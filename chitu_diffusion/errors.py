@@ -131,3 +131,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else f" There are: {', '.join(known)}."
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """The same error, and those that it came from, without their tracebacks: these keep a stage's tensors
+    alive.
+    """
+    seen: BaseException | None = error
+    known: set[int] = set()
+    while seen is not None and id(seen) not in known:
+        known.add(id(seen))
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__
+    return error

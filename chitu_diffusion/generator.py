@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.distributed.sharing import from_first, strips_on_first
-from chitu_diffusion.errors import NonFiniteError, StageError, TaskError, UsageError
+from chitu_diffusion.distributed.sharding import broadcast_from_rank0, gather_strips
+from chitu_diffusion.errors import NonFiniteError, StageError, TaskError, UsageError, without_frames
 from chitu_diffusion.flexcache.manager import fork
 from chitu_diffusion.flexcache.registry import parse_flexcache
 from chitu_diffusion.media.video import write_video
-from chitu_diffusion.memory.estimate import is_out_of_memory
+from chitu_diffusion.memory.device import is_out_of_memory
 from chitu_diffusion.memory.offload import TEXT_ENCODER, VAE
 from chitu_diffusion.pipelines import denoising as forward
 from chitu_diffusion.pipelines.recipe import recipe_of
@@ -79,7 +79,7 @@ class Generator:
             with torch.autocast(device_type=device.type, enabled=False):
                 return encoder.encode(prompts)
 
-        return from_first(encode, self.backend.groups.world, self.backend.device)
+        return broadcast_from_rank0(encode, self.backend.groups.world, self.backend.device)
 
     @torch.no_grad()
     def denoise_loop(
@@ -149,7 +149,7 @@ class Generator:
         self.backend.residency.use(VAE)
         latent, vae = latent.to(self.backend.device), self.backend.vae
         axis = -1 if latent.shape[-1] >= latent.shape[-2] else -2
-        return strips_on_first(
+        return gather_strips(
             lambda low, high: vae.decode_strip(latent, low, high, axis),
             latent.shape[axis],
             axis,
@@ -514,19 +514,6 @@ def tile_size_for(latent: Tensor) -> int:
     """Latent pixels of a tile that saves memory on this latent and wastes little overlap."""
     longest = max(latent.shape[-2:])
     return next((size for size in _TILE_SIZES if size < longest), _TILE_SIZES[-1])
-
-
-def without_frames(error: BaseException) -> BaseException:
-    """The same error, and those that it came from, without their tracebacks: these keep a stage's tensors
-    alive.
-    """
-    seen: BaseException | None = error
-    known: set[int] = set()
-    while seen is not None and id(seen) not in known:
-        known.add(id(seen))
-        seen.__traceback__ = None
-        seen = seen.__cause__ or seen.__context__
-    return error
 
 
 def _resolved(task: DiffusionTask) -> DiffusionUserParams:

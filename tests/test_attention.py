@@ -435,7 +435,7 @@ def test_rank_0_chooses_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def agree(value: float | None) -> float:
         given.append(value)
-        # as `RankGroups.agree`, one rank after the other
+        # as `ProcessGroups.agree`, one rank after the other
         return max(each for each in given if each is not None)
 
     names, timed = [], []

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.attention.kernels import AttentionKernel
-from chitu_diffusion.distributed import peer_memory as cuda_wires
-from chitu_diffusion.distributed.collectives import Landing
-from chitu_diffusion.distributed.p2p_collectives import CopyPeers
-from chitu_diffusion.distributed.peer_memory import CudaWires, WiresError, lay
+from chitu_diffusion.distributed import peer_memory
+from chitu_diffusion.distributed.collectives import RecvBuffer
+from chitu_diffusion.distributed.p2p_collectives import P2PCollectives
+from chitu_diffusion.distributed.peer_memory import CudaPeerMemory, PeerMemoryError, open_peer_memory
 from chitu_diffusion.distributed.ring import ring
-from chitu_diffusion.distributed.torch_collectives import GroupPeers
+from chitu_diffusion.distributed.torch_collectives import TorchCollectives
 from chitu_diffusion.distributed.ulysses import ulysses
 
 PATIENCE = 10.0
@@ -58,8 +58,8 @@ class Machine:
             self.changed.notify_all()
 
 
-class ThreadWires:
-    """`Wires` of one rank of a `Machine`."""
+class ThreadMemory:
+    """`PeerMemory` of one rank of a `Machine`."""
 
     def __init__(self, machine: Machine, index: int) -> None:
         self.machine, self.index, self.late = machine, index, Random(index)
@@ -92,7 +92,7 @@ class ThreadWires:
     def fork(self) -> None:
         """The main stream is the thread that calls: what it has so far is done."""
 
-    def await_read(self, peer: int, number: int) -> None:
+    def wait_read(self, peer: int, number: int) -> None:
         self.work.put(lambda: self.machine.await_number("read", self.index, peer, number))
 
     def copy(self, x: Tensor, peer: int, offset: int) -> None:
@@ -113,7 +113,7 @@ class ThreadWires:
 
         self.work.put(do)
 
-    def tell_arrived(self, peer: int, number: int) -> None:
+    def signal_arrived(self, peer: int, number: int) -> None:
         self.work.put(lambda: self.machine.raise_number("arrived", peer, self.index, number))
 
     def sent(self) -> Callable[[], None]:
@@ -121,10 +121,10 @@ class ThreadWires:
         self.work.put(done.set)
         return lambda: None if done.wait(PATIENCE) else pytest.fail("the side stream hangs")
 
-    def await_arrived(self, peer: int, number: int) -> None:
+    def wait_arrived(self, peer: int, number: int) -> None:
         self.machine.await_number("arrived", self.index, peer, number)
 
-    def tell_read(self, peer: int, number: int) -> None:
+    def signal_read(self, peer: int, number: int) -> None:
         self.machine.raise_number("read", peer, self.index, number)
 
     def waiting(self) -> float:
@@ -134,16 +134,16 @@ class ThreadWires:
         raise AssertionError("nothing is to be released here")
 
 
-class ThreadPeers(CopyPeers):
-    """`CopyPeers` whose process group is the `Machine`."""
+class ThreadPeers(P2PCollectives):
+    """`P2PCollectives` whose process group is the `Machine`."""
 
     def __init__(self, machine: Machine, index: int) -> None:
-        group, pace = SimpleNamespace(), SimpleNamespace(exchange=lambda: _nothing())
+        group, in_flight = SimpleNamespace(), SimpleNamespace(exchange=lambda: _nothing())
         ranks = list(range(machine.size))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("torch.distributed.get_process_group_ranks", lambda group: ranks)
             patch.setattr("torch.distributed.get_rank", lambda: index)
-            super().__init__(group, pace, ThreadWires(machine, index))  # type: ignore[arg-type]
+            super().__init__(group, in_flight, ThreadMemory(machine, index))  # type: ignore[arg-type]
         self.machine = machine
 
 
@@ -182,18 +182,18 @@ def through_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return wait
 
-    def swap(self: Any, leaving: list[Tensor], landing: Landing) -> Callable[[], None]:
+    def all_to_all(self: Any, leaving: list[Tensor], recv_buffer: RecvBuffer) -> Callable[[], None]:
         others = [p for p in range(self.size) if p != self.index]
-        return begin(self, {p: [leaving[p]] for p in others}, {p: [landing.parts[p]] for p in others})
+        return begin(self, {p: [leaving[p]] for p in others}, {p: [recv_buffer.parts[p]] for p in others})
 
-    def pass_on(self: Any, leaving: list[Tensor], landings: list[Landing]) -> Callable[[], None]:
+    def ring_shift(self: Any, leaving: list[Tensor], recv_buffers: list[RecvBuffer]) -> Callable[[], None]:
         following, before = (self.index + 1) % self.size, (self.index - 1) % self.size
         return begin(
-            self, {following: list(leaving)}, {before: [landing.parts[before] for landing in landings]}
+            self, {following: list(leaving)}, {before: [buffer.parts[before] for buffer in recv_buffers]}
         )
 
-    monkeypatch.setattr(GroupPeers, "swap", swap)
-    monkeypatch.setattr(GroupPeers, "pass_on", pass_on)
+    monkeypatch.setattr(TorchCollectives, "all_to_all", all_to_all)
+    monkeypatch.setattr(TorchCollectives, "ring_shift", ring_shift)
 
 
 def on_threads(machine: Machine, work: Callable[[ThreadPeers], Any]) -> list[Any]:
@@ -206,8 +206,8 @@ def on_threads(machine: Machine, work: Callable[[ThreadPeers], Any]) -> list[Any
         peers = all_peers[index]
         try:
             results[index] = work(peers)
-            peers._wires._finish()
-            errors.extend(AssertionError(said) for said in peers._wires.wrong)
+            peers._memory._finish()
+            errors.extend(AssertionError(said) for said in peers._memory.wrong)
         except BaseException as error:
             errors.append(error)
 
@@ -278,21 +278,23 @@ def exchanges_of_one(way: str, size: int) -> int:
 
 
 def exchange(peers: ThreadPeers, rows: list[list[int]], seed: int) -> bool:
-    """One swap, whose source is let go of at once and whose landing is read late; whether what came is what
-    was sent.
+    """One swap, whose source is let go of at once and whose recv_buffer is read late; whether what came is
+    what was sent.
     """
 
     def drawn(source: int, to: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * 64 + source * 8 + to)
         return torch.randn(rows[to][source], 3, generator=generator)
 
-    landing = peers.landing(rows, (3,), torch.empty(0))
-    wait = peers.swap([drawn(peers.index, to) for to in range(peers.size)], landing)
+    recv_buffer = peers.recv_buffer(rows, (3,), torch.empty(0))
+    wait = peers.all_to_all([drawn(peers.index, to) for to in range(peers.size)], recv_buffer)
     wait()
     if (seed + peers.index) % peers.size == 0:
         time.sleep(0.01)  # the others would write the next into it by now
     return all(
-        torch.equal(landing.parts[s], drawn(s, peers.index)) for s in range(peers.size) if s != peers.index
+        torch.equal(recv_buffer.parts[s], drawn(s, peers.index))
+        for s in range(peers.size)
+        if s != peers.index
     )
 
 
@@ -304,7 +306,7 @@ def test_nothing_is_overwritten_before_it_was_read(size: int) -> None:
     def work(peers: ThreadPeers) -> list[bool]:
         found = []
         for turn, table in enumerate(rows):
-            peers.clear()
+            peers.release_buffers()
             found += [exchange(peers, table, 2 * turn), exchange(peers, table[::-1], 2 * turn + 1)]
         return found
 
@@ -322,7 +324,7 @@ def test_without_memory_exchanges_go_through_the_group() -> None:
     def work(peers: ThreadPeers) -> list[bool]:
         found = []
         for turn, table in enumerate((large, large, large, small, small, small)):
-            peers.clear()
+            peers.release_buffers()
             found.append(exchange(peers, table, turn))
         return found
 
@@ -332,7 +334,7 @@ def test_without_memory_exchanges_go_through_the_group() -> None:
 
 
 class Store(dict[str, bytes]):
-    """As much of a torch store as wires use."""
+    """As much of a torch store as memory use."""
 
     def set(self, key: str, value: str) -> None:
         self[key] = value.encode()
@@ -366,7 +368,7 @@ def test_a_machine_that_cannot_is_known_on_all_ranks(monkeypatch: pytest.MonkeyP
     """No driver on one rank: both go through the process group, at once, and know why."""
     store = Store()
 
-    class Willing(CudaWires):
+    class Willing(CudaPeerMemory):
         def __init__(self, index: int, *given: Any) -> None:
             if index == 1:
                 raise OSError("libcuda.so.1: not here")
@@ -377,37 +379,37 @@ def test_a_machine_that_cannot_is_known_on_all_ranks(monkeypatch: pytest.MonkeyP
         def detach(self) -> None:
             self._gone.set()
 
-    monkeypatch.setattr(cuda_wires, "CudaWires", Willing)
+    monkeypatch.setattr(peer_memory, "CudaPeerMemory", Willing)
     began = time.monotonic()
-    found = in_threads(lambda index: lay(index, 2, torch.device("cpu"), store, PATIENCE))  # type: ignore[arg-type]
+    found = in_threads(lambda index: open_peer_memory(index, 2, torch.device("cpu"), store, PATIENCE))  # type: ignore[arg-type]
     assert found == [(None, "libcuda.so.1: not here")] * 2
     assert time.monotonic() - began < PATIENCE / 2, "nobody waits for one who has given up"
 
 
 @pytest.fixture
-def pair(monkeypatch: pytest.MonkeyPatch) -> list[CudaWires]:
-    """Wires of two ranks without a GPU: their numbers, and a place to meet."""
+def pair(monkeypatch: pytest.MonkeyPatch) -> list[CudaPeerMemory]:
+    """PeerMemory of two ranks without a GPU: their numbers, and a place to meet."""
     store = Store()
-    wires = [object.__new__(CudaWires) for _ in range(2)]
-    for index, each in enumerate(wires):
+    memory = [object.__new__(CudaPeerMemory) for _ in range(2)]
+    for index, each in enumerate(memory):
         each.index, each.size, each._store, each._timeout, each._meetings = index, 2, store, PATIENCE, 0  # type: ignore[assignment]
         each._released, each._gone, each._latest, each._awaited = threading.Event(), threading.Event(), 7, {}
         each._flags, each._flags_at, each._seen, each._moved = None, 0, (), time.monotonic()
         monkeypatch.setattr(
             each, "_register", lambda address, size, each=each: setattr(each, "_flags_at", address)
         )
-    in_threads(lambda index: wires[index].map_numbers())
+    in_threads(lambda index: memory[index].map_numbers())
     assert json.loads(store["1/0"])["token"]
-    return wires
+    return memory
 
 
-def put(wires: CudaWires, kind: int, to: int, source: int, number: int) -> None:
+def put(memory: CudaPeerMemory, kind: int, to: int, source: int, number: int) -> None:
     """What a GPU's stream would do."""
-    assert wires._flags is not None
-    wires._flags[(wires._number_at(kind, to, source) - wires._flags_at) // 4] = number % 2**32
+    assert memory._flags is not None
+    memory._flags[(memory._number_at(kind, to, source) - memory._flags_at) // 4] = number % 2**32
 
 
-def test_numbers_are_shared_and_a_release_is_seen(pair: list[CudaWires]) -> None:
+def test_numbers_are_shared_and_a_release_is_seen(pair: list[CudaPeerMemory]) -> None:
     """The numbers' memory is one for both; released, they stay ahead of whatever a peer puts there."""
     kinds = range(4)
     places = {pair[0]._number_at(kind, to, source) for kind in kinds for to in (0, 1) for source in (0, 1)}
@@ -422,13 +424,13 @@ def test_numbers_are_shared_and_a_release_is_seen(pair: list[CudaWires]) -> None
     while pair[1]._number(0, 0) != 7 + (1 << 30) and time.monotonic() < deadline:
         time.sleep(0.005)
     assert [pair[1]._number(kind, 0) for kind in kinds] == [7 + (1 << 30)] * 4
-    with pytest.raises(WiresError, match="cut short"):
+    with pytest.raises(PeerMemoryError, match="cut short"):
         pair[1].meet(None)
     pair[1]._gone.set()
 
 
 def test_waiting_is_the_time_since_a_number_last_moved(
-    pair: list[CudaWires], monkeypatch: pytest.MonkeyPatch
+    pair: list[CudaPeerMemory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, clock = pair[0], [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
@@ -456,7 +458,7 @@ def test_waiting_is_the_time_since_a_number_last_moved(
 
 
 def test_wires_go_though_the_device_is_in_error(
-    pair: list[CudaWires], monkeypatch: pytest.MonkeyPatch
+    pair: list[CudaPeerMemory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rank that hit an illegal access has still to give up its groups, vote, and tell of it."""
 
@@ -479,9 +481,9 @@ def test_wires_go_though_the_device_is_in_error(
     assert not any(thread.name == "chitu-release" for thread in threading.enumerate())
 
 
-def test_a_meeting_that_fails_leaves_no_file_open(pair: list[CudaWires]) -> None:
+def test_a_meeting_that_fails_leaves_no_file_open(pair: list[CudaPeerMemory]) -> None:
     before = len(os.listdir("/proc/self/fd"))
     pair[0]._timeout = 0.05
-    with pytest.raises(WiresError, match="did not come"):
+    with pytest.raises(PeerMemoryError, match="did not come"):
         pair[0].map_numbers()
     assert len(os.listdir("/proc/self/fd")) == before

@@ -20,7 +20,8 @@ from chitu_diffusion import generator as generator_module
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.engine import Engine, load_backend
 from chitu_diffusion.errors import NonFiniteError, StageError, UsageError, WillNotFitError
-from chitu_diffusion.memory.estimate import Sizes, is_out_of_memory, total_memory
+from chitu_diffusion.memory.device import is_out_of_memory, total_memory
+from chitu_diffusion.memory.estimate import Sizes
 from chitu_diffusion.pipelines import admission
 from chitu_diffusion.scheduler import DiffusionScheduler
 from chitu_diffusion.task import (

@@ -221,9 +221,9 @@ def test_workers_do_not_choose_kernels_by_timing(tiny_folder, tmp_path, monkeypa
     monkeypatch.setattr(
         "chitu_diffusion.attention.autotune.candidates", lambda *_, **__: asked.append(1) or []
     )
-    with Workers(config_for(tiny_folder, tmp_path)) as crew:
-        crew.submit(DiffusionBackend.choose_attention, 77)
-        crew.result()
+    with Workers(config_for(tiny_folder, tmp_path)) as workers:
+        workers.submit(DiffusionBackend.choose_attention, 77)
+        workers.result()
     assert not asked
 
 
@@ -234,7 +234,7 @@ def test_no_worker_outlives_a_killed_parent(tiny_folder) -> None:
     code = (
         "import sys, time; from chitu_diffusion.config import load_config; "
         "from chitu_diffusion.evaluation.workers import Workers; "
-        "crew = Workers(load_config(flags={'models.name': sys.argv[1], 'infer.device': 'cpu'})[0], 2); "
+        "workers = Workers(load_config(flags={'models.name': sys.argv[1], 'infer.device': 'cpu'})[0], 2); "
         "print('begun', flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tiny_folder)], stdout=subprocess.PIPE)

@@ -23,11 +23,11 @@ from chitu_diffusion import generator
 from chitu_diffusion.distributed.plan import ParallelPlan
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.executor.worker_group import Crew
+from chitu_diffusion.executor.worker_group import WorkerGroup
 from chitu_diffusion.pipelines import denoising as forward
 from chitu_diffusion.task import DiffusionUserParams
 
-LOST_AFTER = 4.0
+HEARTBEAT_TIMEOUT = 4.0
 ENDS_WITHIN = 15.0
 REQUESTS = 165
 """A tenth of them is cancelled."""
@@ -39,15 +39,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine_on(rank: int, store: dist.Store, folder: str, out: str, *, timeout: float = 10.0) -> Engine:
-    crew = Crew(
+    workers = WorkerGroup(
         ParallelPlan(ulysses=2),
         rank,
         store,
         device=torch.device("cpu"),
         timeout=timeout,
-        lost_after=LOST_AFTER,
+        heartbeat_timeout=HEARTBEAT_TIMEOUT,
     )
-    return Engine(config_for(Path(folder), Path(out)), crew=crew)
+    return Engine(config_for(Path(folder), Path(out)), workers=workers)
 
 
 def params(prompt: str = CAT, **more: Any) -> DiffusionUserParams:
@@ -86,7 +86,7 @@ def poisoned(rank: int):
             raise ValueError("boom")
         if rank == 1 and poison == "cut" and timestep < 900:
             # on a GPU nothing raises here: the unit ends well, with anything
-            backend.groups.interrupt("as the watch does")
+            backend.groups.cancel("as the watch does")
         if rank == 1 and poison == "memory" and once:
             once.clear()
             raise MemoryError("no room on this rank")
@@ -342,10 +342,15 @@ def test_ctrl_c_is_heard_by_a_rank_that_waits(model: Path, tmp_path: Path) -> No
 
 
 def load_badly(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
-    crew = Crew(
-        ParallelPlan(ulysses=2), rank, store, device=torch.device("cpu"), timeout=10, lost_after=LOST_AFTER
+    workers = WorkerGroup(
+        ParallelPlan(ulysses=2),
+        rank,
+        store,
+        device=torch.device("cpu"),
+        timeout=10,
+        heartbeat_timeout=HEARTBEAT_TIMEOUT,
     )
-    Engine(config_for(Path(folder if rank == 0 else out), Path(out)), crew=crew)
+    Engine(config_for(Path(folder if rank == 0 else out), Path(out)), workers=workers)
 
 
 def test_a_rank_that_cannot_load_is_named_at_once(model: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from benchmarks.comm_volume import traffic as by_formula
 from chitu_diffusion.attention import sdpa
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.plan import ParallelPlan, parse_layout, plan_for
-from chitu_diffusion.distributed.process_groups import RankGroups
+from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.distributed.ulysses import pieces_for, shard_heads, ulysses
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.components import load_networks
@@ -70,7 +70,7 @@ def all_layouts(rank: int, world: int, store: dist.Store, folder: str, out: str)
         for name, config in configs.items()
     }
     for layout in LAYOUTS[world]:
-        groups = RankGroups(plan_of(layout), rank, store=dist.PrefixStore(layout, store), timeout=30)
+        groups = ProcessGroups(plan_of(layout), rank, store=dist.PrefixStore(layout, store), timeout=30)
         groups.open()
         backend = DiffusionBackend(config_for(Path(folder), Path(out)), groups=groups)
         generator = Generator(backend)
@@ -91,7 +91,7 @@ def all_layouts(rank: int, world: int, store: dist.Store, folder: str, out: str)
         groups.close()
 
 
-def one_by_one(folder: str, out: str, groups: RankGroups | None = None) -> dict[str, torch.Tensor]:
+def one_by_one(folder: str, out: str, groups: ProcessGroups | None = None) -> dict[str, torch.Tensor]:
     """A forward for each branch, at level 4 over blocks that are streamed."""
     results = {}
     for name, level in (("one by one", 0), ("one by one, streamed", 4)):
@@ -115,7 +115,7 @@ def by_hand(generator: Generator) -> dict[str, torch.Tensor]:
     }
 
 
-def in_pieces(groups: RankGroups) -> dict[str, torch.Tensor]:
+def in_pieces(groups: ProcessGroups) -> dict[str, torch.Tensor]:
     """An attention with three heads a rank over shards of unequal length, in 1, 2 and 4 (that is, 3) pieces a
     sequence.
     """

@@ -1,4 +1,4 @@
-"""Who wakes whom: ranks that fell, exchanges that do not move, and what becomes of groups that were cut
+"""Who wakes whom: ranks that abort, exchanges that do not move, and what becomes of groups that were cut
 short.
 """
 
@@ -15,9 +15,9 @@ from ranks import new_store
 
 from chitu_diffusion.config import set_nccl_defaults
 from chitu_diffusion.distributed.plan import ParallelPlan
-from chitu_diffusion.distributed.process_groups import Pace, RankGroups
-from chitu_diffusion.executor.control_channel import Orders
-from chitu_diffusion.executor.heartbeat import Watch
+from chitu_diffusion.distributed.process_groups import InFlightTimer, ProcessGroups
+from chitu_diffusion.executor.control_channel import ControlChannel
+from chitu_diffusion.executor.heartbeat import HeartbeatMonitor
 
 
 class Exchanges:
@@ -27,31 +27,31 @@ class Exchanges:
         self.waited = 0.0
         self.cut: list[tuple[str, int | None]] = []
 
-    def interrupt(self, why: str, generation: int | None) -> None:
+    def cancel(self, why: str, generation: int | None) -> None:
         self.cut.append((why, generation))
         self.waited = 0.0
 
 
 @pytest.fixture
 def pair():
-    """Two ranks in one process: their watches and exchanges."""
+    """Two ranks in one process: their monitors and exchanges."""
     store = new_store()
     exchanges = [Exchanges(), Exchanges()]
-    watches = [
-        Watch(
+    monitors = [
+        HeartbeatMonitor(
             rank,
             2,
             dist.PrefixStore("pair", store),
-            lost_after=20,
+            heartbeat_timeout=20,
             timeout=0.5,
-            interrupt=exchanges[rank].interrupt,
+            cancel=exchanges[rank].cancel,
             waiting=lambda rank=rank: exchanges[rank].waited,
         )
         for rank in (0, 1)
     ]
-    yield watches, exchanges
-    for watch in watches:
-        watch.leave()
+    yield monitors, exchanges
+    for monitor in monitors:
+        monitor.leave()
 
 
 def within(seconds: float, true) -> bool:
@@ -61,18 +61,18 @@ def within(seconds: float, true) -> bool:
     return true()
 
 
-def test_a_rank_that_fell_wakes_the_others(pair) -> None:
-    watches, exchanges = pair
-    watches[1].at("denoising, step 7 of task cat")
-    watches[1].fell(3)
+def test_a_rank_that_aborts_wakes_the_others(pair) -> None:
+    monitors, exchanges = pair
+    monitors[1].set_status("denoising, step 7 of task cat")
+    monitors[1].report_abort(3)
     assert within(5, lambda: bool(exchanges[0].cut))
     why, generation = exchanges[0].cut[0]
     assert "rank 1 of 2" in why and "denoising, step 7 of task cat" in why and generation == 3
     assert exchanges[1].cut == []
-    watches[1].at("waiting for work")
+    monitors[1].set_status("waiting for work")
     time.sleep(2.2)  # two more signs of life tell it again
     assert len(exchanges[0].cut) == 1
-    assert watches[0].lost is None
+    assert monitors[0].lost is None
 
 
 def test_an_exchange_that_does_not_move_is_cut_short(pair) -> None:
@@ -99,34 +99,34 @@ class Event:
         return self.done
 
 
-def test_pace_is_the_time_since_an_exchange_last_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_is_the_time_since_an_exchange_last_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Event] = []
     monkeypatch.setattr(torch.cuda, "Event", lambda: events.append(Event()) or events[-1])
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    pace = Pace(torch.device("cuda"))
-    assert pace.waiting() == 0
+    in_flight = InFlightTimer(torch.device("cuda"))
+    assert in_flight.waiting() == 0
     clock[0] += 50  # nothing is under way
     for _ in range(2):
-        with pace.exchange():
-            assert pace.waiting() == 0
+        with in_flight.exchange():
+            assert in_flight.waiting() == 0
             clock[0] += 1
-            assert pace.waiting() == 1  # the host hangs in the call
+            assert in_flight.waiting() == 1  # the host hangs in the call
             clock[0] -= 1
     clock[0] += 30
-    assert pace.waiting() == 30
+    assert in_flight.waiting() == 30
     events[0].done = True
-    assert pace.waiting() == 0
+    assert in_flight.waiting() == 0
     clock[0] += 10
-    assert pace.waiting() == 10
+    assert in_flight.waiting() == 10
     events[1].done = True
-    assert pace.waiting() == 0
+    assert in_flight.waiting() == 0
     assert all(event.recorded for event in events)
 
 
 def test_groups_that_are_not_open_cannot_be_cut_short() -> None:
-    groups = RankGroups()
-    groups.interrupt("late")
+    groups = ProcessGroups()
+    groups.cancel("late")
     assert groups.broken is None and groups.waiting() == 0
 
 
@@ -158,19 +158,19 @@ def in_background(work) -> list[BaseException]:
 
 def test_groups_that_are_being_made_can_be_cut_short() -> None:
     """Before all are there, torch's own waiting would hear of nothing for a minute."""
-    groups = RankGroups(ParallelPlan(ulysses=2), 0, store=new_store(), timeout=30)
+    groups = ProcessGroups(ParallelPlan(ulysses=2), 0, store=new_store(), timeout=30)
     raised = in_background(groups.open)
     time.sleep(0.2)
-    groups.interrupt("rank 1 is lost", generation=0)
+    groups.cancel("rank 1 is lost", generation=0)
     time.sleep(0.1)
     assert not raised and groups.broken is None, "an earlier generation is none of its business"
-    groups.interrupt("rank 1 is lost")
+    groups.cancel("rank 1 is lost")
     assert within(2, lambda: bool(raised))
     assert "rank 1 is lost" in str(raised[0]) and groups.broken == "rank 1 is lost"
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
-    groups = RankGroups(ParallelPlan(ulysses=3), 0, store=(store := new_store()), timeout=0.3)
+    groups = ProcessGroups(ParallelPlan(ulysses=3), 0, store=(store := new_store()), timeout=0.3)
     store.set("opens/1/1", "")
     with pytest.raises(RuntimeError, match=r"ranks \[2\] did not come within 0.3 s"):
         groups.open()
@@ -178,7 +178,7 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 
 def test_every_thread_that_runs_a_unit_has_the_ranks_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's current device is a thread's own; the engine may be called from any."""
-    groups = RankGroups(ParallelPlan(ulysses=2), 1, torch.device("cuda:1"))
+    groups = ProcessGroups(ParallelPlan(ulysses=2), 1, torch.device("cuda:1"))
     groups._open = True
     chosen: list[tuple[int, torch.device]] = []
     monkeypatch.setattr(
@@ -192,36 +192,38 @@ def test_every_thread_that_runs_a_unit_has_the_ranks_gpu(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("launched", [True, False])
 def test_a_store_that_is_gone_says_who_is_gone(launched: bool) -> None:
     store, exchanges = new_store(), Exchanges()
-    watch = Watch(
+    monitor = HeartbeatMonitor(
         0,
         2,
         store,
-        lost_after=20,
+        heartbeat_timeout=20,
         timeout=1,
-        interrupt=exchanges.interrupt,
+        cancel=exchanges.cancel,
         waiting=lambda: 0.0,
         launched=launched,
     )
-    watch.at("waiting for work")
-    watch.lose_store("its store is gone (Broken pipe)")
-    told = str(watch.lost)
+    monitor.set_status("waiting for work")
+    monitor.mark_store_lost("its store is gone (Broken pipe)")
+    told = str(monitor.lost)
     who = "the launcher is lost" if launched else "rank 0 of 2 is lost, last heard of in starting"
     assert told.startswith(f"{who}: its store")
-    watch.leave()
+    monitor.leave()
 
 
 def test_a_rank_that_was_never_heard_of_has_longer() -> None:
     """Python and torch may take long to come from a slow disk."""
     store, exchanges = new_store(), Exchanges()
-    watch = Watch(0, 2, store, lost_after=1.5, timeout=3, interrupt=exchanges.interrupt, waiting=lambda: 0.0)
+    monitor = HeartbeatMonitor(
+        0, 2, store, heartbeat_timeout=1.5, timeout=3, cancel=exchanges.cancel, waiting=lambda: 0.0
+    )
     time.sleep(2.2)
-    assert watch.lost is None
-    assert within(5, lambda: watch.lost is not None) and "no sign of life for 3 s" in str(watch.lost)
-    watch.leave()
+    assert monitor.lost is None
+    assert within(5, lambda: monitor.lost is not None) and "no sign of life for 3 s" in str(monitor.lost)
+    monitor.leave()
 
 
 def test_an_order_during_which_ctrl_c_came_is_heard_again(pair) -> None:
-    watches, _ = pair
+    monitors, _ = pair
     held: dict[str, str] = {}
 
     class Interrupted:
@@ -242,8 +244,8 @@ def test_an_order_during_which_ctrl_c_came_is_heard_again(pair) -> None:
                 raise KeyboardInterrupt
             return held[key]
 
-    leader, follower = (Orders(Interrupted(), watch) for watch in watches)  # type: ignore[arg-type]
-    leader.say({"do": "unit", "id": "cat"})
+    leader, follower = (ControlChannel(Interrupted(), monitor) for monitor in monitors)  # type: ignore[arg-type]
+    leader.publish({"do": "unit", "id": "cat"})
     with pytest.raises(KeyboardInterrupt):
-        follower.hear(1)
-    assert follower.hear(1) == {"do": "unit", "id": "cat"}
+        follower.receive(1)
+    assert follower.receive(1) == {"do": "unit", "id": "cat"}

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from chitu_diffusion import generator
 from chitu_diffusion.attention.kernels import sdpa, sdpa_weighted, split_weight
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.distributed.process_groups import RankGroups
+from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.generator import FiniteCheck, Generator
 from chitu_diffusion.models.wan.block import WanAttention
@@ -333,7 +333,7 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
         network = WanTransformer(CONFIG).requires_grad_(False)
     lent: Any = SimpleNamespace(
         device=gpu,
-        groups=RankGroups(),
+        groups=ProcessGroups(),
         sampler=Sampler(name, {"flow_shift": 3.0}),
         model_pool=[network],
         attn_backend=sdpa,

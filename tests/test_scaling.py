@@ -143,7 +143,7 @@ def synthetic(bandwidth: float) -> dict:
     ]
     links = [
         {"kind": kind, "bytes": size, "seconds": size / bandwidth}
-        for kind in ("ring", "swap")
+        for kind in ("ring", "all_to_all")
         for size in (10**3, 10**6, 10**9)
     ]
     return {"links": {"rows": links}, "wan kernels": {"model": MODEL, "pieces": pieces}}

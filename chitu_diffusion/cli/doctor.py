@@ -95,7 +95,7 @@ def _libraries() -> Iterator[Finding]:
 def _memory() -> Iterator[Finding]:
     import torch
 
-    from chitu_diffusion.memory.estimate import total_memory
+    from chitu_diffusion.memory.device import total_memory
 
     total = total_memory(torch.device("cpu"))
     enough = total >= TINY_NEEDS

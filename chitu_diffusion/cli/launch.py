@@ -32,7 +32,7 @@ def check_layout(config: EngineConfig, spec: ModelSpec, gpus: int) -> None:
 
     asked = config.infer.diffusion
     heads = spec.transformers[0].num_attention_heads
-    plan_for(gpus, heads, cfg=asked.cfg_size, cp=asked.cp_size, ulysses=asked.up)
+    plan_for(gpus, heads, cfg=asked.cfg_size, cp=asked.cp_size, ulysses=asked.ulysses_degree)
     if config.infer.device != "cpu":
         import torch
 

@@ -158,7 +158,7 @@ def settings(
 
         with flags_named():
             layout = parse_layout(parallel)
-        names = {"cfg": "cfg_size", "cp": "cp_size", "ulysses": "up"}
+        names = {"cfg": "cfg_size", "cp": "cp_size", "ulysses": "ulysses_degree"}
         flags |= {f"infer.diffusion.{names[name]}": value for name, value in layout.items()}
     for text in set_ or ():
         name, equals, value = text.partition("=")

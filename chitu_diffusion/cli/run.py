@@ -53,8 +53,8 @@ def run_requests(
 
         engine = Engine(config)
         try:
-            if not engine.leads:
-                engine.close()  # which serves rank 0 until that one closes
+            if not engine.is_driver:
+                engine.run_worker()
                 raise typer.Exit(0)
             tasks = [_submit(engine, params) for params in requests]
             with _profiling(profile):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Landing:
+class RecvBuffer:
     """Where what the others send arrives, one part behind the other.
 
     Attributes:
@@ -20,13 +20,13 @@ class Landing:
     parts: list[Tensor]
 
     @classmethod
-    def new(cls, rows: Sequence[int], shape: Sequence[int], like: Tensor) -> "Landing":
+    def new(cls, rows: Sequence[int], shape: Sequence[int], like: Tensor) -> "RecvBuffer":
         """In new memory of the dtype and device of `like`: rows[p] rows of `shape` from peer p."""
         whole = like.new_empty(sum(rows), *shape)
         return cls(whole, list(whole.split(list(rows))))
 
 
-class Peers(Protocol):
+class Collectives(Protocol):
     """Ranks that talk to each other, one of which is this one. Every call is made by all of them, in the same
     order.
     """
@@ -41,8 +41,8 @@ class Peers(Protocol):
         """Which of them this one is."""
         ...
 
-    def landing(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> Landing:
-        """Room for an exchange, until `clear`.
+    def recv_buffer(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> RecvBuffer:
+        """Room for an exchange, until `release_buffers`.
 
         Args:
             rows: rows[p][s] is what peer p gets from peer s; all give the same table.
@@ -51,20 +51,20 @@ class Peers(Protocol):
         """
         ...
 
-    def clear(self) -> None:
-        """All landings have been read, and the others may write there again."""
+    def release_buffers(self) -> None:
+        """All recv_buffers have been read, and the others may write there again."""
         ...
 
-    def swap(self, leaving: Sequence[Tensor], landing: Landing) -> Callable[[], None]:
-        """Begin to send leaving[p] to each other peer p and to fill landing.parts[p] from it; the result
+    def all_to_all(self, leaving: Sequence[Tensor], recv_buffer: RecvBuffer) -> Callable[[], None]:
+        """Begin to send leaving[p] to each other peer p and to fill recv_buffer.parts[p] from it; the result
         waits for all.
 
         What leaves is contiguous; this one's own place stays as it is.
         """
         ...
 
-    def pass_on(self, leaving: Sequence[Tensor], landings: Sequence[Landing]) -> Callable[[], None]:
-        """Begin to send tensors to the next peer and to fill each landing from the one before; the result
+    def ring_shift(self, leaving: Sequence[Tensor], recv_buffers: Sequence[RecvBuffer]) -> Callable[[], None]:
+        """Begin to send tensors to the next peer and to fill each recv_buffer from the one before; the result
         waits for both.
         """
         ...
@@ -77,36 +77,36 @@ class Peers(Protocol):
         """The first peer's x, of one shape, in everyone's x."""
         ...
 
-    def send_to_first(self, x: Tensor) -> None:
-        """Hand x to the first peer, which calls `receive_from`."""
+    def send_to_rank0(self, x: Tensor) -> None:
+        """Hand x to the first peer, which calls `recv_from`."""
         ...
 
-    def receive_from(self, index: int, arriving: Tensor) -> Tensor:
+    def recv_from(self, index: int, arriving: Tensor) -> Tensor:
         """At the first peer: what peer `index` sends."""
         ...
 
 
-class Alone:
+class SingleRank:
     """The one rank of a group of one: every exchange is what it has itself."""
 
     size = 1
     index = 0
 
-    def landing(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> Landing:
+    def recv_buffer(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> RecvBuffer:
         """New memory."""
-        return Landing.new(rows[0], shape, like)
+        return RecvBuffer.new(rows[0], shape, like)
 
-    def clear(self) -> None:
+    def release_buffers(self) -> None:
         """Nobody else writes."""
 
-    def swap(self, leaving: Sequence[Tensor], landing: Landing) -> Callable[[], None]:
+    def all_to_all(self, leaving: Sequence[Tensor], recv_buffer: RecvBuffer) -> Callable[[], None]:
         """Nobody else is there."""
         return lambda: None
 
-    def pass_on(self, leaving: Sequence[Tensor], landings: Sequence[Landing]) -> Callable[[], None]:
+    def ring_shift(self, leaving: Sequence[Tensor], recv_buffers: Sequence[RecvBuffer]) -> Callable[[], None]:
         """What leaves comes back."""
-        for source, landing in zip(leaving, landings, strict=True):
-            landing.whole.copy_(source)
+        for source, buffer in zip(leaving, recv_buffers, strict=True):
+            buffer.whole.copy_(source)
         return lambda: None
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
@@ -117,12 +117,12 @@ class Alone:
         """x."""
         return x
 
-    def send_to_first(self, x: Tensor) -> None:
+    def send_to_rank0(self, x: Tensor) -> None:
         """Nobody else is there."""
 
-    def receive_from(self, index: int, arriving: Tensor) -> Tensor:
+    def recv_from(self, index: int, arriving: Tensor) -> Tensor:
         """Nobody else is there."""
         return arriving
 
 
-ALONE = Alone()
+SINGLE = SingleRank()

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 
-def machine() -> str | None:
+def machine_id() -> str | None:
     """What two processes share only if a process number means the same to both; None where that is
     unknown.
     """

@@ -2,7 +2,7 @@
 
 NCCL's kernels take multiprocessors, most of the time to wait for the other rank; a copy engine takes none,
 and a stream that waits for a number in memory takes nothing at all. Every rank has an arena of the same size,
-laid out alike on all, and two rows of numbers that only grow: how many exchanges have arrived from each peer,
+placed alike on all, and two rows of numbers that only grow: how many exchanges have arrived from each peer,
 and how often each peer has read its arena.
 
 - A part is written, then the number of its exchange; both in the order of one stream, so the number never
@@ -26,13 +26,13 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from chitu_diffusion.distributed.collectives import Landing
-from chitu_diffusion.distributed.torch_collectives import GroupPeers, Pace
+from chitu_diffusion.distributed.collectives import RecvBuffer
+from chitu_diffusion.distributed.torch_collectives import InFlightTimer, TorchCollectives
 
 _ALIGNED = 1024
 
 
-class Wires(Protocol):
+class PeerMemory(Protocol):
     """Memory that the peers can write, and numbers that they can raise. Peers are counted within their group.
 
     Calls queue work on one of two streams and return: the main one, which computes, and a side one, which
@@ -52,7 +52,7 @@ class Wires(Protocol):
         """The side stream goes on after what the main one has so far."""
         ...
 
-    def await_read(self, peer: int, number: int) -> None:
+    def wait_read(self, peer: int, number: int) -> None:
         """The side stream waits until `peer` has read its arena so many times."""
         ...
 
@@ -60,7 +60,7 @@ class Wires(Protocol):
         """On the side stream: x, contiguous, into the peer's arena from byte `offset`."""
         ...
 
-    def tell_arrived(self, peer: int, number: int) -> None:
+    def signal_arrived(self, peer: int, number: int) -> None:
         """On the side stream: `peer` has what this rank's exchanges up to `number` bring it."""
         ...
 
@@ -68,11 +68,11 @@ class Wires(Protocol):
         """A call by which the main stream waits for what the side one has so far."""
         ...
 
-    def await_arrived(self, peer: int, number: int) -> None:
+    def wait_arrived(self, peer: int, number: int) -> None:
         """The main stream waits for the exchanges of `peer` up to `number`."""
         ...
 
-    def tell_read(self, peer: int, number: int) -> None:
+    def signal_read(self, peer: int, number: int) -> None:
         """On the main stream: this rank has read its arena so many times."""
         ...
 
@@ -86,8 +86,8 @@ class Wires(Protocol):
 
 
 @dataclass(frozen=True)
-class _Place(Landing):
-    """A landing in the arena.
+class _Place(RecvBuffer):
+    """A recv_buffer in the arena.
 
     Attributes:
         to: the byte in each peer's arena at which what we send it begins.
@@ -96,17 +96,17 @@ class _Place(Landing):
     to: list[int]
 
 
-class CopyPeers(GroupPeers):
+class P2PCollectives(TorchCollectives):
     """The ranks of a process group on GPUs of one machine that reach each other's memory.
 
     Args:
-        group, pace: see `GroupPeers`; used for all that is not copied.
-        wires: to the same peers.
+        group, in_flight: see `TorchCollectives`; used for all that is not copied.
+        memory: to the same peers.
     """
 
-    def __init__(self, group: dist.ProcessGroup, pace: Pace, wires: Wires) -> None:
-        super().__init__(group, pace)
-        self._wires = wires
+    def __init__(self, group: dist.ProcessGroup, in_flight: InFlightTimer, memory: PeerMemory) -> None:
+        super().__init__(group, in_flight)
+        self._memory = memory
         self._arena: Tensor | None = None
         self._used = self._wanted = 0
         self._most: int | None = None  # no arena of so many bytes
@@ -115,14 +115,14 @@ class CopyPeers(GroupPeers):
         self._places: dict[tuple[object, ...], _Place] = {}
         self._heard: dict[int, int] = {}  # how many readings of a peer the side stream has waited for
 
-    def landing(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> Landing:
-        """See `Peers`."""
+    def recv_buffer(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> RecvBuffer:
+        """See `Collectives`."""
         own, row = rows[self.index], prod(shape) * like.element_size()
         # alike on all, though what arrives may differ in length
         reserved = -(-max(sum(parts) for parts in rows) * row // _ALIGNED) * _ALIGNED
         self._wanted += reserved
         if self._arena is None or self._used + reserved > len(self._arena):
-            return super().landing(rows, shape, like)
+            return super().recv_buffer(rows, shape, like)
         begin, self._used = self._used, self._used + reserved
         key = (begin, tuple(map(tuple, rows)), tuple(shape), like.dtype)
         found = self._places.get(key)
@@ -132,8 +132,9 @@ class CopyPeers(GroupPeers):
             found = self._places[key] = _Place(whole, list(whole.split(list(own))), to)
         return _Place(found.whole, list(found.parts), found.to)
 
-    def clear(self) -> None:
-        """See `Peers`; here the arena grows, if the landings before this call wanted more than there was.
+    def release_buffers(self) -> None:
+        """See `Collectives`; here the arena grows, if the buffers before this call wanted more than there
+        was.
 
         Raises:
             RuntimeError: a peer did not come.
@@ -146,28 +147,28 @@ class CopyPeers(GroupPeers):
         if self._used:
             self._readings += 1
             for peer in self._others():
-                self._wires.tell_read(peer, self._readings)
+                self._memory.signal_read(peer, self._readings)
         self._used = self._wanted = 0
 
     def _grow(self, size: int) -> None:
         self._places.clear()
         self._arena = None  # ours must be free before the new one is made
-        held = self._wires.resize(size)
+        held = self._memory.resize(size)
         if held is None:
             self._most = size
         self._arena, self._used = held, 0
 
-    def swap(self, leaving: Sequence[Tensor], landing: Landing) -> Callable[[], None]:
-        """See `Peers`."""
-        if not isinstance(landing, _Place):
-            return super().swap(leaving, landing)
-        return self._write({peer: [(leaving[peer], landing)] for peer in self._others()}, self._others())
+    def all_to_all(self, leaving: Sequence[Tensor], recv_buffer: RecvBuffer) -> Callable[[], None]:
+        """See `Collectives`."""
+        if not isinstance(recv_buffer, _Place):
+            return super().all_to_all(leaving, recv_buffer)
+        return self._write({peer: [(leaving[peer], recv_buffer)] for peer in self._others()}, self._others())
 
-    def pass_on(self, leaving: Sequence[Tensor], landings: Sequence[Landing]) -> Callable[[], None]:
-        """See `Peers`."""
-        places = [landing for landing in landings if isinstance(landing, _Place)]
-        if len(places) < len(landings):
-            return super().pass_on(leaving, landings)
+    def ring_shift(self, leaving: Sequence[Tensor], recv_buffers: Sequence[RecvBuffer]) -> Callable[[], None]:
+        """See `Collectives`."""
+        places = [buffer for buffer in recv_buffers if isinstance(buffer, _Place)]
+        if len(places) < len(recv_buffers):
+            return super().ring_shift(leaving, recv_buffers)
         following, before = ((self.index + step) % self.size for step in (1, -1))
         return self._write({following: list(zip(leaving, places, strict=True))}, [before])
 
@@ -176,21 +177,21 @@ class CopyPeers(GroupPeers):
     ) -> Callable[[], None]:
         """Send each peer its parts, and give what waits for those of the sources."""
         self._exchanges += 1
-        wires, number = self._wires, self._exchanges
-        wires.fork()
+        memory, number = self._memory, self._exchanges
+        memory.fork()
         for peer, for_it in parts.items():
             if self._heard.get(peer, 0) < self._readings:
-                wires.await_read(peer, self._readings)
+                memory.wait_read(peer, self._readings)
                 self._heard[peer] = self._readings
             for x, place in for_it:
-                wires.copy(x, peer, place.to[peer])
-            wires.tell_arrived(peer, number)
-        sent = wires.sent()
+                memory.copy(x, peer, place.to[peer])
+            memory.signal_arrived(peer, number)
+        sent = memory.sent()
         travelling = [x for for_it in parts.values() for x, _ in for_it]
 
         def wait() -> None:
             for peer in sources:
-                wires.await_arrived(peer, number)
+                memory.wait_arrived(peer, number)
             sent()
             travelling.clear()  # until here its memory must not be used for anything else
 

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from chitu_diffusion.distributed.host import machine
+from chitu_diffusion.distributed.host import machine_id
 
 _LINE = 64
 """Bytes from one number to the next: a cache line each."""
@@ -43,12 +43,12 @@ _RELEASED_EVERY = 0.01
 _GIVEN_UP = "given up"
 
 
-class WiresError(RuntimeError):
+class PeerMemoryError(RuntimeError):
     """What CUDA or the system refused."""
 
 
-class CudaWires:
-    """See `copy_peers.Wires`. `lay` makes them.
+class CudaPeerMemory:
+    """See `copy_peers.PeerMemory`. `open_peer_memory` makes them.
 
     Args:
         index, size: of this rank in its group.
@@ -81,10 +81,10 @@ class CudaWires:
         self._flags: ctypes.Array[ctypes.c_uint32] | None = None
         self._flags_at = 0
 
-    # -- what `copy_peers.Wires` says
+    # -- what `copy_peers.PeerMemory` says
 
     def resize(self, size: int) -> Tensor | None:
-        """See `Wires`."""
+        """See `PeerMemory`."""
         torch.cuda.synchronize(self._device)
         self._close()
         self.meet(None)  # nobody maps our memory, or writes there
@@ -103,17 +103,17 @@ class CudaWires:
         return torch.as_tensor(_Raw(self._own, size), device=self._device)
 
     def fork(self) -> None:
-        """See `Wires`."""
+        """See `PeerMemory`."""
         self._forks += 1
         self._tell(self._main(), _QUEUED, self.index, self._forks)
         self._await(self._side.cuda_stream, _QUEUED, self.index, self._forks)
 
-    def await_read(self, peer: int, number: int) -> None:
-        """See `Wires`."""
+    def wait_read(self, peer: int, number: int) -> None:
+        """See `PeerMemory`."""
         self._await(self._side.cuda_stream, _READ, peer, number)
 
     def copy(self, x: Tensor, peer: int, offset: int) -> None:
-        """See `Wires`."""
+        """See `PeerMemory`."""
         assert x.is_contiguous()
         size = x.numel() * x.element_size()
         _check(
@@ -121,27 +121,27 @@ class CudaWires:
             "a copy",
         )
 
-    def tell_arrived(self, peer: int, number: int) -> None:
-        """See `Wires`."""
+    def signal_arrived(self, peer: int, number: int) -> None:
+        """See `PeerMemory`."""
         self._tell(self._side.cuda_stream, _ARRIVED, peer, number)
 
     def sent(self) -> Callable[[], None]:
-        """See `Wires`."""
+        """See `PeerMemory`."""
         self._sends += 1
         number = self._sends
         self._tell(self._side.cuda_stream, _SENT, self.index, number)
         return lambda: self._await(self._main(), _SENT, self.index, number)
 
-    def await_arrived(self, peer: int, number: int) -> None:
-        """See `Wires`."""
+    def wait_arrived(self, peer: int, number: int) -> None:
+        """See `PeerMemory`."""
         self._await(self._main(), _ARRIVED, peer, number)
 
-    def tell_read(self, peer: int, number: int) -> None:
-        """See `Wires`."""
+    def signal_read(self, peer: int, number: int) -> None:
+        """See `PeerMemory`."""
         self._tell(self._main(), _READ, peer, number)
 
     def waiting(self) -> float:
-        """See `Wires`; from another thread."""
+        """See `PeerMemory`; from another thread."""
         if self._flags is None:
             return 0.0
         awaited = dict(self._awaited)
@@ -154,8 +154,8 @@ class CudaWires:
         return time.monotonic() - self._moved
 
     def release(self) -> None:
-        """See `Wires`. Peers that do not know yet may still put numbers back, so it is done again and again
-        until `detach`.
+        """See `PeerMemory`. Peers that do not know yet may still put numbers back, so it is done again and
+        again until `detach`.
         """
         if not self._released.is_set():
             self._released.set()
@@ -187,7 +187,8 @@ class CudaWires:
             timeout: seconds, where it is not the usual.
 
         Raises:
-            WiresError: one did not come in time or said that it will not, or `release` was called meanwhile.
+            PeerMemoryError: one did not come in time or said that it will not, or `release` was called
+                meanwhile.
         """
         timeout = self._timeout if timeout is None else timeout
         self._meetings += 1
@@ -196,11 +197,11 @@ class CudaWires:
         keys = [f"{self._meetings}/{index}" for index in range(self.size)]
         while not self._store.check(keys):
             if self._store.check([_GIVEN_UP]):
-                raise WiresError(self._store.get(_GIVEN_UP).decode())
+                raise PeerMemoryError(self._store.get(_GIVEN_UP).decode())
             if self._released.is_set() and not self._gone.is_set():
-                raise WiresError("cut short")
+                raise PeerMemoryError("cut short")
             if time.monotonic() - began > timeout:
-                raise WiresError(f"a rank of the group did not come within {timeout:g} s")
+                raise PeerMemoryError(f"a rank of the group did not come within {timeout:g} s")
             time.sleep(0.001)
         return [json.loads(self._store.get(key)) for key in keys]
 
@@ -208,45 +209,45 @@ class CudaWires:
         """Make the numbers on the first peer, and find them from the others. All come.
 
         Raises:
-            WiresError: not here, or not there.
+            PeerMemoryError: not here, or not there.
         """
         with ExitStack() as files:
             problem, place = None, self.meet(self._new_numbers(files))[0]
             try:
                 self._find_numbers(place, files)
-            except (OSError, WiresError) as error:
+            except (OSError, PeerMemoryError) as error:
                 problem = str(error)
             problems = self.meet(problem)  # until here the first one's file must be open
         if any(problems):
-            raise WiresError(next(problem for problem in problems if problem))
+            raise PeerMemoryError(next(problem for problem in problems if problem))
 
     def trial(self) -> None:
         """Send random bytes round and look whether they come, before anything relies on it. All come.
 
         Raises:
-            WiresError: they do not, here or there.
+            PeerMemoryError: they do not, here or there.
         """
         arena = self.resize(_TRIAL * self.size)
         if arena is None:
-            raise WiresError("the GPUs do not reach each other's memory")
+            raise PeerMemoryError("the GPUs do not reach each other's memory")
         x = torch.randint(256, (_TRIAL,), dtype=torch.uint8, device=self._device)
         sums = self.meet(int(x.long().sum()))
         self.fork()
         for peer in self._others():
             self.copy(x, peer, self.index * _TRIAL)
-            self.tell_arrived(peer, 1)
+            self.signal_arrived(peer, 1)
         for peer in self._others():
-            self.await_arrived(peer, 1)
+            self.wait_arrived(peer, 1)
         self.sent()()
         event, began = torch.cuda.current_stream(self._device).record_event(), time.monotonic()
         while not event.query() and time.monotonic() - began < _TRIAL_SECONDS:
             time.sleep(0.001)
         if not event.query():
             self.release()
-            raise WiresError("a copy from GPU to GPU did not arrive")
+            raise PeerMemoryError("a copy from GPU to GPU did not arrive")
         found = [int(part.long().sum()) for part in arena.split(_TRIAL)]
         if not all(self.meet(all(found[peer] == sums[peer] for peer in self._others()))):
-            raise WiresError("a copy from GPU to GPU brought something else")
+            raise PeerMemoryError("a copy from GPU to GPU brought something else")
         torch.cuda.synchronize(self._device)
         self._set_numbers(0)  # everyone's copies are here
         self._forks = self._sends = 0
@@ -264,17 +265,17 @@ class CudaWires:
         files.callback(os.close, file)
         os.ftruncate(file, _numbers_size(self.size))
         os.pwrite(file, token.encode(), _numbers_size(self.size) - len(token))
-        return {"machine": machine(), "process": os.getpid(), "file": file, "token": token}
+        return {"machine": machine_id(), "process": os.getpid(), "file": file, "token": token}
 
     def _find_numbers(self, place: dict[str, Any], files: ExitStack) -> None:
         size, token, file = _numbers_size(self.size), place["token"].encode(), place["file"]
-        if place["machine"] is None or place["machine"] != machine():
-            raise WiresError("not all ranks of the group are on one machine")
+        if place["machine"] is None or place["machine"] != machine_id():
+            raise PeerMemoryError("not all ranks of the group are on one machine")
         if self.index != 0:
             file = os.open(f"/proc/{place['process']}/fd/{file}", os.O_RDWR)
             files.callback(os.close, file)
         if os.pread(file, len(token), size - len(token)) != token:
-            raise WiresError("the first rank's memory cannot be found")
+            raise PeerMemoryError("the first rank's memory cannot be found")
         self._flags = (ctypes.c_uint32 * (size // 4)).from_buffer(mmap.mmap(file, size))
         self._register(ctypes.addressof(self._flags), size)
 
@@ -383,52 +384,53 @@ class CudaWires:
                 self._cuda.cuMemHostUnregister(ctypes.c_void_p(ctypes.addressof(self._flags)))
 
 
-def lay(
+def open_peer_memory(
     index: int,
     size: int,
     device: torch.device,
     store: dist.Store,
     timeout: float,
-    hold: Callable[[CudaWires], None] = lambda wires: None,
+    hold: Callable[[CudaPeerMemory], None] = lambda memory: None,
     broken: Callable[[], str | None] = lambda: None,
-) -> tuple[CudaWires | None, str | None]:
-    """Wires between the ranks of a group that have been tried; or None, and why, on all of them. All come.
+) -> tuple[CudaPeerMemory | None, str | None]:
+    """Peer memory between the ranks of a group that has been tried; or None, and why, on all of them. All
+    come.
 
     Args:
         index, size: of this rank in its group.
         device: of this rank.
         store: of the group alone.
         timeout: seconds for each meeting.
-        hold: is given the wires before they wait for anything: whoever cuts this short releases them, and
+        hold: is given the memory before they wait for anything: whoever cuts this short releases them, and
             detaches them.
         broken: why this was cut short; None as long as it was not.
 
     Raises:
-        WiresError: this was cut short, or a rank did not come in time.
+        PeerMemoryError: this was cut short, or a rank did not come in time.
     """
-    wires = problem = None
+    memory = problem = None
     try:
-        wires = CudaWires(index, size, device, store, timeout)
-        hold(wires)
-        wires.map_numbers()
-        wires.trial()
+        memory = CudaPeerMemory(index, size, device, store, timeout)
+        hold(memory)
+        memory.map_numbers()
+        memory.trial()
     except (OSError, AttributeError, RuntimeError) as error:
         problem = str(error) or type(error).__name__
         store.set(_GIVEN_UP, problem)  # whoever waits for us goes on at once
-    store.set(f"laid/{index}", json.dumps(problem))
-    keys, began = [f"laid/{peer}" for peer in range(size)], time.monotonic()
+    store.set(f"opened/{index}", json.dumps(problem))
+    keys, began = [f"opened/{peer}" for peer in range(size)], time.monotonic()
     while not store.check(keys):
         if broken() is not None:
-            raise WiresError(broken())
+            raise PeerMemoryError(broken())
         if time.monotonic() - began > timeout:
-            raise WiresError(f"a rank of the group did not come within {timeout:g} s")
+            raise PeerMemoryError(f"a rank of the group did not come within {timeout:g} s")
         time.sleep(0.001)
     problems = [json.loads(store.get(key)) for key in keys]
     if not any(problems):
-        return wires, None
-    if wires is not None:
+        return memory, None
+    if memory is not None:
         # the trial's few bytes stay with the process, for another rank may not have let go of them
-        wires.detach()
+        memory.detach()
     return None, next(problem for problem in problems if problem)
 
 
@@ -458,7 +460,7 @@ def _numbers_size(size: int) -> int:
 
 def _check(code: int, what: str) -> None:
     if code:
-        raise WiresError(f"{what}: CUDA error {code}")
+        raise PeerMemoryError(f"{what}: CUDA error {code}")
 
 
 def _driver() -> ctypes.CDLL:

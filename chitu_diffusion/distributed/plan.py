@@ -111,9 +111,9 @@ def plan_for(
     if cp % chosen or heads % chosen:
         fitting = math.gcd(chosen, cp, heads)
         raise UsageError(
-            f"up = {chosen} with {heads} heads and cp_size {cp}: it must divide both; "
+            f"ulysses_degree = {chosen} with {heads} heads and cp_size {cp}: it must divide both; "
             f"ulysses {fitting} x ring {cp // fitting} would do",
-            field="infer.diffusion.up",
+            field="infer.diffusion.ulysses_degree",
         )
     return ParallelPlan(cfg, chosen, cp // chosen)
 

@@ -1,7 +1,7 @@
 """Process groups: the one place where they are opened and closed.
 
-A `RankGroups` holds the groups of one layout. Exchanges have a timeout. When an exchange was cut short, the
-groups are of no use any more: `abandon` drops them, which also releases whoever waits in them, and `open`
+A `ProcessGroups` holds the groups of one layout. Exchanges have a timeout. When an exchange was cut short,
+the groups are of no use any more: `abort` drops them, which also releases whoever waits in them, and `open`
 makes new ones. All ranks do so in the same order. Knows torch.distributed; no network, no task.
 
 On a GPU exchanges are queued and the host goes on, so nothing raises on a rank whose peer is gone: it waits
@@ -19,11 +19,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from chitu_diffusion.distributed.collectives import ALONE, Peers
-from chitu_diffusion.distributed.p2p_collectives import CopyPeers
-from chitu_diffusion.distributed.peer_memory import CudaWires, WiresError, lay
+from chitu_diffusion.distributed.collectives import SINGLE, Collectives
+from chitu_diffusion.distributed.p2p_collectives import P2PCollectives
+from chitu_diffusion.distributed.peer_memory import CudaPeerMemory, PeerMemoryError, open_peer_memory
 from chitu_diffusion.distributed.plan import ParallelPlan
-from chitu_diffusion.distributed.torch_collectives import GroupPeers, Pace
+from chitu_diffusion.distributed.torch_collectives import InFlightTimer, TorchCollectives
 
 _FAREWELL = 5.0
 _GLANCE = 0.002
@@ -32,7 +32,7 @@ _LAST_RESORT = 10
 we from the last progress, and ours shall come first."""
 
 
-class RankGroups:
+class ProcessGroups:
     """A layout's groups as this rank sees them.
 
     Args:
@@ -50,7 +50,7 @@ class RankGroups:
     Attributes:
         broken: why the exchanges of this generation were cut short; None as long as they were not.
         exchanges: what exchanges along an axis are done by, in words.
-        world, branches, sequence, ulysses, ring: this rank's group along each axis; `ALONE` where it has one
+        world, branches, sequence, ulysses, ring: this rank's group along each axis; `SINGLE` where it has one
             rank.
     """
 
@@ -82,15 +82,15 @@ class RankGroups:
         self.broken: str | None = None
         self._open = self._opening = False
         self.exchanges: dict[str, str] = {}
-        self._wires: list[CudaWires] = []
-        self._detached: list[CudaWires] = []
+        self._memory: list[CudaPeerMemory] = []
+        self._detached: list[CudaPeerMemory] = []
         self._lock = threading.Lock()  # the watch interrupts while the main thread may be abandoning
-        self._pace = Pace(self.device)
-        self.world: Peers = ALONE
-        self.branches: Peers = ALONE
-        self.sequence: Peers = ALONE
-        self.ulysses: Peers = ALONE
-        self.ring: Peers = ALONE
+        self._in_flight = InFlightTimer(self.device)
+        self.world: Collectives = SINGLE
+        self.branches: Collectives = SINGLE
+        self.sequence: Collectives = SINGLE
+        self.ulysses: Collectives = SINGLE
+        self.ring: Collectives = SINGLE
 
     @property
     def generation(self) -> int:
@@ -100,7 +100,7 @@ class RankGroups:
     @property
     def held_bytes(self) -> int:
         """GPU memory into which the other ranks write; torch does not count it."""
-        return sum(wires.held for wires in self._wires)
+        return sum(memory.held for memory in self._memory)
 
     def open(self) -> None:
         """Make the groups, if they are not there, and this rank's GPU the calling thread's. Every rank must
@@ -130,9 +130,9 @@ class RankGroups:
         )
         self._open = True
         assert dist.group.WORLD is not None
-        self.world = GroupPeers(dist.group.WORLD, self._pace)
-        for wires in self._detached:
-            wires.free()  # all ranks are here, so all have let go of it
+        self.world = TorchCollectives(dist.group.WORLD, self._in_flight)
+        for memory in self._detached:
+            memory.free()  # all ranks are here, so all have let go of it
         self._detached = []
         self.branches, self.sequence = (
             self._axis(self.plan.branch_groups()),
@@ -148,7 +148,7 @@ class RankGroups:
         assert self._store is not None
         with self._lock:
             self._generation += 1
-            self.broken, self._pace, self._opening = None, Pace(self.device), True
+            self.broken, self._in_flight, self._opening = None, InFlightTimer(self.device), True
         try:
             self._store.set(f"opens/{self._generation}/{self.rank}", "")
             keys = [f"opens/{self._generation}/{rank}" for rank in range(self.plan.world)]
@@ -187,10 +187,12 @@ class RankGroups:
         options.config.max_ctas = self._multiprocessors
         return options
 
-    def _axis(self, groups: list[list[int]], copied: str | None = None) -> Peers:
-        """Peers along an axis, by all its groups; `copied` names one whose exchanges copy engines may do."""
+    def _axis(self, groups: list[list[int]], copied: str | None = None) -> Collectives:
+        """The collectives along an axis, by all its groups; `copied` names one whose exchanges copy engines
+        may do.
+        """
         if len(groups[0]) == 1:
-            return ALONE
+            return SINGLE
         mine = next(index for index, ranks in enumerate(groups) if self.rank in ranks)
         if len(groups) == 1:
             group = dist.group.WORLD
@@ -201,29 +203,29 @@ class RankGroups:
             ]
         assert group is not None
         if copied is None or self.device.type != "cuda":
-            return GroupPeers(group, self._pace)
+            return TorchCollectives(group, self._in_flight)
         if not self._copies:
             self.exchanges[copied] = "NCCL, as asked for"
-            return GroupPeers(group, self._pace)
+            return TorchCollectives(group, self._in_flight)
         assert self._store is not None
-        store = dist.PrefixStore(f"wires/{self._generation}/{copied}/{groups[mine][0]}", self._store)
+        store = dist.PrefixStore(f"memory/{self._generation}/{copied}/{groups[mine][0]}", self._store)
         index, seconds = groups[mine].index(self.rank), self._timeout.total_seconds()
-        laid = list(self._wires)
-        wires, problem = lay(
+        opened = list(self._memory)
+        memory, problem = open_peer_memory(
             index, len(groups[mine]), self.device, store, seconds, self._hold, lambda: self.broken
         )
-        if wires is None:
-            self._wires = laid
+        if memory is None:
+            self._memory = opened
             self.exchanges[copied] = f"NCCL, for {problem}"
-            return GroupPeers(group, self._pace)
+            return TorchCollectives(group, self._in_flight)
         self.exchanges[copied] = "copy engines"
-        return CopyPeers(group, self._pace, wires)
+        return P2PCollectives(group, self._in_flight, memory)
 
-    def _hold(self, wires: CudaWires) -> None:
+    def _hold(self, memory: CudaPeerMemory) -> None:
         with self._lock:
-            self._wires.append(wires)
+            self._memory.append(memory)
             if self.broken is not None:
-                wires.release()
+                memory.release()
 
     def waiting(self) -> float:
         """Seconds that an exchange on the device has not moved; 0 on the CPU, where exchanges raise by
@@ -231,9 +233,9 @@ class RankGroups:
         """
         if not self._open or self.broken is not None:
             return 0.0
-        return max(self._pace.waiting(), *(wires.waiting() for wires in self._wires), 0.0)
+        return max(self._in_flight.waiting(), *(memory.waiting() for memory in self._memory), 0.0)
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Drop the groups as they are, mid-exchange or not; whoever waits in one of them gets an error at
         once.
 
@@ -241,14 +243,14 @@ class RankGroups:
         """
         if not self._open:
             return
-        self.interrupt("this rank gave them up")
+        self.cancel("this rank gave them up")
         self._open = False
         self._set_alone()
         self._detach()
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def interrupt(self, why: str, generation: int | None = None) -> None:
+    def cancel(self, why: str, generation: int | None = None) -> None:
         """Cut short what is under way, from whatever thread; gloo's peers notice a closed group themselves.
 
         Args:
@@ -260,8 +262,8 @@ class RankGroups:
             if not begun or self.broken is not None or generation not in (None, self._generation):
                 return
             self.broken = why
-            for wires in self._wires:
-                wires.release()
+            for memory in self._memory:
+                memory.release()
             if self.device.type == "cuda" and dist.is_initialized():
                 # all communicators at once: one after the other, each would wait for the next (torch issue
                 # 119797)
@@ -270,36 +272,36 @@ class RankGroups:
     def close(self) -> None:
         """Leave in peace; silent the second time."""
         if self._open and self.broken is not None:
-            self.abandon()
+            self.abort()
         elif self._open:
             self._open = False
             self._set_alone()
             # nobody interrupts any more: a peer that went without its last copies must not keep us
-            late = threading.Timer(self._timeout.total_seconds(), _release, [self._wires])
+            late = threading.Timer(self._timeout.total_seconds(), _release, [self._memory])
             late.start()
             detached = self._detach()
             late.cancel()
-            for wires in detached:
+            for memory in detached:
                 try:
-                    wires.meet(None, _FAREWELL)
-                except WiresError:
+                    memory.meet(None, _FAREWELL)
+                except PeerMemoryError:
                     continue  # somebody may still hold this memory; the end of the process gives it back
-                wires.free()
-                self._detached.remove(wires)
+                memory.free()
+                self._detached.remove(memory)
             dist.destroy_process_group()
 
-    def _detach(self) -> list[CudaWires]:
+    def _detach(self) -> list[CudaPeerMemory]:
         """Let go of the others' memory; what is returned may be freed when all have."""
-        wires, self._wires = self._wires, []
-        for each in wires:
+        memory, self._memory = self._memory, []
+        for each in memory:
             each.detach()
-        self._detached += wires
-        return wires
+        self._detached += memory
+        return memory
 
     def _set_alone(self) -> None:
-        self.world = self.branches = self.sequence = self.ulysses = self.ring = ALONE
+        self.world = self.branches = self.sequence = self.ulysses = self.ring = SINGLE
 
 
-def _release(all_wires: list[CudaWires]) -> None:
-    for wires in all_wires:
-        wires.release()
+def _release(all_wires: list[CudaPeerMemory]) -> None:
+    for memory in all_wires:
+        memory.release()

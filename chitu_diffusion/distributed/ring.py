@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.attention.kernels import AttentionFn, AttentionKernel
-from chitu_diffusion.distributed.collectives import Peers
+from chitu_diffusion.distributed.collectives import Collectives
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.ops.merge_lse import merge
 
 
-def ring(kernel: AttentionKernel, peers: Peers, lengths: Sequence[int]) -> AttentionFn:
+def ring(kernel: AttentionKernel, peers: Collectives, lengths: Sequence[int]) -> AttentionFn:
     """An attention over the tokens of all peers.
 
     Args:
@@ -46,16 +46,16 @@ def ring(kernel: AttentionKernel, peers: Peers, lengths: Sequence[int]) -> Atten
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         held = [k.contiguous(), v.contiguous()]
         out, lse = q, q  # replaced at the first hop
-        peers.clear()
+        peers.release_buffers()
         for hop in range(size):
             more = hop + 1 < size
             # the keys that began hop + 1 places behind each peer; a sequence after the other, for all come
             # from one sender
             came = [lengths[(p - hop - 1) % size] for p in range(size)]
             rows = [[q.shape[0] * came[p] * (s == (p - 1) % size) for s in range(size)] for p in range(size)]
-            landings = [peers.landing(rows, x.shape[2:], x) for x in held] if more else []
+            recv_buffers = [peers.recv_buffer(rows, x.shape[2:], x) for x in held] if more else []
             # sent before the kernel is started, so that the copies get their share of the chip at once
-            arrived = peers.pass_on([x.flatten(0, 1) for x in held], landings) if more else None
+            arrived = peers.ring_shift([x.flatten(0, 1) for x in held], recv_buffers) if more else None
             part, part_lse = with_lse(q, held[0], held[1])
             if hop == 0:
                 out, lse = part, part_lse
@@ -63,7 +63,7 @@ def ring(kernel: AttentionKernel, peers: Peers, lengths: Sequence[int]) -> Atten
                 out, lse = merge(out, lse, part, part_lse, torch.float32 if more else q.dtype)
             if arrived is not None:
                 arrived()
-                held = [landing.whole.unflatten(0, (q.shape[0], came[peers.index])) for landing in landings]
+                held = [buffer.whole.unflatten(0, (q.shape[0], came[peers.index])) for buffer in recv_buffers]
         return out
 
     return attend

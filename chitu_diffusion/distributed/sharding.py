@@ -1,20 +1,25 @@
-"""A sequence of tokens in shards: which rows are ours, and the whole again. Shards may differ in length by
-one.
+"""What is shared out over ranks, and the whole again: tokens of a sequence, guidance branches, a text, strips
+of a video. Shards may differ in length by one; where there are not as many branches as ranks, each rank runs
+all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from chitu_diffusion.attention.kernels import AttentionFn, AttentionKernel
-from chitu_diffusion.distributed.collectives import Peers
+from chitu_diffusion.distributed.collectives import Collectives
 from chitu_diffusion.distributed.plan import shard_lengths
 from chitu_diffusion.distributed.ring import ring
 from chitu_diffusion.distributed.ulysses import ulysses
 from chitu_diffusion.errors import UsageError
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_AXES = 5
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Shards:
     index: int
 
     @classmethod
-    def of(cls, total: int, peers: Peers) -> Shards:
+    def of(cls, total: int, peers: Collectives) -> Shards:
         """Even shards of `total` rows.
 
         Raises:
@@ -48,7 +53,7 @@ class Shards:
         """Our rows of x along `dim`, as a view."""
         return x.narrow(dim, sum(self.lengths[: self.index]), self.lengths[self.index])
 
-    def gather(self, x: Tensor, peers: Peers) -> Tensor:
+    def gather(self, x: Tensor, peers: Collectives) -> Tensor:
         """Every rank's rows [B, own, C] as the whole [B, S, C].
 
         Shorter shards travel with one row of padding, which is dropped on arrival.
@@ -60,7 +65,7 @@ class Shards:
 
 
 def sharded_attention(
-    kernel: AttentionKernel, ulysses_peers: Peers, ring_peers: Peers, lengths: tuple[int, ...]
+    kernel: AttentionKernel, ulysses_peers: Collectives, ring_peers: Collectives, lengths: tuple[int, ...]
 ) -> AttentionFn:
     """Self-attention over a sharded sequence: Ulysses inside, the ring outside, one exchange back at the end.
 
@@ -80,3 +85,65 @@ def sharded_attention(
     # number
     pieces = None if ring_peers.size == 1 else 1
     return ulysses(passed, ulysses_peers, neighbourhoods[ring_peers.index], pieces)
+
+
+def own_branches(branches: tuple[int, ...], peers: Collectives) -> tuple[int, ...]:
+    """The branches that this rank runs: one where there is one for each rank, else all."""
+    return branches[peers.index : peers.index + 1] if len(branches) == peers.size else branches
+
+
+def all_branches(velocity: Tensor, branches: int, peers: Collectives) -> Tensor:
+    """The velocity of every branch, [branches * B, ...], from that of `own_branches`."""
+    return torch.cat(peers.all_gather(velocity.contiguous())) if branches == peers.size else velocity
+
+
+def broadcast_from_rank0(compute: Callable[[], Tensor], peers: Collectives, device: torch.device) -> Tensor:
+    """What `compute` gives on the first peer, on every peer. Its shape and dtype travel ahead of it.
+
+    Args:
+        compute: called on the first peer alone; at most 5 axes, a float dtype.
+        peers: who shares.
+        device: where the result shall lie on the others.
+    """
+    if peers.size == 1:
+        return compute()
+    first = compute().to(device).contiguous() if peers.index == 0 else None
+    header = torch.zeros(2 + _MOST_AXES, dtype=torch.int64)
+    if first is not None:
+        header[: 2 + first.ndim] = torch.tensor([_DTYPES.index(first.dtype), first.ndim, *first.shape])
+    kind, axes, *shape = peers.broadcast(header.to(device)).tolist()
+    return peers.broadcast(
+        first if first is not None else torch.empty(shape[:axes], dtype=_DTYPES[kind], device=device)
+    )
+
+
+def gather_strips(
+    compute: Callable[[int, int], Tensor], cells: int, axis: int, peers: Collectives
+) -> Tensor | None:
+    """Strips of one tensor, each computed by one peer, put together on the first.
+
+    Args:
+        compute: (low, high) of a strip in cells -> the strip, as long along `axis` as it has cells, times a
+            constant.
+        cells: the length of all strips together.
+        axis: along which they lie; from the end, so negative.
+        peers: who shares; those for whom no cell is left do nothing.
+
+    Returns:
+        the whole on the first peer, None on the others.
+    """
+    lengths = shard_lengths(cells, peers.size)
+    low = sum(lengths[: peers.index])
+    own = compute(low, low + lengths[peers.index]) if lengths[peers.index] else None
+    if peers.index > 0:
+        if own is not None:
+            peers.send_to_rank0(own)
+        return None
+    assert own is not None
+    strips, scale = [own], own.shape[axis] // lengths[0]
+    for index in range(1, peers.size):
+        if lengths[index]:
+            shape = list(own.shape)
+            shape[axis] = lengths[index] * scale
+            strips.append(peers.recv_from(index, own.new_empty(shape)))
+    return torch.cat(strips, dim=axis)

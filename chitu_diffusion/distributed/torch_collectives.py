@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from chitu_diffusion.distributed.collectives import Landing
+from chitu_diffusion.distributed.collectives import RecvBuffer
 
 
-class Pace:
+class InFlightTimer:
     """How long the exchange that is under way has been, on the host or on the device. One thread writes, one
     reads.
 
@@ -62,43 +62,43 @@ class Pace:
         return time.monotonic() - self._moved if self._queued else 0.0
 
 
-class GroupPeers:
+class TorchCollectives:
     """The ranks of a process group.
 
     Args:
         group: of torch.distributed; this rank is in it.
-        pace: is told of every exchange.
+        in_flight: is told of every exchange.
     """
 
-    def __init__(self, group: dist.ProcessGroup, pace: Pace) -> None:
-        self._group, self._pace = group, pace
+    def __init__(self, group: dist.ProcessGroup, in_flight: InFlightTimer) -> None:
+        self._group, self._in_flight = group, in_flight
         self._ranks = dist.get_process_group_ranks(group)
         self.size = len(self._ranks)
         self.index = self._ranks.index(dist.get_rank())
 
-    def landing(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> Landing:
-        """See `Peers`; new memory each time."""
-        return Landing.new(rows[self.index], shape, like)
+    def recv_buffer(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> RecvBuffer:
+        """See `Collectives`; new memory each time."""
+        return RecvBuffer.new(rows[self.index], shape, like)
 
-    def clear(self) -> None:
-        """See `Peers`; nobody else writes into this rank's memory."""
+    def release_buffers(self) -> None:
+        """See `Collectives`; nobody else writes into this rank's memory."""
 
-    def swap(self, leaving: Sequence[Tensor], landing: Landing) -> Callable[[], None]:
-        """See `Peers`."""
+    def all_to_all(self, leaving: Sequence[Tensor], recv_buffer: RecvBuffer) -> Callable[[], None]:
+        """See `Collectives`."""
         moves = []
         for step in range(1, self.size):
             to, source = (self.index + step) % self.size, (self.index - step) % self.size
-            moves += [self._send(leaving[to], to), self._receive(landing.parts[source], source)]
+            moves += [self._send(leaving[to], to), self._receive(recv_buffer.parts[source], source)]
         return self._begin(moves)
 
-    def pass_on(self, leaving: Sequence[Tensor], landings: Sequence[Landing]) -> Callable[[], None]:
-        """See `Peers`."""
+    def ring_shift(self, leaving: Sequence[Tensor], recv_buffers: Sequence[RecvBuffer]) -> Callable[[], None]:
+        """See `Collectives`."""
         following, before = ((self.index + step) % self.size for step in (1, -1))
         sends = [self._send(x, following) for x in leaving]
-        return self._begin(sends + [self._receive(landing.parts[before], before) for landing in landings])
+        return self._begin(sends + [self._receive(buffer.parts[before], before) for buffer in recv_buffers])
 
     def _begin(self, moves: list[dist.P2POp]) -> Callable[[], None]:
-        with self._pace.exchange():
+        with self._in_flight.exchange():
             try:
                 under_way = dist.batch_isend_irecv(moves)
             except BaseException:
@@ -106,7 +106,7 @@ class GroupPeers:
                 raise
 
         def wait() -> None:
-            with self._pace.exchange():
+            with self._in_flight.exchange():
                 for work in under_way:
                     work.wait()
             moves.clear()  # until here what travels must not be reused
@@ -125,24 +125,24 @@ class GroupPeers:
                 next((n for n in tries if nccl.ncclGroupEnd() != 0), None)  # refused where none is open
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
-        """See `Peers`."""
+        """See `Collectives`."""
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        with self._pace.exchange():
+        with self._in_flight.exchange():
             dist.all_gather(parts, x, group=self._group)
         return parts
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """See `Peers`."""
-        with self._pace.exchange():
+        """See `Collectives`."""
+        with self._in_flight.exchange():
             dist.broadcast(x, self._ranks[0], group=self._group)
         return x
 
-    def send_to_first(self, x: Tensor) -> None:
-        """See `Peers`."""
+    def send_to_rank0(self, x: Tensor) -> None:
+        """See `Collectives`."""
         self._begin([self._send(x.contiguous(), 0)])()
 
-    def receive_from(self, index: int, arriving: Tensor) -> Tensor:
-        """See `Peers`."""
+    def recv_from(self, index: int, arriving: Tensor) -> Tensor:
+        """See `Collectives`."""
         self._begin([self._receive(arriving, index)])()
         return arriving
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.attention.kernels import AttentionFn
-from chitu_diffusion.distributed.collectives import Peers
+from chitu_diffusion.distributed.collectives import Collectives
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.ops.pack_qkv import pack
 
@@ -33,7 +33,7 @@ def pieces_for(heads: int, sent: float) -> int:
 
 
 def ulysses(
-    inner: AttentionFn, peers: Peers, lengths: Sequence[int], pieces: int | None = None
+    inner: AttentionFn, peers: Collectives, lengths: Sequence[int], pieces: int | None = None
 ) -> AttentionFn:
     """An attention over the tokens of all peers.
 
@@ -59,7 +59,8 @@ def ulysses(
         batch, own, heads, channels = q.shape
         if heads % peers.size:
             raise UsageError(
-                f"{heads} heads cannot be shared by {peers.size} ranks", field="infer.diffusion.up"
+                f"{heads} heads cannot be shared by {peers.size} ranks",
+                field="infer.diffusion.ulysses_degree",
             )
         share = heads // peers.size
         # the longest shard, not ours: all ranks must decide alike
@@ -67,24 +68,26 @@ def ulysses(
         number = pieces or pieces_for(share, sent)
         sequences = [slice(0, batch)] if number == 1 else [slice(row, row + 1) for row in range(batch)]
         coming, returning = [], []
-        peers.clear()
+        peers.release_buffers()
         for some in sequences:
             first = 0
             for width in shard_heads(share, number):
                 # of everybody's tokens, our heads
-                here = peers.landing([rows] * peers.size, (3, q[some].shape[0], width, channels), q)
+                here = peers.recv_buffer([rows] * peers.size, (3, q[some].shape[0], width, channels), q)
                 leaving = q.new_empty(peers.size, own, *here.whole.shape[1:])
                 # what stays is written where it will be read
                 pack(q[some], k[some], v[some], leaving, here.parts[index], index, share, first)
-                coming.append((some, here.whole, peers.swap(leaving.unbind(), here)))
+                coming.append((some, here.whole, peers.all_to_all(leaving.unbind(), here)))
                 first += width
         for some, here_all, arrived in coming:
             arrived()
             out = inner(*(part.transpose(0, 1) for part in here_all.unbind(1)))  # [B, S, h, D]
             homeward = out.transpose(0, 1).contiguous().split(rows)
             # of our tokens, everybody's heads
-            back = peers.landing([[theirs] * peers.size for theirs in rows], homeward[index].shape[1:], out)
-            returned = peers.swap(homeward, back)
+            back = peers.recv_buffer(
+                [[theirs] * peers.size for theirs in rows], homeward[index].shape[1:], out
+            )
+            returned = peers.all_to_all(homeward, back)
             back.parts[index] = homeward[index]
             returning.append((some, back.parts, returned))
         whole = q.new_empty(q.shape)

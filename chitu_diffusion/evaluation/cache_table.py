@@ -187,15 +187,15 @@ def evaluate(
         rows[row.setting, row.prompt, row.seed] = row
         on_row(len(rows), total, row)
 
-    with Workers(config, workers) as crew:
-        crew.submit(describe, dict(settings or {}))
-        about = crew.result()[1]
+    with Workers(config, workers) as processes:
+        processes.submit(describe, dict(settings or {}))
+        about = processes.result()[1]
         place = Place(work, json.dumps(about, sort_keys=True), _calibration_of(config))
 
         def begin(setting: str, video: Video) -> None:
             known = place.known(setting, video)
             if known is None:
-                crew.submit(make_row, setting, video, dict(settings or {}), place)
+                processes.submit(make_row, setting, video, dict(settings or {}), place)
                 return
             take(known)
             follow(known, video)
@@ -207,8 +207,8 @@ def evaluate(
 
         for video in videos:
             begin(FULL, video)
-        while crew.waiting:
-            (_, video, _, _), row = crew.result()
+        while processes.waiting:
+            (_, video, _, _), row = processes.result()
             take(row)
             follow(row, video)
     return sum_up(list(rows.values()), chosen), about | {"workers": workers}

@@ -75,9 +75,9 @@ def calibrate(
     settings = settings or {}
     if not fitted_on:
         raise UsageError("nothing to measure on: at least two prompts would do", field="prompts")
-    with Workers(config, workers) as crew:
-        crew.submit(describe, settings)
-        about = crew.result()[1]
+    with Workers(config, workers) as processes:
+        processes.submit(describe, settings)
+        about = processes.result()[1]
         steps = int(about["steps"])
         if steps < 4:
             raise UsageError(
@@ -86,17 +86,17 @@ def calibrate(
             )
         probes = sorted({min(max(2, round(share * steps)), steps - 1) for share in _PROBED})
         for number, job in enumerate(fitted_on):
-            crew.submit(
+            processes.submit(
                 trace,
                 {"prompt": job.prompt, "seed": job.seed, **settings},
                 probes if number < _PROBED_RUNS else (),
             )
         exact: dict[tuple[str, int], Frames] = {}
         for job in checked_on:
-            crew.submit(frames_of, job, settings)
+            processes.submit(frames_of, job, settings)
         traces: list[Trace] = []
-        while crew.waiting:
-            arguments, found = crew.result()
+        while processes.waiting:
+            arguments, found = processes.result()
             if isinstance(found, Trace):
                 traces.append(found)
                 tell(f"run {len(traces)} of {len(fitted_on)} traced")
@@ -105,7 +105,7 @@ def calibrate(
                 tell(f"full compute {len(exact)} of {len(checked_on)} for the check")
         about |= {"prompts": len({job.prompt for job in fitted_on}), "runs": len(fitted_on)}
         calibration = fit(traces, about)
-        table = _checked(crew, calibration, checked_on, exact, settings, speeds, tell)
+        table = _checked(processes, calibration, checked_on, exact, settings, speeds, tell)
     return replace(calibration, table=table)
 
 
@@ -203,7 +203,7 @@ def growth(sigmas: Array, gains: Sequence[dict[int, float]]) -> Array:
 
 
 def _checked(
-    crew: Workers,
+    processes: Workers,
     calibration: Calibration,
     jobs: Sequence[Job],
     exact: dict[tuple[str, int], Frames],
@@ -221,9 +221,9 @@ def _checked(
     }
     for speed in near:
         for job in jobs:
-            crew.submit(nearness, job, settings, speed, calibration, exact[job.prompt, job.seed])
-    while crew.waiting:
-        (_, _, speed, _, _), found = crew.result()
+            processes.submit(nearness, job, settings, speed, calibration, exact[job.prompt, job.seed])
+    while processes.waiting:
+        (_, _, speed, _, _), found = processes.result()
         near[speed].append(found)
         if len(near[speed]) == len(jobs):
             tell(f"{speed:g}x: {np.mean([psnr for psnr, _ in near[speed]]):.1f} dB")

@@ -1,10 +1,11 @@
-"""Signs of life: every rank tells the others once a second where it is, and notices who no longer does.
+"""Heartbeats: every rank tells the others once a second where it is, and notices who no longer does.
 
 Two threads: one talks to the store, the other only looks at the clock, for the store itself may freeze with
 the rank it lies in. A lost rank is first an error that the main thread can raise; a main thread that cannot
 (it hangs in an exchange with the lost one) is ended, with its stack on stderr. A rank that raised in the
-middle of a unit has fallen: it lives, but the others' exchanges with it are cut short, for on a GPU nothing
-else would wake them; so are exchanges that do not move. Knows ranks and places in words; no task, no tensors.
+middle of a unit has aborted: it lives, but the others' exchanges with it are cut short, for on a GPU nothing
+else would wake them; so are exchanges that do not move. Knows ranks and their status in words; no task, no
+tensors.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from chitu_diffusion.distributed.host import is_gone, machine
+from chitu_diffusion.distributed.host import is_gone, machine_id
 from chitu_diffusion.errors import RankLostError
 
-BEAT = 1.0
+INTERVAL = 1.0
+"""Seconds between two heartbeats."""
 _GLANCE = 0.25
 _GRACE = 2.0
 _STACK_AFTER = 3.0
@@ -34,15 +36,15 @@ _STACK_LINES = 8
 EXIT_CODE = 1
 
 
-class Watch:
+class HeartbeatMonitor:
     """This rank's sign of life and its view of the others.
 
     Args:
         rank, size: ours, and how many there are.
-        store: where the ranks meet; a connection of the watch's own is made.
-        lost_after: seconds of silence after which a rank is lost.
+        store: where the ranks meet; a connection of the monitor's own is made.
+        heartbeat_timeout: seconds of silence after which a rank is lost.
         timeout: seconds after which an exchange that does not move is cut short.
-        interrupt: (why, generation or None) cuts short the exchanges of that generation, or all; from another
+        cancel: (why, generation or None) cuts short the exchanges of that generation, or all; from another
             thread.
         waiting: seconds that an exchange has not moved.
         launched: the store lies with the launcher, not with rank 0.
@@ -54,47 +56,51 @@ class Watch:
         size: int,
         store: dist.Store,
         *,
-        lost_after: float,
+        heartbeat_timeout: float,
         timeout: float,
-        interrupt: Callable[[str, int | None], None],
+        cancel: Callable[[str, int | None], None],
         waiting: Callable[[], float],
         launched: bool = False,
     ) -> None:
         self.rank, self.size = rank, size
         self.host = socket.gethostname()
         self.lost: RankLostError | None = None
-        self._store, self._lost_after, self._timeout = store.clone(), lost_after, timeout  # type: ignore[attr-defined]
-        self._interrupt, self._waiting, self._launched = interrupt, waiting, launched
-        self._place, self._arrived, self._busy = "starting", time.monotonic(), False
+        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
+        self._heartbeat_timeout = heartbeat_timeout
+        self._timeout = timeout
+        self._cancel, self._waiting, self._launched = cancel, waiting, launched
+        self._status, self._status_since, self._in_critical = "starting", time.monotonic(), False
         self._main = threading.get_ident()
         now = time.monotonic()
         self._seen = dict.fromkeys((other for other in range(size) if other != rank), now)
-        self._beats: dict[int, dict[str, Any]] = {}
+        self._heartbeats: dict[int, dict[str, Any]] = {}
         self._heard = now
-        self._stop, self._speak, self._lock = threading.Event(), threading.Event(), threading.Lock()
-        self._left: str | None = None
-        self._fallen: int | None = None
-        self._talking = threading.Thread(target=self._talk, name="chitu-signs-of-life", daemon=True)
-        self._talking.start()
-        threading.Thread(target=self._look, name="chitu-watch", daemon=True).start()
+        self._stop, self._wake, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._reason: str | None = None
+        self._aborted: int | None = None
+        self._heartbeat_thread = threading.Thread(
+            target=self._heartbeat_loop, name="chitu-heartbeat", daemon=True
+        )
+        self._heartbeat_thread.start()
+        threading.Thread(target=self._watch_clock, name="chitu-monitor", daemon=True).start()
 
     @contextmanager
-    def busy(self, place: str) -> Iterator[None]:
+    def critical(self, status: str) -> Iterator[None]:
         """The main thread works with the other ranks: should one be lost and this not end, the process
         does.
         """
-        self.at(place)
-        self._busy = True
+        self.set_status(status)
+        self._in_critical = True
         try:
             yield
         finally:
-            self._busy = False
+            self._in_critical = False
 
-    def at(self, place: str) -> None:
+    def set_status(self, status: str) -> None:
         """Where the main thread is, in words."""
-        self._place, self._arrived = place, time.monotonic()
+        self._status, self._status_since = status, time.monotonic()
 
-    def check(self) -> None:
+    def raise_if_lost(self) -> None:
         """Raise if a rank is lost.
 
         Raises:
@@ -103,35 +109,36 @@ class Watch:
         if self.lost is not None:
             raise self.lost
 
-    def accuse(self, rank: int, why: str) -> None:
+    def mark_failed(self, rank: int, why: str) -> None:
         """Take a rank for lost that gives signs of life but does nothing else."""
-        self._lose(rank, why)
+        self._mark_lost(rank, why)
 
-    def lose_store(self, why: str, frozen: bool = False) -> None:
+    def mark_store_lost(self, why: str, frozen: bool = False) -> None:
         """Where the ranks meet is gone, and with it whoever has it: the launcher, or rank 0."""
-        self._lose(None if self._launched else 0, why, frozen)
+        self._mark_lost(None if self._launched else 0, why, frozen)
 
-    def fell(self, generation: int) -> None:
+    def report_abort(self, generation: int) -> None:
         """This rank raised and gave up the exchanges of that generation: the others shall not wait for it in
         them.
         """
-        self._fallen = generation
-        self._speak.set()
+        self._aborted = generation
+        self._wake.set()
 
     def describe(self, rank: int) -> str:
         """A rank as people know it: `rank 1 of 4 (HOST, process 123)`."""
-        beat = self._beats.get(rank)
-        known = f" ({beat['host']}, process {beat['pid']})" if beat else ""
+        heartbeat = self._heartbeats.get(rank)
+        known = f" ({heartbeat['host']}, process {heartbeat['pid']})" if heartbeat else ""
         return f"rank {rank} of {self.size}{known}"
 
     def leave(self, why: str | None = None) -> None:
         """Stop watching; with a reason, the others learn that this rank will not come back."""
-        self._left = why if self._left is None else self._left
+        self._reason = why if self._reason is None else self._reason
         self._stop.set()
-        self._speak.set()
-        self._talking.join(BEAT)  # its last word; a store that is gone or frozen will not hear it
+        self._wake.set()
+        # its last word; a store that is gone or frozen will not hear it
+        self._heartbeat_thread.join(INTERVAL)
 
-    def terminated(self, signum: int, frame: object) -> None:
+    def on_sigterm(self, signum: int, frame: object) -> None:
         """For SIGTERM, which launchers send to all ranks when one has ended: then that is what is raised.
 
         A rank that has left is on its way out, and hears nothing more.
@@ -142,74 +149,80 @@ class Watch:
         """
         if self._stop.is_set():
             return
-        self._speak.set()
+        self._wake.set()
         deadline = time.monotonic() + _GRACE
         while self.lost is None and not self._stop.is_set() and time.monotonic() < deadline:
             time.sleep(_GLANCE / 5)
-        self.check()
+        self.raise_if_lost()
         raise KeyboardInterrupt(signal.Signals(signum).name)
 
     # -- threads
 
-    def _talk(self) -> None:
+    def _heartbeat_loop(self) -> None:
         try:
             while True:
-                self._speak.clear()
+                self._wake.clear()
                 leaving = self._stop.is_set()
-                self._store.set(f"beat/{self.rank}", json.dumps(self._beat()))
+                self._store.set(f"heartbeat/{self.rank}", json.dumps(self._heartbeat()))
                 if leaving:
                     return
                 for other in self._seen:
-                    self._listen(other)
-                    self._mourn(other)
+                    self._read_heartbeat(other)
+                    self._check_process(other)
                 self._heard = time.monotonic()
-                self._speak.wait(BEAT)
+                self._wake.wait(INTERVAL)
         except RuntimeError as error:
             # the store went away with whoever had it: rank 0, or the launcher
             if not self._stop.is_set() and self.lost is None:
-                self.lose_store(f"its store is gone ({str(error).splitlines()[0]})")
+                self.mark_store_lost(f"its store is gone ({str(error).splitlines()[0]})")
 
-    def _beat(self) -> dict[str, Any]:
+    def _heartbeat(self) -> dict[str, Any]:
         stack = None
         frame = sys._current_frames().get(self._main)
-        if frame is not None and time.monotonic() - self._arrived > _STACK_AFTER:
+        if frame is not None and time.monotonic() - self._status_since > _STACK_AFTER:
             stack = "".join(traceback.format_stack(frame)[-_STACK_LINES:])
         now = time.monotonic()
-        facts = {"host": self.host, "pid": os.getpid(), "machine": machine(), "fallen": self._fallen}
-        facts |= {"left": self._left, "leaving": self._stop.is_set()}
-        return {**facts, "beat": now, "place": self._place, "stack": stack}
+        facts = {"host": self.host, "pid": os.getpid(), "machine": machine_id(), "aborted": self._aborted}
+        facts |= {"reason": self._reason, "leaving": self._stop.is_set()}
+        return {**facts, "time": now, "status": self._status, "stack": stack}
 
-    def _listen(self, other: int) -> None:
-        if not self._store.check([f"beat/{other}"]):
+    def _read_heartbeat(self, other: int) -> None:
+        if not self._store.check([f"heartbeat/{other}"]):
             return
-        beat = json.loads(self._store.get(f"beat/{other}"))
-        before = self._beats.get(other)
-        self._beats[other] = beat
-        if before is None or before["beat"] != beat["beat"]:
+        heartbeat = json.loads(self._store.get(f"heartbeat/{other}"))
+        before = self._heartbeats.get(other)
+        self._heartbeats[other] = heartbeat
+        if before is None or before["time"] != heartbeat["time"]:
             self._seen[other] = time.monotonic()
-        if beat["fallen"] is not None and (before is None or before["fallen"] != beat["fallen"]):
-            self._cut_short(f"{self.describe(other)} gave up in {beat['place']}", beat["fallen"])
-        if beat["left"] is not None and self.lost is None:
-            self._lose(other, f"it left: {beat['left']}")
+        if heartbeat["aborted"] is not None and (before is None or before["aborted"] != heartbeat["aborted"]):
+            self._cancel_exchanges(
+                f"{self.describe(other)} gave up in {heartbeat['status']}", heartbeat["aborted"]
+            )
+        if heartbeat["reason"] is not None and self.lost is None:
+            self._mark_lost(other, f"it left: {heartbeat['reason']}")
 
-    def _mourn(self, other: int) -> None:
+    def _check_process(self, other: int) -> None:
         """A rank of this machine whose process has ended, not in peace, need not be waited for."""
         for _ in range(2):  # it may have said goodbye after it was last heard
-            beat = self._beats.get(other)
-            if beat is None or beat["leaving"] or self.lost is not None:
+            heartbeat = self._heartbeats.get(other)
+            if heartbeat is None or heartbeat["leaving"] or self.lost is not None:
                 return
-            if beat["machine"] is None or beat["machine"] != machine() or not is_gone(beat["pid"]):
+            if (
+                heartbeat["machine"] is None
+                or heartbeat["machine"] != machine_id()
+                or not is_gone(heartbeat["pid"])
+            ):
                 return
-            self._listen(other)
-        self._lose(other, "its process has ended")
+            self._read_heartbeat(other)
+        self._mark_lost(other, "its process has ended")
 
-    def _cut_short(self, why: str, generation: int | None = None) -> None:
-        # in a thread of its own: the watch goes on if that should hang
+    def _cancel_exchanges(self, why: str, generation: int | None = None) -> None:
+        # in a thread of its own: the monitor goes on if that should hang
         threading.Thread(
-            target=self._interrupt, args=(why, generation), name="chitu-interrupt", daemon=True
+            target=self._cancel, args=(why, generation), name="chitu-cancel", daemon=True
         ).start()
 
-    def _look(self) -> None:
+    def _watch_clock(self) -> None:
         last = time.monotonic()
         while not self._stop.wait(_GLANCE) and self.lost is None:
             now = time.monotonic()
@@ -219,35 +232,41 @@ class Watch:
                 self._seen = dict.fromkeys(self._seen, now)
             last = now
             if self._waiting() > self._timeout:
-                self._cut_short(f"an exchange has not moved for {self._timeout:g} s")
-            if now - self._heard > self._lost_after:
-                self.lose_store(f"its store has not answered for {self._lost_after:g} s", frozen=True)
+                self._cancel_exchanges(f"an exchange has not moved for {self._timeout:g} s")
+            if now - self._heard > self._heartbeat_timeout:
+                self.mark_store_lost(
+                    f"its store has not answered for {self._heartbeat_timeout:g} s", frozen=True
+                )
             for other, seen in self._seen.items():
                 # one that was never heard of may be reading its libraries from a slow disk
-                patience = self._lost_after if other in self._beats else max(self._lost_after, self._timeout)
+                patience = (
+                    self._heartbeat_timeout
+                    if other in self._heartbeats
+                    else max(self._heartbeat_timeout, self._timeout)
+                )
                 if now - seen > patience and self.lost is None:
-                    self._lose(other, f"no sign of life for {patience:g} s", frozen=True)
+                    self._mark_lost(other, f"no sign of life for {patience:g} s", frozen=True)
 
-    def _lose(self, other: int | None, why: str, frozen: bool = False) -> None:
-        beat = {} if other is None else self._beats.get(other, {})
-        place, stack = beat.get("place", "starting"), beat.get("stack")
+    def _mark_lost(self, other: int | None, why: str, frozen: bool = False) -> None:
+        heartbeat = {} if other is None else self._heartbeats.get(other, {})
+        status, stack = heartbeat.get("status", "starting"), heartbeat.get("stack")
         with self._lock:
             if self.lost is not None:
                 return
             who = (
                 "the launcher is lost"
                 if other is None
-                else f"{self.describe(other)} is lost, last heard of in {place}"
+                else f"{self.describe(other)} is lost, last heard of in {status}"
             )
             self.lost = RankLostError(self._report(who, why, stack))
-        self._cut_short(str(self.lost))
+        self._cancel_exchanges(str(self.lost))
         if frozen:
-            # not before `lost` says why: its launcher now ends this rank, too, see `terminated`
-            _end_frozen(beat)
+            # not before `lost` says why: its launcher now ends this rank, too, see `on_sigterm`
+            _kill_frozen(heartbeat)
         deadline = time.monotonic() + _GRACE
-        while self._busy and time.monotonic() < deadline:
+        while self._in_critical and time.monotonic() < deadline:
             time.sleep(_GLANCE / 5)
-        if self._busy:
+        if self._in_critical:
             frame = sys._current_frames().get(self._main)
             stack = "".join(traceback.format_stack(frame)[-_STACK_LINES:]) if frame is not None else ""
             print(f"error: {self.lost}\nRank {self.rank} hangs here:\n{stack}", file=sys.stderr, flush=True)
@@ -256,15 +275,15 @@ class Watch:
     def _report(self, who: str, why: str, stack: str | None) -> str:
         tail = f"\nit was here:\n{stack.rstrip()}" if stack else ""
         return (
-            f"{who}: {why}. Rank {self.rank} ({self.host}) was in {self._place}. "
+            f"{who}: {why}. Rank {self.rank} ({self.host}) was in {self._status}. "
             f"The group ends; the same command starts again{tail}"
         )
 
 
-def _end_frozen(beat: dict[str, Any]) -> None:
+def _kill_frozen(heartbeat: dict[str, Any]) -> None:
     """A rank that is frozen on this machine would keep its launcher waiting, and its memory."""
-    if beat and beat["machine"] is not None and beat["machine"] == machine():
+    if heartbeat and heartbeat["machine"] is not None and heartbeat["machine"] == machine_id():
         try:
-            os.kill(beat["pid"], signal.SIGKILL)
+            os.kill(heartbeat["pid"], signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             return

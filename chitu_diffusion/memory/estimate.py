@@ -1,68 +1,21 @@
-"""How much memory there is, roughly how much a video needs, and what an out-of-memory looks like.
+"""Roughly how much memory a video needs. Knows sizes; not networks or tasks.
 
-Knows devices and sizes; not networks or tasks. The estimate is a sizing rule, not a measurement: it exists to
+The estimate is a sizing rule, not a measurement: it exists to
 refuse at once what can never fit, and errs on the side of trying.
 """
 
 from __future__ import annotations
 
-import gc
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
+from chitu_diffusion.memory.offload import TEXT_ENCODER, VAE
 
-from chitu_diffusion.memory.offload import TEXT_ENCODER, TOP_LEVEL, VAE
-
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-_CPU_COMPLAINTS = (
-    "DefaultCPUAllocator",
-    "CUDA out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
 _TILE_PIXELS = 256 * 256
 _DECODER_COPIES = 20
 """Feature maps of full size and width alive at once in the VAE's last stage; fitted to `AutoencoderKLWan` on
 an H100.
 """
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on the device or in main memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # the CPU allocator and the CUDA libraries have no class of their own for it
-    return isinstance(error, RuntimeError) and any(complaint in str(error) for complaint in _CPU_COMPLAINTS)
-
-
-def free_memory(device: torch.device) -> None:
-    """Let go of what nobody uses: Python's cycles and the device's cached blocks."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-
-
-def top_useful_level(device: torch.device) -> int:
-    """The last memory level that saves anything: on a CPU, home and device are the same memory, and only
-    tiling helps.
-    """
-    return TOP_LEVEL if device.type == "cuda" else 1
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes of memory that the device has in all; for the CPU, main memory or the container's limit."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in _CGROUP_LIMITS:
-        limit = Path(name)
-        if limit.exists() and (text := limit.read_text().strip()).isdigit():
-            total = min(total, int(text))
-    return total
 
 
 @dataclass(frozen=True)

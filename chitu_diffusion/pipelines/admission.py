@@ -10,7 +10,7 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import WillNotFitError
 from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache
 from chitu_diffusion.media.video import check_save_path
-from chitu_diffusion.memory.estimate import total_memory
+from chitu_diffusion.memory.device import total_memory
 from chitu_diffusion.memory.offload import TOP_LEVEL
 from chitu_diffusion.pipelines.request import cache_shapes, resolve_request, stages_of
 from chitu_diffusion.task import DiffusionTask

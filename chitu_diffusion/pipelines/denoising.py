@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.distributed.guidance import all_branches, own_branches
-from chitu_diffusion.distributed.sharding import Shards, sharded_attention
+from chitu_diffusion.distributed.sharding import Shards, all_branches, own_branches, sharded_attention
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.interface import NO_CACHE, StepCache
 from chitu_diffusion.flexcache.schedule import Schedule

@@ -1,0 +1,54 @@
+"""How much memory a device has, how to let go of what nobody uses, and what running out of it looks like."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import torch
+
+from chitu_diffusion.memory.offload import TOP_LEVEL
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_CPU_COMPLAINTS = (
+    "DefaultCPUAllocator",
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on the device or in main memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # the CPU allocator and the CUDA libraries have no class of their own for it
+    return isinstance(error, RuntimeError) and any(complaint in str(error) for complaint in _CPU_COMPLAINTS)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Let go of what nobody uses: Python's cycles and the device's cached blocks."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def top_useful_level(device: torch.device) -> int:
+    """The last memory level that saves anything: on a CPU, home and device are the same memory, and only
+    tiling helps.
+    """
+    return TOP_LEVEL if device.type == "cuda" else 1
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that the device has in all; for the CPU, main memory or the container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in _CGROUP_LIMITS:
+        limit = Path(name)
+        if limit.exists() and (text := limit.read_text().strip()).isdigit():
+            total = min(total, int(text))
+    return total
