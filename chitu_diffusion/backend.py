@@ -1,4 +1,4 @@
-"""The loaded model on its device, and what goes with it: attention, solver, cache manager, residency.
+"""The loaded model on its device, and what goes with it: attention, solver, cache manager, offload.
 
 A backend is an instance; several may live in one process. It lends networks and knows where they are; it runs
 nothing and knows no task.
@@ -22,8 +22,8 @@ from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.calibration import Calibration
 from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.memory.device import empty_cache
-from chitu_diffusion.memory.estimate import Sizes
-from chitu_diffusion.memory.offload import Residency
+from chitu_diffusion.memory.estimate import MemoryEstimate
+from chitu_diffusion.memory.offload import OffloadManager
 from chitu_diffusion.models.components import Networks, float8_plan, load_networks
 from chitu_diffusion.models.spec import ModelSpec, resolve_model
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
@@ -150,7 +150,7 @@ class DiffusionBackend:
         self.sampler = Sampler(
             self.args.infer.sampler, _with_shift(networks.scheduler, networks.spec.defaults.shift)
         )
-        self.residency = Residency(
+        self.offload = OffloadManager(
             self.device,
             text_encoder=networks.text_encoder,
             experts=networks.experts,
@@ -158,7 +158,7 @@ class DiffusionBackend:
             blocks=[list(expert.blocks) for expert in networks.experts],
             level=self.args.infer.diffusion.low_mem_level,
         )
-        self.residency.settle()
+        self.offload.place()
         if self.args.infer.diffusion.low_mem_level >= 1:
             # real in training; under inference, where nothing is kept for a backward pass, it costs and saves
             # nothing
@@ -214,12 +214,12 @@ class DiffusionBackend:
     @property
     def low_mem_level(self) -> int:
         """The memory level: as the settings said, or higher since."""
-        return self.residency.level
+        return self.offload.level
 
     @low_mem_level.setter
     def low_mem_level(self, level: int) -> None:
         self.require_alive()
-        self.residency.set_level(level)
+        self.offload.set_level(level)
 
     def use_calibration(self, calibration: Calibration | None) -> None:
         """Let caches rest on these measurements from the next task on."""
@@ -257,18 +257,18 @@ class DiffusionBackend:
         if self._networks is not None:
             if self._watch is not None:
                 self._watch.close()
-            self.residency.close()
-            del self.residency
+            self.offload.close()
+            del self.offload
             self._networks = None
             empty_cache(self.device)
         self.state = BackendState.TERMINATED
 
-    def sizes(self) -> Sizes:
+    def memory_estimate(self) -> MemoryEstimate:
         """What a memory estimate is made from."""
         config = self.spec.transformers[0]
-        return Sizes(
-            parts=self.residency.part_bytes(),
-            block=self.residency.largest_block_bytes(),
+        return MemoryEstimate(
+            parts=self.offload.part_bytes(),
+            block=self.offload.largest_block_bytes(),
             dim=config.dim,
             ffn_dim=config.ffn_dim,
             vae_width=int(self.vae.network.config.base_dim),

@@ -75,7 +75,7 @@ class Generator:
             known = encoder.recall(prompts, device)
             if known is not None:
                 return known
-            self.backend.residency.use(TEXT_ENCODER)
+            self.backend.offload.use(TEXT_ENCODER)
             with torch.autocast(device_type=device.type, enabled=False):
                 return encoder.encode(prompts)
 
@@ -130,7 +130,7 @@ class Generator:
     @torch.no_grad()
     def decode_vae(self, latent: Tensor) -> Tensor:
         """Latent [B, C, T, H, W] -> video frames [B, T', 3, H', W'], float32 in [0, 1]."""
-        self.backend.residency.use(VAE)
+        self.backend.offload.use(VAE)
         return self.backend.vae.decode(latent.to(self.backend.device))
 
     @torch.no_grad()
@@ -138,7 +138,7 @@ class Generator:
         """`decode_vae` in tiles of `tile_size` latent pixels, equal up to rounding: less memory, more
         time.
         """
-        self.backend.residency.use(VAE)
+        self.backend.offload.use(VAE)
         return self.backend.vae.decode_tiled(latent.to(self.backend.device), tile_size=tile_size)
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ class Generator:
         """`decode_vae` with each rank decoding a strip of the frame: all of it on rank 0, None on the
         others.
         """
-        self.backend.residency.use(VAE)
+        self.backend.offload.use(VAE)
         latent, vae = latent.to(self.backend.device), self.backend.vae
         axis = -1 if latent.shape[-1] >= latent.shape[-2] else -2
         return gather_strips(
@@ -191,7 +191,7 @@ class Generator:
         if out_of_memory is not None:
             # raised outside of the handler and without its frames, which hold the unit's tensors
             task.buffer.text = None  # made anew when it is needed
-            self.backend.residency.leave_device()
+            self.backend.offload.offload_all()
             raise out_of_memory
         seconds = time.perf_counter() - began
         task.seconds[stage] = task.seconds.get(stage, 0.0) + seconds

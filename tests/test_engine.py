@@ -21,7 +21,7 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.engine import Engine, load_backend
 from chitu_diffusion.errors import NonFiniteError, StageError, UsageError, WillNotFitError
 from chitu_diffusion.memory.device import is_out_of_memory, total_memory
-from chitu_diffusion.memory.estimate import Sizes
+from chitu_diffusion.memory.estimate import MemoryEstimate
 from chitu_diffusion.pipelines import admission
 from chitu_diffusion.scheduler import DiffusionScheduler
 from chitu_diffusion.task import (
@@ -217,7 +217,7 @@ def test_a_request_that_can_never_fit_is_refused_at_once(engine, monkeypatch):
 def test_estimates_of_the_full_sizes_are_plausible():
     """Wan2.1 1.3B at 832x480x81 in bf16 on an H100: a 7.3 GiB decode whole, 3.8 tiled, was measured."""
     parts = {"text_encoder": 11 << 30, "expert_0": 2840 << 20, "vae": 250 << 20}
-    sizes = Sizes(parts=parts, block=90 << 20, dim=1536, ffn_dim=8960, vae_width=96, item=2)
+    sizes = MemoryEstimate(parts=parts, block=90 << 20, dim=1536, ffn_dim=8960, vae_width=96, item=2)
     whole, tiled = (sizes.decoding(81, 480, 832, tiled) / 2**30 for tiled in (False, True))
     assert 6 < whole < 9 and 1.5 < tiled < 5
     assert 1 < sizes.denoising(32760) / 2**30 < 5

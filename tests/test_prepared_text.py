@@ -195,8 +195,8 @@ def test_a_known_prompt_needs_no_text_encoder(tiny_folder, make_config) -> None:
     lent = DiffusionBackend(settings)
     made, runs, used = Generator(lent), [], []
     lent.text_encoder.network.register_forward_hook(lambda *_: runs.append(1))
-    use = lent.residency.use
-    lent.residency.use = lambda name: (used.append(name), use(name))[1]
+    use = lent.offload.use
+    lent.offload.use = lambda name: (used.append(name), use(name))[1]
     for prompt in ("a red fish", "two dogs", "a red  fish"):
         made.generate_step(task_for(prompt=prompt))
     assert len(runs) == 3  # two prompts and the negative one
@@ -341,7 +341,7 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
         set_precision=lambda expert, timestep: False,
         compile_note=lambda: None,
         flexcache_manager=FlexCacheManager(),
-        residency=SimpleNamespace(use=lambda name: None, stream_of=lambda name: None),
+        offload=SimpleNamespace(use=lambda name: None, prefetched_blocks=lambda name: None),
         args=SimpleNamespace(infer=SimpleNamespace(diffusion=SimpleNamespace(cfg_batch=mode))),
         spec=SimpleNamespace(boundary=None, transformers=[CONFIG]),
     )

@@ -15,7 +15,7 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.memory.offload import BlockStream, HostMemory, bytes_of
+from chitu_diffusion.memory.offload import BlockPrefetcher, PinnedMemory, bytes_of
 from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_transformer
 from chitu_diffusion.models.wan.transformer import WanTransformer
@@ -144,7 +144,7 @@ def test_blocks_in_8_bits_stream(tiny_folder: Path) -> None:
     network = load_transformer(read_folder(tiny_folder), float8=Float8Plan(keep=(), originals=False))
     latent, time, text = torch.randn(1, 4, 2, 4, 6), torch.tensor([400.0]), torch.randn(1, 5, 32)
     expected = network(latent, time, text)
-    stream = BlockStream(list(network.blocks), torch.device("cpu"), HostMemory(torch.device("cpu")), {})
+    stream = BlockPrefetcher(list(network.blocks), torch.device("cpu"), PinnedMemory(torch.device("cpu")), {})
     assert torch.equal(network(latent, time, text, blocks=stream), expected)
 
 
@@ -205,9 +205,9 @@ def test_a_task_in_8_bits(tiny_folder: Path, make_config: Callable[..., EngineCo
         "originals": True,
     }
     assert recipe_of(task, plain)["quant"] is None
-    assert lossy.sizes().parts["expert_0"] > plain.sizes().parts["expert_0"]
+    assert lossy.memory_estimate().parts["expert_0"] > plain.sizes().parts["expert_0"]
     small = DiffusionBackend(make_config(tiny_folder, infer__quant_originals=False, **asked))
-    assert small.sizes().parts["expert_0"] < 0.6 * plain.sizes().parts["expert_0"]
+    assert small.memory_estimate().parts["expert_0"] < 0.6 * plain.sizes().parts["expert_0"]
 
 
 def test_numbers_without_8_bit_products_are_announced(

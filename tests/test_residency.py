@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from chitu_diffusion.memory.offload import BlockStream, HostMemory, Residency, bytes_of, tensors_of
+from chitu_diffusion.memory.offload import BlockPrefetcher, OffloadManager, PinnedMemory, bytes_of, tensors_of
 
 CPU = torch.device("cpu")
 
@@ -34,10 +34,10 @@ class Block(nn.Module):
         return x + self.scale * self.second(torch.tanh(self.first(x)).bfloat16()).float()
 
 
-def residency_at(level: int, experts: int = 2) -> tuple[Residency, list[Network]]:
+def residency_at(level: int, experts: int = 2) -> tuple[OffloadManager, list[Network]]:
     """On a CPU whose memory is pretended to be two: weights begin on the 'device'."""
     networks = [Network() for _ in range(experts)]
-    residency = Residency(
+    offload = OffloadManager(
         CPU,
         text_encoder=nn.Linear(2, 2),
         vae=nn.Linear(3, 3),
@@ -46,7 +46,7 @@ def residency_at(level: int, experts: int = 2) -> tuple[Residency, list[Network]
         level=level,
         apart=True,
     )
-    return residency, networks
+    return offload, networks
 
 
 ALL = {"text_encoder", "vae", "expert_0", "expert_1"}
@@ -62,56 +62,56 @@ EXPECTED = {
 
 @pytest.mark.parametrize("level", EXPECTED)
 def test_who_is_on_the_device(level):
-    residency, _ = residency_at(level)
-    residency.settle()
-    seen = [residency.on_device()]
+    offload, _ = residency_at(level)
+    offload.place()
+    seen = [offload.on_device()]
     for name in ("text_encoder", "expert_0", "expert_1", "vae"):
-        residency.use(name)
-        seen.append(residency.on_device())
+        offload.use(name)
+        seen.append(offload.on_device())
     assert tuple(seen) == EXPECTED[level]
 
 
 def test_the_vae_may_stay_beside_an_expert_at_level_3():
-    residency, _ = residency_at(3)
-    residency.use("vae")
-    residency.use("expert_1")
-    assert residency.on_device() == {"vae", "expert_1"}
-    residency.use("text_encoder")
-    assert residency.on_device() == {"text_encoder"}
+    offload, _ = residency_at(3)
+    offload.use("vae")
+    offload.use("expert_1")
+    assert offload.on_device() == {"vae", "expert_1"}
+    offload.use("text_encoder")
+    assert offload.on_device() == {"text_encoder"}
 
 
 def test_level_4_keeps_the_trunk_on_the_device_and_the_blocks_home():
-    residency, (network, _) = residency_at(4)
+    offload, (network, _) = residency_at(4)
     home = network.trunk.weight.data_ptr()
-    residency.use("expert_0")
+    offload.use("expert_0")
     assert network.trunk.weight.data_ptr() != home
     blocks = [block.first.weight.data_ptr() for block in network.blocks]
-    residency.use("text_encoder")
-    residency.use("expert_0")
+    offload.use("text_encoder")
+    offload.use("expert_0")
     assert [block.first.weight.data_ptr() for block in network.blocks] == blocks
     x = torch.randn(2, 4)
     expected = network(x)
-    assert torch.equal(network(x, blocks=residency.stream_of("expert_0")), expected)
+    assert torch.equal(network(x, blocks=offload.prefetched_blocks("expert_0")), expected)
 
 
 def test_raising_the_level_sends_away_and_values_stay_whole():
-    residency, (network, _) = residency_at(0)
+    offload, (network, _) = residency_at(0)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     for level in (2, 3, 4):
-        residency.use("expert_0")
-        residency.set_level(level)
-    residency.leave_device()
-    assert residency.on_device() == set()
+        offload.use("expert_0")
+        offload.set_level(level)
+    offload.offload_all()
+    assert offload.on_device() == set()
     after = network.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
     with pytest.raises(ValueError, match="0 to 4"):
-        residency.set_level(5)
+        offload.set_level(5)
 
 
 def test_sizes():
-    residency, (network, _) = residency_at(0)
-    assert residency.part_bytes()["expert_0"] == bytes_of(network)
-    assert residency.largest_block_bytes() == bytes_of(network.blocks[2])
+    offload, (network, _) = residency_at(0)
+    assert offload.part_bytes()["expert_0"] == bytes_of(network)
+    assert offload.largest_block_bytes() == bytes_of(network.blocks[2])
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 5])
@@ -119,7 +119,7 @@ def test_streamed_blocks_compute_the_same_bits(blocks):
     network, x = Network(blocks), torch.randn(5, 4)
     expected = network(x)
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    stream = BlockStream(list(network.blocks), CPU, HostMemory(CPU), {})
+    stream = BlockPrefetcher(list(network.blocks), CPU, PinnedMemory(CPU), {})
     for _ in range(3):
         assert torch.equal(network(x, blocks=stream), expected)
     assert len(stream) == blocks
@@ -131,7 +131,7 @@ def test_streamed_blocks_compute_the_same_bits(blocks):
 
 def test_only_two_slots_and_the_next_block_is_there_early():
     network = Network(4)
-    stream = BlockStream(list(network.blocks), CPU, HostMemory(CPU), {})
+    stream = BlockPrefetcher(list(network.blocks), CPU, PinnedMemory(CPU), {})
     homes = [block.first.weight.data_ptr() for block in network.blocks]
     used = []
     for index, block in enumerate(stream):
@@ -147,7 +147,7 @@ def test_only_two_slots_and_the_next_block_is_there_early():
 def test_a_stream_that_is_left_early_puts_its_block_back():
     network, x = Network(4), torch.randn(2, 4)
     expected = network(x)
-    stream = BlockStream(list(network.blocks), CPU, HostMemory(CPU), {})
+    stream = BlockPrefetcher(list(network.blocks), CPU, PinnedMemory(CPU), {})
     homes = [block.first.weight.data_ptr() for block in network.blocks]
     with pytest.raises(RuntimeError, match="shape"):
         for block in stream:
@@ -167,19 +167,19 @@ def test_tied_weights_move_once():
             self.two.weight = self.one.weight
 
     tied = Tied()
-    residency = Residency(CPU, text_encoder=tied, vae=nn.Linear(1, 1), experts=[], blocks=[], apart=True)
+    offload = OffloadManager(CPU, text_encoder=tied, vae=nn.Linear(1, 1), experts=[], blocks=[], apart=True)
     places = [tied.two.weight.data_ptr()]
-    for move in (residency.leave_device, lambda: residency.use("text_encoder"), residency.leave_device):
+    for move in (offload.offload_all, lambda: offload.use("text_encoder"), offload.offload_all):
         move()
         assert tied.one.weight is tied.two.weight
         places.append(tied.two.weight.data_ptr())
     assert places[0] != places[1] != places[2] and places[1] == places[3]
-    assert residency.part_bytes()["text_encoder"] == 64
+    assert offload.part_bytes()["text_encoder"] == 64
 
 
 def test_on_a_cpu_nothing_moves():
     network = Network()
-    residency = Residency(
+    offload = OffloadManager(
         CPU,
         text_encoder=nn.Linear(1, 1),
         vae=nn.Linear(1, 1),
@@ -189,8 +189,8 @@ def test_on_a_cpu_nothing_moves():
     )
     place = network.trunk.weight.data_ptr()
     for name in ("text_encoder", "expert_0", "vae"):
-        residency.use(name)
-    assert network.trunk.weight.data_ptr() == place and len(residency.on_device()) == 3
+        offload.use(name)
+    assert network.trunk.weight.data_ptr() == place and len(offload.on_device()) == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -203,7 +203,7 @@ def test_on_a_gpu_streamed_blocks_compute_the_same_bits_as_resident_ones():
     for level in (0, 3, 4):
         network = nn.Module()
         network.blocks = nn.ModuleList(layers)
-        residency = Residency(
+        offload = OffloadManager(
             device,
             text_encoder=nn.Linear(1, 1),
             vae=nn.Linear(1, 1),
@@ -211,14 +211,14 @@ def test_on_a_gpu_streamed_blocks_compute_the_same_bits_as_resident_ones():
             blocks=[layers],
             level=level,
         )
-        residency.settle()
-        residency.use("expert_0")
+        offload.place()
+        offload.use("expert_0")
         for _ in range(3):
             y = x
-            for block in residency.stream_of("expert_0") or network.blocks:
+            for block in offload.prefetched_blocks("expert_0") or network.blocks:
                 y = torch.tanh(block(y))
         results[level] = y.cpu()
-        residency.leave_device()
+        offload.offload_all()
         assert all(tensor.device == CPU for tensor in tensors_of(network))
-        residency.close()
+        offload.close()
     assert torch.equal(results[0], results[3]) and torch.equal(results[0], results[4])

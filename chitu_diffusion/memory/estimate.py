@@ -19,11 +19,11 @@ an H100.
 
 
 @dataclass(frozen=True)
-class Sizes:
+class MemoryEstimate:
     """What an estimate is made from.
 
     Attributes:
-        parts: bytes of each part's weights, by the names of `residency`.
+        parts: bytes of each part's weights, by the names of `offload`.
         block: bytes of the largest transformer block.
         dim, ffn_dim: widths of the transformer.
         vae_width: channels of the VAE's decoder at full size.

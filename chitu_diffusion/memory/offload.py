@@ -1,8 +1,8 @@
 """Which weights are on the device now.
 
-A `Residency` moves whole parts (text encoder, each expert, VAE) between the device and their home in main
-memory as the memory level asks, and streams an expert's blocks through two slots on the device at the highest
-level. It knows modules and devices; not what the modules compute, nor tasks.
+A `OffloadManager` moves whole parts (text encoder, each expert, VAE) between the device and their home in
+main memory as the memory level asks, and streams an expert's blocks through two slots on the device at the
+highest level. It knows modules and devices; not what the modules compute, nor tasks.
 
     level 0   every part stays on the device
     level 1   the same (the VAE decodes in tiles; that is the generator's business)
@@ -51,7 +51,7 @@ def bytes_of(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(module))
 
 
-class HostMemory:
+class PinnedMemory:
     """Main memory that the device can read at full speed and without the CPU waiting.
 
     Tensors are locked where they lie (`cudaHostRegister`), without a copy and without the rounding up to a
@@ -86,7 +86,7 @@ def _unlock(locked: list[Tensor]) -> None:
     locked.clear()
 
 
-class Part:
+class OffloadedModule:
     """One network and its home.
 
     Args:
@@ -99,7 +99,7 @@ class Part:
         home: tensor -> its copy in main memory, for tensors that have been home.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, apart: bool, memory: HostMemory) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, apart: bool, memory: PinnedMemory) -> None:
         self.module, self.device = module, device
         self.home: dict[Tensor, Tensor] = {}
         self._apart, self._memory = apart, memory
@@ -120,7 +120,7 @@ class Part:
                 tensor.data = self._home_of(tensor).to(self.device, copy=True)
         self._there, self._left_out = True, leave_out
 
-    def at_home(self) -> None:
+    def to_host(self) -> None:
         """Leave the device."""
         if not self._apart or self._there is False:
             return
@@ -166,7 +166,7 @@ class _Place:
         return buffer[self.start : self.start + size].view(self.dtype).view(self.shape)
 
 
-class BlockStream:
+class BlockPrefetcher:
     """A network's blocks, each on the device while it is its turn: iterate over it in place of the blocks.
 
     Every block's tensors lie in one buffer in main memory, so that a block is one copy. Two slots on the
@@ -185,7 +185,7 @@ class BlockStream:
         self,
         blocks: Sequence[nn.Module],
         device: torch.device,
-        memory: HostMemory,
+        memory: PinnedMemory,
         home: dict[Tensor, Tensor],
     ) -> None:
         self.blocks, self.device = list(blocks), device
@@ -222,7 +222,7 @@ class BlockStream:
             torch.cuda.current_stream(self.device).wait_stream(self._side)
         self._slots, self._filled, self._freed = [], [], []
 
-    def _collect(self, block: nn.Module, memory: HostMemory, home: dict[Tensor, Tensor]) -> None:
+    def _collect(self, block: nn.Module, memory: PinnedMemory, home: dict[Tensor, Tensor]) -> None:
         places, end = [], 0
         for tensor in tensors_of(block):
             places.append(_Place(tensor, end, tensor.shape, tensor.dtype))
@@ -269,7 +269,7 @@ class BlockStream:
             self._freed[index % 2].record(torch.cuda.current_stream(self.device))
 
 
-class Residency:
+class OffloadManager:
     """Keeps on the device what the memory level allows.
 
     Args:
@@ -294,14 +294,16 @@ class Residency:
     ) -> None:
         self.device = device
         apart = device != HOME if apart is None else apart
-        self._memory = HostMemory(device)
+        self._memory = PinnedMemory(device)
         modules: dict[str, nn.Module] = {TEXT_ENCODER: text_encoder, VAE: vae}
         modules |= {expert_part(index): expert for index, expert in enumerate(experts)}
-        self._parts = {name: Part(module, device, apart, self._memory) for name, module in modules.items()}
+        self._parts = {
+            name: OffloadedModule(module, device, apart, self._memory) for name, module in modules.items()
+        }
         self._blocks: Mapping[str, Sequence[nn.Module]] = {
             expert_part(i): own for i, own in enumerate(blocks)
         }
-        self._streams: dict[str, BlockStream] = {}
+        self._streams: dict[str, BlockPrefetcher] = {}
         self._level = level
         self.set_level(level)
 
@@ -316,21 +318,23 @@ class Residency:
             raise ValueError(f"memory level {level}: 0 to {TOP_LEVEL} would do")
         self._level = level
         if level >= 2:
-            self._parts[TEXT_ENCODER].at_home()
+            self._parts[TEXT_ENCODER].to_host()
         if level >= 3:
             self._send_home(set(self._parts) - {VAE})
         if level < TOP_LEVEL:
             self._stop_streams()
 
     def use(self, name: str) -> None:
-        """Make the part ready to run. At level 4 an expert's blocks stay home: run it with `stream_of`."""
+        """Make the part ready to run. At level 4 an expert's blocks stay home: run it with
+        `prefetched_blocks`.
+        """
         self._send_home(set(self._parts) - {name} - self._companions(name))
         if self._level == TOP_LEVEL and name in self._blocks:
             self._parts[name].on_device(leave_out=self._stream(name).tensors)
         else:
             self._parts[name].on_device()
 
-    def settle(self) -> None:
+    def place(self) -> None:
         """Bring what the level keeps on the device there: everything below level 2, to be ready for the first
         task.
         """
@@ -338,11 +342,11 @@ class Residency:
             if self._level < 2 or (self._level == 2 and name != TEXT_ENCODER):
                 part.on_device()
 
-    def stream_of(self, name: str) -> BlockStream | None:
+    def prefetched_blocks(self, name: str) -> BlockPrefetcher | None:
         """At level 4 the expert's blocks as a stream; below it None (the network's own blocks are there)."""
         return self._stream(name) if self._level == TOP_LEVEL else None
 
-    def leave_device(self) -> None:
+    def offload_all(self) -> None:
         """Send everything home; the next `use` brings back what it needs."""
         self._send_home(set(self._parts))
 
@@ -375,15 +379,15 @@ class Residency:
 
     def _send_home(self, names: set[str]) -> None:
         for name in names:
-            self._parts[name].at_home()
+            self._parts[name].to_host()
             if name in self._streams:
                 self._streams[name].release()
 
-    def _stream(self, name: str) -> BlockStream:
+    def _stream(self, name: str) -> BlockPrefetcher:
         if name not in self._streams:
             part = self._parts[name]
-            part.at_home()
-            self._streams[name] = BlockStream(self._blocks[name], self.device, self._memory, part.home)
+            part.to_host()
+            self._streams[name] = BlockPrefetcher(self._blocks[name], self.device, self._memory, part.home)
         return self._streams[name]
 
     def _stop_streams(self) -> None:

@@ -24,7 +24,7 @@ class Admission:
     """
 
     def __init__(self, backend: DiffusionBackend) -> None:
-        self._spec, self._sizes = backend.spec, backend.sizes()
+        self._spec, self._estimate = backend.spec, backend.memory_estimate()
         self._device, self._item = backend.device, backend.dtype.itemsize
         self._output_dir = backend.args.output.dir
         self._cache_limit = backend.args.infer.diffusion.cache_memory_gb
@@ -63,7 +63,7 @@ class Admission:
             )
 
     def _peak(self, frames: int, height: int, width: int) -> int:
-        return self._sizes.peak(TOP_LEVEL, self._spec.tokens(frames, height, width), frames, height, width)
+        return self._estimate.peak(TOP_LEVEL, self._spec.tokens(frames, height, width), frames, height, width)
 
     def _largest(self, frames: int, height: int, width: int, total: int) -> str:
         """The longest video of this size that the estimate lets through, or the largest size."""

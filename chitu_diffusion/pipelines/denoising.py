@@ -132,7 +132,7 @@ def stacked_velocity(
     backend.choose_attention(tokens_of(backend, latent), expert)
     asked, peers = tuple(branch for branch in branches if branch < len(text)), backend.groups.branches
     own = own_branches(asked, peers)
-    backend.residency.use(expert_part(expert))
+    backend.offload.use(expert_part(expert))
     model = backend.model_pool[expert]
     backend.set_precision(expert, float(timestep))
     # filled in place: a copy from the CPU would wait for all that the device still has to do
@@ -197,7 +197,7 @@ def tokens_of(backend: DiffusionBackend, latent: Tensor) -> int:
 
 
 def _forward(backend: DiffusionBackend, embedded: Embedded, expert: int, cache: StepCache) -> Tensor:
-    model, stream = backend.model_pool[expert], backend.residency.stream_of(expert_part(expert))
+    model, stream = backend.model_pool[expert], backend.offload.prefetched_blocks(expert_part(expert))
     own, shards = _own_tokens(backend, embedded)
     groups = backend.groups
     attention = sharded_attention(backend.attn_backend, groups.ulysses, groups.ring, shards.lengths)
