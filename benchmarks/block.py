@@ -101,7 +101,7 @@ class Bench:
         for name, parameter in self.network.named_parameters():
             if set(name.split(".")).isdisjoint(KEEP_FLOAT32):
                 parameter.data = parameter.data.to(self.dtype)
-        self.prepared = self.network.prepare_text(self.text, TEXT_ROWS)
+        self.prepared = self.network.make_text_kv(self.text, TEXT_ROWS)
         patch = self.config.patch_size
         self.tokens = self.latent[0, 0].numel() // (patch[0] * patch[1] * patch[2])
         self.float8: list[Float8Linear] = []
@@ -428,7 +428,7 @@ def variant(bench: Bench, name: str, fuse: bool, compile_: bool, in_float8: bool
         row["relative_error"] = relative_error(velocity, bench.reference)
     embedded = bench.network.embed(bench.latent, bench.time, bench.prepared)
     block = network.blocks[1]
-    weighted = block.weighs_text(embedded.tokens, embedded.text.rows.dtype)
+    weighted = block.takes_bias(embedded.tokens, embedded.text.rows.dtype)
     text = embedded.text.keys(1, block.text_keys, weighted)
     row["block_ms"] = bench.ms(
         lambda: block(embedded.tokens, text, embedded.modulation, embedded.rope, bench.attention)

@@ -39,7 +39,7 @@ from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_encoder
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanTransformer
-from chitu_diffusion.models.wan.vae import Vae, build_vae
+from chitu_diffusion.models.wan.vae import WanVAE, build_vae
 from chitu_diffusion.ops.merge_lse import merge
 from chitu_diffusion.pipelines import denoising as forward
 
@@ -92,9 +92,9 @@ def random_transformer(
     return network
 
 
-def random_vae(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Vae:
+def random_vae(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> WanVAE:
     """A VAE with random weights; an empty config is the full-size one."""
-    return Vae(filled(build_vae(config), device, dtype))
+    return WanVAE(filled(build_vae(config), device, dtype))
 
 
 class Case:
@@ -134,7 +134,7 @@ class Case:
         """The engine's own backend; of text encoder and VAE it has the shapes alone."""
         encoder = TextEncoder(build_text_encoder({}), tokenizer=None)  # type: ignore[arg-type]
         networks = Networks(
-            self.spec, [network] * len(self.spec.transformers), encoder, Vae(build_vae({})), SCHEDULER
+            self.spec, [network] * len(self.spec.transformers), encoder, WanVAE(build_vae({})), SCHEDULER
         )
         return DiffusionBackend.from_networks(networks, self.args, groups)
 
@@ -325,7 +325,7 @@ def kernels(
             lambda out=out, sums=sums: merge(out, sums, out, sums, out.dtype),
         )
     network = random_transformer(replace(config, num_layers=1), device, dtype)
-    text = network.prepare_text(case.text[:1])
+    text = network.make_text_kv(case.text[:1])
     whole = network.embed(case.latent, case.time.reshape(1).to(device), text)
     for own in sorted({own for own, _ in rows}, reverse=True):
         cos, sin = (part[:own] for part in whole.rope)
@@ -376,7 +376,7 @@ def _nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def ends(network: WanTransformer, case: Case, text: Any) -> Tensor:
     """A forward without blocks: embedding and head."""
     embedded = network.embed(case.latent, torch.full((1,), 500.0, device=case.device), text)
-    return network.unpatchify(network.head(embedded.tokens, embedded.time), embedded.grid)
+    return network.unpatchify(network.final_layer(embedded.tokens, embedded.time), embedded.grid)
 
 
 def traced(work: Callable[[], object]) -> dict[str, float]:

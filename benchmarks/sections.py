@@ -40,7 +40,7 @@ from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_tokenizer
 from chitu_diffusion.models.spec import ASSETS, TINY
 from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_encoder
-from chitu_diffusion.models.wan.vae import Vae, build_vae
+from chitu_diffusion.models.wan.vae import WanVAE, build_vae
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 EXACT_PEERS: Mapping[str, Builder] = {
@@ -261,7 +261,7 @@ class Latency:
         @torch.no_grad()
         def call() -> None:
             embedded = network.embed(bench.latent, bench.timestep, bench.text[:1])
-            network.unpatchify(network.head(embedded.tokens, embedded.time), embedded.grid)
+            network.unpatchify(network.final_layer(embedded.tokens, embedded.time), embedded.grid)
 
         return min(timed_ms(call, self.device) for _ in range(4))
 
@@ -489,7 +489,9 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
-def random_ends(device: torch.device, dtype: torch.dtype, small: bool) -> tuple[TextEncoder, Vae] | tuple[()]:
+def random_ends(
+    device: torch.device, dtype: torch.dtype, small: bool
+) -> tuple[TextEncoder, WanVAE] | tuple[()]:
     """An encoder of UMT5-XXL's size with wan-tiny's tokenizer, and Wan's VAE, with random weights; nothing
     for a small run.
     """
@@ -499,7 +501,7 @@ def random_ends(device: torch.device, dtype: torch.dtype, small: bool) -> tuple[
     encoder: Any = filled(build_text_encoder(UMT5_XXL), device, dtype)
     encoder.encoder.embed_tokens.weight = encoder.shared.weight  # one table, as in the checkpoint
     vae = filled(build_vae({}), device, dtype)
-    return TextEncoder(encoder, load_tokenizer(folder.tokenizer)), Vae(vae)
+    return TextEncoder(encoder, load_tokenizer(folder.tokenizer)), WanVAE(vae)
 
 
 @torch.no_grad()

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_vae
-from chitu_diffusion.models.wan.vae import Vae
-from chitu_diffusion.models.wan.vae_decoder import DecodeWays, best_ways, searching_kernels
+from chitu_diffusion.models.wan.vae import WanVAE
+from chitu_diffusion.models.wan.vae_decoder import DecodeOptions, best_options, searching_kernels
 from chitu_diffusion.ops.vae_conv import (
     CONVOLUTIONS,
     phased_weight,
@@ -182,7 +182,9 @@ class Fidelity:
         torch.backends.cudnn.allow_tf32 = False
         try:
             self.exact = by_diffusers(network, self.latent)
-            ours = Vae(network, ways=replace(best_ways(bench.device, 384), search=False)).decode(self.latent)
+            ours = WanVAE(network, ways=replace(best_options(bench.device, 384), search=False)).decode(
+                self.latent
+            )
         finally:
             torch.backends.cudnn.allow_tf32 = before
         bench.rows.append({"name": "ours, float32, against diffusers, float32 (9 frames)", **self.of(ours)})
@@ -197,9 +199,9 @@ class Fidelity:
         }
 
 
-def variants(device: torch.device) -> dict[str, DecodeWays]:
+def variants(device: torch.device) -> dict[str, DecodeOptions]:
     """The fastest ways, and each with one of them changed."""
-    best = best_ways(device, 384)
+    best = best_options(device, 384)
     found = {"ours": best}
     found[f"ours, {'no ' if best.search else ''}cuDNN search"] = replace(best, search=not best.search)
     for name in ("flat", *CONVOLUTIONS):
@@ -234,7 +236,7 @@ def whole(bench: Bench, network: AutoencoderKLWan, fidelity: list[Fidelity]) -> 
         finally:
             network.disable_tiling()
 
-    def ours(name: str, vae: Vae, tile_size: int | None = None) -> Callable[[], None]:
+    def ours(name: str, vae: WanVAE, tile_size: int | None = None) -> Callable[[], None]:
         decode = vae.decode if tile_size is None else lambda x: vae.decode_tiled(x, tile_size)
         return lambda: void(bench.measure(name, lambda: decode(latent), **accuracy(decode)))
 
@@ -242,18 +244,18 @@ def whole(bench: Bench, network: AutoencoderKLWan, fidelity: list[Fidelity]) -> 
     tile_size = max(2, min(32, bench.shape[2] // 3))
     first = ["ours, convolution flat", "ours, convolution conv3d"]
     bench.section("diffusers", diffusers_whole)
-    bench.section("ours", ours("ours", Vae(network)))
+    bench.section("ours", ours("ours", WanVAE(network)))
     for name in (name for name in first if name in ways):
-        bench.section(name, ours(name, Vae(network, ways=ways[name])), 4)
-    bench.section("ours, tiled", ours(f"ours, tiles of {tile_size}", Vae(network), tile_size), 4)
+        bench.section(name, ours(name, WanVAE(network, ways=ways[name])), 4)
+    bench.section("ours, tiled", ours(f"ours, tiles of {tile_size}", WanVAE(network), tile_size), 4)
     bench.section("convolutions", lambda: convolutions(bench), 6)
     bench.section("diffusers, tiled", diffusers_tiled, 8)
     for name in list(ways)[1:]:
         if name not in first:
-            bench.section(name, ours(name, Vae(network, ways=ways[name])), 6)
+            bench.section(name, ours(name, WanVAE(network, ways=ways[name])), 6)
     for frames in (1, 2, 4):
         name = f"ours, {frames} latent frames a call"
-        bench.section(name, ours(name, Vae(network, frames)), 5)
+        bench.section(name, ours(name, WanVAE(network, frames)), 5)
 
 
 def void(_row: object) -> None:

@@ -28,7 +28,7 @@ from chitu_diffusion.models.spec import ASSETS, FULL_SIZE, TINY, ModelSpec
 from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanTransformer
-from chitu_diffusion.models.wan.vae import Vae
+from chitu_diffusion.models.wan.vae import WanVAE
 from chitu_diffusion.pipelines import denoising as forward
 
 
@@ -165,14 +165,14 @@ class Bench:
         return network
 
     @cached_property
-    def _ends(self) -> tuple[TextEncoder, Vae]:
+    def _ends(self) -> tuple[TextEncoder, WanVAE]:
         """wan-tiny's encoder and VAE: a forward needs neither, a backend wants both."""
         folder = read_folder(ASSETS / TINY)
         encoder = load_text_encoder(folder, device=self.device, dtype=self.dtype)
         return encoder, load_vae(folder, device=self.device, dtype=self.dtype)
 
     def backend(
-        self, settings: Mapping[str, Any], encoder: TextEncoder | None = None, vae: Vae | None = None
+        self, settings: Mapping[str, Any], encoder: TextEncoder | None = None, vae: WanVAE | None = None
     ) -> DiffusionBackend:
         """A backend of ours with settings of `infer`.
 

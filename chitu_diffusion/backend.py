@@ -28,7 +28,7 @@ from chitu_diffusion.models.components import Networks, float8_plan, load_networ
 from chitu_diffusion.models.spec import ModelSpec, resolve_model
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.models.wan.transformer import WanTransformer
-from chitu_diffusion.models.wan.vae import Vae
+from chitu_diffusion.models.wan.vae import WanVAE
 from chitu_diffusion.ops.compile import CompileWatch
 from chitu_diffusion.ops.float8_linear import float8_begins, has_float8_products, set_float8, to_float8
 from chitu_diffusion.ops.fused import HAS_TRITON
@@ -207,7 +207,7 @@ class DiffusionBackend:
         return self._alive().text_encoder
 
     @property
-    def vae(self) -> Vae:
+    def vae(self) -> WanVAE:
         """Latents to videos."""
         return self._alive().vae
 

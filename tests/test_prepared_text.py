@@ -25,8 +25,8 @@ from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.generator import FiniteCheck, Generator
 from chitu_diffusion.models.wan.block import WanAttention
-from chitu_diffusion.models.wan.text_kv import PreparedText, fold, rows_that_differ
-from chitu_diffusion.models.wan.transformer import SharedStart, WanTransformer
+from chitu_diffusion.models.wan.text_kv import TextKVCache, dedup_padding, rows_that_differ
+from chitu_diffusion.models.wan.transformer import SharedCfgPrefix, WanTransformer
 from chitu_diffusion.pipelines import denoising as forward
 from chitu_diffusion.sampling.solvers import Sampler
 from chitu_diffusion.task import TaskStatus
@@ -61,7 +61,7 @@ def padded(*lengths: int, positions: int = 64) -> Tensor:
 def test_rows_that_differ(lengths: tuple[int, ...], rows: int) -> None:
     text = padded(*lengths)
     assert rows_that_differ(text) == rows
-    folded, positions, bias = fold(text)
+    folded, positions, bias = dedup_padding(text)
     assert folded.shape[1] == rows and positions == 64
     weights = torch.ones(1, rows) if bias is None else bias.exp()
     assert torch.allclose(weights.sum(), torch.tensor(64.0))
@@ -73,16 +73,16 @@ def test_folded_padding_is_padding(lengths: tuple[int, ...]) -> None:
     ours, text = twin(reference(CONFIG)), padded(*lengths, positions=512)
     latent, timestep = torch.randn(len(lengths), 6, 2, 4, 6), torch.rand(len(lengths)) * 1000
     expected = ours(latent, timestep, text)
-    prepared = ours.prepare_text(text)
+    prepared = ours.make_text_kv(text)
     assert prepared.rows.shape[1] == max(lengths) + 1
     embedded = ours.embed(latent, timestep, prepared)
-    found = ours.head(ours.run_blocks(embedded), embedded.time)
+    found = ours.final_layer(ours.run_blocks(embedded), embedded.time)
     # one row with a bias sums otherwise than 500 rows do
     assert relative_error(ours.unpatchify(found, embedded.grid), expected) < 1e-5
     # as on a GPU: the row stands as often as it should; the attention then sees what it always saw
     copied = replace(prepared, positions=512, bias=None, _kept={})
     assert copied.keys(0, ours.blocks[0].text_keys).k.shape[1] == 512
-    again = ours.head(ours.run_blocks(replace(embedded, text=copied)), embedded.time)
+    again = ours.final_layer(ours.run_blocks(replace(embedded, text=copied)), embedded.time)
     assert relative_error(ours.unpatchify(again, embedded.grid), expected) < 2e-6
 
 
@@ -180,7 +180,9 @@ def test_running_out_of_memory_drops_the_keys(backend, monkeypatch) -> None:
         made.generate_step(task)
     assert task.buffer.text is not None and task.buffer.text.bytes > 0
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(WanAttention, "over_text", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
+        patch.setattr(
+            WanAttention, "cross_attend", lambda *_: (_ for _ in ()).throw(MemoryError("none left"))
+        )
         made.generate_step(task)
     assert task.buffer.text is None
     assert torch.equal(latent_and_video(made, task)[0], expected)
@@ -225,11 +227,11 @@ def test_branches_share_what_is_before_the_text() -> None:
     assert rows == [2, 4, 4]  # the first block's attention ran for one branch
     # one branch after the other
     rows.clear()
-    start, found = SharedStart(), []
+    start, found = SharedCfgPrefix(), []
     for branch in text.chunk(2):
         embedded = replace(ours.embed(latent, timestep, branch), start=start)
         tokens = ours.run_blocks(embedded, attention=attention)
-        found.append(ours.unpatchify(ours.head(tokens, embedded.time), embedded.grid))
+        found.append(ours.unpatchify(ours.final_layer(tokens, embedded.time), embedded.grid))
     assert rows == [2, 2, 2, 2, 2]
     assert torch.equal(torch.cat(found), expected)
 
@@ -401,6 +403,6 @@ def test_a_late_answer_is_the_answer() -> None:
 
 
 def test_bytes_are_what_is_held() -> None:
-    prepared = PreparedText(torch.zeros(1, 10, 60), 10, keep=True)
+    prepared = TextKVCache(torch.zeros(1, 10, 60), 10, keep=True)
     prepared.keys(0, lambda rows: (torch.zeros(1, 10, 3, 20), torch.zeros(1, 10, 3, 20)))
     assert prepared.bytes == 3 * 10 * 60 * 4

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from chitu_diffusion.attention.cross_attention import cross_attention, has_fused_cross_attention
-from chitu_diffusion.models.wan.text_kv import PreparedText, TextKeys
+from chitu_diffusion.models.wan.text_kv import TextKV, TextKVCache
 from chitu_diffusion.models.wan.transformer import WanTransformer
 from chitu_diffusion.ops import fused
 from chitu_diffusion.ops.fused import HAS_TRITON
@@ -158,7 +158,7 @@ def test_a_prepared_text_may_be_used_either_way() -> None:
         latent, text, time = torch.randn(2, 4, 1, 2, 6), torch.randn(2, 100, 24), torch.tensor([900.0, 20.0])
     text[:, 9:] = 0
     network.use_fused(False)
-    expected, prepared = network(latent, time, text), network.prepare_text(text)
+    expected, prepared = network(latent, time, text), network.make_text_kv(text)
     assert prepared.rows.shape[1] == 10 and prepared.positions == 100
     for fuse in (True, False, True):
         network.use_fused(fuse)
@@ -197,12 +197,12 @@ def test_where_rows_are_weighted_and_where_they_are_copied(monkeypatch: pytest.M
     ]:
         network = WanTransformer(replace(CONFIG, num_layers=1)).to("meta", dtype)
         network.use_fused(fuse)
-        prepared = PreparedText(
+        prepared = TextKVCache(
             torch.empty(1, 10, 32, device="meta", dtype=dtype), 512, torch.zeros(1, 10, device="meta")
         )
         block, tokens = network.blocks[0], torch.empty(1, 6, 32, device="meta", dtype=dtype)
         with torch.set_grad_enabled(grad):
-            text = prepared.keys(0, block.text_keys, block.weighs_text(tokens, dtype))
+            text = prepared.keys(0, block.text_keys, block.takes_bias(tokens, dtype))
             block.cross_attention(tokens, text)
         assert seen.pop() == expected
     network = WanTransformer(replace(CONFIG, num_layers=1)).to("meta", torch.bfloat16)
@@ -212,7 +212,7 @@ def test_where_rows_are_weighted_and_where_they_are_copied(monkeypatch: pytest.M
         keys = torch.empty(2, 1, rows, 2, 16, device="meta", dtype=torch.bfloat16)
         with torch.no_grad():
             block.cross_attention(
-                tokens, TextKeys(*keys, torch.empty(1, rows, device="meta") if bias else None)
+                tokens, TextKV(*keys, torch.empty(1, rows, device="meta") if bias else None)
             )
         assert seen.pop() == (rows, bias, fuse)
 
@@ -227,12 +227,12 @@ def test_compiled_pieces_hold_the_operator_for_texts_of_any_length() -> None:
         texts = [
             torch.cat([torch.randn(1, rows, 24), torch.zeros(1, 40 - rows, 24)], dim=1) for rows in (7, 9, 30)
         ]
-    expected = [network(latent, time, network.prepare_text(text)) for text in texts]
+    expected = [network(latent, time, network.make_text_kv(text)) for text in texts]
     torch._dynamo.reset()
     counters.clear()
     network.compile_blocks(backend="eager")
     for text, plain in zip(texts, expected, strict=True):
-        assert torch.equal(network(latent, time, network.prepare_text(text)), plain)
+        assert torch.equal(network(latent, time, network.make_text_kv(text)), plain)
     assert counters["stats"]["unique_graphs"] == 2  # before and after the self-attention
     torch._dynamo.reset()
 

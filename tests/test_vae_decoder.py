@@ -17,8 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.models.wan.vae import Vae, _tiles
-from chitu_diffusion.models.wan.vae_decoder import DecodeWays, Window, best_ways, searching_kernels, spans
+from chitu_diffusion.models.wan.vae import WanVAE, _tiles
+from chitu_diffusion.models.wan.vae_decoder import (
+    DecodeOptions,
+    TileRect,
+    best_options,
+    searching_kernels,
+    spans,
+)
 from chitu_diffusion.ops import vae_norm_triton as vae_triton
 from chitu_diffusion.ops.vae_conv import (
     CONVOLUTIONS,
@@ -106,7 +112,7 @@ def test_decode_is_diffusers(frames: int, height: int, width: int, network: Auto
     expected = by_diffusers(network, latent)
     assert expected.std() > 0.005  # the decoder says something
     for frames_per_call in (None, 1, 3):
-        found = Vae(network, frames_per_call).decode(latent)
+        found = WanVAE(network, frames_per_call).decode(latent)
         assert (
             found.shape == (len(latent), 4 * frames - 3, 3, 8 * height, 8 * width)
             and found.dtype == torch.float32
@@ -116,20 +122,20 @@ def test_decode_is_diffusers(frames: int, height: int, width: int, network: Auto
 
 
 WAYS = [
-    DecodeWays(convolution="conv3d"),
-    DecodeWays(convolution="stacked", attention="product"),
-    DecodeWays(upsample="nearest"),
-    DecodeWays(convolution="flat"),
-    pytest.param(DecodeWays("triton", "flat"), marks=needs_triton),
+    DecodeOptions(convolution="conv3d"),
+    DecodeOptions(convolution="stacked", attention="product"),
+    DecodeOptions(upsample="nearest"),
+    DecodeOptions(convolution="flat"),
+    pytest.param(DecodeOptions("triton", "flat"), marks=needs_triton),
 ]
 
 
 @pytest.mark.parametrize("ways", WAYS, ids=str)
-def test_every_way_of_computing_is_diffusers(ways: DecodeWays, network: AutoencoderKLWan) -> None:
+def test_every_way_of_computing_is_diffusers(ways: DecodeOptions, network: AutoencoderKLWan) -> None:
     if ways.norm == "triton" and network.config.patch_size is None:
         pytest.skip("takes long in Triton's interpreter; the patched network has the same layers")
     latent = torch.randn(1, 4, 2, 1, 2)
-    assert error(Vae(network, ways=ways).decode(latent), by_diffusers(network, latent)) < 1e-5
+    assert error(WanVAE(network, ways=ways).decode(latent), by_diffusers(network, latent)) < 1e-5
 
 
 def test_bf16_stays_near_float32(network: AutoencoderKLWan) -> None:
@@ -139,20 +145,21 @@ def test_bf16_stays_near_float32(network: AutoencoderKLWan) -> None:
     half.load_state_dict(network.state_dict())
     theirs = by_diffusers(half, latent.to(torch.bfloat16)).float()
     # random weights amplify rounding more than trained ones do: theirs is the measure of what bf16 costs here
-    assert error(Vae(half).decode(latent), exact) < 1.3 * error(theirs, exact) < 0.2
+    assert error(WanVAE(half).decode(latent), exact) < 1.3 * error(theirs, exact) < 0.2
 
 
 def test_float64_latents_and_weights(network: AutoencoderKLWan) -> None:
     latent = torch.randn(1, 4, 2, 2, 2, dtype=torch.float64)
     wide = AutoencoderKLWan.from_config(network.config).double().eval()
     wide.load_state_dict(network.state_dict())
-    assert error(Vae(wide).decode(latent).double(), by_diffusers(wide, latent)) < 1e-6  # the video is float32
+    # the video is float32
+    assert error(WanVAE(wide).decode(latent).double(), by_diffusers(wide, latent)) < 1e-6
 
 
 def test_not_a_number_shows(network: AutoencoderKLWan) -> None:
     latent = torch.randn(1, 4, 2, 2, 2)
     latent[0, 0, 1, 0, 0] = torch.nan
-    assert torch.isnan(Vae(network).decode(latent)).any()
+    assert torch.isnan(WanVAE(network).decode(latent)).any()
 
 
 # -- windows
@@ -160,14 +167,14 @@ def test_not_a_number_shows(network: AutoencoderKLWan) -> None:
 
 def test_tiles_are_the_whole_frame(network: AutoencoderKLWan) -> None:
     latent = torch.randn(1, 4, 2, 3, 31)
-    whole = Vae(network).decode(latent)
+    whole = WanVAE(network).decode(latent)
     for tile_size in (8, 30):
-        assert error(Vae(network).decode_tiled(latent, tile_size), whole) < 1e-5
+        assert error(WanVAE(network).decode_tiled(latent, tile_size), whole) < 1e-5
 
 
 def test_strips_of_odd_places(network: AutoencoderKLWan) -> None:
     latent = torch.randn(1, 4, 2, 2, 31)
-    vae = Vae(network)
+    vae = WanVAE(network)
     expected = vae.decode(latent)[..., 8 * 15 : 8 * 16]
     assert error(vae.decode_strip(latent, 15, 16), expected) < 1e-5
     turned = vae.decode_strip(latent.transpose(-1, -2), 15, 16, axis=-2)
@@ -177,10 +184,10 @@ def test_strips_of_odd_places(network: AutoencoderKLWan) -> None:
 
 def test_tiles_cover_a_window_once() -> None:
     for window, size in (
-        (Window(0, 60, 0, 104), 32),
-        (Window(0, 9, 3, 20), 8),
-        (Window(0, 1, 0, 1), 8),
-        (Window(2, 7, 0, 31), 1),
+        (TileRect(0, 60, 0, 104), 32),
+        (TileRect(0, 9, 3, 20), 8),
+        (TileRect(0, 1, 0, 1), 8),
+        (TileRect(2, 7, 0, 31), 1),
     ):
         count = torch.zeros(64, 128)
         for top, bottom, left, right in _tiles(window, size):
@@ -308,7 +315,7 @@ def test_the_search_is_on_inside_alone() -> None:
     assert torch.backends.cudnn.benchmark == before
     with searching_kernels(False):
         assert torch.backends.cudnn.benchmark == before
-    assert best_ways(torch.device("cpu"), 384) == DecodeWays()
+    assert best_options(torch.device("cpu"), 384) == DecodeOptions()
 
 
 # -- memory
@@ -344,8 +351,8 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize(("tile", "frames_per_call"), [(None, 1), (None, 3), (6, 2)])
 def test_the_peak_is_as_stated(tile: int | None, frames_per_call: int, network: AutoencoderKLWan) -> None:
     latent = torch.randn(1, 4, 7, 3, 12)
-    vae = Vae(network, frames_per_call)
-    tiles = [] if tile is None else _tiles(Window(0, 3, 0, 12), tile)
+    vae = WanVAE(network, frames_per_call)
+    tiles = [] if tile is None else _tiles(TileRect(0, 3, 0, 12), tile)
     with LiveBytes() as live:
         vae.decode(latent) if tile is None else vae.decode_tiled(latent, tile)
     stated = vae.peak_bytes(latent, tiles, frames_per_call)
@@ -354,10 +361,10 @@ def test_the_peak_is_as_stated(tile: int | None, frames_per_call: int, network: 
 
 def test_a_budget_shrinks_the_calls_or_refuses(network: AutoencoderKLWan) -> None:
     latent = torch.randn(1, 4, 9, 4, 6)
-    least = Vae(network).peak_bytes(latent)
+    least = WanVAE(network).peak_bytes(latent)
     with pytest.raises(UsageError, match=r"decode smaller tiles"):
-        Vae(network, memory_budget=least - 1).decode(latent)
+        WanVAE(network, memory_budget=least - 1).decode(latent)
     with LiveBytes() as live:
-        small = Vae(network, memory_budget=least).decode(latent)
+        small = WanVAE(network, memory_budget=least).decode(latent)
     assert live.peak <= least
-    assert error(small, Vae(network).decode(latent)) < 1e-5
+    assert error(small, WanVAE(network).decode(latent)) < 1e-5

@@ -16,7 +16,7 @@ from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_text_encoder, load_vae
 from chitu_diffusion.models.wan import vae_decoder
 from chitu_diffusion.models.wan.text_encoder import TextEncoder, clean_prompt, load_tokenizer
-from chitu_diffusion.models.wan.vae import Vae, build_vae
+from chitu_diffusion.models.wan.vae import WanVAE, build_vae
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def pipeline(folder: Path) -> WanPipeline:
 
 
 @pytest.fixture(scope="module")
-def vae(folder: Path) -> Vae:
+def vae(folder: Path) -> WanVAE:
     return load_vae(read_folder(folder))
 
 
@@ -60,18 +60,18 @@ def by_diffusers(network: AutoencoderKLWan, latent: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2, 3), (2, 2, 4, 4), (1, 6, 3, 5)])
-def test_decode_is_diffusers(shape: tuple[int, int, int, int], vae: Vae, pipeline: WanPipeline) -> None:
+def test_decode_is_diffusers(shape: tuple[int, int, int, int], vae: WanVAE, pipeline: WanPipeline) -> None:
     latent = torch.randn(shape[0], 4, *shape[1:])
     expected = by_diffusers(pipeline.vae, latent)
     for frames_per_call in (None, 1, 2, 3):
-        found = Vae(vae.network, frames_per_call).decode(latent)
+        found = WanVAE(vae.network, frames_per_call).decode(latent)
         assert found.shape == (shape[0], 4 * (shape[1] - 1) + 1, 3, 8 * shape[2], 8 * shape[3])
         assert found.dtype == torch.float32
         # several frames a call round differently in the convolutions
         assert (found - expected).abs().max() < 1e-5
 
 
-def test_encode_is_diffusers(vae: Vae, pipeline: WanPipeline) -> None:
+def test_encode_is_diffusers(vae: WanVAE, pipeline: WanPipeline) -> None:
     video = torch.rand(2, 9, 3, 16, 24)
     with torch.no_grad():
         latent = pipeline.vae.encode(video.transpose(1, 2) * 2 - 1).latent_dist.mode()
@@ -84,7 +84,7 @@ def test_encode_is_diffusers(vae: Vae, pipeline: WanPipeline) -> None:
     assert torch.allclose(found, (latent - mean) / deviation, atol=1e-5)
 
 
-def test_decode_refuses(vae: Vae) -> None:
+def test_decode_refuses(vae: WanVAE) -> None:
     with pytest.raises(UsageError, match="expected \\[B, 4, T, H, W\\]"):
         vae.decode(torch.zeros(1, 5, 1, 2, 2))
     with pytest.raises(UsageError, match="tile_size"):
@@ -121,7 +121,7 @@ def test_encode_is_diffusers_pipeline(encoder: TextEncoder, pipeline: WanPipelin
     assert ends[-1] == 512
 
 
-def test_autocast_does_not_reach_text_and_vae(encoder: TextEncoder, vae: Vae) -> None:
+def test_autocast_does_not_reach_text_and_vae(encoder: TextEncoder, vae: WanVAE) -> None:
     latent, video = torch.randn(1, 4, 2, 2, 2), torch.rand(1, 5, 3, 16, 16)
     plain = encoder.encode(PROMPTS[:2]), vae.decode(latent), vae.decode_tiled(latent, 1), vae.encode(video)
     encoder._known.clear()
@@ -182,7 +182,7 @@ def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("axis", [-1, -2])
-def test_strips_are_the_whole_frame_cut_up(axis: int, vae: Vae) -> None:
+def test_strips_are_the_whole_frame_cut_up(axis: int, vae: WanVAE) -> None:
     latent = torch.randn(1, 4, 3, 4, 44)
     latent = latent if axis == -1 else latent.transpose(-1, -2)
     whole = vae.decode(latent)
@@ -191,7 +191,9 @@ def test_strips_are_the_whole_frame_cut_up(axis: int, vae: Vae) -> None:
         assert (vae.decode_strip(latent, low, high, axis) - expected).abs().max() < 1e-5
 
 
-def test_a_strip_takes_no_neighbour_that_does_not_matter(vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_strip_takes_no_neighbour_that_does_not_matter(
+    vae: WanVAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
     latent = torch.randn(1, 4, 2, 3, 44)
     expected = vae.decode(latent)[..., 8 * 20 : 8 * 22]
     reaches = vae_decoder.reaches(vae.network.decoder)

@@ -213,7 +213,9 @@ def test_features_of_one_forward_replace_the_blocks_of_another() -> None:
 
 @torch.no_grad()
 def test_pieces_work_on_shards_of_the_sequence() -> None:
-    """Sharded after `embed`, each shard attending to all keys, gathered after `head`: the same velocity."""
+    """Sharded after `embed`, each shard attending to all keys, gathered after `final_layer`: the same
+    velocity.
+    """
     ours = twin(reference(CONFIG))
     args = inputs(2, 3, 6, 6)
     whole = ours.embed(*args)
@@ -243,10 +245,11 @@ def test_pieces_work_on_shards_of_the_sequence() -> None:
         )
     expected = block(whole.tokens, text, whole.modulation, whole.rope, sdpa)
     assert relative_error(torch.cat(inner, 1), expected) < 1e-5
-    parts = torch.cat([ours.head(part, whole.time) for part in inner], 1)
+    parts = torch.cat([ours.final_layer(part, whole.time) for part in inner], 1)
     assert (
         relative_error(
-            ours.unpatchify(parts, whole.grid), ours.unpatchify(ours.head(expected, whole.time), whole.grid)
+            ours.unpatchify(parts, whole.grid),
+            ours.unpatchify(ours.final_layer(expected, whole.time), whole.grid),
         )
         < 1e-5
     )

@@ -19,7 +19,7 @@ from chitu_diffusion.models.loading import load_text_encoder, load_transformer, 
 from chitu_diffusion.models.spec import ModelSpec, missing_model, resolve_model
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.models.wan.transformer import WanTransformer
-from chitu_diffusion.models.wan.vae import Vae
+from chitu_diffusion.models.wan.vae import WanVAE
 from chitu_diffusion.ops.float8_linear import Float8Plan
 
 _HOME = torch.device("cpu")
@@ -41,7 +41,7 @@ class Networks:
     spec: ModelSpec
     experts: Sequence[WanTransformer]
     text_encoder: TextEncoder
-    vae: Vae
+    vae: WanVAE
     scheduler: Mapping[str, Any]
     folder: Path | None = None
 

@@ -25,7 +25,7 @@ from chitu_diffusion.models.wan.checkpoint_names import (
 )
 from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_encoder, load_tokenizer
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanConfig, WanTransformer
-from chitu_diffusion.models.wan.vae import Vae, build_vae
+from chitu_diffusion.models.wan.vae import WanVAE, build_vae
 from chitu_diffusion.ops.float8_linear import Float8Linear, Float8Plan, to_float8
 from chitu_diffusion.weights.loader import Progress, WeightFiles, load_into
 
@@ -123,9 +123,9 @@ def load_vae(
     device: Device = "cpu",
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
-) -> Vae:
+) -> WanVAE:
     """The VAE with its weights. Arguments and errors as for `load_transformer`."""
-    return Vae(_loaded(folder, "vae", device, dtype, progress)).eval()
+    return WanVAE(_loaded(folder, "vae", device, dtype, progress)).eval()
 
 
 def load_text_encoder(

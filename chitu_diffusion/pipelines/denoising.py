@@ -23,8 +23,8 @@ from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.interface import NO_CACHE, StepCache
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.memory.offload import expert_part
-from chitu_diffusion.models.wan.text_kv import PreparedText, rows_that_differ
-from chitu_diffusion.models.wan.transformer import Embedded, SharedStart, WanTransformer
+from chitu_diffusion.models.wan.text_kv import TextKVCache, rows_that_differ
+from chitu_diffusion.models.wan.transformer import BlockInputs, SharedCfgPrefix, WanTransformer
 from chitu_diffusion.sampling.solvers import SamplerState
 
 TRAINED_STEPS = 1000
@@ -77,26 +77,26 @@ class TaskText:
     def __init__(self, embeddings: Tensor) -> None:
         self.embeddings = embeddings
         self._rows = rows_that_differ(embeddings)
-        self._prepared: dict[tuple[object, ...], PreparedText] = {}
+        self._prepared: dict[tuple[object, ...], TextKVCache] = {}
 
     def __len__(self) -> int:
         return self.embeddings.shape[0]
 
     @property
     def bytes(self) -> int:
-        """Memory held beyond the embeddings; see `PreparedText.bytes`."""
+        """Memory held beyond the embeddings; see `TextKVCache.bytes`."""
         return sum(prepared.bytes for prepared in self._prepared.values())
 
     def under(
         self, network: WanTransformer, expert: int, branches: tuple[int, ...], batch: int
-    ) -> PreparedText:
+    ) -> TextKVCache:
         """Some branches' text, each `batch` times, for one expert, whose weights are on the device now."""
         device = self.embeddings.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         place = (expert, branches, batch, autocast)
         if place not in self._prepared:
             text = self.embeddings[list(branches)].repeat_interleave(batch, dim=0)
-            self._prepared[place] = network.prepare_text(text, self._rows)
+            self._prepared[place] = network.make_text_kv(text, self._rows)
         return self._prepared[place]
 
 
@@ -137,7 +137,7 @@ def stacked_velocity(
     backend.set_precision(expert, float(timestep))
     # filled in place: a copy from the CPU would wait for all that the device still has to do
     time = torch.full((1,), float(timestep), device=backend.device)
-    start, found = SharedStart() if len(own) > 1 else None, []
+    start, found = SharedCfgPrefix() if len(own) > 1 else None, []
     for some in _as_batches(backend, latent, own):
         embedded = model.embed(latent, time, text.under(model, expert, some, latent.shape[0]))
         embedded = replace(embedded, start=embedded.start or start)
@@ -196,7 +196,7 @@ def tokens_of(backend: DiffusionBackend, latent: Tensor) -> int:
     return latent[0, 0].numel() // (patch[0] * patch[1] * patch[2])
 
 
-def _forward(backend: DiffusionBackend, embedded: Embedded, expert: int, cache: StepCache) -> Tensor:
+def _forward(backend: DiffusionBackend, embedded: BlockInputs, expert: int, cache: StepCache) -> Tensor:
     model, stream = backend.model_pool[expert], backend.offload.prefetched_blocks(expert_part(expert))
     own, shards = _own_tokens(backend, embedded)
     groups = backend.groups
@@ -206,7 +206,7 @@ def _forward(backend: DiffusionBackend, embedded: Embedded, expert: int, cache: 
     )
 
 
-def _own_tokens(backend: DiffusionBackend, embedded: Embedded) -> tuple[Embedded, Shards]:
+def _own_tokens(backend: DiffusionBackend, embedded: BlockInputs) -> tuple[BlockInputs, Shards]:
     """This rank's tokens with the positions that they have in the whole."""
     shards = Shards.of(embedded.tokens.shape[1], backend.groups.sequence)
     cos, sin = (shards.take(part, 0) for part in embedded.rope)
@@ -214,7 +214,9 @@ def _own_tokens(backend: DiffusionBackend, embedded: Embedded) -> tuple[Embedded
 
 
 def _whole(
-    backend: DiffusionBackend, model: WanTransformer, tokens: Tensor, own: Embedded, shards: Shards
+    backend: DiffusionBackend, model: WanTransformer, tokens: Tensor, own: BlockInputs, shards: Shards
 ) -> Tensor:
     """The velocity of the whole latent from this rank's tokens after the blocks."""
-    return model.unpatchify(shards.gather(model.head(tokens, own.time), backend.groups.sequence), own.grid)
+    return model.unpatchify(
+        shards.gather(model.final_layer(tokens, own.time), backend.groups.sequence), own.grid
+    )

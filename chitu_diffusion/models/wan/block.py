@@ -16,7 +16,7 @@ from chitu_diffusion.attention.cross_attention import cross_attention, has_fused
 from chitu_diffusion.attention.kernels import AttentionFn, sdpa
 from chitu_diffusion.flexcache.interface import Level
 from chitu_diffusion.models.wan.config import WanConfig
-from chitu_diffusion.models.wan.text_kv import TextKeys
+from chitu_diffusion.models.wan.text_kv import TextKV
 from chitu_diffusion.ops.float8_linear import wants_float8
 from chitu_diffusion.ops.fused import (
     Float8Rows,
@@ -31,7 +31,7 @@ from chitu_diffusion.ops.fused import (
 )
 
 _FEW_ROWS = 256
-Rope = tuple[Tensor, Tensor]  # (cos, sin), each [S, head_dim / 2] float32
+RotaryTable = tuple[Tensor, Tensor]  # (cos, sin), each [S, head_dim / 2] float32
 Activation = Tensor | Float8Rows  # what enters a matrix product: 8 bits only where its layer wants them
 # (level, compute, entering tokens) -> module output
 Ask = Callable[[Level, Callable[[], Tensor], Tensor], Tensor]
@@ -60,7 +60,7 @@ class WanAttention(nn.Module):
         self.norm_q = nn.RMSNorm(dim, eps=eps)
         self.norm_k = nn.RMSNorm(dim, eps=eps)
 
-    def project(self, x: Activation, rope: Rope, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Activation, rope: RotaryTable, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of x [B, S, dim], each [B, S, heads, head_dim]: q and k normed over all heads and turned by
         position.
         """
@@ -71,7 +71,7 @@ class WanAttention(nn.Module):
         v = self.to_v(x).unflatten(2, (self.heads, -1))
         return q.to(v.dtype), k.to(v.dtype), v
 
-    def over_text(self, x: Activation, text: TextKeys, fused: bool) -> Tensor:
+    def cross_attend(self, x: Activation, text: TextKV, fused: bool) -> Tensor:
         """x [B, S, dim] attends to the keys of a text; [B, S, dim]."""
         # many rows that all differ are left to torch, whose kernels are made for them
         fused = fused and (text.bias is not None or text.k.shape[1] <= _FEW_ROWS)
@@ -149,9 +149,9 @@ class WanBlock(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        text: TextKeys,
+        text: TextKV,
         modulation: Tensor,
-        rope: Rope | None,
+        rope: RotaryTable | None,
         attention: AttentionFn = sdpa,
     ) -> Tensor:
         """One block.
@@ -173,7 +173,7 @@ class WanBlock(nn.Module):
         self,
         tokens: Tensor,
         modulation: Tensor,
-        rope: Rope,
+        rope: RotaryTable,
         dtype: torch.dtype,
         attention: AttentionFn = sdpa,
     ) -> Tensor:
@@ -184,7 +184,13 @@ class WanBlock(nn.Module):
         return add_gated(tokens, added, self.modulate(modulation)[2], fused=self._fuses(tokens))
 
     def forward_at_sites(
-        self, tokens: Tensor, text: TextKeys, modulation: Tensor, rope: Rope, attention: AttentionFn, ask: Ask
+        self,
+        tokens: Tensor,
+        text: TextKV,
+        modulation: Tensor,
+        rope: RotaryTable,
+        attention: AttentionFn,
+        ask: Ask,
     ) -> Tensor:
         """`forward`, where `ask(level, compute, entering)` answers for each of the three modules."""
         shifts, dtype, fused = self.modulate(modulation), text.v.dtype, self._fuses(tokens)
@@ -201,12 +207,12 @@ class WanBlock(nn.Module):
         """k, v of the cross-attention for projected text rows [B, L, dim], each [B, L, heads, head_dim] in
         one dtype.
 
-        They depend on the text alone: `PreparedText` asks once for all steps.
+        They depend on the text alone: `TextKVCache` asks once for all steps.
         """
         k, v = self.attn2.keys(rows)
         return k.to(v.dtype), v
 
-    def weighs_text(self, tokens: Tensor, dtype: torch.dtype) -> bool:
+    def takes_bias(self, tokens: Tensor, dtype: torch.dtype) -> bool:
         """Whether the attention of `tokens` to a text of `dtype` takes rows with a bias, where else they are
         copied.
         """
@@ -221,13 +227,18 @@ class WanBlock(nn.Module):
         return (self.scale_shift_table.float() + modulation.float()).chunk(6, dim=1)
 
     def self_attention(
-        self, tokens: Tensor, modulation: Tensor, rope: Rope, dtype: torch.dtype, attention: AttentionFn
+        self,
+        tokens: Tensor,
+        modulation: Tensor,
+        rope: RotaryTable,
+        dtype: torch.dtype,
+        attention: AttentionFn,
     ) -> Tensor:
         """What the self-attention gives before its gate, [B, S, dim]."""
         return self.attn1.out(attention(*self.project(tokens, modulation, rope, dtype)))
 
     def project(
-        self, tokens: Tensor, modulation: Tensor, rope: Rope, dtype: torch.dtype
+        self, tokens: Tensor, modulation: Tensor, rope: RotaryTable, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of the self-attention, each [B, S, heads, head_dim]."""
         shifts, fused = self.modulate(modulation), self._fuses(tokens)
@@ -236,7 +247,7 @@ class WanBlock(nn.Module):
         return self.attn1.project(x, rope, fused)
 
     def after_attention(
-        self, tokens: Tensor, attended: Tensor | None, text: TextKeys, modulation: Tensor
+        self, tokens: Tensor, attended: Tensor | None, text: TextKV, modulation: Tensor
     ) -> Tensor:
         """The block from the self-attention's output [B, S, heads, head_dim] on; None: the stream holds it
         already.
@@ -252,14 +263,14 @@ class WanBlock(nn.Module):
             if attended is not None:
                 tokens = add_gated(tokens, self.attn1.out(attended), shifts[2], fused=fused)
             x = self._before_text(tokens, dtype)
-        added, after = self.attn2.over_text(x, text, fused), (1 + shifts[4], shifts[3])
+        added, after = self.attn2.cross_attend(x, text, fused), (1 + shifts[4], shifts[3])
         to_8 = wants_float8(self.ffn.net[0].proj)
         tokens, x = add_gated_norm(tokens, added, None, after, self.eps, dtype, float8=to_8, fused=fused)
         return add_gated(tokens, self.ffn(x, fused), shifts[5], fused=fused)
 
-    def cross_attention(self, tokens: Tensor, text: TextKeys) -> Tensor:
+    def cross_attention(self, tokens: Tensor, text: TextKV) -> Tensor:
         """What the attention to the text gives, [B, S, dim]. It has neither gate nor modulation."""
-        return self.attn2.over_text(self._before_text(tokens, text.v.dtype), text, self._fuses(tokens))
+        return self.attn2.cross_attend(self._before_text(tokens, text.v.dtype), text, self._fuses(tokens))
 
     def feed_forward(self, tokens: Tensor, modulation: Tensor, dtype: torch.dtype) -> Tensor:
         """What the feed-forward gives before its gate, [B, S, dim]."""

@@ -7,11 +7,11 @@ and blocks; no prompt, guidance or task.
 
 Padding. Wan pads every prompt to 512 rows, and the padding takes part in the attention: n equal rows. Only
 one of them is projected and kept. How it counts n times depends on the kernel: where the scores take a bias
-of log n in float32 (a CPU's kernel, and the fused one of `text_triton`), the attention runs over the few rows
-that differ. Flash kernels on a GPU (cuDNN, FlashAttention-3) take no bias, and those that do cost more than
-512 keys against 512 without; there the kept row is copied n times on the way into the attention, 10 MB a
-block at 14B, which is nothing beside a block. Either equals the padded text within rounding, and whoever asks
-for the keys says which, at every forward.
+of log n in float32 (a CPU's kernel, and the fused one of `attention.cross_attention_triton`), the attention
+runs over the few rows that differ. Flash kernels on a GPU (cuDNN, FlashAttention-3) take no bias, and those
+that do cost more than 512 keys against 512 without; there the kept row is copied n times on the way into the
+attention, 10 MB a block at 14B, which is nothing beside a block. Either equals the padded text within
+rounding, and whoever asks for the keys says which, at every forward.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 
-class TextKeys(NamedTuple):
+class TextKV(NamedTuple):
     """What one block's cross-attention looks at.
 
     Attributes:
@@ -40,13 +40,13 @@ class TextKeys(NamedTuple):
 
 
 @dataclass(eq=False)
-class PreparedText:
+class TextKVCache:
     """A text under one network.
 
     Attributes:
         rows: [B, L, dim], projected text, in the dtype in which the blocks multiply.
         positions: how many rows the text stands for; where more than L, the rest are equal to the last row.
-        bias: see `TextKeys`; where positions are more than L it says the same as copies of the last row
+        bias: see `TextKV`; where positions are more than L it says the same as copies of the last row
             would.
         keep: whether a block's keys stay for the next forward. They hold for as long as the network's weights
             and the autocast setting do.
@@ -60,7 +60,7 @@ class PreparedText:
 
     def keys(
         self, block: int, make: Callable[[Tensor], tuple[Tensor, Tensor]], weighted: bool = False
-    ) -> TextKeys:
+    ) -> TextKV:
         """The keys of a block, made when they are first asked for: that is when a streamed block's weights
         are there.
 
@@ -74,8 +74,8 @@ class PreparedText:
             self._kept[block] = (k, v)
         missing = self.positions - k.shape[1]
         if not missing or (weighted and self.bias is not None):
-            return TextKeys(k, v, self.bias)
-        return TextKeys(*(torch.cat([x, x[:, -1:].expand(-1, missing, -1, -1)], dim=1) for x in (k, v)))
+            return TextKV(k, v, self.bias)
+        return TextKV(*(torch.cat([x, x[:, -1:].expand(-1, missing, -1, -1)], dim=1) for x in (k, v)))
 
     @property
     def bytes(self) -> int:
@@ -98,9 +98,9 @@ def rows_that_differ(text: Tensor) -> int:
     return int(text.shape[1] - behind)
 
 
-def fold(text: Tensor, rows: int | None = None) -> tuple[Tensor, int, Tensor | None]:
+def dedup_padding(text: Tensor, rows: int | None = None) -> tuple[Tensor, int, Tensor | None]:
     """The rows of a padded text [B, N, D] that differ, how many they stand for, and their bias (see the
-    file's head).
+    file's top).
 
     Args:
         rows: of `rows_that_differ`, where it is known.

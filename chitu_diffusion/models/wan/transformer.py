@@ -1,9 +1,9 @@
 """The Wan text-to-video diffusion transformer, as single-device code.
 
 Names and shapes of the parameters are those of diffusers' `WanTransformer3DModel`. The network takes its
-attention and its cache as arguments and is cut into pieces (`embed`, `run_blocks`, `head`, `unpatchify`), so
-that whoever shards the sequence, streams the blocks or caches features does it between the pieces. It knows
-no rank, sampler, prompt or task.
+attention and its cache as arguments and is cut into pieces (`embed`, `run_blocks`, `final_layer`,
+`unpatchify`), so that whoever shards the sequence, streams the blocks or caches features does it between the
+pieces. It knows no rank, sampler, prompt or task.
 
 Architecture: "Wan: Open and Advanced Large-Scale Video Generative Models", arXiv 2503.20314, section 4.2.
 
@@ -27,14 +27,14 @@ from torch.utils.checkpoint import checkpoint
 
 from chitu_diffusion.attention.kernels import AttentionFn, sdpa
 from chitu_diffusion.flexcache.interface import MODULE_LEVELS, NO_CACHE, Level, Signal, Site, StepCache
-from chitu_diffusion.models.wan.block import Float32LayerNorm, Rope, WanBlock
+from chitu_diffusion.models.wan.block import Float32LayerNorm, RotaryTable, WanBlock
 from chitu_diffusion.models.wan.config import WanConfig
-from chitu_diffusion.models.wan.text_kv import PreparedText, fold
+from chitu_diffusion.models.wan.text_kv import TextKVCache, dedup_padding
 from chitu_diffusion.ops.compile import compiled, let_length_vary
 from chitu_diffusion.ops.float8_linear import Float8Linear
 from chitu_diffusion.ops.fused import can_fuse, layer_norm
 
-__all__ = ["KEEP_FLOAT32", "Embedded", "WanConfig", "WanFeatures", "WanOutput", "WanTransformer"]
+__all__ = ["KEEP_FLOAT32", "BlockInputs", "WanConfig", "WanFeatures", "WanOutput", "WanTransformer"]
 
 # Parts of parameter names that stay float32 when the rest is loaded in 16 bits (diffusers' rule for this
 # network).
@@ -47,7 +47,7 @@ Grid = tuple[int, int, int]  # tokens along (frames, rows, columns)
 
 
 @dataclass(eq=False)
-class SharedStart:
+class SharedCfgPrefix:
     """The stream after the first block's self-attention, for guidance branches of one latent at one time.
 
     Up to the first cross-attention nothing depends on the text: the branches' tokens are equal, and one
@@ -73,7 +73,7 @@ class SharedStart:
 
 
 @dataclass(frozen=True)
-class Embedded:
+class BlockInputs:
     """What `embed` hands to the blocks and the head.
 
     Tokens run frame by frame, row by row. To work on a part of the sequence, replace `tokens` and `rope` by
@@ -81,7 +81,7 @@ class Embedded:
 
     Attributes:
         tokens: [B, S, dim], the residual stream.
-        text: of B rows; of `prepare_text`.
+        text: of B rows; of `make_text_kv`.
         time: [B, dim] or, where the batch has one time, [1, dim]: the time embedding, for the head.
         modulation: [B or 1, 6, dim], its projection, for the blocks.
         rope: rotary cosines and sines of these tokens' positions.
@@ -91,12 +91,12 @@ class Embedded:
     """
 
     tokens: Tensor
-    text: PreparedText
+    text: TextKVCache
     time: Tensor
     modulation: Tensor
-    rope: Rope
+    rope: RotaryTable
     grid: Grid
-    start: SharedStart | None = None
+    start: SharedCfgPrefix | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class PatchEmbedding(nn.Conv3d):
         return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
-class TwoLayer(nn.Module):
+class MLPEmbedding(nn.Module):
     """Linear, activation, linear: the time embedder (SiLU) and the text projection (tanh-approximated
     GELU).
     """
@@ -154,15 +154,15 @@ class TwoLayer(nn.Module):
         return cast(Tensor, self.linear_2(self.activation(self.linear_1(x.to(self.linear_1.weight.dtype)))))
 
 
-class Conditions(nn.Module):
+class TimeTextEmbedding(nn.Module):
     """Projects time and text to the width of the stream."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.freq_dim = config.freq_dim
-        self.time_embedder = TwoLayer(config.freq_dim, config.dim, nn.SiLU())
+        self.time_embedder = MLPEmbedding(config.freq_dim, config.dim, nn.SiLU())
         self.time_proj = nn.Linear(config.dim, 6 * config.dim)
-        self.text_embedder = TwoLayer(config.text_dim, config.dim, nn.GELU(approximate="tanh"))
+        self.text_embedder = MLPEmbedding(config.text_dim, config.dim, nn.GELU(approximate="tanh"))
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """timestep [B] -> (time [B, dim], modulation [B, 6, dim]), in `time_proj`'s dtype.
@@ -193,7 +193,7 @@ class WanTransformer(nn.Module):
         self.patch_embedding = PatchEmbedding(
             config.in_channels, config.dim, kernel_size=config.patch_size, stride=config.patch_size
         )
-        self.condition_embedder = Conditions(config)
+        self.condition_embedder = TimeTextEmbedding(config)
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
         self.norm_out = Float32LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(config.dim, config.out_channels * config.patch_values)
@@ -203,7 +203,7 @@ class WanTransformer(nn.Module):
         self,
         latent: Tensor,
         timestep: Tensor,
-        text: Tensor | PreparedText,
+        text: Tensor | TextKVCache,
         *,
         attention: AttentionFn = sdpa,
         cache: StepCache = NO_CACHE,
@@ -215,12 +215,12 @@ class WanTransformer(nn.Module):
         Args:
             latent: [B, C, T, H, W]; T, H, W multiples of the patch.
             timestep: [B] (or [1], for all), 0 to 1000, any dtype.
-            text: [B, L, text_dim], the text encoder's output, or of `prepare_text`.
+            text: [B, L, text_dim], the text encoder's output, or of `make_text_kv`.
             attention: self-attention, in layout [B, S, heads, head_dim].
             cache: asked at the sites whose level is among `cache.levels`.
             blocks: yields this network's blocks in order, each ready to run: for whoever streams them to the
                 device.
-            text_bias: [B, L] float32, see `TextKeys.bias`, or None.
+            text_bias: [B, L] float32, see `TextKV.bias`, or None.
 
         Returns:
             Velocity in the dtype of the last matrix product.
@@ -232,7 +232,7 @@ class WanTransformer(nn.Module):
         if text_bias is not None:
             embedded = replace(embedded, text=replace(embedded.text, bias=text_bias))
         tokens = self.run_blocks(embedded, attention=attention, cache=cache, blocks=blocks)
-        return self.unpatchify(self.head(tokens, embedded.time), embedded.grid)
+        return self.unpatchify(self.final_layer(tokens, embedded.time), embedded.grid)
 
     def forward_with_features(
         self,
@@ -246,7 +246,7 @@ class WanTransformer(nn.Module):
         """`forward`, which also hands out what `forward_with_cache` can use later."""
         embedded = self.embed(latent, timestep, text)
         tokens = self.run_blocks(embedded, attention=attention, cache=cache)
-        velocity = self.unpatchify(self.head(tokens, embedded.time), embedded.grid)
+        velocity = self.unpatchify(self.final_layer(tokens, embedded.time), embedded.grid)
         return WanOutput(velocity, WanFeatures(tokens - embedded.tokens, timestep))
 
     def forward_with_cache(
@@ -270,24 +270,24 @@ class WanTransformer(nn.Module):
                 f"this latent's tokens {list(embedded.tokens.shape)}"
             )
         tokens = embedded.tokens + cached_features.residual
-        return self.unpatchify(self.head(tokens, embedded.time), embedded.grid)
+        return self.unpatchify(self.final_layer(tokens, embedded.time), embedded.grid)
 
-    def prepare_text(self, text: Tensor, rows: int | None = None) -> PreparedText:
+    def make_text_kv(self, text: Tensor, rows: int | None = None) -> TextKVCache:
         """A padded text [B, N, text_dim] for any number of forwards with these weights; see `prepared_text`.
 
         Args:
             rows: of `rows_that_differ`; None looks, which on a GPU waits for the device.
         """
-        folded, positions, bias = fold(text, rows)
-        return PreparedText(self.condition_embedder.text_embedder(folded), positions, bias, keep=True)
+        folded, positions, bias = dedup_padding(text, rows)
+        return TextKVCache(self.condition_embedder.text_embedder(folded), positions, bias, keep=True)
 
-    def embed(self, latent: Tensor, timestep: Tensor, text: Tensor | PreparedText) -> Embedded:
+    def embed(self, latent: Tensor, timestep: Tensor, text: Tensor | TextKVCache) -> BlockInputs:
         """Everything before the blocks: tokens, projected text, time embedding and positions.
 
         Args:
             latent: [B, C, T, H, W].
             timestep: [B], or [1] for all.
-            text: [B, L, text_dim] for this forward alone, or of `prepare_text` for several. A text of k B
+            text: [B, L, text_dim] for this forward alone, or of `make_text_kv` for several. A text of k B
                 rows is that of k guidance branches of the latent, branch by branch: all that follows has k B
                 rows, and what the branches have in common is computed once.
 
@@ -299,22 +299,22 @@ class WanTransformer(nn.Module):
         if len(timestep) > 1:
             time, modulation = time.repeat(copies, 1), modulation.repeat(copies, 1, 1)
         if isinstance(text, Tensor):
-            text = PreparedText(self.condition_embedder.text_embedder(text), text.shape[1])
+            text = TextKVCache(self.condition_embedder.text_embedder(text), text.shape[1])
         # autocast gives 16 bits here; the stream keeps the weights' dtype
         tokens = self.patch_embedding(latent).to(self.patch_embedding.weight.dtype)
-        return Embedded(
+        return BlockInputs(
             tokens=tokens.repeat(copies, 1, 1) if copies > 1 else tokens,
             text=text,
             time=time,
             modulation=modulation,
             rope=self.rope_table(grid, latent.device),
             grid=grid,
-            start=SharedStart(copies) if copies > 1 else None,
+            start=SharedCfgPrefix(copies) if copies > 1 else None,
         )
 
     def run_blocks(
         self,
-        embedded: Embedded,
+        embedded: BlockInputs,
         *,
         attention: AttentionFn = sdpa,
         cache: StepCache = NO_CACHE,
@@ -330,7 +330,7 @@ class WanTransformer(nn.Module):
             Signal(embedded.tokens, embedded.modulation),
         )
 
-    def head(self, tokens: Tensor, time: Tensor) -> Tensor:
+    def final_layer(self, tokens: Tensor, time: Tensor) -> Tensor:
         """tokens [B, S, dim], time [B, dim] -> [B, S, patch values x channels]. Each token for itself."""
         shift, scale = (self.scale_shift_table.float() + time.float().unsqueeze(1)).chunk(2, dim=1)
         dtype, fused = self.proj_out.weight.dtype, self.fused and can_fuse(tokens)
@@ -346,7 +346,7 @@ class WanTransformer(nn.Module):
         values = values.permute(0, 7, 1, 4, 2, 5, 3, 6)
         return values.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def rope_table(self, grid: Grid, device: torch.device | str = "cpu") -> Rope:
+    def rope_table(self, grid: Grid, device: torch.device | str = "cpu") -> RotaryTable:
         """Rotary cosines and sines of a whole grid, each [S, head_dim / 2] float32; the last few grids' are
         remembered.
 
@@ -409,7 +409,7 @@ class WanTransformer(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
 
     def _run_stack(
-        self, embedded: Embedded, attention: AttentionFn, cache: StepCache, stack: Iterable[nn.Module]
+        self, embedded: BlockInputs, attention: AttentionFn, cache: StepCache, stack: Iterable[nn.Module]
     ) -> Tensor:
         tokens = embedded.tokens
         for index, block in enumerate(stack):
@@ -423,9 +423,9 @@ class WanTransformer(nn.Module):
         return tokens
 
     def _run_block(
-        self, block: WanBlock, index: int, embedded: Embedded, attention: AttentionFn, cache: StepCache
+        self, block: WanBlock, index: int, embedded: BlockInputs, attention: AttentionFn, cache: StepCache
     ) -> Tensor:
-        weighted = block.weighs_text(embedded.tokens, embedded.text.rows.dtype)
+        weighted = block.takes_bias(embedded.tokens, embedded.text.rows.dtype)
         text = embedded.text.keys(index, block.text_keys, weighted)
         if self.compiled:
             let_length_vary(text)
@@ -453,9 +453,7 @@ class WanTransformer(nn.Module):
             return compute()
         return cache.at(Site(level, index, len(self.blocks)), compute, Signal(entering, time))
 
-    def _checked_grid(
-        self, latent: Tensor, timestep: Tensor, text: Tensor | PreparedText
-    ) -> tuple[Grid, int]:
+    def _checked_grid(self, latent: Tensor, timestep: Tensor, text: Tensor | TextKVCache) -> tuple[Grid, int]:
         """The token grid, and how many branches' text there is for the latent."""
         channels, patch = self.config.in_channels, self.config.patch_size
         if latent.ndim != 5 or latent.shape[1] != channels:
@@ -490,7 +488,7 @@ def sinusoids(timestep: Tensor, width: int) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def rope_table(grid: Grid, head_dim: int, device: torch.device) -> Rope:
+def rope_table(grid: Grid, head_dim: int, device: torch.device) -> RotaryTable:
     """Rotary cosines and sines of a grid, each [S, head_dim / 2] float32: 17 MB both at 32,760 tokens and 128
     channels.
 

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.models.wan.vae_decoder import (
+    ConvCache,
+    DecodeOptions,
     Decoder,
-    DecodeWays,
-    Memory,
-    Window,
-    best_ways,
+    TileRect,
+    best_options,
     decode_bytes,
     searching_kernels,
     spans,
@@ -38,7 +38,7 @@ _MEMORY_BUDGET, _TILED_BUDGET, _CPU_BUDGET = 9 * 2**30, 5 * 2**29, 3 * 2**30
 _LOWER_FRAMES = 16  # latent frames a call of the cheap half
 
 
-class Vae(nn.Module):
+class WanVAE(nn.Module):
     """Wan's causal 3D VAE (arXiv 2503.20314, section 4.1).
 
     Args:
@@ -57,7 +57,7 @@ class Vae(nn.Module):
         frames_per_call: int | None = None,
         *,
         memory_budget: int | None = None,
-        ways: DecodeWays | None = None,
+        ways: DecodeOptions | None = None,
     ) -> None:
         super().__init__()
         self.network: Any = network  # diffusers is untyped
@@ -136,7 +136,7 @@ class Vae(nn.Module):
         mean, deviation = self._statistics(latent)
         return cast(Tensor, (latent - mean) / deviation)
 
-    def peak_bytes(self, latent: Tensor, tiles: Sequence[Window] = (), frames_per_call: int = 1) -> int:
+    def peak_bytes(self, latent: Tensor, tiles: Sequence[TileRect] = (), frames_per_call: int = 1) -> int:
         """Bytes that decoding takes on the device at its worst moment, the video included, the weights and
         cuDNN's workspace not.
 
@@ -153,8 +153,8 @@ class Vae(nn.Module):
             for tile in tiles or [frame]
         )
 
-    def _ways(self) -> DecodeWays:
-        return self.ways or best_ways(self._weight.device, self.network.decoder.conv_in.out_channels)
+    def _ways(self) -> DecodeOptions:
+        return self.ways or best_options(self._weight.device, self.network.decoder.conv_in.out_channels)
 
     @property
     def _weight(self) -> Tensor:
@@ -174,13 +174,13 @@ class Vae(nn.Module):
         )
         return mean, deviation
 
-    def _whole(self, latent: Tensor) -> Window:
+    def _whole(self, latent: Tensor) -> TileRect:
         channels = self.network.config.z_dim
         if latent.ndim != 5 or latent.shape[1] != channels or 0 in latent.shape:
             raise UsageError(f"latent is {list(latent.shape)}; expected [B, {channels}, T, H, W]")
-        return Window(0, latent.shape[-2], 0, latent.shape[-1])
+        return TileRect(0, latent.shape[-2], 0, latent.shape[-1])
 
-    def _decoded(self, latent: Tensor, window: Window, tile_size: int | None) -> Tensor:
+    def _decoded(self, latent: Tensor, window: TileRect, tile_size: int | None) -> Tensor:
         """A window of the video, in tiles or at once."""
         tiles = [window] if tile_size is None else _tiles(window, tile_size)
         most = self._frames_a_call(latent, tiles)
@@ -208,7 +208,7 @@ class Vae(nn.Module):
             0
         ].permute(1, 2, 3, 0)
 
-    def _frames_a_call(self, latent: Tensor, tiles: list[Window]) -> int:
+    def _frames_a_call(self, latent: Tensor, tiles: list[TileRect]) -> int:
         """Latent frames a call that the budget has room for.
 
         Raises:
@@ -263,14 +263,14 @@ def build_vae(config: Mapping[str, Any]) -> nn.Module:
 
 
 def _lower(decoder: Decoder, x: Tensor) -> Tensor:
-    memory: Memory = {}
+    memory: ConvCache = {}
     starts = range(0, len(x), _LOWER_FRAMES)
     return torch.cat([decoder.lower(x[start : start + _LOWER_FRAMES], memory) for start in starts])
 
 
-def _upper(decoder: Decoder, low: Tensor, window: Window, most: int, out: Tensor) -> None:
+def _upper(decoder: Decoder, low: Tensor, window: TileRect, most: int, out: Tensor) -> None:
     """Decodes a window of all frames into `out`, [T', 3, 8 h, 8 w], in [0, 1]."""
-    memory: Memory = {}
+    memory: ConvCache = {}
     done = 0
     for start, end in spans(len(low), most):
         pixels = decoder.upper(low[start:end], window, memory)
@@ -279,7 +279,7 @@ def _upper(decoder: Decoder, low: Tensor, window: Window, most: int, out: Tensor
         done += len(pixels)
 
 
-def _tiles(window: Window, size: int) -> list[Window]:
+def _tiles(window: TileRect, size: int) -> list[TileRect]:
     """The tiles that a window is cut into; a last one of less than half the size joins its neighbour."""
 
     def edges(low: int, high: int) -> list[int]:
@@ -287,10 +287,10 @@ def _tiles(window: Window, size: int) -> list[Window]:
         return [low, *(cut for cut in cuts if 2 * (high - cut) >= size), high]
 
     rows, columns = edges(window.top, window.bottom), edges(window.left, window.right)
-    return [Window(*row, *column) for row in pairwise(rows) for column in pairwise(columns)]
+    return [TileRect(*row, *column) for row in pairwise(rows) for column in pairwise(columns)]
 
 
-def _within(video: Tensor, tile: Window, window: Window) -> Tensor:
+def _within(video: Tensor, tile: TileRect, window: TileRect) -> Tensor:
     """A tile's place in the video, [T, 3, H, W] of `window`."""
     top, bottom = 8 * (tile.top - window.top), 8 * (tile.bottom - window.top)
     return video[..., top:bottom, 8 * (tile.left - window.left) : 8 * (tile.right - window.left)]

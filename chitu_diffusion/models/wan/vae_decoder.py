@@ -36,12 +36,12 @@ _REMEMBERED = 2  # frames that a causal convolution of length 3 in time needs fr
 _WIDEST_HEAD = 256  # channels a head, up to which attention kernels are made for
 _STEPS_IN_TIME = 4  # frames that a latent frame becomes
 
-Memory = dict[str, Tensor]
+ConvCache = dict[str, Tensor]
 """The last two frames that each causal convolution saw, [2, H, W, C]; empty before the first frame."""
 
 
 @dataclass(frozen=True)
-class DecodeWays:
+class DecodeOptions:
     """How to compute what; every choice gives the same video up to rounding.
 
     Attributes:
@@ -65,7 +65,7 @@ class DecodeWays:
         assert self.upsample in ("phased", "nearest") and self.attention in ("sdpa", "product"), self
 
 
-def best_ways(device: torch.device, channels: int) -> DecodeWays:
+def best_options(device: torch.device, channels: int) -> DecodeOptions:
     """The fastest measured choices.
 
     On a CPU, convolutions in two dimensions are several times faster than in three. On an H200, 96 channels
@@ -73,14 +73,14 @@ def best_ways(device: torch.device, channels: int) -> DecodeWays:
     without it.
     """
     if device.type != "cuda":
-        return DecodeWays()
+        return DecodeOptions()
     attention = "product" if channels > _WIDEST_HEAD else "sdpa"
-    return DecodeWays(
+    return DecodeOptions(
         "triton" if has_triton(device) else "torch", "widened", "phased", attention, search=False
     )
 
 
-class Window(NamedTuple):
+class TileRect(NamedTuple):
     """A rectangle of a frame, in cells of some resolution; ends are exclusive."""
 
     top: int
@@ -88,19 +88,19 @@ class Window(NamedTuple):
     left: int
     right: int
 
-    def grown(self, by: int, height: int, width: int) -> Window:
+    def grown(self, by: int, height: int, width: int) -> TileRect:
         """With `by` more cells on every side, clipped at the frame."""
         top, left = max(self.top - by, 0), max(self.left - by, 0)
-        return Window(top, min(self.bottom + by, height), left, min(self.right + by, width))
+        return TileRect(top, min(self.bottom + by, height), left, min(self.right + by, width))
 
     @property
     def cells(self) -> int:
         """How many."""
         return (self.bottom - self.top) * (self.right - self.left)
 
-    def times(self, factor: int) -> Window:
+    def times(self, factor: int) -> TileRect:
         """The same at another resolution."""
-        return Window(*(factor * edge for edge in self))
+        return TileRect(*(factor * edge for edge in self))
 
 
 class Decoder:
@@ -112,7 +112,7 @@ class Decoder:
         ways: how to compute.
     """
 
-    def __init__(self, network: Any, ways: DecodeWays) -> None:
+    def __init__(self, network: Any, ways: DecodeOptions) -> None:
         self.net, self.ways = network.decoder, ways
         self.patch = int(network.config.patch_size or 1)
         self._norm_silu, self._add_up = NORMS[ways.norm]
@@ -124,7 +124,7 @@ class Decoder:
 
     # -- halves
 
-    def lower(self, x: Tensor, memory: Memory) -> Tensor:
+    def lower(self, x: Tensor, memory: ConvCache) -> Tensor:
         """[T, H, W, z] -> [T, H, W, C] at the latent's resolution, frames following those that `memory`
         saw.
         """
@@ -137,7 +137,7 @@ class Decoder:
             parts = self._residual(resnet, self._attended(attention, self._total(parts)), memory)
         return self._total(parts)
 
-    def upper(self, x: Tensor, window: Window, memory: Memory) -> Tensor:
+    def upper(self, x: Tensor, window: TileRect, memory: ConvCache) -> Tensor:
         """The up-sampling half for some frames and a window of them.
 
         Args:
@@ -148,7 +148,7 @@ class Decoder:
         Returns:
             Pixels [4 T or 1, 3, 8 h, 8 w] around [-1, 1], a view of no particular strides.
         """
-        first, here, (height, width) = not memory, Window(0, x.shape[1], 0, x.shape[2]), x.shape[1:3]
+        first, here, (height, width) = not memory, TileRect(0, x.shape[1], 0, x.shape[2]), x.shape[1:3]
         parts = Sum(x)
         *block_reaches, last_reach = self.reaches
         for block, reach in zip(self.net.up_blocks, block_reaches, strict=True):
@@ -166,7 +166,7 @@ class Decoder:
 
     # -- layers
 
-    def _residual(self, block: Any, parts: Sum, memory: Memory) -> Sum:
+    def _residual(self, block: Any, parts: Sum, memory: ConvCache) -> Sum:
         total = parts.value.new_empty(parts.shape)
         seen = self._normed(block.norm1, block.conv1, parts, total, memory)
         parts = Sum(self._convolved(block.conv1, seen, memory), block.conv1.bias)
@@ -190,7 +190,7 @@ class Decoder:
             found = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
         return Sum(F.linear(found, block.proj.weight.flatten(1), block.proj.bias).view_as(x), None, x)
 
-    def _upsampled(self, layer: Any, parts: Sum, memory: Memory, first: bool) -> Sum:
+    def _upsampled(self, layer: Any, parts: Sum, memory: ConvCache, first: bool) -> Sum:
         x = (
             self._total(parts)
             if layer.mode == "upsample2d" or first
@@ -203,7 +203,7 @@ class Decoder:
         upsample = upsample_phased if self.ways.upsample == "phased" else upsample_nearest
         return upsample(x, self._weight(conv), conv.bias)
 
-    def _doubled(self, conv: Any, parts: Sum, memory: Memory) -> Tensor:
+    def _doubled(self, conv: Any, parts: Sum, memory: ConvCache) -> Tensor:
         """Twice the frames: a frame's channels become those of two."""
         seen = self._seen(conv, parts.shape, parts.value, memory)
         self._add_up(parts, seen[_REMEMBERED:])
@@ -215,7 +215,9 @@ class Decoder:
 
     # -- their parts
 
-    def _normed(self, norm: Any, conv: nn.Module, parts: Sum, total: Tensor | None, memory: Memory) -> Tensor:
+    def _normed(
+        self, norm: Any, conv: nn.Module, parts: Sum, total: Tensor | None, memory: ConvCache
+    ) -> Tensor:
         """What `conv` sees of the normalised sum: the frames that it remembers, and the new ones behind
         them.
         """
@@ -224,7 +226,7 @@ class Decoder:
         parts.release()
         return seen
 
-    def _seen(self, conv: nn.Module, shape: tuple[int, ...], like: Tensor, memory: Memory) -> Tensor:
+    def _seen(self, conv: nn.Module, shape: tuple[int, ...], like: Tensor, memory: ConvCache) -> Tensor:
         """A convolution's input with the remembered frames in their place and the new ones yet to be
         written.
         """
@@ -248,7 +250,7 @@ class Decoder:
         flat = self.ways.convolution == "flat" and (weight.dtype.itemsize == 2 or not weight.is_cuda)
         return int(flat and suits_flat(weight))
 
-    def _convolved(self, conv: nn.Module, seen: Tensor, memory: Memory) -> Tensor:
+    def _convolved(self, conv: nn.Module, seen: Tensor, memory: ConvCache) -> Tensor:
         memory[self._names[conv]] = seen[-_REMEMBERED:].clone()
         if self._border(conv):
             return flat_conv(seen, self._weight(conv), on_gpu=self.ways.norm == "triton")
@@ -303,7 +305,7 @@ def spans(frames: int, most: int) -> Iterator[tuple[int, int]]:
 
 
 def decode_bytes(
-    network: Any, ways: DecodeWays, frames: int, frame: Window, window: Window, frames_per_call: int
+    network: Any, ways: DecodeOptions, frames: int, frame: TileRect, window: TileRect, frames_per_call: int
 ) -> int:
     """Bytes at the worst moment of decoding one clip: activations, and the laid out copy of the weights.
 
@@ -366,7 +368,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return logits.mul_(query.shape[-1] ** -0.5).softmax(dim=-1).to(value.dtype) @ value
 
 
-def _cut(parts: Sum, here: Window, there: Window) -> tuple[Sum, Window]:
+def _cut(parts: Sum, here: TileRect, there: TileRect) -> tuple[Sum, TileRect]:
     """Of a sum that covers the window `here`, what lies in `there`; and `there`."""
     if here == there:
         return parts, there
