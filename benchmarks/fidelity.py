@@ -68,7 +68,7 @@ as absent.
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepInfo:
     """A point of the reference's path: what the network saw, and what it answered."""
 
     latent: Tensor
@@ -102,7 +102,7 @@ class Fidelity:
             {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 3} if small else {}
         )
         self.judge: Judge = load_judge()
-        self.moments: list[Moment] = []
+        self.moments: list[StepInfo] = []
         self.outcomes: dict[str, Outcome] = {}
 
     def way(self, name: str, report: Report) -> None:
@@ -142,7 +142,7 @@ class Fidelity:
         outcome.found = [name_parts(self.judge, video[None])[0] for video in outcome.videos]
         return outcome
 
-    def path(self, backend: DiffusionBackend, prompt: str, moments: int = 4) -> list[Moment]:
+    def path(self, backend: DiffusionBackend, prompt: str, moments: int = 4) -> list[StepInfo]:
         """Points evenly spread over one denoising, with the velocities of both branches."""
         generator, sampler = Generator(backend), backend.sampler
         task = self.task(prompt)
@@ -154,7 +154,7 @@ class Fidelity:
             if task.current_step in wanted and state is not None and latent is not None:
                 embeddings, timestep = both_branches(generator, prompt), sampler.timestep(state)
                 found.append(
-                    Moment(latent, embeddings, timestep, velocity(backend, latent, embeddings, timestep))
+                    StepInfo(latent, embeddings, timestep, velocity(backend, latent, embeddings, timestep))
                 )
             generator.generate_step(task)
             if task.error is not None:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.attention import KERNELS, fp8
-from chitu_diffusion.attention.autotune import KernelChoice, Shape, machine_name
+from chitu_diffusion.attention.autotune import KernelAutotuner, Shape, machine_name
 from chitu_diffusion.attention.kernels import AttentionKernel
 
 RESULTS = Path(__file__).parent / "results"
@@ -271,7 +271,7 @@ def automatic(bench: Bench, shapes: tuple[Shape, ...]) -> list[dict[str, Any]]:
 
     def choose(shape: Shape, needs_lse: bool) -> dict[str, Any]:
         began = time.perf_counter()
-        kernel = KernelChoice(
+        kernel = KernelAutotuner(
             "auto", bench.device, bench.dtype, shape.head_dim, needs_lse=needs_lse
         ).for_shape(shape)
         return {"chosen": kernel.name, "with lse": str(needs_lse), "ms": (time.perf_counter() - began) * 1e3}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from chitu_diffusion.attention import AttentionKernel
-from chitu_diffusion.attention.autotune import KernelChoice, Shape
+from chitu_diffusion.attention.autotune import KernelAutotuner, Shape
 from chitu_diffusion.config import EngineConfig, cache_dir, keep_compiled_code
 from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.errors import UsageError
@@ -112,17 +112,17 @@ class DiffusionBackend:
         _check_ranks(self.args, self.groups.plan.world)
         self.device = pick_device(self.args.infer.device)
         self.dtype = pick_dtype(self.args.infer.dtype, self.device)
-        self._attention = KernelChoice(
+        self._attention = KernelAutotuner(
             self.args.infer.attn_type,
             self.device,
             attended or self.dtype,
             spec.transformers[0].attention_head_dim,
             needs_lse=self.groups.plan.ring > 1,
             folder=cache_dir(),
-            agree=self.groups.agree if self.groups.plan.world > 1 else None,
-            leads=self.groups.rank == 0,
+            all_reduce_max=self.groups.all_reduce_max if self.groups.plan.world > 1 else None,
+            is_driver=self.groups.rank == 0,
         )
-        self.flexcache_manager = FlexCacheManager(self.groups.agree)
+        self.flexcache_manager = FlexCacheManager(self.groups.all_reduce_max)
         if self.args.infer.threads is not None:
             torch.set_num_threads(self.args.infer.threads)
         self._sha256: str | None = None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chitu_diffusion.attention import KERNELS, attention_kernel, candidates, fp8
 from chitu_diffusion.attention import autotune as choice
-from chitu_diffusion.attention.autotune import KernelChoice, Shape
+from chitu_diffusion.attention.autotune import KernelAutotuner, Shape
 from chitu_diffusion.attention.kernels import AttentionKernel
 from chitu_diffusion.attention.requirements import Package
 from chitu_diffusion.backend import DiffusionBackend
@@ -67,7 +67,7 @@ def test_kernels_against_float64(kernel: AttentionKernel) -> None:
 
 def test_lossy_kernels_are_never_automatic() -> None:
     assert {name for name, kernel in KERNELS.items() if not kernel.exact} == {"fa3_fp8", "sage"}
-    assert not any(kernel.contends for kernel in KERNELS.values() if not kernel.exact)
+    assert not any(kernel.autotuned for kernel in KERNELS.values() if not kernel.exact)
     assert [kernel.name for kernel in candidates(CPU, torch.float32, 64)] == ["sdpa"]
     assert [kernel.name for kernel in candidates(CPU, torch.float32, 64, needs_lse=True)] == ["fused"]
 
@@ -256,7 +256,9 @@ for kernel, others, constants, options, multiplies in asked:
 
 
 def test_triton_compiles_for_hopper(runs_for_hopper: RunText) -> None:
-    """What its interpreter does not see: types, layouts, the memory of one multiprocessor. Needs no GPU."""
+    """What its interpreter does not see: types, layouts, the memory of one multiprocessor. Needs no
+    GPU.
+    """
     runs_for_hopper(COMPILED_FOR_HOPPER)
 
 
@@ -304,8 +306,8 @@ def test_a_lack_comes_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_packages_are_asked_for_their_version() -> None:
-    assert Package("torch", "torch", "").lack() is None
-    old = Package("torch", "torch", "pip install torch", at_least=(999,)).lack()
+    assert Package("torch", "torch", "").unmet() is None
+    old = Package("torch", "torch", "pip install torch", at_least=(999,)).unmet()
     assert old is not None and "older than 999" in str(old) and "pip install torch" in str(old)
 
 
@@ -343,7 +345,7 @@ def test_networks_in_memory_decide_what_is_attended_in(tiny_folder, make_config)
 def pretend(monkeypatch: pytest.MonkeyPatch, speeds: dict[str, float]) -> list[tuple[str, Shape]]:
     """Kernels of known speed in place of the registry's, and the list of what was timed."""
     sdpa = KERNELS["sdpa"]
-    kernels = [replace(sdpa, name=name, contends=True, run_with_lse=None) for name in speeds]
+    kernels = [replace(sdpa, name=name, autotuned=True, run_with_lse=None) for name in speeds]
     kernels.append(replace(sdpa, name="lossy", exact=False))
     monkeypatch.setattr("chitu_diffusion.attention.KERNELS", {kernel.name: kernel for kernel in kernels})
     monkeypatch.setattr(choice, "KERNELS", {kernel.name: kernel for kernel in kernels})
@@ -352,14 +354,14 @@ def pretend(monkeypatch: pytest.MonkeyPatch, speeds: dict[str, float]) -> list[t
 
 def chooser(
     speeds: dict[str, float], timed: list[tuple[str, Shape]], folder: Path | None, **more
-) -> KernelChoice:
+) -> KernelAutotuner:
     def timer(kernel: AttentionKernel, shape: Shape) -> float:
         timed.append((kernel.name, shape))
         if speeds[kernel.name] < 0:
             raise RuntimeError("no plan")
         return speeds[kernel.name]
 
-    return KernelChoice("auto", CPU, torch.float32, 128, folder=folder, timer=timer, **more)
+    return KernelAutotuner("auto", CPU, torch.float32, 128, folder=folder, timer=timer, **more)
 
 
 def test_auto_takes_the_fastest_exact_kernel_and_remembers(
@@ -418,9 +420,9 @@ def test_auto_times_nothing_without_a_choice(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_named_kernel_is_what_runs() -> None:
-    named = KernelChoice("math", CPU, torch.float32, 64)
+    named = KernelAutotuner("math", CPU, torch.float32, 64)
     assert named.for_shape(SHAPE) is named.kernel is KERNELS["math"]
-    automatic = KernelChoice("auto", CPU, torch.float32, 64)
+    automatic = KernelAutotuner("auto", CPU, torch.float32, 64)
     automatic.pin(KERNELS["math"])
     assert automatic.for_shape(SHAPE) is KERNELS["math"]
 
@@ -433,15 +435,15 @@ def test_rank_0_chooses_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, speeds[0])
     given: list[float | None] = []
 
-    def agree(value: float | None) -> float:
+    def all_reduce_max(value: float | None) -> float:
         given.append(value)
-        # as `ProcessGroups.agree`, one rank after the other
+        # as `ProcessGroups.all_reduce_max`, one rank after the other
         return max(each for each in given if each is not None)
 
     names, timed = [], []
     for rank in (0, 1):
         timed.append([])
-        found = chooser(speeds[rank], timed[rank], None, agree=agree, leads=rank == 0)
+        found = chooser(speeds[rank], timed[rank], None, all_reduce_max=all_reduce_max, is_driver=rank == 0)
         names += [
             found.for_shape(SHAPE).name,
             found.for_shape(SHAPE).name,

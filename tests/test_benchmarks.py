@@ -265,7 +265,9 @@ def test_ours_and_the_peer_run_the_same_network(both):
 
 
 def test_random_weights_are_loaded_as_a_checkpoint_is():
-    """Kept float32 where diffusers keeps it, the rest in the dtype asked for; sizes within reason."""
+    """Kept in float32 where diffusers keeps it, the rest in the dtype asked for; sizes within
+    reason.
+    """
     config = small_case("small", 1, 1).config
     weights = random_weights(config, CPU, torch.bfloat16)
     twin = peers.twin(config, weights, CPU)

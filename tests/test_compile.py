@@ -21,7 +21,7 @@ from chitu_diffusion.attention.kernels import AttentionFn
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig, keep_compiled_code
 from chitu_diffusion.errors import CompileError
-from chitu_diffusion.flexcache.interface import Signal, Site
+from chitu_diffusion.flexcache.interface import Site, SiteInputs
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.wan.transformer import WanConfig, WanTransformer
 from chitu_diffusion.ops.float8_linear import Float8Plan, set_float8, to_float8
@@ -76,7 +76,7 @@ class EverySite:
 
     levels = frozenset({"step", "block", "attention", "cross", "ffn"})
 
-    def at(self, site: Site, compute: Callable[[], Tensor], signal: Signal) -> Tensor:
+    def at(self, site: Site, compute: Callable[[], Tensor], inputs: SiteInputs) -> Tensor:
         return compute()
 
 

@@ -388,7 +388,7 @@ def test_a_machine_that_cannot_is_known_on_all_ranks(monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch) -> list[CudaPeerMemory]:
-    """PeerMemory of two ranks without a GPU: their numbers, and a place to meet."""
+    """Peer memory of two ranks without a GPU: their numbers, and a place to meet."""
     store = Store()
     memory = [object.__new__(CudaPeerMemory) for _ in range(2)]
     for index, each in enumerate(memory):

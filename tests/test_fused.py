@@ -206,8 +206,8 @@ for kernel, pointers, constants, dim in (
 
 
 def test_kernels_compile_for_hopper(runs_for_hopper: RunText) -> None:
-    """Layouts and registers, on which the speed depends and which the interpreter does not see. Needs no
-    GPU.
+    """Layouts and registers, on which the speed depends and which the interpreter does not see. Requirements
+    no GPU.
     """
     runs_for_hopper(COMPILED_FOR_HOPPER)
 

@@ -17,7 +17,7 @@ from chitu_diffusion.distributed.peer_memory import CudaPeerMemory, PeerMemoryEr
 
 
 class Unwilling(CudaPeerMemory):
-    """PeerMemory without a GPU, whose trial on rank 1 ends as it is told."""
+    """Peer memory without a GPU, whose trial on rank 1 ends as it is told."""
 
     def __init__(self, index: int, size: int, device: object, store: Any, timeout: float) -> None:
         self.index, self.size, self._store, self._timeout, self._meetings = index, size, store, timeout, 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from chitu_diffusion.attention import KERNELS, attention_kernel, math, sdpa
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.flexcache.interface import Level, Signal, Site
+from chitu_diffusion.flexcache.interface import Level, Site, SiteInputs
 from chitu_diffusion.models.spec import FULL_SIZE
 from chitu_diffusion.models.wan.block import GeluLinear, WanBlock
 from chitu_diffusion.models.wan.checkpoint_names import official_transformer_name
@@ -151,15 +151,15 @@ class Asked:
     """A cache that computes always, or answers by a rule, and notes where it was asked."""
 
     def __init__(
-        self, *levels: Level, answer: Callable[[Site, Signal], Tensor | None] = lambda site, signal: None
+        self, *levels: Level, answer: Callable[[Site, SiteInputs], Tensor | None] = lambda site, inputs: None
     ) -> None:
         self.levels = frozenset(levels)
         self.answer = answer
         self.sites: list[Site] = []
 
-    def at(self, site: Site, compute: Callable[[], Tensor], signal: Signal) -> Tensor:
+    def at(self, site: Site, compute: Callable[[], Tensor], inputs: SiteInputs) -> Tensor:
         self.sites.append(site)
-        given = self.answer(site, signal)
+        given = self.answer(site, inputs)
         return compute() if given is None else given
 
 
@@ -184,15 +184,15 @@ def test_blocks_can_be_skipped_with_a_stored_residual() -> None:
     args = inputs(1, 2, 4, 4)
     states: dict[int, Tensor] = {}
 
-    def note(site: Site, signal: Signal) -> None:
-        states[site.block] = signal.entering
+    def note(site: Site, inputs: SiteInputs) -> None:
+        states[site.block] = inputs.entering
 
     ours(*args, cache=Asked("block", answer=note))
     embedded = ours.embed(*args)
     rest = ours.run_blocks(embedded) - states[1]  # what blocks 1 and 2 add
 
-    def skip(site: Site, signal: Signal) -> Tensor | None:
-        return (None, signal.entering + rest, signal.entering)[site.block]
+    def skip(site: Site, inputs: SiteInputs) -> Tensor | None:
+        return (None, inputs.entering + rest, inputs.entering)[site.block]
 
     assert relative_error(ours(*args, cache=Asked("block", answer=skip)), ours(*args)) < 1e-6
 
@@ -295,7 +295,7 @@ def test_autocast_leaves_the_stream_in_the_weights_dtype(stored: torch.dtype) ->
     args = inputs(1, 2, 4, 4)
     expected = ours(*args)
     ours.to(stored)
-    cache = Asked("block", "ffn", answer=lambda site, signal: kinds.append(signal.entering.dtype))
+    cache = Asked("block", "ffn", answer=lambda site, inputs: kinds.append(inputs.entering.dtype))
     kinds: list[torch.dtype] = []
     with torch.autocast("cpu", torch.float16):
         found = ours(*args, cache=cache)

@@ -48,7 +48,7 @@ def candidates(
         and (kernel.gives_lse or not needs_lse)
         and kernel.why_unavailable(device, dtype, head_dim) is None
     ]
-    return [kernel for kernel in able if kernel.contends] or able[:1]
+    return [kernel for kernel in able if kernel.autotuned] or able[:1]
 
 
 def attention_kernel(

@@ -50,7 +50,7 @@ class Shape:
         )
 
 
-class KernelChoice:
+class KernelAutotuner:
     """The kernel of each call: the one that a setting names, or for "auto" the fastest exact one.
 
     Args:
@@ -58,8 +58,8 @@ class KernelChoice:
         device, dtype, head_dim: of q, k and v.
         needs_lse: whether ring attention will ask for the log-sum-exp.
         folder: where answers are kept between runs; None keeps them in memory alone.
-        agree: a number common to all ranks, the one that the leading rank gives; None for one rank.
-        leads: whether this rank times for all.
+        all_reduce_max: a number common to all ranks, the one that the leading rank gives; None for one rank.
+        is_driver: whether this rank times for all.
         timer: measures one kernel; None uses the device.
 
     Raises:
@@ -75,15 +75,15 @@ class KernelChoice:
         *,
         needs_lse: bool = False,
         folder: Path | None = None,
-        agree: Callable[[float | None], float] | None = None,
-        leads: bool = True,
+        all_reduce_max: Callable[[float | None], float] | None = None,
+        is_driver: bool = True,
         timer: Timer | None = None,
     ) -> None:
         self.kernel = attention_kernel(
             name, needs_lse=needs_lse, device=device, dtype=dtype, head_dim=head_dim
         )
         self._automatic, self._device, self._dtype, self._needs_lse = name == "auto", device, dtype, needs_lse
-        self._folder, self._agree, self._leads = folder, agree, leads
+        self._folder, self._all_reduce_max, self._is_driver = folder, all_reduce_max, is_driver
         self._timer = timer or self._time_on_device
         self._found: dict[tuple[int, str], AttentionKernel] = {}
 
@@ -115,10 +115,12 @@ class KernelChoice:
 
     def _agreed(self, shape: Shape) -> AttentionKernel:
         among = candidates(self._device, self._dtype, shape.head_dim, needs_lse=self._needs_lse)
-        if self._agree is None:
+        if self._all_reduce_max is None:
             return self._fastest(among, shape)
         names = list(KERNELS)
-        number = self._agree(float(names.index(self._fastest(among, shape).name)) if self._leads else None)
+        number = self._all_reduce_max(
+            float(names.index(self._fastest(among, shape).name)) if self._is_driver else None
+        )
         return attention_kernel(
             names[int(number)],
             needs_lse=self._needs_lse,
@@ -195,7 +197,9 @@ def machine_name(device: torch.device, kernels: Sequence[AttentionKernel]) -> st
         f"torch {torch.__version__}",
     ]
     parts += [f"cuda {torch.version.cuda}", f"cudnn {torch.backends.cudnn.version()}"]
-    parts += sorted(f"{k.name} {k.needs.package.version()}" if k.needs.package else k.name for k in kernels)
+    parts += sorted(
+        f"{k.name} {k.requires.package.version()}" if k.requires.package else k.name for k in kernels
+    )
     return ", ".join(parts)
 
 

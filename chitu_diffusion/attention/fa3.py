@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.attention.kernels import AttentionKernel
-from chitu_diffusion.attention.requirements import Needs, Package
+from chitu_diffusion.attention.requirements import Package, Requirements
 from chitu_diffusion.ops.custom_op import operator
 
 FA3 = Package(
@@ -50,7 +50,7 @@ fa3 = AttentionKernel(
     exact=True,
     run=_fa3,
     run_with_lse=_fa3_with_lse,
-    needs=Needs(
+    requires=Requirements(
         ("cuda",),
         (torch.bfloat16,),
         head_dim_step=8,
@@ -58,5 +58,5 @@ fa3 = AttentionKernel(
         compute=((9, 0), (9, 9)),
         package=FA3,
     ),
-    contends=True,
+    autotuned=True,
 )

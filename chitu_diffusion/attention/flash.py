@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.attention.kernels import AttentionKernel, math
-from chitu_diffusion.attention.requirements import SIXTEEN_BITS, Needs
+from chitu_diffusion.attention.requirements import SIXTEEN_BITS, Requirements
 
 _aten = torch.ops.aten
 
@@ -63,14 +63,18 @@ flash = AttentionKernel(
     exact=True,
     run=_flash,
     run_with_lse=_flash_with_lse,
-    needs=Needs(("cuda",), SIXTEEN_BITS, head_dim_step=8, head_dim_most=256, compute=((8, 0), (99, 9))),
-    contends=True,
+    requires=Requirements(
+        ("cuda",), SIXTEEN_BITS, head_dim_step=8, head_dim_most=256, compute=((8, 0), (99, 9))
+    ),
+    autotuned=True,
 )
 cudnn = AttentionKernel(
     "cudnn",
     exact=True,
     run=_cudnn,
     run_with_lse=_cudnn_with_lse,
-    needs=Needs(("cuda",), SIXTEEN_BITS, head_dim_step=8, head_dim_most=128, compute=((8, 0), (99, 9))),
-    contends=True,
+    requires=Requirements(
+        ("cuda",), SIXTEEN_BITS, head_dim_step=8, head_dim_most=128, compute=((8, 0), (99, 9))
+    ),
+    autotuned=True,
 )

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from chitu_diffusion.attention.fa3 import FA3
 from chitu_diffusion.attention.kernels import AttentionKernel
-from chitu_diffusion.attention.requirements import Needs
+from chitu_diffusion.attention.requirements import Requirements
 from chitu_diffusion.ops.custom_op import operator
 
 FLOAT8 = torch.float8_e4m3fn
@@ -302,7 +302,7 @@ fa3_fp8 = AttentionKernel(
     exact=False,
     run=_fa3_fp8,
     run_with_lse=_fa3_fp8_with_lse,
-    needs=Needs(
+    requires=Requirements(
         ("cuda",),
         (torch.bfloat16,),
         head_dim_step=64,

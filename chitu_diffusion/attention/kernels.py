@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chitu_diffusion.attention.requirements import Needs
+from chitu_diffusion.attention.requirements import Requirements
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttentionWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -34,7 +34,7 @@ class AttentionKernel:
         run_with_lse: (q, k, v) -> (out, lse [B, S, H] float32), or None. Ring attention merges partial
             results by the log-sum-exp of the scaled scores and admits only kernels that have it.
         needs: devices, dtypes, head sizes and packages.
-        contends: whether `auto` times it against others; the rest is what `auto` falls back on, in the
+        autotuned: whether `auto` times it against others; the rest is what `auto` falls back on, in the
             registry's order.
     """
 
@@ -42,8 +42,8 @@ class AttentionKernel:
     exact: bool
     run: AttentionFn
     run_with_lse: AttentionWithLse | None = None
-    needs: Needs = field(default_factory=Needs)
-    contends: bool = False
+    requires: Requirements = field(default_factory=Requirements)
+    autotuned: bool = False
 
     @property
     def gives_lse(self) -> bool:
@@ -56,8 +56,8 @@ class AttentionKernel:
         """Why it cannot be used there, and what to do about it; None if it can. A dtype or head size of None
         is not asked.
         """
-        lack = self.needs.lack(device, dtype, head_dim)
-        return None if lack is None else str(lack)
+        unmet = self.requires.unmet(device, dtype, head_dim)
+        return None if unmet is None else str(unmet)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of q [B, S, H, D] over k, v [B, L, H, D]; returns [B, S, H, D]."""

@@ -1,6 +1,6 @@
 """What a kernel needs of device, dtype, head size and packages, and what to do where something is lacking.
 
-Knows no kernel. A lack is told before anything is loaded, in the words of the person who asked for the
+Knows no kernel. A unmet is told before anything is loaded, in the words of the person who asked for the
 kernel.
 """
 
@@ -18,7 +18,7 @@ _LOWEST, _HIGHEST = (0, 0), (99, 9)
 
 
 @dataclass(frozen=True)
-class Lack:
+class Unmet:
     """Why something cannot be used here.
 
     Attributes:
@@ -58,19 +58,19 @@ class Package:
         except PackageNotFoundError:
             return "unknown"
 
-    def lack(self) -> Lack | None:
+    def unmet(self) -> Unmet | None:
         """What is wrong with it."""
         found = self.version()
         if found is None:
-            return Lack(f"the module {self.module} is not installed", self.install)
+            return Unmet(f"the module {self.module} is not installed", self.install)
         if self.at_least and _numbers(found) < self.at_least:
             wanted = ".".join(map(str, self.at_least))
-            return Lack(f"{self.distribution} is {found}, older than {wanted}", self.install)
+            return Unmet(f"{self.distribution} is {found}, older than {wanted}", self.install)
         return None
 
 
 @dataclass(frozen=True)
-class Needs:
+class Requirements:
     """Where a kernel runs.
 
     Attributes:
@@ -88,31 +88,33 @@ class Needs:
     compute: tuple[tuple[int, int], tuple[int, int]] = (_LOWEST, _HIGHEST)
     package: Package | None = None
 
-    def lack(
+    def unmet(
         self, device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None
-    ) -> Lack | None:
+    ) -> Unmet | None:
         """The first thing that is missing, or None; what is not known yet (None) is taken to be right."""
-        lack = self._device_lack(device)
-        if lack is None and self.package is not None:
-            lack = self.package.lack()
-        if lack is None and dtype is not None and dtype not in self.dtypes:
+        unmet = self._unmet_by_device(device)
+        if unmet is None and self.package is not None:
+            unmet = self.package.unmet()
+        if unmet is None and dtype is not None and dtype not in self.dtypes:
             able = " or ".join(_name(each) for each in self.dtypes)
-            lack = Lack(f"it takes {able}, not {_name(dtype)}", f"set infer.dtype to {_name(self.dtypes[0])}")
-        if lack is None and head_dim is not None and not self._takes(head_dim):
+            unmet = Unmet(
+                f"it takes {able}, not {_name(dtype)}", f"set infer.dtype to {_name(self.dtypes[0])}"
+            )
+        if unmet is None and head_dim is not None and not self._takes(head_dim):
             most = "" if self.head_dim_most is None else f" up to {self.head_dim_most}"
             able = f"multiples of {self.head_dim_step}{most}"
-            lack = Lack(f"it takes heads of {able} channels, not {head_dim}", "choose another kernel")
-        return lack
+            unmet = Unmet(f"it takes heads of {able} channels, not {head_dim}", "choose another kernel")
+        return unmet
 
     def _takes(self, head_dim: int) -> bool:
         return head_dim % self.head_dim_step == 0 and (
             self.head_dim_most is None or head_dim <= self.head_dim_most
         )
 
-    def _device_lack(self, device: torch.device) -> Lack | None:
+    def _unmet_by_device(self, device: torch.device) -> Unmet | None:
         if device.type not in self.devices:
             able = " or ".join("an NVIDIA GPU" if each == "cuda" else each for each in self.devices)
-            return Lack(
+            return Unmet(
                 f"it runs on {able}, not on {device.type}", "choose another kernel, or another infer.device"
             )
         if device.type == "cuda" and self.compute != (_LOWEST, _HIGHEST):
@@ -123,7 +125,7 @@ class Needs:
                     if most == _HIGHEST
                     else f"{_dotted(least)} to {_dotted(most)}"
                 )
-                return Lack(
+                return Unmet(
                     f"it wants CUDA compute capability {span}, this GPU has {_dotted(found)}",
                     "choose another kernel",
                 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.attention.kernels import AttentionKernel
-from chitu_diffusion.attention.requirements import SIXTEEN_BITS, Needs, Package
+from chitu_diffusion.attention.requirements import SIXTEEN_BITS, Package, Requirements
 from chitu_diffusion.ops.custom_op import operator
 
 SAGE = Package(
@@ -60,7 +60,7 @@ sage = AttentionKernel(
     exact=False,
     run=_sage,
     run_with_lse=_sage_with_lse,
-    needs=Needs(
+    requires=Requirements(
         ("cuda",), SIXTEEN_BITS, head_dim_step=8, head_dim_most=128, compute=((8, 0), (99, 9)), package=SAGE
     ),
 )

@@ -151,11 +151,11 @@ def _attention() -> Iterator[Finding]:
         )
         if name in automatic:
             about += ", the automatic choice" if len(automatic) == 1 else ", timed by auto"
-        lack = kernel.needs.lack(device, dtype)
-        if lack is None:
+        unmet = kernel.requires.unmet(device, dtype)
+        if unmet is None:
             yield Finding(f"attention {name}", "ok", about)
         else:
-            yield Finding(f"attention {name}", "note", f"{about}; not here: {lack.reason}", lack.remedy)
+            yield Finding(f"attention {name}", "note", f"{about}; not here: {unmet.reason}", unmet.remedy)
 
 
 def _video() -> Iterator[Finding]:

@@ -165,7 +165,7 @@ class ProcessGroups:
         finally:
             self._opening = False
 
-    def agree(self, value: float | None) -> float:
+    def all_reduce_max(self, value: float | None) -> float:
         """One number common to all ranks: the largest that any gives. None gives none.
 
         Raises:

@@ -1,9 +1,9 @@
 """What a full-compute run passes through, as the few numbers that caches are fitted on.
 
-A run is taken step by step with the networks' own velocity and sampler. Kept of it: inner products of all
-velocities and latents (`flexcache.plan_search.Traces`), the block stack's residual for TeaCache and MagCache,
-and, where asked, how an error that is made at one step has grown at the end. Knows the networks and the
-sampler; no cache strategy.
+A run is taken step by step with the networks' own velocity and sampler. Kept of it: inner products
+of all velocities and latents (`flexcache.plan_search.Traces`), the block stack's residual for TeaCache and
+MagCache, and, where asked, how an error that is made at one step has grown at the end. Knows the networks and
+the sampler; no cache strategy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.flexcache.interface import Level, Signal, Site, StepCache
+from chitu_diffusion.flexcache.interface import Level, Site, SiteInputs, StepCache
 from chitu_diffusion.flexcache.plan_search import Array
 from chitu_diffusion.flexcache.predictors import taylor_weights, weighted
 from chitu_diffusion.flexcache.teacache import embedding_changes
@@ -62,11 +62,11 @@ class _Residuals:
     last: list[Tensor]
     levels: frozenset[Level] = frozenset({"step"})
 
-    def at(self, site: Site, compute: Callable[[], Tensor], signal: Signal) -> Tensor:
+    def at(self, site: Site, compute: Callable[[], Tensor], inputs: SiteInputs) -> Tensor:
         """Computes."""
         value = compute()
         if 0 in self.branches:
-            rows = (value - signal.entering).chunk(len(self.branches))[self.branches.index(0)].float()
+            rows = (value - inputs.entering).chunk(len(self.branches))[self.branches.index(0)].float()
             changed = float((rows - self.last[0]).abs().mean()) if self.last else 0.0
             self.last[:] = [rows]
             self.seen.append((float(rows.abs().mean()), changed))

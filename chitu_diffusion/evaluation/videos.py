@@ -18,7 +18,7 @@ from torch import Tensor
 from chitu_diffusion.attention import attention_kernel
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import TaskError
-from chitu_diffusion.flexcache.interface import Agree, Level, Signal, Site, StepCache
+from chitu_diffusion.flexcache.interface import AllReduceMax, Level, Site, SiteInputs, StepCache
 from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.flexcache.registry import strategy_of
 from chitu_diffusion.generator import Generator
@@ -85,7 +85,7 @@ def _lay_out(backend: DiffusionBackend, task: DiffusionTask) -> None:
     )
     if task.buffer.cache is not None:
         schedule = forward.schedule_of(backend, backend.sampler.begin(steps), guidance)
-        strategy_of(task.buffer.cache).laid_out(schedule)
+        strategy_of(task.buffer.cache).build_plan(schedule)
 
 
 def _advance(generator: Generator, task: DiffusionTask) -> None:
@@ -145,7 +145,7 @@ class Count:
 def counted(backend: DiffusionBackend) -> Iterator[Count]:
     """Counts what is computed inside; strategies work as ever."""
     usual, count = backend.flexcache_manager, Count()
-    backend.flexcache_manager = _CountingManager(backend, count, backend.groups.agree)
+    backend.flexcache_manager = _CountingManager(backend, count, backend.groups.all_reduce_max)
     try:
         yield count
     finally:
@@ -155,7 +155,7 @@ def counted(backend: DiffusionBackend) -> Iterator[Count]:
 class _CountingManager(FlexCacheManager):
     """Notes every forward, and takes off it what the cache answered for."""
 
-    def __init__(self, backend: DiffusionBackend, count: Count, agree: Agree) -> None:
+    def __init__(self, backend: DiffusionBackend, count: Count, agree: AllReduceMax) -> None:
         super().__init__(agree)
         self._backend, self._count = backend, count
         self._tokens = 0
@@ -215,7 +215,7 @@ class _Noting:
     def levels(self) -> frozenset[Level]:
         return self.inner.levels
 
-    def at(self, site: Site, compute: Callable[[], Tensor], signal: Signal) -> Tensor:
+    def at(self, site: Site, compute: Callable[[], Tensor], inputs: SiteInputs) -> Tensor:
         computed = False
 
         def noted() -> Tensor:
@@ -223,7 +223,7 @@ class _Noting:
             computed = True
             return compute()
 
-        value = self.inner.at(site, noted, signal)
+        value = self.inner.at(site, noted, inputs)
         if not computed:
             parts = 1 if site.level == "step" else site.depth
             self.count.work -= self.branches * self.shares[site.level] / parts

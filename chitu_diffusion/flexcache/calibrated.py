@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.flexcache.interface import Moment, Signal, Site
+from chitu_diffusion.flexcache.interface import Site, SiteInputs, StepInfo
 from chitu_diffusion.flexcache.predictors import weighted
 from chitu_diffusion.flexcache.schedule import Schedule, Shapes
 from chitu_diffusion.flexcache.strategy import (
-    Kept,
     Plan,
     Strategy,
+    StrategyState,
     check_choice,
     check_number,
     check_whole,
@@ -83,9 +83,9 @@ class CalibratedPlan(Strategy):
 
     def plan(self, schedule: Schedule) -> Plan:
         """The plan alone."""
-        return self.laid_out(schedule)[0]
+        return self.build_plan(schedule)[0]
 
-    def laid_out(self, schedule: Schedule) -> tuple[Plan, dict[int, Any]]:
+    def build_plan(self, schedule: Schedule) -> tuple[Plan, dict[int, Any]]:
         """The plan, and for each skipped step (computed steps looked at, weights [B, B * those + 1]).
 
         Raises:
@@ -111,35 +111,41 @@ class CalibratedPlan(Strategy):
             calibration.plans[asked] = _calculated(
                 calibration, schedule, required, count, self.order, longest
             )
-        fits = calibration.plans[asked]
+        weights = calibration.plans[asked]
         return {
-            "velocity": ["predict" if step in fits else "compute" for step in range(schedule.num_steps)]
-        }, fits
+            "velocity": ["predict" if step in weights else "compute" for step in range(schedule.num_steps)]
+        }, weights
 
     def velocity(
-        self, moment: Moment, latent: Tensor, compute: Callable[[tuple[int, ...]], Tensor], kept: Kept
+        self,
+        info: StepInfo,
+        latent: Tensor,
+        compute: Callable[[tuple[int, ...]], Tensor],
+        state: StrategyState,
     ) -> Tensor:
         """Computes, or combines what is kept; the combination is float32."""
         import torch
 
-        place = place_of(Site("velocity", 0, 0), moment)
-        if moment.step not in kept.fits:
-            value = compute(moment.branches)
-            if self.worth_keeping(kept.plan["velocity"], moment.step):
-                self.keep(moment, place, value, Signal(latent), kept)
+        place = place_of(Site("velocity", 0, 0), info)
+        if info.step not in state.weights:
+            value = compute(info.branches)
+            if self.worth_keeping(state.plan["velocity"], info.step):
+                self.keep(info, place, value, SiteInputs(latent), state)
             return value
-        steps, weights = kept.fits[moment.step]
-        by_step = {record["step"]: record for record in kept.records[place]}
-        branches = len(moment.branches)
+        steps, weights = state.weights[info.step]
+        by_step = {record["step"]: record for record in state.records[place]}
+        branches = len(info.branches)
         parts = [part.float() for step in steps for part in by_step[step]["value"].chunk(branches)]
         parts.append(by_step[steps[-1]]["latent"].float())
         return torch.cat([weighted(parts, row) for row in weights])
 
-    def keep(self, moment: Moment, place: str, value: Tensor, signal: Signal, kept: Kept) -> None:
+    def keep(
+        self, info: StepInfo, place: str, value: Tensor, inputs: SiteInputs, state: StrategyState
+    ) -> None:
         """Velocity and latent of a computed step; of those before it the velocity."""
-        older = [{**record, "latent": None} for record in kept.records.get(place, [])]
-        record = {"step": moment.step, "at": moment.sigma, "value": value, "latent": signal.entering}
-        kept.records[place] = [*older, record][-self.order :]
+        older = [{**record, "latent": None} for record in state.records.get(place, [])]
+        record = {"step": info.step, "at": info.sigma, "value": value, "latent": inputs.entering}
+        state.records[place] = [*older, record][-self.order :]
 
 
 def _calibration_for(schedule: Schedule) -> Calibration:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from chitu_diffusion.flexcache.interface import Moment, Signal, Site
+from chitu_diffusion.flexcache.interface import Site, SiteInputs, StepInfo
 from chitu_diffusion.flexcache.interval import fresh_every
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.flexcache.strategy import (
-    Kept,
     Strategy,
+    StrategyState,
     check_choice,
     check_number,
     check_whole,
@@ -62,21 +62,25 @@ class CfgGate(Strategy):
         return outside if self.interval == 0 else fresh_every(self.interval, outside)
 
     def velocity(
-        self, moment: Moment, latent: Tensor, compute: Callable[[tuple[int, ...]], Tensor], kept: Kept
+        self,
+        info: StepInfo,
+        latent: Tensor,
+        compute: Callable[[tuple[int, ...]], Tensor],
+        state: StrategyState,
     ) -> Tensor:
         """Both branches, or the prompt's and a stand-in for the other."""
         import torch
 
         site = Site("velocity", 0, 0)
-        place = place_of(site, moment)
-        if moment.branches != (0, 1):
-            return compute(moment.branches)
-        if not self.saves(moment, "velocity", kept) or place not in kept.records:
-            value = compute(moment.branches)
-            if self.worth_keeping(kept.plan["velocity"], moment.step):
+        place = place_of(site, info)
+        if info.branches != (0, 1):
+            return compute(info.branches)
+        if not self.saves(info, "velocity", state) or place not in state.records:
+            value = compute(info.branches)
+            if self.worth_keeping(state.plan["velocity"], info.step):
                 prompt, other = value.chunk(2)
-                self.keep(moment, place, prompt - other, Signal(latent), kept)
+                self.keep(info, place, prompt - other, SiteInputs(latent), state)
             return value
         prompt = compute((0,))
-        other = prompt if self.fill == "drop" else prompt - self.predicted(moment, place, kept)
+        other = prompt if self.fill == "drop" else prompt - self.predicted(info, place, state)
         return torch.cat([prompt, other])

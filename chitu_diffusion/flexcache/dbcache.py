@@ -13,9 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from chitu_diffusion.flexcache.interface import Moment, Signal, Site
+from chitu_diffusion.flexcache.interface import Site, SiteInputs, StepInfo
 from chitu_diffusion.flexcache.schedule import Schedule, Shapes
-from chitu_diffusion.flexcache.strategy import Kept, Plan, Strategy, check_choice, check_number, check_whole
+from chitu_diffusion.flexcache.strategy import (
+    Plan,
+    Strategy,
+    StrategyState,
+    check_choice,
+    check_number,
+    check_whole,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,38 +68,43 @@ class DBCache(Strategy):
         return super().kept_bytes(shapes) + shapes.stream
 
     def blocks(
-        self, moment: Moment, site: Site, compute: Callable[[], Tensor], signal: Signal, kept: Kept
+        self,
+        info: StepInfo,
+        site: Site,
+        compute: Callable[[], Tensor],
+        inputs: SiteInputs,
+        state: StrategyState,
     ) -> Tensor:
         """The first blocks compute, the last of them decides, the rest follow."""
         first, last = self.span(site.depth)
         if site.block >= first or first > last:
-            return super().blocks(moment, site, compute, signal, kept)
+            return super().blocks(info, site, compute, inputs, state)
         if site.block == 0:
-            kept.scratch["start"] = signal.entering
+            state.scratch["start"] = inputs.entering
         value = compute()
         if site.block == first - 1:
-            self._decide(moment, value - kept.scratch.pop("start"), kept)
+            self._decide(info, value - state.scratch.pop("start"), state)
         return value
 
-    def _decide(self, moment: Moment, residual: Tensor, kept: Kept) -> None:
-        prompt = moment.of_prompt(residual)
-        if kept.decided(moment.step) is None:
-            asked = kept.action("block", moment.step) == "ask"
-            kept.settle(moment.step, asked and self._may_skip(prompt, kept))
-            kept.notes["run"] = kept.notes.get("run", 0) + 1 if kept.decided(moment.step) else 0
-        if not kept.decided(moment.step):
-            kept.notes["full"] = True
+    def _decide(self, info: StepInfo, residual: Tensor, state: StrategyState) -> None:
+        prompt = info.of_prompt(residual)
+        if state.decided(info.step) is None:
+            asked = state.action("block", info.step) == "ask"
+            state.record_decision(info.step, asked and self._may_skip(prompt, state))
+            state.notes["run"] = state.notes.get("run", 0) + 1 if state.decided(info.step) else 0
+        if not state.decided(info.step):
+            state.notes["full"] = True
             if prompt is not None:
-                kept.notes["first"] = prompt
+                state.notes["first"] = prompt
 
-    def _may_skip(self, prompt: Tensor | None, kept: Kept) -> bool:
-        if not kept.notes.get("full") or (self.longest and kept.notes["run"] >= self.longest):
+    def _may_skip(self, prompt: Tensor | None, state: StrategyState) -> bool:
+        if not state.notes.get("full") or (self.longest and state.notes["run"] >= self.longest):
             return False
         change = None
         if prompt is not None:
-            known = kept.notes["first"].float()
+            known = state.notes["first"].float()
             change = float((prompt.float() - known).abs().mean() / known.abs().mean())
-        return kept.agree(change) < self.threshold
+        return state.all_reduce_max(change) < self.threshold
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from chitu_diffusion.flexcache.interface import Moment, Signal, Site
+from chitu_diffusion.flexcache.interface import Site, SiteInputs, StepInfo
 from chitu_diffusion.flexcache.schedule import Schedule, Shapes
-from chitu_diffusion.flexcache.strategy import Kept, Plan, Strategy, check_choice, check_number, place_of
+from chitu_diffusion.flexcache.strategy import (
+    Plan,
+    Strategy,
+    StrategyState,
+    check_choice,
+    check_number,
+    place_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,51 +65,57 @@ class EasyCache(Strategy):
         return (self.records_needed + 1) * shapes.velocity + self.latent_bytes(shapes) + 8 * shapes.latent
 
     def velocity(
-        self, moment: Moment, latent: Tensor, compute: Callable[[tuple[int, ...]], Tensor], kept: Kept
+        self,
+        info: StepInfo,
+        latent: Tensor,
+        compute: Callable[[tuple[int, ...]], Tensor],
+        state: StrategyState,
     ) -> Tensor:
         """Decides, then computes or stands in."""
-        asks = "ask" in kept.plan["velocity"][moment.step :]
-        place = place_of(Site("velocity", 0, 0), moment)
-        if kept.action("velocity", moment.step) == "ask" and place in kept.records:
-            kept.settle(moment.step, self._may_skip(moment, latent, kept))
-        if kept.decided(moment.step):
-            value = self._stand_in(moment, place, latent, kept)
+        asks = "ask" in state.plan["velocity"][info.step :]
+        place = place_of(Site("velocity", 0, 0), info)
+        if state.action("velocity", info.step) == "ask" and place in state.records:
+            state.record_decision(info.step, self._may_skip(info, latent, state))
+        if state.decided(info.step):
+            value = self._stand_in(info, place, latent, state)
         else:
-            value = compute(moment.branches)
+            value = compute(info.branches)
             if asks:
-                self._note_full(moment, place, value, latent, kept)
+                self._note_full(info, place, value, latent, state)
         if asks:
-            kept.notes["last"] = (latent, value)
+            state.notes["last"] = (latent, value)
         return value
 
-    def _may_skip(self, moment: Moment, latent: Tensor, kept: Kept) -> bool:
-        if not kept.notes.get("rated"):
+    def _may_skip(self, info: StepInfo, latent: Tensor, state: StrategyState) -> bool:
+        if not state.notes.get("rated"):
             return False
-        before, velocity = kept.notes["last"]
-        prompt, error = moment.of_prompt(velocity), None
+        before, velocity = state.notes["last"]
+        prompt, error = info.of_prompt(velocity), None
         if prompt is not None:
-            error = float(kept.notes["rate"] * (latent - before).abs().mean() / prompt.float().abs().mean())
-        kept.notes["error"] += kept.agree(error)
-        return bool(kept.notes["error"] < self.threshold)
+            error = float(state.notes["rate"] * (latent - before).abs().mean() / prompt.float().abs().mean())
+        state.notes["error"] += state.all_reduce_max(error)
+        return bool(state.notes["error"] < self.threshold)
 
-    def _note_full(self, moment: Moment, place: str, value: Tensor, latent: Tensor, kept: Kept) -> None:
-        if "last" in kept.notes:
-            before, velocity = kept.notes["last"]
-            now, then = moment.of_prompt(value), moment.of_prompt(velocity)
-            kept.notes["rated"] = True
+    def _note_full(
+        self, info: StepInfo, place: str, value: Tensor, latent: Tensor, state: StrategyState
+    ) -> None:
+        if "last" in state.notes:
+            before, velocity = state.notes["last"]
+            now, then = info.of_prompt(value), info.of_prompt(velocity)
+            state.notes["rated"] = True
             if now is not None and then is not None:
-                kept.notes["rate"] = (now.float() - then.float()).abs().mean() / (
+                state.notes["rate"] = (now.float() - then.float()).abs().mean() / (
                     latent - before
                 ).abs().mean()
-        kept.notes.update(error=0.0, anchor=latent)
-        self.keep(moment, place, value, Signal(latent), kept)
+        state.notes.update(error=0.0, anchor=latent)
+        self.keep(info, place, value, SiteInputs(latent), state)
 
-    def _stand_in(self, moment: Moment, place: str, latent: Tensor, kept: Kept) -> Tensor:
+    def _stand_in(self, info: StepInfo, place: str, latent: Tensor, state: StrategyState) -> Tensor:
         if self.fill == "predictor":
-            return self.predicted(moment, place, kept)
-        record = kept.records[place][-1]
-        repeats = len(moment.branches)
-        value: Tensor = record["value"] + (latent - kept.notes["anchor"]).repeat(repeats, 1, 1, 1, 1).to(
+            return self.predicted(info, place, state)
+        record = state.records[place][-1]
+        repeats = len(info.branches)
+        value: Tensor = record["value"] + (latent - state.notes["anchor"]).repeat(repeats, 1, 1, 1, 1).to(
             record["value"].dtype
         )
         return value

@@ -15,14 +15,14 @@ What is asked at each level, and what the answer means:
     ffn         a block's feed-forward; answer: the module's output before its gate
 
 `step` and `block` answers are whole states, not residuals, so that "compute" hands back the very bits that an
-uncached forward gives; a strategy that stores residuals subtracts `signal.entering` itself. Skipping a run of
-blocks a..b needs nothing more: answer `signal.entering` at a..b-1 and the state (or `entering` + stored
+uncached forward gives; a strategy that stores residuals subtracts `inputs.entering` itself. Skipping a run of
+blocks a..b needs nothing more: answer `inputs.entering` at a..b-1 and the state (or `entering` + stored
 residual) at b.
 
-What a strategy answers is an `Action`. Those that follow from the schedule alone are laid down before step 0
-(a plan), and cost nothing at run time; "ask" marks a step whose action depends on data. Such a decision is
-one number, taken from the prompt's branch, and goes through one function (`Agree`), so that every rank and
-every branch follows the same answer.
+What a strategy answers is an `Action`. Those that follow from the schedule alone are laid down
+before step 0 (a plan), and cost nothing at run time; "ask" marks a step whose action depends on data. Such a
+decision is one number, taken from the prompt's branch, and goes through one function (`AllReduceMax`), so
+that every rank and every branch follows the same answer.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ Action = Literal["compute", "reuse", "predict", "ask"]
 
 MODULE_LEVELS: frozenset[Level] = frozenset({"attention", "cross", "ffn"})
 
-Agree = Callable[[float | None], float]
+AllReduceMax = Callable[[float | None], float]
 """One number that a decision rests on, made common to all ranks: the largest of theirs. A rank that does not
 run the prompt's branch has none to give (None) and takes the others'."""
 
 
-def alone(value: float | None) -> float:
-    """`Agree` where one process runs everything.
+def single_rank_max(value: float | None) -> float:
+    """`AllReduceMax` where one process runs everything.
 
     Raises:
         ValueError: nobody gave a number.
@@ -56,7 +56,7 @@ def alone(value: float | None) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class StepInfo:
     """Where a forward stands in its task.
 
     Attributes:
@@ -99,7 +99,7 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class Signal:
+class SiteInputs:
     """What a strategy may look at when it decides. Nothing here is a copy: do not write into it.
 
     Attributes:
@@ -120,12 +120,12 @@ class StepCache(Protocol):
     def levels(self) -> frozenset[Level]:
         """The levels at which this cache wants to be asked during the coming forward.
 
-        A network asks at these and nowhere else, so a cache that looks at steps alone leaves compiled blocks
-        whole.
+        A network asks at these and nowhere else, so a cache that looks at steps alone leaves
+        compiled blocks whole.
         """
         ...
 
-    def at(self, site: Site, compute: Callable[[], Tensor], signal: Signal) -> Tensor:
+    def at(self, site: Site, compute: Callable[[], Tensor], inputs: SiteInputs) -> Tensor:
         """Answers for `site`: calls `compute` (at most once) or gives a reused or predicted tensor of that
         shape.
         """
@@ -138,7 +138,7 @@ class NoCache:
 
     levels: frozenset[Level] = frozenset()
 
-    def at(self, site: Site, compute: Callable[[], Tensor], signal: Signal) -> Tensor:
+    def at(self, site: Site, compute: Callable[[], Tensor], inputs: SiteInputs) -> Tensor:
         """Computes."""
         return compute()
 

@@ -14,10 +14,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from chitu_diffusion.flexcache.interface import NO_CACHE, Agree, Level, Moment, Signal, Site, StepCache, alone
+from chitu_diffusion.flexcache.interface import (
+    NO_CACHE,
+    AllReduceMax,
+    Level,
+    Site,
+    SiteInputs,
+    StepCache,
+    StepInfo,
+    single_rank_max,
+)
 from chitu_diffusion.flexcache.registry import CacheState, emptied, parse_flexcache, strategy_of
 from chitu_diffusion.flexcache.schedule import Schedule
-from chitu_diffusion.flexcache.strategy import Kept, Strategy
+from chitu_diffusion.flexcache.strategy import Strategy, StrategyState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,31 +46,31 @@ def fork(state: CacheState) -> CacheState:
 
 @dataclass(frozen=True)
 class ForwardCache:
-    """What a network is handed for one forward: the strategy at a moment, over the task's state."""
+    """What a network is handed for one forward: the strategy at a step, over the task's state."""
 
     strategy: Strategy
-    moment: Moment
-    kept: Kept
+    info: StepInfo
+    state: StrategyState
 
     @property
     def levels(self) -> frozenset[Level]:
         """Where this forward wants to be asked."""
-        return self.strategy.levels(self.moment.step, self.kept)
+        return self.strategy.levels(self.info.step, self.state)
 
-    def at(self, site: Site, compute: Callable[[], Tensor], signal: Signal) -> Tensor:
+    def at(self, site: Site, compute: Callable[[], Tensor], inputs: SiteInputs) -> Tensor:
         """The strategy's answer."""
-        return self.strategy.answer(self.moment, site, compute, signal, self.kept)
+        return self.strategy.answer(self.info, site, compute, inputs, self.state)
 
 
 class FlexCacheManager:
     """Answers for the task that it is bound to; unbound, it never reuses and keeps nothing.
 
     Args:
-        agree: makes a number that a decision rests on common to all ranks.
+        all_reduce_max: makes a number that a decision rests on common to all ranks.
     """
 
-    def __init__(self, agree: Agree = alone) -> None:
-        self._agree = agree
+    def __init__(self, all_reduce_max: AllReduceMax = single_rank_max) -> None:
+        self._all_reduce_max = all_reduce_max
         self._state: CacheState | None = None
         self._strategy: Strategy | None = None
         self._step = 0
@@ -91,8 +100,8 @@ class FlexCacheManager:
         self._strategy = strategy_of(state)
         if state["plan"] is None:
             schedule = schedule or Schedule.bare(state["num_steps"])
-            plan, fits = self._strategy.laid_out(schedule)
-            state.update(plan=plan, fits=fits, timesteps=schedule.timesteps, sigmas=schedule.sigmas)
+            plan, weights = self._strategy.build_plan(schedule)
+            state.update(plan=plan, weights=weights, timesteps=schedule.timesteps, sigmas=schedule.sigmas)
         if state["key"] != key:
             state.update(emptied(), key=key)
 
@@ -119,9 +128,10 @@ class FlexCacheManager:
         """
         if self._strategy is None or self._state is None:
             return compute(branches)
-        moment, kept = self._moment(step_idx, branches), self._kept()
-        value = self._strategy.velocity(moment, latent, compute, kept)
-        self._state["reused"] += any(self._strategy.saves(moment, level, kept) for level in kept.plan)
+        info = self._step_info(step_idx, branches)
+        state = self._strategy_state()
+        value = self._strategy.velocity(info, latent, compute, state)
+        self._state["reused"] += any(self._strategy.saves(info, level, state) for level in state.plan)
         return value
 
     def cache_for(self, step_idx: int, branches: tuple[int, ...]) -> StepCache:
@@ -133,7 +143,7 @@ class FlexCacheManager:
         """
         if self._strategy is None:
             return NO_CACHE
-        return ForwardCache(self._strategy, self._moment(step_idx, branches), self._kept())
+        return ForwardCache(self._strategy, self._step_info(step_idx, branches), self._strategy_state())
 
     # -- the page's face
 
@@ -143,8 +153,8 @@ class FlexCacheManager:
         state = self._state
         if state is None or state["features"] is None:
             return False
-        kept = self._kept()
-        return any(kept.action(level, step_idx) in ("reuse", "predict") for level in _WHOLE)
+        strategy_state = self._strategy_state()
+        return any(strategy_state.action(level, step_idx) in ("reuse", "predict") for level in _WHOLE)
 
     def get_cache(self) -> Any:
         """The features that are held; None if there are none. Counts as a reuse."""
@@ -160,15 +170,19 @@ class FlexCacheManager:
 
     # -- small parts
 
-    def _kept(self) -> Kept:
+    def _strategy_state(self) -> StrategyState:
         state = self._state or emptied()
-        return Kept(
-            state.get("plan") or {}, state["records"], state["notes"], self._agree, state.get("fits") or {}
+        return StrategyState(
+            state.get("plan") or {},
+            state["records"],
+            state["notes"],
+            self._all_reduce_max,
+            state.get("weights") or {},
         )
 
-    def _moment(self, step: int, branches: tuple[int, ...]) -> Moment:
+    def _step_info(self, step: int, branches: tuple[int, ...]) -> StepInfo:
         state = self._state or {}
         sigmas = state["sigmas"]
-        return Moment(
+        return StepInfo(
             step, state["num_steps"], state["timesteps"][step], sigmas[step], sigmas[step + 1], branches
         )

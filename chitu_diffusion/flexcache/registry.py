@@ -45,13 +45,13 @@ STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType(
 
 CacheState = dict[str, Any]
 """A task's cache, as plain data. strategy and its parameters; num_steps: of the task; timesteps, sigmas: of
-its schedule; plan: per level the action of each step, or None before it is made; fits: what the strategy laid
-out besides it; records: fresh values by place, oldest first; notes: what else the strategy remembers; key:
-what both are valid for; reused: how many steps did less than a whole forward; features, computed_at: what the
-page's `update_cache` was given, and at which step."""
+its schedule; plan: per level the action of each step, or None before it is made; weights: what the strategy
+laid out besides it; records: fresh values by place, oldest first; notes: what else the strategy remembers;
+key: what both are valid for; reused: how many steps did less than a whole forward; features, computed_at:
+what the page's `update_cache` was given, and at which step."""
 
 _EMPTY: Mapping[str, Any] = MappingProxyType(
-    {"plan": None, "fits": None, "timesteps": (), "sigmas": (), "key": None, "reused": 0}
+    {"plan": None, "weights": None, "timesteps": (), "sigmas": (), "key": None, "reused": 0}
 )
 
 

@@ -1,9 +1,9 @@
 """What every cache strategy has: protected steps, a plan, a predictor, and a rule for its sites.
 
-A strategy is frozen parameters; whatever it remembers of a task lies in the task, handed to it as `Kept`. A
-new strategy says which steps are fresh (`computed`), at which levels it saves work (`levels_used`), and, only
-where that is not all, answers by itself (`answer`, `velocity`). Knows sites, moments and predictors; no
-networks, tasks or devices.
+A strategy is frozen parameters; whatever it remembers of a task lies in the task, handed to it as
+`StrategyState`. A new strategy says which steps are fresh (`computed`), at which levels it saves work
+(`levels_used`), and, only where that is not all, answers by itself (`answer`, `velocity`). Knows sites,
+moments and predictors; no networks, tasks or devices.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from chitu_diffusion.errors import UsageError, nearest
-from chitu_diffusion.flexcache.interface import MODULE_LEVELS, Action, Agree, Level, Moment, Signal, Site
+from chitu_diffusion.flexcache.interface import (
+    MODULE_LEVELS,
+    Action,
+    AllReduceMax,
+    Level,
+    Site,
+    SiteInputs,
+    StepInfo,
+)
 from chitu_diffusion.flexcache.predictors import PREDICTORS, Record, predict, records_needed
 from chitu_diffusion.flexcache.schedule import Schedule, Shapes
 
@@ -26,31 +34,31 @@ Plan = dict[Level, list[Action]]
 
 
 @dataclass
-class Kept:
+class StrategyState:
     """A task's state as a strategy sees it: the plan, records by place, and numbers of its own.
 
     Attributes:
         plan: see `Plan`.
         records: by `place_of`, oldest first. Replace a list, never write into it; tensors likewise.
         notes: whatever else a strategy remembers between steps: numbers, tensors.
-        agree: makes a number common to all ranks.
-        fits: what a plan takes in a skipped step's place, where it says so itself; made with it, see
-            `Strategy.laid_out`.
+        all_reduce_max: makes a number common to all ranks.
+        weights: what a plan takes in a skipped step's place, where it says so itself; made with it, see
+            `Strategy.build_plan`.
         scratch: for one forward; nothing of it stays.
     """
 
     plan: Plan
     records: dict[str, list[Record]]
     notes: dict[str, Any]
-    agree: Agree
-    fits: Mapping[int, Any] = field(default_factory=dict)
+    all_reduce_max: AllReduceMax
+    weights: Mapping[int, Any] = field(default_factory=dict)
     scratch: dict[str, Any] = field(default_factory=dict)
 
     def action(self, level: Level, step: int) -> Action:
         """What is laid down for a step; at a level that the plan does not name, to compute."""
         return self.plan[level][step] if level in self.plan else "compute"
 
-    def settle(self, step: int, may_reuse: bool) -> None:
+    def record_decision(self, step: int, may_reuse: bool) -> None:
         """Note what was decided for an "ask" step, for the other branch and for whoever counts."""
         self.notes["decided"] = [step, may_reuse]
 
@@ -60,9 +68,9 @@ class Kept:
         return bool(last[1]) if last is not None and last[0] == step else None
 
 
-def place_of(site: Site, moment: Moment) -> str:
+def place_of(site: Site, info: StepInfo) -> str:
     """Under which name records of a site and its branches lie."""
-    return f"{site.level}.{site.block}.{''.join(map(str, moment.branches))}"
+    return f"{site.level}.{site.block}.{''.join(map(str, info.branches))}"
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,7 @@ class Strategy:
         actions: list[Action] = ["compute" if fresh or guarded else saved for fresh, guarded in flags]
         return {level: list(actions) for level in self.levels_used()}
 
-    def laid_out(self, schedule: Schedule) -> tuple[Plan, dict[int, Any]]:
+    def build_plan(self, schedule: Schedule) -> tuple[Plan, dict[int, Any]]:
         """The plan, and for each step what the strategy needs besides it, as plain data; nothing for most."""
         return self.plan(schedule), {}
 
@@ -201,96 +209,117 @@ class Strategy:
         following = list(actions[step + 1 : step + 1 + self.records_needed])
         return any(action != "compute" for action in following)
 
-    def levels(self, step: int, kept: Kept) -> frozenset[Level]:
+    def levels(self, step: int, state: StrategyState) -> frozenset[Level]:
         """The levels at which this step wants to be asked: where something is saved, or kept for later."""
         return frozenset(
             level
-            for level, actions in kept.plan.items()
+            for level, actions in state.plan.items()
             if actions[step] != "compute" or self.worth_keeping(actions, step)
         )
 
     def velocity(
-        self, moment: Moment, latent: Tensor, compute: Callable[[tuple[int, ...]], Tensor], kept: Kept
+        self,
+        info: StepInfo,
+        latent: Tensor,
+        compute: Callable[[tuple[int, ...]], Tensor],
+        state: StrategyState,
     ) -> Tensor:
         """The velocities [branches * B, C, T, H, W] of a step.
 
         Args:
-            moment: `branches` are all of this rank's.
+            info: `branches` are all of this rank's.
             latent: [B, C, T, H, W].
             compute: runs the forwards of some branches, stacked in the order asked.
         """
-        if "velocity" not in self.levels(moment.step, kept):
-            return compute(moment.branches)
+        if "velocity" not in self.levels(info.step, state):
+            return compute(info.branches)
         site = Site("velocity", 0, 0)
-        return self.whole(moment, site, lambda: compute(moment.branches), Signal(latent), kept)
+        return self.whole(info, site, lambda: compute(info.branches), SiteInputs(latent), state)
 
     def answer(
-        self, moment: Moment, site: Site, compute: Callable[[], Tensor], signal: Signal, kept: Kept
+        self,
+        info: StepInfo,
+        site: Site,
+        compute: Callable[[], Tensor],
+        inputs: SiteInputs,
+        state: StrategyState,
     ) -> Tensor:
         """The answer at a site inside the network."""
         if site.level == "block":
-            return self.blocks(moment, site, compute, signal, kept)
-        return self.whole(moment, site, compute, signal, kept)
+            return self.blocks(info, site, compute, inputs, state)
+        return self.whole(info, site, compute, inputs, state)
 
     def whole(
-        self, moment: Moment, site: Site, compute: Callable[[], Tensor], signal: Signal, kept: Kept
+        self,
+        info: StepInfo,
+        site: Site,
+        compute: Callable[[], Tensor],
+        inputs: SiteInputs,
+        state: StrategyState,
     ) -> Tensor:
         """A site that is answered by itself; the stream's levels keep what was added, the others the
         value.
         """
-        place, residual = place_of(site, moment), site.level == "step"
-        if self.saves(moment, site.level, kept) and place in kept.records:
-            value = self.predicted(moment, place, kept)
-            return signal.entering + value if residual else value
+        place, residual = place_of(site, info), site.level == "step"
+        if self.saves(info, site.level, state) and place in state.records:
+            value = self.predicted(info, place, state)
+            return inputs.entering + value if residual else value
         value = compute()
-        if self.worth_keeping(kept.plan[site.level], moment.step):
-            self.keep(moment, place, value - signal.entering if residual else value, signal, kept)
+        if self.worth_keeping(state.plan[site.level], info.step):
+            self.keep(info, place, value - inputs.entering if residual else value, inputs, state)
         return value
 
     def blocks(
-        self, moment: Moment, site: Site, compute: Callable[[], Tensor], signal: Signal, kept: Kept
+        self,
+        info: StepInfo,
+        site: Site,
+        compute: Callable[[], Tensor],
+        inputs: SiteInputs,
+        state: StrategyState,
     ) -> Tensor:
         """A run of blocks, `span`, that is answered as one: the residual over it is kept."""
         first, last = self.span(site.depth)
         if not first <= site.block <= last:
             return compute()
-        place = f"block.{first}-{last}.{''.join(map(str, moment.branches))}"
-        if self.saves(moment, "block", kept) and place in kept.records:
+        place = f"block.{first}-{last}.{''.join(map(str, info.branches))}"
+        if self.saves(info, "block", state) and place in state.records:
             if site.block < last:
-                return signal.entering
-            value = self.predicted(moment, place, kept)
-            return signal.entering + value if self.residual else value
+                return inputs.entering
+            value = self.predicted(info, place, state)
+            return inputs.entering + value if self.residual else value
         if site.block == first:
-            kept.scratch["entered"] = signal.entering
+            state.scratch["entered"] = inputs.entering
         value = compute()
-        if site.block == last and self.worth_keeping(kept.plan["block"], moment.step):
-            entered = kept.scratch.pop("entered")
-            self.keep(moment, place, value - entered if self.residual else value, signal, kept)
+        if site.block == last and self.worth_keeping(state.plan["block"], info.step):
+            entered = state.scratch.pop("entered")
+            self.keep(info, place, value - entered if self.residual else value, inputs, state)
         return value
 
-    def saves(self, moment: Moment, level: Level, kept: Kept) -> bool:
+    def saves(self, info: StepInfo, level: Level, state: StrategyState) -> bool:
         """Whether this step does without the computation at a level."""
-        action = kept.action(level, moment.step)
-        return bool(kept.decided(moment.step)) if action == "ask" else action != "compute"
+        action = state.action(level, info.step)
+        return bool(state.decided(info.step)) if action == "ask" else action != "compute"
 
-    def predicted(self, moment: Moment, place: str, kept: Kept) -> Tensor:
+    def predicted(self, info: StepInfo, place: str, state: StrategyState) -> Tensor:
         """What the predictor gives at a place that has records."""
-        records, at = kept.records[place], self.place_in_time(moment)
+        records, at = state.records[place], self.place_in_time(info)
         return predict(
-            self.predictor, self.order, records, at=at, sigma=moment.sigma, next_sigma=moment.next_sigma
+            self.predictor, self.order, records, at=at, sigma=info.sigma, next_sigma=info.next_sigma
         )
 
-    def keep(self, moment: Moment, place: str, value: Tensor, signal: Signal, kept: Kept) -> None:
+    def keep(
+        self, info: StepInfo, place: str, value: Tensor, inputs: SiteInputs, state: StrategyState
+    ) -> None:
         """Remember a fresh value, and forget those that nobody will look at again."""
-        latent = signal.entering if self.predictor == "velocity" else None
-        record = {"step": moment.step, "at": self.place_in_time(moment), "value": value, "latent": latent}
-        kept.records[place] = [*kept.records.get(place, []), record][-self.records_needed :]
+        latent = inputs.entering if self.predictor == "velocity" else None
+        record = {"step": info.step, "at": self.place_in_time(info), "value": value, "latent": latent}
+        state.records[place] = [*state.records.get(place, []), record][-self.records_needed :]
 
-    def place_in_time(self, moment: Moment) -> float:
+    def place_in_time(self, info: StepInfo) -> float:
         """Where a step lies on the predictor's axis: whole velocities vary with the noise level, features
         with the step.
         """
-        return moment.sigma if self.where == "velocity" else float(moment.step)
+        return info.sigma if self.where == "velocity" else float(info.step)
 
 
 def level_bytes(level: Level, shapes: Shapes) -> int:

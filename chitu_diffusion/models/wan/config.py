@@ -20,7 +20,7 @@ _FOREIGN_FIELDS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "add_i
 
 @dataclass(frozen=True)
 class WanConfig:
-    """MemoryEstimate of a `WanTransformer`; field names are those of diffusers' `transformer/config.json`.
+    """Sizes of a `WanTransformer`; field names are those of diffusers' `transformer/config.json`.
 
     Attributes:
         patch_size: (frames, rows, columns) of latent that make one token.

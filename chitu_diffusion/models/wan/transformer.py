@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from chitu_diffusion.attention.kernels import AttentionFn, sdpa
-from chitu_diffusion.flexcache.interface import MODULE_LEVELS, NO_CACHE, Level, Signal, Site, StepCache
+from chitu_diffusion.flexcache.interface import MODULE_LEVELS, NO_CACHE, Level, Site, SiteInputs, StepCache
 from chitu_diffusion.models.wan.block import Float32LayerNorm, RotaryTable, WanBlock
 from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.text_kv import TextKVCache, dedup_padding
@@ -327,7 +327,7 @@ class WanTransformer(nn.Module):
         return cache.at(
             Site("step", 0, len(self.blocks)),
             lambda: self._run_stack(embedded, attention, cache, stack),
-            Signal(embedded.tokens, embedded.modulation),
+            SiteInputs(embedded.tokens, embedded.modulation),
         )
 
     def final_layer(self, tokens: Tensor, time: Tensor) -> Tensor:
@@ -417,7 +417,7 @@ class WanTransformer(nn.Module):
             compute = partial(self._run_block, cast(WanBlock, block), index, here, attention, cache)
             if "block" in cache.levels:
                 site = Site("block", index, len(self.blocks))
-                tokens = cache.at(site, compute, Signal(tokens, embedded.modulation))
+                tokens = cache.at(site, compute, SiteInputs(tokens, embedded.modulation))
             else:
                 tokens = compute()
         return tokens
@@ -451,7 +451,7 @@ class WanTransformer(nn.Module):
     ) -> Tensor:
         if level not in cache.levels:
             return compute()
-        return cache.at(Site(level, index, len(self.blocks)), compute, Signal(entering, time))
+        return cache.at(Site(level, index, len(self.blocks)), compute, SiteInputs(entering, time))
 
     def _checked_grid(self, latent: Tensor, timestep: Tensor, text: Tensor | TextKVCache) -> tuple[Grid, int]:
         """The token grid, and how many branches' text there is for the latent."""
