@@ -479,7 +479,7 @@ def layout_and_means(word: str) -> tuple[str, bool, int | None]:
     """
     plain, at, means = word.partition("@")
     if at and means != "nccl" and not (means.isascii() and means.isdigit() and int(means) > 0):
-        raise ValueError(f"{plain}@nccl, or {plain}@8 with a number of multiprocessors from 1, would do")
+        raise ValueError(f"use {plain}@nccl, or {plain}@8 with a number of multiprocessors from 1")
     return plain, bool(at), int(means) if means.isdigit() else None
 
 
@@ -510,7 +510,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=None, help="JSON; a table is written beside it")
     asked = parser.parse_args()
     for size in set(asked.sizes.split(",")) - set(SIZES):
-        parser.error(f"--sizes {asked.sizes}: {size!r}: {', '.join(SIZES)} would do")
+        parser.error(f"--sizes {asked.sizes}: {size!r}: use {', '.join(SIZES)}")
     for word in asked.layouts.split(",") if asked.layouts != "all" else ():
         try:
             parse_layout(layout_and_means(word)[0])

@@ -1,5 +1,5 @@
-"""What more GPUs would do, computed from a two-GPU run: seconds per guided step for 2 to 64 GPUs over several
-nodes.
+"""What more GPUs are worth, computed from a two-GPU run: seconds per guided step for 2 to 64 GPUs over
+several nodes.
 
     python -m benchmarks.simulate_scaling benchmarks/results/scaling-2-gpus.json
 
@@ -454,7 +454,7 @@ def main() -> None:
         results = json.loads(asked.results.read_text())
     except (OSError, ValueError) as error:
         raise SystemExit(
-            f"{asked.results}: {error}; the JSON that 'python -m benchmarks.scaling' writes would do"
+            f"{asked.results}: {error}; use the JSON that 'python -m benchmarks.scaling' writes"
         ) from None
     study = studied(results)
     folder = asked.out or asked.results.parent

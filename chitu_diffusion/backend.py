@@ -301,19 +301,17 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(
-            f"device = {name!r}: 'auto', 'cpu', 'cuda' or 'cuda:N' would do", field="infer.device"
+            f"device = {name!r}: use 'auto', 'cpu', 'cuda' or 'cuda:N'", field="infer.device"
         ) from None
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise UsageError(
-            f"device = {name!r}: 'auto', 'cpu', 'cuda' or 'cuda:N' would do", field="infer.device"
-        )
+        raise UsageError(f"device = {name!r}: use 'auto', 'cpu', 'cuda' or 'cuda:N'", field="infer.device")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = device.index if device.index is not None else (torch.cuda.current_device() if count else 0)
     if index >= count:
         raise UsageError(
-            f"device = {name!r}: this machine has {count} CUDA device(s); 'auto' or 'cpu' would do",
+            f"device = {name!r}: this machine has {count} CUDA device(s); use 'auto' or 'cpu'",
             field="infer.device",
         )
     return torch.device("cuda", index)
@@ -335,7 +333,7 @@ def _check_ranks(args: EngineConfig, world: int) -> None:
         if value > world:
             field = f"infer.diffusion.{name}"
             raise UsageError(
-                f"{field} = {value}: this engine runs on {world} rank(s); {world} would do, or start {value} "
+                f"{field} = {value}: this engine runs on {world} rank(s); use {world}, or start {value} "
                 "ranks with "
                 "--gpus or torchrun",
                 field=field,
@@ -353,7 +351,7 @@ def _check_quant(args: EngineConfig, device: torch.device, dtype: torch.dtype) -
         )
     elif dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
-        raise UsageError(f"infer.quant = fp8 with dtype {name}: bfloat16 would do", field="infer.quant")
+        raise UsageError(f"infer.quant = fp8 with dtype {name}: use bfloat16", field="infer.quant")
 
 
 def _with_shift(scheduler: Mapping[str, Any], shift: float | None) -> Mapping[str, Any]:

@@ -159,7 +159,7 @@ class EngineConfig(Settings):
 
 
 def usage_error(branch: type[BaseModel], error: ValidationError) -> UsageError:
-    """pydantic's report as one sentence: field, value, and what would do."""
+    """pydantic's report as one sentence: field, value, and what to use."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     name = ".".join(path)

@@ -3,7 +3,7 @@
 The tree, with the exit code that the command line gives for each:
 
     ChituError
-    ├── UsageError            2    a value that cannot be: names the field, the value, what would do
+    ├── UsageError            2    a value that cannot be: names the field, the value, what to use
     ├── WillNotFitError       3    the request needs more memory than there is
     ├── ModelError            4    no usable model
     │   ├── ModelMissingError      nothing of that name on this machine

@@ -96,7 +96,7 @@ class DiffusionUserParams:
         task_id: a label of the caller's own; letters, digits, '.', '_', '-' only.
 
     Raises:
-        UsageError (a ValueError): naming the field, the value, and what would do.
+        UsageError (a ValueError): naming the field, the value, and what to use.
     """
 
     prompt: str
@@ -165,7 +165,7 @@ def _check_text(name: str, text: object) -> None:
     if not isinstance(text, str):
         raise UsageError(f"{name} = {text!r}: must be text", field=name)
     if len(text) > MAX_PROMPT:
-        raise UsageError(f"{name} has {len(text)} characters: at most {MAX_PROMPT} would do", field=name)
+        raise UsageError(f"{name} has {len(text)} characters: use at most {MAX_PROMPT}", field=name)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -240,8 +240,7 @@ def _check_label(name: str, value: object) -> None:
     )
     if not plain or str(value).startswith("."):
         raise UsageError(
-            f"{name} = {value!r}: letters, digits, '.', '_' and '-' would do, not starting with '.'",
-            field=name,
+            f"{name} = {value!r}: use letters, digits, '.', '_' and '-', not starting with '.'", field=name
         )
 
 
@@ -267,7 +266,7 @@ def _check_cascade(stages: object) -> None:
         return
     if not isinstance(stages, list | tuple) or not all(isinstance(stage, CascadeStage) for stage in stages):
         raise UsageError(
-            f"cascade = {stages!r}: stages would do, each with height, width and num_inference_steps",
+            f"cascade = {stages!r}: use stages, each with height, width and num_inference_steps",
             field="cascade",
         )
     for stage in stages:
@@ -309,8 +308,7 @@ def parse_seeds(text: str | None) -> list[int] | None:
         if low <= high < low + 1000:
             return list(range(low, high + 1))
     raise UsageError(
-        f"--seed {text}: a whole number (42) or a rising range of at most 1000 (42..45) would do",
-        field="seed",
+        f"--seed {text}: use a whole number (42) or a rising range of at most 1000 (42..45)", field="seed"
     )
 
 
@@ -406,9 +404,7 @@ class DiffusionTask:
             UsageError: something else than a request.
         """
         if not isinstance(params, DiffusionUserParams):
-            raise UsageError(
-                f"{params!r} is no request: DiffusionUserParams(prompt=...) would do", field="prompt"
-            )
+            raise UsageError(f"{params!r} is no request: use DiffusionUserParams(prompt=...)", field="prompt")
         task_id = params.task_id or uuid.uuid4().hex[:12]
         seed = params.seed if params.seed is not None else draw_seed()
         return cls(

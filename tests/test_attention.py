@@ -370,7 +370,7 @@ def test_auto_takes_the_fastest_exact_kernel_and_remembers(
     speeds = {"slow": 3.0, "quick": 1.0, "middle": 2.0}
     timed, folder = pretend(monkeypatch, speeds), tmp_path / "cache"
     first = chooser(speeds, timed, folder)
-    assert first.kernel.name == "slow"  # untimed: the first that would do
+    assert first.kernel.name == "slow"  # untimed: the first that runs
     assert first.for_shape(SHAPE).name == first.kernel.name == "quick"
     assert [name for name, _ in timed] == ["slow", "quick", "middle"]
     first.for_shape(SHAPE)

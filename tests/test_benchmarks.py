@@ -372,7 +372,7 @@ def test_latency_writes_its_results(tmp_path):
         (fidelity.main, ["--ways", "fa4"], "--ways fa4: in no way's name; there are: .*fa3_fp8 attention"),
         (simulate_scaling.main, ["none.json"], "none.json: .*python -m benchmarks.scaling"),
         (overlap.main, [], "torchrun --nproc-per-node 2 -m benchmarks.overlap"),
-        (scaling.main, ["--layouts", "u2,u2@x"], "'u2@x': u2@nccl, or u2@8"),
+        (scaling.main, ["--layouts", "u2,u2@x"], "'u2@x': use u2@nccl, or u2@8"),
         (scaling.main, ["--layouts", "u2,ux"], "'ux': .*'auto', or parts such as"),
     ],
 )

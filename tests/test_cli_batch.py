@@ -166,9 +166,9 @@ STAGE = '"height": 32, "width": 32, "num_inference_steps": 2'
         ("r.csv", "prompt\n" + "x" * 140_000, "not CSV: field larger"),
         ("r.csv", "prompt,prompt\na,b\n", "a name twice"),
         ("r.csv", "prompt,seed\na,1,2\n", "more cells than the header"),
-        ("r.csv", "prompt,cascade\na,b\n", "cascade = 'b': stages would do"),
-        ("r.jsonl", '{"prompt": "x", "cascade": 5}', "stages would do"),
-        ("r.jsonl", '{"prompt": "x", "cascade": [5]}', "stages would do"),
+        ("r.csv", "prompt,cascade\na,b\n", "cascade = 'b': use stages"),
+        ("r.jsonl", '{"prompt": "x", "cascade": 5}', "use stages"),
+        ("r.jsonl", '{"prompt": "x", "cascade": [5]}', "use stages"),
         ("r.jsonl", '{"prompt": "x", "cascade": [{}]}', "a stage lacks height"),
         ("r.jsonl", '{"prompt": "x", "cascade": [{"size": 3}]}', "cascade has no field 'size'"),
         (

@@ -404,7 +404,7 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> list[CudaPeerMemory]:
 
 
 def put(memory: CudaPeerMemory, kind: int, to: int, source: int, number: int) -> None:
-    """What a GPU's stream would do."""
+    """What a GPU's stream does."""
     assert memory._flags is not None
     memory._flags[(memory._number_at(kind, to, source) - memory._flags_at) // 4] = number % 2**32
 

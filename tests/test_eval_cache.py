@@ -171,7 +171,7 @@ def test_every_strategy_stands_in_the_table() -> None:
     ("flags", "said"),
     [
         (("--settings", "pap"), "Did you mean 'pab'"),
-        (("--settings", "steps=x"), "steps=30 would do"),
+        (("--settings", "steps=x"), "use steps=30"),
         (("--settings", "kernel=mat"), "Did you mean 'math'"),
         (("--prompts", "none.txt"), "--prompts none.txt"),
         (("--prompts", "0"), "a number from 1"),

@@ -197,7 +197,7 @@ def test_state_is_plain_data(backend) -> None:
         ("teacashe", "Did you mean 'teacache'"),
         ({"strategy": "teacache", "treshold": 0.1}, "Did you mean 'threshold'"),
         ({"strategy": "meancache", "predictor": "tailor"}, "Did you mean 'taylor'"),
-        ({"strategy": "teacache", "predictor": "velocity"}, "level=velocity would do"),
+        ({"strategy": "teacache", "predictor": "velocity"}, "use level=velocity"),
         ({"strategy": "taylorseer", "order": 3}, "from 0 to 2"),
         ({"strategy": "pab", "level": "step"}, "There are: module"),
         ({"strategy": "pab", "self_range": "two"}, "a whole number from 1"),
@@ -277,5 +277,5 @@ def test_caps_hold_before_a_task_is_taken_in(tiny_folder, make_config, monkeypat
     with Engine(make_config(tiny_folder)) as engine:
         peak = engine.backend.memory_estimate().peak(4, 8, 5, 32, 32)
         monkeypatch.setattr("chitu_diffusion.pipelines.admission.total_memory", lambda device: peak + 1)
-        with pytest.raises(WillNotFitError, match="meancache would do"):
+        with pytest.raises(WillNotFitError, match="use flexcache meancache"):
             engine.submit(DiffusionUserParams("a cat", flexcache="taylorseer"))

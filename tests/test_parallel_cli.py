@@ -96,7 +96,7 @@ def test_a_layout_that_cannot_be_is_refused_at_once(
     chitu: Chitu, tiny_folder: Path, nothing_loads: None
 ) -> None:
     code, _, err = chitu("generate", "a cat", "--model", tiny_folder, "--gpus", "4", "--parallel", "u4")
-    assert code == 2 and "ulysses 2 x ring 2 would do" in err
+    assert code == 2 and "use ulysses 2 x ring 2" in err
     code, _, err = chitu("generate", "a cat", "--model", tiny_folder, "--parallel", "both")
     assert code == 2 and "cfg2u2r2" in err
 

@@ -365,5 +365,5 @@ def test_a_rank_that_cannot_load_is_named_at_once(model: Path, tmp_path: Path) -
 def test_a_layout_that_cannot_be_is_refused(model: Path, tmp_path: Path) -> None:
     config = config_for(model, tmp_path)
     config.infer.diffusion.cfg_size = 2
-    with pytest.raises(UsageError, match="1 would do, or start 2 ranks"):
+    with pytest.raises(UsageError, match="use 1, or start 2 ranks"):
         Engine(config)

@@ -31,10 +31,10 @@ def test_auto_takes_cfg_then_ulysses_within_the_node_then_ring(world, heads, nod
 @pytest.mark.parametrize(
     ("asked", "advice"),
     [
-        ({"world": 8, "heads": 12, "cp": 8, "ulysses": 8}, "ulysses 4 x ring 2 would do"),
-        ({"world": 4, "heads": 12, "cfg": 2, "cp": 4}, "cfg 2 x ulysses 2 x ring 1 would do"),
+        ({"world": 8, "heads": 12, "cp": 8, "ulysses": 8}, "use ulysses 4 x ring 2"),
+        ({"world": 4, "heads": 12, "cfg": 2, "cp": 4}, "use cfg 2 x ulysses 2 x ring 1"),
         ({"world": 1, "heads": 12, "cfg": 2}, "start 2 with --gpus or torchrun"),
-        ({"world": 6, "heads": 12, "cp": 6, "ulysses": 4}, "ulysses 2 x ring 3 would do"),
+        ({"world": 6, "heads": 12, "cp": 6, "ulysses": 4}, "use ulysses 2 x ring 3"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_would_fit(asked, advice) -> None:

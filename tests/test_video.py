@@ -111,8 +111,8 @@ def test_same_frames_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("a.avi", ".mp4, .gif and .npy would do"),
-        ("a.tar.gz", "would do"),
+        ("a.avi", "use .mp4, .gif or .npy"),
+        ("a.tar.gz", "use .mp4"),
         ("a.mp4.part", "'.part' is not a format"),
         (".mp4", "put a name before"),
         ("", "must be a file or folder name"),

@@ -197,7 +197,7 @@ def finish(
 def hadamard(size: int) -> Tensor:
     """The orthonormal Hadamard matrix of a power of two, float32; it is symmetric and its own inverse."""
     if size < 1 or size & (size - 1):
-        raise ValueError(f"a Hadamard matrix of {size}: a power of two would do")
+        raise ValueError(f"a Hadamard matrix of {size}: use a power of two")
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)

@@ -248,7 +248,7 @@ def read_rows(file: Path, folder: Path, defaults: Mapping[str, Any], resolved: R
     }
     reader = readers.get(file.suffix.lower())
     if reader is None:
-        raise UsageError(f"'{file}': .txt, .jsonl or .csv would do", field="file")
+        raise UsageError(f"'{file}': use .txt, .jsonl or .csv", field="file")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -285,7 +285,7 @@ def _request(number: int, values: Any, folder: Path, defaults: Mapping[str, Any]
     plain = isinstance(name, str) and name and "\\" not in name and not PurePosixPath(name).is_absolute()
     if not plain or ".." in PurePosixPath(name).parts:
         raise UsageError(
-            f"save_path = {name!r}: a plain name inside the output folder would do", field="save_path"
+            f"save_path = {name!r}: use a plain name inside the output folder", field="save_path"
         )
     path = f"{folder / name}/" if name.endswith("/") else str(folder / name)
     return DiffusionUserParams.from_mapping({**defaults, **given, "save_path": path})
@@ -308,9 +308,7 @@ def _jsonl(text: str) -> Iterator[tuple[int, Any]]:
             continue
         yield (
             line,
-            values
-            if isinstance(values, dict)
-            else UsageError('an object such as {"prompt": "..."} would do'),
+            values if isinstance(values, dict) else UsageError('use an object such as {"prompt": "..."}'),
         )
 
 

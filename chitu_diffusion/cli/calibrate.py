@@ -75,7 +75,7 @@ def calibrate(
     sentences = list(PROMPTS) if prompts is None else read_prompts(prompts)
     if len(sentences) < 2:
         raise UsageError(
-            f"--prompts {prompts}: one prompt; at least two would do, one to check on", field="prompts"
+            f"--prompts {prompts}: one prompt; use at least two, one to check on", field="prompts"
         )
     kept = max(1, len(sentences) // 4)
     fitted_on = [Job(prompt, seed) for seed in numbers for prompt in sentences[:-kept]]

@@ -107,7 +107,7 @@ def picked_cache(
             keep.
     """
     if asked["flexcache"] is not None or None not in (fidelity, speedup):
-        raise UsageError("--cache, --fidelity and --speedup: one of them would do", field="flexcache")
+        raise UsageError("--cache, --fidelity and --speedup: use one of them", field="flexcache")
     spec, _ = find_model(config)
     if spec.calibration is None:
         raise UsageError(

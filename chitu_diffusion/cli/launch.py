@@ -26,7 +26,7 @@ def check_layout(config: EngineConfig, spec: ModelSpec, gpus: int) -> None:
     """Raise if the settings' layout does not fit that many workers, or the machine has not that many GPUs.
 
     Raises:
-        UsageError: naming what would do.
+        UsageError: naming what to use.
     """
     from chitu_diffusion.distributed.plan import plan_for
 
@@ -38,9 +38,7 @@ def check_layout(config: EngineConfig, spec: ModelSpec, gpus: int) -> None:
 
         count = torch.cuda.device_count()
         if 0 < count < gpus:
-            raise UsageError(
-                f"--gpus {gpus}: this machine has {count}; at most {count} would do", field="gpus"
-            )
+            raise UsageError(f"--gpus {gpus}: this machine has {count}; use at most {count}", field="gpus")
 
 
 def launch(words: Sequence[str], gpus: int, config: EngineConfig) -> int:

@@ -163,7 +163,7 @@ def settings(
     for text in set_ or ():
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            raise UsageError(f"--set {text}: NAME=VALUE would do, such as infer.attn_type=sdpa", field="set")
+            raise UsageError(f"--set {text}: use NAME=VALUE, such as infer.attn_type=sdpa", field="set")
         flags[name.strip()] = value.strip()
     with flags_named():
         return load_config(config, flags)
@@ -179,7 +179,7 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
         return None, None
     width, times, height = text.lower().replace("×", "x").partition("x")
     if not (times and _is_number(width) and _is_number(height)):
-        raise UsageError(f"--size {text}: WIDTHxHEIGHT in pixels would do, such as 832x480", field="size")
+        raise UsageError(f"--size {text}: use WIDTHxHEIGHT in pixels, such as 832x480", field="size")
     return int(width), int(height)
 
 
@@ -235,7 +235,7 @@ def parse_fidelity(text: str) -> float:
     try:
         return float(number)
     except ValueError:
-        raise UsageError(f"--fidelity {text}: decibels would do, such as 35dB", field="fidelity") from None
+        raise UsageError(f"--fidelity {text}: use decibels, such as 35dB", field="fidelity") from None
 
 
 def default_path(folder: str, seed: int) -> str:
@@ -260,11 +260,11 @@ def make_folder(flag: str, folder: Path | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"{flag} {folder}: {error.strerror or error}; another folder would do", field="profile"
+            f"{flag} {folder}: {error.strerror or error}; use another folder", field="profile"
         ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(
-            f"{flag} {folder}: no permission to write into it; another folder would do", field="profile"
+            f"{flag} {folder}: no permission to write into it; use another folder", field="profile"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run would do, told before anything is loaded: `--dry-run`, and the checks that every run makes
+"""What a run is about to do, told before anything is loaded: `--dry-run`, and the checks that every run makes
 first.
 
 Knows models by their configs only; torch is not imported.

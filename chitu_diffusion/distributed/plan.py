@@ -97,13 +97,12 @@ def plan_for(
         return auto_plan(world, heads, ranks_per_node)
     if cfg not in (1, 2):
         raise UsageError(
-            f"cfg_size = {cfg}: there are two guidance branches; 1 or 2 would do",
-            field="infer.diffusion.cfg_size",
+            f"cfg_size = {cfg}: there are two guidance branches; use 1 or 2", field="infer.diffusion.cfg_size"
         )
     if cfg * cp != world:
         raise UsageError(
             f"cfg_size {cfg} x cp_size {cp} = {cfg * cp}, but {world} rank(s) were started; "
-            f"{auto_plan(world, heads, ranks_per_node)} would do, or start {cfg * cp} with --gpus or "
+            f"use {auto_plan(world, heads, ranks_per_node)}, or start {cfg * cp} with --gpus or "
             "torchrun",
             field="infer.diffusion.cp_size",
         )
@@ -112,7 +111,7 @@ def plan_for(
         fitting = math.gcd(chosen, cp, heads)
         raise UsageError(
             f"ulysses_degree = {chosen} with {heads} heads and cp_size {cp}: it must divide both; "
-            f"ulysses {fitting} x ring {cp // fitting} would do",
+            f"use ulysses {fitting} x ring {cp // fitting}",
             field="infer.diffusion.ulysses_degree",
         )
     return ParallelPlan(cfg, chosen, cp // chosen)

@@ -37,7 +37,7 @@ def ring(kernel: AttentionKernel, peers: Collectives, lengths: Sequence[int]) ->
         raise UsageError(
             f"attn_type = {kernel.name!r}: ring attention merges by the log-sum-exp, which this kernel does "
             "not give; "
-            "'auto', or ulysses alone, would do",
+            "use 'auto', or ulysses alone",
             field="infer.attn_type",
         )
 

@@ -44,8 +44,7 @@ class Shards:
         if total < peers.size:
             field = "infer.diffusion.cp_size"
             raise UsageError(
-                f"{total} tokens cannot be shared by {peers.size} ranks; at most {total} would do",
-                field=field,
+                f"{total} tokens cannot be shared by {peers.size} ranks; use at most {total}", field=field
             )
         return cls(shard_lengths(total, peers.size), peers.index)
 

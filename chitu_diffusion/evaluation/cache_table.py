@@ -109,8 +109,7 @@ def videos_for(prompts: str, seeds: str) -> list[Video]:
     if prompts.isascii() and prompts.isdigit():
         if int(prompts) == 0:
             raise UsageError(
-                "--prompts 0: a number from 1, or a text file with one prompt a line would do",
-                field="prompts",
+                "--prompts 0: use a number from 1, or a text file with one prompt a line", field="prompts"
             )
         asked: list[tuple[str, Any]] = [
             (said, asdict(words)) for said, words in held_out_prompts(int(prompts), PROMPT_SEED)
@@ -130,12 +129,12 @@ def read_prompts(file: str | Path) -> list[str]:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UsageError(
-            f"--prompts {file}: {error}; a text file with one prompt a line would do", field="prompts"
+            f"--prompts {file}: {error}; use a text file with one prompt a line", field="prompts"
         ) from error
     # twice the same would be one video counted twice
     found = list(dict.fromkeys(line for line in lines if line))
     if not found:
-        raise UsageError(f"--prompts {file}: no prompt in it; one a line would do", field="prompts")
+        raise UsageError(f"--prompts {file}: no prompt in it; use one a line", field="prompts")
     return found
 
 
@@ -149,7 +148,7 @@ def check_settings(chosen: Sequence[str]) -> None:
         kind, equals, value = setting.partition("=")
         if equals and kind == "steps":
             if not (value.isascii() and value.isdigit()) or int(value) < 1:
-                raise UsageError(f"--settings {setting}: steps=30 would do", field="settings")
+                raise UsageError(f"--settings {setting}: use steps=30", field="settings")
         elif equals and kind == "kernel":
             attention_kernel(value)
         else:

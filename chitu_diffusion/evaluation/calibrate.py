@@ -74,15 +74,14 @@ def calibrate(
     """
     settings = settings or {}
     if not fitted_on:
-        raise UsageError("nothing to measure on: at least two prompts would do", field="prompts")
+        raise UsageError("nothing to measure on: use at least two prompts", field="prompts")
     with Workers(config, workers) as processes:
         processes.submit(describe, settings)
         about = processes.result()[1]
         steps = int(about["steps"])
         if steps < 4:
             raise UsageError(
-                f"--steps {steps}: at least 4 would do; a cache has nothing to skip",
-                field="num_inference_steps",
+                f"--steps {steps}: use at least 4; a cache has nothing to skip", field="num_inference_steps"
             )
         probes = sorted({min(max(2, round(share * steps)), steps - 1) for share in _PROBED})
         for number, job in enumerate(fitted_on):

@@ -172,5 +172,5 @@ def _make_folder(flag: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"{flag} {folder}: {error.strerror or error}; another folder would do", field="output"
+            f"{flag} {folder}: {error.strerror or error}; use another folder", field="output"
         ) from error

@@ -96,7 +96,7 @@ def compare(a: Frames, b: Frames, device: torch.device | str = "cpu") -> Compari
     """
     if a.shape != b.shape:
         raise UsageError(
-            f"the videos are {list(a.shape)} and {list(b.shape)}: equal frames, height and width would do"
+            f"the videos are {list(a.shape)} and {list(b.shape)}: use equal frames, height and width"
         )
     # [T, 3, H, W]
     first, second = (torch.from_numpy(frames).to(device).permute(0, 3, 1, 2) for frames in (a, b))

@@ -68,8 +68,7 @@ class CalibratedPlan(Strategy):
         super().check_steps(num_steps)
         if self.fresh > num_steps:
             raise UsageError(
-                f"flexcache fresh = {self.fresh}: at most the task's {num_steps} steps would do",
-                field="flexcache",
+                f"flexcache fresh = {self.fresh}: use at most the task's {num_steps} steps", field="flexcache"
             )
 
     @property
@@ -205,7 +204,7 @@ def _calculated(
         raise UsageError(
             f"flexcache plan: no plan computes {count} of {steps} steps with at most {longest} skipped in a "
             "row and "
-            f"{len(required)} protected; fresh={fewest} would do",
+            f"{len(required)} protected; use fresh={fewest}",
             field="flexcache",
         )
     return planning.predictions(traces, plans[count].fresh, order, switches)

@@ -113,7 +113,7 @@ class Calibration:
             UsageError: not above 1.
         """
         if not 1 < speedup < math.inf:
-            raise UsageError(f"--speedup {speedup:g}: a number above 1 would do, such as 2", field="speedup")
+            raise UsageError(f"--speedup {speedup:g}: use a number above 1, such as 2", field="speedup")
         rows = [row for row in self.table if row.flexcache.get("strategy") == "plan"]
         below = [row for row in rows if row.speedup <= speedup + 1e-9]
         above = [row for row in rows if row.speedup >= speedup - 1e-9]

@@ -67,7 +67,7 @@ class MeanCache(Strategy):
         asked = max((self.fresh, *(step + 1 for step in self.listed())))
         if asked > num_steps:
             raise UsageError(
-                f"flexcache fresh = {asked}: at most the task's {num_steps} steps would do", field="flexcache"
+                f"flexcache fresh = {asked}: use at most the task's {num_steps} steps", field="flexcache"
             )
 
     def computed(self, schedule: Schedule) -> Sequence[bool]:
@@ -87,7 +87,7 @@ class MeanCache(Strategy):
             first, _, last = part.strip().partition("-")
             if not first.isdigit() or not (last or first).isdigit():
                 raise UsageError(
-                    f"flexcache steps = {self.steps!r}: such as 0-19+24+28 would do", field="flexcache"
+                    f"flexcache steps = {self.steps!r}: use numbers such as 0-19+24+28", field="flexcache"
                 )
             found |= set(range(int(first), int(last or first) + 1))
         return sorted(found)

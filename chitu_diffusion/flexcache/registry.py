@@ -68,7 +68,7 @@ def parse_setting(text: str) -> str | dict[str, Any]:
     for part in rest.split(","):
         key, equals, value = part.partition("=")
         if not equals or not key:
-            raise UsageError(f"{text}: NAME:KEY=VALUE,KEY=VALUE would do", field="flexcache")
+            raise UsageError(f"{text}: use NAME:KEY=VALUE,KEY=VALUE", field="flexcache")
         chosen[key.strip()] = _number_or_text(value.strip())
     return chosen
 
@@ -143,7 +143,7 @@ def cache_bytes(value: str | Mapping[str, Any] | None, shapes: Shapes, limit_gb:
         limit_gb: refuse more than this, in GiB; a `cache_memory_gb` of the request's own counts before it.
 
     Raises:
-        UsageError: more than the limit, with the figure and what would do.
+        UsageError: more than the limit, with the figure and what to use.
     """
     if value is None:
         return 0

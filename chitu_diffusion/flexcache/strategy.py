@@ -112,8 +112,7 @@ class Strategy:
         if self.predictor == "velocity" and self.where != "velocity":
             would = "level=velocity" if "velocity" in self.LEVELS else "predictor=taylor"
             raise UsageError(
-                f"flexcache predictor = 'velocity' predicts whole velocities; {would} would do",
-                field="flexcache",
+                f"flexcache predictor = 'velocity' predicts whole velocities; use {would}", field="flexcache"
             )
         self.check()
 
@@ -139,8 +138,8 @@ class Strategy:
         """
         if self.warmup + self.cooldown > num_steps:
             raise UsageError(
-                f"flexcache warmup + cooldown = {self.warmup + self.cooldown}: at most the task's "
-                f"{num_steps} steps would do",
+                f"flexcache warmup + cooldown = {self.warmup + self.cooldown}: use at most the "
+                f"task's {num_steps} steps",
                 field="flexcache",
             )
 
@@ -343,7 +342,7 @@ def check_whole(name: str, value: object, low: int = 0, high: int | None = None)
     ):
         until = "" if high is None else f" to {high}"
         raise UsageError(
-            f"flexcache {name} = {value!r}: a whole number from {low}{until} would do", field="flexcache"
+            f"flexcache {name} = {value!r}: use a whole number from {low}{until}", field="flexcache"
         )
 
 
@@ -355,9 +354,7 @@ def check_number(name: str, value: object, low: float = 0.0, high: float = math.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         until = "" if high == math.inf else f" to {high:g}"
-        raise UsageError(
-            f"flexcache {name} = {value!r}: a number from {low:g}{until} would do", field="flexcache"
-        )
+        raise UsageError(f"flexcache {name} = {value!r}: use a number from {low:g}{until}", field="flexcache")
 
 
 def check_numbers(name: str, values: object) -> None:
@@ -369,7 +366,7 @@ def check_numbers(name: str, values: object) -> None:
     if not isinstance(values, tuple) or not all(
         isinstance(value, int | float) and math.isfinite(value) for value in values
     ):
-        raise UsageError(f"flexcache {name} = {values!r}: a list of numbers would do", field="flexcache")
+        raise UsageError(f"flexcache {name} = {values!r}: use a list of numbers", field="flexcache")
 
 
 def check_choice(name: str, value: object, known: Sequence[str]) -> None:

@@ -92,7 +92,7 @@ def _kind(path: str | os.PathLike[str]) -> str:
     except UnicodeEncodeError as error:
         raise _refused(path, f"is not valid text: {error.reason}") from None
     if length > _LONGEST_NAME:
-        raise _refused(name[:40] + "...", f"the name is too long: at most {_LONGEST_NAME} bytes would do")
+        raise _refused(name[:40] + "...", f"the name is too long: use at most {_LONGEST_NAME} bytes")
     if name in ("", ".."):
         raise _refused(path, "name a new folder inside it, or a file that ends in .mp4")
     if text.endswith(("/", os.sep)):
@@ -105,7 +105,7 @@ def _kind(path: str | os.PathLike[str]) -> str:
     if ending:
         raise _refused(
             path,
-            f"'{ending}' is not a format; .mp4, .gif and .npy would do, or a name that ends in '/' for a "
+            f"'{ending}' is not a format; use .mp4, .gif or .npy, or a name that ends in '/' for a "
             "folder of png frames",
         )
     return FOLDER
@@ -210,7 +210,7 @@ def _check_frames(frames: Frames) -> None:
     shape, dtype = tuple(frames.shape), str(frames.dtype)
     if len(shape) != 4 or shape[-1] != 3 or 0 in shape or dtype != "uint8":
         raise UsageError(
-            f"frames have shape {list(shape)} and type {dtype}: uint8 [T, H, W, 3] would do", field="frames"
+            f"frames have shape {list(shape)} and type {dtype}: use uint8 [T, H, W, 3]", field="frames"
         )
 
 
@@ -445,8 +445,7 @@ def _read(path: str | os.PathLike[str], readers: Mapping[str, Callable[[Path], _
     kind = FOLDER if file.is_dir() else file.suffix.lower()
     if kind not in readers:
         raise UsageError(
-            f"'{path}' is not a video of ours: .mp4, .gif, .npy or a folder of png frames would do",
-            field="file",
+            f"'{path}' is not a video of ours: use .mp4, .gif, .npy or a folder of png frames", field="file"
         )
     try:
         return readers[kind](file)

@@ -315,7 +315,7 @@ class OffloadManager:
     def set_level(self, level: int) -> None:
         """Enter a level: what it does not allow leaves the device at once."""
         if not 0 <= level <= TOP_LEVEL:
-            raise ValueError(f"memory level {level}: 0 to {TOP_LEVEL} would do")
+            raise ValueError(f"memory level {level}: use 0 to {TOP_LEVEL}")
         self._level = level
         if level >= 2:
             self._parts[TEXT_ENCODER].to_host()

@@ -116,7 +116,7 @@ def convert(
     """
     target = Path(target)
     if layout not in ("diffusers", "official"):
-        raise UsageError(f"layout = {layout!r}: 'diffusers' or 'official' would do", field="layout")
+        raise UsageError(f"layout = {layout!r}: use 'diffusers' or 'official'", field="layout")
     if target.exists():
         raise UsageError(f"{target} exists already; name a folder that does not", field="target")
     folder = read_folder(source)

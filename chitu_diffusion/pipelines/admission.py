@@ -59,7 +59,7 @@ class Admission:
             raise WillNotFitError(
                 f"flexcache {flexcache} would keep {cache / 2**30:.1f} GiB beside the {peak / 2**30:.1f} GiB "
                 "that "
-                f"the video needs; {self._device} has {total / 2**30:.1f} GiB; flexcache meancache would do"
+                f"the video needs; {self._device} has {total / 2**30:.1f} GiB; use flexcache meancache"
             )
 
     def _peak(self, frames: int, height: int, width: int) -> int:
@@ -69,19 +69,19 @@ class Admission:
         """The longest video of this size that the estimate lets through, or the largest size."""
         for shorter in range(frames - 4, 0, -4):
             if self._peak(shorter, height, width) <= total:
-                return f"{shorter} frames of this size would do"
+                return f"use {shorter} frames of this size"
         while height > 32 and width > 32:
             height, width = height // 32 * 16, width // 32 * 16
             if self._peak(1, height, width) <= total:
-                return f"{width}x{height} would do"
-        return "no size of this model would do"
+                return f"use {width}x{height}"
+        return "this model has no size that fits"
 
 
 def smaller(task: DiffusionTask) -> str:
     """What to try in place of a request that ran out of memory."""
     resolved = task.resolved or task.params
     if resolved.num_frames is None or resolved.height is None or resolved.width is None:
-        return "fewer frames or a smaller size would do"
+        return "use fewer frames or a smaller size"
     frames = max(1, (resolved.num_frames // 2) // 4 * 4 + 1)
     height, width = (max(16, side * 3 // 4 // 16 * 16) for side in (resolved.height, resolved.width))
     return f"try num_frames={frames}, or {width}x{height} in place of {resolved.width}x{resolved.height}"

@@ -126,7 +126,7 @@ def stacked_velocity(
     if len(text) > 2:
         shape = list(text.embeddings.shape)
         raise UsageError(
-            f"embeddings are {shape}: [1, L, D], or [2, L, D] with the prompt's branch first, would do"
+            f"embeddings are {shape}: use [1, L, D], or [2, L, D] with the prompt's branch first"
         )
     # here, where no rank is without a branch to run
     backend.choose_attention(tokens_of(backend, latent), expert)

@@ -25,7 +25,7 @@ def resolve_request(
     guidance scale for a model with two experts holds for both.
 
     Raises:
-        UsageError: what this model cannot do, naming the field, the value and what would do.
+        UsageError: what this model cannot do, naming the field, the value and what to use.
     """
     defaults = spec.defaults
     params = _with_cascade(params, len(spec.transformers))
@@ -94,7 +94,7 @@ def _guidance(params: DiffusionUserParams, spec: ModelSpec) -> float | tuple[flo
     if isinstance(asked, tuple):
         if experts == 1:
             raise UsageError(
-                f"guidance_scale = {asked}: {spec.name} has one transformer; one number would do",
+                f"guidance_scale = {asked}: {spec.name} has one transformer; use one number",
                 field="guidance_scale",
             )
         if len(asked) != 2:
@@ -112,12 +112,12 @@ def _with_cascade(params: DiffusionUserParams, experts: int) -> DiffusionUserPar
     last, steps = params.cascade[-1], sum(stage.num_inference_steps for stage in params.cascade)
     if params.cascade[0].strength != 1:
         raise UsageError(
-            f"cascade strength = {params.cascade[0].strength}: the first stage starts from noise; 1 would do",
+            f"cascade strength = {params.cascade[0].strength}: the first stage starts from noise; use 1",
             field="cascade",
         )
     if params.flexcache is not None:
         raise UsageError(
-            "flexcache and cascade together are not supported; one of them would do", field="flexcache"
+            "flexcache and cascade together are not supported; use one of them", field="flexcache"
         )
     for name, value in (("height", last.height), ("width", last.width), ("num_inference_steps", steps)):
         asked = dataclasses.asdict(params)[name]

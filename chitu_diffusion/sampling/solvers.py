@@ -163,9 +163,7 @@ class Sampler:
             UsageError: no steps, or a strength outside (0, 1].
         """
         if steps < 1:
-            raise UsageError(
-                f"num_inference_steps = {steps}: at least 1 would do", field="num_inference_steps"
-            )
+            raise UsageError(f"num_inference_steps = {steps}: use at least 1", field="num_inference_steps")
         if not 0 < strength <= 1:
             raise UsageError(f"strength = {strength}: must be in (0, 1]", field="cascade")
         whole = max(steps, round(steps / strength))

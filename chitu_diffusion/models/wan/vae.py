@@ -95,7 +95,7 @@ class WanVAE(nn.Module):
             As `decode`.
         """
         if tile_size < 1:
-            raise UsageError(f"tile_size = {tile_size}: at least 1 cell would do")
+            raise UsageError(f"tile_size = {tile_size}: use at least 1 cell")
         return self._decoded(latent, self._whole(latent), tile_size)
 
     @torch.no_grad()
@@ -244,20 +244,17 @@ def build_vae(config: Mapping[str, Any]) -> nn.Module:
     if config.get("is_residual"):
         raise UsageError("vae config has is_residual=True (Wan2.2-5B's VAE): only Wan2.1's kind is supported")
     if not config.get("dim_mult", True):
-        raise UsageError("vae config has an empty dim_mult: one number for each stage would do")
+        raise UsageError("vae config has an empty dim_mult: use one number for each stage")
     with torch.device("meta"):
         network: Any = AutoencoderKLWan.from_config({"_class_name": "AutoencoderKLWan", **config})
     for name in ("latents_mean", "latents_std"):
         values = network.config[name]
         if not isinstance(values, list | tuple) or len(values) != network.config.z_dim:
-            raise UsageError(
-                f"vae config has {name}={values!r}: {network.config.z_dim} numbers (z_dim) would do"
-            )
+            raise UsageError(f"vae config has {name}={values!r}: use {network.config.z_dim} numbers (z_dim)")
     patch, channels = network.config.patch_size, network.config.out_channels
     if patch not in (None, 1, 2, 4, 8) or channels != 3 * (patch or 1) ** 2:
         raise UsageError(
-            f"vae config has patch_size={patch!r}, out_channels={channels!r}: 3 x patch_size^2 channels "
-            "would do"
+            f"vae config has patch_size={patch!r}, out_channels={channels!r}: use 3 x patch_size^2 channels"
         )
     return cast(nn.Module, network)
 
