@@ -38,7 +38,7 @@ from chitu_diffusion.evaluation.judge import CLASSES, Judge, load_judge, name_pa
 from chitu_diffusion.evaluation.world import Words, held_out_prompts
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.spec import TINY
-from chitu_diffusion.pipelines import denoising as forward
+from chitu_diffusion.pipelines import denoising
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 EXACT, LOSSY = "exact", "8 bits"
@@ -211,7 +211,7 @@ def both_branches(generator: Generator, prompt: str) -> Tensor:
 def velocity(backend: DiffusionBackend, latent: Tensor, embeddings: Tensor, timestep: Tensor) -> Tensor:
     """Both branches' [2, C, T, H, W]."""
     with torch.no_grad():
-        return forward.stacked_velocity(
+        return denoising.predict_velocity(
             backend, latent, as_task_text(embeddings.to(latent.device)), timestep, expert=0
         )
 

@@ -41,7 +41,7 @@ from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_enco
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE, build_vae
 from chitu_diffusion.ops.merge_lse import merge
-from chitu_diffusion.pipelines import denoising as forward
+from chitu_diffusion.pipelines import denoising
 
 TEXT_ROWS = 512
 SHARED = 1
@@ -140,8 +140,8 @@ class Case:
 
     def step(self, backend: DiffusionBackend) -> Callable[[], Tensor]:
         """Both branches' velocities, as the engine computes them."""
-        text = forward.TaskText(self.text)
-        return lambda: forward.stacked_velocity(backend, self.latent, text, self.time, expert=0)
+        text = denoising.TaskText(self.text)
+        return lambda: denoising.predict_velocity(backend, self.latent, text, self.time, expert=0)
 
     def kernel(self, name: str, needs_lse: bool) -> AttentionKernel:
         """A kernel by name, or the first that this device offers."""

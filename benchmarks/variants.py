@@ -29,7 +29,7 @@ from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE
-from chitu_diffusion.pipelines import denoising as forward
+from chitu_diffusion.pipelines import denoising
 
 
 class Absent(Exception):
@@ -225,7 +225,7 @@ def ours(**settings: Any) -> Builder:
 
         def call() -> Tensor:
             with torch.no_grad():
-                return forward.stacked_velocity(backend, bench.latent, text, moment, expert=0)
+                return denoising.predict_velocity(backend, bench.latent, text, moment, expert=0)
 
         velocity, warm_up = first_call(call, bench.device)
         return Variant(call, 2, warm_up, weight_bytes(backend.model_pool[0]), velocity[:1], backend, settings)
@@ -281,10 +281,10 @@ def known(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_task_text(embeddings: Tensor) -> Any:
-    """Embeddings [branches, L, D] as `forward.stacked_velocity` takes them: what depends on the prompt alone
-    is kept.
+    """Embeddings [branches, L, D] as `denoising.predict_velocity` takes them: what depends on the prompt
+    alone is kept.
     """
-    keeper = getattr(forward, "TaskText", None)
+    keeper = getattr(denoising, "TaskText", None)
     return embeddings if keeper is None else keeper(embeddings)
 
 

@@ -27,7 +27,7 @@ from chitu_diffusion.flexcache.registry import parse_flexcache
 from chitu_diffusion.media.video import write_video
 from chitu_diffusion.memory.device import is_out_of_memory
 from chitu_diffusion.memory.offload import TEXT_ENCODER, VAE
-from chitu_diffusion.pipelines import denoising as forward
+from chitu_diffusion.pipelines import denoising
 from chitu_diffusion.pipelines.recipe import recipe_of
 from chitu_diffusion.pipelines.request import guidance_pair, resolve_request, stages_of
 from chitu_diffusion.sampling.solvers import SamplerState, initial_noise, upsample_latent
@@ -109,17 +109,17 @@ class Generator:
             negative = self.encode_text(self.backend.spec.defaults.negative_prompt)
             embeddings = torch.cat([embeddings.to(negative.device), negative])
         embeddings, latent = embeddings.to(self.backend.device), latent.to(self.backend.device, torch.float32)
-        sampler, text = self.backend.sampler, forward.TaskText(embeddings)
+        sampler, text = self.backend.sampler, denoising.TaskText(embeddings)
         state = sampler.begin(num_steps)
         check: FiniteCheck | None = None
         while not sampler.is_done(state):
             timestep = sampler.timestep(state)
             expert = self._expert_at(timestep)
-            asked = forward.branches_for(scales[expert])
-            velocity = forward.stacked_velocity(
+            asked = denoising.active_branches(scales[expert])
+            velocity = denoising.predict_velocity(
                 self.backend, latent, text, timestep, expert=expert, branches=asked
             )
-            latent, state = sampler.step(state, forward.combine(velocity, scales[expert]), latent)
+            latent, state = sampler.step(state, denoising.apply_cfg(velocity, scales[expert]), latent)
             before, check = check, FiniteCheck(latent, "latent")
             if before is not None:
                 before.require()
@@ -254,7 +254,7 @@ class Generator:
         """
         time = torch.as_tensor(timestep).reshape(-1)[0]
         text = embeddings.to(self.backend.device)
-        return forward.stacked_velocity(self.backend, latent, text, time, expert=self._expert_at(time))
+        return denoising.predict_velocity(self.backend, latent, text, time, expert=self._expert_at(time))
 
     @torch.no_grad()
     def forward_with_cfg_parallel(
@@ -272,9 +272,9 @@ class Generator:
         time = torch.as_tensor(timestep).reshape(-1)[0]
         expert = self._expert_at(time)
         scale = self.backend.spec.defaults.guidance[expert] if guidance_scale is None else guidance_scale
-        text, asked = embeddings.to(self.backend.device), forward.branches_for(scale)
-        velocity = forward.stacked_velocity(self.backend, latent, text, time, expert=expert, branches=asked)
-        return forward.combine(velocity, scale)
+        text, asked = embeddings.to(self.backend.device), denoising.active_branches(scale)
+        velocity = denoising.predict_velocity(self.backend, latent, text, time, expert=expert, branches=asked)
+        return denoising.apply_cfg(velocity, scale)
 
     @torch.no_grad()
     def forward_with_cache(
@@ -292,13 +292,13 @@ class Generator:
         """
         time = torch.as_tensor(timestep).reshape(-1)[0]
         expert = self._expert_at(time) if expert is None else expert
-        text = forward.TaskText(embeddings.to(self.backend.device))
+        text = denoising.TaskText(embeddings.to(self.backend.device))
         return self._cached_velocity(latent, text, tuple(range(len(text))), time, step_idx, expert)
 
     def _cached_velocity(
         self,
         latent: Tensor,
-        text: forward.TaskText,
+        text: denoising.TaskText,
         asked: tuple[int, ...],
         timestep: Tensor,
         step_idx: int,
@@ -308,7 +308,7 @@ class Generator:
 
         def compute(branches: tuple[int, ...]) -> Tensor:
             cache_for = partial(manager.cache_for, step_idx)
-            return forward.stacked_velocity(
+            return denoising.predict_velocity(
                 self.backend, latent, text, timestep, expert=expert, branches=branches, cache_for=cache_for
             )
 
@@ -339,15 +339,15 @@ class Generator:
         expert = self._expert_at(timestep) if stage.expert is None else stage.expert
         scales = guidance_pair(resolved.guidance_scale)
         scale = scales[expert]
-        text = buffer.text or forward.TaskText(_present(buffer.embeddings).to(self.backend.device))
-        asked = forward.branches_for(scale)[: len(text)]
+        text = buffer.text or denoising.TaskText(_present(buffer.embeddings).to(self.backend.device))
+        asked = denoising.active_branches(scale)[: len(text)]
         # the manager writes into a copy, which becomes the task's only when the unit is done
         cache = None if buffer.cache is None else fork(buffer.cache)
         unplanned = cache is not None and cache["plan"] is None
-        schedule = forward.schedule_of(self.backend, state, scales) if unplanned else None
+        schedule = denoising.schedule_of(self.backend, state, scales) if unplanned else None
         self.backend.flexcache_manager.bind(cache, key=[expert, len(asked), *latent.shape], schedule=schedule)
         velocity = self._cached_velocity(latent, text, asked, timestep, task.current_step, expert)
-        latent, state = sampler.step(state, forward.combine(velocity, scale), latent)
+        latent, state = sampler.step(state, denoising.apply_cfg(velocity, scale), latent)
         check, before = FiniteCheck(latent, "latent"), buffer.check
         if before is not None:
             before.require()  # while the device works on this step: see `FiniteCheck`
@@ -441,7 +441,7 @@ class Generator:
         )
 
     def _expert_at(self, timestep: Tensor) -> int:
-        return forward.expert_at(timestep, self.backend.spec.boundary)
+        return denoising.expert_at(timestep, self.backend.spec.boundary)
 
     def _fail(self, task: DiffusionTask, stage: TaskStatus, step: int, error: Exception) -> str:
         logger.debug("task %s failed\n%s", task.task_id, traceback.format_exc())

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import Chitu
 
+from chitu_diffusion.cli.console import duration, printable, quoted, size
 from chitu_diffusion.cli.options import parse_cache, parse_guidance, parse_seeds, parse_size, path_for_seed
-from chitu_diffusion.cli.words import duration, printable, quoted, size
 from chitu_diffusion.errors import CheckpointError, OutputError, StageError, UsageError, WillNotFitError
 from chitu_diffusion.media.video import read_frames, read_recipe
 
@@ -320,7 +320,7 @@ def test_exit_codes(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("chitu_diffusion.cli.run.run_requests", fail)
+    monkeypatch.setattr("chitu_diffusion.cli.runner.run_requests", fail)
     found, _, err = chitu("generate", "cat", "--model", tiny_folder)
     assert found == code
     assert "Traceback" not in err

@@ -22,7 +22,7 @@ from chitu_diffusion.flexcache.registry import parse_strategy
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.wan.cache_coefficients import WAN_1_3B, WAN_14B
-from chitu_diffusion.pipelines import denoising as forward
+from chitu_diffusion.pipelines import denoising
 from chitu_diffusion.task import TaskStatus
 
 STEPS = 20
@@ -35,7 +35,7 @@ def backend(tiny_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def schedule(backend) -> Schedule:
-    return forward.schedule_of(backend, backend.sampler.begin(STEPS))
+    return denoising.schedule_of(backend, backend.sampler.begin(STEPS))
 
 
 def strategy(name: str, **parameters):

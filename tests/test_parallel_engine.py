@@ -24,7 +24,7 @@ from chitu_diffusion.distributed.plan import ParallelPlan
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.executor.worker_group import WorkerGroup
-from chitu_diffusion.pipelines import denoising as forward
+from chitu_diffusion.pipelines import denoising
 from chitu_diffusion.task import DiffusionUserParams
 
 HEARTBEAT_TIMEOUT = 4.0
@@ -78,7 +78,7 @@ def facts(engine: Engine) -> list[list[Any]]:
 
 def poisoned(rank: int):
     """Velocities that fail on rank 1 alone: with an error, or once for want of memory."""
-    compute, once = forward.stacked_velocity, [True]
+    compute, once = denoising.predict_velocity, [True]
 
     def velocity(backend, latent, text, timestep, **more):
         poison = velocity.poison
@@ -98,7 +98,7 @@ def poisoned(rank: int):
 
 def lead_and_follow(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
     """Every scene on one engine; what each rank knows goes to a file."""
-    forward.stacked_velocity = velocity = poisoned(rank)
+    denoising.predict_velocity = velocity = poisoned(rank)
     engine, seen = engine_on(rank, store, folder, out, timeout=2.0), {}
     if rank == 0:
         engine.submit(params())  # rank 0 alone is given this one

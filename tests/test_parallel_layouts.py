@@ -22,7 +22,7 @@ from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.distributed.ulysses import pieces_for, shard_heads, ulysses
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.components import load_networks
-from chitu_diffusion.pipelines import denoising as forward
+from chitu_diffusion.pipelines import denoising
 from chitu_diffusion.task import TaskStatus
 
 HEADS = 4
@@ -239,7 +239,7 @@ def test_ranks_that_share_a_long_sequence_run_both_branches_at_once(layout: str,
     for tokens, pays in ((4096, True), (4160, layout not in ("one", "cfg2"))):
         latent = torch.empty(1, 16, 1, tokens // 32, 128, device="meta")
         together = mode == "batched" or (mode == "auto" and pays)
-        assert forward._as_batches(backend, latent, (0, 1)) == ([(0, 1)] if together else [(0,), (1,)])
+        assert denoising._as_batches(backend, latent, (0, 1)) == ([(0, 1)] if together else [(0,), (1,)])
 
 
 def test_large_exchanges_go_in_two_pieces() -> None:

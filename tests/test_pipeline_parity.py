@@ -11,7 +11,7 @@ from torch import Tensor
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.pipelines import denoising as forward
+from chitu_diffusion.pipelines import denoising
 from chitu_diffusion.task import TaskStatus
 
 
@@ -109,9 +109,9 @@ def test_expert_switch_is_diffusers(experts, two_experts_folder):
 
 def test_forty_steps_at_shift_twelve_switch_after_about_26(experts):
     times = experts.sampler.begin(40)["timesteps"]
-    assert sum(forward.expert_at(time, 0.875) == 0 for time in times) in (25, 26, 27)
-    assert [forward.expert_at(torch.tensor(time), 0.875) for time in (876, 875, 874)] == [0, 0, 1]
-    assert forward.expert_at(torch.tensor(0), None) == 0
+    assert sum(denoising.expert_at(time, 0.875) == 0 for time in times) in (25, 26, 27)
+    assert [denoising.expert_at(torch.tensor(time), 0.875) for time in (876, 875, 874)] == [0, 0, 1]
+    assert denoising.expert_at(torch.tensor(0), None) == 0
 
 
 def test_two_experts_default_guidance_and_single_scale(experts, backend):

@@ -27,7 +27,7 @@ from chitu_diffusion.generator import FiniteCheck, Generator
 from chitu_diffusion.models.wan.block import WanAttention
 from chitu_diffusion.models.wan.text_kv import TextKVCache, dedup_padding, rows_that_differ
 from chitu_diffusion.models.wan.transformer import SharedCfgPrefix, WanTransformer
-from chitu_diffusion.pipelines import denoising as forward
+from chitu_diffusion.pipelines import denoising
 from chitu_diffusion.sampling.solvers import Sampler
 from chitu_diffusion.task import TaskStatus
 
@@ -161,15 +161,15 @@ def test_each_expert_has_its_own_keys(two_experts_folder, make_config, key_calls
 
 def test_autocast_does_not_reuse_what_float32_made(backend) -> None:
     latent, embeddings = torch.randn(1, 4, 2, 4, 4), Generator(backend).encode_text(["A cat", "ugly"])
-    kept, timestep = forward.TaskText(embeddings), torch.tensor(500)
+    kept, timestep = denoising.TaskText(embeddings), torch.tensor(500)
     with torch.no_grad():
-        plain = forward.stacked_velocity(backend, latent, kept, timestep, expert=0)
+        plain = denoising.predict_velocity(backend, latent, kept, timestep, expert=0)
         with torch.autocast("cpu", torch.bfloat16):
-            found = forward.stacked_velocity(backend, latent, kept, timestep, expert=0)
-            fresh = forward.stacked_velocity(
-                backend, latent, forward.TaskText(embeddings), timestep, expert=0
+            found = denoising.predict_velocity(backend, latent, kept, timestep, expert=0)
+            fresh = denoising.predict_velocity(
+                backend, latent, denoising.TaskText(embeddings), timestep, expert=0
             )
-        again = forward.stacked_velocity(backend, latent, kept, timestep, expert=0)
+        again = denoising.predict_velocity(backend, latent, kept, timestep, expert=0)
     assert torch.equal(found, fresh) and torch.equal(again, plain) and not torch.equal(found.float(), plain)
 
 
@@ -348,7 +348,7 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
         spec=SimpleNamespace(boundary=None, transformers=[CONFIG]),
     )
     monkeypatch.setattr(generator, "FiniteCheck", Deferred)
-    monkeypatch.setattr(forward, "rows_that_differ", lambda text: 8)
+    monkeypatch.setattr(denoising, "rows_that_differ", lambda text: 8)
     made, task = (
         Generator(lent),
         task_for(height=32, width=32, num_frames=5, num_inference_steps=6, guidance_scale=5.0),

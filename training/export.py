@@ -16,7 +16,7 @@ from diffusers import UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chitu_diffusion.models.spec import Defaults, write_notes
+from chitu_diffusion.models.spec import Defaults, write_metadata
 from training import autoencoder, denoiser, latents, text
 
 SHARD_BYTES = 12 * 2**20
@@ -118,7 +118,7 @@ def export(run: Path, target: Path) -> None:
         "WanTransformer3DModel"],
         "transformer_2": [None, None], "vae": ["diffusers", "AutoencoderKLWan"],
     })  # fmt: skip
-    write_notes(part, "wan-tiny", DEFAULTS)
+    write_metadata(part, "wan-tiny", DEFAULTS)
     if target.exists():
         for kept in ("README.md", "LICENSE"):
             if (target / kept).exists():

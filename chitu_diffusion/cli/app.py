@@ -20,11 +20,11 @@ import typer
 
 from chitu_diffusion.cli.batch import batch
 from chitu_diffusion.cli.calibrate import calibrate
+from chitu_diffusion.cli.console import emit_error, exit_code_of, printable, say
 from chitu_diffusion.cli.doctor import doctor
 from chitu_diffusion.cli.generate import generate
+from chitu_diffusion.cli.info import config_app, info
 from chitu_diffusion.cli.models import models_app
-from chitu_diffusion.cli.show import config_app, info
-from chitu_diffusion.cli.words import emit_error, exit_code_of, printable, say
 from chitu_diffusion.errors import ChituError, UsageError
 
 INTERRUPTED = 130

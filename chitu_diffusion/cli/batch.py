@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chitu_diffusion.cli import options
+from chitu_diffusion.cli.console import duration, emit, printable, say, table
+from chitu_diffusion.cli.dry_run import find_model, resolve
 from chitu_diffusion.cli.launch import check_layout, launch
-from chitu_diffusion.cli.plan import find_model, resolve
-from chitu_diffusion.cli.words import duration, emit, printable, say, table
 from chitu_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def batch(
     if done and not json_:
         say(f"{done} of {len(rows)} rows are done already and are skipped")
     from chitu_diffusion.cli.progress import make_reporter
-    from chitu_diffusion.cli.run import run_requests
+    from chitu_diffusion.cli.runner import run_requests
 
     tasks = run_requests(engine_config, [_with_seed(row) for row in todo], make_reporter(as_json=json_))
     return _summary(

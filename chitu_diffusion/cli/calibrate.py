@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from chitu_diffusion.cli import options
-from chitu_diffusion.cli.plan import find_model
-from chitu_diffusion.cli.words import say
+from chitu_diffusion.cli.console import say
+from chitu_diffusion.cli.dry_run import find_model
 from chitu_diffusion.errors import UsageError
 
 PROMPTS = (
@@ -86,7 +86,7 @@ def calibrate(
         found = measure(config, fitted_on, checked_on, settings=settings, workers=workers, tell=say)
     path = write_calibration(found, output or folder)
     if json_:
-        from chitu_diffusion.cli.words import emit
+        from chitu_diffusion.cli.console import emit
 
         emit("calibration", path=path, table=[dict(vars(row)) for row in found.table])
         return

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 from chitu_diffusion.cli import options
-from chitu_diffusion.cli.show import Document
-from chitu_diffusion.cli.words import emit_document, say, size, table
+from chitu_diffusion.cli.console import emit_document, say, size, table
+from chitu_diffusion.cli.info import Document
 from chitu_diffusion.errors import ChituError
 
 Status = Literal["ok", "note", "lack"]

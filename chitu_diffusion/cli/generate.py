@@ -1,7 +1,7 @@
 """`chitu generate`: one sentence, one video for each seed.
 
 Knows how flags become requests and in which order things are checked: all of it before torch is
-imported. The work itself is `run.py`'s.
+imported. The work itself is `runner.py`'s.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chitu_diffusion.cli import options
+from chitu_diffusion.cli.console import say
+from chitu_diffusion.cli.dry_run import find_model, print_plan, resolved_requests
 from chitu_diffusion.cli.launch import check_layout, launch
-from chitu_diffusion.cli.plan import find_model, resolved_requests, show_plan
-from chitu_diffusion.cli.words import say
 from chitu_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def generate(
     if gpus:
         check_layout(engine_config, spec, gpus)
     if dry_run:
-        return show_plan(engine_config, requests, as_json=json_)
+        return print_plan(engine_config, requests, as_json=json_)
     options.make_folder("--profile", profile)
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, engine_config)
@@ -173,7 +173,7 @@ def make_videos(
 ) -> int:
     """Run the requests; the paths go to stdout."""
     from chitu_diffusion.cli.progress import make_reporter
-    from chitu_diffusion.cli.run import exit_code_for, run_requests
+    from chitu_diffusion.cli.runner import exit_code_for, run_requests
     from chitu_diffusion.task import TaskStatus
 
     tasks = run_requests(config, requests, make_reporter(as_json=as_json), profile=profile)

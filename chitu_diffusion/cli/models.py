@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from chitu_diffusion.cli.show import Document
-from chitu_diffusion.cli.words import emit_document, say, size, table
+from chitu_diffusion.cli.console import emit_document, say, size, table
+from chitu_diffusion.cli.info import Document
 from chitu_diffusion.errors import (
     ChituError,
     ModelError,

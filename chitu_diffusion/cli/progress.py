@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Protocol
 
-from chitu_diffusion.cli.words import duration, emit, quoted, say
+from chitu_diffusion.cli.console import duration, emit, quoted, say
 from chitu_diffusion.task import DiffusionTask, Progress, TaskStatus
 
 LINE_EVERY = 5.0

@@ -22,7 +22,7 @@ from chitu_diffusion.flexcache.plan_search import Array
 from chitu_diffusion.flexcache.predictors import taylor_weights, weighted
 from chitu_diffusion.flexcache.teacache import embedding_changes
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.pipelines import denoising as forward
+from chitu_diffusion.pipelines import denoising
 from chitu_diffusion.pipelines.request import guidance_pair, resolve_request
 from chitu_diffusion.sampling.solvers import SamplerState, initial_noise
 from chitu_diffusion.task import DiffusionUserParams
@@ -101,7 +101,7 @@ def trace(backend: DiffusionBackend, params: dict[str, Any], probes: Sequence[in
     moments = (products / rows.shape[1]).cpu().numpy()
     gains = {step: run.gain(step, velocities, latents[step], states, latent) for step in probes}
     sizes, changed = (np.array(column) for column in zip(*run.residuals, strict=True))
-    signals = embedding_changes(forward.schedule_of(backend, states[0]), "modulation")
+    signals = embedding_changes(denoising.schedule_of(backend, states[0]), "modulation")
     before = np.concatenate([sizes[:1], sizes[:-1]])
     return Trace(
         states[0]["sigmas"].double().numpy(),
@@ -124,7 +124,7 @@ class _Run:
         self.scales = guidance_pair(resolved.guidance_scale)
         prompts = [resolved.prompt] + ([resolved.negative_prompt or ""] if max(self.scales) > 1 else [])
         self.branches = len(prompts)
-        self.text = forward.TaskText(Generator(backend).encode_text(prompts).to(backend.device))
+        self.text = denoising.TaskText(Generator(backend).encode_text(prompts).to(backend.device))
         self.residuals: list[tuple[float, float]] = []
         self._last: list[Tensor] = []
         frames, height, width = resolved.num_frames or 1, resolved.height or 0, resolved.width or 0
@@ -139,7 +139,7 @@ class _Run:
 
     def expert(self, state: SamplerState) -> int:
         """Which network runs the coming step."""
-        return forward.expert_at(self.backend.sampler.timestep(state), self.backend.spec.boundary)
+        return denoising.expert_at(self.backend.sampler.timestep(state), self.backend.spec.boundary)
 
     def velocity(self, latent: Tensor, state: SamplerState, *, watched: bool = False) -> Tensor:
         """All branches' velocities, float32."""
@@ -147,16 +147,16 @@ class _Run:
         def watching(branches: tuple[int, ...]) -> StepCache:
             return _Residuals(branches, self.residuals, self._last)
 
-        cache_for = watching if watched else forward.uncached
+        cache_for = watching if watched else denoising.uncached
         time, expert = self.backend.sampler.timestep(state), self.expert(state)
         every = tuple(range(self.branches))
-        return forward.stacked_velocity(
+        return denoising.predict_velocity(
             self.backend, latent, self.text, time, expert=expert, branches=every, cache_for=cache_for
         ).float()
 
     def guided(self, velocity: Tensor, state: SamplerState) -> Tensor:
         """Branches combined at the coming step's scale."""
-        return forward.combine(velocity, self.scales[self.expert(state)] if self.branches == 2 else 1.0)
+        return denoising.apply_cfg(velocity, self.scales[self.expert(state)] if self.branches == 2 else 1.0)
 
     def gain(
         self,

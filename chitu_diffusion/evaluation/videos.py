@@ -22,7 +22,7 @@ from chitu_diffusion.flexcache.interface import AllReduceMax, Level, Site, SiteI
 from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.flexcache.registry import strategy_of
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.pipelines import denoising as forward
+from chitu_diffusion.pipelines import denoising
 from chitu_diffusion.pipelines.request import guidance_pair
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
@@ -84,7 +84,7 @@ def _lay_out(backend: DiffusionBackend, task: DiffusionTask) -> None:
         guidance_pair(task.resolved.guidance_scale if task.resolved else None),
     )
     if task.buffer.cache is not None:
-        schedule = forward.schedule_of(backend, backend.sampler.begin(steps), guidance)
+        schedule = denoising.schedule_of(backend, backend.sampler.begin(steps), guidance)
         strategy_of(task.buffer.cache).build_plan(schedule)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from chitu_diffusion.errors import ChituError, UsageError
 from chitu_diffusion.models.folder import (
     EXPERT_FOLDERS,
-    NOTES_FILE,
+    METADATA_FILE,
     TEXT_FILE,
     TOKENIZER_FOLDER,
     VAE_FILE,
@@ -132,7 +132,7 @@ def convert(
         write_model_index(part, folder)
         (part / "scheduler").mkdir()
         write_json(part / "scheduler" / "scheduler_config.json", dict(folder.scheduler))
-    _write_notes(folder, part, layout)
+    _write_metadata(folder, part, layout)
     part.rename(target)
     return read_folder(target)
 
@@ -216,17 +216,17 @@ def _write_torch_file(file: Path, tensors: Mapping[str, Tensor], dtype: torch.dt
     torch.save({name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in tensors.items()}, file)
 
 
-def _write_notes(folder: ModelFolder, place: Path, layout: Layout) -> None:
-    notes = dict(folder.notes)
+def _write_metadata(folder: ModelFolder, place: Path, layout: Layout) -> None:
+    metadata = dict(folder.metadata)
     if layout == "official":
-        notes["vae"] = dict(folder.components["vae"].config)
-        notes["text_encoder"] = dict(folder.components["text_encoder"].config)
-        notes["scheduler"] = dict(folder.scheduler)
-        notes["transformer"] = dict(folder.components["transformer"].config)
+        metadata["vae"] = dict(folder.components["vae"].config)
+        metadata["text_encoder"] = dict(folder.components["text_encoder"].config)
+        metadata["scheduler"] = dict(folder.scheduler)
+        metadata["transformer"] = dict(folder.components["transformer"].config)
         if folder.boundary_ratio is not None:
-            notes["boundary_ratio"] = folder.boundary_ratio
+            metadata["boundary_ratio"] = folder.boundary_ratio
     else:
         for key in ("vae", "text_encoder", "scheduler", "boundary_ratio"):
-            notes.pop(key, None)  # they have files of their own here
-    if notes:
-        write_json(place / NOTES_FILE, notes)
+            metadata.pop(key, None)  # they have files of their own here
+    if metadata:
+        write_json(place / METADATA_FILE, metadata)

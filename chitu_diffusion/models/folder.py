@@ -26,7 +26,7 @@ from chitu_diffusion.errors import CheckpointError, ModelMissingError
 Layout = Literal["diffusers", "official"]
 Role = Literal["transformer", "transformer_2", "vae", "text_encoder"]
 
-NOTES_FILE = "chitu.json"
+METADATA_FILE = "chitu.json"
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE_FILE = "Wan2.1_VAE.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
@@ -119,7 +119,7 @@ class ModelFolder:
         tokenizer: the tokenizer's folder.
         scheduler: config of the diffusers scheduler that the checkpoint asks for.
         boundary_ratio: of two experts, the share of the 1000 timesteps below which the second takes over.
-        notes: `chitu.json`, or nothing.
+        metadata: `chitu.json`, or nothing.
     """
 
     path: Path
@@ -128,7 +128,7 @@ class ModelFolder:
     tokenizer: Path
     scheduler: Mapping[str, Any]
     boundary_ratio: float | None
-    notes: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
 
 def read_folder(path: str | Path) -> ModelFolder:
@@ -143,11 +143,11 @@ def read_folder(path: str | Path) -> ModelFolder:
         raise ModelMissingError(
             f"there is no folder {folder}; 'chitu models ls' shows the models on this machine"
         )
-    notes = read_json(folder / NOTES_FILE) if (folder / NOTES_FILE).exists() else {}
+    metadata = read_json(folder / METADATA_FILE) if (folder / METADATA_FILE).exists() else {}
     if (folder / "model_index.json").exists():
-        return _read_diffusers(folder, notes)
+        return _read_diffusers(folder, metadata)
     if (folder / "config.json").exists() or (folder / EXPERT_FOLDERS[0]).is_dir():
-        return _read_official(folder, notes)
+        return _read_official(folder, metadata)
     raise ModelMissingError(
         f"{folder} holds no model: neither model_index.json (diffusers' layout) nor config.json or "
         f"{EXPERT_FOLDERS[0]}/ (official Wan layout) is there"
@@ -173,7 +173,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _read_diffusers(folder: Path, notes: Mapping[str, Any]) -> ModelFolder:
+def _read_diffusers(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
     index = read_json(folder / "model_index.json")
     _expect_class(folder / "model_index.json", index, "WanPipeline")
     if index.get("expand_timesteps"):
@@ -198,11 +198,17 @@ def _read_diffusers(folder: Path, notes: Mapping[str, Any]) -> ModelFolder:
         components[role] = Component(role, folder / role, config)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     return ModelFolder(
-        folder, "diffusers", components, folder / "tokenizer", scheduler, index.get("boundary_ratio"), notes
+        folder,
+        "diffusers",
+        components,
+        folder / "tokenizer",
+        scheduler,
+        index.get("boundary_ratio"),
+        metadata,
     )
 
 
-def _read_official(folder: Path, notes: Mapping[str, Any]) -> ModelFolder:
+def _read_official(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
     experts = (
         [folder / name for name in EXPERT_FOLDERS] if (folder / EXPERT_FOLDERS[0]).is_dir() else [folder]
     )
@@ -210,15 +216,17 @@ def _read_official(folder: Path, notes: Mapping[str, Any]) -> ModelFolder:
     roles: tuple[Role, Role] = ("transformer", "transformer_2")
     for role, place in zip(roles, experts, strict=False):
         components[role] = Component(role, place, _transformer_config(place / "config.json"))
-    components["vae"] = Component("vae", folder / VAE_FILE, notes.get("vae", _VAE_CONFIG))
+    components["vae"] = Component("vae", folder / VAE_FILE, metadata.get("vae", _VAE_CONFIG))
     components["text_encoder"] = Component(
-        "text_encoder", folder / TEXT_FILE, notes.get("text_encoder", _TEXT_CONFIG)
+        "text_encoder", folder / TEXT_FILE, metadata.get("text_encoder", _TEXT_CONFIG)
     )
     two = len(experts) == 2
     # wan/configs of Wan2.1 and Wan2.2: shift 5 and 12, boundary 0.875
-    scheduler = notes.get("scheduler", {**_SCHEDULER_CONFIG, "flow_shift": 12.0 if two else 5.0})
-    boundary = notes.get("boundary_ratio", 0.875) if two else None
-    return ModelFolder(folder, "official", components, folder / TOKENIZER_FOLDER, scheduler, boundary, notes)
+    scheduler = metadata.get("scheduler", {**_SCHEDULER_CONFIG, "flow_shift": 12.0 if two else 5.0})
+    boundary = metadata.get("boundary_ratio", 0.875) if two else None
+    return ModelFolder(
+        folder, "official", components, folder / TOKENIZER_FOLDER, scheduler, boundary, metadata
+    )
 
 
 def _expect_class(file: Path, config: Mapping[str, Any], expected: str) -> None:

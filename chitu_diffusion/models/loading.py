@@ -27,7 +27,7 @@ from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_enco
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanConfig, WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE, build_vae
 from chitu_diffusion.ops.float8_linear import Float8Linear, Float8Plan, to_float8
-from chitu_diffusion.weights.loader import Progress, WeightFiles, load_into
+from chitu_diffusion.weights.loader import LoadProgress, WeightFiles, load_into
 
 Device = torch.device | str
 
@@ -96,7 +96,7 @@ def load_transformer(
     *,
     device: Device = "cpu",
     dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: LoadProgress | None = None,
     float8: Float8Plan | None = None,
 ) -> WanTransformer:
     """A diffusion transformer with its weights; of two experts, "transformer" is the high-noise one.
@@ -122,7 +122,7 @@ def load_vae(
     *,
     device: Device = "cpu",
     dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: LoadProgress | None = None,
 ) -> WanVAE:
     """The VAE with its weights. Arguments and errors as for `load_transformer`."""
     return WanVAE(_loaded(folder, "vae", device, dtype, progress)).eval()
@@ -133,7 +133,7 @@ def load_text_encoder(
     *,
     device: Device = "cpu",
     dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: LoadProgress | None = None,
 ) -> TextEncoder:
     """The text encoder with its weights and its tokenizer. Arguments and errors as for `load_transformer`.
 
@@ -169,7 +169,7 @@ def _loaded(
     role: Role,
     device: Device,
     dtype: torch.dtype | None,
-    progress: Progress | None,
+    progress: LoadProgress | None,
     float8: Float8Plan | None = None,
 ) -> nn.Module:
     plan = blueprint(folder, role, dtype)

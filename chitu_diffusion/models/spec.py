@@ -18,7 +18,7 @@ from typing import Any
 from chitu_diffusion.errors import CheckpointError, ModelMissingError, UsageError, nearest
 from chitu_diffusion.flexcache.calibration import Calibration, read_calibration
 from chitu_diffusion.flexcache.schedule import NOTHING_MEASURED, Measured
-from chitu_diffusion.models.folder import NOTES_FILE, ModelFolder, read_folder
+from chitu_diffusion.models.folder import METADATA_FILE, ModelFolder, read_folder
 from chitu_diffusion.models.wan.cache_coefficients import WAN_1_3B, WAN_14B
 from chitu_diffusion.models.wan.config import WanConfig
 
@@ -53,7 +53,7 @@ class LatentGeometry:
         return self.channels, (num_frames - 1) // frames + 1, height // rows, width // columns
 
 
-_NOTES = frozenset(
+_METADATA_KEYS = frozenset(
     {"name", "defaults", "measured", "boundary_ratio", "vae", "text_encoder", "scheduler", "transformer"}
 )
 """What a folder's `chitu.json` may say."""
@@ -231,10 +231,12 @@ def spec_of_folder(path: str | Path) -> ModelSpec:
 
 
 def _spec_of(folder: ModelFolder) -> ModelSpec:
-    for key in folder.notes:
-        if key not in _NOTES:
-            known = sorted(_NOTES)
-            raise CheckpointError("an unknown note", file=folder.path / NOTES_FILE, key=key, expected=known)
+    for key in folder.metadata:
+        if key not in _METADATA_KEYS:
+            known = sorted(_METADATA_KEYS)
+            raise CheckpointError(
+                "an unknown note", file=folder.path / METADATA_FILE, key=key, expected=known
+            )
     transformers = tuple(
         WanConfig.from_json(folder.components[role].config)
         for role in ("transformer", "transformer_2")
@@ -251,7 +253,7 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
     vae, calibration = folder.components["vae"].config, _calibration_of(folder.path)
     measured = _folder_measured(folder, twin.measured if twin else NOTHING_MEASURED)
     return ModelSpec(
-        name=str(folder.notes.get("name") or (twin.name if twin else folder.path.resolve().name)),
+        name=str(folder.metadata.get("name") or (twin.name if twin else folder.path.resolve().name)),
         transformers=transformers,
         boundary=folder.boundary_ratio if len(transformers) == 2 else None,
         hub_ids=twin.hub_ids if twin else (),
@@ -271,21 +273,21 @@ def _calibration_of(folder: Path) -> Calibration | None:
         return None
 
 
-def write_notes(path: str | Path, name: str, defaults: Defaults, **more: Any) -> None:
+def write_metadata(path: str | Path, name: str, defaults: Defaults, **more: Any) -> None:
     """Writes a folder's `chitu.json`: the model's name and defaults, and whatever else `more` says."""
-    notes = {"name": name, "defaults": dataclasses.asdict(defaults), **more}
-    Path(path, NOTES_FILE).write_text(
-        json.dumps(notes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    metadata = {"name": name, "defaults": dataclasses.asdict(defaults), **more}
+    Path(path, METADATA_FILE).write_text(
+        json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
 
 
 def _folder_defaults(folder: ModelFolder, base: Defaults, experts: int) -> Defaults:
-    said = dict(folder.notes.get("defaults", {}))
+    said = dict(folder.metadata.get("defaults", {}))
     known = {f.name for f in dataclasses.fields(Defaults)}
     for key in said:
         if key not in known:
             raise CheckpointError(
-                "an unknown default", file=folder.path / NOTES_FILE, key=key, expected=sorted(known)
+                "an unknown default", file=folder.path / METADATA_FILE, key=key, expected=sorted(known)
             )
     guidance = said.get("guidance", base.guidance)
     said["guidance"] = tuple(guidance) if isinstance(guidance, list | tuple) else (guidance,)
@@ -298,10 +300,10 @@ def _folder_defaults(folder: ModelFolder, base: Defaults, experts: int) -> Defau
 
 
 def _folder_measured(folder: ModelFolder, base: Measured) -> Measured:
-    """What the folder's notes say was measured on it, over what its twin's authors measured."""
+    """What the folder's metadata says was measured on it, over what its twin's authors measured."""
     said = {
         str(name): tuple(float(value) for value in values)
-        for name, values in folder.notes.get("measured", {}).items()
+        for name, values in folder.metadata.get("measured", {}).items()
     }
     return MappingProxyType({**base, **said})
 

@@ -42,12 +42,12 @@ def expert_at(timestep: Tensor, boundary: float | None) -> int:
     return 0 if boundary is None or float(timestep) >= boundary * TRAINED_STEPS else 1
 
 
-def branches_for(guidance_scale: float) -> tuple[int, ...]:
+def active_branches(guidance_scale: float) -> tuple[int, ...]:
     """The guidance branches that a scale needs: both, or the prompt's alone for a scale of at most 1."""
     return (0, 1) if guidance_scale > 1 else (0,)
 
 
-def combine(velocity: Tensor, guidance_scale: float) -> Tensor:
+def apply_cfg(velocity: Tensor, guidance_scale: float) -> Tensor:
     """Guided velocity [B, C, T, H, W] float32 from stacked branches [B or 2B, ...]: u + s (c - u).
 
     A scale of at most 1 takes the prompt's branch as it is.
@@ -100,7 +100,7 @@ class TaskText:
         return self._prepared[place]
 
 
-def stacked_velocity(
+def predict_velocity(
     backend: DiffusionBackend,
     latent: Tensor,
     text: TaskText | Tensor,

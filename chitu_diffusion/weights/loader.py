@@ -26,7 +26,7 @@ __all__ = ["WeightFiles", "fingerprint", "load_into", "match_names", "save_weigh
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]  # (bytes read, bytes in all)
+LoadProgress = Callable[[int, int], None]  # (bytes read, bytes in all)
 
 
 def load_into(
@@ -38,7 +38,7 @@ def load_into(
     keep_float32: Collection[str] = (),
     names: Mapping[str, str] | None = None,
     ties: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
+    progress: LoadProgress | None = None,
     placed: Callable[[str], None] | None = None,
 ) -> None:
     """Fills a module (built on the meta device) from files, each tensor straight to its device and dtype.

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from chitu_diffusion.cli import options
-from chitu_diffusion.cli.words import emit_document, printable, table
+from chitu_diffusion.cli.console import emit_document, printable, table
 
 Document = Annotated[bool, typer.Option("--json", help="The answer as one JSON document.")]
 

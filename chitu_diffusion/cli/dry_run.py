@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chitu_diffusion.cli.console import emit, quoted, say
 from chitu_diffusion.cli.options import flags_named
-from chitu_diffusion.cli.words import emit, quoted, say
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
@@ -79,7 +79,7 @@ def plan_of(spec: ModelSpec, resolved: DiffusionUserParams) -> dict[str, Any]:
     }
 
 
-def show_plan(config: EngineConfig, requests: Sequence[DiffusionUserParams], *, as_json: bool) -> int:
+def print_plan(config: EngineConfig, requests: Sequence[DiffusionUserParams], *, as_json: bool) -> int:
     """Print what would be made, and make nothing."""
     spec, folder = find_model(config)
     level = config.infer.diffusion.low_mem_level

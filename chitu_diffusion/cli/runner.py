@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from chitu_diffusion.cli.console import exit_code_of, say
 from chitu_diffusion.cli.progress import Reporter
-from chitu_diffusion.cli.words import exit_code_of, say
 from chitu_diffusion.errors import ChituError, OutputError
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
