@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from chitu_diffusion.attention import AttentionKernel, attention_kernel, cross_attention, sdpa
 from chitu_diffusion.config import keep_compiled_code
-from chitu_diffusion.models.spec import resolve_model
+from chitu_diffusion.models.registry import resolve_model
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanConfig, WanTransformer
 from chitu_diffusion.ops import fused
 from chitu_diffusion.ops.float8_linear import Float8Linear, Float8Plan, set_float8, to_float8

@@ -34,7 +34,7 @@ from torch import Tensor
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.models.spec import resolve_model
+from chitu_diffusion.models.registry import resolve_model
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 PROMPTS = (

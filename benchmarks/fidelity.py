@@ -37,7 +37,7 @@ from chitu_diffusion.evaluation.compare import psnr
 from chitu_diffusion.evaluation.judge import CLASSES, Judge, load_judge, name_parts
 from chitu_diffusion.evaluation.world import Words, held_out_prompts
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.models.spec import TINY
+from chitu_diffusion.models.registry import TINY
 from chitu_diffusion.pipelines import denoising
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 

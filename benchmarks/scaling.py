@@ -47,7 +47,7 @@ from chitu_diffusion.distributed.plan import ParallelPlan, auto_plan, parse_layo
 from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.distributed.sharding import gather_strips
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.models.spec import resolve_model
+from chitu_diffusion.models.registry import resolve_model
 from chitu_diffusion.models.wan.transformer import WanTransformer
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -38,7 +38,7 @@ from chitu_diffusion.flexcache.registry import parse_setting
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_tokenizer
-from chitu_diffusion.models.spec import ASSETS, TINY
+from chitu_diffusion.models.registry import ASSETS, TINY
 from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_encoder
 from chitu_diffusion.models.wan.vae import WanVAE, build_vae
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus

@@ -25,7 +25,8 @@ from chitu_diffusion.memory.device import empty_cache
 from chitu_diffusion.memory.estimate import MemoryEstimate
 from chitu_diffusion.memory.offload import OffloadManager
 from chitu_diffusion.models.components import Networks, float8_plan, load_networks
-from chitu_diffusion.models.spec import ModelSpec, resolve_model
+from chitu_diffusion.models.registry import FoundModel, resolve_model
+from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.models.wan.transformer import WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE
@@ -63,6 +64,7 @@ class DiffusionBackend:
             after them.
         logging_level: of the package's logger; None leaves it alone.
         groups: the ranks that share the work; None is this process alone.
+        model: which, where `resolve_model` has found it already; None looks for the one that `args` names.
 
     Raises:
         ModelError: no such model, or a faulty checkpoint.
@@ -71,12 +73,17 @@ class DiffusionBackend:
     """
 
     def __init__(
-        self, args: EngineConfig, logging_level: int | None = None, groups: ProcessGroups | None = None
+        self,
+        args: EngineConfig,
+        logging_level: int | None = None,
+        groups: ProcessGroups | None = None,
+        model: FoundModel | None = None,
     ) -> None:
-        spec, _ = resolve_model(args.models.name, args.models.ckpt_dir)
-        self._begin(args, spec, logging_level, groups)
+        model = model or resolve_model(args.models.name, args.models.ckpt_dir)
+        self._begin(args, model.spec, logging_level, groups)
+        encodes = self.groups.rank == 0
         try:
-            self._install(load_networks(self.args, self.device, self.dtype, encodes=self.groups.rank == 0))
+            self._install(load_networks(self.args, model, self.device, self.dtype, encodes=encodes))
         except BaseException:
             empty_cache(self.device)
             raise

@@ -24,7 +24,8 @@ from chitu_diffusion.executor.worker_group import WorkerGroup
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.memory.device import empty_cache, is_out_of_memory, top_useful_level
 from chitu_diffusion.memory.offload import TOP_LEVEL
-from chitu_diffusion.models.spec import resolve_model
+from chitu_diffusion.models.registry import FoundModel, resolve_model
+from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.pipelines.admission import Admission, smaller
 from chitu_diffusion.scheduler import DiffusionScheduler
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskPool, DiffusionUserParams, Progress, TaskStatus
@@ -45,6 +46,7 @@ class Engine:
         on_event: called with every event, in order.
         backend: a backend that exists already; the engine takes it over. None loads one, at a higher memory
             level than asked for where the weights do not fit otherwise.
+        model: which, where `resolve_model` has found it already; None looks for the one that `args` names.
         workers: the ranks that share the work; None asks torchrun, if it started this process. Rank 0 decides
             and saves; the other ranks' `step` does what rank 0 says, so that the same loop is right on every
             rank.
@@ -62,14 +64,17 @@ class Engine:
         scheduler: DiffusionScheduler | None = None,
         on_event: Callable[[Progress], None] | None = None,
         backend: DiffusionBackend | None = None,
+        model: FoundModel | None = None,
         workers: WorkerGroup | None = None,
     ) -> None:
         args = args or (backend.args if backend is not None else EngineConfig())
         self.pool = DiffusionTaskPool(keep_ended=args.scheduler.keep_ended)
         self.scheduler = scheduler or DiffusionScheduler(args.scheduler.policy)
-        workers = workers or (join_ranks(args) if backend is None else None)
         try:
-            self.backend = backend or load_backend(args, workers)
+            if backend is None:
+                model = model or resolve_model(args.models.name, args.models.ckpt_dir)
+                workers = workers or join_ranks(args, model.spec)
+            self.backend = backend or load_backend(args, model, workers)
             self.generator = Generator(self.backend)
             self._executor: Executor = (
                 LocalExecutor(self.generator, self.pool)
@@ -107,7 +112,7 @@ class Engine:
         """
         task = request if isinstance(request, DiffusionTask) else DiffusionTask.from_user_request(request)
         self._require_open()
-        self._admission.check(task)
+        self._admission.admit(task)
         if not self.is_driver:
             with self._turn:
                 self._require_open()
@@ -129,7 +134,7 @@ class Engine:
         with self._driving():
             self._require_open()
             event = self._drive() if self.is_driver else self._executor.execute_next()
-            self.pool.prune()
+            self._prune()
             if event is not None and self._on_event is not None:
                 self._on_event(event)
         return event
@@ -208,7 +213,7 @@ class Engine:
             finally:
                 for task in self.pool.unfinished():
                     task.end(TaskStatus.CANCELLED)
-                self.pool.prune()
+                self._prune()
                 self.backend.terminate()
 
     def is_closed(self) -> bool:
@@ -244,6 +249,10 @@ class Engine:
             self._inbox[0]()
             self._inbox.popleft()  # not before it is done: Ctrl+C may come in between
 
+    def _prune(self) -> None:
+        self.pool.prune()
+        self.generator.stages.prune()
+
     def _cancel(self, task: DiffusionTask) -> None:
         if not task.is_finished():
             task.end(TaskStatus.CANCELLED)
@@ -271,8 +280,6 @@ class Engine:
                 failure = error
                 without_frames(error)
             stage = task.status
-            for waiting in self.pool:
-                waiting.buffer.text = None  # a few megabytes on the device each, made anew when needed
             empty_cache(self.backend.device)
             level = self.backend.low_mem_level + 1
             if level > top_useful_level(self.backend.device):
@@ -296,7 +303,7 @@ class Engine:
         )
 
 
-def join_ranks(args: EngineConfig) -> WorkerGroup | None:
+def join_ranks(args: EngineConfig, spec: ModelSpec) -> WorkerGroup | None:
     """The ranks that torchrun started, laid out as the settings say; None for a process that was started
     alone.
 
@@ -306,7 +313,6 @@ def join_ranks(args: EngineConfig) -> WorkerGroup | None:
     place = rank_place()
     if place is None:
         return None
-    spec, _ = resolve_model(args.models.name, args.models.ckpt_dir)
     asked = args.infer.diffusion
     plan = plan_for(
         place.world,
@@ -330,7 +336,9 @@ def join_ranks(args: EngineConfig) -> WorkerGroup | None:
     )
 
 
-def load_backend(args: EngineConfig, workers: WorkerGroup | None = None) -> DiffusionBackend:
+def load_backend(
+    args: EngineConfig, model: FoundModel | None = None, workers: WorkerGroup | None = None
+) -> DiffusionBackend:
     """A backend at the asked memory level, or at the first higher one at which the weights fit.
 
     Raises:
@@ -341,7 +349,8 @@ def load_backend(args: EngineConfig, workers: WorkerGroup | None = None) -> Diff
         wanted.infer.device = str(workers.groups.device)
     while True:
         try:
-            return DiffusionBackend(wanted, groups=None if workers is None else workers.groups)
+            groups = None if workers is None else workers.groups
+            return DiffusionBackend(wanted, groups=groups, model=model)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

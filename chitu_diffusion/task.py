@@ -25,9 +25,6 @@ from chitu_diffusion.errors import UsageError, nearest
 if TYPE_CHECKING:
     import torch
 
-    from chitu_diffusion.generator import FiniteCheck
-    from chitu_diffusion.pipelines.denoising import TaskText
-
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 20_000
 SIZE_STEP = 16
@@ -321,24 +318,16 @@ class TaskBuffer:
     """The tensors of a task on its way, and where its video ends up.
 
     Shapes: `embeddings` [branches, L, D], the prompt's branch first; `latent` [1, C, T, H, W] float32;
-    `video` [1, T, C, H, W] float32 in [0, 1]. `text` is what the networks made of the embeddings and
-    may be dropped at any time; `check` tells whether the latent is finite, where that is not known
-    yet. `sampler` is the solver's whole state as plain values and tensors; `cache` belongs to the
-    task's cache strategy. All of them are None once the task has ended.
+    `video` [1, T, C, H, W] float32 in [0, 1]. `sampler` is the solver's whole state as plain values and
+    tensors; `cache` belongs to the task's cache strategy. All of them are None once the task has ended.
     """
 
     embeddings: torch.Tensor | None = None
-    text: TaskText | None = None
-    check: FiniteCheck | None = None
     latent: torch.Tensor | None = None
     sampler: dict[str, Any] | None = None
     cache: dict[str, Any] | None = None
     video: torch.Tensor | None = None
     save_path: str | None = None
-
-    def release(self) -> None:
-        """Drop every tensor; the path stays."""
-        self.embeddings = self.text = self.latent = self.check = self.sampler = self.cache = self.video = None
 
 
 @dataclass(frozen=True)
@@ -369,13 +358,13 @@ class Progress:
         return 1.0 if self.status is TaskStatus.FINISHED else self.step / max(self.total_steps, 1)
 
 
-@dataclass
+@dataclass(eq=False)
 class DiffusionTask:
     """A request on its way to a video.
 
-    `params` is the request as asked; `resolved` is filled by the generator's first unit: the same
-    with every None replaced by the model's own value. `current_step` counts denoising steps done;
-    `num_inference_steps` is their number. `error` is set when `status` is failed.
+    `params` is the request as asked; `resolved` is filled when an engine takes it in, or by
+    the first unit: the same with every None replaced by the model's own value. `current_step` counts
+    denoising steps done; `num_inference_steps` is their number. `error` is set when `status` is failed.
     """
 
     task_id: str
@@ -421,15 +410,22 @@ class DiffusionTask:
             return 0.0
         return (self.finished_at or time.time()) - self.started_at
 
-    def end(self, status: TaskStatus, error: Exception | None = None) -> None:
-        """Enter an end state and let go of every tensor."""
-        self.status = status
-        self.finished_at = time.time()
+    def commit(self, **fields: Any) -> None:
+        """Change several fields at once: whoever looks, and a signal that comes meanwhile, finds all of it or
+        nothing.
+        """
+        vars(self).update(fields)
+
+    def end(
+        self, status: TaskStatus, error: Exception | None = None, *, save_path: str | None = None
+    ) -> None:
+        """Enter an end state and let go of every tensor; the video's path stays."""
         if error is not None:
             # a traceback would keep the failed stage's tensors alive
             self.error = error.with_traceback(None)
             self.error_message = str(error)
-        self.buffer.release()
+        buffer = TaskBuffer(save_path=save_path or self.buffer.save_path)
+        self.commit(status=status, finished_at=time.time(), buffer=buffer)
 
 
 class DiffusionTaskPool:

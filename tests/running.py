@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
+from chitu_diffusion.models.registry import FoundModel, resolve_model
+from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, Progress, TaskStatus
 
 CAT = "A cat walking on grass"
 
@@ -24,8 +26,19 @@ def config_for(folder: Path, outputs: Path) -> EngineConfig:
     )
 
 
+def model_of(config: EngineConfig) -> FoundModel:
+    """The model that settings name."""
+    return resolve_model(config.models.name, config.models.ckpt_dir)
+
+
 def task_for(**params) -> DiffusionTask:
     return DiffusionTask.from_user_request(DiffusionUserParams(**{"prompt": CAT, "seed": 3, **params}))
+
+
+def run_to_end(generator: Generator, task: DiffusionTask) -> Iterator[Progress]:
+    """The events of a task, unit by unit."""
+    while not task.is_finished():
+        yield generator.generate_step(task)
 
 
 def latent_and_video(generator: Generator, task: DiffusionTask) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeConfig
+from running import run_to_end
 
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
@@ -158,7 +159,7 @@ def test_encode_denoise_decode(page, capsys):
 @pytest.mark.parametrize("unit", [0, 1, 3, 5])
 def test_out_of_memory_snippet_goes_on_with_a_new_generator(page, unit, monkeypatch, tmp_path):
     expected = new_task(save_path=str(tmp_path / "expected.npy"))
-    for _ in page["generator"].run(expected):
+    for _ in run_to_end(page["generator"], expected):
         pass
     page["task"] = task = new_task(save_path=str(tmp_path / "got.npy"))
     for _ in range(unit):

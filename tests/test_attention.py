@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import RunText
+from running import model_of
 from torch import Tensor
 
 from chitu_diffusion.attention import KERNELS, attention_kernel, candidates, fp8
@@ -335,7 +336,7 @@ def test_an_unavailable_kernel_is_refused_before_weights_are_read(
 def test_networks_in_memory_decide_what_is_attended_in(tiny_folder, make_config) -> None:
     """They keep their dtype, whatever the settings say; a kernel for another would fail in the first step."""
     args = make_config(tiny_folder, infer__dtype="bfloat16")
-    made = DiffusionBackend.from_networks(load_networks(args, CPU, torch.float32), args)
+    made = DiffusionBackend.from_networks(load_networks(args, model_of(args), CPU, torch.float32), args)
     assert made._attention._dtype == torch.float32
 
 

@@ -24,7 +24,9 @@ from chitu_diffusion.flexcache.calibration import (
     write_calibration,
 )
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.models.spec import spec_of_folder
+from chitu_diffusion.models.folder import read_folder
+from chitu_diffusion.models.registry import spec_of_folder
+from chitu_diffusion.pipelines import stages
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)
 STEPS = 12
@@ -71,7 +73,7 @@ def test_growth_is_a_geometric_mean_between_the_probed_steps() -> None:
     np.testing.assert_allclose(growth(np.linspace(1, 0, 5), [{}]), np.ones(4))
 
 
-def test_a_trace_is_the_run_that_a_task_makes(tiny_folder, tmp_path) -> None:
+def test_a_trace_is_the_run_that_a_task_makes(tiny_folder, tmp_path, monkeypatch) -> None:
     """Moments, ratios and changes against what hooks around the blocks of a usual run see, in float64."""
     backend = DiffusionBackend(config_for(tiny_folder, tmp_path))
     found = trace(backend, {"prompt": PROMPTS[0], "seed": 3, "num_inference_steps": 6}, probes=(3,))
@@ -86,15 +88,20 @@ def test_a_trace_is_the_run_that_a_task_makes(tiny_folder, tmp_path) -> None:
         ),
     ]
     task, generator = task_for(num_inference_steps=6), Generator(backend)
-    usual = generator._cached_velocity
+    usual = stages.cached_predictor
 
-    def noted(latent, *rest):
-        velocity = usual(latent, *rest)
-        latents.append(latent.double().flatten())
-        velocities.append([branch.double().flatten() for branch in velocity.chunk(2)])
-        return velocity
+    def noted(*given):
+        predict = usual(*given)
 
-    generator._cached_velocity = noted
+        def noting(latent, *rest):
+            velocity = predict(latent, *rest)
+            latents.append(latent.double().flatten())
+            velocities.append([branch.double().flatten() for branch in velocity.chunk(2)])
+            return velocity
+
+        return noting
+
+    monkeypatch.setattr(stages, "cached_predictor", noted)
     latent_and_video(generator, task)
     for hook in hooks:
         hook.remove()
@@ -112,7 +119,7 @@ def test_a_trace_is_the_run_that_a_task_makes(tiny_folder, tmp_path) -> None:
 def test_what_is_written_is_what_is_read(calibrated) -> None:
     folder, found = calibrated
     assert read_calibration(folder) == found
-    spec = spec_of_folder(folder)
+    spec = spec_of_folder(read_folder(folder))
     assert spec.calibration == found and spec.measured["magcache"] == found.measured["magcache"]
     assert len(found.measured["teacache"]) == 5 and len(found.gain) == STEPS
     assert found.about["weights_sha256"] == backend_of(folder).weights_sha256()
@@ -217,12 +224,12 @@ def test_a_damaged_file_is_as_none(calibrated, tmp_path, caplog, harm) -> None:
     folder, _ = calibrated
     other = tmp_path / "other"
     shutil.copytree(folder, other)
-    assert spec_of_folder(other).calibration is not None
+    assert spec_of_folder(read_folder(other)).calibration is not None
     file = other / CALIBRATION_FILE
     file.write_text(json.dumps(harm(json.loads(file.read_text()))))
     with pytest.raises(CheckpointError, match="measure again with 'chitu calibrate'"):
         read_calibration(other)
-    assert spec_of_folder(other).calibration is None
+    assert spec_of_folder(read_folder(other)).calibration is None
     assert str(file) in caplog.text
 
 

@@ -82,7 +82,7 @@ def test_bad_values_are_refused(chitu: Chitu, tiny_folder: Path, words: list[str
 
 @pytest.mark.usefixtures("nothing_loads")
 def test_missing_model_is_4_and_says_how_to_get_it(chitu: Chitu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chitu_diffusion.models.spec._in_hub_cache", lambda spec: None)
+    monkeypatch.setattr("chitu_diffusion.models.registry._in_hub_cache", lambda spec: None)
     code, _, err = chitu("generate", "a cat", "--model", "Wan2.1-T2V-14B")
     assert code == 4
     assert "chitu models pull Wan2.1-T2V-14B" in err
@@ -255,7 +255,7 @@ def test_a_failed_task_is_told_in_words(
     def full(*_: object, **__: object) -> None:
         raise OutputError("cannot write the video: the disk is full; free some space")
 
-    monkeypatch.setattr("chitu_diffusion.generator.write_video", full)
+    monkeypatch.setattr("chitu_diffusion.pipelines.stages.write_video", full)
     code, out, err = chitu("generate", "cat", "--model", tiny_folder, "--steps", 1)
     assert (code, out) == (1, "")
     assert "the disk is full" in err

@@ -109,15 +109,15 @@ def test_batch_names_every_bad_row_before_loading(chitu: Chitu, tiny_folder: Pat
 def test_one_failing_row_does_not_stop_the_others(
     chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from chitu_diffusion import generator
     from chitu_diffusion.media import video
+    from chitu_diffusion.pipelines import stages
 
     def sometimes(frames: object, path: str, **more: object) -> Path:
         if "0002" in str(path):
             raise OutputError("the disk is full")
         return video.write_video(frames, path, **more)
 
-    monkeypatch.setattr(generator, "write_video", sometimes)
+    monkeypatch.setattr(stages, "write_video", sometimes)
     Path("p.txt").write_text("one\ntwo\nthree\n")
     code, out, _ = chitu("batch", "p.txt", "-o", "out", "--model", tiny_folder, "--steps", 1)
     assert code == 1

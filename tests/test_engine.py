@@ -16,13 +16,12 @@ from conftest import MakeConfig
 
 import chitu_diffusion
 from chitu_diffusion import engine as engine_module
-from chitu_diffusion import generator as generator_module
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.engine import Engine, load_backend
 from chitu_diffusion.errors import NonFiniteError, StageError, UsageError, WillNotFitError
 from chitu_diffusion.memory.device import is_out_of_memory, total_memory
 from chitu_diffusion.memory.estimate import MemoryEstimate
-from chitu_diffusion.pipelines import admission
+from chitu_diffusion.pipelines import admission, stages
 from chitu_diffusion.scheduler import DiffusionScheduler
 from chitu_diffusion.task import (
     CascadeStage,
@@ -365,7 +364,7 @@ def test_ended_tasks_leave(tiny_folder, make_config, monkeypatch):
     """A thousand tasks, and the engine is as it was: nothing of them stays, and the last look costs what the
     first did.
     """
-    monkeypatch.setattr(generator_module, "write_video", lambda frames, path, **_: path)
+    monkeypatch.setattr(stages, "write_video", lambda frames, path, **_: path)
     with Engine(make_config(tiny_folder, scheduler__keep_ended=5)) as engine:
         sizes, looks = [], []
         for _ in range(4):

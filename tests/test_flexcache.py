@@ -18,7 +18,7 @@ from chitu_diffusion.evaluation.calibrate import fit
 from chitu_diffusion.evaluation.traces import trace
 from chitu_diffusion.flexcache.registry import STRATEGIES, cache_bytes, parse_flexcache, parse_strategy
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.models.spec import FULL_SIZE
+from chitu_diffusion.models.wan.presets import FULL_SIZE
 from chitu_diffusion.pipelines.request import cache_shapes, resolve_request
 from chitu_diffusion.task import DiffusionUserParams, TaskStatus
 

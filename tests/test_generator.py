@@ -9,15 +9,18 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
-from running import CAT, config_for, latent_and_video, psnr, relative_error, task_for
+from running import CAT, config_for, latent_and_video, model_of, psnr, relative_error, run_to_end, task_for
 from torch import Tensor
 
 from chitu_diffusion.backend import BackendState, DiffusionBackend
 from chitu_diffusion.errors import NonFiniteError, StageError, UsageError
-from chitu_diffusion.generator import Generator, tile_size_for
+from chitu_diffusion.generator import Generator
 from chitu_diffusion.media.video import read_recipe
 from chitu_diffusion.models.components import load_networks
-from chitu_diffusion.sampling.solvers import initial_noise
+from chitu_diffusion.pipelines import stages
+from chitu_diffusion.pipelines.request import resolve_task
+from chitu_diffusion.pipelines.stages import tile_size_for
+from chitu_diffusion.sampling.noise import initial_noise
 from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams, TaskStatus
 
 
@@ -142,7 +145,7 @@ def test_a_drawn_seed_is_kept_told_and_repeatable(backend):
 def test_finished_tasks_hold_no_tensors_and_the_file_knows_its_recipe(backend):
     generator = Generator(backend)
     task = task_for(flexcache="interval")
-    events = list(generator.run(task))
+    events = list(run_to_end(generator, task))
     assert [event.stage for event in events] == ["encoding"] + ["denoising"] * 4 + ["decoding", "saving"]
     assert events[-1].status is TaskStatus.FINISHED and events[-1].fraction == 1.0
     assert events[2].eta is not None and generator.get_progress(task) == 1.0
@@ -220,12 +223,12 @@ def test_a_failing_stage_names_itself_and_ends_the_loop(tiny_folder, make_config
 def test_unwritable_output_fails_in_saving(backend, tmp_path):
     (tmp_path / "file").write_text("in the way")
     task = task_for(save_path=str(tmp_path / "file" / "cat.mp4"))
-    for event in Generator(backend).run(task):
+    for event in run_to_end(Generator(backend), task):
         last = event
     assert last.status is TaskStatus.FAILED and task.error.stage == "saving"
 
 
-STAGE_OF_UNIT = {0: "encode_text", 2: "_position", 5: "decode_vae"}
+STAGE_OF_UNIT = {0: "encode_text", 1: "initial_noise", 2: "denoise", 5: "decode"}
 
 
 @pytest.mark.parametrize("unit", STAGE_OF_UNIT)
@@ -237,11 +240,11 @@ def test_a_unit_that_was_cut_short_can_be_run_again(backend, unit, raised, monke
         generator.generate_step(task)
     before = (task.status, task.current_step)
 
-    def cut_short(*_args):
+    def cut_short(*_args, **_more):
         raise raised
 
     with monkeypatch.context() as patch:
-        patch.setattr(generator, STAGE_OF_UNIT[unit], cut_short)
+        patch.setattr(stages, STAGE_OF_UNIT[unit], cut_short)
         with pytest.raises(type(raised)):
             generator.generate_step(task)
     if unit:
@@ -306,7 +309,7 @@ def test_cascade_runs_its_stages_in_one_task(backend):
 
 def test_cascade_by_hand(backend):
     """Base, upsample, re-noise, refine: the same as doing it with the parts."""
-    from chitu_diffusion.sampling.solvers import upsample_latent
+    from chitu_diffusion.sampling.noise import upsample_latent
 
     stages = (CascadeStage(32, 32, 3), CascadeStage(64, 64, 2, strength=0.5))
     task = task_for(cascade=stages, guidance_scale=1.0)
@@ -325,7 +328,7 @@ def test_cascade_by_hand(backend):
 def test_cascade_over_two_models_and_its_refusals(experts):
     stages = (CascadeStage(32, 32, 3, expert=0), CascadeStage(48, 48, 2, strength=0.4, expert=1))
     task, generator, used = task_for(cascade=stages), Generator(experts), []
-    for event in generator.run(task):
+    for event in run_to_end(generator, task):
         if event.stage is TaskStatus.DENOISING:
             used.append(task.expert)
     assert used == [0, 0, 0, 1, 1] and task.status is TaskStatus.FINISHED
@@ -335,7 +338,7 @@ def test_cascade_over_two_models_and_its_refusals(experts):
         {"cascade": (replace(stages[0], strength=0.5), stages[1])},
     ):
         with pytest.raises(UsageError):
-            generator.resolve(task_for(**wrong))
+            resolve_task(task_for(**wrong), generator.backend.spec, "")
 
 
 def test_two_experts_run_as_a_multi_stage_task(experts):
@@ -425,7 +428,7 @@ def test_backend_keeps_a_frozen_copy_and_refuses_what_cannot_be(tiny_folder, mak
 
 def test_backend_from_networks_in_memory(tiny_folder, make_config):
     args = make_config(tiny_folder)
-    networks = load_networks(args, torch.device("cpu"), torch.float32)
+    networks = load_networks(args, model_of(args), torch.device("cpu"), torch.float32)
     backend = DiffusionBackend.from_networks(replace(networks, folder=None), args)
     expected, _ = latent_and_video(Generator(DiffusionBackend(args)), task_for())
     task = task_for()

@@ -19,12 +19,11 @@ from ranks import new_store, run_ranks, start_ranks, wait_for
 from running import CAT, config_for
 from tiny_model import write_tiny_model
 
-from chitu_diffusion import generator
 from chitu_diffusion.distributed.plan import ParallelPlan
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.executor.worker_group import WorkerGroup
-from chitu_diffusion.pipelines import denoising
+from chitu_diffusion.pipelines import denoising, stages
 from chitu_diffusion.task import DiffusionUserParams
 
 HEARTBEAT_TIMEOUT = 4.0
@@ -282,14 +281,14 @@ def wait_until_begun(out: Path, seconds: float = 30) -> None:
 
 def save_slowly(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
     """Rank 1 goes while rank 0 saves, which takes longer than a rank that hangs is left alone."""
-    write = generator.write_video
+    write = stages.write_video
 
     def slowly(*given: Any, **more: Any) -> Any:
         Path(out, "saving").touch()
         time.sleep(4)
         return write(*given, **more)
 
-    generator.write_video = slowly  # type: ignore[assignment]
+    stages.write_video = slowly  # type: ignore[assignment]
     engine = engine_on(rank, store, folder, out)
     if rank == 0:
         engine.submit(params(num_inference_steps=1))

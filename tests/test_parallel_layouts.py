@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from conftest import WAN_TINY
 from ranks import run_ranks
-from running import config_for, latent_and_video, psnr, relative_error, task_for
+from running import config_for, latent_and_video, model_of, psnr, relative_error, task_for
 
 from benchmarks.comm_volume import Counting
 from benchmarks.comm_volume import traffic as by_formula
@@ -66,7 +66,7 @@ def all_layouts(rank: int, world: int, store: dist.Store, folder: str, out: str)
     }
     device = torch.device("cpu")
     others = {
-        name: load_networks(config, device, torch.float32, encodes=rank == 0)
+        name: load_networks(config, model_of(config), device, torch.float32, encodes=rank == 0)
         for name, config in configs.items()
     }
     for layout in LAYOUTS[world]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.pipelines import denoising
+from chitu_diffusion.pipelines.guidance import expert_at
+from chitu_diffusion.pipelines.request import resolve_task
 from chitu_diffusion.task import TaskStatus
 
 
@@ -109,14 +110,13 @@ def test_expert_switch_is_diffusers(experts, two_experts_folder):
 
 def test_forty_steps_at_shift_twelve_switch_after_about_26(experts):
     times = experts.sampler.begin(40)["timesteps"]
-    assert sum(denoising.expert_at(time, 0.875) == 0 for time in times) in (25, 26, 27)
-    assert [denoising.expert_at(torch.tensor(time), 0.875) for time in (876, 875, 874)] == [0, 0, 1]
-    assert denoising.expert_at(torch.tensor(0), None) == 0
+    assert sum(expert_at(time, 0.875) == 0 for time in times) in (25, 26, 27)
+    assert [expert_at(torch.tensor(time), 0.875) for time in (876, 875, 874)] == [0, 0, 1]
+    assert expert_at(torch.tensor(0), None) == 0
 
 
 def test_two_experts_default_guidance_and_single_scale(experts, backend):
-    generator = Generator(experts)
-    assert generator.resolve(task_for()).guidance_scale == (4.0, 3.0)
-    assert generator.resolve(task_for(guidance_scale=6.0)).guidance_scale == (6.0, 6.0)
+    assert resolve_task(task_for(), experts.spec, "").guidance_scale == (4.0, 3.0)
+    assert resolve_task(task_for(guidance_scale=6.0), experts.spec, "").guidance_scale == (6.0, 6.0)
     with pytest.raises(UsageError, match="one transformer"):
-        Generator(backend).resolve(task_for(guidance_scale=(4.0, 3.0)))
+        resolve_task(task_for(guidance_scale=(4.0, 3.0)), backend.spec, "")

@@ -18,7 +18,6 @@ from test_wan import CONFIG, reference, twin
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chitu_diffusion import generator
 from chitu_diffusion.attention.kernels import sdpa, sdpa_weighted, split_weight
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.process_groups import ProcessGroups
@@ -27,7 +26,8 @@ from chitu_diffusion.generator import FiniteCheck, Generator
 from chitu_diffusion.models.wan.block import WanAttention
 from chitu_diffusion.models.wan.text_kv import TextKVCache, dedup_padding, rows_that_differ
 from chitu_diffusion.models.wan.transformer import SharedCfgPrefix, WanTransformer
-from chitu_diffusion.pipelines import denoising
+from chitu_diffusion.pipelines import conditioning, denoising, stages
+from chitu_diffusion.pipelines.conditioning import TextConditioning
 from chitu_diffusion.sampling.solvers import Sampler
 from chitu_diffusion.task import TaskStatus
 
@@ -144,7 +144,7 @@ def test_keys_are_made_once_a_task(mode, level, tiny_folder, make_config, key_ca
     assert key_calls == ([2] * 4 if mode == "batched" else [1] * 8)  # 2 blocks, 2 tasks
     for task, latent in zip(tasks, alone, strict=True):
         assert torch.equal(task.buffer.latent, latent)
-        assert task.buffer.text is None
+        assert task not in made.stages._derived
 
 
 def test_each_expert_has_its_own_keys(two_experts_folder, make_config, key_calls) -> None:
@@ -155,19 +155,19 @@ def test_each_expert_has_its_own_keys(two_experts_folder, make_config, key_calls
     forgetful = task_for(num_inference_steps=20)
     while forgetful.status is not TaskStatus.DECODING:
         made.generate_step(forgetful)
-        forgetful.buffer.text = None
+        made.stages.forget()
     assert torch.equal(forgetful.buffer.latent, latent)
 
 
 def test_autocast_does_not_reuse_what_float32_made(backend) -> None:
     latent, embeddings = torch.randn(1, 4, 2, 4, 4), Generator(backend).encode_text(["A cat", "ugly"])
-    kept, timestep = denoising.TaskText(embeddings), torch.tensor(500)
+    kept, timestep = TextConditioning(embeddings), torch.tensor(500)
     with torch.no_grad():
         plain = denoising.predict_velocity(backend, latent, kept, timestep, expert=0)
         with torch.autocast("cpu", torch.bfloat16):
             found = denoising.predict_velocity(backend, latent, kept, timestep, expert=0)
             fresh = denoising.predict_velocity(
-                backend, latent, denoising.TaskText(embeddings), timestep, expert=0
+                backend, latent, TextConditioning(embeddings), timestep, expert=0
             )
         again = denoising.predict_velocity(backend, latent, kept, timestep, expert=0)
     assert torch.equal(found, fresh) and torch.equal(again, plain) and not torch.equal(found.float(), plain)
@@ -178,13 +178,13 @@ def test_running_out_of_memory_drops_the_keys(backend, monkeypatch) -> None:
     expected, _ = latent_and_video(made, whole)
     for _ in range(3):
         made.generate_step(task)
-    assert task.buffer.text is not None and task.buffer.text.bytes > 0
+    assert made.stages._derived[task].text.bytes > 0
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(
             WanAttention, "cross_attend", lambda *_: (_ for _ in ()).throw(MemoryError("none left"))
         )
         made.generate_step(task)
-    assert task.buffer.text is None
+    assert task not in made.stages._derived
     assert torch.equal(latent_and_video(made, task)[0], expected)
 
 
@@ -347,8 +347,9 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
         args=SimpleNamespace(infer=SimpleNamespace(diffusion=SimpleNamespace(cfg_batch=mode))),
         spec=SimpleNamespace(boundary=None, transformers=[CONFIG]),
     )
-    monkeypatch.setattr(generator, "FiniteCheck", Deferred)
-    monkeypatch.setattr(denoising, "rows_that_differ", lambda text: 8)
+    for room in (denoising, stages):
+        monkeypatch.setattr(room, "FiniteCheck", Deferred)
+    monkeypatch.setattr(conditioning, "rows_that_differ", lambda text: 8)
     made, task = (
         Generator(lent),
         task_for(height=32, width=32, num_frames=5, num_inference_steps=6, guidance_scale=5.0),
@@ -356,14 +357,15 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
     task.resolved, task.status, task.num_inference_steps = task.params, TaskStatus.DENOISING, 6
     task.buffer.embeddings = torch.randn(2, 16, CONFIG.text_dim, device=gpu)
     task.buffer.latent, task.buffer.sampler = torch.randn(1, 6, 2, 4, 4, device=gpu), lent.sampler.begin(6)
-    made._denoise(task)
+    units = made.stages
+    units._denoise(task)
     for step in range(1, 6):
-        before: Any = task.buffer.check
+        before: Any = units._derived[task].check
         assert not before.required
         with Waits() as waits:
-            made._denoise(task)
+            units._denoise(task)
         assert not waits.found and waits.launched > 100
-        assert before.required and (task.buffer.check is None) == (step == 5)
+        assert before.required and (task not in units._derived) == (step == 5)
     assert task.status is TaskStatus.DECODING
 
 

@@ -7,7 +7,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from chitu_diffusion.errors import CheckpointError, UsageError
-from chitu_diffusion.sampling.solvers import Sampler, initial_noise, sampler_names, shift_of, upsample_latent
+from chitu_diffusion.sampling.noise import initial_noise, upsample_latent
+from chitu_diffusion.sampling.solvers import Sampler, sampler_names, shift_of
 
 WAN = {
     "_class_name": "UniPCMultistepScheduler",

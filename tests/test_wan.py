@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from chitu_diffusion.attention import KERNELS, attention_kernel, math, sdpa
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.interface import Level, Site, SiteInputs
-from chitu_diffusion.models.spec import FULL_SIZE
 from chitu_diffusion.models.wan.block import GeluLinear, WanBlock
 from chitu_diffusion.models.wan.checkpoint_names import official_transformer_name
+from chitu_diffusion.models.wan.presets import FULL_SIZE
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanConfig, WanTransformer
 from chitu_diffusion.ops.fused import rotate
 

@@ -20,7 +20,8 @@ from chitu_diffusion.errors import CheckpointError, ModelMissingError, UsageErro
 from chitu_diffusion.models.convert import convert, verify
 from chitu_diffusion.models.folder import TEXT_FILE, VAE_FILE, read_folder
 from chitu_diffusion.models.loading import load_text_encoder, load_transformer, load_vae
-from chitu_diffusion.models.spec import FULL_SIZE, TINY, model_names, resolve_model, spec_of_folder
+from chitu_diffusion.models.registry import TINY, model_names, resolve_model, spec_of_folder
+from chitu_diffusion.models.wan.presets import FULL_SIZE
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32
 from chitu_diffusion.weights.loader import WeightFiles, fingerprint, load_into, save_weights
 
@@ -81,7 +82,7 @@ def test_both_layouts_give_the_same_tensors(experts: Path, official: Path, tmp_p
     same(load_text_encoder(theirs), load_text_encoder(ours))
     assert theirs.boundary_ratio == ours.boundary_ratio == 0.875
     assert theirs.components["vae"].config["latents_mean"] == ours.components["vae"].config["latents_mean"]
-    assert spec_of_folder(official) == spec_of_folder(experts)
+    assert spec_of_folder(read_folder(official)) == spec_of_folder(read_folder(experts))
 
 
 def test_there_and_back_opens_in_diffusers(official: Path, experts: Path, tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_there_and_back_opens_in_diffusers(official: Path, experts: Path, tmp_pa
     assert pipeline.config.boundary_ratio == 0.875
     assert dict(pipeline.scheduler.config) == dict(origin.scheduler.config)
     assert pipeline.tokenizer("a red fish").input_ids == origin.tokenizer("a red fish").input_ids
-    assert spec_of_folder(back.path) == spec_of_folder(experts)
+    assert spec_of_folder(read_folder(back.path)) == spec_of_folder(read_folder(experts))
 
 
 def test_verify_likes_both_layouts_and_finds_a_nan(official: Path, experts: Path, tmp_path: Path) -> None:
@@ -391,7 +392,7 @@ def test_names_ids_and_folders(experts: Path) -> None:
     with pytest.raises(UsageError, match=r"'Wan2\.1-T2V-14B'"):
         resolve_model("Wan2.1-T2V-14")
     spec, folder = resolve_model(str(experts))
-    assert folder == experts and spec.boundary == 0.875 and len(spec.transformers) == 2
+    assert folder.path == experts and spec.boundary == 0.875 and len(spec.transformers) == 2
     assert spec.name == "random-tiny" and spec.defaults.guidance == (4.0, 3.0) and spec.defaults.shift == 3.0
     assert spec.text_dim == 32 and spec.geometry.channels == 4
     with pytest.raises(CheckpointError, match=r"does not hold Wan2\.2-T2V-A14B"):

@@ -16,7 +16,8 @@ from diffusers import UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chitu_diffusion.models.spec import Defaults, write_metadata
+from chitu_diffusion.models.registry import write_metadata
+from chitu_diffusion.models.spec import Defaults
 from training import autoencoder, denoiser, latents, text
 
 SHARD_BYTES = 12 * 2**20

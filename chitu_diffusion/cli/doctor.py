@@ -174,7 +174,8 @@ def _video() -> Iterator[Finding]:
 
 
 def _models(config: Path | None, model: str | None) -> Iterator[Finding]:
-    from chitu_diffusion.models.spec import FULL_SIZE, resolve_model
+    from chitu_diffusion.models.registry import resolve_model
+    from chitu_diffusion.models.wan.presets import FULL_SIZE
 
     settings, _ = options.settings(config=config, set_=None, model=model)
     name = settings.models.name
@@ -186,11 +187,14 @@ def _models(config: Path | None, model: str | None) -> Iterator[Finding]:
     if folder is None:
         yield Finding(f"model {name}", "lack", "not on this machine", f"chitu models pull {spec.name}")
     else:
-        yield Finding(f"model {name}", "ok", str(folder))
+        yield Finding(f"model {name}", "ok", str(folder.path))
     for other in FULL_SIZE.values():
         if other.name != spec.name:
             _, place = resolve_model(other.name)
             remedy = "" if place else f"optional: chitu models pull {other.name}"
             yield Finding(
-                f"model {other.name}", "ok" if place else "note", str(place or "not on this machine"), remedy
+                f"model {other.name}",
+                "ok" if place else "note",
+                str(place.path if place else "not on this machine"),
+                remedy,
             )

@@ -27,13 +27,11 @@ def find_model(config: EngineConfig) -> tuple[ModelSpec, Path]:
         ModelMissingError: it is known, but not here; the message tells how to get it.
         CheckpointError: its folder cannot be understood.
     """
-    from chitu_diffusion.models.spec import missing_model, resolve_model
+    from chitu_diffusion.models.registry import resolve_model
 
     with flags_named():
-        spec, folder = resolve_model(config.models.name, config.models.ckpt_dir)
-    if folder is None:
-        raise missing_model(spec)
-    return spec, folder
+        model = resolve_model(config.models.name, config.models.ckpt_dir)
+    return model.spec, model.required().path
 
 
 def resolved_requests(

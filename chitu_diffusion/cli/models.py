@@ -32,7 +32,7 @@ ModelName = Annotated[
 @models_app.command("ls")
 def models_ls(json_: Document = False) -> int:
     """List every model by name: what kind, how big, and where it lies on this machine."""
-    from chitu_diffusion.models.spec import model_names
+    from chitu_diffusion.models.registry import model_names
 
     rows = [_described(name) for name in model_names()]
     if json_:
@@ -47,7 +47,7 @@ def models_ls(json_: Document = False) -> int:
 
 
 def _described(name: str) -> dict[str, Any]:
-    from chitu_diffusion.models.spec import resolve_model
+    from chitu_diffusion.models.registry import resolve_model
 
     try:
         spec, folder = resolve_model(name)
@@ -66,8 +66,8 @@ def _described(name: str) -> dict[str, Any]:
         "here": folder is not None,
         "kind": "two experts" if len(spec.transformers) == 2 else "one transformer",
         "default": f"{own.width}x{own.height}, {own.num_frames} frames, {own.steps} steps",
-        "bytes": _bytes_in(folder) if folder is not None else 0,
-        "where": str(folder) if folder is not None else f"not here; chitu models pull {name}",
+        "bytes": _bytes_in(folder.path) if folder is not None else 0,
+        "where": str(folder.path) if folder is not None else f"not here; chitu models pull {name}",
     }
 
 
@@ -164,14 +164,11 @@ def folder_of(model: str) -> Path:
         UsageError: no model has that name; the nearest is named.
         ModelMissingError: it is known, but not here.
     """
-    from chitu_diffusion.models.spec import folder_named, missing_model, resolve_model
+    from chitu_diffusion.models.registry import folder_named, resolve_model
 
     if (named := folder_named(model)) is not None:
         return named
-    spec, folder = resolve_model(model)
-    if folder is None:
-        raise missing_model(spec)
-    return folder
+    return resolve_model(model).required().path
 
 
 def _hub_id(name: str) -> str:
@@ -180,7 +177,7 @@ def _hub_id(name: str) -> str:
     Raises:
         UsageError: the model is shipped, is a folder, or nobody knows it.
     """
-    from chitu_diffusion.models.spec import TINY, resolve_model
+    from chitu_diffusion.models.registry import TINY, resolve_model
 
     if name.lower() == TINY:
         raise UsageError(f"{TINY} is shipped with chitu_diffusion; there is nothing to fetch", field="name")

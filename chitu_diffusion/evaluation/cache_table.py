@@ -24,7 +24,7 @@ from chitu_diffusion.evaluation.compare import mean_interval
 from chitu_diffusion.evaluation.workers import Workers
 from chitu_diffusion.evaluation.world import held_out_prompts
 from chitu_diffusion.flexcache.registry import parse_setting, parse_strategy
-from chitu_diffusion.models.spec import resolve_model
+from chitu_diffusion.models.registry import resolve_model
 from chitu_diffusion.task import parse_seeds
 
 SETTINGS = (

@@ -110,11 +110,11 @@ def calibrate(
 
 def describe(backend: DiffusionBackend, settings: dict[str, Any]) -> dict[str, Any]:
     """What is measured on."""
-    from chitu_diffusion.pipelines.request import guidance_pair, resolve_request
-    from chitu_diffusion.task import DiffusionUserParams
+    from chitu_diffusion.pipelines.request import guidance_pair, resolve_task
+    from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
-    params = DiffusionUserParams(prompt="-", **settings)
-    resolved = resolve_request(params, backend.spec, seed=0, task_id="calibrate", output_dir="")
+    task = DiffusionTask.from_user_request(DiffusionUserParams(prompt="-", **settings))
+    resolved = resolve_task(task, backend.spec, output_dir="")
     return {
         "model": backend.spec.name,
         "weights_sha256": backend.weights_sha256(),

@@ -21,11 +21,14 @@ from chitu_diffusion.flexcache.interface import Level, Site, SiteInputs, StepCac
 from chitu_diffusion.flexcache.plan_search import Array
 from chitu_diffusion.flexcache.predictors import taylor_weights, weighted
 from chitu_diffusion.flexcache.teacache import embedding_changes
-from chitu_diffusion.generator import Generator
-from chitu_diffusion.pipelines import denoising
-from chitu_diffusion.pipelines.request import guidance_pair, resolve_request
-from chitu_diffusion.sampling.solvers import SamplerState, initial_noise
-from chitu_diffusion.task import DiffusionUserParams
+from chitu_diffusion.pipelines.conditioning import TextConditioning
+from chitu_diffusion.pipelines.denoising import denoise, predict_velocity, predictor, schedule_of
+from chitu_diffusion.pipelines.guidance import apply_cfg
+from chitu_diffusion.pipelines.request import guidance_pair, resolve_task
+from chitu_diffusion.pipelines.stages import encode_text
+from chitu_diffusion.sampling.noise import initial_noise
+from chitu_diffusion.sampling.solvers import SamplerState
+from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 _PIECE = 2**18
 """Numbers of a latent that are float64 at a time: a long video's runs take gigabytes as they are."""
@@ -82,103 +85,89 @@ def trace(backend: DiffusionBackend, params: dict[str, Any], probes: Sequence[in
         probes: steps at which an error is made, each in a run of its own from there on.
     """
     run = _Run(backend, params)
-    state, latent = run.begin()
-    velocities, latents, states = [], [], []
-    for _ in range(run.steps):
-        velocity = run.velocity(latent, state, watched=True)
-        velocities.append(velocity)
-        latents.append(latent)
-        states.append(state)
-        latent, state = backend.sampler.step(state, run.guided(velocity, state), latent)
+    latents = [run.noise]
+    states = [run.state]
+    for step in denoise(backend, run.noise, run.state, run.scales, run.watched, branches=run.branches):
+        latents.append(step.latent)
+        states.append(step.state)
+    exact = latents.pop()
     by_branch = [
         torch.stack(branch).flatten(1)
-        for branch in zip(*(v.chunk(run.branches) for v in velocities), strict=True)
+        for branch in zip(*(v.chunk(run.branches) for v in run.velocities), strict=True)
     ]
     rows = torch.cat([*by_branch, torch.stack(latents).flatten(1)])
     products = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
     for piece in rows.split(_PIECE, dim=1):
         products += piece.double() @ piece.double().T
     moments = (products / rows.shape[1]).cpu().numpy()
-    gains = {step: run.gain(step, velocities, latents[step], states, latent) for step in probes}
+    gains = {step: run.gain(step, latents[step], states[step], exact) for step in probes}
     sizes, changed = (np.array(column) for column in zip(*run.residuals, strict=True))
-    signals = embedding_changes(denoising.schedule_of(backend, states[0]), "modulation")
+    signals = embedding_changes(schedule_of(backend, run.state), "modulation")
     before = np.concatenate([sizes[:1], sizes[:-1]])
-    return Trace(
-        states[0]["sigmas"].double().numpy(),
-        moments,
-        changed / before,
-        sizes / before,
-        np.array(signals),
-        gains,
-    )
+    sigmas = run.state["sigmas"].double().numpy()
+    return Trace(sigmas, moments, changed / before, sizes / before, np.array(signals), gains)
 
 
 class _Run:
-    """A request's denoising by hand."""
+    """A request's denoising: what it starts from, and all branches' velocities, [n] of [B branches, C, T, H,
+    W] float32, once `watched` has been asked for them.
+    """
 
     def __init__(self, backend: DiffusionBackend, params: dict[str, Any]) -> None:
-        self.backend = backend
-        asked = DiffusionUserParams(**params)
-        resolved = resolve_request(asked, backend.spec, seed=asked.seed or 0, task_id="trace", output_dir="")
-        self.steps = resolved.num_inference_steps or 1
+        task = DiffusionTask.from_user_request(DiffusionUserParams(**params))
+        resolved = resolve_task(task, backend.spec, output_dir="")
         self.scales = guidance_pair(resolved.guidance_scale)
-        prompts = [resolved.prompt] + ([resolved.negative_prompt or ""] if max(self.scales) > 1 else [])
+        prompts = [resolved.prompt]
+        if max(self.scales) > 1:
+            prompts.append(resolved.negative_prompt or "")
         self.branches = len(prompts)
-        self.text = denoising.TaskText(Generator(backend).encode_text(prompts).to(backend.device))
+        self.state = backend.sampler.begin(resolved.num_inference_steps or 1)
+        frames = resolved.num_frames or 1
+        shape = backend.spec.geometry.latent_shape(frames, resolved.height or 0, resolved.width or 0)
+        self.noise = initial_noise((1, *shape), task.seed).to(backend.device)
+        self.velocities: list[Tensor] = []
         self.residuals: list[tuple[float, float]] = []
         self._last: list[Tensor] = []
-        frames, height, width = resolved.num_frames or 1, resolved.height or 0, resolved.width or 0
-        self._shape = (1, *backend.spec.geometry.latent_shape(frames, height, width))
-        self._seed = asked.seed or 0
+        self._backend = backend
+        self._text = TextConditioning(encode_text(backend, prompts).to(backend.device))
 
-    def begin(self) -> tuple[SamplerState, Tensor]:
-        """The sampler's state and the latent before the first step."""
-        return self.backend.sampler.begin(self.steps), initial_noise(self._shape, self._seed).to(
-            self.backend.device
-        )
+    def watched(self, latent: Tensor, timestep: Tensor, expert: int, branches: tuple[int, ...]) -> Tensor:
+        """A predictor for `denoise` that runs every branch, and watches the prompt's block residual."""
 
-    def expert(self, state: SamplerState) -> int:
-        """Which network runs the coming step."""
-        return denoising.expert_at(self.backend.sampler.timestep(state), self.backend.spec.boundary)
+        def watching(some: tuple[int, ...]) -> StepCache:
+            return _Residuals(some, self.residuals, self._last)
 
-    def velocity(self, latent: Tensor, state: SamplerState, *, watched: bool = False) -> Tensor:
-        """All branches' velocities, float32."""
-
-        def watching(branches: tuple[int, ...]) -> StepCache:
-            return _Residuals(branches, self.residuals, self._last)
-
-        cache_for = watching if watched else denoising.uncached
-        time, expert = self.backend.sampler.timestep(state), self.expert(state)
         every = tuple(range(self.branches))
-        return denoising.predict_velocity(
-            self.backend, latent, self.text, time, expert=expert, branches=every, cache_for=cache_for
-        ).float()
+        velocity = predict_velocity(
+            self._backend, latent, self._text, timestep, expert=expert, branches=every, cache_for=watching
+        )
+        self.velocities.append(velocity.float())
+        return self.velocities[-1][: len(branches)]
 
-    def guided(self, velocity: Tensor, state: SamplerState) -> Tensor:
-        """Branches combined at the coming step's scale."""
-        return denoising.apply_cfg(velocity, self.scales[self.expert(state)] if self.branches == 2 else 1.0)
-
-    def gain(
-        self,
-        step: int,
-        velocities: Sequence[Tensor],
-        latent: Tensor,
-        states: Sequence[SamplerState],
-        exact: Tensor,
-    ) -> float:
+    def gain(self, step: int, latent: Tensor, state: SamplerState, exact: Tensor) -> float:
         """|error of the last latent| / |error| where one step takes a line through the two before it, as a
         cache would.
 
         The error that is made is what the sampler hands to the last latent if no later velocity answers to
         it.
         """
-        sampler, state, sigmas = self.backend.sampler, states[step], states[0]["sigmas"].tolist()
+        sigmas = self.state["sigmas"].tolist()
         known = [index for index in (step - 1, step - 2) if index >= 0]
         weights = taylor_weights([sigmas[index] for index in known], sigmas[step], 1)
-        wrong = weighted([velocities[index] for index in known], weights)
-        made = self.guided(wrong, state) - self.guided(velocities[step], state)
-        size = float(made.double().norm()) * abs(sampler.response(states[0])[step])
-        latent, state = sampler.step(state, self.guided(wrong, state), latent)
-        while not sampler.is_done(state):
-            latent, state = sampler.step(state, self.guided(self.velocity(latent, state), state), latent)
+        wrong = weighted([self.velocities[index] for index in known], weights)
+        truth = self.velocities[step]
+        computed = predictor(self._backend, self._text)
+        errors: list[Tensor] = []
+
+        def predict(latent: Tensor, timestep: Tensor, expert: int, branches: tuple[int, ...]) -> Tensor:
+            if errors:
+                return computed(latent, timestep, expert, branches)
+            scale = self.scales[expert] if len(branches) > 1 else 1.0
+            own = slice(len(branches))
+            errors.append(apply_cfg(wrong[own], scale) - apply_cfg(truth[own], scale))
+            return wrong[own]
+
+        for taken in denoise(self._backend, latent, state, self.scales, predict, branches=self.branches):
+            latent = taken.latent
+        size = float(errors[0].double().norm()) * abs(self._backend.sampler.response(self.state)[step])
         return float((latent - exact).double().norm()) / size

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +18,12 @@ from torch import Tensor
 from chitu_diffusion.attention import attention_kernel
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import TaskError
-from chitu_diffusion.flexcache.interface import AllReduceMax, Level, Site, SiteInputs, StepCache
-from chitu_diffusion.flexcache.manager import FlexCacheManager
+from chitu_diffusion.flexcache.interface import Level, Site, SiteInputs, StepCache
 from chitu_diffusion.flexcache.registry import strategy_of
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.pipelines import denoising
+from chitu_diffusion.pipelines.denoising import schedule_of, tokens_of
 from chitu_diffusion.pipelines.request import guidance_pair
+from chitu_diffusion.pipelines.stages import to_frames
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 if TYPE_CHECKING:
@@ -57,25 +57,27 @@ def make_video(backend: DiffusionBackend, *, kernel: str | None = None, **params
     Raises:
         ChituError: the request cannot be, or a stage of it failed.
     """
-    task, generator = DiffusionTask.from_user_request(DiffusionUserParams(**params)), Generator(backend)
-    with _kernel(backend, kernel), counted(backend) as count:
+    task = DiffusionTask.from_user_request(DiffusionUserParams(**params))
+    count = Count(backend)
+    generator = Generator(backend, count)
+    with _kernel(backend, kernel):
         _advance(generator, task)  # the text
-        _lay_out(backend, task)
+        _plan(backend, task)
         began = _now(backend)
         while task.status is TaskStatus.DENOISING:
             _advance(generator, task)
         seconds = _now(backend) - began
-        count.settle()
+    count.add_up()
     _advance(generator, task)  # the frames
     video = task.buffer.video
     if video is None:
         raise TaskError(f"'{task.params.prompt}' ended as {task.status} without frames")
-    frames = video[0].mul(255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    frames = to_frames(video)
     task.end(TaskStatus.FINISHED)
     return Made(frames, seconds, count.seconds, count.work)
 
 
-def _lay_out(backend: DiffusionBackend, task: DiffusionTask) -> None:
+def _plan(backend: DiffusionBackend, task: DiffusionTask) -> None:
     """Calculate a plan that the model keeps: the first task of a process pays for it, and is no measure of
     the others.
     """
@@ -84,7 +86,7 @@ def _lay_out(backend: DiffusionBackend, task: DiffusionTask) -> None:
         guidance_pair(task.resolved.guidance_scale if task.resolved else None),
     )
     if task.buffer.cache is not None:
-        schedule = denoising.schedule_of(backend, backend.sampler.begin(steps), guidance)
+        schedule = schedule_of(backend, backend.sampler.begin(steps), guidance)
         strategy_of(task.buffer.cache).build_plan(schedule)
 
 
@@ -113,19 +115,30 @@ def _kernel(backend: DiffusionBackend, name: str | None) -> Iterator[None]:
         backend.attn_backend = usual
 
 
-@dataclass
 class Count:
-    """Forwards of one branch that were run, and the seconds that went into them."""
+    """A probe: forwards of one branch that were run, and the seconds that went into them.
 
-    work: float = 0.0
-    seconds: float = 0.0
-    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    Args:
+        backend: whose forwards.
+
+    Attributes:
+        work: forwards; what a cache answered for is taken off.
+        seconds: on a GPU only after `add_up`.
+    """
+
+    def __init__(self, backend: DiffusionBackend) -> None:
+        self.work = 0.0
+        self.seconds = 0.0
+        self._backend = backend
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def clock(self, device: torch.device) -> Iterator[None]:
-        """Times what is inside; on a GPU by events, for which no step has to wait."""
-        if device.type == "cuda":
-            begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    def forward(self, latent: Tensor, branches: tuple[int, ...]) -> Iterator[None]:
+        """Counts and times what is inside; on a GPU by events, for which no step has to wait."""
+        self.work += len(branches)
+        if self._backend.device.type == "cuda":
+            begun = torch.cuda.Event(enable_timing=True)
+            ended = torch.cuda.Event(enable_timing=True)
             begun.record()
             yield
             ended.record()
@@ -135,60 +148,25 @@ class Count:
             yield
             self.seconds += time.perf_counter() - began
 
-    def settle(self) -> None:
-        """Add up what the GPU's events say; the device has done its work."""
+    def watched(self, cache: StepCache, latent: Tensor, branches: tuple[int, ...]) -> StepCache:
+        """The cache, which takes what it answers for off the count."""
+        if not cache.levels:
+            return cache
+        return _Noting(cache, self, len(branches), self._shares(tokens_of(self._backend, latent)))
+
+    def add_up(self) -> None:
+        """Add what the GPU's events say; the device has done its work."""
         self.seconds += sum(begun.elapsed_time(ended) for begun, ended in self._events) / 1000
         self._events.clear()
 
-
-@contextmanager
-def counted(backend: DiffusionBackend) -> Iterator[Count]:
-    """Counts what is computed inside; strategies work as ever."""
-    usual, count = backend.flexcache_manager, Count()
-    backend.flexcache_manager = _CountingManager(backend, count, backend.groups.all_reduce_max)
-    try:
-        yield count
-    finally:
-        backend.flexcache_manager = usual
-
-
-class _CountingManager(FlexCacheManager):
-    """Notes every forward, and takes off it what the cache answered for."""
-
-    def __init__(self, backend: DiffusionBackend, count: Count, agree: AllReduceMax) -> None:
-        super().__init__(agree)
-        self._backend, self._count = backend, count
-        self._tokens = 0
-
-    def velocity(
-        self,
-        step_idx: int,
-        latent: Tensor,
-        branches: tuple[int, ...],
-        compute: Callable[[tuple[int, ...]], Tensor],
-    ) -> Tensor:
-        patch = self._backend.spec.transformers[0].patch_size
-        self._tokens = latent[0, 0].numel() // (patch[0] * patch[1] * patch[2])
-
-        def noted(some: tuple[int, ...]) -> Tensor:
-            with self._count.clock(self._backend.device):
-                value = compute(some)
-            self._count.work += len(some)
-            return value
-
-        return super().velocity(step_idx, latent, branches, noted)
-
-    def cache_for(self, step_idx: int, branches: tuple[int, ...]) -> StepCache:
-        inner = super().cache_for(step_idx, branches)
-        return _Noting(inner, self._count, len(branches), self._shares()) if inner.levels else inner
-
-    def _shares(self) -> dict[Level, float]:
+    def _shares(self, tokens: int) -> dict[Level, float]:
         """Share of a forward's multiplications at one site of each level, before it is divided by the
         depth.
         """
-        spec, tokens = self._backend.spec, self._tokens
+        spec = self._backend.spec
         config = spec.transformers[0]
-        dim, text = config.dim, spec.text_tokens
+        dim = config.dim
+        text = spec.text_tokens
         attention = 4 * tokens * dim**2 + 2 * tokens**2 * dim
         cross = 2 * (tokens + text) * dim**2 + 2 * tokens * text * dim
         ffn = 2 * tokens * dim * config.ffn_dim

@@ -75,7 +75,8 @@ class DistributedExecutor:
     def add_task(self, task: DiffusionTask) -> None:
         """The driver tells the others of a task."""
         self._state = _State.RUNNING
-        self._publish(AddTask(task.task_id, task.seed, task.params.to_mapping()))
+        resolved = None if task.resolved is None else task.resolved.to_mapping()
+        self._publish(AddTask(task.task_id, task.seed, task.params.to_mapping(), resolved))
 
     def claim_task(self, task: DiffusionTask) -> DiffusionTask:
         """On a worker, which runs the same script: the task becomes the driver's own.
@@ -265,9 +266,7 @@ class DistributedExecutor:
         if isinstance(message, AddTask):
             self._unclaimed = [task for task in self._unclaimed if not task.is_finished()]
             if self._pool.get(message.task_id) is None:  # after Ctrl+C the driver may say it twice
-                params = DiffusionUserParams.from_mapping(message.params)
-                steps = params.num_inference_steps or 0
-                task = DiffusionTask(message.task_id, params, message.seed, num_inference_steps=steps)
+                task = _task_of(message)
                 self._pool.add(task)
                 self._unclaimed.append(task)
         ended = self._pool.get(message.task_id) if isinstance(message, EndTask) else None
@@ -331,6 +330,13 @@ class DistributedExecutor:
         task.events.append(message)
         done, total = task.current_step, task.num_inference_steps
         return Progress(task.task_id, task.status, stage, done, total, 0.0, None, message)
+
+
+def _task_of(message: AddTask) -> DiffusionTask:
+    params = DiffusionUserParams.from_mapping(message.params)
+    resolved = None if message.resolved is None else DiffusionUserParams.from_mapping(message.resolved)
+    steps = params.num_inference_steps or 0
+    return DiffusionTask(message.task_id, params, message.seed, resolved, num_inference_steps=steps)
 
 
 def _same_request(one: DiffusionUserParams, other: DiffusionUserParams) -> bool:

@@ -14,11 +14,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class AddTask:
-    """A task for all ranks: its id, its seed, and the request as `DiffusionUserParams.to_mapping` has it."""
+    """A task for all ranks: its id, its seed, and the request, as asked and as resolved, as
+    `DiffusionUserParams.to_mapping` has it.
+    """
 
     task_id: str
     seed: int
     params: Mapping[str, Any]
+    resolved: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)

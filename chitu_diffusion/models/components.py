@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 
 from chitu_diffusion.config import EngineConfig
-from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_text_encoder, load_transformer, load_vae
-from chitu_diffusion.models.spec import ModelSpec, missing_model, resolve_model
+from chitu_diffusion.models.registry import FoundModel
+from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.models.wan.transformer import WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE
@@ -54,12 +54,13 @@ def float8_plan(args: EngineConfig) -> Float8Plan | None:
 
 
 def load_networks(
-    args: EngineConfig, device: torch.device, dtype: torch.dtype, *, encodes: bool = True
+    args: EngineConfig, model: FoundModel, device: torch.device, dtype: torch.dtype, *, encodes: bool = True
 ) -> Networks:
-    """The networks of the model that the settings name.
+    """The networks of a model.
 
     Args:
         args: the settings.
+        model: of `resolve_model`.
         device, dtype: where and as what.
         encodes: False where another rank encodes the text: the encoder is then its shapes alone, without
             weights.
@@ -69,12 +70,10 @@ def load_networks(
 
     Raises:
         ModelError: no such model on this machine, or a faulty checkpoint.
-        UsageError: no such name, or a plan for 8 bits that does not fit the network.
+        UsageError: a plan for 8 bits that does not fit the network.
     """
-    spec, path = resolve_model(args.models.name, args.models.ckpt_dir)
-    if path is None:
-        raise missing_model(spec)
-    folder, level = read_folder(path), args.infer.diffusion.low_mem_level
+    folder = model.required()
+    level = args.infer.diffusion.low_mem_level
     experts_on = _HOME if level >= 3 else device
     text_on = _NOWHERE if not encodes else _HOME if level >= 2 else device
     text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
@@ -85,4 +84,4 @@ def load_networks(
         if role in folder.components
     ]
     vae = load_vae(folder, device=device, dtype=dtype)
-    return Networks(spec, experts, text_encoder, vae, folder.scheduler, Path(path))
+    return Networks(model.spec, experts, text_encoder, vae, folder.scheduler, folder.path)

@@ -29,7 +29,7 @@ from chitu_diffusion.models.folder import (
     read_json,
 )
 from chitu_diffusion.models.loading import blueprint, open_weights
-from chitu_diffusion.models.spec import spec_of_folder
+from chitu_diffusion.models.registry import spec_of_folder
 from chitu_diffusion.models.wan.text_encoder import load_tokenizer
 from chitu_diffusion.sampling.solvers import Sampler
 from chitu_diffusion.weights.loader import match_names, save_weights, write_json
@@ -71,7 +71,7 @@ def verify(path: str | Path, deep: bool = False) -> list[Finding]:
     """
     try:
         folder = read_folder(path)
-        spec = spec_of_folder(path)
+        spec = spec_of_folder(folder)
     except ChituError as error:
         return [Finding("folder", Path(path), False, str(error))]
     findings = [Finding("folder", folder.path, True, f"{spec.name}, {folder.layout} layout")]
@@ -120,7 +120,7 @@ def convert(
     if target.exists():
         raise UsageError(f"{target} exists already; name a folder that does not", field="target")
     folder = read_folder(source)
-    spec_of_folder(source)
+    spec_of_folder(folder)
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
     part.mkdir(parents=True)

@@ -12,7 +12,7 @@ from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache
 from chitu_diffusion.media.video import check_save_path
 from chitu_diffusion.memory.device import total_memory
 from chitu_diffusion.memory.offload import TOP_LEVEL
-from chitu_diffusion.pipelines.request import cache_shapes, resolve_request, stages_of
+from chitu_diffusion.pipelines.request import cache_shapes, resolve_task, stages_of
 from chitu_diffusion.task import DiffusionTask
 
 
@@ -29,16 +29,14 @@ class Admission:
         self._output_dir = backend.args.output.dir
         self._cache_limit = backend.args.infer.diffusion.cache_memory_gb
 
-    def check(self, task: DiffusionTask) -> None:
-        """Refuse what cannot be.
+    def admit(self, task: DiffusionTask) -> None:
+        """Resolve a task's request, and refuse what cannot be.
 
         Raises:
             UsageError: a value that this model cannot do.
             WillNotFitError: more memory than there is, at every memory level.
         """
-        resolved = resolve_request(
-            task.params, self._spec, seed=task.seed, task_id=task.task_id, output_dir=self._output_dir
-        )
+        resolved = resolve_task(task, self._spec, self._output_dir)
         parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 0)
         cache = cache_bytes(
             resolved.flexcache, cache_shapes(resolved, self._spec, self._item), self._cache_limit
@@ -46,6 +44,7 @@ class Admission:
         check_save_path(resolved.save_path or "")
         for stage in stages_of(resolved):
             self._check_memory(resolved.num_frames or 1, stage.height, stage.width, cache, resolved.flexcache)
+        task.resolved = resolved
 
     def _check_memory(self, frames: int, height: int, width: int, cache: int, flexcache: object) -> None:
         total, peak = total_memory(self._device), self._peak(frames, height, width)

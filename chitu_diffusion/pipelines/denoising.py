@@ -1,18 +1,19 @@
-"""One evaluation of the velocity field: the right expert, both guidance branches, cached or not, on one rank
-or many.
+"""The denoising loop, and one evaluation of the velocity field: the right expert, both guidance branches,
+cached or not, on one rank or many.
 
-Knows the backend's networks, where they are and which ranks share the work; no stages, solver or saving. With
+Knows the backend's networks, where they are and which ranks share the work; no task, stage or file. With
 several ranks each runs its own branch over its own tokens: shared out once after the patch embedding,
 gathered once after the output projection. Every rank gets the whole velocity. A velocity here is for one or
-two guidance branches, stacked along the batch: the prompt's first. Guidance itself is "Classifier-Free
-Diffusion Guidance", arXiv:2207.12598.
+two guidance branches, stacked along the batch: the prompt's first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,39 +24,134 @@ from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.interface import NO_CACHE, StepCache
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.memory.offload import expert_part
-from chitu_diffusion.models.wan.text_kv import TextKVCache, rows_that_differ
 from chitu_diffusion.models.wan.transformer import BlockInputs, SharedCfgPrefix, WanTransformer
+from chitu_diffusion.pipelines.conditioning import TextConditioning
+from chitu_diffusion.pipelines.finite_check import FiniteCheck
+from chitu_diffusion.pipelines.guidance import active_branches, apply_cfg, expert_at
 from chitu_diffusion.sampling.solvers import SamplerState
 
-TRAINED_STEPS = 1000
-"""Timesteps run from this to 0; an expert boundary is a share of it."""
 _BATCH_UP_TO = 4096
 """Tokens a branch up to which two branches in one forward are faster than one after the other: longer
 sequences fill the chip by themselves, and half the activations fit where all do not. Ranks that share a
 sequence always batch: two shares are no more than one sequence, fill the chip as it does, and give exchanges
 more to hide behind. Depends on shapes and layout alone, so that every memory level and every run does the
-same arithmetic."""
+same arithmetic.
+"""
+
+CacheFor = Callable[[tuple[int, ...]], StepCache]
+"""Branches that share a forward -> the cache which that forward asks."""
+Predict = Callable[[Tensor, Tensor, int, tuple[int, ...]], Tensor]
+"""(latent, timestep, expert, branches) -> velocity [branches * B, C, T, H, W]."""
 
 
-def expert_at(timestep: Tensor, boundary: float | None) -> int:
-    """Index of the expert for a timestep: 0, high noise, from the boundary upward; 1 below it."""
-    return 0 if boundary is None or float(timestep) >= boundary * TRAINED_STEPS else 1
+class Probe(Protocol):
+    """Watches the forwards of a task from outside, as a measurement does."""
+
+    def forward(self, latent: Tensor, branches: tuple[int, ...]) -> AbstractContextManager[None]:
+        """Around the forwards of some branches."""
+        ...
+
+    def watched(self, cache: StepCache, latent: Tensor, branches: tuple[int, ...]) -> StepCache:
+        """The cache that a forward asks, in whose place it shall ask another."""
+        ...
 
 
-def active_branches(guidance_scale: float) -> tuple[int, ...]:
-    """The guidance branches that a scale needs: both, or the prompt's alone for a scale of at most 1."""
-    return (0, 1) if guidance_scale > 1 else (0,)
+@dataclass(frozen=True)
+class Step:
+    """A denoising step that was taken.
 
-
-def apply_cfg(velocity: Tensor, guidance_scale: float) -> Tensor:
-    """Guided velocity [B, C, T, H, W] float32 from stacked branches [B or 2B, ...]: u + s (c - u).
-
-    A scale of at most 1 takes the prompt's branch as it is.
+    Attributes:
+        expert: whose it was.
+        latent: after it, [B, C, T, H, W] float32.
+        state: of the solver, after it.
+        check: whether `latent` is finite, where that is not known yet.
     """
-    if guidance_scale <= 1:
-        return velocity.float()
-    conditional, unconditional = velocity.float().chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
+
+    expert: int
+    latent: Tensor
+    state: SamplerState
+    check: FiniteCheck | None
+
+
+def denoise(
+    backend: DiffusionBackend,
+    latent: Tensor,
+    state: SamplerState,
+    scales: tuple[float, float],
+    predict: Predict,
+    *,
+    branches: int = 2,
+    expert: int | None = None,
+    check: FiniteCheck | None = None,
+) -> Iterator[Step]:
+    """The denoising loop: yields after each step that is left.
+
+    Args:
+        latent: [B, C, T, H, W] before the first of them.
+        state: of the solver, likewise.
+        scales: guidance of (high noise, low noise).
+        predict: gives the velocities of a step.
+        branches: how many there are: 1 runs the prompt's alone, whatever the scale.
+        expert: index into the model pool; None leaves it to the timestep.
+        check: of `latent`, if its answer is still on its way.
+
+    Raises:
+        NonFiniteError: NaN or Inf appeared; on a GPU it is found a step late, but before the last step is
+            yielded.
+    """
+    sampler = backend.sampler
+    while not sampler.is_done(state):
+        timestep = sampler.timestep(state)
+        chosen = expert_at(timestep, backend.spec.boundary) if expert is None else expert
+        active = active_branches(scales[chosen])[:branches]
+        velocity = predict(latent, timestep, chosen, active)
+        latent, state = sampler.step(
+            state, apply_cfg(velocity, scales[chosen] if len(active) > 1 else 1.0), latent
+        )
+        asked = FiniteCheck(latent, "latent")
+        if check is not None:
+            check.require()  # while the device works on this step
+        check = asked
+        if asked.is_known or sampler.is_done(state):
+            asked.require()
+            check = None
+        yield Step(chosen, latent, state, check)
+
+
+def predictor(backend: DiffusionBackend, text: TextConditioning) -> Predict:
+    """What `denoise` asks where nothing is cached."""
+
+    def predict(latent: Tensor, timestep: Tensor, expert: int, branches: tuple[int, ...]) -> Tensor:
+        return predict_velocity(backend, latent, text, timestep, expert=expert, branches=branches)
+
+    return predict
+
+
+def cached_predictor(
+    backend: DiffusionBackend, text: TextConditioning, step_idx: int, probe: Probe | None = None
+) -> Predict:
+    """What `denoise` asks at one step of the task that the cache manager is bound to.
+
+    Args:
+        step_idx: of the task, from 0.
+        probe: is told of every forward.
+    """
+    manager = backend.flexcache_manager
+
+    def predict(latent: Tensor, timestep: Tensor, expert: int, branches: tuple[int, ...]) -> Tensor:
+        def cache_for(some: tuple[int, ...]) -> StepCache:
+            cache = manager.cache_for(step_idx, some)
+            return cache if probe is None else probe.watched(cache, latent, some)
+
+        def compute(some: tuple[int, ...]) -> Tensor:
+            with nullcontext() if probe is None else probe.forward(latent, some):
+                return predict_velocity(
+                    backend, latent, text, timestep, expert=expert, branches=some, cache_for=cache_for
+                )
+
+        return manager.velocity(step_idx, latent, branches, compute)
+
+    return predict
 
 
 def uncached(branches: tuple[int, ...]) -> StepCache:
@@ -63,52 +159,15 @@ def uncached(branches: tuple[int, ...]) -> StepCache:
     return NO_CACHE
 
 
-class TaskText:
-    """A task's text, and what the networks made of it: projected rows and cross-attention keys, for all of
-    its steps.
-
-    Lies in the task, so that tasks can take turns; what it holds beyond `embeddings` can be dropped at any
-    time and comes back by itself.
-
-    Args:
-        embeddings: [branches, L, D], the prompt's branch first.
-    """
-
-    def __init__(self, embeddings: Tensor) -> None:
-        self.embeddings = embeddings
-        self._rows = rows_that_differ(embeddings)
-        self._prepared: dict[tuple[object, ...], TextKVCache] = {}
-
-    def __len__(self) -> int:
-        return self.embeddings.shape[0]
-
-    @property
-    def bytes(self) -> int:
-        """Memory held beyond the embeddings; see `TextKVCache.bytes`."""
-        return sum(prepared.bytes for prepared in self._prepared.values())
-
-    def under(
-        self, network: WanTransformer, expert: int, branches: tuple[int, ...], batch: int
-    ) -> TextKVCache:
-        """Some branches' text, each `batch` times, for one expert, whose weights are on the device now."""
-        device = self.embeddings.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        place = (expert, branches, batch, autocast)
-        if place not in self._prepared:
-            text = self.embeddings[list(branches)].repeat_interleave(batch, dim=0)
-            self._prepared[place] = network.make_text_kv(text, self._rows)
-        return self._prepared[place]
-
-
 def predict_velocity(
     backend: DiffusionBackend,
     latent: Tensor,
-    text: TaskText | Tensor,
+    text: TextConditioning | Tensor,
     timestep: Tensor,
     *,
     expert: int,
     branches: tuple[int, ...] = (0, 1),
-    cache_for: Callable[[tuple[int, ...]], StepCache] = uncached,
+    cache_for: CacheFor = uncached,
 ) -> Tensor:
     """The velocities of some guidance branches, [branches * B, C, T, H, W], branch by branch, the same on
     every rank.
@@ -116,13 +175,13 @@ def predict_velocity(
     Args:
         latent: [B, C, T, H, W].
         text: of one or two branches, the prompt's first; each for all of the batch. A bare [branches, L, D]
-            is prepared for this call alone.
+            is used for this call alone.
         timestep: scalar on the CPU.
         expert: index into the model pool.
         branches: which of `text`'s branches run; those that `text` lacks are left out.
-        cache_for: branches that share a forward -> the cache which that forward asks.
+        cache_for: see `CacheFor`.
     """
-    text = TaskText(text) if isinstance(text, Tensor) else text
+    text = TextConditioning(text) if isinstance(text, Tensor) else text
     if len(text) > 2:
         shape = list(text.embeddings.shape)
         raise UsageError(
@@ -130,16 +189,18 @@ def predict_velocity(
         )
     # here, where no rank is without a branch to run
     backend.choose_attention(tokens_of(backend, latent), expert)
-    asked, peers = tuple(branch for branch in branches if branch < len(text)), backend.groups.branches
+    asked = tuple(branch for branch in branches if branch < len(text))
+    peers = backend.groups.branches
     own = own_branches(asked, peers)
     backend.offload.use(expert_part(expert))
     model = backend.model_pool[expert]
     backend.set_precision(expert, float(timestep))
     # filled in place: a copy from the CPU would wait for all that the device still has to do
     time = torch.full((1,), float(timestep), device=backend.device)
-    start, found = SharedCfgPrefix() if len(own) > 1 else None, []
+    start = SharedCfgPrefix() if len(own) > 1 else None
+    found = []
     for some in _as_batches(backend, latent, own):
-        embedded = model.embed(latent, time, text.under(model, expert, some, latent.shape[0]))
+        embedded = model.embed(latent, time, text.kv_for(model, expert, some, latent.shape[0]))
         embedded = replace(embedded, start=embedded.start or start)
         found.append(_forward(backend, embedded, expert, cache_for(some)))
     return all_branches(found[0] if len(found) == 1 else torch.cat(found), len(asked), peers)
@@ -159,9 +220,8 @@ def schedule_of(
     def embed_time(step: int) -> tuple[Tensor, Tensor]:
         embedder = backend.model_pool[experts[step]].condition_embedder
         # wherever the weights lie now: at high memory levels that is not the device
-        time, modulation = embedder.embed_time(
-            timesteps[step].reshape(1).to(embedder.time_proj.weight.device)
-        )
+        device = embedder.time_proj.weight.device
+        time, modulation = embedder.embed_time(timesteps[step].reshape(1).to(device))
         return time[0], modulation[0].flatten()
 
     return Schedule(
@@ -179,6 +239,12 @@ def schedule_of(
     )
 
 
+def tokens_of(backend: DiffusionBackend, latent: Tensor) -> int:
+    """Tokens that each of a batch of latents [B, C, T, H, W] becomes."""
+    patch = backend.spec.transformers[0].patch_size
+    return latent[0, 0].numel() // (patch[0] * patch[1] * patch[2])
+
+
 def _as_batches(
     backend: DiffusionBackend, latent: Tensor, branches: tuple[int, ...]
 ) -> list[tuple[int, ...]]:
@@ -190,20 +256,14 @@ def _as_batches(
     return [(branch,) for branch in branches]
 
 
-def tokens_of(backend: DiffusionBackend, latent: Tensor) -> int:
-    """Tokens that each of a batch of latents [B, C, T, H, W] becomes."""
-    patch = backend.spec.transformers[0].patch_size
-    return latent[0, 0].numel() // (patch[0] * patch[1] * patch[2])
-
-
 def _forward(backend: DiffusionBackend, embedded: BlockInputs, expert: int, cache: StepCache) -> Tensor:
-    model, stream = backend.model_pool[expert], backend.offload.prefetched_blocks(expert_part(expert))
+    model = backend.model_pool[expert]
+    blocks = backend.offload.prefetched_blocks(expert_part(expert))
     own, shards = _own_tokens(backend, embedded)
     groups = backend.groups
     attention = sharded_attention(backend.attn_backend, groups.ulysses, groups.ring, shards.lengths)
-    return _whole(
-        backend, model, model.run_blocks(own, attention=attention, cache=cache, blocks=stream), own, shards
-    )
+    tokens = model.run_blocks(own, attention=attention, cache=cache, blocks=blocks)
+    return _whole(backend, model, tokens, own, shards)
 
 
 def _own_tokens(backend: DiffusionBackend, embedded: BlockInputs) -> tuple[BlockInputs, Shards]:
@@ -217,6 +277,5 @@ def _whole(
     backend: DiffusionBackend, model: WanTransformer, tokens: Tensor, own: BlockInputs, shards: Shards
 ) -> Tensor:
     """The velocity of the whole latent from this rank's tokens after the blocks."""
-    return model.unpatchify(
-        shards.gather(model.final_layer(tokens, own.time), backend.groups.sequence), own.grid
-    )
+    parts = model.final_layer(tokens, own.time)
+    return model.unpatchify(shards.gather(parts, backend.groups.sequence), own.grid)

@@ -13,7 +13,7 @@ from pathlib import Path
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.schedule import Shapes
 from chitu_diffusion.models.spec import ModelSpec
-from chitu_diffusion.task import CascadeStage, DiffusionUserParams
+from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams
 
 
 def resolve_request(
@@ -49,6 +49,17 @@ def resolve_request(
     }:
         _check_size(spec, height or 0, width or 0, resolved.num_frames or 0)
     return resolved
+
+
+def resolve_task(task: DiffusionTask, spec: ModelSpec, output_dir: str) -> DiffusionUserParams:
+    """A task's request with the model's own value for each None; what was resolved once stays.
+
+    Raises:
+        UsageError: what this model cannot do, naming the field, the value and what to use.
+    """
+    if task.resolved is not None:
+        return task.resolved
+    return resolve_request(task.params, spec, seed=task.seed, task_id=task.task_id, output_dir=output_dir)
 
 
 def stages_of(resolved: DiffusionUserParams) -> tuple[CascadeStage, ...]:

@@ -1,4 +1,4 @@
-"""Solvers of the flow's differential equation, and the noise they start from.
+"""Solvers of the flow's differential equation.
 
 The solvers are diffusers' schedulers; what they remember between steps is taken out after each step and put
 back before the next, so that the whole of a run's solver is one plain dict (`SamplerState`) and a `Sampler`
@@ -31,11 +31,6 @@ Weights = tuple[float, ...]
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 _MOST_TIMESTEPS = 10_000
-
-NOISE_STREAM_STEP = 1_000_003
-"""Distance between the seeds of a task's successive noises; prime, so that neighbouring seeds do not share
-them.
-"""
 
 
 @dataclass(frozen=True)
@@ -326,26 +321,3 @@ def _weighted(weights: Weights, tensors: Sequence[Tensor]) -> Tensor:
     for weight, tensor in terms:
         total.add_(tensor, alpha=weight)
     return total
-
-
-def initial_noise(shape: Sequence[int], seed: int, stream: int = 0) -> Tensor:
-    """Standard normal noise, float32 on the CPU: the same bits on every machine and for any number of ranks.
-
-    Args:
-        shape: of the latent, [B, C, T, H, W].
-        seed: of the task. With stream 0 these are the bits that diffusers draws from a CPU generator of this
-            seed.
-        stream: which noise of the task: 0 the starting one, k the one of cascade stage k.
-    """
-    generator = torch.Generator("cpu").manual_seed((seed + stream * NOISE_STREAM_STEP) % 2**63)
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
-
-
-def upsample_latent(latent: Tensor, height: int, width: int) -> Tensor:
-    """A latent [B, C, T, h, w] at another spatial size [B, C, T, height, width], bicubic, frame by frame;
-    float32.
-    """
-    batch, _, frames = latent.shape[:3]
-    flat = latent.float().transpose(1, 2).flatten(0, 1)  # [B * T, C, h, w]
-    larger = torch.nn.functional.interpolate(flat, size=(height, width), mode="bicubic", antialias=True)
-    return larger.unflatten(0, (batch, frames)).transpose(1, 2)

@@ -1,0 +1,231 @@
+"""Which model a name, a hub id or a folder means, and where its weights lie.
+
+Weights are not read here; a folder's configs are, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from chitu_diffusion.errors import CheckpointError, ModelMissingError, UsageError, nearest
+from chitu_diffusion.flexcache.calibration import Calibration, read_calibration
+from chitu_diffusion.flexcache.schedule import NOTHING_MEASURED, Measured
+from chitu_diffusion.models.folder import METADATA_FILE, ModelFolder, read_folder
+from chitu_diffusion.models.spec import Defaults, LatentGeometry, ModelSpec
+from chitu_diffusion.models.wan.config import WanConfig
+from chitu_diffusion.models.wan.presets import FULL_SIZE, SMALL_DEFAULTS
+
+logger = logging.getLogger(__name__)
+
+TINY = "wan-tiny"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+_METADATA_KEYS = frozenset(
+    {"name", "defaults", "measured", "boundary_ratio", "vae", "text_encoder", "scheduler", "transformer"}
+)
+"""What a folder's `chitu.json` may say."""
+
+
+class FoundModel(NamedTuple):
+    """A model, and its folder as it was read; None for a model that is not on this machine."""
+
+    spec: ModelSpec
+    folder: ModelFolder | None
+
+    def required(self) -> ModelFolder:
+        """The folder.
+
+        Raises:
+            ModelMissingError: there is none; the message tells how to get it.
+        """
+        if self.folder is None:
+            raise missing_model(self.spec)
+        return self.folder
+
+
+def model_names() -> list[str]:
+    """Every name that `resolve_model` knows without a folder."""
+    return [TINY, *FULL_SIZE]
+
+
+def resolve_model(name: str, ckpt_dir: str | Path | None = None) -> FoundModel:
+    """The model that a name, a Hugging Face id or a folder means, and where its weights lie.
+
+    Args:
+        name: one of `model_names()`, a hub id of one, or a folder in either layout; names in any letter case.
+        ckpt_dir: the weights' folder, where it is not the shipped one or the hub's cache.
+
+    Returns:
+        the spec, and the folder, or None if the model is not on this machine.
+
+    Raises:
+        UsageError: a name that is neither; names the nearest.
+        ModelMissingError, CheckpointError: the folder holds no readable model, or one of other sizes than
+            `name` has.
+    """
+    spec = _by_name(name)
+    if ckpt_dir is not None:
+        path = folder_named(ckpt_dir)
+        if path is None:
+            raise ModelMissingError(
+                f"there is no folder {ckpt_dir}; 'chitu models ls' shows the models on this machine"
+            )
+        return _checked_against(spec, _found(path))
+    if spec is not None:
+        cached = _in_hub_cache(spec)
+        return FoundModel(spec, None if cached is None else read_folder(cached))
+    path = ASSETS / TINY if name.lower() == TINY else folder_named(name)
+    if path is not None:
+        return _found(path)
+    known = [*model_names(), *(hub for full in FULL_SIZE.values() for hub in full.hub_ids)]
+    raise UsageError(
+        f"models.name = {name!r}: no such model or folder.{nearest(name, known)}", field="models.name"
+    )
+
+
+def folder_named(name: str | Path) -> Path | None:
+    """The folder that a name means, if there is one; '~' is the home folder."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError):  # no such user's home, or a name that no file system takes
+        return None
+
+
+def _found(path: Path) -> FoundModel:
+    folder = read_folder(path)
+    return FoundModel(spec_of_folder(folder), folder)
+
+
+def spec_of_folder(folder: ModelFolder) -> ModelSpec:
+    """The spec of the model in a folder: from its configs, its `chitu.json`, and the full-size model it
+    equals, if any.
+
+    Raises:
+        CheckpointError: not a model that is supported.
+    """
+    try:
+        return _spec_of(folder)
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        # UsageError among them: a network that is not supported
+        raise CheckpointError(f"a config of the model cannot be used: {error}", file=folder.path) from error
+
+
+def _spec_of(folder: ModelFolder) -> ModelSpec:
+    for key in folder.metadata:
+        if key not in _METADATA_KEYS:
+            known = sorted(_METADATA_KEYS)
+            raise CheckpointError(
+                "an unknown note", file=folder.path / METADATA_FILE, key=key, expected=known
+            )
+    transformers = tuple(
+        WanConfig.from_json(folder.components[role].config)
+        for role in ("transformer", "transformer_2")
+        if role in folder.components
+    )
+    if len(transformers) == 2 and folder.boundary_ratio is None:
+        raise CheckpointError(
+            "two transformers, but nothing says where the second takes over",
+            file=folder.path / "model_index.json",
+            key="boundary_ratio",
+            expected="a number between 0 and 1",
+        )
+    twin = next((spec for spec in FULL_SIZE.values() if spec.transformers == transformers), None)
+    vae, calibration = folder.components["vae"].config, _calibration_of(folder.path)
+    measured = _folder_measured(folder, twin.measured if twin else NOTHING_MEASURED)
+    return ModelSpec(
+        name=str(folder.metadata.get("name") or (twin.name if twin else folder.path.resolve().name)),
+        transformers=transformers,
+        boundary=folder.boundary_ratio if len(transformers) == 2 else None,
+        hub_ids=twin.hub_ids if twin else (),
+        geometry=LatentGeometry(channels=int(vae.get("z_dim", 16))),
+        defaults=_folder_defaults(folder, twin.defaults if twin else SMALL_DEFAULTS, len(transformers)),
+        measured=measured if calibration is None else MappingProxyType({**measured, **calibration.measured}),
+        calibration=calibration,
+    )
+
+
+def _calibration_of(folder: Path) -> Calibration | None:
+    """A file that cannot be used is as none: only what rests on it fails, and measuring again replaces it."""
+    try:
+        return read_calibration(folder)
+    except CheckpointError as error:
+        logger.warning("%s", error)
+        return None
+
+
+def write_metadata(path: str | Path, name: str, defaults: Defaults, **more: Any) -> None:
+    """Writes a folder's `chitu.json`: the model's name and defaults, and whatever else `more` says."""
+    metadata = {"name": name, "defaults": dataclasses.asdict(defaults), **more}
+    Path(path, METADATA_FILE).write_text(
+        json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def _folder_defaults(folder: ModelFolder, base: Defaults, experts: int) -> Defaults:
+    said = dict(folder.metadata.get("defaults", {}))
+    known = {f.name for f in dataclasses.fields(Defaults)}
+    for key in said:
+        if key not in known:
+            raise CheckpointError(
+                "an unknown default", file=folder.path / METADATA_FILE, key=key, expected=sorted(known)
+            )
+    guidance = said.get("guidance", base.guidance)
+    said["guidance"] = tuple(guidance) if isinstance(guidance, list | tuple) else (guidance,)
+    if len(said["guidance"]) == 1:
+        said["guidance"] *= experts
+    if folder.scheduler.get("flow_shift") is not None:
+        # what the checkpoint's own scheduler says counts for more than what its twin's authors sample with
+        said.setdefault("shift", float(folder.scheduler["flow_shift"]))
+    return dataclasses.replace(base, **said)
+
+
+def _folder_measured(folder: ModelFolder, base: Measured) -> Measured:
+    """What the folder's metadata says was measured on it, over what its twin's authors measured."""
+    said = {
+        str(name): tuple(float(value) for value in values)
+        for name, values in folder.metadata.get("measured", {}).items()
+    }
+    return MappingProxyType({**base, **said})
+
+
+def _by_name(name: str) -> ModelSpec | None:
+    for spec in FULL_SIZE.values():
+        if name.lower() in (spec.name.lower(), *(hub.lower() for hub in spec.hub_ids)):
+            return spec
+    return None
+
+
+def _checked_against(asked: ModelSpec | None, found: FoundModel) -> FoundModel:
+    if asked is not None and asked.transformers != found.spec.transformers:
+        raise CheckpointError(
+            f"the folder does not hold {asked.name}",
+            expected=asked.transformers,
+            found=found.spec.transformers,
+        )
+    return found
+
+
+def _in_hub_cache(spec: ModelSpec) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for hub_id in spec.hub_ids:
+        for file in ("model_index.json", "config.json", "high_noise_model/config.json"):
+            found = try_to_load_from_cache(hub_id, file)
+            if isinstance(found, str):
+                return Path(found).parents[file.count("/")]
+    return None
+
+
+def missing_model(spec: ModelSpec) -> ModelMissingError:
+    """The error for a known model that is not on this machine; it says how to get it."""
+    return ModelMissingError(
+        f"{spec.name} is not on this machine. Get it with 'chitu models pull {spec.name}', "
+        "or point models.ckpt_dir at a folder that holds it"
+    )

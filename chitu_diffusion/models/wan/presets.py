@@ -1,0 +1,46 @@
+"""The full-size models of the Wan family: sizes, experts and defaults, as their authors have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from chitu_diffusion.models.spec import Defaults, ModelSpec
+from chitu_diffusion.models.wan.cache_coefficients import WAN_1_3B, WAN_14B
+from chitu_diffusion.models.wan.config import WanConfig
+
+_SMALL = WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+_LARGE = WanConfig()
+
+FULL_SIZE: Mapping[str, ModelSpec] = MappingProxyType(
+    {
+        spec.name: spec
+        for spec in (
+            ModelSpec(
+                "Wan2.1-T2V-1.3B",
+                (_SMALL,),
+                hub_ids=("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-1.3B"),
+                defaults=Defaults(shift=5.0),
+                measured=WAN_1_3B,
+            ),
+            ModelSpec(
+                "Wan2.1-T2V-14B",
+                (_LARGE,),
+                hub_ids=("Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan-AI/Wan2.1-T2V-14B"),
+                defaults=Defaults(shift=5.0),
+                measured=WAN_14B,
+            ),
+            ModelSpec(
+                "Wan2.2-T2V-A14B",
+                (_LARGE, _LARGE),
+                boundary=0.875,
+                hub_ids=("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "Wan-AI/Wan2.2-T2V-A14B"),
+                defaults=Defaults(steps=40, guidance=(4.0, 3.0), shift=12.0),
+                measured=WAN_14B,
+            ),
+        )
+    }
+)
+
+# Where a folder says nothing and looks like no full-size model: what suits wan-tiny's size.
+SMALL_DEFAULTS = Defaults(height=128, width=128, num_frames=33, negative_prompt="")

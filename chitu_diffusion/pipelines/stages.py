@@ -1,0 +1,360 @@
+"""The stages of a task: encode the text, denoise by a step, decode, save.
+
+A work unit is one encoding, one denoising step, one decoding or one saving. It computes first and changes the
+task last, in one assignment, so that a unit that was cut short (out of memory, Ctrl+C) can be run again, here
+or elsewhere. Knows tasks and a backend; not queues, retries or command lines.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.distributed.sharding import broadcast_from_rank0, gather_strips
+from chitu_diffusion.errors import StageError, TaskError, without_frames
+from chitu_diffusion.flexcache.manager import fork
+from chitu_diffusion.flexcache.registry import CacheState, parse_flexcache
+from chitu_diffusion.media.video import write_video
+from chitu_diffusion.memory.device import is_out_of_memory
+from chitu_diffusion.memory.offload import TEXT_ENCODER, VAE
+from chitu_diffusion.pipelines.conditioning import TextConditioning
+from chitu_diffusion.pipelines.denoising import Predict, Probe, cached_predictor, denoise, schedule_of
+from chitu_diffusion.pipelines.finite_check import FiniteCheck
+from chitu_diffusion.pipelines.recipe import recipe_of
+from chitu_diffusion.pipelines.request import guidance_pair, resolve_task, stages_of
+from chitu_diffusion.sampling.noise import initial_noise, upsample_latent
+from chitu_diffusion.sampling.solvers import SamplerState
+from chitu_diffusion.task import (
+    CascadeStage,
+    DiffusionTask,
+    DiffusionUserParams,
+    Progress,
+    TaskBuffer,
+    TaskStatus,
+)
+
+if TYPE_CHECKING:
+    from chitu_diffusion.media.video import Frames
+
+logger = logging.getLogger(__name__)
+
+_TILE_SIZES = (32, 16, 8)
+"""Latent pixels: the largest that still cuts a latent in more than one tile is taken, for larger tiles waste
+less overlap.
+"""
+
+
+@dataclass
+class _Derived:
+    """What follows from a running task and does not lie in it: the networks' view of its text, and a check
+    whose answer is on its way, with the latent that it is of.
+    """
+
+    text: TextConditioning
+    check: FiniteCheck | None = None
+    checked: Callable[[], Tensor | None] = lambda: None
+
+
+class Stages:
+    """Runs work units on a backend's networks.
+
+    What it keeps of a task beside the task itself follows from it, and comes back by itself elsewhere.
+
+    Args:
+        backend: lends the networks.
+        probe: is told of every forward.
+    """
+
+    def __init__(self, backend: DiffusionBackend, probe: Probe | None = None) -> None:
+        self._backend = backend
+        self._probe = probe
+        self._derived: weakref.WeakKeyDictionary[DiffusionTask, _Derived] = weakref.WeakKeyDictionary()
+        self._units: dict[TaskStatus, Callable[[DiffusionTask], str | None]] = {
+            TaskStatus.ENCODING: self._encode,
+            TaskStatus.DENOISING: self._denoise,
+            TaskStatus.DECODING: self._decode,
+            TaskStatus.SAVING: self._save,
+        }
+
+    def advance(self, task: DiffusionTask) -> Progress:
+        """One work unit; see `Generator.generate_step`."""
+        if task.is_finished():
+            return _event(task, task.status, 0.0, None)
+        self._backend.require_alive()
+        if task.status is TaskStatus.PENDING:
+            task.commit(status=TaskStatus.ENCODING, started_at=time.time())
+        stage = task.status
+        step = task.current_step
+        began = time.perf_counter()
+        message: str | None = None
+        out_of_memory: BaseException | None = None
+        try:
+            message = self._units[stage](task)
+        except Exception as error:
+            if is_out_of_memory(error):
+                out_of_memory = without_frames(error)
+            else:
+                message = _fail(task, stage, step, error)
+        finally:
+            self._backend.flexcache_manager.release()
+        if out_of_memory is not None:
+            # raised outside of the handler and without its frames, which hold the unit's tensors
+            self.forget()
+            self._backend.offload.offload_all()
+            raise out_of_memory
+        seconds = time.perf_counter() - began
+        task.seconds[stage] = task.seconds.get(stage, 0.0) + seconds
+        return _event(task, stage, seconds, message)
+
+    def prune(self) -> None:
+        """Let go of what is kept of tasks that do not denoise any more."""
+        for task in [task for task in self._derived if task.status is not TaskStatus.DENOISING]:
+            del self._derived[task]
+
+    def forget(self) -> None:
+        """Let go of all that is kept: a few megabytes on the device for each task, made anew when needed."""
+        self._derived.clear()
+
+    # -- units
+
+    def _encode(self, task: DiffusionTask) -> str | None:
+        backend = self._backend
+        resolved = resolve_task(task, backend.spec, backend.args.output.dir)
+        cache = parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 0)
+        prompts = [resolved.prompt]
+        if max(guidance_pair(resolved.guidance_scale)) > 1:
+            prompts.append(resolved.negative_prompt or "")
+        embeddings = encode_text(backend, prompts)
+        FiniteCheck(embeddings, "text embeddings").require()
+        task.commit(
+            resolved=resolved,
+            num_inference_steps=resolved.num_inference_steps or 0,
+            buffer=replace(task.buffer, embeddings=embeddings, cache=cache),
+            status=TaskStatus.DENOISING,
+        )
+        return f"seed {task.seed}" if task.params.seed is None else None
+
+    def _denoise(self, task: DiffusionTask) -> str | None:
+        backend = self._backend
+        resolved = _resolved(task)
+        buffer = task.buffer
+        stages = stages_of(resolved)
+        stage = stages[task.cascade_stage]
+        scales = guidance_pair(resolved.guidance_scale)
+        latent, state = self._position(task, stage)
+        derived = self._derived_from(task)
+        # the manager writes into a copy, which becomes the task's only when the unit is done
+        cache = None if buffer.cache is None else fork(buffer.cache)
+        step = next(
+            denoise(
+                backend,
+                latent,
+                state,
+                scales,
+                self._bound(derived.text, cache, state, scales, task.current_step),
+                branches=len(derived.text),
+                expert=stage.expert,
+                check=self._check_of(derived, buffer.latent),
+            )
+        )
+        self._derived[task] = _Derived(derived.text, step.check, weakref.ref(step.latent))
+        notes = [f"expert {step.expert}"] if task.expert is not None and task.expert != step.expert else []
+        notes += [note for note in (backend.compile_note(),) if note]
+        ended = backend.sampler.is_done(step.state)
+        last = ended and task.cascade_stage + 1 == len(stages)
+        if last and cache is not None:
+            saved = f"{cache['reused']} of {cache['num_steps']} steps"
+            notes.append(f"cache {cache['strategy']} saved work in {saved}")
+        task.commit(
+            buffer=TaskBuffer(
+                embeddings=None if last else buffer.embeddings,
+                latent=step.latent,
+                sampler=None if ended else step.state,
+                cache=None if last else cache,
+            ),
+            expert=step.expert,
+            current_step=task.current_step + 1,
+            cascade_stage=task.cascade_stage + ended,
+            status=TaskStatus.DECODING if last else TaskStatus.DENOISING,
+        )
+        self.prune()
+        return "; ".join(notes) or None
+
+    def _bound(
+        self,
+        text: TextConditioning,
+        cache: CacheState | None,
+        state: SamplerState,
+        scales: tuple[float, float],
+        step_idx: int,
+    ) -> Predict:
+        """A predictor through the cache manager, which is bound to a task's cache for this step."""
+        backend = self._backend
+        cached = cached_predictor(backend, text, step_idx, self._probe)
+        unplanned = cache is not None and cache["plan"] is None
+        schedule = schedule_of(backend, state, scales) if unplanned else None
+
+        def predict(latent: Tensor, timestep: Tensor, expert: int, branches: tuple[int, ...]) -> Tensor:
+            key = [expert, len(branches), *latent.shape]
+            backend.flexcache_manager.bind(cache, key=key, schedule=schedule)
+            return cached(latent, timestep, expert, branches)
+
+        return predict
+
+    def _derived_from(self, task: DiffusionTask) -> _Derived:
+        found = self._derived.get(task)
+        if found is None:
+            embeddings = _present(task.buffer.embeddings).to(self._backend.device)
+            found = _Derived(TextConditioning(embeddings))
+        return found
+
+    def _check_of(self, derived: _Derived, latent: Tensor | None) -> FiniteCheck | None:
+        """What is still to be answered of a task's latent; asked anew where another one was checked."""
+        if latent is None or derived.checked() is latent:
+            return derived.check
+        return FiniteCheck(latent, "latent")
+
+    def _position(self, task: DiffusionTask, stage: CascadeStage) -> tuple[Tensor, SamplerState]:
+        """The latent and solver state before the coming step; at a stage's first step they are made."""
+        sampler = self._backend.sampler
+        device = self._backend.device
+        if task.buffer.sampler is not None:
+            return _present(task.buffer.latent).to(device), task.buffer.sampler
+        state = sampler.begin(stage.num_inference_steps, stage.strength)
+        frames = _resolved(task).num_frames or 1
+        shape = (1, *self._backend.spec.geometry.latent_shape(frames, stage.height, stage.width))
+        noise = initial_noise(shape, task.seed, stream=task.cascade_stage).to(device)
+        if task.cascade_stage == 0:
+            return noise, state
+        larger = upsample_latent(_present(task.buffer.latent).to(device), shape[-2], shape[-1])
+        return sampler.renoise(state, larger, noise), state
+
+    def _decode(self, task: DiffusionTask) -> str | None:
+        backend = self._backend
+        latent = _present(task.buffer.latent)
+        video: Tensor | None = None
+        if backend.low_mem_level == 0 and backend.groups.plan.world > 1:
+            video = decode_shared(backend, latent)
+        elif backend.groups.rank == 0:
+            tiled = backend.low_mem_level >= 1
+            video = decode_tiled(backend, latent, tile_size_for(latent)) if tiled else decode(backend, latent)
+        if video is not None:
+            FiniteCheck(video, "video").require()
+        # the latent stays until the video stands, for a checkpoint of this stage
+        task.commit(buffer=replace(task.buffer, video=video), status=TaskStatus.SAVING)
+        return None
+
+    def _save(self, task: DiffusionTask) -> str | None:
+        """Write the video; rank 0 alone has it."""
+        backend = self._backend
+        resolved = _resolved(task)
+        if backend.groups.rank > 0:
+            task.end(TaskStatus.FINISHED, save_path=resolved.save_path)
+            return None
+        path = write_video(
+            to_frames(_present(task.buffer.video)),
+            resolved.save_path or "",
+            fps=resolved.fps or 1,
+            quality=backend.args.output.quality,
+            recipe=recipe_of(task, backend),
+        )
+        task.end(TaskStatus.FINISHED, save_path=str(path))
+        return f"saved {path}"
+
+
+@torch.no_grad()
+def encode_text(backend: DiffusionBackend, prompts: list[str]) -> Tensor:
+    """Text embeddings [B, seq_len, hidden] of prompts; rank 0 encodes for all.
+
+    What was encoded before is remembered by its content, the negative prompt first of all; then nothing is
+    run or moved. Autocast is off here: T5's activations do not fit float16's range.
+    """
+
+    def encode() -> Tensor:
+        encoder = backend.text_encoder
+        known = encoder.recall(prompts, backend.device)
+        if known is not None:
+            return known
+        backend.offload.use(TEXT_ENCODER)
+        with torch.autocast(device_type=backend.device.type, enabled=False):
+            return encoder.encode(prompts)
+
+    return broadcast_from_rank0(encode, backend.groups.world, backend.device)
+
+
+@torch.no_grad()
+def decode(backend: DiffusionBackend, latent: Tensor) -> Tensor:
+    """Latent [B, C, T, H, W] -> video [B, T', 3, H', W'], float32 in [0, 1]."""
+    backend.offload.use(VAE)
+    return backend.vae.decode(latent.to(backend.device))
+
+
+@torch.no_grad()
+def decode_tiled(backend: DiffusionBackend, latent: Tensor, tile_size: int) -> Tensor:
+    """`decode` in tiles of `tile_size` latent pixels, equal up to rounding: less memory, more time."""
+    backend.offload.use(VAE)
+    return backend.vae.decode_tiled(latent.to(backend.device), tile_size=tile_size)
+
+
+@torch.no_grad()
+def decode_shared(backend: DiffusionBackend, latent: Tensor) -> Tensor | None:
+    """`decode` with each rank decoding a strip of the frame: all of it on rank 0, None on the others."""
+    backend.offload.use(VAE)
+    latent = latent.to(backend.device)
+    axis = -1 if latent.shape[-1] >= latent.shape[-2] else -2
+
+    def strip(low: int, high: int) -> Tensor:
+        return backend.vae.decode_strip(latent, low, high, axis)
+
+    return gather_strips(strip, latent.shape[axis], axis, backend.groups.world)
+
+
+def to_frames(video: Tensor) -> Frames:
+    """The first video of [B, T, 3, H, W] in [0, 1] as uint8 [T, H, W, 3] in main memory."""
+    frames = video[0].mul(255).round_().clamp_(0, 255).to(torch.uint8)
+    return frames.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def tile_size_for(latent: Tensor) -> int:
+    """Latent pixels of a tile that saves memory on this latent and wastes little overlap."""
+    longest = max(latent.shape[-2:])
+    return next((size for size in _TILE_SIZES if size < longest), _TILE_SIZES[-1])
+
+
+def _resolved(task: DiffusionTask) -> DiffusionUserParams:
+    if task.resolved is None:
+        raise TaskError(f"task {task.task_id} is {task.status} but was never encoded")
+    return task.resolved
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise TaskError("a tensor that the stage before leaves in the task's buffer is missing")
+    return tensor
+
+
+def _fail(task: DiffusionTask, stage: TaskStatus, step: int, error: Exception) -> str:
+    logger.debug("task %s failed\n%s", task.task_id, traceback.format_exc())
+    failure = StageError(str(stage), step if stage is TaskStatus.DENOISING else None, without_frames(error))
+    task.end(TaskStatus.FAILED, failure)
+    return str(failure)
+
+
+def _event(task: DiffusionTask, stage: TaskStatus, seconds: float, message: str | None) -> Progress:
+    if message is not None:
+        task.events.append(message)
+    eta = None
+    if task.current_step and not task.is_finished():
+        pace = task.seconds.get(TaskStatus.DENOISING, 0.0) / task.current_step
+        eta = pace * (task.num_inference_steps - task.current_step)
+    done = task.current_step
+    return Progress(task.task_id, task.status, stage, done, task.num_inference_steps, seconds, eta, message)
