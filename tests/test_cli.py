@@ -239,6 +239,26 @@ def test_dry_run_makes_nothing(chitu: Chitu, tiny_folder: Path, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("words", [("generate", "cat"), ("batch", "p.txt")])
+def test_the_models_folder_is_read_once(
+    chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, str]
+) -> None:
+    from chitu_diffusion.models import spec
+
+    read: list[str] = []
+    usual = spec.resolve_model
+
+    def noted(name: str, *more: str | None) -> object:
+        read.append(name)
+        return usual(name, *more)
+
+    monkeypatch.setattr(spec, "resolve_model", noted)
+    Path("p.txt").write_text("cat\n")
+    assert chitu(*words, "--dry-run", "--model", tiny_folder)[0] == 0
+    assert read == [str(tiny_folder)]
+
+
 def test_profile_writes_a_trace_and_a_table(chitu: Chitu, tiny_folder: Path) -> None:
     code, _, err = chitu(
         "generate", "cat", "--model", tiny_folder, "--steps", 1, "-o", "a.npy", "--profile", "p"

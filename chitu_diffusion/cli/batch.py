@@ -20,6 +20,7 @@ import typer
 from chitu_diffusion.cli import options
 from chitu_diffusion.cli.console import duration, emit, printable, say, table
 from chitu_diffusion.cli.dry_run import find_model, resolve
+from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.errors import UsageError
 
@@ -82,85 +83,46 @@ class Taken:
             self.labels[label] = row.line
 
 
+@takes_flags
 def batch(
     file: Annotated[
         Path,
         typer.Argument(help="prompts.txt (one a line), .jsonl (one object a line) or .csv (with a header)."),
     ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the videos.")
-    ] = Path("outputs"),
-    model: options.Model = None,
-    negative_prompt: options.NegativePrompt = None,
-    size: options.Size = None,
-    frames: options.Frames = None,
-    fps: options.Fps = None,
-    steps: options.Steps = None,
-    guidance_scale: options.GuidanceScale = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="For every row that names none.")] = None,
-    cache: options.Cache = None,
-    low_mem_level: options.LowMemLevel = None,
-    dtype: options.Dtype = None,
-    quant: options.Quant = None,
-    device: options.Device = None,
-    quality: options.Quality = None,
-    gpus: options.Gpus = None,
-    parallel: options.Parallel = None,
-    config: options.ConfigFile = None,
-    set_: options.Set = None,
-    dry_run: options.DryRun = False,
-    json_: options.Json = False,
-    context: typer.Context = None,  # type: ignore[assignment]
+    args: Args,
+    context: typer.Context,
 ) -> int:
     """Make a video for each row of a file; rows that are done already are skipped.
 
     A row may hold prompt, negative_prompt, height, width, num_frames, fps, num_inference_steps,
     guidance_scale, seed, save_path, flexcache, role and priority. The flags fill in what a row leaves out.
     """
-    engine_config, _ = options.settings(
-        config=config,
-        set_=set_,
-        model=model,
-        low_mem_level=low_mem_level,
-        dtype=dtype,
-        device=device,
-        quality=quality,
-        quant=quant,
-        parallel=parallel,
-    )
-    width, height = options.parse_size(size)
-    defaults = {
-        "negative_prompt": negative_prompt,
-        "height": height,
-        "width": width,
-        "num_frames": frames,
-        "fps": fps,
-        "num_inference_steps": steps,
-        "guidance_scale": options.parse_guidance(guidance_scale),
-        "seed": seed,
-        "flexcache": options.parse_cache(cache),
-    }
-    spec, _ = find_model(engine_config)
+    config, _ = args.load_config()
+    spec, _ = find_model(config)
+    gpus = args["gpus"]
+    as_json = args["json"]
     if gpus:
-        check_layout(engine_config, spec, gpus)
-    given = {name: value for name, value in defaults.items() if value is not None}
-    rows = read_rows(file, output, given, lambda params: resolve(spec, engine_config, params))
-    todo = [row for row in rows if not is_done(row, spec.name, engine_config)]
-    left, done = {row.line for row in todo}, len(rows) - len(todo)
-    if dry_run or not todo:
+        check_layout(config, spec, gpus)
+    rows = read_rows(
+        file, args["output"], args.request_fields(), lambda params: resolve(spec, config, params)
+    )
+    todo = [row for row in rows if not is_done(row, spec.name, config)]
+    left = {row.line for row in todo}
+    done = len(rows) - len(todo)
+    if args["dry_run"] or not todo:
         say(f"{len(rows)} rows: {done} done already, {len(todo)} to make")
-        _summary(rows, left, {}, as_json=json_)
+        _summary(rows, left, {}, as_json=as_json)
         return 0
     if gpus and gpus > 1:
-        return launch(context.find_root().obj, gpus, engine_config)
-    if done and not json_:
+        return launch(context.find_root().obj, gpus, config)
+    if done and not as_json:
         say(f"{done} of {len(rows)} rows are done already and are skipped")
     from chitu_diffusion.cli.progress import make_reporter
     from chitu_diffusion.cli.runner import run_requests
 
-    tasks = run_requests(engine_config, [_with_seed(row) for row in todo], make_reporter(as_json=json_))
+    tasks = run_requests(config, [_with_seed(row) for row in todo], make_reporter(as_json=as_json))
     return _summary(
-        rows, left, {row.line: task for row, task in zip(todo, tasks, strict=True)}, as_json=json_
+        rows, left, {row.line: task for row, task in zip(todo, tasks, strict=True)}, as_json=as_json
     )
 
 

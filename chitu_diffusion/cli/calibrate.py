@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
-
-import typer
-
 from chitu_diffusion.cli import options
-from chitu_diffusion.cli.console import say
+from chitu_diffusion.cli.console import emit, say
 from chitu_diffusion.cli.dry_run import find_model
+from chitu_diffusion.cli.flags import Args, flags_named, takes_flags
 from chitu_diffusion.errors import UsageError
 
 PROMPTS = (
@@ -29,65 +25,37 @@ PROMPTS = (
 """Of the shipped model's world, and understood by any other."""
 
 
-def calibrate(
-    model: options.Model = None,
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", metavar="FILE", help="One prompt a line, twelve or so.")
-    ] = None,
-    seeds: Annotated[str, typer.Option("--seeds", metavar="A..B", help="Of the runs that are fitted.")] = "0",
-    steps: options.Steps = None,
-    size: options.Size = None,
-    frames: options.Frames = None,
-    guidance_scale: options.GuidanceScale = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    workers: Annotated[
-        int, typer.Option("--workers", min=1, max=64, help="Processes that share the device.")
-    ] = 1,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Not beside the model, but here.")
-    ] = None,
-    set_: options.Set = None,
-    json_: options.Json = False,
-) -> None:
+@takes_flags
+def calibrate(args: Args) -> None:
     """Measure how a model's steps resemble each other, find the plans that skip them best, and check these.
 
     The last quarter of the prompts, with another seed, is for the check. The result is flexcache.json beside
     the weights.
     """
-    config, _ = options.settings(config=None, set_=set_, model=model, dtype=dtype, device=device)
+    config, _ = args.load_config()
     _, folder = find_model(config)
-    width, height = options.parse_size(size)
-    asked: dict[str, Any] = {
-        "num_inference_steps": steps,
-        "width": width,
-        "height": height,
-        "num_frames": frames,
-        "guidance_scale": options.parse_guidance(guidance_scale),
-    }
-    numbers = options.parse_seeds(seeds) or [0]
+    output = args["output"]
     options.make_folder("-o", output)
     from chitu_diffusion.evaluation.cache_table import read_prompts
     from chitu_diffusion.evaluation.calibrate import Job
     from chitu_diffusion.evaluation.calibrate import calibrate as measure
     from chitu_diffusion.flexcache.calibration import write_calibration
 
-    sentences = list(PROMPTS) if prompts is None else read_prompts(prompts)
+    file = args["prompts"]
+    seeds = args["seeds"]
+    sentences = list(PROMPTS) if file is None else read_prompts(file)
     if len(sentences) < 2:
-        raise UsageError(
-            f"--prompts {prompts}: one prompt; use at least two, one to check on", field="prompts"
-        )
+        raise UsageError(f"--prompts {file}: one prompt; use at least two, one to check on", field="prompts")
     kept = max(1, len(sentences) // 4)
-    fitted_on = [Job(prompt, seed) for seed in numbers for prompt in sentences[:-kept]]
-    checked_on = [Job(prompt, max(numbers) + 1) for prompt in sentences[-kept:]]
-    settings = {name: value for name, value in asked.items() if value is not None}
+    fitted_on = [Job(prompt, seed) for seed in seeds for prompt in sentences[:-kept]]
+    checked_on = [Job(prompt, max(seeds) + 1) for prompt in sentences[-kept:]]
     say(f"{config.models.name}: {len(fitted_on)} runs to fit on, {len(checked_on)} to check on")
-    with options.flags_named():
-        found = measure(config, fitted_on, checked_on, settings=settings, workers=workers, tell=say)
+    with flags_named():
+        found = measure(
+            config, fitted_on, checked_on, settings=args.request_fields(), workers=args["workers"], tell=say
+        )
     path = write_calibration(found, output or folder)
-    if json_:
-        from chitu_diffusion.cli.console import emit
-
+    if args["json"]:
         emit("calibration", path=path, table=[dict(vars(row)) for row in found.table])
         return
     say("| forwards saved | times fewer | PSNR, dB | SSIM |\n|---:|---:|---:|---:|")

@@ -16,8 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from chitu_diffusion.cli import options
 from chitu_diffusion.cli.console import emit_document, say, size, table
+from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.info import Document
 from chitu_diffusion.errors import ChituError
 
@@ -45,7 +45,8 @@ class Finding:
     remedy: str = ""
 
 
-def doctor(config: options.ConfigFile = None, model: options.Model = None, json_: Document = False) -> int:
+@takes_flags
+def doctor(args: Args, json_: Document = False) -> int:
     """Tell what this machine can run; each lack comes with its remedy. Exit 1 if nothing can be generated."""
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "python": _python,
@@ -55,7 +56,7 @@ def doctor(config: options.ConfigFile = None, model: options.Model = None, json_
         "devices": _devices,
         "attention": _attention,
         "video": _video,
-        "models": lambda: _models(config, model),
+        "models": lambda: _models(args),
     }
     findings: list[Finding] = []
     for name, check in checks.items():
@@ -173,11 +174,11 @@ def _video() -> Iterator[Finding]:
         yield Finding("mp4", "lack", f"PyAV {av.__version__} without libx264", remedy)
 
 
-def _models(config: Path | None, model: str | None) -> Iterator[Finding]:
+def _models(args: Args) -> Iterator[Finding]:
     from chitu_diffusion.models.registry import resolve_model
     from chitu_diffusion.models.wan.presets import FULL_SIZE
 
-    settings, _ = options.settings(config=config, set_=None, model=model)
+    settings, _ = args.load_config()
     name = settings.models.name
     try:
         spec, folder = resolve_model(name, settings.models.ckpt_dir)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.cli.console import emit, quoted, say
-from chitu_diffusion.cli.options import flags_named
+from chitu_diffusion.cli.flags import flags_named
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
@@ -77,27 +77,26 @@ def plan_of(spec: ModelSpec, resolved: DiffusionUserParams) -> dict[str, Any]:
     }
 
 
-def print_plan(config: EngineConfig, requests: Sequence[DiffusionUserParams], *, as_json: bool) -> int:
-    """Print what would be made, and make nothing."""
-    spec, folder = find_model(config)
+def print_plan(
+    config: EngineConfig,
+    spec: ModelSpec,
+    folder: Path,
+    requests: Sequence[DiffusionUserParams],
+    *,
+    as_json: bool,
+) -> int:
+    """Print what would be made of resolved requests, and make nothing."""
     level = config.infer.diffusion.low_mem_level
-    plans = [plan_of(spec, resolved) for resolved in resolved_requests(spec, config, requests)]
+    plans = [plan_of(spec, resolved) for resolved in requests]
     quant = config.infer.quant
+    device = config.infer.device
     if as_json:
-        device = config.infer.device
-        emit(
-            "plan",
-            model=spec.name,
-            folder=folder,
-            device=device,
-            low_mem_level=level,
-            quant=quant,
-            tasks=plans,
-        )
+        about = {"model": spec.name, "folder": folder, "device": device, "low_mem_level": level}
+        emit("plan", **about, quant=quant, tasks=plans)
         return 0
     say(f"model   {spec.name} in {folder}")
     say(
-        f"device  {config.infer.device}, dtype {config.infer.dtype}, memory level {level}, attention "
+        f"device  {device}, dtype {config.infer.dtype}, memory level {level}, attention "
         f"{config.infer.attn_type}"
     )
     if quant != "none":

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from chitu_diffusion.cli import options
 from chitu_diffusion.cli.console import emit_document, printable, table
+from chitu_diffusion.cli.flags import Args, takes_flags
 
 Document = Annotated[bool, typer.Option("--json", help="The answer as one JSON document.")]
 
@@ -49,11 +49,12 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 @config_app.command("show")
-def config_show(config: options.ConfigFile = None, set_: options.Set = None, json_: Document = False) -> int:
+@takes_flags
+def config_show(args: Args, json_: Document = False) -> int:
     """Show each setting, its value, and whether it came from a default, a file, the environment or a flag."""
     from chitu_diffusion.config import leaves
 
-    chosen, origins = options.settings(config=config, set_=set_)
+    chosen, origins = args.load_config()
     values = dict(_leaf_values(chosen.model_dump()))
     if json_:
         emit_document({name: {"value": values[name], "origin": origins[name]} for name in values})

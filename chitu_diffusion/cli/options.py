@@ -1,182 +1,27 @@
-"""The options that several commands share, and their way from text to request and settings.
+"""What the text after a flag means: sizes, guidance, caches, layouts, settings, names of files.
 
-Knows flags, `DiffusionUserParams` and `EngineConfig`; everything is checked here, before anything
-is loaded, and an error names the flag that was typed.
+Everything is checked here, before anything is loaded, and an error names the flag that was typed. Which flags
+there are is known by `flags.py`.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import Any
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.task import parse_seeds as parse_seeds
 
-if TYPE_CHECKING:
-    from chitu_diffusion.config import EngineConfig, Origins
 
-OutputFile = Annotated[
-    str | None,
-    typer.Option(
-        "-o", "--output", metavar="FILE", help="NAME.mp4, .gif, .npy, or NAME/ for a folder of png frames."
-    ),
-]
-Model = Annotated[
-    str | None, typer.Option("--model", help="A name ('chitu models ls'), a Hugging Face id, or a folder.")
-]
-NegativePrompt = Annotated[
-    str | None, typer.Option("--negative-prompt", help="What the video should not be.")
-]
-Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16: 832x480.")]
-Frames = Annotated[int | None, typer.Option("--frames", help="Length in frames, 4n+1: 33, 81.")]
-Fps = Annotated[int | None, typer.Option("--fps", help="Frames per second of the file.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.")]
-GuidanceScale = Annotated[
-    str | None,
-    typer.Option(
-        "--guidance-scale", metavar="G", help="Weight of the prompt: 5; or HIGH,LOW for two experts."
-    ),
-]
-Cache = Annotated[
-    str | None,
-    typer.Option(
-        "--cache", metavar="NAME[:KEY=VALUE,..]", help="A lossy feature cache: teacache:threshold=0.1."
-    ),
-]
-Fidelity = Annotated[
-    str | None,
-    typer.Option("--fidelity", metavar="DB", help="The fastest calibrated plan that keeps this PSNR: 35dB."),
-]
-Speedup = Annotated[
-    float | None, typer.Option("--speedup", metavar="X", help="The calibrated plan of this speed: 2.")
-]
-LowMemLevel = Annotated[
-    int | None,
-    typer.Option(
-        "--low-mem-level", help="0 all resident .. 4 blocks streamed; each level needs less memory."
-    ),
-]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-Quant = Annotated[
-    str | None, typer.Option("--quant", help="none, or fp8: linear layers in 8 bits, faster and lossy.")
-]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Quality = Annotated[
-    int | None, typer.Option("--quality", help="Of the mp4: 0 smallest .. 10 no visible loss.")
-]
-Gpus = Annotated[
-    int | None, typer.Option("--gpus", min=1, metavar="N", help="Share the work over N local processes.")
-]
-Parallel = Annotated[
-    str | None,
-    typer.Option(
-        "--parallel", metavar="LAYOUT", help="auto, or cfg2, u4, r2, cfg2u2r2 (CFG x Ulysses x ring)."
-    ),
-]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="Settings from a TOML file.")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="A.B=C", help="Any setting ('chitu config show'); repeatable."),
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON event a line on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")]
-
-FLAG_OF_FIELD: Mapping[str, str] = {
-    "prompt": "PROMPT",
-    "negative_prompt": "--negative-prompt",
-    "height": "--size height",
-    "width": "--size width",
-    "num_frames": "--frames",
-    "fps": "--fps",
-    "num_inference_steps": "--steps",
-    "guidance_scale": "--guidance-scale",
-    "seed": "--seed",
-    "save_path": "-o",
-    "flexcache": "--cache",
-    "models.name": "--model",
-    "infer.diffusion.low_mem_level": "--low-mem-level",
-    "infer.dtype": "--dtype",
-    "infer.quant": "--quant",
-    "infer.device": "--device",
-    "output.quality": "--quality",
-    "parallel": "--parallel",
-}
-
-
-@contextmanager
-def flags_named() -> Iterator[None]:
-    """An error about a field names the flag that was typed instead."""
-    try:
-        yield
-    except UsageError as error:
-        flag = FLAG_OF_FIELD.get(error.field or "")
-        message, start = str(error), f"{error.field} = "
-        if flag is None:
-            raise
-        text = message.removeprefix(start)
-        joint = " " if text is not message and message.startswith(start) else ": "
-        raise UsageError(f"{flag}{joint}{text}", field=error.field) from error
-
-
-def settings(
-    *,
-    config: Path | None,
-    set_: list[str] | None,
-    model: str | None = None,
-    low_mem_level: int | None = None,
-    dtype: str | None = None,
-    quant: str | None = None,
-    device: str | None = None,
-    quality: int | None = None,
-    parallel: str | None = None,
-) -> tuple[EngineConfig, Origins]:
-    """Settings from all four places, and where each came from.
-
-    Raises:
-        UsageError: an unknown name or a bad value, naming the flag.
-    """
-    from chitu_diffusion.config import load_config
-
-    flags: dict[str, Any] = {
-        "models.name": model,
-        "infer.diffusion.low_mem_level": low_mem_level,
-        "infer.dtype": dtype,
-        "infer.quant": quant,
-        "infer.device": device,
-        "output.quality": quality,
-    }
-    if parallel is not None:
-        from chitu_diffusion.distributed.plan import parse_layout
-
-        with flags_named():
-            layout = parse_layout(parallel)
-        names = {"cfg": "cfg_size", "cp": "cp_size", "ulysses": "ulysses_degree"}
-        flags |= {f"infer.diffusion.{names[name]}": value for name, value in layout.items()}
-    for text in set_ or ():
-        name, equals, value = text.partition("=")
-        if not equals or not name.strip():
-            raise UsageError(f"--set {text}: use NAME=VALUE, such as infer.attn_type=sdpa", field="set")
-        flags[name.strip()] = value.strip()
-    with flags_named():
-        return load_config(config, flags)
-
-
-def parse_size(text: str | None) -> tuple[int | None, int | None]:
-    """`832x480` -> (832, 480), width first; None -> (None, None).
+def parse_size(text: str) -> tuple[int, int]:
+    """`832x480` -> (832, 480), width first.
 
     Raises:
         UsageError: not two numbers.
     """
-    if text is None:
-        return None, None
     width, times, height = text.lower().replace("×", "x").partition("x")
     if not (times and _is_number(width) and _is_number(height)):
         raise UsageError(f"--size {text}: use WIDTHxHEIGHT in pixels, such as 832x480", field="size")
@@ -187,14 +32,12 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 20
 
 
-def parse_guidance(text: str | None) -> float | tuple[float, float] | None:
+def parse_guidance(text: str) -> float | tuple[float, float]:
     """`5` -> 5.0; `4,3` -> (4.0, 3.0), high noise first.
 
     Raises:
         UsageError: not one or two numbers.
     """
-    if text is None:
-        return None
     try:
         scales = [float(part) for part in text.split(",")]
     except ValueError:
@@ -209,8 +52,9 @@ def parse_guidance(text: str | None) -> float | tuple[float, float] | None:
     )
 
 
-def parse_cache(text: str | None) -> str | dict[str, Any] | None:
-    """`teacache` -> "teacache"; `teacache:threshold=0.1` -> {"strategy": "teacache", "threshold": 0.1}.
+def parse_cache(text: str) -> str | dict[str, Any] | None:
+    """`teacache` -> "teacache"; `teacache:threshold=0.1` -> {"strategy": "teacache", "threshold": 0.1}; an
+    empty text is None.
 
     Raises:
         UsageError: a part that is not KEY=VALUE.
@@ -236,6 +80,37 @@ def parse_fidelity(text: str) -> float:
         return float(number)
     except ValueError:
         raise UsageError(f"--fidelity {text}: use decibels, such as 35dB", field="fidelity") from None
+
+
+def parse_parallel(text: str) -> dict[str, int | None]:
+    """`u4` -> the three settings of a layout of ranks, by dotted name.
+
+    Raises:
+        UsageError: not such a word.
+    """
+    from chitu_diffusion.distributed.plan import parse_layout
+
+    try:
+        layout = parse_layout(text)
+    except UsageError as error:
+        raise UsageError(f"--parallel {str(error).removeprefix('parallel = ')}", field=error.field) from error
+    names = {"cfg": "cfg_size", "cp": "cp_size", "ulysses": "ulysses_degree"}
+    return {f"infer.diffusion.{names[name]}": value for name, value in layout.items()}
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, str]:
+    """["infer.attn_type=sdpa"] -> {"infer.attn_type": "sdpa"}.
+
+    Raises:
+        UsageError: a text that is not NAME=VALUE.
+    """
+    settings: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise UsageError(f"--set {text}: use NAME=VALUE, such as infer.attn_type=sdpa", field="set")
+        settings[name.strip()] = value.strip()
+    return settings
 
 
 def default_path(folder: str, seed: int) -> str:

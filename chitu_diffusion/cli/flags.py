@@ -1,0 +1,223 @@
+"""Every flag of the commands that make or measure videos: one row of `FLAGS` each.
+
+A row says what stands in the help, how the text is read and where the value goes. The commands'
+options, the request's fields, the engine's settings and the flags' names in error messages all
+follow from the rows. What a flag does is its command's matter.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import typer
+
+from chitu_diffusion.cli import options
+from chitu_diffusion.errors import UsageError
+
+if TYPE_CHECKING:
+    from chitu_diffusion.config import EngineConfig, Origins
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One row. With neither `field` nor `setting`, the command reads the value: `args["gpus"]`.
+
+    Attributes:
+        names: as they are typed: "--frames", or "-o --output".
+        commands: names of the functions that take it: "generate batch".
+        help: a sentence.
+        type: of the value: str, int, float, bool, Path, or list[str] for a repeatable flag.
+        field: of `DiffusionUserParams`; "width height" for a pair of values.
+        setting: dotted name in `EngineConfig`; "*" where `parse` gives several, by name.
+        parse: what makes a value of the text; raises UsageError with the flag's name.
+        default, metavar, min, max: as in `typer.Option`.
+    """
+
+    names: str
+    commands: str
+    help: str
+    type: Any = str
+    field: str = ""
+    setting: str = ""
+    parse: Callable[[Any], Any] | None = None
+    default: Any = None
+    metavar: str | None = None
+    min: float | None = None
+    max: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in `Args`: "dry_run" for "--dry-run"."""
+        return self.names.split()[-1].lstrip("-").replace("-", "_")
+
+    def parameter(self) -> inspect.Parameter:
+        """As a parameter of a command's function, which is how typer takes an option."""
+        default = False if self.type is bool else self.default
+        option = typer.Option(
+            default, *self.names.split(), help=self.help, metavar=self.metavar, min=self.min, max=self.max
+        )
+        kind = self.type | None if default is None else self.type
+        return inspect.Parameter(self.key, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+
+    def parsed(self, typed: Any) -> Any:
+        """The value of what typer read; None stays None."""
+        return typed if typed is None or self.parse is None else self.parse(typed)
+
+
+# In the order of the help. The formatter would spread a row over as many lines as it has values.
+# fmt: off
+FLAGS = (
+    Flag("-o --output", "generate", "NAME.mp4, .gif, .npy, or NAME/ for a folder of png frames.",
+         field="save_path", metavar="FILE"),
+    Flag("-o --output", "batch", "Folder for the videos.", Path, default=Path("outputs"), metavar="DIR"),
+    Flag("-o --output", "calibrate", "Not beside the model, but here.", Path, metavar="DIR"),
+    Flag("--model", "generate batch calibrate doctor",
+         "A name ('chitu models ls'), a Hugging Face id, or a folder.", setting="models.name"),
+    Flag("--prompts", "calibrate", "One prompt a line, twelve or so.", Path, metavar="FILE"),
+    Flag("--negative-prompt", "generate batch", "What the video should not be.", field="negative_prompt"),
+    Flag("--size", "generate batch calibrate", "Pixels, multiples of 16: 832x480.",
+         field="width height", parse=options.parse_size, metavar="WxH"),
+    Flag("--frames", "generate batch calibrate", "Length in frames, 4n+1: 33, 81.", int, field="num_frames"),
+    Flag("--fps", "generate batch", "Frames per second of the file.", int, field="fps"),
+    Flag("--steps", "generate batch calibrate", "Denoising steps.", int, field="num_inference_steps"),
+    Flag("--guidance-scale", "generate batch calibrate",
+         "Weight of the prompt: 5; or HIGH,LOW for two experts.",
+         field="guidance_scale", parse=options.parse_guidance, metavar="G"),
+    Flag("--seed", "generate", "One seed, or one video for each.",
+         field="seed", parse=options.parse_seeds, metavar="N | A..B"),
+    Flag("--seed", "batch", "For every row that names none.", int, field="seed"),
+    Flag("--seeds", "calibrate", "Of the runs that are fitted.",
+         parse=options.parse_seeds, default="0", metavar="A..B"),
+    Flag("--cache", "generate batch", "A lossy feature cache: teacache:threshold=0.1.",
+         field="flexcache", parse=options.parse_cache, metavar="NAME[:KEY=VALUE,..]"),
+    Flag("--fidelity", "generate", "The fastest calibrated plan that keeps this PSNR: 35dB.",
+         parse=options.parse_fidelity, metavar="DB"),
+    Flag("--speedup", "generate", "The calibrated plan of this speed: 2.", float, metavar="X"),
+    Flag("--low-mem-level", "generate batch",
+         "0 all resident .. 4 blocks streamed; each level needs less memory.", int,
+         setting="infer.diffusion.low_mem_level"),
+    Flag("--dtype", "generate batch calibrate", "auto, float32, bfloat16 or float16.", setting="infer.dtype"),
+    Flag("--quant", "generate batch", "none, or fp8: linear layers in 8 bits, faster and lossy.",
+         setting="infer.quant"),
+    Flag("--device", "generate batch calibrate", "auto, cpu, cuda or cuda:N.", setting="infer.device"),
+    Flag("--quality", "generate batch", "Of the mp4: 0 smallest .. 10 no visible loss.", int,
+         setting="output.quality"),
+    Flag("--workers", "calibrate", "Processes that share the device.", int, default=1, min=1, max=64),
+    Flag("--gpus", "generate batch", "Share the work over N local processes.", int, min=1, metavar="N"),
+    Flag("--parallel", "generate batch", "auto, or cfg2, u4, r2, cfg2u2r2 (CFG x Ulysses x ring).",
+         setting="*", parse=options.parse_parallel, metavar="LAYOUT"),
+    Flag("--config", "generate batch doctor config_show", "Settings from a TOML file.", Path, metavar="FILE"),
+    Flag("--set", "generate batch calibrate config_show", "Any setting ('chitu config show'); repeatable.",
+         list[str], setting="*", parse=options.parse_settings, metavar="A.B=C"),
+    Flag("--profile", "generate", "Write a Chrome trace, show top ops.", Path, metavar="DIR"),
+    Flag("--dry-run", "generate batch", "Check everything, print the plan, make nothing.", bool),
+    Flag("--json", "generate batch calibrate", "One JSON event a line on stdout.", bool),
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Args:
+    """What was typed for one command: `args["dry_run"]` is the value of `--dry-run`.
+
+    A flag that was not typed has its row's default: False for a bool, else None where the row names none.
+
+    Attributes:
+        flags: the command's rows.
+        values: by the rows' keys.
+    """
+
+    flags: Sequence[Flag]
+    values: Mapping[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def _typed(self) -> Iterator[tuple[Flag, Any]]:
+        for flag in self.flags:
+            value = self[flag.key]
+            # False is a bool flag that was not typed; 0 is a value
+            if value is not None and value is not False:
+                yield flag, value
+
+    def request_fields(self) -> dict[str, Any]:
+        """The fields of `DiffusionUserParams` that were typed, by name."""
+        fields: dict[str, Any] = {}
+        for flag, value in self._typed():
+            if flag.field:
+                names = flag.field.split()
+                fields |= zip(names, value if len(names) > 1 else [value], strict=True)
+        return fields
+
+    def load_config(self) -> tuple[EngineConfig, Origins]:
+        """Settings from all four places, and where each came from.
+
+        Raises:
+            UsageError: an unknown name or a bad value, naming the flag.
+        """
+        from chitu_diffusion.config import load_config
+
+        settings: dict[str, Any] = {}
+        for flag, value in self._typed():
+            if flag.setting:
+                settings |= value if flag.setting == "*" else {flag.setting: value}
+        with flags_named():
+            return load_config(self.values.get("config"), settings)
+
+
+def takes_flags(function: Callable[..., Result], flags: Sequence[Flag] = FLAGS) -> Callable[..., Result]:
+    """A command for typer: in place of the parameter `args` stand the flags whose rows name the function.
+
+    Args:
+        function: takes `args: Args`, and whatever else typer understands.
+        flags: the table.
+    """
+    own = [flag for flag in flags if function.__name__ in flag.commands.split()]
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        if parameter.name == "args":
+            parameters += [flag.parameter() for flag in own]
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(function)
+    def command(**typed: Any) -> Result:
+        values = {flag.key: flag.parsed(typed.pop(flag.key)) for flag in own}
+        return function(args=Args(own, values), **typed)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
+    return command
+
+
+def _flag_of_field(flags: Sequence[Flag]) -> Iterator[tuple[str, str]]:
+    for flag in flags:
+        name = flag.names.split()[0]
+        fields = (flag.field or flag.setting).split()
+        for field in fields:
+            yield field, f"{name} {field}" if len(fields) > 1 else name
+
+
+FLAG_OF_FIELD = {"prompt": "PROMPT", **dict(_flag_of_field(FLAGS))}
+
+
+@contextmanager
+def flags_named() -> Iterator[None]:
+    """An error about a field names the flag that was typed instead."""
+    try:
+        yield
+    except UsageError as error:
+        flag = FLAG_OF_FIELD.get(error.field or "")
+        message, start = str(error), f"{error.field} = "
+        if flag is None:
+            raise
+        text = message.removeprefix(start)
+        joint = " " if text is not message and message.startswith(start) else ": "
+        raise UsageError(f"{flag}{joint}{text}", field=error.field) from error
