@@ -34,7 +34,7 @@ from chitu_diffusion.ops.compile import CompileWatch
 from chitu_diffusion.ops.float8_linear import float8_begins, has_float8_products, set_float8, to_float8
 from chitu_diffusion.ops.fused import HAS_TRITON
 from chitu_diffusion.sampling.solvers import Sampler
-from chitu_diffusion.weights.loader import fingerprint
+from chitu_diffusion.weights.loader import WeightsHash
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,6 @@ class DiffusionBackend:
         self.flexcache_manager = FlexCacheManager(self.groups.all_reduce_max)
         if self.args.infer.threads is not None:
             torch.set_num_threads(self.args.infer.threads)
-        self._sha256: str | None = None
         self._watch: CompileWatch | None = None
         _check_quant(self.args, self.device, self.dtype)
 
@@ -172,6 +171,7 @@ class DiffusionBackend:
             for expert in networks.experts:
                 expert.enable_gradient_checkpointing()
         self._networks: Networks | None = networks
+        self._weights_hash = None if networks.folder is None else WeightsHash(networks.folder, cache_dir())
         self.state = BackendState.INITIALIZED
 
     @property
@@ -285,10 +285,12 @@ class DiffusionBackend:
 
     def weights_sha256(self) -> str | None:
         """SHA-256 over the checkpoint's files, remembered between runs; None for networks made in memory."""
-        folder = self._alive().folder
-        if self._sha256 is None and folder is not None:
-            self._sha256 = fingerprint(folder, cache_dir())
-        return self._sha256
+        self.require_alive()
+        return None if self._weights_hash is None else self._weights_hash.value()
+
+    def weights_are_hashed(self) -> bool:
+        """Whether `weights_sha256` would not wait."""
+        return self._weights_hash is None or self._weights_hash.is_known
 
     def _alive(self) -> Networks:
         if self.state is BackendState.UNINITIALIZED or self._networks is None:

@@ -116,6 +116,20 @@ class SchedulerSettings(Settings):
     )
 
 
+class CheckpointSettings(Settings):
+    """Tasks as files, where whoever runs them asks for it."""
+
+    every_s: float = Field(
+        10.0, ge=0, description="least seconds between two checkpoints of a task; 0: after every work unit"
+    )
+    cache_limit_mb: float = Field(
+        512.0, ge=0, description="a larger flexcache stays out of checkpoints, and begins empty after one"
+    )
+    resume: Literal["any", "exact", "never"] = Field(
+        "any", description="exact: only where the very same video follows; never: start over"
+    )
+
+
 class RankSettings(Settings):
     """When several ranks share the work: how long they wait for each other."""
 
@@ -145,6 +159,7 @@ class EngineConfig(Settings):
     infer: InferSettings = Field(default_factory=InferSettings)
     output: OutputSettings = Field(default_factory=OutputSettings)
     scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings)
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     ranks: RankSettings = Field(default_factory=RankSettings)
 
     def __init__(self, **data: Any) -> None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from chitu_diffusion.backend import BackendState, DiffusionBackend, pick_device
 from chitu_diffusion.config import EngineConfig, rank_place, set_nccl_defaults
@@ -91,17 +94,24 @@ class Engine:
         self._open = True
         self._admitting = threading.Lock()  # of `_open`: nothing is taken in after `close` has begun
         self._admission = Admission(self.backend)
+        self._last_saved: weakref.WeakKeyDictionary[DiffusionTask, float] = weakref.WeakKeyDictionary()
+        self._save_seconds = 0.0
 
     @property
     def is_driver(self) -> bool:
         """Whether this rank decides and saves; true without ranks."""
         return self._executor.is_driver
 
-    def submit(self, request: DiffusionUserParams | DiffusionTask) -> DiffusionTask:
+    def submit(
+        self, request: DiffusionUserParams | DiffusionTask, *, checkpoints: str | Path | None = None
+    ) -> DiffusionTask:
         """Take a request in, if the model can do it.
 
         Args:
-            request: parameters, or a task that was made of them and has not begun.
+            request: parameters, or a task that was made of them.
+            checkpoints: a folder for checkpoints of this task alone. Where one lies in it already, the task
+                goes on from there (`task.resumed` says how); from then on one is written every
+                `checkpoint.every_s` seconds and by `save_tasks`, and all are gone when the video stands.
 
         Returns:
             the task, pending.
@@ -112,6 +122,12 @@ class Engine:
         """
         task = request if isinstance(request, DiffusionTask) else DiffusionTask.from_user_request(request)
         self._require_open()
+        if task.status is not TaskStatus.PENDING and self.backend.groups.plan.world > 1:
+            raise UsageError(
+                f"task {task.task_id} is {task.status} on this rank alone; use submit(params, "
+                "checkpoints=FOLDER)",
+                field="checkpoints",
+            )
         self._admission.admit(task)
         if not self.is_driver:
             with self._turn:
@@ -120,7 +136,10 @@ class Engine:
         with self._admitting:
             self._require_open()
             self.pool.add(task)
-            self._inbox.append(partial(self._executor.add_task, task))
+            folder = None if checkpoints is None else Path(checkpoints).absolute()
+            if folder is not None:
+                self._last_saved[task] = time.monotonic()
+            self._inbox.append(partial(self._executor.add_task, task, folder))
         self._deliver()
         return task
 
@@ -157,7 +176,9 @@ class Engine:
                 f"the scheduler named task {task_id!r}, which is not in the pool", field="scheduler"
             )
         self._drain()  # the task may have come since the unit began, and the other ranks must know it
-        return self._advance(task)
+        event = self._advance(task)
+        self._save_if_due(task)
+        return event
 
     def run_until_idle(self) -> None:
         """Step until no task has work left, or another thread closes the engine. Ctrl+C leaves the running
@@ -168,6 +189,32 @@ class Engine:
             except UsageError:
                 if self._open:
                     raise
+
+    def save_tasks(self) -> list[DiffusionTask]:
+        """Write a checkpoint of every task that has begun and was submitted with a folder for them; waits for
+        the end of the unit that is running.
+
+        Returns:
+            these tasks.
+        """
+        with self._turn:
+            begun = [task for task in self.pool.unfinished() if task in self._last_saved and task.resolved]
+            for task in begun:
+                self._executor.save_task(task)
+        return [task for task in begun if task.current_step or task.status is TaskStatus.DENOISING]
+
+    def _save_if_due(self, task: DiffusionTask) -> None:
+        """A checkpoint, where the last one is old enough; writing takes at most a twentieth of the time."""
+        if task.is_finished():
+            self._last_saved.pop(task, None)
+        if task not in self._last_saved or not self.backend.weights_are_hashed():
+            return
+        now = time.monotonic()
+        every = self.backend.args.checkpoint.every_s
+        if now - self._last_saved[task] >= (max(every, 20 * self._save_seconds) if every else 0.0):
+            self._executor.save_task(task)
+            self._last_saved[task] = time.monotonic()
+            self._save_seconds = time.monotonic() - now
 
     def cancel(self, task_id: str) -> bool:
         """End a task as cancelled: at once, or at the end of the unit that is running; waits for neither.

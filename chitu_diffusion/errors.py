@@ -13,7 +13,8 @@ The tree, with the exit code that the command line gives for each:
     └── TaskError             1    one task failed; the engine and every other task go on
         ├── StageError             a stage raised: stage, step and cause are named
         ├── NonFiniteError         a NaN or Inf was found in a tensor (also a ValueError)
-        └── OutputError            the finished video could not be written
+        ├── OutputError            the finished video could not be written
+        └── CannotResumeError      a saved task is damaged, or was made by something else
 
 Every message says what, where, why, and the next thing to do. This file knows nothing of the
 rest of the package, so that anything may import it.
@@ -124,6 +125,10 @@ class NonFiniteError(TaskError, ValueError):
 
 class OutputError(TaskError):
     """The video could not be written."""
+
+
+class CannotResumeError(TaskError):
+    """A saved task cannot go on here; the message says why."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -331,6 +331,23 @@ class TaskBuffer:
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """How a task that was saved goes on.
+
+    Attributes:
+        step: denoising steps that were done; 0 where it starts over.
+        exact: whether the video will be the very one of a run that was never cut short.
+        differs: in words, what is not as it was; or why it starts over.
+        kernel: name of the attention kernel of the steps before.
+    """
+
+    step: int
+    exact: bool
+    differs: tuple[str, ...] = ()
+    kernel: str | None = None
+
+
+@dataclass(frozen=True)
 class Progress:
     """One unit of work done: what `generate_step` returns.
 
@@ -364,7 +381,8 @@ class DiffusionTask:
 
     `params` is the request as asked; `resolved` is filled when an engine takes it in, or by
     the first unit: the same with every None replaced by the model's own value. `current_step` counts
-    denoising steps done; `num_inference_steps` is their number. `error` is set when `status` is failed.
+    denoising steps done; `num_inference_steps` is their number. `resumed` is set where it went on from a
+    checkpoint. `error` is set when `status` is failed.
     """
 
     task_id: str
@@ -376,6 +394,7 @@ class DiffusionTask:
     current_step: int = 0
     cascade_stage: int = 0
     expert: int | None = None
+    resumed: Resumed | None = None
     buffer: TaskBuffer = field(default_factory=TaskBuffer)
     events: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -125,7 +125,7 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a bad value reached the engine")
 
-    monkeypatch.setattr("chitu_diffusion.cli.runner.run_requests", refuse)
+    monkeypatch.setattr("chitu_diffusion.cli.runner.run_jobs", refuse)
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 # one import of everything, then each rank is a fork of it
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     ["chitu_diffusion.engine", "diffusers.models.autoencoders.autoencoder_kl_wan", "transformers"]
 )
 
@@ -32,7 +32,7 @@ def start_ranks(world: int, work: Work, *given: Any, store: dist.TCPStore, error
     ERRORS/RANK.txt.
     """
     ranks = [
-        _CONTEXT.Process(target=_rank, args=(work, rank, world, store.port, str(errors), given), daemon=True)
+        CONTEXT.Process(target=_rank, args=(work, rank, world, store.port, str(errors), given), daemon=True)
         for rank in range(world)
     ]
     for process in ranks:

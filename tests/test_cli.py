@@ -340,7 +340,7 @@ def test_exit_codes(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("chitu_diffusion.cli.runner.run_requests", fail)
+    monkeypatch.setattr("chitu_diffusion.cli.runner.run_jobs", fail)
     found, _, err = chitu("generate", "cat", "--model", tiny_folder)
     assert found == code
     assert "Traceback" not in err

@@ -4,6 +4,7 @@ dies or freezes.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -215,6 +217,91 @@ def test_a_thread_submits_and_cancels_while_another_steps(model: Path, tmp_path:
     assert all(status == "finished" for index, status in enumerate(statuses) if index % 10 != 9)
     assert len(list(tmp_path.glob("*.mp4"))) == statuses.count("finished")
     assert kept <= 100
+
+
+# -- checkpoints
+
+RESUMED = {"num_inference_steps": 8, "num_frames": 9}
+CACHES = {"none": None, "step": {"strategy": "interval", "interval": 3}, "module": "taylorseer"}
+
+
+def stop_and_go_on(
+    rank: int, world: int, store: dist.Store, folder: str, out: str, plan: ParallelPlan
+) -> None:
+    """For each cache: a whole run, and one that is closed after 5 steps and goes on in another engine."""
+    seen: dict[str, Any] = {}
+
+    def engine(number: int) -> Engine:
+        workers = WorkerGroup(plan, rank, dist.PrefixStore(str(number), store), device=torch.device("cpu"))
+        config = config_for(Path(folder), Path(out))
+        config.checkpoint.every_s = 0
+        return Engine(config, workers=workers)
+
+    for index, (name, flexcache) in enumerate(CACHES.items()):
+        asked = params(**RESUMED, flexcache=flexcache, task_id=name)
+        place = f"{out}/kept-{name}"
+        first = engine(2 * index)
+        if first.is_driver:
+            first.submit(dataclasses.replace(asked, task_id="whole", save_path=f"{out}/{name}-whole.npy"))
+            first.run_until_idle()
+            first.submit(dataclasses.replace(asked, save_path=f"{out}/{name}-part.npy"), checkpoints=place)
+            for _ in range(6):
+                first.step()
+        first.close()
+        second = engine(2 * index + 1)
+        if second.is_driver:
+            path = f"{out}/{name}-part.npy"
+            task = second.submit(dataclasses.replace(asked, save_path=path), checkpoints=place)
+            seen[name] = dataclasses.asdict(task.resumed) if task.resumed else None
+            second.run_until_idle()
+        second.close()
+    if rank == 0:
+        Path(out, "resumed.json").write_text(json.dumps(seen))
+
+
+@pytest.mark.parametrize("layout", ["u2", "r2", "cfg2"])
+def test_ranks_go_on_together(model: Path, tmp_path: Path, layout: str) -> None:
+    plan = ParallelPlan(**{"u2": {"ulysses": 2}, "r2": {"ring": 2}, "cfg2": {"cfg": 2}}[layout])
+    run_ranks(2, stop_and_go_on, str(model), str(tmp_path), plan, errors=tmp_path, seconds=100)
+    seen = json.loads((tmp_path / "resumed.json").read_text())
+    for name in CACHES:
+        assert seen[name]["step"] == 5 and seen[name]["exact"], seen
+        assert not (tmp_path / f"kept-{name}").exists()
+        whole, part = (np.load(tmp_path / f"{name}-{which}.npy") for which in ("whole", "part"))
+        assert np.array_equal(whole, part), name
+
+
+def lose_a_file(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
+    """Rank 1's checkpoints are gone when the run goes on; then the layout is another."""
+    for number, layout in enumerate([{"ulysses": 2}, {"ulysses": 2}, {"cfg": 2}]):
+        plan = ParallelPlan(**layout)
+        workers = WorkerGroup(plan, rank, dist.PrefixStore(str(number), store), device=torch.device("cpu"))
+        config = config_for(Path(folder), Path(out))
+        config.checkpoint.every_s = 0
+        engine = Engine(config, workers=workers)
+        if engine.is_driver:
+            if number == 1:
+                for file in Path(out, "kept").glob("rank1-*"):
+                    file.unlink()
+            task = engine.submit(
+                params(**RESUMED, flexcache=CACHES["step"] if number < 2 else None), checkpoints=f"{out}/kept"
+            )
+            if number:
+                Path(out, f"resumed-{number}.json").write_text(json.dumps(dataclasses.asdict(task.resumed)))
+            for _ in range(4):
+                engine.step()
+        engine.close()
+
+
+def test_ranks_without_the_same_checkpoint_start_over(model: Path, tmp_path: Path) -> None:
+    run_ranks(2, lose_a_file, str(model), str(tmp_path), errors=tmp_path, seconds=60)
+    lost, other = (json.loads((tmp_path / f"resumed-{number}.json").read_text()) for number in (1, 2))
+    # rank 1 finds the file of rank 0, whose cache holds the tokens of rank 0: it is told by the layout, or by
+    # the step
+    assert lost["step"] == 0, lost
+    assert other["step"] == 0 and any(
+        "layout cfg1u2r1, here cfg2u1r1" in note for note in other["differs"]
+    ), other
 
 
 # -- a rank that dies, freezes, or is interrupted

@@ -108,10 +108,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(args=words, obj=words, prog_name="chitu", standalone_mode=False)
         if code == INTERRUPTED:
-            say("interrupted; the same command starts again")
+            say("interrupted; give the same command again to go on")
         return int(code or 0)
     except KeyboardInterrupt:
-        say("interrupted; the same command starts again")
+        say("interrupted; give the same command again to go on")
         return INTERRUPTED
     except BrokenPipeError:
         # nobody reads on; without this, Python complains once more when it flushes at exit

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,16 +19,17 @@ import typer
 
 from chitu_diffusion.cli import options
 from chitu_diffusion.cli.console import duration, emit, printable, say, table
-from chitu_diffusion.cli.dry_run import find_model, resolve
+from chitu_diffusion.cli.dry_run import find_model, task_for
 from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
+from chitu_diffusion.cli.resume import VideoJob, job_key, run_key
 from chitu_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
     from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
-Resolve = Callable[["DiffusionUserParams"], "DiffusionUserParams"]
+MakeTask = Callable[["DiffusionUserParams"], "DiffusionTask"]
 _TOO_MANY = "\n"
 """Where csv puts cells beyond the header's; no header has this name."""
 WHOLE_NUMBERS = ("height", "width", "num_frames", "fps", "num_inference_steps", "seed", "priority")
@@ -36,13 +37,11 @@ WHOLE_NUMBERS = ("height", "width", "num_frames", "fps", "num_inference_steps", 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the file: its number (from 1), the checked request, and the same with the model's values
-    filled in.
-    """
+    """One line of the file: its number (from 1), the checked request, and its task, resolved."""
 
     line: int
     params: DiffusionUserParams
-    resolved: DiffusionUserParams
+    task: DiffusionTask
 
     @property
     def path(self) -> str:
@@ -98,15 +97,15 @@ def batch(
     guidance_scale, seed, save_path, flexcache, role and priority. The flags fill in what a row leaves out.
     """
     config, _ = args.load_config()
-    spec, _ = find_model(config)
+    model = find_model(config)
     gpus = args["gpus"]
     as_json = args["json"]
     if gpus:
-        check_layout(config, spec, gpus)
+        check_layout(config, model.spec, gpus)
     rows = read_rows(
-        file, args["output"], args.request_fields(), lambda params: resolve(spec, config, params)
+        file, args["output"], args.request_fields(), lambda params: task_for(model, config, params)
     )
-    todo = [row for row in rows if not is_done(row, spec.name, config)]
+    todo = [row for row in rows if not is_done(row, model.spec.name, config)]
     left = {row.line for row in todo}
     done = len(rows) - len(todo)
     if args["dry_run"] or not todo:
@@ -118,18 +117,15 @@ def batch(
     if done and not as_json:
         say(f"{done} of {len(rows)} rows are done already and are skipped")
     from chitu_diffusion.cli.progress import make_reporter
-    from chitu_diffusion.cli.runner import run_requests
+    from chitu_diffusion.cli.runner import run_jobs
 
-    tasks = run_requests(config, [_with_seed(row) for row in todo], make_reporter(as_json=as_json))
+    jobs = [VideoJob(row.task, job_key(row.params, (), config)) for row in todo]
+    places = [str(path.absolute()) for path in (file, args["output"])]
+    key = None if args["no_resume"] else run_key(places)
+    tasks = run_jobs(config, model, jobs, make_reporter(as_json=as_json), key=key)
     return _summary(
         rows, left, {row.line: task for row, task in zip(todo, tasks, strict=True)}, as_json=as_json
     )
-
-
-def _with_seed(row: Row) -> DiffusionUserParams:
-    from chitu_diffusion.task import draw_seed
-
-    return row.params if row.params.seed is not None else replace(row.params, seed=draw_seed())
 
 
 def _summary(rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask], *, as_json: bool) -> int:
@@ -184,19 +180,19 @@ def is_done(row: Row, model: str, config: EngineConfig) -> bool:
         return False
     if kernel != "auto" and recipe.get("attention") != kernel:
         return False
-    mine = json.loads(json.dumps(row.resolved.to_mapping(), default=str))
+    mine = json.loads(json.dumps((row.task.resolved or row.params).to_mapping(), default=str))
     ignored = {"save_path", "task_id", "role", "priority"} | ({"seed"} if row.params.seed is None else set())
     return all(made.get(name) == value for name, value in mine.items() if name not in ignored)
 
 
-def read_rows(file: Path, folder: Path, defaults: Mapping[str, Any], resolved: Resolve) -> list[Row]:
+def read_rows(file: Path, folder: Path, defaults: Mapping[str, Any], make_task: MakeTask) -> list[Row]:
     """Every row of the file, checked.
 
     Args:
         file: .txt, .jsonl or .csv.
         folder: where the videos go.
         defaults: fields for rows that leave them out.
-        resolved: fills in the model's own values, and refuses what the model cannot do.
+        make_task: fills in the model's own values, and refuses what the model cannot do.
 
     Raises:
         UsageError: an unreadable file, no rows, or bad rows: all of them are listed by line number.
@@ -221,7 +217,7 @@ def read_rows(file: Path, folder: Path, defaults: Mapping[str, Any], resolved: R
     for number, (line, values) in enumerate(reader(text), start=1):
         try:
             params = _request(number, values, folder, defaults)
-            row = Row(line, params, resolved(params))
+            row = Row(line, params, make_task(params))
             check_save_path(row.path)
             taken.claim(row)
             rows.append(row)

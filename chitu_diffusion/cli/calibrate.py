@@ -33,7 +33,7 @@ def calibrate(args: Args) -> None:
     the weights.
     """
     config, _ = args.load_config()
-    _, folder = find_model(config)
+    folder = find_model(config).required().path
     output = args["output"]
     options.make_folder("-o", output)
     from chitu_diffusion.evaluation.cache_table import read_prompts

@@ -7,7 +7,6 @@ Knows models by their configs only; torch is not imported.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.cli.console import emit, quoted, say
@@ -15,11 +14,12 @@ from chitu_diffusion.cli.flags import flags_named
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
+    from chitu_diffusion.models.registry import FoundModel
     from chitu_diffusion.models.spec import ModelSpec
-    from chitu_diffusion.task import DiffusionUserParams
+    from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 
-def find_model(config: EngineConfig) -> tuple[ModelSpec, Path]:
+def find_model(config: EngineConfig) -> FoundModel:
     """The model that the settings name, which must be on this machine.
 
     Raises:
@@ -31,40 +31,26 @@ def find_model(config: EngineConfig) -> tuple[ModelSpec, Path]:
 
     with flags_named():
         model = resolve_model(config.models.name, config.models.ckpt_dir)
-    return model.spec, model.required().path
+    model.required()
+    return model
 
 
-def resolved_requests(
-    spec: ModelSpec, config: EngineConfig, requests: Sequence[DiffusionUserParams]
-) -> list[DiffusionUserParams]:
-    """Every request with the model's own values in place of None.
-
-    Raises:
-        UsageError: what this model cannot do, naming the flag.
-    """
-    with flags_named():
-        return [resolve(spec, config, params) for params in requests]
-
-
-def resolve(spec: ModelSpec, config: EngineConfig, params: DiffusionUserParams) -> DiffusionUserParams:
-    """One request with the model's own values in place of None; a seed of None becomes 0.
+def task_for(model: FoundModel, config: EngineConfig, params: DiffusionUserParams) -> DiffusionTask:
+    """A request's task, with the model's own values in place of None.
 
     Raises:
         UsageError: what this model cannot do, naming the field.
     """
-    from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache
-    from chitu_diffusion.pipelines.request import cache_shapes, resolve_request
+    from chitu_diffusion.pipelines.request import check_cache, resolve_task
+    from chitu_diffusion.task import DiffusionTask
 
-    task_id, seed = params.task_id or "task", params.seed or 0
-    resolved = resolve_request(params, spec, seed=seed, task_id=task_id, output_dir=config.output.dir)
-    parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 1)
+    task = DiffusionTask.from_user_request(params)
+    task.resolved = resolve_task(task, model.spec, config.output.dir)
     # what "auto" will be is not known yet: the least is checked here, the rest when the engine takes the
     # request in
     item = 4 if config.infer.dtype == "float32" else 2
-    cache_bytes(
-        resolved.flexcache, cache_shapes(resolved, spec, item), config.infer.diffusion.cache_memory_gb
-    )
-    return resolved
+    check_cache(task.resolved, model.spec, item, config.infer.diffusion.cache_memory_gb)
+    return task
 
 
 def plan_of(spec: ModelSpec, resolved: DiffusionUserParams) -> dict[str, Any]:
@@ -78,16 +64,13 @@ def plan_of(spec: ModelSpec, resolved: DiffusionUserParams) -> dict[str, Any]:
 
 
 def print_plan(
-    config: EngineConfig,
-    spec: ModelSpec,
-    folder: Path,
-    requests: Sequence[DiffusionUserParams],
-    *,
-    as_json: bool,
+    config: EngineConfig, model: FoundModel, tasks: Sequence[DiffusionTask], *, as_json: bool
 ) -> int:
-    """Print what would be made of resolved requests, and make nothing."""
+    """Print what would be made of resolved tasks, and make nothing."""
+    spec = model.spec
+    folder = model.required().path
     level = config.infer.diffusion.low_mem_level
-    plans = [plan_of(spec, resolved) for resolved in requests]
+    plans = [plan_of(spec, task.resolved or task.params) for task in tasks]
     quant = config.infer.quant
     device = config.infer.device
     if as_json:

@@ -118,6 +118,7 @@ FLAGS = (
     Flag("--set", "generate batch calibrate config_show", "Any setting ('chitu config show'); repeatable.",
          list[str], setting="*", parse=options.parse_settings, metavar="A.B=C"),
     Flag("--profile", "generate", "Write a Chrome trace, show top ops.", Path, metavar="DIR"),
+    Flag("--no-resume", "generate batch", "Start over, though a run of this command was cut short.", bool),
     Flag("--dry-run", "generate batch", "Check everything, print the plan, make nothing.", bool),
     Flag("--json", "generate batch calibrate", "One JSON event a line on stdout.", bool),
 )

@@ -14,13 +14,15 @@ import typer
 
 from chitu_diffusion.cli import options
 from chitu_diffusion.cli.console import say
-from chitu_diffusion.cli.dry_run import find_model, print_plan, resolved_requests
+from chitu_diffusion.cli.dry_run import find_model, print_plan, task_for
 from chitu_diffusion.cli.flags import Args, flags_named, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
+from chitu_diffusion.cli.resume import VideoJob, job_key, run_key
 from chitu_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
+    from chitu_diffusion.models.registry import FoundModel
     from chitu_diffusion.models.spec import ModelSpec
     from chitu_diffusion.task import DiffusionUserParams
 
@@ -36,21 +38,26 @@ def generate(
     Example: chitu generate "A cat walking on grass" -o cat.mp4 --seed 42
     """
     config, _ = args.load_config()
-    requests = requests_for_seeds({"prompt": prompt, **args.request_fields()}, config.output.dir)
-    spec, folder = find_model(config)
+    asked = {"prompt": prompt, **args.request_fields()}
+    requests = requests_for_seeds(asked, config.output.dir)
+    model = find_model(config)
     if args["fidelity"] is not None or args["speedup"] is not None:
-        flexcache = picked_cache(spec, config.models.name, args)
+        flexcache = picked_cache(model.spec, config.models.name, args)
         requests = [replace(request, flexcache=flexcache) for request in requests]
-    resolved = resolved_requests(spec, config, requests)
+    with flags_named():
+        tasks = [task_for(model, config, params) for params in requests]
     gpus = args["gpus"]
     if gpus:
-        check_layout(config, spec, gpus)
+        check_layout(config, model.spec, gpus)
     if args["dry_run"]:
-        return print_plan(config, spec, folder, resolved, as_json=args["json"])
+        return print_plan(config, model, tasks, as_json=args["json"])
     options.make_folder("--profile", args["profile"])
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, config)
-    return make_videos(config, requests, profile=args["profile"], as_json=args["json"])
+    drawn = [name for name in ("seed", "save_path") if asked.get(name) is None]
+    jobs = [VideoJob(task, job_key(task.params, drawn, config)) for task in tasks]
+    key = None if args["no_resume"] else run_key([job.key for job in jobs])
+    return make_videos(config, model, jobs, key, profile=args["profile"], as_json=args["json"])
 
 
 def picked_cache(spec: ModelSpec, model: str, args: Args) -> dict[str, Any]:
@@ -130,14 +137,20 @@ def requests_for_seeds(asked: dict[str, Any], folder: str) -> list[DiffusionUser
 
 
 def make_videos(
-    config: EngineConfig, requests: list[DiffusionUserParams], *, profile: Path | None, as_json: bool
+    config: EngineConfig,
+    model: FoundModel,
+    jobs: list[VideoJob],
+    key: str | None,
+    *,
+    profile: Path | None,
+    as_json: bool,
 ) -> int:
     """Run the requests; the paths go to stdout."""
     from chitu_diffusion.cli.progress import make_reporter
-    from chitu_diffusion.cli.runner import exit_code_for, run_requests
+    from chitu_diffusion.cli.runner import exit_code_for, run_jobs
     from chitu_diffusion.task import TaskStatus
 
-    tasks = run_requests(config, requests, make_reporter(as_json=as_json), profile=profile)
+    tasks = run_jobs(config, model, jobs, make_reporter(as_json=as_json), key=key, profile=profile)
     if not as_json:
         for task in tasks:
             if task.status is TaskStatus.FINISHED:

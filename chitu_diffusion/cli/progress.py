@@ -7,12 +7,13 @@ gets every event.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
 from typing import Protocol
 
-from chitu_diffusion.cli.console import duration, emit, quoted, say
+from chitu_diffusion.cli.console import duration, emit, printable, quoted, say
 from chitu_diffusion.task import DiffusionTask, Progress, TaskStatus
 
 LINE_EVERY = 5.0
@@ -36,6 +37,10 @@ class Reporter(Protocol):
 
     def end(self, task: DiffusionTask) -> None:
         """A task has ended, well or not."""
+        ...
+
+    def saved(self, task: DiffusionTask) -> None:
+        """A task was cut short, and the same command goes on with it."""
         ...
 
     def close(self) -> None:
@@ -93,7 +98,24 @@ def _ending(task: DiffusionTask) -> str:
 
 def _opening(task: DiffusionTask, number: int, total: int) -> str:
     count = f"[{number}/{total}] " if total > 1 else ""
-    return f"{count}{quoted(task.params.prompt)}, seed {task.seed}"
+    return "\n".join([f"{count}{quoted(task.params.prompt)}, seed {task.seed}", *_resuming(task)])
+
+
+def _resuming(task: DiffusionTask) -> list[str]:
+    """How a task goes on that an earlier run left unfinished."""
+    found = task.resumed
+    if found is None:
+        return []
+    differs = printable("; ".join(found.differs))
+    if not found.step:
+        return [f"  starting over: {differs}"] if differs else []
+    lines = [f"  going on at step {found.step} of {task.num_inference_steps}"]
+    return lines if found.exact else [*lines, f"  not exact, it may differ by rounding: {differs}"]
+
+
+def _saved(task: DiffusionTask) -> str:
+    done = f"step {task.current_step} of {task.num_inference_steps}"
+    return f"saved at {done}; the same command goes on there"
 
 
 class SilentReporter:
@@ -109,6 +131,9 @@ class SilentReporter:
         """Nothing."""
 
     def end(self, task: DiffusionTask) -> None:
+        """Nothing."""
+
+    def saved(self, task: DiffusionTask) -> None:
         """Nothing."""
 
     def close(self) -> None:
@@ -150,6 +175,9 @@ class LineReporter:
 
     def end(self, task: DiffusionTask) -> None:
         say(_ending(task))
+
+    def saved(self, task: DiffusionTask) -> None:
+        say(_saved(task))
 
     def close(self) -> None:
         sys.stderr.flush()
@@ -202,6 +230,9 @@ class BarReporter:
         self._note(_ending(task))
         self._bars.update(self._row, visible=False)
 
+    def saved(self, task: DiffusionTask) -> None:
+        self._note(_saved(task))
+
     def close(self) -> None:
         self._bars.stop()
 
@@ -221,6 +252,8 @@ class JsonReporter:
             prompt=task.params.prompt,
             seed=task.seed,
         )
+        if task.resumed is not None:
+            emit("resumed", task_id=task.task_id, **dataclasses.asdict(task.resumed))
 
     def advance(self, event: Progress) -> None:
         emit(
@@ -247,6 +280,9 @@ class JsonReporter:
             seconds=round(task.get_elapsed_time(), 3),
             error={"kind": kind, "message": task.error_message} if kind else None,
         )
+
+    def saved(self, task: DiffusionTask) -> None:
+        emit("saved", task_id=task.task_id, step=task.current_step, total_steps=task.num_inference_steps)
 
     def close(self) -> None:
         sys.stdout.flush()

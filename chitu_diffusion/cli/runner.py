@@ -6,8 +6,10 @@ to a reporter. Does not know flags or files of rows.
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,64 +17,72 @@ import typer
 
 from chitu_diffusion.cli.console import exit_code_of, say
 from chitu_diffusion.cli.progress import Reporter
+from chitu_diffusion.cli.resume import VideoJob, checkpoint_root
 from chitu_diffusion.errors import ChituError, OutputError
-from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
+from chitu_diffusion.task import DiffusionTask, TaskStatus
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
     from chitu_diffusion.engine import Engine
+    from chitu_diffusion.models.registry import FoundModel
 
 OPS_SHOWN = 20
 
 
-def run_requests(
+def run_jobs(
     config: EngineConfig,
-    requests: Sequence[DiffusionUserParams],
+    model: FoundModel,
+    jobs: Sequence[VideoJob],
     reporter: Reporter,
     *,
+    key: str | None = None,
     profile: Path | None = None,
 ) -> list[DiffusionTask]:
-    """Make every request's video, in one engine.
+    """Make every job's video, in one engine.
 
-    A request that the model cannot take, or whose task fails, ends as failed; the others go on.
+    A request that the model cannot take, or whose task fails, ends as failed; the others go on. One that an
+    earlier run left unfinished goes on where that left it.
 
     Args:
+        key: of this command, by which the same one finds what an earlier run left; None: it does not look.
         profile: folder (it must exist) for a Chrome trace and a table of the longest operations, or None.
 
     Returns:
-        one ended task for each request, in order.
+        one ended task for each job, in order.
 
     Raises:
         typer.Exit: this is not rank 0; it did its share, and has nothing to tell.
         ChituError: no model, or it does not fit.
-        KeyboardInterrupt: after every task was cancelled and the engine closed.
+        KeyboardInterrupt: after every task was saved and cancelled and the engine closed.
     """
     reporter.loading(config.models.name)
+    tasks = [job.task for job in jobs]
     try:
+        from chitu_diffusion.config import cache_dir
         from chitu_diffusion.engine import Engine
 
-        engine = Engine(config)
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(_signals_as_ctrl_c())
+            root = stack.enter_context(checkpoint_root(key, cache_dir()))
+            engine = Engine(config, model=model)
+            stack.callback(engine.close)
             if not engine.is_driver:
                 engine.run_worker()
                 raise typer.Exit(0)
-            tasks = [_submit(engine, params) for params in requests]
-            with _profiling(profile):
-                _drive(engine, tasks, reporter)
-        finally:
-            engine.close()
+            for job in jobs:
+                _submit(engine, job.task, None if root is None else root / job.key)
+            stack.enter_context(_profiling(profile))
+            _drive(engine, tasks, reporter)
     finally:
         reporter.close()
     return tasks
 
 
-def _submit(engine: Engine, params: DiffusionUserParams) -> DiffusionTask:
+def _submit(engine: Engine, task: DiffusionTask, folder: Path | None) -> None:
     try:
-        return engine.submit(params)
+        engine.submit(task, checkpoints=folder)
     except ChituError as error:
-        refused = DiffusionTask.from_user_request(params)
-        refused.end(TaskStatus.FAILED, error)
-        return refused
+        task.end(TaskStatus.FAILED, error)
 
 
 def _drive(engine: Engine, tasks: list[DiffusionTask], reporter: Reporter) -> None:
@@ -103,10 +113,39 @@ def _drive(engine: Engine, tasks: list[DiffusionTask], reporter: Reporter) -> No
             if task.is_finished():
                 reporter.end(task)
     except KeyboardInterrupt:
+        for task in engine.save_tasks():
+            reporter.saved(task)
         for task in tasks:
             if not task.is_finished():
                 engine.cancel(task.task_id)
         raise
+
+
+@contextmanager
+def _signals_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a run as Ctrl+C does: what is computed is saved. Who ignores them goes on doing
+    so.
+    """
+    from chitu_diffusion.config import rank_place
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # among ranks SIGTERM has a meaning of its own: another rank may have ended, see
+    # `HeartbeatMonitor.on_sigterm`
+    own = (signal.SIGHUP,) if rank_place() is not None else (signal.SIGTERM, signal.SIGHUP)
+    before = {each: signal.getsignal(each) for each in own}
+    for each, handler in before.items():
+        if handler is signal.SIG_DFL:
+            signal.signal(each, interrupt)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def exit_code_for(tasks: Sequence[DiffusionTask]) -> int:

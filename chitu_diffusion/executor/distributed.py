@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from enum import Enum, auto
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,9 +27,11 @@ from chitu_diffusion.executor.messages import (
     Idle,
     Message,
     Outcome,
+    SaveTask,
     Shutdown,
     UnitReport,
 )
+from chitu_diffusion.executor.task_checkpoints import TaskCheckpoints
 from chitu_diffusion.executor.worker_group import WorkerGroup
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.memory.device import empty_cache, is_out_of_memory
@@ -62,6 +65,7 @@ class DistributedExecutor:
         self._workers = workers
         self._channel = workers.channel
         self._monitor = workers.monitor
+        self._checkpoints = TaskCheckpoints(generator.backend)
         self._state = _State.RUNNING
         self._closed = False
         self._interrupted = False  # Ctrl+C was heard on this rank, and must reach the others
@@ -72,11 +76,20 @@ class DistributedExecutor:
         self._channel.gather_status({})
         self._monitor.set_status("waiting for work")
 
-    def add_task(self, task: DiffusionTask) -> None:
-        """The driver tells the others of a task."""
+    def add_task(self, task: DiffusionTask, checkpoints: Path | None) -> None:
+        """The driver tells the others of a task, and all go on from the same checkpoint, or none does."""
         self._state = _State.RUNNING
+        self._checkpoints.add(task, checkpoints)
         resolved = None if task.resolved is None else task.resolved.to_mapping()
-        self._publish(AddTask(task.task_id, task.seed, task.params.to_mapping(), resolved))
+        folder = None if checkpoints is None else str(checkpoints)
+        self._publish(AddTask(task.task_id, task.seed, task.params.to_mapping(), resolved, folder))
+        if checkpoints is not None:
+            self._restore(task)
+
+    def save_task(self, task: DiffusionTask) -> None:
+        """All ranks write a checkpoint, each what it has of the task."""
+        self._publish(SaveTask(task.task_id))
+        self._checkpoints.save(task)
 
     def claim_task(self, task: DiffusionTask) -> DiffusionTask:
         """On a worker, which runs the same script: the task becomes the driver's own.
@@ -123,6 +136,7 @@ class DistributedExecutor:
         self._monitor.set_status("between two units")
         if all(report.outcome is Outcome.DONE for report in reports):
             assert event is not None
+            self._checkpoints.clear_if_finished(task)
             return event
         self._workers.groups.abort()
         for outcome in (Outcome.INTERRUPTED, Outcome.OUT_OF_MEMORY):
@@ -269,9 +283,25 @@ class DistributedExecutor:
                 task = _task_of(message)
                 self._pool.add(task)
                 self._unclaimed.append(task)
+                if message.checkpoints is not None:
+                    self._checkpoints.add(task, Path(message.checkpoints))
+                    self._restore(task)
+        if isinstance(message, SaveTask) and (kept := self._pool.get(message.task_id)) is not None:
+            self._checkpoints.save(kept)
         ended = self._pool.get(message.task_id) if isinstance(message, EndTask) else None
         if isinstance(message, EndTask) and ended is not None and not ended.is_finished():
             ended.end(TaskStatus(message.status), TaskError(message.error) if message.error else None)
+
+    def _restore(self, task: DiffusionTask) -> None:
+        """Every rank looks for a checkpoint; they count where all have one of the same step."""
+        found, notes = self._checkpoints.load(task)
+        step = None if found is None else [found.current_step, str(found.status)]
+        reports = self._channel.gather_status({"step": step, "notes": notes}, self._workers.timeout)
+        if any(report["step"] != reports[0]["step"] for report in reports):
+            steps = ", ".join(str(report["step"] and report["step"][0]) for report in reports)
+            found = None
+            notes = [*reports[0]["notes"], f"the ranks have checkpoints of different steps: {steps}"]
+        self._checkpoints.restore(task, found, notes)
 
     # -- a unit
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
+from chitu_diffusion.executor.task_checkpoints import TaskCheckpoints
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskPool, Progress
 
@@ -16,8 +18,14 @@ class Executor(Protocol):
         """Whether this rank decides and saves."""
         ...
 
-    def add_task(self, task: DiffusionTask) -> None:
-        """On the driver: a task that came into the pool."""
+    def add_task(self, task: DiffusionTask, checkpoints: Path | None) -> None:
+        """On the driver: a task that came into the pool; it goes on where a checkpoint in that folder leaves
+        it.
+        """
+        ...
+
+    def save_task(self, task: DiffusionTask) -> None:
+        """On the driver: write a checkpoint of a task that was added with a folder for them."""
         ...
 
     def claim_task(self, task: DiffusionTask) -> DiffusionTask:
@@ -57,9 +65,16 @@ class LocalExecutor:
     def __init__(self, generator: Generator, pool: DiffusionTaskPool) -> None:
         self._generator = generator
         self._pool = pool
+        self._checkpoints = TaskCheckpoints(generator.backend)
 
-    def add_task(self, task: DiffusionTask) -> None:
+    def add_task(self, task: DiffusionTask, checkpoints: Path | None) -> None:
         """Nobody else needs to know."""
+        self._checkpoints.add(task, checkpoints)
+        self._checkpoints.restore(task, *self._checkpoints.load(task))
+
+    def save_task(self, task: DiffusionTask) -> None:
+        """Writes it."""
+        self._checkpoints.save(task)
 
     def claim_task(self, task: DiffusionTask) -> DiffusionTask:
         """The task itself."""
@@ -67,7 +82,9 @@ class LocalExecutor:
 
     def execute(self, task: DiffusionTask) -> Progress:
         """The unit."""
-        return self._generator.generate_step(task)
+        event = self._generator.generate_step(task)
+        self._checkpoints.clear_if_finished(task)
+        return event
 
     def execute_next(self) -> Progress | None:
         """There is no driver but this rank."""

@@ -15,13 +15,14 @@ from typing import Any
 @dataclass(frozen=True)
 class AddTask:
     """A task for all ranks: its id, its seed, and the request, as asked and as resolved, as
-    `DiffusionUserParams.to_mapping` has it.
+    `DiffusionUserParams.to_mapping` has it; and the folder of its checkpoints.
     """
 
     task_id: str
     seed: int
     params: Mapping[str, Any]
     resolved: Mapping[str, Any] | None
+    checkpoints: str | None = None
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,13 @@ class ExecuteUnit:
 
     task_id: str
     low_mem_level: int
+
+
+@dataclass(frozen=True)
+class SaveTask:
+    """Every rank writes a checkpoint of its own of a task."""
+
+    task_id: str
 
 
 @dataclass(frozen=True)
@@ -51,10 +59,10 @@ class Shutdown:
     """Rank 0 closes."""
 
 
-Message = AddTask | ExecuteUnit | EndTask | Idle | Shutdown
+Message = AddTask | ExecuteUnit | SaveTask | EndTask | Idle | Shutdown
 
 _KINDS: Mapping[str, type[Message]] = MappingProxyType(
-    {kind.__name__: kind for kind in (AddTask, ExecuteUnit, EndTask, Idle, Shutdown)}
+    {kind.__name__: kind for kind in (AddTask, ExecuteUnit, SaveTask, EndTask, Idle, Shutdown)}
 )
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import WillNotFitError
-from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache
 from chitu_diffusion.media.video import check_save_path
 from chitu_diffusion.memory.device import total_memory
 from chitu_diffusion.memory.offload import TOP_LEVEL
-from chitu_diffusion.pipelines.request import cache_shapes, resolve_task, stages_of
+from chitu_diffusion.pipelines.request import check_cache, resolve_task, stages_of
 from chitu_diffusion.task import DiffusionTask
 
 
@@ -37,10 +36,7 @@ class Admission:
             WillNotFitError: more memory than there is, at every memory level.
         """
         resolved = resolve_task(task, self._spec, self._output_dir)
-        parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 0)
-        cache = cache_bytes(
-            resolved.flexcache, cache_shapes(resolved, self._spec, self._item), self._cache_limit
-        )
+        cache = check_cache(resolved, self._spec, self._item, self._cache_limit)
         check_save_path(resolved.save_path or "")
         for stage in stages_of(resolved):
             self._check_memory(resolved.num_frames or 1, stage.height, stage.width, cache, resolved.flexcache)

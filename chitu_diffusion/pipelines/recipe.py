@@ -35,7 +35,22 @@ def recipe_of(task: DiffusionTask, backend: DiffusionBackend) -> dict[str, Any]:
         "low_mem_level": backend.low_mem_level,
         "sampler": {"name": backend.sampler.name, "shift": backend.sampler.shift},
         "seconds": {stage: round(seconds, 3) for stage, seconds in task.seconds.items()},
+        **_resumed(task, backend),
     }
+
+
+def _resumed(task: DiffusionTask, backend: DiffusionBackend) -> dict[str, Any]:
+    """Said only where the video may differ from that of a run that was never cut short."""
+    found = task.resumed
+    if found is None or not found.step:
+        return {}
+    kernel = backend.attn_backend.name
+    exact = found.exact and found.kernel == kernel
+    differs = [
+        *found.differs,
+        *([f"attention kernel {found.kernel}, here {kernel}"] if found.kernel != kernel else []),
+    ]
+    return {} if exact else {"resumed": {"step": found.step, "exact": False, "differs": differs}}
 
 
 def quant_of(args: EngineConfig) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache
 from chitu_diffusion.flexcache.schedule import Shapes
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams
@@ -69,6 +70,20 @@ def stages_of(resolved: DiffusionUserParams) -> tuple[CascadeStage, ...]:
     if resolved.height is None or resolved.width is None or resolved.num_inference_steps is None:
         raise UsageError("the request has not been resolved against a model yet", field="num_inference_steps")
     return (CascadeStage(resolved.height, resolved.width, resolved.num_inference_steps),)
+
+
+def check_cache(resolved: DiffusionUserParams, spec: ModelSpec, item: int, limit_gb: float | None) -> int:
+    """Bytes that a resolved request's cache keeps at the most.
+
+    Args:
+        item: bytes of a number in the run's dtype.
+        limit_gb: see `cache_bytes`.
+
+    Raises:
+        UsageError: a cache that cannot be, or keeps more than the limit.
+    """
+    parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 0)
+    return cache_bytes(resolved.flexcache, cache_shapes(resolved, spec, item), limit_gb)
 
 
 def cache_shapes(resolved: DiffusionUserParams, spec: ModelSpec, item: int) -> Shapes:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,37 @@ def fingerprint(folder: str | Path, cache_dir: str | Path | None = None) -> str:
     if fresh and memory is not None:
         _remember(memory, known)
     return digest.hexdigest()
+
+
+class WeightsHash:
+    """The `fingerprint` of a folder, found in the background: nobody waits for it before it is asked for.
+
+    Args:
+        folder, cache_dir: see `fingerprint`.
+    """
+
+    def __init__(self, folder: str | Path, cache_dir: str | Path | None) -> None:
+        self._found: str | None = None
+        self._thread = threading.Thread(
+            target=self._find, args=(folder, cache_dir), name="chitu-weights-hash", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether `value` would not wait."""
+        return not self._thread.is_alive()
+
+    def value(self) -> str | None:
+        """The hash; None where the files could not be read, which a warning has told."""
+        self._thread.join()
+        return self._found
+
+    def _find(self, folder: str | Path, cache_dir: str | Path | None) -> None:
+        try:
+            self._found = fingerprint(folder, cache_dir)
+        except (OSError, CheckpointError) as error:
+            logger.warning("the weights in %s could not be hashed: %s", folder, error)
 
 
 def _remember(memory: Path, known: Mapping[str, Any]) -> None:

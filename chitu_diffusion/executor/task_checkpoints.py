@@ -1,0 +1,75 @@
+"""Which tasks have checkpoints on this rank, and where. Knows folders and tasks; the files are
+`pipelines.checkpoint`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from pathlib import Path
+
+from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.errors import CannotResumeError, NonFiniteError
+from chitu_diffusion.executor.interrupts import deferred_interrupts
+from chitu_diffusion.pipelines.checkpoint import CheckpointFolder
+from chitu_diffusion.task import DiffusionTask, Resumed, TaskStatus
+
+logger = logging.getLogger(__name__)
+
+_RESTORED = (
+    "params", "seed", "resolved", "status", "num_inference_steps", "current_step", "cascade_stage", "expert",
+    "resumed", "buffer", "events", "seconds", "created_at", "started_at",
+)  # fmt: skip
+
+
+class TaskCheckpoints:
+    """The checkpoint folders of the tasks of one rank.
+
+    Args:
+        backend: on which the tasks run.
+    """
+
+    def __init__(self, backend: DiffusionBackend) -> None:
+        self._backend = backend
+        self._folders: weakref.WeakKeyDictionary[DiffusionTask, CheckpointFolder] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def add(self, task: DiffusionTask, folder: Path | None) -> None:
+        """A task, and where its checkpoints lie; None for none."""
+        if folder is not None:
+            self._folders[task] = CheckpointFolder(folder, self._backend.groups.rank)
+
+    def load(self, task: DiffusionTask) -> tuple[DiffusionTask | None, list[str]]:
+        """The task as its newest usable checkpoint has it, and why newer ones are of no use."""
+        folder = self._folders.get(task)
+        if folder is None or self._backend.args.checkpoint.resume == "never":
+            return None, []
+        return folder.load(self._backend)
+
+    def restore(self, task: DiffusionTask, found: DiffusionTask | None, notes: list[str]) -> None:
+        """Bring a task to where a checkpoint left it; with none, say why it starts over."""
+        if found is not None:
+            task.commit(**{name: vars(found)[name] for name in _RESTORED})
+        elif notes:
+            task.resumed = Resumed(0, True, tuple(notes))
+
+    def save(self, task: DiffusionTask) -> None:
+        """Write a checkpoint, if the task has a folder and a state. One that cannot be written is no reason
+        to stop.
+        """
+        folder = self._folders.get(task)
+        if folder is None:
+            return
+        try:
+            with deferred_interrupts():
+                folder.save(task, self._backend)
+        except (CannotResumeError, NonFiniteError) as error:
+            logger.debug("no checkpoint of task %s: %s", task.task_id, error)
+        except OSError as error:
+            logger.warning("no checkpoint of task %s could be written: %s", task.task_id, error)
+
+    def clear_if_finished(self, task: DiffusionTask) -> None:
+        """Let go of a task's checkpoints once its video stands."""
+        if task.status is TaskStatus.FINISHED and (folder := self._folders.pop(task, None)) is not None:
+            folder.clear()

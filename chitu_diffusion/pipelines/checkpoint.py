@@ -1,0 +1,401 @@
+"""A task as a file: safetensors for what is a tensor, JSON for the rest, and what it is valid for.
+
+`save_task` and `load_task` are one file; `CheckpointFolder` is the last two of one task. A file that is
+damaged, or was made by other weights, is told apart from one that can go on. No pickle. Knows tasks and a
+backend; not who asks for a checkpoint, or when.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.errors import CannotResumeError
+from chitu_diffusion.flexcache.registry import emptied
+from chitu_diffusion.pipelines.finite_check import FiniteCheck
+from chitu_diffusion.pipelines.recipe import device_name, quant_of
+from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, Resumed, TaskBuffer, TaskStatus
+
+FORMAT = 1
+ENDING = ".safetensors"
+_KEPT = 2
+_MOST_TRIES = 3
+"""How often a checkpoint is gone on from before the one before it is taken: it may be what ends the
+process.
+"""
+_PLAIN = (
+    "task_id",
+    "seed",
+    "num_inference_steps",
+    "current_step",
+    "cascade_stage",
+    "expert",
+    "created_at",
+    "started_at",
+)
+_UNREADABLE = (
+    OSError,
+    SafetensorError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    RecursionError,
+)
+
+
+def save_task(task: DiffusionTask, path: str | Path, backend: DiffusionBackend) -> int:
+    """Write a task that has begun and not ended.
+
+    A video that is decoded and not saved yet is not written: `load_task` decodes again. A cache above
+    `checkpoint.cache_limit_mb` is left out.
+
+    Args:
+        path: of the file; it appears whole or not at all.
+        backend: on which the task runs.
+
+    Returns:
+        its size in bytes.
+
+    Raises:
+        CannotResumeError: a task without any state, or one that has ended.
+        NonFiniteError: the latent holds NaN or Inf.
+        OSError: it cannot be written.
+    """
+    if (
+        task.resolved is None
+        or task.is_finished()
+        or (task.buffer.embeddings is None and task.buffer.latent is None)
+    ):
+        raise CannotResumeError(f"task {task.task_id} is {task.status}: it has no state to save")
+    if task.buffer.latent is not None:
+        FiniteCheck(task.buffer.latent, "latent").require()
+    status = TaskStatus.DECODING if task.status is TaskStatus.SAVING else task.status
+    cache, left_out = _cache_to_save(task, backend)
+    written = _Writer()
+    values = {
+        "format": FORMAT,
+        "fingerprint": fingerprint_of(backend),
+        "kernel": backend.attn_backend.name,
+        "status": str(status),
+        "params": task.params.to_mapping(),
+        "resolved": task.resolved.to_mapping(),
+        "events": task.events,
+        "seconds": {str(stage): seconds for stage, seconds in task.seconds.items()},
+        "cache_left_out": left_out,
+        **{name: vars(task)[name] for name in _PLAIN},
+        "embeddings": written.node(task.buffer.embeddings),
+        "latent": written.node(task.buffer.latent),
+        "sampler": written.node(task.buffer.sampler),
+        "cache": written.node(cache),
+    }
+    text = json.dumps(values, default=_path_as_text)
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(written.tensors, part, {"task": text, "sha256": _digest(text, written.tensors)})
+        _sync(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    _sync(path.parent)
+    return path.stat().st_size
+
+
+def _path_as_text(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a request holds a {type(value).__name__}, which is no plain value")
+
+
+def load_task(path: str | Path, backend: DiffusionBackend) -> DiffusionTask:
+    """The task in a file, ready to go on where it was, with `task.resumed` saying how.
+
+    What must agree is the weights, the sampler with its shift, dtype, quantisation and, for a cache, the
+    layout of ranks; the rest (device, kernels, versions, threads) changes results by rounding:
+    `resumed.exact` is then false.
+
+    Raises:
+        CannotResumeError: a file that is missing, damaged, or was made by something else; says what.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            said = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        text = said["task"]
+        if said["sha256"] != _digest(text, tensors):
+            raise ValueError("its contents do not fit their hash")
+        values = json.loads(text)
+        if values["format"] != FORMAT:
+            raise ValueError(f"it has format {values['format']!r}, not {FORMAT}")
+        task = _task_of(values, tensors, backend)
+    except _UNREADABLE as error:
+        raise CannotResumeError(f"the checkpoint {path} cannot be used: {error}") from error
+    return _compared(task, values, backend)
+
+
+def fingerprint_of(backend: DiffusionBackend) -> dict[str, dict[str, Any]]:
+    """What a saved task is valid for: "must" agree, or the task starts over; where "should" differs, what
+    follows may differ by rounding.
+    """
+    infer = backend.args.infer
+    plan = backend.groups.plan
+    return {
+        "must": {
+            "weights": backend.weights_sha256(),
+            "sampler": backend.sampler.name,
+            "shift": backend.sampler.shift,
+            "dtype": str(backend.dtype).removeprefix("torch."),
+            "quant": quant_of(backend.args),
+        },
+        "should": {
+            "device": device_name(backend.device),
+            "torch": str(torch.__version__),
+            "attention": infer.attn_type,
+            "fused kernels": infer.fused,
+            "compile": infer.compile,
+            "layout": f"cfg{plan.cfg}u{plan.ulysses}r{plan.ring}",
+            "threads": torch.get_num_threads() if backend.device.type == "cpu" else None,
+        },
+    }
+
+
+def _compared(task: DiffusionTask, values: Mapping[str, Any], backend: DiffusionBackend) -> DiffusionTask:
+    """The task, if it may go on here.
+
+    Raises:
+        CannotResumeError: it was made by other weights, or whatever else must agree.
+    """
+    saved = values["fingerprint"]
+    here = fingerprint_of(backend)
+    broken = list(_differences(saved["must"], here["must"]))
+    bent = list(_differences(saved["should"], here["should"]))
+    if task.buffer.cache is not None and task.buffer.cache["records"]:
+        broken += [said for said in bent if said.startswith("layout ")]
+    if broken:
+        raise CannotResumeError(f"it was made with {'; '.join(broken)}")
+    if values["cache_left_out"]:
+        bent.append("its cache was too large to keep and begins empty")
+    task.resumed = Resumed(task.current_step, not bent, tuple(bent), values["kernel"])
+    return task
+
+
+def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    for name in here:
+        if saved.get(name) != here[name]:
+            yield f"{name} {_short(saved.get(name))}, here {_short(here[name])}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def _task_of(
+    values: Mapping[str, Any], tensors: Mapping[str, Tensor], backend: DiffusionBackend
+) -> DiffusionTask:
+    read = _Reader(tensors, backend.device)
+    buffer = TaskBuffer(
+        embeddings=read.value(values["embeddings"]),
+        latent=read.value(values["latent"]),
+        sampler=read.value(values["sampler"]),
+        cache=read.value(values["cache"]),
+    )
+    return DiffusionTask(
+        params=DiffusionUserParams.from_mapping(values["params"]),
+        resolved=DiffusionUserParams.from_mapping(values["resolved"]),
+        status=TaskStatus(values["status"]),
+        buffer=buffer,
+        events=[str(said) for said in values["events"]],
+        seconds={TaskStatus(stage): float(seconds) for stage, seconds in values["seconds"].items()},
+        **{name: values[name] for name in _PLAIN},
+    )
+
+
+def _cache_to_save(task: DiffusionTask, backend: DiffusionBackend) -> tuple[dict[str, Any] | None, bool]:
+    """The cache's state, without what is kept in it where that is too much; and whether that was so."""
+    cache = task.buffer.cache
+    if cache is None:
+        return None, False
+    sizes = _Writer()
+    sizes.node(cache)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in sizes.tensors.values())
+    if held <= backend.args.checkpoint.cache_limit_mb * 2**20:
+        return cache, False
+    return {**cache, **emptied()}, True
+
+
+# -- values with tensors in them
+
+
+class _Writer:
+    """Values as JSON, and the tensors in them by number. A tensor that stands twice is stored once."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._known: dict[int, dict[str, Any]] = {}
+        self._alive: list[Tensor] = []  # an `id` is a tensor's own only as long as it lives
+
+    def node(self, value: Any) -> Any:
+        """A value as JSON values.
+
+        Raises:
+            TypeError: something else than numbers, texts, tensors, and lists, tuples and dicts of them.
+        """
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, list):
+            return [self.node(each) for each in value]
+        if isinstance(value, tuple):
+            return {"tuple": [self.node(each) for each in value]}
+        if isinstance(value, dict):
+            return {"dict": [[self.node(key), self.node(each)] for key, each in value.items()]}
+        raise TypeError(f"a task holds a {type(value).__name__}, which is no plain value")
+
+    def _tensor(self, value: Tensor) -> dict[str, Any]:
+        if id(value) not in self._known:
+            name = f"{len(self.tensors):05d}"
+            # as it lies in memory, for which kernels may look; of a view with gaps, as a copy would
+            stride = list(torch.empty_like(value, device="meta").stride())
+            self.tensors[name] = value.detach().to("cpu").contiguous().clone()
+            place = {"tensor": name, "stride": stride, "on_cpu": value.device.type == "cpu"}
+            self._known[id(value)] = place
+            self._alive.append(value)
+        return self._known[id(value)]
+
+
+class _Reader:
+    """The values back, each tensor where it was: on the device, or on the CPU beside it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        self._tensors = tensors
+        self._device = device
+        self._made: dict[str, Tensor] = {}
+
+    def value(self, node: Any) -> Any:
+        """What a node stands for."""
+        if isinstance(node, list):
+            return [self.value(each) for each in node]
+        if not isinstance(node, dict):
+            return node
+        if "tensor" in node:
+            return self._tensor(node)
+        if "tuple" in node:
+            return tuple(self.value(each) for each in node["tuple"])
+        return {self.value(key): self.value(each) for key, each in node["dict"]}
+
+    def _tensor(self, node: Mapping[str, Any]) -> Tensor:
+        name = node["tensor"]
+        if name not in self._made:
+            stored = self._tensors[name]
+            # times and other scalars stay on the CPU; saved on a CPU, all did
+            stays = node["on_cpu"] and (self._device.type == "cpu" or stored.ndim <= 1)
+            made = torch.empty_strided(stored.shape, node["stride"], dtype=stored.dtype).copy_(stored)
+            self._made[name] = made if stays else made.to(self._device)
+        return self._made[name]
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class CheckpointFolder:
+    """The last checkpoints of one task on one rank.
+
+    Args:
+        folder: made with the first; all ranks of a machine share it.
+        rank: whose.
+    """
+
+    def __init__(self, folder: str | Path, rank: int = 0) -> None:
+        self.folder = Path(folder)
+        self._rank = rank
+
+    def save(self, task: DiffusionTask, backend: DiffusionBackend) -> None:
+        """Write a checkpoint, and let go of all but the last two.
+
+        Raises:
+            CannotResumeError, NonFiniteError, OSError: as `save_task`; those before stay.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # the step is in the name for people, the number says which is later
+        number = max((int(file.name.split("-")[1]) for file in self._files(self._rank)), default=0) + 1
+        name = f"rank{self._rank}-{number:06d}-step{task.current_step}{ENDING}"
+        save_task(task, self.folder / name, backend)
+        for old in self._files(self._rank)[:-_KEPT]:
+            old.unlink(missing_ok=True)
+
+    def load(self, backend: DiffusionBackend) -> tuple[DiffusionTask | None, list[str]]:
+        """The task of the newest checkpoint that can go on, or None; and why newer ones cannot."""
+        notes: list[str] = []
+        exact_only = backend.args.checkpoint.resume == "exact"
+        own = self._files(self._rank)
+        for file in reversed(own or self._files(0)):
+            if self._tried(file):
+                notes.append(f"the run ended {_MOST_TRIES} times after it went on from {file.name}")
+                continue
+            try:
+                task = load_task(file, backend)
+            except CannotResumeError as error:
+                notes.append(str(error))
+                continue
+            if not own and task.buffer.cache is not None and task.buffer.cache["records"]:
+                notes.append(f"{file.name} holds the cache of rank 0 alone")
+                continue
+            if exact_only and task.resumed is not None and not task.resumed.exact:
+                differs = "; ".join(task.resumed.differs)
+                notes.append(f"checkpoint.resume = exact, and it was made with {differs}")
+                continue
+            return task, notes
+        return None, notes
+
+    def clear(self) -> None:
+        """The video stands."""
+        for file in self._files(self._rank):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):
+            if not any(self.folder.glob(f"*{ENDING}")):
+                shutil.rmtree(self.folder)
+
+    def _files(self, rank: int) -> list[Path]:
+        """Oldest first."""
+        return sorted(self.folder.glob(f"rank{rank}-[0-9]*-step*{ENDING}"))
+
+    def _tried(self, file: Path) -> bool:
+        """Whether it was gone on from too often; counts this time."""
+        tries = file.with_suffix(f".tries{self._rank}")
+        with suppress(OSError):
+            count = len(tries.read_bytes()) if tries.exists() else 0
+            if count >= _MOST_TRIES:
+                return True
+            with tries.open("ab") as stream:
+                stream.write(b".")
+        return False
