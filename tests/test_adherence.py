@@ -9,8 +9,9 @@ import torch
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import ModelMissingError
 from chitu_diffusion.evaluation.adherence import PROMPT_SEED, adherence, wilson, write_scores
-from chitu_diffusion.evaluation.judge import CLASSES, accuracy_on_drawn_clips, load_judge, name_parts
+from chitu_diffusion.evaluation.judge import CLASSES, load_judge, name_parts
 from chitu_diffusion.evaluation.world import draw, held_out_prompts, is_held_out, sample_specs, specs_for
+from training.judging import accuracy_on_drawn_clips
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)
 
@@ -60,8 +61,8 @@ def test_scores_tell_right_from_wrong(tmp_path):
     write_clips(tmp_path / "right", asked)
     write_clips(tmp_path / "wrong", [*asked[3:], *asked[:3]])
     config = EngineConfig(infer={"threads": 1})
-    right = adherence(config, tmp_path / "right", prompts=8, seeds=1, judge_clips=16)
-    wrong = adherence(config, tmp_path / "wrong", prompts=8, seeds=1, judge_clips=16)
+    right = adherence(config, tmp_path / "right", prompts=8, seeds=1)
+    wrong = adherence(config, tmp_path / "wrong", prompts=8, seeds=1)
     for part in CLASSES:
         assert right.share(part) >= 7 / 8, (part, SEED)
     assert sum(wrong.share(part) for part in CLASSES) / 4 < 0.5

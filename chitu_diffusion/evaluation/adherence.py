@@ -18,7 +18,7 @@ import torch
 
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.engine import Engine
-from chitu_diffusion.evaluation.judge import CLASSES, Judge, accuracy_on_drawn_clips, load_judge, name_parts
+from chitu_diffusion.evaluation.judge import CLASSES, Judge, judge_accuracy, load_judge, name_parts
 from chitu_diffusion.evaluation.world import Words, held_out_prompts
 from chitu_diffusion.media.video import read_frames
 from chitu_diffusion.task import DiffusionUserParams, TaskStatus
@@ -81,7 +81,6 @@ def adherence(
     prompts: int = 64,
     seeds: int = 2,
     settings: dict[str, Any] | None = None,
-    judge_clips: int = 256,
     on_video: Callable[[int, int, Answer], None] | None = None,
 ) -> Scores:
     """Make prompts x seeds videos and score them.
@@ -92,7 +91,6 @@ def adherence(
         prompts: held-out prompts.
         seeds: videos of each, seeds 0, 1, ...
         settings: fields of `DiffusionUserParams` that differ from the model's defaults.
-        judge_clips: fresh drawn clips on which the judge itself is measured.
         on_video: called with (videos done, videos in all, answer).
 
     Raises:
@@ -118,7 +116,7 @@ def adherence(
             answers.append(Answer(prompt, seed, words, judged(judge, path)))
             if on_video is not None:
                 on_video(number + 1, len(asked), answers[-1])
-    return Scores(answers, accuracy_on_drawn_clips(judge, judge_clips), judge_clips)
+    return Scores(answers, *judge_accuracy())
 
 
 def make(engine: Engine, params: DiffusionUserParams) -> None:
