@@ -32,10 +32,10 @@ from benchmarks.variants import as_task_text, known
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.evaluation.adherence import PROMPT_SEED, wilson
+from chitu_diffusion.evaluation.adherence import wilson
 from chitu_diffusion.evaluation.compare import psnr
 from chitu_diffusion.evaluation.judge import CLASSES, Judge, load_judge, name_parts
-from chitu_diffusion.evaluation.world import Words, held_out_prompts
+from chitu_diffusion.evaluation.prompts import Words, held_out_prompts
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.spec import TINY
 from chitu_diffusion.pipelines import denoising
@@ -97,7 +97,7 @@ class Fidelity:
 
     def __init__(self, device: str, prompts: int, *, small: bool) -> None:
         self.device = device
-        self.asked = held_out_prompts(prompts, PROMPT_SEED)
+        self.asked = held_out_prompts(prompts)
         self.shape: dict[str, Any] = (
             {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 3} if small else {}
         )

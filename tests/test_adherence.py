@@ -8,10 +8,11 @@ import torch
 
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import ModelMissingError
-from chitu_diffusion.evaluation.adherence import PROMPT_SEED, adherence, wilson, write_scores
+from chitu_diffusion.evaluation.adherence import adherence, wilson, write_scores
 from chitu_diffusion.evaluation.judge import CLASSES, load_judge, name_parts
-from chitu_diffusion.evaluation.world import draw, held_out_prompts, is_held_out, sample_specs, specs_for
+from chitu_diffusion.evaluation.prompts import held_out_prompts
 from training.judging import accuracy_on_drawn_clips
+from training.world import draw, is_held_out, sample_specs, specs_for
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)
 
@@ -57,7 +58,7 @@ def test_scores_tell_right_from_wrong(tmp_path):
     """Videos that are there are scored, not made again: drawn clips of the prompts score high, shifted ones
     low.
     """
-    asked = [words for _, words in held_out_prompts(8, PROMPT_SEED)]
+    asked = [words for _, words in held_out_prompts(8)]
     write_clips(tmp_path / "right", asked)
     write_clips(tmp_path / "wrong", [*asked[3:], *asked[:3]])
     config = EngineConfig(infer={"threads": 1})
@@ -74,7 +75,7 @@ def test_scores_tell_right_from_wrong(tmp_path):
 
 
 def test_prompts_are_held_out():
-    specs = specs_for([words for _, words in held_out_prompts(64, PROMPT_SEED)], torch.Generator())
+    specs = specs_for([words for _, words in held_out_prompts(64)], torch.Generator())
     assert is_held_out(specs.actor, specs.colour, specs.scene, specs.motion).all()
 
 

@@ -5,9 +5,9 @@ import torch
 from conftest import WAN_TINY
 from running import psnr
 
-from chitu_diffusion.evaluation.world import draw, sample_specs
 from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_vae
+from training.world import draw, sample_specs
 
 MIB = 2**20
 

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from chitu_diffusion.evaluation.judge import CLASSES, Judge, name_parts, prepare
-from chitu_diffusion.evaluation.world import WorldSpecs, draw, sample_specs
 from training.clips import drawn
 from training.clock import Clock, Every, learning_rate
+from training.world import WorldSpecs, draw, sample_specs
 
 SIZES = ((64, 64, 33), (128, 128, 33), (64, 64, 33), (64, 96, 33), (64, 64, 33), (96, 64, 33), (64, 64, 17))
 

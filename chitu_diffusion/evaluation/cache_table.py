@@ -17,12 +17,11 @@ from typing import Any
 from chitu_diffusion.attention import attention_kernel
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import TaskError, UsageError
-from chitu_diffusion.evaluation.adherence import PROMPT_SEED
 from chitu_diffusion.evaluation.cache_rows import FULL, Place, Row, Video, make_row
 from chitu_diffusion.evaluation.calibrate import describe
 from chitu_diffusion.evaluation.compare import mean_interval
+from chitu_diffusion.evaluation.prompts import held_out_prompts
 from chitu_diffusion.evaluation.workers import Workers
-from chitu_diffusion.evaluation.world import held_out_prompts
 from chitu_diffusion.flexcache.registry import parse_setting, parse_strategy
 from chitu_diffusion.models.spec import resolve_model
 from chitu_diffusion.task import parse_seeds
@@ -103,16 +102,12 @@ def videos_for(prompts: str, seeds: str) -> list[Video]:
     (A..B).
 
     Raises:
-        UsageError: neither a number nor a readable file with a line in it, or no seeds.
+        UsageError: neither 1 to 64 nor a readable file with a line in it, or no seeds.
     """
     numbers = parse_seeds(seeds) or [0]
     if prompts.isascii() and prompts.isdigit():
-        if int(prompts) == 0:
-            raise UsageError(
-                "--prompts 0: use a number from 1, or a text file with one prompt a line", field="prompts"
-            )
         asked: list[tuple[str, Any]] = [
-            (said, asdict(words)) for said, words in held_out_prompts(int(prompts), PROMPT_SEED)
+            (said, asdict(words)) for said, words in held_out_prompts(int(prompts))
         ]
     else:
         asked = [(prompt, None) for prompt in read_prompts(prompts)]

@@ -28,7 +28,7 @@ def adherence(
     model: Annotated[
         str, typer.Option("--model", help="The shipped model, or a folder trained on the same world.")
     ] = "wan-tiny",
-    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts.")] = 64,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, max=64, help="Held-out prompts.")] = 64,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Videos of each prompt.")] = 2,
     steps: Annotated[
         int | None, typer.Option("--steps", help="Denoising steps; the model's own by default.")
@@ -99,7 +99,7 @@ def cache(
     prompts: Annotated[
         str,
         typer.Option(
-            "--prompts", metavar="N | FILE", help="N held-out prompts of the drawn world, or one a line."
+            "--prompts", metavar="N | FILE", help="N held-out prompts (1 to 64), or a file with one a line."
         ),
     ] = "16",
     seeds: Annotated[

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from chitu_diffusion.errors import ModelMissingError
-from chitu_diffusion.evaluation.world import ACTORS, COLOURS, MOTIONS, SCENES, Words
+from chitu_diffusion.evaluation.prompts import ACTORS, COLOURS, MOTIONS, SCENES, Words
 
 FRAMES = 9
 SIDE = 64

@@ -13,19 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from chitu_diffusion.evaluation.world.canvas import (
-    INK,
-    Canvas,
-    capsule,
-    circle,
-    ellipse,
-    mix,
-    polygon,
-    rgb,
-    turned,
-    union,
-)
-from chitu_diffusion.evaluation.world.poses import Pose
+from training.world.canvas import INK, Canvas, capsule, circle, ellipse, mix, polygon, rgb, turned, union
+from training.world.poses import Pose
 
 WHITE = rgb(252, 252, 252)
 ROSE = rgb(240, 130, 140)

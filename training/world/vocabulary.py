@@ -1,8 +1,9 @@
-"""The world's four word lists, and how its clips are drawn at random.
+"""How clips are drawn at random from the four word lists of `chitu_diffusion.evaluation.prompts`.
 
 A clip is named by four words: who (actor), in which colour, where (scene) and doing what (motion). Beside the
-words it has a handful of random numbers (where exactly, how large, which hills). This file knows the words,
-their combinations, and which of those are kept back from training; it knows nothing of pixels or sentences.
+words it has a handful of random numbers (where exactly, how large, which hills). This file knows
+combinations of words, and which of them are kept back from training; it knows nothing of pixels or
+sentences.
 """
 
 from __future__ import annotations
@@ -12,26 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ACTORS = ("cat", "dog", "rabbit", "bird", "fish", "car", "boat", "ball", "robot", "flower")
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
-SCENES = ("grass", "beach", "night sky", "city", "snow", "sea")
-MOTIONS = ("left", "right", "up", "down", "jumping", "circling", "growing", "spinning", "staying")
+from chitu_diffusion.evaluation.prompts import ACTORS, COLOURS, MOTIONS, SCENES, Words
+
 SPLITS = ("train", "held_out", "all")
 
 VARIATIONS = 16
 """How many random numbers a clip has. Poses use the first eight, scenes the last eight."""
 
 _MASK = 0xFFFFFFFF
-
-
-@dataclass(frozen=True)
-class Words:
-    """One clip's four words."""
-
-    actor: str
-    colour: str
-    scene: str
-    motion: str
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from chitu_diffusion.evaluation.world.canvas import (
-    Canvas,
-    Colour,
-    capsule,
-    circle,
-    ellipse,
-    polygon,
-    rgb,
-    turned,
-    union,
-)
-from chitu_diffusion.evaluation.world.poses import FPS
+from training.world.canvas import Canvas, Colour, capsule, circle, ellipse, polygon, rgb, turned, union
+from training.world.poses import FPS
 
 WHITE = rgb(255, 255, 255)
 SUN = rgb(255, 236, 130)

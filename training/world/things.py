@@ -11,20 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from chitu_diffusion.evaluation.world.canvas import (
-    INK,
-    Canvas,
-    box,
-    capsule,
-    circle,
-    ellipse,
-    mix,
-    polygon,
-    rgb,
-    turned,
-    union,
-)
-from chitu_diffusion.evaluation.world.poses import Pose
+from training.world.canvas import INK, Canvas, box, capsule, circle, ellipse, mix, polygon, rgb, turned, union
+from training.world.poses import Pose
 
 WHITE = rgb(252, 252, 252)
 GLASS = rgb(200, 232, 245)

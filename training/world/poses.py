@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chitu_diffusion.evaluation.world.vocabulary import MOTIONS, WorldSpecs
+from chitu_diffusion.evaluation.prompts import MOTIONS
+from training.world.vocabulary import WorldSpecs
 
 FPS = 16
 WHOLE_MOTION_FRAMES = 17

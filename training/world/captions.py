@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from chitu_diffusion.evaluation.world.phrases import (
+from chitu_diffusion.evaluation.prompts import ACTORS, COLOURS, MOTIONS, SCENES, Words
+from training.world.phrases import (
     ADJECTIVES,
     GAITS,
     NOUNS,
@@ -21,15 +22,7 @@ from chitu_diffusion.evaluation.world.phrases import (
     directed,
     undirected,
 )
-from chitu_diffusion.evaluation.world.vocabulary import (
-    ACTORS,
-    COLOURS,
-    MOTIONS,
-    SCENES,
-    Words,
-    every_combination,
-    is_held_out,
-)
+from training.world.vocabulary import every_combination, is_held_out
 
 _CANONICAL_MOTION = {
     "up": "moving up",

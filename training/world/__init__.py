@@ -4,26 +4,11 @@ Ten actors in eight colours do nine motions in six scenes. One combination in te
 so that a model can be asked for what it has never seen.
 """
 
-from chitu_diffusion.evaluation.world.captions import caption, held_out_prompts, prompt_for, vocabulary_corpus
-from chitu_diffusion.evaluation.world.drawing import draw
-from chitu_diffusion.evaluation.world.vocabulary import (
-    ACTORS,
-    COLOURS,
-    MOTIONS,
-    SCENES,
-    Words,
-    WorldSpecs,
-    is_held_out,
-    sample_specs,
-    specs_for,
-)
+from training.world.captions import caption, held_out_prompts, prompt_for, vocabulary_corpus
+from training.world.drawing import draw
+from training.world.vocabulary import WorldSpecs, is_held_out, sample_specs, specs_for
 
 __all__ = [
-    "ACTORS",
-    "COLOURS",
-    "MOTIONS",
-    "SCENES",
-    "Words",
     "WorldSpecs",
     "caption",
     "draw",

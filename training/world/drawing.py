@@ -14,12 +14,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from chitu_diffusion.evaluation.world.animals import draw_bird, draw_cat, draw_dog, draw_fish, draw_rabbit
-from chitu_diffusion.evaluation.world.canvas import Canvas, rgb, turned
-from chitu_diffusion.evaluation.world.poses import GROWN, LARGEST, Pose, pose_of
-from chitu_diffusion.evaluation.world.scenes import SCENE_PAINTERS, Backdrop
-from chitu_diffusion.evaluation.world.things import draw_ball, draw_boat, draw_car, draw_flower, draw_robot
-from chitu_diffusion.evaluation.world.vocabulary import ACTORS, COLOURS, MOTIONS, SCENES, WorldSpecs
+from chitu_diffusion.evaluation.prompts import ACTORS, COLOURS, MOTIONS, SCENES
+from training.world.animals import draw_bird, draw_cat, draw_dog, draw_fish, draw_rabbit
+from training.world.canvas import Canvas, rgb, turned
+from training.world.poses import GROWN, LARGEST, Pose, pose_of
+from training.world.scenes import SCENE_PAINTERS, Backdrop
+from training.world.things import draw_ball, draw_boat, draw_car, draw_flower, draw_robot
+from training.world.vocabulary import WorldSpecs
 
 ACTOR_PAINTERS = {
     "cat": draw_cat,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -9,12 +10,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from chitu_diffusion.evaluation.world import (
-    ACTORS,
-    COLOURS,
-    MOTIONS,
-    SCENES,
-    Words,
+from chitu_diffusion.evaluation import prompts as shipped
+from chitu_diffusion.evaluation.prompts import ACTORS, COLOURS, MOTIONS, SCENES, Words
+from training.world import (
     caption,
     draw,
     held_out_prompts,
@@ -24,8 +22,8 @@ from chitu_diffusion.evaluation.world import (
     specs_for,
     vocabulary_corpus,
 )
-from chitu_diffusion.evaluation.world.phrases import NOUNS
-from chitu_diffusion.evaluation.world.vocabulary import every_combination
+from training.world.phrases import NOUNS
+from training.world.vocabulary import every_combination
 
 SIZES = (len(ACTORS), len(COLOURS), len(SCENES), len(MOTIONS))
 
@@ -261,6 +259,13 @@ def test_held_out_prompts_are_held_out_repeatable_and_varied() -> None:
     assert len({words for _, words in prompts}) == 100
     specs = specs_for([words for _, words in prompts], generator())
     assert is_held_out(specs.actor, specs.colour, specs.scene, specs.motion).all()
+
+
+@pytest.mark.parametrize("count", [16, 64])
+def test_the_package_holds_what_the_world_says(count: int) -> None:
+    """A model is asked the same prompts for as long as this holds."""
+    seed = json.loads(shipped.HELD_OUT.read_text(encoding="utf-8"))["seed"]
+    assert shipped.held_out_prompts(count) == held_out_prompts(count, seed)
 
 
 def test_the_phrases_that_people_will_type_occur() -> None:
