@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,15 +25,6 @@ from training.world.phrases import NOUNS
 from training.world.vocabulary import every_combination
 
 SIZES = (len(ACTORS), len(COLOURS), len(SCENES), len(MOTIONS))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Drawing is many small operations, which threads only hold up on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -10,11 +10,6 @@ from training.clock import Clock, learning_rate
 from training.muon import Muon, orthogonal
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return text.make_tokenizer(tmp_path_factory.mktemp("run"))
