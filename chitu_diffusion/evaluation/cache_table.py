@@ -17,7 +17,7 @@ from typing import Any
 from chitu_diffusion.attention import attention_kernel
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import TaskError, UsageError
-from chitu_diffusion.evaluation.cache_rows import FULL, Place, Row, Video, make_row
+from chitu_diffusion.evaluation.cache_rows import FULL, Place, Video, VideoRow, make_row
 from chitu_diffusion.evaluation.calibrate import describe
 from chitu_diffusion.evaluation.compare import mean_interval
 from chitu_diffusion.evaluation.prompts import held_out_prompts
@@ -158,7 +158,7 @@ def evaluate(
     chosen: Sequence[str] = SETTINGS,
     settings: Mapping[str, Any] | None = None,
     workers: int = 1,
-    on_row: Callable[[int, int, Row], None] = lambda done, total, row: None,
+    on_row: Callable[[int, int, VideoRow], None] = lambda done, total, row: None,
 ) -> tuple[list[Line], dict[str, Any]]:
     """Makes every video that is not there yet, and sums up.
 
@@ -174,10 +174,10 @@ def evaluate(
         a line for full compute and each setting, and what was measured on.
     """
     work.mkdir(parents=True, exist_ok=True)
-    rows: dict[tuple[str, str, int], Row] = {}
+    rows: dict[tuple[str, str, int], VideoRow] = {}
     total = len(videos) * (1 + len(chosen))
 
-    def take(row: Row) -> None:
+    def take(row: VideoRow) -> None:
         rows[row.setting, row.prompt, row.seed] = row
         on_row(len(rows), total, row)
 
@@ -194,7 +194,7 @@ def evaluate(
             take(known)
             follow(known, video)
 
-        def follow(row: Row, video: Video) -> None:
+        def follow(row: VideoRow, video: Video) -> None:
             # the others are compared with full compute's frames
             for other in chosen if row.setting == FULL and row.error is None else ():
                 begin(other, video)
@@ -219,7 +219,7 @@ def _calibration_of(config: EngineConfig) -> str:
     ).hexdigest()
 
 
-def sum_up(rows: Sequence[Row], chosen: Sequence[str]) -> list[Line]:
+def sum_up(rows: Sequence[VideoRow], chosen: Sequence[str]) -> list[Line]:
     """A line for full compute and each setting, with the plan's distance at equal speed.
 
     Raises:
@@ -240,7 +240,7 @@ def sum_up(rows: Sequence[Row], chosen: Sequence[str]) -> list[Line]:
     return [_beside(line, plans) for line in lines]
 
 
-def _line(setting: str, rows: Sequence[Row], full: Mapping[tuple[str, int], Row]) -> Line:
+def _line(setting: str, rows: Sequence[VideoRow], full: Mapping[tuple[str, int], VideoRow]) -> Line:
     made = [row for row in rows if row.error is None]
     error = next((row.error for row in rows if row.error is not None), None)
     if not made:

@@ -129,7 +129,7 @@ def cache(
 ) -> None:
     """Caches x settings against full compute: speed, fidelity, adherence. Goes on where it stopped."""
     from chitu_diffusion.config import load_config
-    from chitu_diffusion.evaluation.cache_rows import Row
+    from chitu_diffusion.evaluation.cache_rows import VideoRow
     from chitu_diffusion.evaluation.cache_table import (
         SETTINGS,
         check_settings,
@@ -147,7 +147,7 @@ def cache(
     config, _ = load_config(flags={"models.name": model, "infer.device": device, "infer.dtype": dtype})
     asked: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
 
-    def tell(done: int, total: int, row: Row) -> None:
+    def tell(done: int, total: int, row: VideoRow) -> None:
         near = row.error or ("" if row.psnr is None else f"{row.psnr:.1f} dB")
         print(
             f"[{done}/{total}] {row.setting}, {row.prompt!r}, seed {row.seed}: {near}",

@@ -15,23 +15,36 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from benchmarks.latency.limits import Flops, ceilings, forward_flops
+from benchmarks.latency.variants import (
+    EIGHT_BIT_PEERS,
+    EXACT_PEERS,
+    OUR_GUESS,
+    OURS_COMPILED,
+    OURS_EIGHT_BIT,
+    OURS_EXACT,
+    PEERS_GUESS,
+    UNTUNED_PEER,
+    Absent,
+    Builder,
+    Variant,
+    backend_of,
+    chosen,
+)
 from benchmarks.measuring import (
     GIB,
     TERA,
-    Work,
     alternating,
     breakdown,
-    ceilings,
-    forward_work,
     kernel_spans,
     longest,
     peak_bytes,
+    relative_error,
     timed_ms,
 )
-from benchmarks.report import Report, first_line, ratios
-from benchmarks.variants import Absent, Bench, Builder, Case, Variant, case_of, diffusers, ours, small_case
+from benchmarks.networks import Case, Workload, case_of, filled, random_vae, small_case
+from benchmarks.report import Report, first_line
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.evaluation.videos import make_video
 from chitu_diffusion.flexcache.registry import parse_setting
@@ -40,62 +53,9 @@ from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_tokenizer
 from chitu_diffusion.models.spec import ASSETS, TINY
 from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_encoder
-from chitu_diffusion.models.wan.vae import WanVAE, build_vae
+from chitu_diffusion.models.wan.vae import WanVAE
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
-EXACT_PEERS: Mapping[str, Builder] = {
-    "diffusers_eager": diffusers(),
-    "diffusers_compiled_cudnn": diffusers("_native_cudnn", compile=True),
-    "diffusers_compiled_fa3": diffusers("_flash_3", compile=True),
-}
-EIGHT_BIT_PEERS: Mapping[str, Builder] = {
-    "diffusers_compiled_fa3": diffusers("_flash_3", compile=True),
-    "diffusers_compiled_torchao_fp8": diffusers(compile=True, eight_bit=True),
-}
-UNTUNED_PEER: Mapping[str, Builder] = {
-    "diffusers_compiled_torchao_fp8_untuned": diffusers(compile=True, eight_bit=True, tuned=False)
-}
-"""For 14B: the elements between products are a smaller share there, and tuning them takes minutes."""
-OURS_EXACT: Mapping[str, Builder] = {
-    "ours_eager": ours(attn_type="auto", fused=False),
-    "ours_auto": ours(attn_type="auto"),
-    "ours_cudnn": ours(attn_type="cudnn"),
-    "ours_fa3": ours(attn_type="fa3"),
-    "ours_batched": ours(attn_type="auto", diffusion={"cfg_batch": "batched"}),
-}
-OURS_COMPILED: Mapping[str, Builder] = {
-    "ours_compiled": ours(attn_type="auto", compile=True, fused=False),
-    "ours_fused_compiled": ours(attn_type="auto", compile=True),
-}
-OURS_EIGHT_BIT: Mapping[str, Builder] = {
-    "ours_fp8": ours(attn_type="fa3_fp8", quant="fp8"),
-    "ours_fp8_all": ours(attn_type="fa3_fp8", quant="fp8", quant_keep="", quant_originals=False),
-    "ours_fp8_all_compiled": ours(
-        attn_type="fa3_fp8", quant="fp8", quant_keep="", quant_originals=False, compile=True
-    ),
-    "ours_fp8_all_batched": ours(
-        attn_type="fa3_fp8",
-        quant="fp8",
-        quant_keep="",
-        quant_originals=False,
-        diffusion={"cfg_batch": "batched"},
-    ),
-}
-"""`ours_fp8` keeps the first and the last block in 16 bits, as the settings' defaults do; "all" keeps none,
-as torchao does.
-"""
-OUR_GUESS: Mapping[bool, str] = {False: "ours_auto", True: "ours_fp8_all"}
-PEERS_GUESS: Mapping[bool, str] = {False: "diffusers_compiled_fa3", True: "diffusers_compiled_torchao_fp8"}
-"""Whether 8 bits -> which is taken for the fastest where none was timed."""
-EVERY: Mapping[str, Builder] = {
-    "diffusers_compiled": diffusers(compile=True),
-    **EXACT_PEERS,
-    **EIGHT_BIT_PEERS,
-    **UNTUNED_PEER,
-    **OURS_EXACT,
-    **OURS_COMPILED,
-    **OURS_EIGHT_BIT,
-}
 PROMPT = "A cat walking on grass"
 CACHED_STEPS = 12
 FIXED_PLANS = ("interval:interval=2", "meancache:fresh=6", "blockdance", "pab")
@@ -117,7 +77,7 @@ UMT5_XXL: Mapping[str, Any] = {
 
 
 class Latency:
-    """What the sections share: benches with their variants, the machine's ceilings, how often to time.
+    """What the sections share: networks with their variants, the machine's ceilings, how often to time.
 
     Args:
         device: where.
@@ -138,11 +98,15 @@ class Latency:
         folder: Path,
         without: Iterable[str] = (),
     ) -> None:
-        self.device, self.small, self.rounds, self.steps, self.folder = device, small, rounds, steps, folder
+        self.device = device
+        self.small = small
+        self.rounds = rounds
+        self.steps = steps
+        self.folder = folder
         self.without = frozenset(without)
         self.compiler = "inductor" if device.type == "cuda" else "eager"
         self.ceiling: dict[str, float] = {}
-        self._benches: dict[str, Bench] = {}
+        self._workloads: dict[str, Workload] = {}
         self._variants: dict[tuple[str, str], Variant | None] = {}
         self.times: dict[tuple[str, str], float] = {}
 
@@ -157,32 +121,32 @@ class Latency:
         label = f"small {model.removeprefix('Wan2.1-T2V-')} {size[0]}x{size[1]}"
         return small_case(label, 6 if timed_layers else 3, 3)
 
-    def bench(self, case: Case) -> Bench:
-        """The case's bench, made at the first asking; benches of other networks are let go."""
-        for name in [name for name, bench in self._benches.items() if bench.case.spec != case.spec]:
-            del self._benches[name]
+    def workload(self, case: Case) -> Workload:
+        """The case's network and inputs, made at the first asking; other networks are let go."""
+        for name in [name for name, work in self._workloads.items() if work.case.spec != case.spec]:
+            del self._workloads[name]
             self._variants = {key: variant for key, variant in self._variants.items() if key[0] != name}
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if case.name not in self._benches:
-            self._benches[case.name] = Bench(case, self.device, self.compiler)
-        return self._benches[case.name]
+        if case.name not in self._workloads:
+            self._workloads[case.name] = Workload(case, self.device, self.compiler)
+        return self._workloads[case.name]
 
-    def variant(self, bench: Bench, name: str, builder: Builder, report: Report) -> Variant | None:
+    def variant(self, work: Workload, name: str, builder: Builder, report: Report) -> Variant | None:
         """A variant, built at the first asking; None, with a note, where it is absent or fails."""
-        key = bench.case.name, name
+        key = work.case.name, name
         if key not in self._variants:
             self._variants[key] = None  # what failed once is not tried again
             try:
                 if name in self.without:
                     raise Absent("left out by --without")
-                self._variants[key] = builder(bench)
+                self._variants[key] = builder(work)
             except Absent as error:
-                report.note(f"{bench.case.name}: {name} is absent: {first_line(error)}")
+                report.note(f"{work.case.name}: {name} is absent: {first_line(error)}")
             except Exception as error:
                 traceback.print_exc()
-                report.note(f"{bench.case.name}: {name} failed: {type(error).__name__}: {first_line(error)}")
+                report.note(f"{work.case.name}: {name} failed: {type(error).__name__}: {first_line(error)}")
         return self._variants[key]
 
     def fastest(self, case: Case, prefix: str, *, eight_bit: bool) -> str | None:
@@ -213,12 +177,12 @@ class Latency:
             builders: the ways, by name; the first is what the others' velocities are compared with.
             rounds: timed calls of each; None is the command line's.
         """
-        bench = self.bench(case)
+        work = self.workload(case)
         ready: dict[str, Variant] = {}
         for name, builder in builders.items():
             if name == f"ours_{auto_kernel(ready)}":
                 continue  # "auto" is this one
-            variant = self.variant(bench, name, builder, report)
+            variant = self.variant(work, name, builder, report)
             if variant is not None:
                 ready[name] = variant
         found = alternating(
@@ -227,7 +191,7 @@ class Latency:
         each_ms = {name: [ms / ready[name].forwards for ms in timing.ms] for name, timing in found.items()}
         times = {name: float(median(ms)) for name, ms in each_ms.items()}
         self.times |= {(case.name, name): ms for name, ms in times.items()}
-        bare = self.bare_ms(bench) if case.layers != case.config.num_layers else 0.0
+        bare = self.bare_ms(work) if case.layers != case.config.num_layers else 0.0
         compared = ratios(times)
         for name, variant in ready.items():
             row = self.row(case, name, variant, each_ms[name], bare)
@@ -237,7 +201,7 @@ class Latency:
 
     def row(self, case: Case, name: str, variant: Variant, ms: list[float], bare: float) -> dict[str, Any]:
         """One variant's figures."""
-        work = forward_work(case.config, case.tokens, case.spec.text_tokens)
+        flops = forward_flops(case.config, case.tokens, case.spec.text_tokens)
         middle = float(median(ms))
         row: dict[str, Any] = {
             "variant": name,
@@ -250,17 +214,17 @@ class Latency:
             row[f"ms_{case.layers}_layers_from_{case.config.num_layers}"] = carried_over(middle, bare, case)
         if variant.backend is not None:
             row["attention"] = variant.backend.attn_backend.name
-        row |= rates(work, middle, self.ceiling)
+        row |= rates(flops, middle, self.ceiling)
         row |= {"warm_up_s": variant.warm_up, "weights_gib": variant.weights / GIB}
         return row
 
-    def bare_ms(self, bench: Bench) -> float:
+    def bare_ms(self, work: Workload) -> float:
         """A forward without its blocks: embedding, head and unpatchify."""
-        network = bench.network()
+        network = work.network()
 
         @torch.no_grad()
         def call() -> None:
-            embedded = network.embed(bench.latent, bench.timestep, bench.text[:1])
+            embedded = network.embed(work.latent, work.timestep, work.text[:1])
             network.unpatchify(network.final_layer(embedded.tokens, embedded.time), embedded.grid)
 
         return min(timed_ms(call, self.device) for _ in range(4))
@@ -334,11 +298,11 @@ class Latency:
         random weights.
         """
         case = self.case("Wan2.1-T2V-1.3B")
-        bench = self.bench(case)
+        work = self.workload(case)
         name = self.fastest(case, "ours_", eight_bit=False)
         kept = self._variants.get((case.name, name)) if name is not None else None
         settings = dict((kept.settings if kept is not None else None) or {"attn_type": "auto"})
-        backend = bench.backend(settings, *random_ends(self.device, bench.dtype, self.small))
+        backend = backend_of(work, settings, *random_ends(self.device, work.dtype, self.small))
         # prompts are encoded once, so another
         warm_up = self.video(backend, case, 1, "A red fish swims left in the sea")
         whole: dict[str, float] = {}
@@ -399,9 +363,9 @@ class Latency:
         Weights are random, so that nothing is said of the picture.
         """
         case = self.case("Wan2.1-T2V-1.3B")
-        backend = self.bench(case).backend(
-            {"attn_type": "auto"}, *random_ends(self.device, self.bench(case).dtype, self.small)
-        )
+        work = self.workload(case)
+        ends = random_ends(self.device, work.dtype, self.small)
+        backend = backend_of(work, {"attn_type": "auto"}, *ends)
         size = {"height": case.height, "width": case.width, "num_frames": case.frames}
         steps = CACHED_STEPS
         make_video(backend, prompt=PROMPT, seed=1, num_inference_steps=2, **size)  # chooses kernels
@@ -425,12 +389,18 @@ class Latency:
             )
         backend.terminate()
 
+    def on_a_cpu(self, report: Report) -> None:
+        """wan-tiny from prompt to frames, beside diffusers' pipeline."""
+        from benchmarks.latency.cpu import beside_pipeline
+
+        beside_pipeline(report, self.rounds, small=self.small)
+
     def profile(self, report: Report) -> None:
         """Kernels by kind at 1.3B for our fastest exact and 8-bit variants and the fastest peers, or a guess
         at these.
         """
         case = self.case("Wan2.1-T2V-1.3B")
-        bench = self.bench(case)
+        work = self.workload(case)
         sides = (("diffusers_", PEERS_GUESS), ("ours_", OUR_GUESS))
         names = [
             self.fastest(case, prefix, eight_bit=eight) or guess[eight]
@@ -438,7 +408,7 @@ class Latency:
             for eight in (False, True)
         ]
         for name, builder in chosen(names).items():
-            variant = self.variant(bench, name, builder, report)
+            variant = self.variant(work, name, builder, report)
             if variant is None:
                 continue
             spans = kernel_spans(variant.call, self.device)
@@ -446,11 +416,6 @@ class Latency:
             report.add("Where the time goes, ms", {"variant": name, "idle_share": idle_share(found), **found})
             for kernel in longest(spans, 30):
                 report.add(f"Longest kernels, {name}", kernel)
-
-
-def chosen(names: Iterable[str | None]) -> dict[str, Builder]:
-    """Variants by name, each once."""
-    return {name: EVERY[name] for name in names if name is not None}
 
 
 def auto_kernel(ready: Mapping[str, Variant]) -> str | None:
@@ -465,14 +430,14 @@ def carried_over(ms: float, bare: float, case: Case) -> float:
 
     It flatters ours, whose branches share the first self-attention: of 8 layers that is a sixteenth of the
     attention, of 40 an eightieth, some 3 % of the whole. All 40 layers, measured by `benchmarks.scaling`,
-    took 2,489 ms where this says 2,403.
+    took 2,504 ms where this says 2,403.
     """
     return (ms - bare) * case.layers / case.config.num_layers + bare
 
 
-def rates(work: Work, ms: float, ceiling: Mapping[str, float]) -> dict[str, float]:
+def rates(flops: Flops, ms: float, ceiling: Mapping[str, float]) -> dict[str, float]:
     """Achieved TFLOP/s, and its share of this run's large 16-bit product."""
-    reached = work.total / (ms / 1e3) / TERA
+    reached = flops.total / (ms / 1e3) / TERA
     found = {"tflops": reached}
     if "bf16_tflops" in ceiling:
         found["share_of_bf16_product"] = reached / ceiling["bf16_tflops"]
@@ -482,11 +447,6 @@ def rates(work: Work, ms: float, ceiling: Mapping[str, float]) -> dict[str, floa
 def idle_share(found: Mapping[str, float]) -> float:
     """Of the span of a breakdown, the part in which no kernel runs."""
     return found["gaps"] / found["span"] if found["span"] > 0 else 0.0
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    """Norm of the difference over the norm of b."""
-    return float((a.float() - b.float()).norm() / b.float().norm())
 
 
 def random_ends(
@@ -500,17 +460,22 @@ def random_ends(
     folder = read_folder(ASSETS / TINY)
     encoder: Any = filled(build_text_encoder(UMT5_XXL), device, dtype)
     encoder.encoder.embed_tokens.weight = encoder.shared.weight  # one table, as in the checkpoint
-    vae = filled(build_vae({}), device, dtype)
-    return TextEncoder(encoder, load_tokenizer(folder.tokenizer)), WanVAE(vae)
+    return TextEncoder(encoder, load_tokenizer(folder.tokenizer)), random_vae({}, device, dtype)
 
 
-@torch.no_grad()
-def filled(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A network from the meta device with random weights that keep activations finite."""
-    network = network.to(dtype).to_empty(device=device)
-    for name, parameter in network.named_parameters():
-        if parameter.ndim == 1 or "norm" in name or "gamma" in name:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        else:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
-    return network
+def ratios(times: Mapping[str, float], peer: str = "diffusers") -> dict[str, dict[str, float]]:
+    """How many times faster each entry is than each of the peer's: {name: {"ratio_vs_diffusers_eager": 1.3,
+    ...}}.
+
+    Args:
+        times: name -> time, the peer's entries being called "PEER_VARIANT"; they get no ratios of their own.
+        peer: the prefix.
+    """
+    theirs = {
+        name.removeprefix(f"{peer}_"): value for name, value in times.items() if name.startswith(f"{peer}_")
+    }
+    ours = {name: value for name, value in times.items() if not name.startswith(f"{peer}_")}
+    return {
+        name: {f"ratio_vs_{peer}_{variant}": other / value for variant, other in theirs.items()}
+        for name, value in ours.items()
+    }

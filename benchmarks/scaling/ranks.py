@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.measuring import synchronise, timed_ms
 from chitu_diffusion.config import RankPlace, set_nccl_defaults
 from chitu_diffusion.distributed.plan import ParallelPlan
 from chitu_diffusion.distributed.process_groups import ProcessGroups
@@ -32,6 +33,9 @@ PATIENCE = 90.0
 """Seconds that a rank waits for the others' word at the end of a section."""
 _LAST = 60.0
 """Seconds after the budget at which a run that hangs is ended; what was found by then is on disk."""
+INNER = 16
+"""Calls for one reading of the clock, for what is short."""
+Work = Callable[[], object]
 
 
 class Ranks:
@@ -46,10 +50,16 @@ class Ranks:
 
     def __init__(self, place: RankPlace, device: torch.device, out: Path, budget: float) -> None:
         set_nccl_defaults()
-        self.rank, self.world, self.device, self.out = place.rank, place.world, device, out
+        self.rank = place.rank
+        self.world = place.world
+        self.device = device
+        self.out = out
         self.results: dict[str, Any] = {}
         self.broken: list[str] = []
-        self._began, self._budget, self._section, self._layouts = time.monotonic(), budget, 0, 0
+        self._began = time.monotonic()
+        self._budget = budget
+        self._section = 0
+        self._layouts = 0
         self._store = dist.PrefixStore("scaling", next(iter(dist.rendezvous("env://")))[0])
         self._groups = ProcessGroups()
         self.monitor = HeartbeatMonitor(
@@ -102,7 +112,7 @@ class Ranks:
         try:
             with self.monitor.critical(f"section {name}"):
                 found = work()
-                self._sync()
+                synchronise(self.device)
             if self._groups.broken is not None:
                 error = f"cut short: {self._groups.broken}"
         except Exception as raised:
@@ -123,7 +133,7 @@ class Ranks:
             torch.cuda.empty_cache()
         self._keep(name, {**found, "section_seconds": round(self.elapsed - began, 2)})
 
-    def timed(self, work: Callable[[], object], repeats: int) -> dict[str, Any]:
+    def timed(self, work: Work, repeats: int) -> dict[str, Any]:
         """Seconds of `work` on the slowest rank: the first call, and the median of `repeats` more; and each
         rank's peak.
 
@@ -136,13 +146,16 @@ class Ranks:
             torch.cuda.reset_peak_memory_stats(self.device)
         for _ in range(repeats + 1):
             peers.all_gather(tick)
-            self._sync()
-            times.append(self._clock(work))
+            times.append(timed_ms(work, self.device) / 1e3)
         peak = self._groups.held_bytes + (torch.cuda.max_memory_allocated(self.device) if cuda else 0)
         everyone = self.gathered({"times": times, "peak": peak})
         slowest = [max(column) for column in zip(*(rank["times"] for rank in everyone), strict=True)]
         found = {"first": slowest[0], "seconds": median(slowest[1:]), "all": slowest[1:]}
         return {**found, "peak_bytes": [rank["peak"] for rank in everyone]}
+
+    def each(self, work: Work, times: int = INNER) -> float:
+        """Seconds of one call of many in a row."""
+        return float(self.timed(lambda: [work() for _ in range(times)], 3)["seconds"] / times)
 
     def fall(self) -> None:
         """This rank gives the section's exchanges up; the others' are cut short."""
@@ -155,27 +168,10 @@ class Ranks:
         self.gathered(None)
         self.monitor.leave()
 
-    def _clock(self, work: Callable[[], object]) -> float:
-        if self.device.type != "cuda":
-            began = time.perf_counter()
-            work()
-            return time.perf_counter() - began
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        self._sync()
-        return start.elapsed_time(end) / 1000
-
-    def _sync(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def _keep(self, name: str, found: dict[str, Any]) -> None:
         self.results[name] = found
         if self.rank == 0:
             print(f"{self.elapsed:6.1f} s  {name}: {json.dumps(found)[:2000]}", flush=True)
-            self.out.parent.mkdir(parents=True, exist_ok=True)
             self.out.write_text(json.dumps(self.results, indent=1) + "\n")
 
     def _cancel(self, why: str, generation: int | None) -> None:
