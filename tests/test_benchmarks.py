@@ -6,6 +6,8 @@ import json
 import os
 import random
 import re
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from ranks import run_ranks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import fidelity, gpu_check, kernels, simulate_scaling, vae
+from benchmarks import faults, fidelity, gpu_check, kernels, simulate_scaling, vae
 from benchmarks.latency import __main__ as latency
 from benchmarks.latency import peers
 from benchmarks.latency.limits import forward_flops
@@ -27,8 +29,21 @@ from benchmarks.scaling.pieces import hidden_share
 from chitu_diffusion.distributed.plan import parse_layout, plan_for
 from chitu_diffusion.models.wan.config import WanConfig
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SMALL = ["--small", "--device", "cpu"]
+
+
+def untracked() -> set[str]:
+    command = ["git", "ls-files", "--others", "--exclude-standard"]
+    return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines())
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_in_the_checkout() -> Iterator[None]:
+    before = untracked()
+    yield
+    assert untracked() <= before
 
 
 SMALL_RUNS = [  # command, flags, table, one of its columns, and what that may be at least and at most
@@ -105,6 +120,11 @@ def test_scaling_and_its_simulation(tmp_path: Path) -> None:
         (simulate_scaling.main, ["none.json"], "none.json: .*python -m benchmarks.scaling"),
         (scaling.main, ["--layouts", "u2,u2@x"], "'u2@x': use u2@nccl, or u2@8"),
         (scaling.main, ["--layouts", "u2,ux"], "'ux': .*'auto', or parts such as"),
+        *(
+            (main, ["--out", f"{__file__}/results"], "--out: .*/results: .*; use another folder")
+            for main in (latency.main, kernels.main, vae.main, fidelity.main, scaling.main, faults.main)
+        ),
+        (simulate_scaling.main, ["x.json", "--out", f"{__file__}/y"], "--out: .*/y: .*; use another folder"),
     ],
 )
 def test_wrong_words_are_told_before_any_work(main, words, said, tmp_path, monkeypatch, capsys) -> None:
