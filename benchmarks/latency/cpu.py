@@ -26,7 +26,7 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.evaluation.compare import psnr
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.models.spec import TINY, resolve_model
+from chitu_diffusion.models.spec import ASSETS, TINY
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 PROMPTS = (
@@ -64,8 +64,7 @@ class CpuRun:
         self.backend = DiffusionBackend(
             EngineConfig(models={"name": TINY}, infer={"device": "cpu", "dtype": "float32"})
         )
-        _, folder = resolve_model(TINY)
-        self.pipeline = diffusers.WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        self.pipeline = diffusers.WanPipeline.from_pretrained(ASSETS / TINY, torch_dtype=torch.float32)
         self.pipeline.set_progress_bar_config(disable=True)
 
     def ours(self, prompt: str, seed: int) -> TimedVideo:
