@@ -8,13 +8,16 @@ PIP := $(BIN)/pip -qq --disable-pip-version-check --no-input
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 WORKERS ?= 2
 
-.PHONY: demo test check install clean
+.PHONY: demo test test-training check install clean
 
 demo: $(STAMP)
 	@$(BIN)/chitu generate "A cat walking on grass" --seed 1 -o outputs/demo.mp4
 
 test: check
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+
+test-training: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) training/tests
 
 check: $(STAMP)
 	@$(BIN)/ruff check .

@@ -11,7 +11,6 @@ until no process is left.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -21,10 +20,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.report import Report, Section, parser, report_for, run_sections
 
 PROMPT = "A red ball rolls on grass"
 LAYOUTS = ("cfg2", "u2", "r2")
@@ -32,28 +34,16 @@ FAULTS = (("SIGKILL", 1), ("SIGSTOP", 1), ("SIGKILL", 0), ("SIGINT", 1))
 PATIENCE = 60.0
 
 
-def command(device: str, layout: str | None, steps: int, out: Path, *more: str) -> list[str]:
+def command(device: str, layout: str | None, steps: int, out: Path) -> list[str]:
     """A `chitu generate` of two ranks, or of one."""
-    words = [
-        sys.executable,
-        "-m",
-        "chitu_diffusion",
-        "generate",
-        PROMPT,
-        "-o",
-        str(out),
-        "--seed",
-        "1",
-        "--steps",
-        str(steps),
-    ]
-    words += ["--device", device, "--dtype", "float32", "--json", *more]
-    return words if layout is None else [*words, "--gpus", "2", "--parallel", layout]
+    words = f"-m chitu_diffusion generate --seed 1 --steps {steps} --device {device} --dtype float32 --json"
+    ranks = [] if layout is None else ["--gpus", "2", "--parallel", layout]
+    return [sys.executable, *words.split(), "-o", str(out), *ranks, PROMPT]
 
 
-def videos(device: str, steps: int, folder: Path) -> list[dict[str, Any]]:
-    """PSNR of each layout's frames against one rank's, in dB; infinite where they are the same to the bit."""
-    rows, alone = [], np.empty(0)
+def videos(device: str, steps: int, folder: Path, report: Report) -> None:
+    """PSNR of each layout's frames against one rank's, in dB."""
+    alone = np.empty(0)
     for layout in (None, *LAYOUTS):
         out, began = folder / f"{layout}.npy", time.monotonic()
         done = subprocess.run(
@@ -61,7 +51,7 @@ def videos(device: str, steps: int, folder: Path) -> list[dict[str, Any]]:
         )
         row: dict[str, Any] = {"layout": layout or "one rank", "seconds": round(time.monotonic() - began, 1)}
         if done.returncode:
-            rows.append({**row, "failed": done.stderr[-600:]})
+            report.add("The same video", {**row, "failed": done.stderr[-600:]})
             continue
         frames = np.load(out).astype(np.float64)
         if layout is None:
@@ -69,9 +59,7 @@ def videos(device: str, steps: int, folder: Path) -> list[dict[str, Any]]:
         else:
             error = float(np.mean((frames - alone) ** 2))
             row["psnr"] = round(10 * np.log10(float(np.ptp(alone)) ** 2 / error), 1) if error else "identical"
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    return rows
+        report.add("The same video", row)
 
 
 def fault(device: str, layout: str, name: str, rank: int, folder: Path) -> dict[str, Any]:
@@ -149,30 +137,30 @@ def alive(process: int) -> bool:
         return False
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> Report:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
-    parser.add_argument("--layout", default="u2", help="of the faults")
-    parser.add_argument("--steps", type=int, default=20, help="of the videos")
-    parser.add_argument("--parts", default="videos,faults")
-    parser.add_argument("--out", type=Path, default=None, help="JSON, rewritten after each row")
-    asked = parser.parse_args()
-    results: dict[str, Any] = {}
+    options = parser(__doc__)
+    options.add_argument("--sections", nargs="+", default=[], metavar="NAME", help="a wrong name lists all")
+    options.add_argument("--layout", default="u2", help="of the faults")
+    options.add_argument("--steps", type=int, default=20, help="of the videos")
+    asked = options.parse_args(words)
+    report = report_for("The engine itself on two ranks", "faults", asked)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if "videos" in asked.parts:
-            results["videos"] = videos(asked.device, asked.steps, folder)
-        results["faults"] = []
-        for signal_name, rank in FAULTS if "faults" in asked.parts else ():
-            row = fault(asked.device, asked.layout, signal_name, rank, folder)
-            results["faults"].append(row)
-            print(json.dumps(row), flush=True)
-            if asked.out is not None:
-                asked.out.write_text(json.dumps(results, indent=1) + "\n")
+        steps = 2 if asked.small else asked.steps
+        table = [Section("videos", "each layout's", 0, partial(videos, asked.device, steps, folder))]
+        for signal_name, rank in FAULTS:
+            run = partial(told, asked.device, asked.layout, signal_name, rank, folder)
+            table.append(Section(f"{signal_name}-{rank}", "to a rank", 0, run))
+        run_sections(table, report, asked=asked.sections, budget=asked.budget)
+    print(*report.write(), sep="\n")
+    return report
+
+
+def told(device: str, layout: str, name: str, rank: int, folder: Path, report: Report) -> None:
+    """A fault's row."""
+    report.add("When a rank fails", fault(device, layout, name, rank, folder))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main().failed)

@@ -13,32 +13,29 @@ other cannot be told from them.
 
 from __future__ import annotations
 
-import argparse
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.latency import machine
-from benchmarks.report import RESULTS, Report, Section, file_name, run_sections
-from benchmarks.variants import as_task_text, known
+from benchmarks.measuring import relative_error
+from benchmarks.report import Report, Section, parser, report_for, run_sections
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.evaluation.adherence import PROMPT_SEED, wilson
+from chitu_diffusion.evaluation.adherence import wilson
 from chitu_diffusion.evaluation.compare import psnr
 from chitu_diffusion.evaluation.judge import CLASSES, Judge, load_judge, name_parts
-from chitu_diffusion.evaluation.world import Words, held_out_prompts
+from chitu_diffusion.evaluation.prompts import Words, held_out_prompts
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.registry import TINY
 from chitu_diffusion.pipelines import denoising
+from chitu_diffusion.pipelines.conditioning import TextConditioning
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 EXACT, LOSSY = "exact", "8 bits"
@@ -68,7 +65,7 @@ as absent.
 
 
 @dataclass(frozen=True)
-class StepInfo:
+class PathPoint:
     """A point of the reference's path: what the network saw, and what it answered."""
 
     latent: Tensor
@@ -78,7 +75,7 @@ class StepInfo:
 
 
 @dataclass
-class Outcome:
+class WayVideos:
     """What one way of computing gave: videos [T, 3, H, W] on the CPU, in the prompts' order."""
 
     videos: list[Tensor] = field(default_factory=list)
@@ -97,20 +94,20 @@ class Fidelity:
 
     def __init__(self, device: str, prompts: int, *, small: bool) -> None:
         self.device = device
-        self.asked = held_out_prompts(prompts, PROMPT_SEED)
+        self.asked = held_out_prompts(prompts)
         self.shape: dict[str, Any] = (
             {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 3} if small else {}
         )
         self.judge: Judge = load_judge()
-        self.moments: list[StepInfo] = []
-        self.outcomes: dict[str, Outcome] = {}
+        self.moments: list[PathPoint] = []
+        self.outcomes: dict[str, WayVideos] = {}
 
     def way(self, name: str, report: Report) -> None:
         """All of one way's videos and its row."""
         kind, settings = WAYS[name]
         try:
             backend = DiffusionBackend(
-                EngineConfig(models={"name": TINY}, infer={"device": self.device, **known(settings)})
+                EngineConfig(models={"name": TINY}, infer={"device": self.device, **settings})
             )
         except (UsageError, ImportError) as error:
             report.note(f"{name} is absent: {str(error).splitlines()[0]}")
@@ -127,9 +124,9 @@ class Fidelity:
         """A request at the model's defaults."""
         return DiffusionTask.from_user_request(DiffusionUserParams(prompt, seed=seed, **self.shape))
 
-    def videos(self, backend: DiffusionBackend) -> Outcome:
+    def videos(self, backend: DiffusionBackend) -> WayVideos:
         """A video of each prompt, and what the judge sees in it."""
-        outcome, generator, began = Outcome(), Generator(backend), time.perf_counter()
+        outcome, generator, began = WayVideos(), Generator(backend), time.perf_counter()
         for prompt, _ in self.asked:
             task = self.task(prompt)
             while task.status is not TaskStatus.SAVING:
@@ -142,7 +139,7 @@ class Fidelity:
         outcome.found = [name_parts(self.judge, video[None])[0] for video in outcome.videos]
         return outcome
 
-    def path(self, backend: DiffusionBackend, prompt: str, moments: int = 4) -> list[StepInfo]:
+    def path(self, backend: DiffusionBackend, prompt: str, moments: int = 4) -> list[PathPoint]:
         """Points evenly spread over one denoising, with the velocities of both branches."""
         generator, sampler = Generator(backend), backend.sampler
         task = self.task(prompt)
@@ -154,14 +151,14 @@ class Fidelity:
             if task.current_step in wanted and state is not None and latent is not None:
                 embeddings, timestep = both_branches(generator, prompt), sampler.timestep(state)
                 found.append(
-                    StepInfo(latent, embeddings, timestep, velocity(backend, latent, embeddings, timestep))
+                    PathPoint(latent, embeddings, timestep, velocity(backend, latent, embeddings, timestep))
                 )
             generator.generate_step(task)
             if task.error is not None:
                 raise task.error
         return found
 
-    def compared(self, backend: DiffusionBackend, outcome: Outcome) -> dict[str, float]:
+    def compared(self, backend: DiffusionBackend, outcome: WayVideos) -> dict[str, float]:
         """Errors of single forwards, PSNR of whole videos; nothing for the reference against itself."""
         if REFERENCE not in self.outcomes:
             return {}
@@ -169,9 +166,7 @@ class Fidelity:
         for moment in self.moments:
             embeddings = moment.embeddings.to(backend.device)
             answer = velocity(backend, moment.latent.to(backend.device), embeddings, moment.timestep)
-            errors.append(
-                float((answer.float() - moment.velocity.float()).norm() / moment.velocity.float().norm())
-            )
+            errors.append(relative_error(answer, moment.velocity))
         decibels = [psnr(a, b) for a, b in zip(outcome.videos, self.outcomes[REFERENCE].videos, strict=True)]
         return {
             "forward_error_mean": mean(errors),
@@ -211,36 +206,26 @@ def both_branches(generator: Generator, prompt: str) -> Tensor:
 def velocity(backend: DiffusionBackend, latent: Tensor, embeddings: Tensor, timestep: Tensor) -> Tensor:
     """Both branches' [2, C, T, H, W]."""
     with torch.no_grad():
-        return denoising.predict_velocity(
-            backend, latent, as_task_text(embeddings.to(latent.device)), timestep, expert=0
-        )
+        text = TextConditioning(embeddings.to(latent.device))
+        return denoising.predict_velocity(backend, latent, text, timestep, expert=0)
 
 
 def main(words: list[str] | None = None) -> Report:
     """Runs every way and writes the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument(
+    options = parser(__doc__)
+    options.add_argument("--prompts", type=int, default=8, help="held-out ones, 1 to 64")
+    options.add_argument(
         "--ways", default="", metavar="WORD", help="only those with this in their name, and the reference"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS")
-    parser.add_argument(
-        "--small", action="store_true", help="three steps of a small video: only to see that it works"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
-    asked = parser.parse_args(words)
+    asked = options.parse_args(words)
     if not any(asked.ways in name for name in WAYS if name != REFERENCE):
         raise SystemExit(f"--ways {asked.ways}: in no way's name; there are: {'; '.join(WAYS)}")
     torch.backends.cudnn.allow_tf32 = False  # the reference's convolutions too are float32
-    facts = machine(torch.device(asked.device))
-    kind = "fidelity-small" if asked.small else "fidelity"
-    report = Report(
-        "Fidelity of kernels and precisions, wan-tiny", facts, asked.out, file_name(kind, facts["device"])
-    )
-    found = Fidelity(asked.device, 1 if asked.small else asked.prompts, small=asked.small)
+    try:
+        found = Fidelity(asked.device, 1 if asked.small else asked.prompts, small=asked.small)
+    except UsageError as error:
+        raise SystemExit(str(error)) from None
+    report = report_for("Fidelity of kernels and precisions, wan-tiny", "fidelity", asked)
     # wan-tiny's steps are short of work for a GPU: about 8 ms each by launches alone
     estimate = 0.0 if asked.small or asked.device == "cpu" else 0.7 * asked.prompts + 1
     sections = [
@@ -250,11 +235,9 @@ def main(words: list[str] | None = None) -> Report:
     ]
     sections.append(Section("noise floor", "exact kernels against each other", 0.0, found.noise_floor))
     run_sections(sections, report, budget=asked.budget)
-    for path in report.write():
-        print(path)
-    print(report.markdown())
+    print(*report.write(), sep="\n")
     return report
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main().failed)

@@ -1,13 +1,12 @@
-"""Attention kernels alone: milliseconds, TFLOP/s and error against float64, on noise and on what real q and k
-look like.
+"""Kernels alone, and what they are worth in a forward: attention, what stands around it, products, switches.
 
-    # every kernel that runs here, about 40 s on one H100
-    python -m benchmarks.kernels
-    python -m benchmarks.kernels --small --device cpu      # does it work?
+    python -m benchmarks.kernels                           # 1.3B at 832x480x81 and 14B's shapes, on a GPU
+    python -m benchmarks.kernels --sections around plain "fused fp8" --model Wan2.1-T2V-14B --layers 8
+    python -m benchmarks.kernels --tune                    # only the launch options of Triton's kernels
+    python -m benchmarks.kernels --small --device cpu      # does it work? "compiled" is then traced only
 
-Each shape is one layer's self-attention, batch 1, bfloat16: 832x480x81 of the 1.3B model (12 heads) and of
-the 14B (40), and 1280x720x81 of the 14B. Work is 4 S^2 D a head, whatever a kernel does; times are medians by
-CUDA events, the first call apart. Errors are relative L2 (norm of the difference over norm) of some query
+Attention: one layer's, batch 1, bfloat16. Work is 4 S^2 D a head, whatever a kernel does; times are medians
+by CUDA events, the first call apart. Errors are relative L2 (norm of the difference over norm) of some query
 rows of every head against float64, and the largest absolute difference of the log-sum-exp. The cases:
 
     gaussian    q, k, v independent, scores of standard deviation 1
@@ -16,112 +15,85 @@ rows of every head against float64, and the largest absolute difference of the l
     sharp       as `mean`, and each query is twice its own key: one weight near 1
     channels    four channels of q and k are five times as large as the rest
 
-Results go to `benchmarks/results/` after every section, as JSON; the tables are printed as they grow.
+Forwards: random weights, one guidance branch, a text of 130 rows padded to 512; the error is that of the
+velocity against the same weights in float32.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import re
-import statistics
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from chitu_diffusion.attention import KERNELS, fp8
-from chitu_diffusion.attention.autotune import KernelAutotuner, Shape, machine_name
+from benchmarks.gpu_check import CALLS, TEXT_ROWS, checked, checks, text_attention
+from benchmarks.measuring import GIB, breakdown, kernel_spans, milliseconds, peak_bytes, relative_error
+from benchmarks.networks import Case, Workload, case_of, small_case
+from benchmarks.report import Report, Section, first_line, parser, report_for, run_sections
+from chitu_diffusion.attention import KERNELS, attention_kernel, cross_attention, fp8, sdpa
+from chitu_diffusion.attention.autotune import KernelAutotuner, Shape
 from chitu_diffusion.attention.kernels import AttentionKernel
+from chitu_diffusion.config import keep_compiled_code
+from chitu_diffusion.errors import UsageError
+from chitu_diffusion.ops import fused
+from chitu_diffusion.ops.float8_linear import Float8Linear, Float8Plan, set_float8, to_float8
 
-RESULTS = Path(__file__).parent / "results"
 CASES = ("gaussian", "wide", "mean", "sharp", "channels")
 FULL = (Shape(32760, 12, 128), Shape(32760, 40, 128), Shape(75600, 40, 128))
 SMALL = (Shape(300, 2, 64), Shape(200, 1, 128))
 ROWS = 64
 PLAIN_FLOAT8 = "fa3_fp8, plain scales"
+VARIANTS: dict[str, tuple[bool, bool, bool]] = {
+    "plain": (False, False, False),
+    "fused": (True, False, False),
+    "plain fp8": (False, False, True),
+    "fused fp8": (True, False, True),
+    "compiled": (False, True, False),
+    "compiled fused": (True, True, False),
+    "compiled fp8": (False, True, True),
+    "compiled fused fp8": (True, True, True),
+}
+"""Name -> (fused kernels, compiled, 8 bits)."""
+MOVED = {
+    "norm, modulate": (2, 0),
+    "norm, modulate, 8 bits": (1, 1),
+    "residual": (3, 0),
+    "residual, norm": (4, 0),
+    "residual, norm, 8 bits": (3, 1),
+    "q, k norm, turn": (4, 0),
+    "gelu": (2, 0),
+    "gelu, 8 bits": (1, 1),
+    "8 bits": (1, 1),
+    "text attention": (2, 0),
+    "text attention, no padding": (2, 0),
+}
+"""What a kernel must read and write for each number of its input: numbers like it, and bytes."""
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 RunWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class Bench:
-    """What the sections share: where they run, and what they found.
+@dataclass
+class AttentionTrial:
+    """Where attention kernels run, and which.
 
-    Args:
-        device: a CUDA device, or the CPU to try the script out.
+    Attributes:
+        device, dtype: of q, k and v.
         repeats: timed calls of each kernel.
-        path: where results are written.
+        kernels: those that run here.
     """
 
-    def __init__(self, device: torch.device, repeats: int, path: Path) -> None:
-        self.device, self.repeats, self.path = device, repeats, path
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.kernels = [kernel for kernel in KERNELS.values() if self.runs(kernel)]
-        self.found: dict[str, Any] = {
-            "machine": machine_name(device, self.kernels),
-            "absent": self.absent(),
-            "sections": {},
-        }
-        print(f"{self.found['machine']}\n")
-        for name, why in self.found["absent"].items():
-            print(f"- {name}: {why}")
-
-    def runs(self, kernel: AttentionKernel) -> bool:
-        """Whether it is measured here; the plain reference would take minutes on full shapes, float8 is
-        emulated on a CPU.
-        """
-        if self.device.type == "cpu":
-            return kernel.name in ("sdpa", "fused", "math", "fa3_fp8")
-        return (
-            kernel.name not in ("math", "fused")
-            and kernel.why_unavailable(self.device, self.dtype, 128) is None
-        )
-
-    def absent(self) -> dict[str, str]:
-        """Kernels that cannot run here, and why."""
-        whys = {
-            name: kernel.why_unavailable(self.device, self.dtype, 128) for name, kernel in KERNELS.items()
-        }
-        return {name: why for name, why in whys.items() if why is not None}
-
-    def section(self, name: str, run: Callable[[], Any]) -> None:
-        """Run one; what it raises is told and recorded, and the next one goes on."""
-        print(f"\n## {name}\n", flush=True)
-        began = time.perf_counter()
-        try:
-            rows = run()
-        except Exception as error:
-            traceback.print_exc()
-            rows = {"error": f"{type(error).__name__}: {error}"}
-        self.found["sections"][name] = {"seconds": round(time.perf_counter() - began, 2), "rows": rows}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def milliseconds(self, call: Callable[[], object]) -> tuple[float, float]:
-        """(median, first call)."""
-        taken = [self._once(call) for _ in range(self.repeats + 1)]
-        return statistics.median(taken[1:]), taken[0]
-
-    def _once(self, call: Callable[[], object]) -> float:
-        if self.device.type != "cuda":
-            began = time.perf_counter()
-            call()
-            return (time.perf_counter() - began) * 1e3
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
+    device: torch.device
+    dtype: torch.dtype
+    repeats: int
+    kernels: list[AttentionKernel]
 
     def inputs(self, shape: Shape, case: str = "gaussian") -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [1, S, H, D] of a case."""
@@ -139,22 +111,25 @@ class Bench:
             q, k = q * factor / 2, k * factor / 2
         return q, k, v
 
-
-def table(columns: tuple[str, ...], rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Print rows as Markdown while they come, and keep them."""
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    kept = []
-    for row in rows:
-        kept.append(row)
-        print("| " + " | ".join(shown(row.get(column)) for column in columns) + " |", flush=True)
-    return kept
+    def ms(self, call: Callable[[], object]) -> tuple[float, float]:
+        """(median, first call)."""
+        return milliseconds(call, self.device, self.repeats)
 
 
-def shown(value: Any) -> str:
-    """A cell."""
-    if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
-    return "" if value is None else str(value)
+def attention_trial(device: torch.device, repeats: int, report: Report) -> AttentionTrial:
+    """The kernels that are measured here; the others are noted. The plain reference would take minutes on
+    full shapes, float8 is emulated on a CPU.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = []
+    for name, kernel in KERNELS.items():
+        why = kernel.why_unavailable(device, dtype, 128)
+        if why is not None:
+            report.note(f"{name}: {why}")
+        here = why is None or (name == "fa3_fp8" and device.type == "cpu")
+        if here and (device.type == "cpu" or name not in ("math", "fused")):
+            found.append(kernel)
+    return AttentionTrial(device, dtype, repeats, found)
 
 
 def guarded(name: str, row: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -162,28 +137,21 @@ def guarded(name: str, row: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return {"kernel": name, **row()}
     except Exception as error:
-        traceback.print_exc()
-        return {"kernel": name, "error": f"{type(error).__name__}: {error}"}
+        return {"kernel": name, "error": f"{type(error).__name__}: {first_line(error)}"}
 
 
-def speeds(bench: Bench, shape: Shape) -> list[dict[str, Any]]:
+def speeds(trial: AttentionTrial, shape: Shape, report: Report) -> None:
     """Every kernel on one shape."""
-    q, k, v = bench.inputs(shape)
+    q, k, v = trial.inputs(shape)
     work = 4 * shape.tokens**2 * shape.heads * shape.head_dim
 
     def measure(kernel: AttentionKernel) -> dict[str, Any]:
-        median, first = bench.milliseconds(lambda: kernel(q, k, v))
-        return {
-            "exact": "yes" if kernel.exact else "no",
-            "ms": median,
-            "TFLOP/s": work / median / 1e9,
-            "first call ms": first,
-        }
+        median, first = trial.ms(lambda: kernel(q, k, v))
+        speed = work / median / 1e9
+        return {"exact": kernel.exact, "ms": median, "tflops": speed, "first_call_ms": first}
 
-    columns = ("kernel", "exact", "ms", "TFLOP/s", "first call ms", "error")
-    return table(
-        columns, (guarded(kernel.name, lambda kernel=kernel: measure(kernel)) for kernel in bench.kernels)
-    )
+    for kernel in trial.kernels:
+        report.add(f"Attention, {title(shape)}", guarded(kernel.name, partial(measure, kernel)))
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,45 +175,49 @@ def plain_float8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.float() * scales[2][:, None, :, None]
 
 
-def errors(bench: Bench, shape: Shape, cases: tuple[str, ...]) -> list[dict[str, Any]]:
+def errors(trial: AttentionTrial, shape: Shape, cases: tuple[str, ...], report: Report) -> None:
     """Every kernel against float64, by case."""
     runs: dict[str, tuple[Run, RunWithLse | None]] = {
-        kernel.name: (kernel.run, kernel.run_with_lse) for kernel in bench.kernels
+        kernel.name: (kernel.run, kernel.run_with_lse) for kernel in trial.kernels
     }
     if "fa3_fp8" in runs:
         runs[PLAIN_FLOAT8] = (plain_float8, None)
     found: dict[str, dict[str, Any]] = {name: {} for name in runs}
     for case in cases:
-        q, k, v = bench.inputs(shape, case)
-        rows = torch.randperm(shape.tokens, device=bench.device)[:ROWS]
-        out, lse = reference(q, k, v, rows)
-
-        def measure(run: Run, with_lse: RunWithLse | None, case: str = case) -> dict[str, Any]:
-            row = {case: float((run(q, k, v)[:, rows].double() - out).norm() / out.norm())}  # noqa: B023
-            if with_lse is not None:
-                row[f"{case} lse"] = float((with_lse(q, k, v)[1][:, rows].double() - lse).abs().max())  # noqa: B023
-            return row
-
-        for name, (run, with_lse) in runs.items():
-            found[name] |= guarded(name, lambda run=run, with_lse=with_lse: measure(run, with_lse))
-    columns = ("kernel", *cases, *(f"{case} lse" for case in cases if case in ("gaussian", "mean")), "error")
-    return table(columns, iter(found.values()))
+        inputs = trial.inputs(shape, case)
+        rows = torch.randperm(shape.tokens, device=trial.device)[:ROWS]
+        for name, both in runs.items():
+            found[name] |= guarded(name, partial(_error, case, both, inputs, rows, reference(*inputs, rows)))
+    for row in found.values():
+        report.add(f"Attention's relative error, {title(shape)}", row)
 
 
-def float8_steps(bench: Bench, shape: Shape) -> list[dict[str, Any]]:
+def _error(
+    case: str,
+    runs: tuple[Run, RunWithLse | None],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    rows: Tensor,
+    exact: tuple[Tensor, Tensor],
+) -> dict[str, float]:
+    run, with_lse = runs
+    found = {case: relative_error(run(*inputs)[:, rows], exact[0])}
+    if with_lse is not None and case in ("gaussian", "mean"):
+        found[f"{case} lse"] = float((with_lse(*inputs)[1][:, rows].double() - exact[1]).abs().max())
+    return found
+
+
+def float8_steps(trial: AttentionTrial, shape: Shape, report: Report) -> None:
     """Where the time of float8 attention goes, and how near Triton's steps are to plain torch's."""
-    q, k, v = bench.inputs(shape, "mean")
-    steps = fp8.steps_on(bench.device)
+    q, k, v = trial.inputs(shape, "mean")
+    steps = fp8.steps_on(trial.device)
     means = steps.measure(q, k, v)
     scales = steps.scale(means)
     q8, given = steps.quantise_q(q, scales), steps.quantise_kv(k, v, scales)
     bias, matrix = steps.correct(means, scales, given)
     small = [x[:, : min(shape.tokens, 1000), :2].contiguous() for x in (q, k, v)]
-    exact, ours = (fp8.attend_in_fp8(*small, False, some)[0].float() for some in (fp8.PLAIN, steps))
-    print(
-        f"triton against plain torch: {float((ours - exact).norm() / exact.norm()):.4f} relative (0.01 would "
-        "be much)\n"
-    )
+    exact, ours = (fp8.attend_in_fp8(*small, False, some)[0] for some in (fp8.PLAIN, steps))
+    apart = relative_error(ours, exact)
+    report.note(f"fa3_fp8, triton against plain torch: {apart:.4f} relative (0.01 would be much)")
     parts: dict[str, Callable[[], object]] = {
         "measure q, k, v": lambda: steps.measure(q, k, v),
         "scale": lambda: steps.scale(means),
@@ -256,29 +228,20 @@ def float8_steps(bench: Bench, shape: Shape) -> list[dict[str, Any]]:
         "finish": lambda: steps.finish(q, None, q, scales, bias, matrix),
         "all": lambda: KERNELS["fa3_fp8"](q, k, v),
     }
-    names = ("kernel", "ms", "error")
-    return table(
-        names,
-        (
-            guarded(name, lambda call=call: {"ms": bench.milliseconds(call)[0]})
-            for name, call in parts.items()
-        ),
-    )
+    for name, call in parts.items():
+        row = guarded(name, lambda call=call: {"ms": trial.ms(call)[0]})
+        report.add(f"Steps of fa3_fp8, {title(shape)}", row)
 
 
-def automatic(bench: Bench, shapes: tuple[Shape, ...]) -> list[dict[str, Any]]:
+def automatic(trial: AttentionTrial, shapes: tuple[Shape, ...], report: Report) -> None:
     """What "auto" takes, with and without the log-sum-exp, and how long it takes to find out."""
-
-    def choose(shape: Shape, needs_lse: bool) -> dict[str, Any]:
-        began = time.perf_counter()
-        kernel = KernelAutotuner(
-            "auto", bench.device, bench.dtype, shape.head_dim, needs_lse=needs_lse
-        ).for_shape(shape)
-        return {"chosen": kernel.name, "with lse": str(needs_lse), "ms": (time.perf_counter() - began) * 1e3}
-
-    asked = [(shape, needs_lse) for shape in shapes for needs_lse in (False, True)]
-    rows = (guarded(title(shape), lambda shape=shape, lse=lse: choose(shape, lse)) for shape, lse in asked)
-    return table(("kernel", "chosen", "with lse", "ms", "error"), rows)
+    for shape in shapes:
+        for needs_lse in (False, True):
+            place = (trial.device, trial.dtype, shape.head_dim)
+            began = time.perf_counter()
+            kernel = KernelAutotuner("auto", *place, needs_lse=needs_lse).for_shape(shape)
+            row = {"shape": title(shape), "with_lse": needs_lse, "chosen": kernel.name}
+            report.add("What auto chooses", {**row, "ms": (time.perf_counter() - began) * 1e3})
 
 
 def title(shape: Shape) -> str:
@@ -286,39 +249,247 @@ def title(shape: Shape) -> str:
     return f"{shape.tokens} tokens, {shape.heads} heads of {shape.head_dim}"
 
 
-def main() -> None:
-    """All sections, the shortest first."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="small shapes, to see that it works")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each kernel")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    asked = parser.parse_args()
-    if asked.device == "cpu" and not asked.small:
-        parser.error("full shapes take hours on a CPU: add --small")
+# -- around attention
+
+
+def around(shape: Shape, device: torch.device, report: Report) -> None:
+    """Each kernel beside its twin: the table of `benchmarks.gpu_check`, with bytes a second."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dim = shape.heads * 128
+    widths = dict.fromkeys(MOVED, dim) | dict.fromkeys(("gelu", "gelu, 8 bits"), dim * 35 // 6 // 16 * 16)
+    source = torch.randn(shape.tokens, dim, device=device).to(dtype)
+    target = torch.empty_like(source)
+    ms, _ = milliseconds(lambda: target.copy_(source), device, calls=CALLS)
+    speed = 2 * source.numel() * dtype.itemsize / ms / 1e6
+    report.add("Kernels", {"kernel": "copy", "twin_ms": ms, "gb_per_s": speed})
+    for name, (work, allowed) in checks(shape.tokens, shape.heads, device, dtype).items():
+        if not fused.can_fuse(source):
+            ms, _ = milliseconds(partial(work, False), device)
+            report.add("Kernels", {"kernel": name, "twin_ms": ms})
+            continue
+        row = checked(name, work, allowed, device)
+        if name in MOVED and "ours_ms" in row:
+            numbers, more = MOVED[name]
+            moved = (numbers * dtype.itemsize + more) * shape.tokens * widths[name]
+            row["gb_per_s"] = moved / row["ours_ms"] / 1e6
+        report.add("Kernels", row)
+
+
+def products(work: Workload, report: Report) -> None:
+    """Matrix products in 16 and 8 bits, and the GELU inside or behind one."""
+    dim, ffn, device = work.case.config.dim, work.case.config.ffn_dim, work.device
+
+    def ms(call: Callable[[], object]) -> float:
+        return milliseconds(call, device, calls=CALLS)[0]
+
+    for rows, columns in ((dim, dim), (dim, ffn), (ffn, dim)):
+        linear = nn.Linear(rows, columns, device=device, dtype=work.dtype).requires_grad_(False)
+        x = torch.randn(1, work.case.tokens, rows, device=device).to(work.dtype)
+        layer = Float8Linear(linear)
+        layer.quantise_weight()
+        set_float8([layer], True)
+        quantised, operations = fused.quantise(x), 2e-9 * work.case.tokens * rows * columns
+        wide, small = ms(partial(linear, x)), ms(partial(layer, quantised))
+        row = {"name": f"{rows} to {columns}", "ms": wide, "tflops": operations / wide, "fp8_ms": small}
+        row |= {
+            "fp8_tflops": operations / small,
+            "fp8_relative_error": relative_error(layer(quantised), linear(x)),
+        }
+        if columns == ffn and fused.has_linear_gelu(x, linear.weight, True):
+            behind = partial(_gelu_behind, linear, x)
+            inside = partial(fused.linear_gelu, x, linear.weight, linear.bias)
+            row |= {"then_gelu_ms": ms(behind), "gelu_inside_ms": ms(inside)}
+            row["gelu_inside_difference"] = relative_error(inside(), behind())
+        report.add("Products", row)
+
+
+def _gelu_behind(linear: nn.Linear, x: Tensor) -> Tensor:
+    return F.gelu(linear(x), approximate="tanh")
+
+
+# -- forwards
+
+
+class SwitchTrial:
+    """One network in each of `VARIANTS`.
+
+    Args:
+        work: weights and inputs.
+        attention: a kernel's name; torch's own where that is not there.
+        mode: of `torch.compile`.
+    """
+
+    def __init__(self, work: Workload, attention: str, mode: str | None) -> None:
+        self.work = work
+        self.mode = mode
+        self.exact: Tensor | None = None
+        try:
+            self.attention = attention_kernel(attention)
+        except UsageError as error:
+            print(f"attention {attention}: {first_line(error)}; sdpa instead", flush=True)
+            self.attention = sdpa
+
+    def float32(self) -> Tensor:
+        """The velocity of the same weights in float32; computed once."""
+        if self.exact is None:
+            network = self.work.network(torch.float32)
+            self.exact = network(self.work.latent, self.work.timestep, self.work.text[1:].float())
+        return self.exact
+
+    def variant(self, name: str, report: Report) -> None:
+        """First call, later calls, one block alone, memory, error, and where the time goes."""
+        fuse, compiled, in_float8 = VARIANTS[name]
+        work, device = self.work, self.work.device
+        network = work.network()
+        if in_float8:
+            keep = Float8Plan().keep if work.case.config.num_layers > 2 else ()
+            set_float8(to_float8(list(network.blocks), Float8Plan(keep)), True)
+        network.use_fused(fuse)
+        if compiled:
+            keep_compiled_code()
+            options = {"mode": self.mode} if device.type == "cuda" else {"backend": "eager"}
+            network.compile_blocks(**options)
+        latent = work.latent.to(work.dtype)
+        text = network.make_text_kv(work.text[1:])
+
+        def forward() -> Tensor:
+            return network(latent, work.timestep, text, attention=self.attention)
+
+        median, first = milliseconds(forward, device, 3)
+        row: dict[str, Any] = {"variant": name, "ms": median, "first_ms": first}
+        row["work_gib"] = peak_bytes(forward, device) / GIB
+        row["relative_error"] = relative_error(forward(), self.float32())
+        embedded = network.embed(latent, work.timestep, text)
+        block = network.blocks[1]
+        weighted = block.takes_bias(embedded.tokens, embedded.text.rows.dtype)
+        keys = embedded.text.keys(1, block.text_keys, weighted)
+        inputs = (embedded.tokens, keys, embedded.modulation, embedded.rope, self.attention)
+        row["block_ms"], _ = milliseconds(partial(block, *inputs), device, calls=CALLS)
+        row |= breakdown(kernel_spans(forward, device))
+        report.add(f"Forward, {work.case.name}, {self.attention.name}", row)
+
+
+@contextmanager
+def launched(module: Any, **ways: Callable[..., Any]) -> Iterator[None]:
+    """A module of Triton kernels with other functions that say how they start."""
+    own = {name: getattr(module, name) for name in ways}
+    for name, way in ways.items():
+        setattr(module, name, way)
+    try:
+        yield
+    finally:
+        for name, way in own.items():
+            setattr(module, name, way)
+
+
+def text_launches(tokens: int, heads: int, rows: int, device: torch.device, report: Report) -> None:
+    """Ways to start the text attention: tokens, keys, warps, and programs that share a tile's heads."""
+    ours = cross_attention.cross_attention_triton
+    x = torch.randn(1, tokens, 128 * heads, device=device).bfloat16()
+    work = text_attention(x, torch.rand(x.shape[-1], device=device).bfloat16(), heads, rows)
+    expected = work(False)
+    chosen = ours.launch_text(1, tokens, rows, heads, 128, x.dtype)
+    looped = chosen._replace(unroll=False, stages=3)
+    ways = [chosen, looped, looped._replace(stages=2), *(chosen._replace(parts=parts) for parts in (2, 4))]
+    ways += [chosen._replace(keys=128), chosen._replace(tile=64, warps=4), chosen._replace(tile=64, warps=8)]
+    ways += [looped._replace(tile=64, warps=4, stages=stages) for stages in (3, 2)]
+    for way in dict.fromkeys(ways):
+        row: dict[str, Any] = {"heads": heads, "rows": rows, **way._asdict(), "chosen": way == chosen}
+        try:
+            with launched(ours, launch_text=lambda *_, way=way: way):
+                row["ms"], _ = milliseconds(partial(work, True), device, calls=CALLS)
+                row["relative_difference"] = relative_error(work(True), expected)
+        except Exception as error:  # too much shared memory, most of all
+            row["failed"] = first_line(error)[:80]
+        report.add("Launches of the text attention", row)
+
+
+def launches(tokens: int, dim: int, device: torch.device, report: Report) -> None:
+    """Warps of a program of the fused kernels, for rows of `dim` channels."""
+    ours = fused.fused_triton
+    found = checks(tokens, dim // 128, device)
+    held, row = ours.launch(dim), ours.launch_row(dim)
+    for warps in (1, 2, 4, 8, 16):
+        options = {"num_warps": warps}
+        with launched(
+            ours, launch=lambda _, o=options: (*held[:2], o), launch_row=lambda _, o=options: (*row[:2], o)
+        ):
+            speeds = {
+                f"{name}, ms": milliseconds(partial(found[name][0], True), device, calls=CALLS)[0]
+                for name in ("residual, norm", "q, k norm, turn")
+            }
+        chosen = [how[2]["num_warps"] == warps for how in (row, held)]
+        report.add("Launches of the fused kernels", {"dim": dim, "warps": warps, **speeds, "chosen": chosen})
+
+
+# -- the command line
+
+
+def tuning(device: torch.device) -> list[Section]:
+    """All launch options, at 32,760 tokens."""
+    texts = {
+        f"text, {heads} heads, {rows} rows": partial(text_launches, 32760, heads, rows, device)
+        for heads, rows in ((12, TEXT_ROWS), (40, TEXT_ROWS), (12, 127), (12, 40))
+    }
+    around = {f"{dim} channels": partial(launches, 32760, dim, device) for dim in (128 * 12, 128 * 40)}
+    return [Section(name, "", 10, run) for name, run in (texts | around).items()]
+
+
+def case_asked(asked: argparse.Namespace) -> Case:
+    """The network of the forwards."""
+    if asked.small:
+        return small_case("small", 3, 3)
+    width, height = (int(side) for side in asked.size.split("x"))
+    return case_of(asked.model, (width, height, asked.frames), asked.layers)
+
+
+def section_list(asked: argparse.Namespace, report: Report) -> list[Section]:
+    """What is short and matters first; estimates are of one H100."""
     device = torch.device(asked.device)
+    trial = attention_trial(device, asked.repeats, report)
+    work = Workload(case_asked(asked), device)
+    switches = SwitchTrial(work, asked.attention, asked.mode)
+    first, *others = SMALL if asked.small else FULL
+    tokens = 24 if asked.small else work.case.tokens
+    shape = Shape(tokens, work.case.config.num_attention_heads, 128)
+    rows: list[tuple[str, Callable[[Report], None], float]] = [
+        ("attention", partial(speeds, trial, first), 10),
+        ("errors", partial(errors, trial, first, CASES), 5),
+        ("fa3_fp8", partial(float8_steps, trial, first), 3),
+        ("auto", partial(automatic, trial, (first, others[0])), 5),
+        ("around", partial(around, shape, device), 5),
+        ("products", partial(products, work), 3),
+        *((name, partial(switches.variant, name), 25 if "compiled" in name else 6) for name in VARIANTS),
+        *((f"attention, {title(shape)}", partial(speeds, trial, shape), 10) for shape in others),
+        ("errors, large", partial(errors, trial, others[-1], ("gaussian", "mean")), 5),
+    ]
+    return [Section(name, "", 0 if asked.small else seconds, run) for name, run, seconds in rows]
+
+
+@torch.no_grad()
+def main(words: list[str] | None = None) -> Report:
+    """The sections that were asked for."""
+    options = parser(__doc__)
+    options.add_argument("--sections", nargs="+", default=[], metavar="NAME", help="a wrong name lists all")
+    options.add_argument("--repeats", type=int, default=5, help="timed calls of each attention kernel")
+    options.add_argument("--model", default="Wan2.1-T2V-1.3B", help="of the forwards")
+    options.add_argument("--size", default="832x480")
+    options.add_argument("--frames", type=int, default=81)
+    options.add_argument("--layers", type=int, help="fewer than the model has")
+    options.add_argument("--attention", default="auto", help="of the forwards")
+    options.add_argument("--mode", help="of torch.compile, such as max-autotune-no-cudagraphs")
+    options.add_argument("--tune", action="store_true", help="only time launch options, on a GPU")
+    asked = options.parse_args(words)
+    if asked.device == "cpu" and not asked.small:
+        options.error("full shapes take hours on a CPU: add --small")
     torch.manual_seed(0)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    short = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = (
-        asked.out
-        / f"{datetime.date.today().isoformat()}-attention-{short}{'-small' if asked.small else ''}.json"
-    )
-    shapes, bench = SMALL if asked.small else FULL, Bench(device, asked.repeats, path)
-    with torch.inference_mode():
-        bench.section(f"speed, {title(shapes[0])}", lambda: speeds(bench, shapes[0]))
-        bench.section(f"relative error, {title(shapes[0])}", lambda: errors(bench, shapes[0], CASES))
-        bench.section(f"steps of fa3_fp8, {title(shapes[0])}", lambda: float8_steps(bench, shapes[0]))
-        bench.section("auto", lambda: automatic(bench, shapes[:2]))
-        for shape in shapes[1:]:
-            bench.section(f"speed, {title(shape)}", lambda shape=shape: speeds(bench, shape))
-        bench.section(
-            f"relative error, {title(shapes[-1])}", lambda: errors(bench, shapes[-1], ("gaussian", "mean"))
-        )
-    print(f"\n{path}")
+    torch._dynamo.config.recompile_limit = 64  # every variant compiles the same functions anew
+    report = report_for("Kernels", "launches" if asked.tune else "kernels", asked)
+    sections = tuning(torch.device(asked.device)) if asked.tune else section_list(asked, report)
+    run_sections(sections, report, asked=asked.sections, budget=asked.budget)
+    print(*report.write(), sep="\n")
+    return report
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main().failed)

@@ -1,13 +1,8 @@
-"""Clocks, the arithmetic of a forward, the machine's ceilings, and where the time goes. Knows torch; no
-engine, no peer.
-
-Work is counted by shapes, whatever an implementation saves: "achieved TFLOP/s" is useful work over time,
-comparable between engines, and may exceed what the chip did where an engine computes something once instead
-of fifty times.
-"""
+"""Clocks, distances between results, and where the time goes. Knows torch; no engine, no peer."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,45 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chitu_diffusion.models.wan.config import WanConfig
-
 TERA = 1e12
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Work:
-    """Floating-point operations of one forward, a multiply-add being two."""
-
-    linear: int
-    attention: int
-
-    @property
-    def total(self) -> int:
-        """Both together."""
-        return self.linear + self.attention
-
-
-def forward_work(config: WanConfig, tokens: int, text_tokens: int = 512) -> Work:
-    """Operations of one forward of one sequence.
-
-    Linear: 2 x weights x rows for every matrix product. With S tokens, T text rows, width d, feed-forward
-    width f, each layer has 8 S d^2 (self q, k, v, out) + 4 S d^2 (cross q, out) + 4 T d^2 (cross k, v) + 4 S
-    d f. Attention: 4 S^2 d for self-attention and 4 S T d for cross-attention, a layer. Patch embedding, text
-    and time projections and the output projection are counted once. Norms, rotary turns and activations are
-    not.
-
-    Args:
-        config: of the network.
-        tokens: S.
-        text_tokens: T.
-    """
-    s, t, d, f, layers = tokens, text_tokens, config.dim, config.ffn_dim, config.num_layers
-    ends = s * d * config.patch_values * (config.in_channels + config.out_channels)
-    text = t * d * (config.text_dim + d)
-    moment = config.freq_dim * d + 7 * d * d  # two layers of the time embedder and the six modulations
-    block = 6 * s * d * d + 2 * t * d * d + 2 * s * d * f
-    return Work(2 * (ends + text + moment + layers * block), 4 * layers * s * d * (s + t))
 
 
 def synchronise(device: torch.device) -> None:
@@ -75,6 +33,28 @@ def timed_ms(call: Callable[[], object], device: torch.device) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def milliseconds(
+    call: Callable[[], object], device: torch.device, repeats: int = 5, calls: int = 1
+) -> tuple[float, float]:
+    """(median, first): of one call, and of the first one, which compiles and chooses kernels.
+
+    Args:
+        repeats: readings of the clock.
+        calls: in a row for one reading on a GPU, where a short kernel is over before the host has begun the
+            next; a CPU takes one.
+    """
+    first = timed_ms(call, device)
+    calls = calls if device.type == "cuda" else 1
+    readings = [timed_ms(lambda: [call() for _ in range(calls)], device) for _ in range(repeats)]
+    return statistics.median(readings) / calls, first
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what was expected, in float32 or wider."""
+    expected = expected if expected.dtype == torch.float64 else expected.float()
+    return float((found.to(expected.dtype) - expected).norm() / expected.norm())
 
 
 @dataclass
@@ -127,41 +107,6 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
-    """What this machine gives now: TFLOP/s of a large bfloat16 product (and of an 8-bit one), TB/s of a large
-    copy.
-
-    The best of several bursts of about a tenth of a second: the rate before a long load lowers the clocks.
-    """
-    gpu = device.type == "cuda"
-    side = 8192 if gpu else 256
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    found = {"bf16_tflops": 2 * side**3 / best_seconds(lambda: a @ b, device) / TERA}
-    eight = eight_bit_product(a, b) if gpu and torch.cuda.get_device_capability(device) >= (8, 9) else None
-    if eight is not None:
-        found["fp8_tflops"] = 2 * side**3 / best_seconds(eight, device) / TERA
-    source = torch.empty(GIB if gpu else 2**22, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    found["copy_tb_per_s"] = 2 * source.numel() / best_seconds(lambda: target.copy_(source), device) / TERA
-    return found
-
-
-def eight_bit_product(a: Tensor, b: Tensor) -> Callable[[], object]:
-    """The same product in float8 e4m3 with a scale for each row of `a` and each column of `b`."""
-    rows = torch.ones(a.shape[0], 1, device=a.device)
-    columns = torch.ones(1, b.shape[1], device=b.device)
-    left, right = a.to(torch.float8_e4m3fn), b.t().contiguous().to(torch.float8_e4m3fn).t()
-    return lambda: torch._scaled_mm(left, right, rows, columns, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-
-def best_seconds(call: Callable[[], object], device: torch.device, bursts: int = 4) -> float:
-    """Seconds of one call in the fastest of several bursts."""
-    once = max(timed_ms(call, device), timed_ms(call, device), 1e-3)
-    count = max(1, min(100, int(100 / once))) if device.type == "cuda" else 1
-    times = [timed_ms(lambda: [call() for _ in range(count)], device) for _ in range(bursts)]
-    return min(times) / count / 1e3
-
-
 # -- where the time goes
 
 KINDS = ("attention", "gemm", "convolution", "copy", "element-wise")
@@ -198,10 +143,11 @@ _NO_KERNELS = (
     "ProfilerStep",
     "Activity Buffer",
     "Lazy Function",
+    "nccl:",
     "cuda",
 )
-"""Beginnings of the profiler's other events: compiled regions around what they run, calls of the runtime, its
-own work.
+"""Beginnings of the profiler's other events: regions and exchanges around what they run, the runtime's calls,
+its own work.
 """
 
 
@@ -223,18 +169,28 @@ def kind_of(kernel: str) -> str:
 
 
 def breakdown(spans: Iterable[Span]) -> dict[str, float]:
-    """Milliseconds by kind, "busy" (at least one kernel runs), "span" (first start to last end), "gaps" (span
-    - busy).
-    """
-    ordered = sorted(spans, key=lambda span: span.start)
+    """Milliseconds by kind, "busy" (see `busy_ms`), "span" (first start to last end), "gaps" (the rest)."""
+    everything = list(spans)
     found = dict.fromkeys(KINDS, 0.0)
-    busy, until = 0.0, float("-inf")
-    for span in ordered:
+    for span in everything:
         found[kind_of(span.name)] += (span.end - span.start) / 1e3
+    busy = busy_ms(everything)
+    first, last = (
+        min((s.start for s in everything), default=0.0),
+        max((s.end for s in everything), default=0.0),
+    )
+    whole = (last - first) / 1e3
+    return {**found, "busy": busy, "span": whole, "gaps": whole - busy}
+
+
+def busy_ms(spans: Iterable[Span]) -> float:
+    """Milliseconds in which at least one of them runs."""
+    busy = 0.0
+    until = float("-inf")
+    for span in sorted(spans, key=lambda span: span.start):
         busy += max(0.0, span.end - max(span.start, until)) / 1e3
         until = max(until, span.end)
-    whole = (until - ordered[0].start) / 1e3 if ordered else 0.0
-    return {**found, "busy": busy, "span": whole, "gaps": whole - busy}
+    return busy
 
 
 def longest(spans: Iterable[Span], count: int = 12) -> list[dict[str, float | str | int]]:

@@ -1,22 +1,31 @@
 """What a benchmark found, kept in two files that are rewritten after every section, and the budget that
-sections share.
+sections share; the command line's common part.
 
-Knows JSON, Markdown and the clock; nothing of what is measured.
+Knows JSON, Markdown, the clock and the machine; nothing of what is measured.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "triton", "diffusers", "torchao", "fa3-fwd", "transformers")
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,11 @@ class Report:
     def add(self, table: str, row: Mapping[str, Any]) -> None:
         """A row at the end of a table."""
         self.tables.setdefault(table, []).append(dict(row))
+
+    @property
+    def failed(self) -> bool:
+        """Whether a section did: the command's exit code."""
+        return any(facts["outcome"] == "failed" for facts in self.sections.values())
 
     def note(self, text: str) -> None:
         """A sentence for the reader, also printed."""
@@ -133,24 +147,6 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def ratios(times: Mapping[str, float], peer: str = "diffusers") -> dict[str, dict[str, float]]:
-    """How many times faster each entry is than each of the peer's: {name: {"ratio_vs_diffusers_eager": 1.3,
-    ...}}.
-
-    Args:
-        times: name -> time, the peer's entries being called "PEER_VARIANT"; they get no ratios of their own.
-        peer: the prefix.
-    """
-    theirs = {
-        name.removeprefix(f"{peer}_"): value for name, value in times.items() if name.startswith(f"{peer}_")
-    }
-    ours = {name: value for name, value in times.items() if not name.startswith(f"{peer}_")}
-    return {
-        name: {f"ratio_vs_{peer}_{variant}": other / value for variant, other in theirs.items()}
-        for name, value in ours.items()
-    }
-
-
 def run_sections(
     sections: Iterable[Section],
     report: Report,
@@ -163,7 +159,7 @@ def run_sections(
     """Runs sections in their order; one that fails leaves its traceback in the report, and the next goes on.
 
     A section whose estimate does not fit what is left of the budget is left out with a note; a later, shorter
-    one may still fit. The files are rewritten after each section.
+    one may still fit. Rows are printed and the files rewritten after each section.
 
     Args:
         sections: in the order of their importance.
@@ -174,13 +170,13 @@ def run_sections(
         began: the clock when the budget began; None is now.
 
     Raises:
-        ValueError: a name that no section has.
+        SystemExit: a name that no section has.
     """
     sections = list(sections)
     known = [section.name for section in sections]
     unknown = [name for name in asked if name not in known]
     if unknown:
-        raise ValueError(f"no section {', '.join(unknown)}; there are: {', '.join(known)}")
+        raise SystemExit(f"no section {', '.join(unknown)}; there are: {', '.join(known)}")
     began = clock() if began is None else began
     for section in sections:
         if asked and section.name not in asked:
@@ -188,23 +184,34 @@ def run_sections(
         left = budget - (clock() - began)
         if section.estimate > left:
             report.sections[section.name] = {"outcome": "skipped", "estimate_s": section.estimate}
-            report.note(
-                f"{section.name} was left out: about {section.estimate:.0f} s, and {max(left, 0):.0f} s are "
-                "left"
-            )
-            report.write()
-            continue
-        print(f"== {section.name}: {section.about} (about {section.estimate:.0f} s)", flush=True)
-        started, outcome = clock(), "done"
-        try:
-            section.run(report)
-        except Exception as error:
-            outcome = "failed"
-            report.note(f"{section.name} failed: {type(error).__name__}: {first_line(error)}")
-            traceback.print_exc()
-        facts = {"outcome": outcome, "seconds": clock() - started, "estimate_s": section.estimate}
-        report.sections[section.name] = facts
+            seconds = f"about {section.estimate:.0f} s, and {max(left, 0):.0f} s are left"
+            report.note(f"{section.name} was left out: {seconds}")
+        else:
+            print(f"== {section.name} (about {section.estimate:.0f} s): {section.about}", flush=True)
+            started = clock()
+            outcome = _outcome(section, report)
+            facts = {"outcome": outcome, "seconds": clock() - started, "estimate_s": section.estimate}
+            report.sections[section.name] = facts
         report.write()
+
+
+def _outcome(section: Section, report: Report) -> str:
+    """Runs it, prints the rows that it added, and frees the device's memory for the next."""
+    before = {name: len(rows) for name, rows in report.tables.items()}
+    outcome = "done"
+    try:
+        section.run(report)
+    except Exception as error:
+        outcome = "failed"
+        report.note(f"{section.name} failed: {type(error).__name__}: {first_line(error)}")
+        traceback.print_exc()
+    for name, rows in report.tables.items():
+        if len(rows) > before.get(name, 0):
+            print(f"\n## {name}\n\n{table_of(rows[before.get(name, 0) :])}\n", flush=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return outcome
 
 
 def first_line(error: BaseException) -> str:
@@ -217,3 +224,80 @@ def file_name(kind: str, device: str, day: date | None = None) -> str:
     """'<date>-<kind>-<device>' with the device's name made fit for a file's."""
     words = "".join(letter if letter.isalnum() else " " for letter in device.lower()).split()
     return "-".join([(day or date.today()).isoformat(), kind, *words])
+
+
+# -- the command line
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """What every benchmark that writes a report takes: device, size, budget, folder."""
+    found = argparse.ArgumentParser(
+        prog=_module(), description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    found.add_argument("--small", action="store_true", help="tiny shapes: only to see that it works")
+    found.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="for all of it")
+    found.add_argument("--out", type=results_folder, default=RESULTS, metavar="FOLDER")
+    return found
+
+
+def results_folder(text: str) -> Path:
+    """A folder that is there or can be made, which is found out before the work.
+
+    Raises:
+        ArgumentTypeError: it cannot be made or written.
+    """
+    folder = Path(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}; use another folder") from None
+    if not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: not writable; use another folder")
+    return folder
+
+
+def report_for(title: str, kind: str, asked: argparse.Namespace) -> Report:
+    """An empty report in `asked.out`, named after the day, the kind and the device."""
+    facts = machine(torch.device(asked.device))
+    kind = f"{kind}-small" if asked.small else kind
+    return Report(title, facts, asked.out, file_name(kind, facts["device"]))
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Day, commit, command, device and versions, for a report's head."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    facts = {"date": date.today().isoformat(), "commit": _commit(), "command": _command()}
+    facts |= {"device": name, "threads": str(torch.get_num_threads()), "cores": str(os.cpu_count())}
+    if device.type == "cuda":
+        facts |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    for package in PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "absent"
+    return facts
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        said = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return said.stdout.strip()
+
+
+def _command() -> str:
+    """As it was typed, but for where the results go."""
+    words = sys.argv[1:]
+    if "--out" in words:
+        place = words.index("--out")
+        words = words[:place] + words[place + 2 :]
+    return " ".join([_module(), *words])
+
+
+def _module() -> str:
+    """How this process was started."""
+    spec = sys.modules["__main__"].__spec__
+    return "python" if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comm_volume import PACKED, Traffic, traffic
+from benchmarks.report import results_folder, table_of
 from chitu_diffusion.distributed.plan import ParallelPlan, auto_plan
 from chitu_diffusion.distributed.ulysses import pieces_for
 
@@ -356,49 +357,36 @@ def _checked(name: str, study: Study, results: Piece) -> list[dict[str, Any]]:
 
 def as_markdown(study: Mapping[str, Any]) -> str:
     """The study as tables."""
-    lines = ["# Scaling, simulated", "", (__doc__ or "").split("\n\n")[2].replace("\n", " "), ""]
-    lines += [(__doc__ or "").split("\n\n")[3].strip().replace("\n", " "), ""]
-    lines += [
-        f"NVLink reached {study['reached']:.0%} of its nominal speed.",
-        "",
-        "## Checked against the measurement",
-        "",
-    ]
-    lines += ["| layout | predicted, s | measured, s | error |", "|---|---|---|---|"]
-    for check in study["checks"]:
-        lines.append(
-            f"| {check['case']} | {check['predicted']:.3f} | {check['measured']:.3f} | {check['error']:+.1%} "
-            "|"
-        )
+    _, _, taken, assumed, *_ = (part.replace("\n", " ") for part in (__doc__ or "").split("\n\n"))
+    lines = ["# Scaling, simulated", taken, assumed.strip()]
+    lines += [f"NVLink reached {study['reached']:.0%} of its nominal speed."]
+    lines += ["## Checked against the measurement", table_of(study["checks"])]
     for model in dict.fromkeys(row["model"] for row in study["rows"]):
-        columns = [
-            "GPUs",
-            "between nodes",
-            "layout",
-            "s a step",
-            "speed-up",
-            "efficiency",
-            "waiting",
-            "launching",
-        ]
-        columns += ["sent, GB", "best"]
-        lines += ["", f"## {model}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        for row in (row for row in study["rows"] if row["model"] == model):
-            if row["gpus"] <= NODE and row["fabric"] != FABRICS[0].name:
-                continue
-            between = row["fabric"] if row["gpus"] > NODE else "one node"
-            best = (
-                "the same"
-                if row["best"]["plan"] == row["plan"]
-                else f"{row['best']['plan']}: {row['best']['seconds']:.3f} s"
-            )
-            lines.append(
-                f"| {row['gpus']} | {between} | {row['plan']} | {row['seconds']:.3f} | {row['speedup']:.2f} "
-                "| "
-                f"{row['efficiency']:.0%} | {row['exposed'] / row['seconds']:.1%} | "
-                f"{row['host'] / row['seconds']:.0%} | {row['sent'] / 1e9:.2f} | {best} |"
-            )
-    return "\n".join(lines) + "\n"
+        rows = [_shown(row) for row in study["rows"] if row["model"] == model and not _is_repeated(row)]
+        lines += [f"## {model}", table_of(rows)]
+    return "\n\n".join(lines) + "\n"
+
+
+def _is_repeated(row: Mapping[str, Any]) -> bool:
+    """Whether one node is told of already: no fabric matters there."""
+    return row["gpus"] <= NODE and row["fabric"] != FABRICS[0].name
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for people."""
+    best = row["best"]
+    return {
+        "GPUs": row["gpus"],
+        "between nodes": row["fabric"] if row["gpus"] > NODE else "one node",
+        "layout": row["plan"],
+        "s a step": row["seconds"],
+        "speed-up": row["speedup"],
+        "efficiency": f"{row['efficiency']:.0%}",
+        "waiting": f"{row['exposed'] / row['seconds']:.1%}",
+        "launching": f"{row['host'] / row['seconds']:.0%}",
+        "sent, GB": row["sent"] / 1e9,
+        "best": "the same" if best["plan"] == row["plan"] else f"{best['plan']}: {best['seconds']:.3f} s",
+    }
 
 
 def plotted(study: Mapping[str, Any], path: Path) -> None:
@@ -442,26 +430,24 @@ def plotted(study: Mapping[str, Any], path: Path) -> None:
     image.save(path)
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, help="JSON of benchmarks.scaling")
-    parser.add_argument("--out", type=Path, default=None, help="folder; the input's by default")
-    asked = parser.parse_args()
+    parser.add_argument("--out", type=results_folder, default=None, help="folder; the input's by default")
+    asked = parser.parse_args(words)
     try:
-        results = json.loads(asked.results.read_text())
+        results = json.loads(asked.results.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SystemExit(
             f"{asked.results}: {error}; use the JSON that 'python -m benchmarks.scaling' writes"
         ) from None
     study = studied(results)
-    folder = asked.out or asked.results.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{asked.results.stem}-simulated"
-    stem.with_suffix(".json").write_text(json.dumps(study, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(as_markdown(study))
+    stem = (asked.out or asked.results.parent) / f"{asked.results.stem}-simulated"
+    stem.with_suffix(".json").write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text(as_markdown(study), encoding="utf-8")
     plotted(study, stem.with_suffix(".png"))
     print(as_markdown(study))
 

@@ -17,7 +17,7 @@ from running import config_for
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import TaskError
 from chitu_diffusion.evaluation import cache_table
-from chitu_diffusion.evaluation.cache_rows import FULL, Row, Video
+from chitu_diffusion.evaluation.cache_rows import FULL, Video, VideoRow
 from chitu_diffusion.evaluation.cache_table import (
     SETTINGS,
     check_settings,
@@ -101,8 +101,8 @@ def test_an_evaluation_goes_on_where_it_stopped(tiny_folder, tmp_path, monkeypat
     assert made[-1]["num_inference_steps"] == 3
 
 
-def row(setting: str, prompt: str = "a", **values) -> Row:
-    return Row(setting, prompt, 0, **values)
+def row(setting: str, prompt: str = "a", **values) -> VideoRow:
+    return VideoRow(setting, prompt, 0, **values)
 
 
 def test_lines_are_the_sums_of_their_rows() -> None:
@@ -174,7 +174,8 @@ def test_every_strategy_stands_in_the_table() -> None:
         (("--settings", "steps=x"), "use steps=30"),
         (("--settings", "kernel=mat"), "Did you mean 'math'"),
         (("--prompts", "none.txt"), "--prompts none.txt"),
-        (("--prompts", "0"), "a number from 1"),
+        (("--prompts", "0"), "use 1 to 64, or a text file"),
+        (("--prompts", "65"), "use 1 to 64, or a text file"),
         (("-o", __file__), f"-o {__file__}: "),
         (("--work", __file__), f"--work {__file__}: "),
         (("--seeds", "3..1"), "a rising range"),

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import secrets
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -260,17 +256,3 @@ def test_eight_bits_hold_the_largest_number_and_are_near_the_rest() -> None:
     normal = found.values.float().abs() >= 2**-6
     error = (found.widened() - x).abs() / found.widened().abs()
     assert 2**-5 < float(error[normal].max()) <= 2**-4 * 1.001
-
-
-def test_benchmark_runs_small_on_a_cpu(tmp_path: Path) -> None:
-    script = Path(__file__).parent.parent / "benchmarks" / "block.py"
-    words = ["--small", "--device", "cpu", "--out", str(tmp_path), "--variants", "plain,fused fp8"]
-    subprocess.run(
-        [sys.executable, str(script), *words], check=True, capture_output=True, cwd=script.parent.parent
-    )
-    (file,) = tmp_path.glob("*.json")
-    data = json.loads(file.read_text())
-    assert [row["name"] for row in data["forwards"]] == ["plain", "fused fp8"]
-    assert data["forwards"][0]["relative_error"] < 1e-6 < data["forwards"][1]["relative_error"] < 0.1
-    assert data["failures"] == {} and len(data["kernels"]) == 12 and len(data["products"]) == 3
-    assert file.with_suffix(".md").read_text().startswith("# Blocks: small on cpu")

@@ -68,6 +68,17 @@ def test_names_say_what_is_inside() -> None:
     report(bad, "name the file after what it knows; utils, common, helpers and misc say nothing")
 
 
+def test_a_class_has_a_name_of_its_own() -> None:
+    places: dict[str, list[str]] = {}
+    for name, tree, _ in sources():
+        if name.startswith(("chitu_diffusion/", "benchmarks/")):
+            for node in tree.body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    places.setdefault(node.name, []).append(name)
+    twice = [f"{name}: {', '.join(files)}" for name, files in places.items() if len(files) > 1]
+    report(twice, "two public classes of one name; say in the name what sets them apart")
+
+
 def test_modules_say_what_they_know() -> None:
     bare = [name for name, tree, text in sources() if text.strip() and not ast.get_docstring(tree)]
     report(bare, "begin the file with a docstring: what it knows, and what it does not")

@@ -8,6 +8,6 @@ Five stages, each bounded by a share of one dial (minutes on the device), each r
     latents   drawn clips through the autoencoder, once       `training.latents`
     dit       the diffusion transformer and the text encoder  `training.denoiser`
 
-Data is drawn by `chitu_diffusion.evaluation.world`; nothing is downloaded. Imports go from here
+Data is drawn by `training.world`; nothing is downloaded. Imports go from here
 into the package, never back.
 """

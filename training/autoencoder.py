@@ -31,10 +31,10 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from chitu_diffusion.evaluation.world import draw, sample_specs
 from training.clips import drawn
 from training.clock import Clock, Every, learning_rate
 from training.muon import Muon
+from training.world import draw, sample_specs
 
 SIZES: dict[str, Any] = {
     "base_dim": 24,

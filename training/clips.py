@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from chitu_diffusion.evaluation.world import WorldSpecs, draw, sample_specs
+from training.world import WorldSpecs, draw, sample_specs
 
 Shape = tuple[int, int, int]
 """(height, width, frames)"""

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from chitu_diffusion.evaluation.judge import CLASSES, Judge, load_judge
-from chitu_diffusion.evaluation.world import held_out_prompts
 from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.transformer import WanTransformer
 from training import autoencoder, latents, text
 from training.clock import Clock, Every, learning_rate
 from training.judging import prepare
 from training.muon import Muon
+from training.world import held_out_prompts
 
 CONFIG = WanConfig(
     num_attention_heads=4, attention_head_dim=64, text_dim=text.WIDTH, freq_dim=128, ffn_dim=1024,

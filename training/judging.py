@@ -8,6 +8,7 @@ them, it is the generator that must not.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,10 +16,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from chitu_diffusion.evaluation.judge import CLASSES, Judge, accuracy_on_drawn_clips, prepare
-from chitu_diffusion.evaluation.world import WorldSpecs
+from chitu_diffusion.evaluation.judge import CLASSES, Judge, name_parts, prepare
 from training.clips import drawn
 from training.clock import Clock, Every, learning_rate
+from training.world import WorldSpecs, draw, sample_specs
 
 SIZES = ((64, 64, 33), (128, 128, 33), (64, 64, 33), (64, 96, 33), (64, 64, 33), (96, 64, 33), (64, 64, 17))
 
@@ -58,6 +59,21 @@ def collect(count: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]
         if report():
             print(f"judge: {16 * len(videos)} clips drawn", flush=True)
     return torch.cat(videos), {name: torch.cat([truth[name] for truth in truths]) for name in CLASSES}
+
+
+def accuracy_on_drawn_clips(
+    judge: Judge, count: int, device: torch.device | str = "cpu", seed: int = 77
+) -> dict[str, float]:
+    """Share of fresh drawn 128x128x33 clips, of all combinations, that the judge names right, by part."""
+    generator = torch.Generator().manual_seed(seed)
+    right = dict.fromkeys(CLASSES, 0)
+    for start in range(0, count, 16):
+        specs = sample_specs(min(16, count - start), generator, "all")
+        video = draw(specs, 128, 128, 33, device).transpose(1, 2) / 2 + 0.5
+        for found, truth in zip(name_parts(judge, video), specs.words(), strict=True):
+            for part in CLASSES:
+                right[part] += asdict(found)[part] == asdict(truth)[part]
+    return {part: value / count for part, value in right.items()}
 
 
 def train(

@@ -15,11 +15,11 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from chitu_diffusion.evaluation.world import WorldSpecs, caption
 from training.autoencoder import WholeClip, channels_last
 from training.clips import Shape, drawn
 from training.clock import Clock, Every
 from training.text import tokenize
+from training.world import WorldSpecs, caption
 
 CAPTIONS = 4
 Shapes = dict[Shape, float]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from chitu_diffusion.evaluation.judge import CLASSES
-from chitu_diffusion.evaluation.world import caption, sample_specs, vocabulary_corpus
 from training.clock import Clock, Every, learning_rate
+from training.world import caption, sample_specs, vocabulary_corpus
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 VOCABULARY = 1024

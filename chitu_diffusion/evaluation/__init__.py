@@ -1,3 +1,3 @@
-"""How good a video is: drawn worlds, judges that were trained on them, and scores. Knows frames and prompts;
+"""How good a video is: held-out prompts, the judge, and scores. Knows frames and prompts;
 no engine life.
 """

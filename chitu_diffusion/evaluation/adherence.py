@@ -18,13 +18,10 @@ import torch
 
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.engine import Engine
-from chitu_diffusion.evaluation.judge import CLASSES, Judge, accuracy_on_drawn_clips, load_judge, name_parts
-from chitu_diffusion.evaluation.world import Words, held_out_prompts
+from chitu_diffusion.evaluation.judge import CLASSES, Judge, judge_accuracy, load_judge, name_parts
+from chitu_diffusion.evaluation.prompts import Words, held_out_prompts
 from chitu_diffusion.media.video import read_frames
 from chitu_diffusion.task import DiffusionUserParams, TaskStatus
-
-PROMPT_SEED = 2026
-"""Of the choice of prompts, so that two models are asked the same."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,6 @@ def adherence(
     prompts: int = 64,
     seeds: int = 2,
     settings: dict[str, Any] | None = None,
-    judge_clips: int = 256,
     on_video: Callable[[int, int, Answer], None] | None = None,
 ) -> Scores:
     """Make prompts x seeds videos and score them.
@@ -89,22 +85,18 @@ def adherence(
     Args:
         config: which model, where.
         folder: raw frames are kept here; videos that are there already are not made again.
-        prompts: held-out prompts.
+        prompts: held-out prompts, 1 to 64.
         seeds: videos of each, seeds 0, 1, ...
         settings: fields of `DiffusionUserParams` that differ from the model's defaults.
-        judge_clips: fresh drawn clips on which the judge itself is measured.
         on_video: called with (videos done, videos in all, answer).
 
     Raises:
+        UsageError: not that many prompts.
         ModelError: no model, or no judge.
         TaskError: a video could not be made.
     """
     judge = load_judge()
-    asked = [
-        (prompt, words, seed)
-        for prompt, words in held_out_prompts(prompts, PROMPT_SEED)
-        for seed in range(seeds)
-    ]
+    asked = [(prompt, words, seed) for prompt, words in held_out_prompts(prompts) for seed in range(seeds)]
     answers: list[Answer] = []
     folder.mkdir(parents=True, exist_ok=True)
     with Engine(config) as engine:
@@ -118,7 +110,7 @@ def adherence(
             answers.append(Answer(prompt, seed, words, judged(judge, path)))
             if on_video is not None:
                 on_video(number + 1, len(asked), answers[-1])
-    return Scores(answers, accuracy_on_drawn_clips(judge, judge_clips), judge_clips)
+    return Scores(answers, *judge_accuracy())
 
 
 def make(engine: Engine, params: DiffusionUserParams) -> None:

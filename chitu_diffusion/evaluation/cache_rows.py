@@ -42,7 +42,7 @@ class Video:
 
 
 @dataclass(frozen=True)
-class Row:
+class VideoRow:
     """A video of one setting.
 
     Attributes:
@@ -89,13 +89,13 @@ class Place:
         """Frames of full compute."""
         return self._file(FULL, video, "").with_suffix(".npy")
 
-    def known(self, setting: str, video: Video) -> Row | None:
+    def known(self, setting: str, video: Video) -> VideoRow | None:
         """The row, if it is there, whole, and had no error."""
         file = self.row(setting, video)
         if not file.exists() or (setting == FULL and not self.frames(video).exists()):
             return None
         try:
-            row = Row(**json.loads(file.read_text(encoding="utf-8")))
+            row = VideoRow(**json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
             return None  # damaged, as by a machine that went off: made anew
         return row if row.error is None else None
@@ -107,13 +107,13 @@ class Place:
 
 def make_row(
     backend: DiffusionBackend, setting: str, video: Video, settings: Mapping[str, Any], place: Place
-) -> Row:
+) -> VideoRow:
     """Makes the video, compares it and writes its row. An error becomes the row's; the other rows go on."""
     try:
         _warm(backend, tuple(settings.items()))
         row = _row(setting, video, _made(backend, setting, video, settings), place, backend.device)
     except (ChituError, RuntimeError, ValueError) as error:
-        row = Row(setting, video.prompt, video.seed, error=f"{type(error).__name__}: {error}")
+        row = VideoRow(setting, video.prompt, video.seed, error=f"{type(error).__name__}: {error}")
     _write(place.row(setting, video), json.dumps(asdict(row)).encode())
     return row
 
@@ -136,8 +136,8 @@ def _made(backend: DiffusionBackend, setting: str, video: Video, settings: Mappi
     return make_video(backend, flexcache=parse_setting(setting), **asked)
 
 
-def _row(setting: str, video: Video, made: Made, place: Place, device: torch.device) -> Row:
-    row = Row(
+def _row(setting: str, video: Video, made: Made, place: Place, device: torch.device) -> VideoRow:
+    row = VideoRow(
         setting,
         video.prompt,
         video.seed,
@@ -152,7 +152,7 @@ def _row(setting: str, video: Video, made: Made, place: Place, device: torch.dev
         os.replace(part, place.frames(video))
         return row
     near = compare(np.load(place.frames(video)), made.frames, device)
-    return Row(
+    return VideoRow(
         **{
             **asdict(row),
             "psnr": float(np.mean(near.psnr)),

@@ -17,12 +17,11 @@ from typing import Any
 from chitu_diffusion.attention import attention_kernel
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import TaskError, UsageError
-from chitu_diffusion.evaluation.adherence import PROMPT_SEED
-from chitu_diffusion.evaluation.cache_rows import FULL, Place, Row, Video, make_row
+from chitu_diffusion.evaluation.cache_rows import FULL, Place, Video, VideoRow, make_row
 from chitu_diffusion.evaluation.calibrate import describe
 from chitu_diffusion.evaluation.compare import mean_interval
+from chitu_diffusion.evaluation.prompts import held_out_prompts
 from chitu_diffusion.evaluation.workers import Workers
-from chitu_diffusion.evaluation.world import held_out_prompts
 from chitu_diffusion.flexcache.registry import parse_setting, parse_strategy
 from chitu_diffusion.models.registry import resolve_model
 from chitu_diffusion.task import parse_seeds
@@ -103,16 +102,12 @@ def videos_for(prompts: str, seeds: str) -> list[Video]:
     (A..B).
 
     Raises:
-        UsageError: neither a number nor a readable file with a line in it, or no seeds.
+        UsageError: neither 1 to 64 nor a readable file with a line in it, or no seeds.
     """
     numbers = parse_seeds(seeds) or [0]
     if prompts.isascii() and prompts.isdigit():
-        if int(prompts) == 0:
-            raise UsageError(
-                "--prompts 0: use a number from 1, or a text file with one prompt a line", field="prompts"
-            )
         asked: list[tuple[str, Any]] = [
-            (said, asdict(words)) for said, words in held_out_prompts(int(prompts), PROMPT_SEED)
+            (said, asdict(words)) for said, words in held_out_prompts(int(prompts))
         ]
     else:
         asked = [(prompt, None) for prompt in read_prompts(prompts)]
@@ -163,7 +158,7 @@ def evaluate(
     chosen: Sequence[str] = SETTINGS,
     settings: Mapping[str, Any] | None = None,
     workers: int = 1,
-    on_row: Callable[[int, int, Row], None] = lambda done, total, row: None,
+    on_row: Callable[[int, int, VideoRow], None] = lambda done, total, row: None,
 ) -> tuple[list[Line], dict[str, Any]]:
     """Makes every video that is not there yet, and sums up.
 
@@ -179,10 +174,10 @@ def evaluate(
         a line for full compute and each setting, and what was measured on.
     """
     work.mkdir(parents=True, exist_ok=True)
-    rows: dict[tuple[str, str, int], Row] = {}
+    rows: dict[tuple[str, str, int], VideoRow] = {}
     total = len(videos) * (1 + len(chosen))
 
-    def take(row: Row) -> None:
+    def take(row: VideoRow) -> None:
         rows[row.setting, row.prompt, row.seed] = row
         on_row(len(rows), total, row)
 
@@ -199,7 +194,7 @@ def evaluate(
             take(known)
             follow(known, video)
 
-        def follow(row: Row, video: Video) -> None:
+        def follow(row: VideoRow, video: Video) -> None:
             # the others are compared with full compute's frames
             for other in chosen if row.setting == FULL and row.error is None else ():
                 begin(other, video)
@@ -224,7 +219,7 @@ def _calibration_of(config: EngineConfig) -> str:
     ).hexdigest()
 
 
-def sum_up(rows: Sequence[Row], chosen: Sequence[str]) -> list[Line]:
+def sum_up(rows: Sequence[VideoRow], chosen: Sequence[str]) -> list[Line]:
     """A line for full compute and each setting, with the plan's distance at equal speed.
 
     Raises:
@@ -245,7 +240,7 @@ def sum_up(rows: Sequence[Row], chosen: Sequence[str]) -> list[Line]:
     return [_beside(line, plans) for line in lines]
 
 
-def _line(setting: str, rows: Sequence[Row], full: Mapping[tuple[str, int], Row]) -> Line:
+def _line(setting: str, rows: Sequence[VideoRow], full: Mapping[tuple[str, int], VideoRow]) -> Line:
     made = [row for row in rows if row.error is None]
     error = next((row.error for row in rows if row.error is not None), None)
     if not made:

@@ -28,7 +28,7 @@ def adherence(
     model: Annotated[
         str, typer.Option("--model", help="The shipped model, or a folder trained on the same world.")
     ] = "wan-tiny",
-    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts.")] = 64,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, max=64, help="Held-out prompts.")] = 64,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Videos of each prompt.")] = 2,
     steps: Annotated[
         int | None, typer.Option("--steps", help="Denoising steps; the model's own by default.")
@@ -99,7 +99,7 @@ def cache(
     prompts: Annotated[
         str,
         typer.Option(
-            "--prompts", metavar="N | FILE", help="N held-out prompts of the drawn world, or one a line."
+            "--prompts", metavar="N | FILE", help="N held-out prompts (1 to 64), or a file with one a line."
         ),
     ] = "16",
     seeds: Annotated[
@@ -129,7 +129,7 @@ def cache(
 ) -> None:
     """Caches x settings against full compute: speed, fidelity, adherence. Goes on where it stopped."""
     from chitu_diffusion.config import load_config
-    from chitu_diffusion.evaluation.cache_rows import Row
+    from chitu_diffusion.evaluation.cache_rows import VideoRow
     from chitu_diffusion.evaluation.cache_table import (
         SETTINGS,
         check_settings,
@@ -147,7 +147,7 @@ def cache(
     config, _ = load_config(flags={"models.name": model, "infer.device": device, "infer.dtype": dtype})
     asked: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
 
-    def tell(done: int, total: int, row: Row) -> None:
+    def tell(done: int, total: int, row: VideoRow) -> None:
         near = row.error or ("" if row.psnr is None else f"{row.psnr:.1f} dB")
         print(
             f"[{done}/{total}] {row.setting}, {row.prompt!r}, seed {row.seed}: {near}",

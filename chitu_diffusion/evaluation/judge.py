@@ -6,7 +6,7 @@ holds the network and its weights' place; it knows nothing of engines or prompts
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from chitu_diffusion.errors import ModelMissingError
-from chitu_diffusion.evaluation.world import ACTORS, COLOURS, MOTIONS, SCENES, Words, draw, sample_specs
+from chitu_diffusion.evaluation.prompts import ACTORS, COLOURS, MOTIONS, SCENES, Words
 
 FRAMES = 9
 SIDE = 64
 WEIGHTS = Path(__file__).parent.parent / "assets" / "judge" / "judge.safetensors"
+CARD = WEIGHTS.with_suffix(".json")
 CLASSES = {"actor": ACTORS, "colour": COLOURS, "scene": SCENES, "motion": MOTIONS}
 
 
@@ -90,24 +91,17 @@ def load_judge(path: Path = WEIGHTS) -> Judge:
     return judge.eval().requires_grad_(False)
 
 
+def judge_accuracy() -> tuple[dict[str, float], int]:
+    """How often the shipped judge is right, as its training measured it: share by part, and of how many drawn
+    clips.
+    """
+    card = json.loads(CARD.read_text(encoding="utf-8"))
+    return card["accuracy"], card["test_clips"]
+
+
 @torch.no_grad()
 def name_parts(judge: Judge, video: Tensor) -> list[Words]:
     """What the judge sees in clips [B, T, 3, H, W] in [0, 1]."""
     logits = judge(video)
     best = {part: logits[part].argmax(1).tolist() for part in CLASSES}
     return [Words(**{part: CLASSES[part][best[part][row]] for part in CLASSES}) for row in range(len(video))]
-
-
-def accuracy_on_drawn_clips(
-    judge: Judge, count: int, device: torch.device | str = "cpu", seed: int = 77
-) -> dict[str, float]:
-    """Share of fresh drawn 128x128x33 clips, of all combinations, that the judge names right, by part."""
-    generator = torch.Generator().manual_seed(seed)
-    right = dict.fromkeys(CLASSES, 0)
-    for start in range(0, count, 16):
-        specs = sample_specs(min(16, count - start), generator, "all")
-        video = draw(specs, 128, 128, 33, device).transpose(1, 2) / 2 + 0.5
-        for found, truth in zip(name_parts(judge, video), specs.words(), strict=True):
-            for part in CLASSES:
-                right[part] += asdict(found)[part] == asdict(truth)[part]
-    return {part: value / count for part, value in right.items()}

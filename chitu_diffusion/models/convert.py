@@ -43,7 +43,7 @@ _CLASSES = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class PartCheck:
     """What `verify` says of one part of a model.
 
     Attributes:
@@ -59,7 +59,7 @@ class Finding:
     message: str
 
 
-def verify(path: str | Path, deep: bool = False) -> list[Finding]:
+def verify(path: str | Path, deep: bool = False) -> list[PartCheck]:
     """Checks a model's folder: configs, each file's size, every tensor's name, shape and dtype.
 
     Args:
@@ -73,19 +73,19 @@ def verify(path: str | Path, deep: bool = False) -> list[Finding]:
         folder = read_folder(path)
         spec = spec_of_folder(folder)
     except ChituError as error:
-        return [Finding("folder", Path(path), False, str(error))]
-    findings = [Finding("folder", folder.path, True, f"{spec.name}, {folder.layout} layout")]
+        return [PartCheck("folder", Path(path), False, str(error))]
+    findings = [PartCheck("folder", folder.path, True, f"{spec.name}, {folder.layout} layout")]
     findings += [_verified(folder, role, deep) for role in folder.components]
     try:
         size = len(load_tokenizer(folder.tokenizer))
-        findings.append(Finding("tokenizer", folder.tokenizer, True, f"{size} pieces"))
+        findings.append(PartCheck("tokenizer", folder.tokenizer, True, f"{size} pieces"))
     except ChituError as error:
-        findings.append(Finding("tokenizer", folder.tokenizer, False, str(error)))
+        findings.append(PartCheck("tokenizer", folder.tokenizer, False, str(error)))
     try:
         sampler = Sampler("unipc", folder.scheduler)
-        findings.append(Finding("scheduler", folder.path / "scheduler", True, f"shift {sampler.shift:g}"))
+        findings.append(PartCheck("scheduler", folder.path / "scheduler", True, f"shift {sampler.shift:g}"))
     except ChituError as error:
-        findings.append(Finding("scheduler", folder.path / "scheduler", False, str(error)))
+        findings.append(PartCheck("scheduler", folder.path / "scheduler", False, str(error)))
     return findings
 
 
@@ -158,7 +158,7 @@ def write_model_index(place: Path, folder: ModelFolder) -> None:
     write_json(place / "model_index.json", index)
 
 
-def _verified(folder: ModelFolder, role: Role, deep: bool) -> Finding:
+def _verified(folder: ModelFolder, role: Role, deep: bool) -> PartCheck:
     component = folder.components[role]
     try:
         weights = open_weights(folder, role)
@@ -169,10 +169,10 @@ def _verified(folder: ModelFolder, role: Role, deep: bool) -> Finding:
         if deep:
             for key in names.values():
                 if not torch.isfinite(weights.read(key)).all():
-                    return Finding(role, weights.entries[key].file, False, f"{key} holds NaN or Inf")
+                    return PartCheck(role, weights.entries[key].file, False, f"{key} holds NaN or Inf")
     except ChituError as error:
-        return Finding(role, component.weights, False, str(error))
-    return Finding(
+        return PartCheck(role, component.weights, False, str(error))
+    return PartCheck(
         role, component.weights, True, f"{len(names)} tensors, {total / 2**30:.2f} GiB, {'/'.join(kinds)}"
     )
 
