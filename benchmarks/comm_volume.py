@@ -66,7 +66,8 @@ def traffic(
         shared: self-attentions that the branches of one rank have in common, and so run once.
     """
     each = 1 if branches == plan.cfg else branches
-    forwards, attentions = batch * each, batch * (each * blocks - (each - 1) * shared)
+    forwards = batch * each
+    attentions = batch * (each * blocks - (each - 1) * shared)
     own = tokens / plan.sequence
     return Traffic(
         ulysses=attentions * 4 * own * dim * (plan.ulysses - 1) / plan.ulysses,
@@ -85,7 +86,9 @@ class Counting:
     """
 
     def __init__(self, peers: Collectives) -> None:
-        self.peers, self.size, self.index = peers, peers.size, peers.index
+        self.peers = peers
+        self.size = peers.size
+        self.index = peers.index
         self.sent = 0
         self.calls = 0
 

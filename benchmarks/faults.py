@@ -45,7 +45,8 @@ def videos(device: str, steps: int, folder: Path, report: Report) -> None:
     """PSNR of each layout's frames against one rank's, in dB."""
     alone = np.empty(0)
     for layout in (None, *LAYOUTS):
-        out, began = folder / f"{layout}.npy", time.monotonic()
+        out = folder / f"{layout}.npy"
+        began = time.monotonic()
         done = subprocess.run(
             command(device, layout, steps, out), capture_output=True, text=True, timeout=4 * PATIENCE
         )
@@ -69,14 +70,16 @@ def fault(device: str, layout: str, name: str, rank: int, folder: Path) -> dict[
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     row: dict[str, Any] = {"signal": name, "rank": rank, "layout": layout}
-    said, told = Lines(process.stdout), Lines(process.stderr)
+    said = Lines(process.stdout)
+    told = Lines(process.stderr)
     if (
         not waits_for(lambda: process.poll() is not None or any(steps_of(line) >= 3 for line in said.lines))
         or process.poll()
     ):
         process.kill()
         return {**row, "failed": told.lines[-5:]}
-    workers, began = ranks_of(process.pid), time.monotonic()
+    workers = ranks_of(process.pid)
+    began = time.monotonic()
     os.kill(workers[rank], getattr(signal, name))
     ended = waits_for(
         lambda: process.poll() is not None and not any(alive(worker) for worker in workers.values())

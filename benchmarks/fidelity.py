@@ -38,7 +38,8 @@ from chitu_diffusion.pipelines import denoising
 from chitu_diffusion.pipelines.conditioning import TextConditioning
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
-EXACT, LOSSY = "exact", "8 bits"
+EXACT = "exact"
+LOSSY = "8 bits"
 REFERENCE = "float32 math"
 _ALL = {"quant": "fp8", "quant_keep": "", "quant_from": 0.0}  # no layer and no step in 16 bits
 WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -126,7 +127,9 @@ class Fidelity:
 
     def videos(self, backend: DiffusionBackend) -> WayVideos:
         """A video of each prompt, and what the judge sees in it."""
-        outcome, generator, began = WayVideos(), Generator(backend), time.perf_counter()
+        outcome = WayVideos()
+        generator = Generator(backend)
+        began = time.perf_counter()
         for prompt, _ in self.asked:
             task = self.task(prompt)
             while task.status is not TaskStatus.SAVING:
@@ -141,15 +144,18 @@ class Fidelity:
 
     def path(self, backend: DiffusionBackend, prompt: str, moments: int = 4) -> list[PathPoint]:
         """Points evenly spread over one denoising, with the velocities of both branches."""
-        generator, sampler = Generator(backend), backend.sampler
+        generator = Generator(backend)
+        sampler = backend.sampler
         task = self.task(prompt)
         generator.generate_step(task)
         wanted = {round(place * (task.num_inference_steps - 1) / (moments - 1)) for place in range(moments)}
         found = []
         while task.status is TaskStatus.DENOISING:
-            state, latent = task.buffer.sampler, task.buffer.latent
+            state = task.buffer.sampler
+            latent = task.buffer.latent
             if task.current_step in wanted and state is not None and latent is not None:
-                embeddings, timestep = both_branches(generator, prompt), sampler.timestep(state)
+                embeddings = both_branches(generator, prompt)
+                timestep = sampler.timestep(state)
                 found.append(
                     PathPoint(latent, embeddings, timestep, velocity(backend, latent, embeddings, timestep))
                 )

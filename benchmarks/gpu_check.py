@@ -50,16 +50,20 @@ def checks(
     tokens: int, heads: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, tuple[Work, float]]:
     """Name -> (work(ours?), allowed relative error), for heads of 128 channels."""
-    dim, ffn = heads * 128, heads * 128 * 35 // 6 // 16 * 16
+    dim = heads * 128
+    ffn = heads * 128 * 35 // 6 // 16 * 16
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
 
-    x, added = normal(1, tokens, dim), normal(1, tokens, dim)
-    wide, weight = normal(1, tokens, ffn), normal(dim)
+    x = normal(1, tokens, dim)
+    added = normal(1, tokens, dim)
+    wide = normal(1, tokens, ffn)
+    weight = normal(dim)
     gate, scale, shift = normal(1, 3, dim, dtype=torch.float32).chunk(3, dim=1)
     angles = normal(tokens, 64, dtype=torch.float32)
-    rope, affine = (angles.cos(), angles.sin()), (1 + scale, shift)
+    rope = (angles.cos(), angles.sin())
+    affine = (1 + scale, shift)
     norm = partial(fused.layer_norm, x, affine, 1e-6, dtype)
     add_norm = partial(fused.add_gated_norm, x, added, gate, affine, 1e-6, dtype)
     turn = partial(fused.norm_and_rotate, x, added, (weight, weight), 1e-6, rope, heads)

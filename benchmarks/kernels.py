@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,11 +32,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu_check import CALLS, TEXT_ROWS, checked, checks, text_attention
+from benchmarks.gpu_check import CALLS, checked, checks
+from benchmarks.launches import tuning
 from benchmarks.measuring import GIB, breakdown, kernel_spans, milliseconds, peak_bytes, relative_error
 from benchmarks.networks import Case, Workload, case_of, small_case
 from benchmarks.report import Report, Section, first_line, parser, report_for, run_sections
-from chitu_diffusion.attention import KERNELS, attention_kernel, cross_attention, fp8, sdpa
+from chitu_diffusion.attention import KERNELS, attention_kernel, fp8, sdpa
 from chitu_diffusion.attention.autotune import KernelAutotuner, Shape
 from chitu_diffusion.attention.kernels import AttentionKernel
 from chitu_diffusion.config import keep_compiled_code
@@ -108,7 +108,8 @@ class AttentionTrial:
         if case == "channels":
             factor = torch.ones(shape.head_dim, device=self.device, dtype=self.dtype)
             factor[torch.randperm(shape.head_dim, device=self.device)[:4]] = 5
-            q, k = q * factor / 2, k * factor / 2
+            q = q * factor / 2
+            k = k * factor / 2
         return q, k, v
 
     def ms(self, call: Callable[[], object]) -> tuple[float, float]:
@@ -156,7 +157,8 @@ def speeds(trial: AttentionTrial, shape: Shape, report: Report) -> None:
 
 def reference(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of some query rows in float64, head by head: out [1, R, H, D], lse [1, R, H]."""
-    outs, lses = [], []
+    outs = []
+    lses = []
     for head in range(q.shape[2]):
         some, keys, values = (x[0, :, head].double() for x in (q[:, rows], k, v))
         scores = some @ keys.mT / q.shape[-1] ** 0.5
@@ -212,7 +214,8 @@ def float8_steps(trial: AttentionTrial, shape: Shape, report: Report) -> None:
     steps = fp8.steps_on(trial.device)
     means = steps.measure(q, k, v)
     scales = steps.scale(means)
-    q8, given = steps.quantise_q(q, scales), steps.quantise_kv(k, v, scales)
+    q8 = steps.quantise_q(q, scales)
+    given = steps.quantise_kv(k, v, scales)
     bias, matrix = steps.correct(means, scales, given)
     small = [x[:, : min(shape.tokens, 1000), :2].contiguous() for x in (q, k, v)]
     exact, ours = (fp8.attend_in_fp8(*small, False, some)[0] for some in (fp8.PLAIN, steps))
@@ -277,7 +280,9 @@ def around(shape: Shape, device: torch.device, report: Report) -> None:
 
 def products(work: Workload, report: Report) -> None:
     """Matrix products in 16 and 8 bits, and the GELU inside or behind one."""
-    dim, ffn, device = work.case.config.dim, work.case.config.ffn_dim, work.device
+    dim = work.case.config.dim
+    ffn = work.case.config.ffn_dim
+    device = work.device
 
     def ms(call: Callable[[], object]) -> float:
         return milliseconds(call, device, calls=CALLS)[0]
@@ -288,8 +293,10 @@ def products(work: Workload, report: Report) -> None:
         layer = Float8Linear(linear)
         layer.quantise_weight()
         set_float8([layer], True)
-        quantised, operations = fused.quantise(x), 2e-9 * work.case.tokens * rows * columns
-        wide, small = ms(partial(linear, x)), ms(partial(layer, quantised))
+        quantised = fused.quantise(x)
+        operations = 2e-9 * work.case.tokens * rows * columns
+        wide = ms(partial(linear, x))
+        small = ms(partial(layer, quantised))
         row = {"name": f"{rows} to {columns}", "ms": wide, "tflops": operations / wide, "fp8_ms": small}
         row |= {
             "fp8_tflops": operations / small,
@@ -339,7 +346,8 @@ class SwitchTrial:
     def variant(self, name: str, report: Report) -> None:
         """First call, later calls, one block alone, memory, error, and where the time goes."""
         fuse, compiled, in_float8 = VARIANTS[name]
-        work, device = self.work, self.work.device
+        work = self.work
+        device = self.work.device
         network = work.network()
         if in_float8:
             keep = Float8Plan().keep if work.case.config.num_layers > 2 else ()
@@ -367,72 +375,6 @@ class SwitchTrial:
         row["block_ms"], _ = milliseconds(partial(block, *inputs), device, calls=CALLS)
         row |= breakdown(kernel_spans(forward, device))
         report.add(f"Forward, {work.case.name}, {self.attention.name}", row)
-
-
-@contextmanager
-def launched(module: Any, **ways: Callable[..., Any]) -> Iterator[None]:
-    """A module of Triton kernels with other functions that say how they start."""
-    own = {name: getattr(module, name) for name in ways}
-    for name, way in ways.items():
-        setattr(module, name, way)
-    try:
-        yield
-    finally:
-        for name, way in own.items():
-            setattr(module, name, way)
-
-
-def text_launches(tokens: int, heads: int, rows: int, device: torch.device, report: Report) -> None:
-    """Ways to start the text attention: tokens, keys, warps, and programs that share a tile's heads."""
-    ours = cross_attention.cross_attention_triton
-    x = torch.randn(1, tokens, 128 * heads, device=device).bfloat16()
-    work = text_attention(x, torch.rand(x.shape[-1], device=device).bfloat16(), heads, rows)
-    expected = work(False)
-    chosen = ours.launch_text(1, tokens, rows, heads, 128, x.dtype)
-    looped = chosen._replace(unroll=False, stages=3)
-    ways = [chosen, looped, looped._replace(stages=2), *(chosen._replace(parts=parts) for parts in (2, 4))]
-    ways += [chosen._replace(keys=128), chosen._replace(tile=64, warps=4), chosen._replace(tile=64, warps=8)]
-    ways += [looped._replace(tile=64, warps=4, stages=stages) for stages in (3, 2)]
-    for way in dict.fromkeys(ways):
-        row: dict[str, Any] = {"heads": heads, "rows": rows, **way._asdict(), "chosen": way == chosen}
-        try:
-            with launched(ours, launch_text=lambda *_, way=way: way):
-                row["ms"], _ = milliseconds(partial(work, True), device, calls=CALLS)
-                row["relative_difference"] = relative_error(work(True), expected)
-        except Exception as error:  # too much shared memory, most of all
-            row["failed"] = first_line(error)[:80]
-        report.add("Launches of the text attention", row)
-
-
-def launches(tokens: int, dim: int, device: torch.device, report: Report) -> None:
-    """Warps of a program of the fused kernels, for rows of `dim` channels."""
-    ours = fused.fused_triton
-    found = checks(tokens, dim // 128, device)
-    held, row = ours.launch(dim), ours.launch_row(dim)
-    for warps in (1, 2, 4, 8, 16):
-        options = {"num_warps": warps}
-        with launched(
-            ours, launch=lambda _, o=options: (*held[:2], o), launch_row=lambda _, o=options: (*row[:2], o)
-        ):
-            speeds = {
-                f"{name}, ms": milliseconds(partial(found[name][0], True), device, calls=CALLS)[0]
-                for name in ("residual, norm", "q, k norm, turn")
-            }
-        chosen = [how[2]["num_warps"] == warps for how in (row, held)]
-        report.add("Launches of the fused kernels", {"dim": dim, "warps": warps, **speeds, "chosen": chosen})
-
-
-# -- the command line
-
-
-def tuning(device: torch.device) -> list[Section]:
-    """All launch options, at 32,760 tokens."""
-    texts = {
-        f"text, {heads} heads, {rows} rows": partial(text_launches, 32760, heads, rows, device)
-        for heads, rows in ((12, TEXT_ROWS), (40, TEXT_ROWS), (12, 127), (12, 40))
-    }
-    around = {f"{dim} channels": partial(launches, 32760, dim, device) for dim in (128 * 12, 128 * 40)}
-    return [Section(name, "", 10, run) for name, run in (texts | around).items()]
 
 
 def case_asked(asked: argparse.Namespace) -> Case:

@@ -26,7 +26,8 @@ def timed_ms(call: Callable[[], object], device: torch.device) -> float:
         began = time.perf_counter()
         call()
         return (time.perf_counter() - began) * 1e3
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
     start.record()
     call()
@@ -175,10 +176,8 @@ def breakdown(spans: Iterable[Span]) -> dict[str, float]:
     for span in everything:
         found[kind_of(span.name)] += (span.end - span.start) / 1e3
     busy = busy_ms(everything)
-    first, last = (
-        min((s.start for s in everything), default=0.0),
-        max((s.end for s in everything), default=0.0),
-    )
+    first = min((s.start for s in everything), default=0.0)
+    last = max((s.end for s in everything), default=0.0)
     whole = (last - first) / 1e3
     return {**found, "busy": busy, "span": whole, "gaps": whole - busy}
 

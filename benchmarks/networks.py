@@ -21,8 +21,8 @@ from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_text_encoder, load_vae
 from chitu_diffusion.models.registry import ASSETS, TINY
 from chitu_diffusion.models.spec import ModelSpec
-from chitu_diffusion.models.wan.presets import FULL_SIZE
 from chitu_diffusion.models.wan.config import WanConfig
+from chitu_diffusion.models.wan.presets import FULL_SIZE
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE, build_vae

@@ -174,7 +174,10 @@ class Study:
         host: Mapping[str, float] | None = None,
     ) -> None:
         self._host = host or {}
-        self.model, self._pieces, self._links, self.factor = model, pieces, links, 1.0
+        self.model = model
+        self._pieces = pieces
+        self._links = links
+        self.factor = 1.0
         # seconds that a hop loses for each second of transfer beside it
         self.disturbance = 0.0
         if beside is not None:
@@ -185,15 +188,15 @@ class Study:
     def predict(self, plan: ParallelPlan) -> Prediction:
         """A layout's step."""
         model = self.model
-        tokens, blocks, item = model["tokens"], model["blocks"], model["bytes_per_number"]
+        tokens = model["tokens"]
+        blocks = model["blocks"]
+        item = model["bytes_per_number"]
         sent = self._traffic(plan)
         forwards = 2 // plan.cfg
         calls = forwards * blocks
-        own, seen, heads = (
-            -(-tokens // plan.sequence),
-            -(-tokens // plan.ring),
-            model["heads"] // plan.ulysses,
-        )
+        own = -(-tokens // plan.sequence)
+        seen = -(-tokens // plan.ring)
+        heads = model["heads"] // plan.ulysses
         hop = self._time("attention" if plan.ring == 1 else "attention_lse", tokens=seen, heads=heads)
         # branches that share a sequence's ranks share a forward: what is not attention has the rows of both
         rest = (
@@ -233,7 +236,8 @@ class Study:
 
     def _ulysses_waits(self, plan: ParallelPlan, size: float, kernel: float, own: int) -> float:
         """Seconds in which a block's kernels wait for its two exchanges of `size` bytes together."""
-        inward, outward = size * PACKED, size * (1 - PACKED)
+        inward = size * PACKED
+        outward = size * (1 - PACKED)
         pieces = pieces_for(self.model["heads"] // plan.ulysses, inward) if plan.ring == 1 else 1
         # branches that share ranks share a forward: so many sequences whose exchanges may hide behind each
         # other's work
@@ -325,12 +329,11 @@ def studied(results: Piece) -> dict[str, Any]:
 
 
 def _rows(name: str, fabric: Fabric, study: Study) -> list[dict[str, Any]]:
-    rows, one = [], study.predict(ParallelPlan()).seconds
+    rows = []
+    one = study.predict(ParallelPlan()).seconds
     for world in WORLDS:
-        auto, best = (
-            study.predict(auto_plan(world, study.model["heads"], min(world, NODE))),
-            study.best(world),
-        )
+        auto = study.predict(auto_plan(world, study.model["heads"], min(world, NODE)))
+        best = study.best(world)
         facts = {"model": name, "fabric": fabric.name, "gpus": world, "speedup": one / auto.seconds}
         rows.append({**facts, "efficiency": one / auto.seconds / world, **asdict(auto), "best": asdict(best)})
     return rows
@@ -393,9 +396,12 @@ def plotted(study: Mapping[str, Any], path: Path) -> None:
     """Speed-up over GPUs, both axes logarithmic, one line for each model and fabric."""
     from PIL import Image, ImageDraw, ImageFont
 
-    width, height, margin = 1000, 700, 80
+    width = 1000
+    height = 700
+    margin = 80
     image = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(16)
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(16)
     top = math.log2(WORLDS[-1])
 
     def at(gpus: float, speedup: float) -> tuple[float, float]:

@@ -144,7 +144,8 @@ class VaeBenchmark:
         """The layers that take the time, one by one, in each way: TFLOP/s of the useful products."""
         _, height, width = self.shape
         for factor, channels, frames in ((8, self.base, 16), (4, 2 * self.base, 16), (2, 4 * self.base, 8)):
-            rows, columns = factor * height, factor * width
+            rows = factor * height
+            columns = factor * width
             x = torch.randn(2 + frames, rows, columns, channels, device=self.device, dtype=self.dtype)
             weight = torch.randn(channels, channels, 3, 3, 3, device=self.device, dtype=self.dtype)
             layer = f"3x3x3, {channels} channels, {frames} x {rows} x {columns}"
@@ -183,7 +184,8 @@ class VaeBenchmark:
 
     def upsampling(self, report: Report) -> None:
         """The last up-sampling both ways, over what the 3 x 3 convolution would multiply."""
-        rows, columns = 4 * self.shape[1], 4 * self.shape[2]
+        rows = 4 * self.shape[1]
+        columns = 4 * self.shape[2]
         x = torch.randn(16, rows, columns, 2 * self.base, device=self.device, dtype=self.dtype)
         weight = torch.randn(self.base, 2 * self.base, 3, 3, device=self.device, dtype=self.dtype)
         nearest = weight.contiguous(memory_format=torch.channels_last)

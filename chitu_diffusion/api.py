@@ -134,7 +134,8 @@ def chitu_generate() -> Progress | None:
 
 def chitu_terminate() -> None:
     """Cancel what is unfinished and let go of the model; silent the second time."""
-    engine, _face.engine = _face.engine, None
+    engine = _face.engine
+    _face.engine = None
     _face.terminated = True
     if engine is not None:
         engine.close()

@@ -190,7 +190,8 @@ class DiffusionBackend:
         Raises:
             UsageError: rank 0 found a kernel that cannot run on this rank.
         """
-        config, plan = self._alive().spec.transformers[expert], self.groups.plan
+        config = self._alive().spec.transformers[expert]
+        plan = self.groups.plan
         shape = Shape(
             -(-tokens // plan.ring),
             max(1, config.num_attention_heads // plan.ulysses),

@@ -87,7 +87,10 @@ class CheckpointError(ModelError):
         parts += [f"{name}: {value}" for name, value in details.items() if value is not None]
         parts.append(remedy)
         super().__init__("; ".join(parts))
-        self.file, self.key, self.expected, self.found = file, key, expected, found
+        self.file = file
+        self.key = key
+        self.expected = expected
+        self.found = found
 
 
 class CompileError(ChituError):
@@ -116,7 +119,9 @@ class StageError(TaskError):
     def __init__(self, stage: str, step: int | None, cause: BaseException) -> None:
         where = stage if step is None else f"{stage}, step {step}"
         super().__init__(f"failed in {where}: {type(cause).__name__}: {cause}")
-        self.stage, self.step, self.cause = stage, step, cause
+        self.stage = stage
+        self.step = step
+        self.cause = cause
 
 
 class NonFiniteError(TaskError, ValueError):

@@ -181,7 +181,8 @@ def _check_integer(name: str, value: object, low: int, high: int) -> None:
 def _check_size(name: str, value: int | None) -> None:
     _check_integer(name, value, SIZE_STEP, 8192)
     if value is not None and value % SIZE_STEP:
-        low, high = value - value % SIZE_STEP, value - value % SIZE_STEP + SIZE_STEP
+        low = value - value % SIZE_STEP
+        high = value - value % SIZE_STEP + SIZE_STEP
         raise UsageError(
             f"{name} = {value}: must be a multiple of {SIZE_STEP}: {max(low, SIZE_STEP)} or {high}",
             field=name,
@@ -289,28 +290,6 @@ def _check_cascade_stage(stage: CascadeStage) -> None:
 def draw_seed() -> int:
     """A fresh seed, small enough to be typed."""
     return secrets.randbelow(2**31)
-
-
-def parse_seeds(text: str | None) -> list[int] | None:
-    """`7` -> [7]; `7..9` -> [7, 8, 9]; None -> None.
-
-    Raises:
-        UsageError: neither a number nor a rising range of at most 1000.
-    """
-    if text is None:
-        return None
-    first, dots, last = text.partition("..")
-    if _is_seed(first) and (not dots or _is_seed(last)):
-        low, high = int(first), int(last or first)
-        if low <= high < low + 1000:
-            return list(range(low, high + 1))
-    raise UsageError(
-        f"--seed {text}: use a whole number (42) or a rising range of at most 1000 (42..45)", field="seed"
-    )
-
-
-def _is_seed(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 20
 
 
 @dataclass

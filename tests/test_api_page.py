@@ -209,7 +209,8 @@ def test_autocast_and_progress_snippets(page, capsys):
 
 
 def test_gradient_checkpointing_snippet(page, tiny_folder, make_config):
-    page["model"], page["low_mem_level"] = page["backend"].model_pool[0], 1
+    page["model"] = page["backend"].model_pool[0]
+    page["low_mem_level"] = 1
     assert not page["model"].gradient_checkpointing
     run(GRADIENT_CHECKPOINTING, page)
     assert page["model"].gradient_checkpointing
@@ -222,7 +223,8 @@ def test_forward_with_cache_as_drawn_equals_the_generators(page):
     """The page's pseudocode, its `model` being ours with the page's argument order, beside the method."""
     from chitu_diffusion.flexcache.manager import parse_flexcache
 
-    generator, network = page["generator"], page["backend"].model_pool[0]
+    generator = page["generator"]
+    network = page["backend"].model_pool[0]
     embeddings = generator.encode_text("A cat walking on grass")
 
     class Model:
@@ -233,7 +235,8 @@ def test_forward_with_cache_as_drawn_equals_the_generators(page):
 
     page["model"] = Model()
     run(FORWARD_WITH_CACHE, page)
-    manager, latents = page["backend"].flexcache_manager, [torch.randn(1, 4, 2, 4, 4) for _ in range(4)]
+    manager = page["backend"].flexcache_manager
+    latents = [torch.randn(1, 4, 2, 4, 4) for _ in range(4)]
     results: dict[str, list] = {"page": [], "ours": []}
     for who in results:
         manager.bind(parse_flexcache({"strategy": "interval", "interval": 2, "warmup": 0, "cooldown": 0}, 4))

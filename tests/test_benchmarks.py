@@ -170,10 +170,13 @@ def test_work_is_what_torch_counts() -> None:
         text_dim=draw.randint(8, 40),
         num_layers=draw.randint(1, 3),
     )
-    frames, rows, columns = draw.randint(1, 3), 2 * draw.randint(1, 4), 2 * draw.randint(1, 4)
+    frames = draw.randint(1, 3)
+    rows = 2 * draw.randint(1, 4)
+    columns = 2 * draw.randint(1, 4)
     texts = draw.randint(1, 9)
     weights = random_transformer(config, CPU, torch.float32).state_dict()
-    latent, text = torch.randn(1, 16, frames, rows, columns), torch.randn(1, texts, config.text_dim)
+    latent = torch.randn(1, 16, frames, rows, columns)
+    text = torch.randn(1, texts, config.text_dim)
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         peers.one_forward(peers.twin(config, weights, CPU), latent, torch.tensor([3.0]), text)()

@@ -104,7 +104,8 @@ def test_poisoned_tasks_fail_alone(tiny_folder, make_config, monkeypatch, tmp_pa
             engine.run_until_idle()
             solo[seed] = np.load(task.buffer.save_path)
         poison_encoder(engine, monkeypatch)
-        good, bad = {}, {}
+        good = {}
+        bad = {}
         for index in range(12):
             if drawn.random() < 0.5:
                 bad[index] = submit_poisoned(engine, drawn.choice(POISONS), index, tmp_path)
@@ -145,7 +146,8 @@ def test_out_of_memory_raises_the_level_and_retries_the_unit(engine, monkeypatch
         "vae": engine.backend.vae,
     }[owner]
     monkeypatch.setattr(holder, name, raising(error, 1, getattr(holder, name)))
-    task, messages = engine.submit(params(save_path=str(tmp_path / "b.npy"))), []
+    task = engine.submit(params(save_path=str(tmp_path / "b.npy")))
+    messages = []
     while (event := engine.step()) is not None:
         messages.append(event.message or "")
     assert task.status is TaskStatus.FINISHED, task.error_message
@@ -179,7 +181,8 @@ def test_on_a_cpu_the_ladder_has_one_rung(engine, monkeypatch):
 
 
 def test_loading_climbs_too(tiny_folder, make_config, monkeypatch):
-    real, levels = engine_module.DiffusionBackend, []
+    real = engine_module.DiffusionBackend
+    levels = []
 
     def tight(args, **groups):
         levels.append(args.infer.diffusion.low_mem_level)
@@ -274,7 +277,8 @@ def test_a_scheduler_of_ones_own(tiny_folder, make_config):
 
 def test_cancel_and_close(tiny_folder, make_config):
     engine = Engine(make_config(tiny_folder))
-    first, second = engine.submit(params()), engine.submit(params())
+    first = engine.submit(params())
+    second = engine.submit(params())
     engine.step()
     assert engine.cancel(first.task_id) and not engine.cancel(first.task_id) and not engine.cancel("nobody")
     assert first.status is TaskStatus.CANCELLED and first.buffer.embeddings is None
@@ -299,7 +303,8 @@ def test_ending_a_task_from_another_thread_while_its_unit_runs(
     task = engine.submit(params())
     for _ in range(units):
         engine.step()
-    running, go_on = threading.Event(), threading.Event()
+    running = threading.Event()
+    go_on = threading.Event()
     run = engine.generator.generate_step
 
     def slow(task: DiffusionTask):
@@ -334,7 +339,10 @@ def test_ending_a_task_from_another_thread_while_its_unit_runs(
 @pytest.mark.parametrize("delay", [0.0, 0.02, 0.05, 0.1, 0.2])
 def test_closing_while_others_submit(tiny_folder, make_config, delay):
     """Every accepted task ends, every refused one is refused in words."""
-    engine, accepted, refused, stop = Engine(make_config(tiny_folder)), [], [], threading.Event()
+    engine = Engine(make_config(tiny_folder))
+    accepted = []
+    refused = []
+    stop = threading.Event()
 
     def submit(role: str) -> None:
         while not stop.is_set():
@@ -366,7 +374,8 @@ def test_ended_tasks_leave(tiny_folder, make_config, monkeypatch):
     """
     monkeypatch.setattr(stages, "write_video", lambda frames, path, **_: path)
     with Engine(make_config(tiny_folder, scheduler__keep_ended=5)) as engine:
-        sizes, looks = [], []
+        sizes = []
+        looks = []
         for _ in range(4):
             for _ in range(250):
                 engine.submit(params(num_inference_steps=1, num_frames=1, height=16, width=16))

@@ -15,7 +15,7 @@ from torch import Tensor
 from chitu_diffusion.backend import BackendState, DiffusionBackend
 from chitu_diffusion.errors import NonFiniteError, StageError, UsageError
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.media.video import read_recipe
+from chitu_diffusion.media.reading import read_recipe
 from chitu_diffusion.models.components import load_networks
 from chitu_diffusion.pipelines import stages
 from chitu_diffusion.pipelines.request import resolve_task
@@ -75,7 +75,8 @@ def test_batched_and_sequential_guidance_agree(tiny_folder, make_config):
 
 def test_forwards_of_the_page(backend):
     generator = Generator(backend)
-    latent, embeddings = initial_noise((1, 4, 2, 4, 4), 0), generator.encode_text([CAT, "ugly"])
+    latent = initial_noise((1, 4, 2, 4, 4), 0)
+    embeddings = generator.encode_text([CAT, "ugly"])
     timestep = torch.tensor([700])
     plain = backend.model_pool[0](latent.expand(2, -1, -1, -1, -1), timestep, embeddings)
     assert torch.allclose(generator.forward_with_cp(latent, embeddings, timestep), plain, atol=1e-5)
@@ -92,7 +93,8 @@ def test_forwards_of_the_page(backend):
 def test_decode_tiled_is_close(backend):
     generator = Generator(backend)
     latent = initial_noise((1, 4, 2, 20, 12), 0)
-    whole, tiled = generator.decode_vae(latent), generator.decode_vae_tiled(latent, tile_size=8)
+    whole = generator.decode_vae(latent)
+    tiled = generator.decode_vae_tiled(latent, tile_size=8)
     assert whole.shape == tiled.shape
     assert psnr(whole, tiled) >= 45
     assert [
@@ -172,7 +174,9 @@ def test_saved_frames_are_the_video(backend, tmp_path):
 
 def tensors_in(task: DiffusionTask) -> list[Tensor]:
     """Every tensor that can be reached from a task."""
-    seen, found, queue = set(), [], [task]
+    seen = set()
+    found = []
+    queue = [task]
     while queue:
         thing = queue.pop()
         if id(thing) in seen or isinstance(thing, type) or callable(thing):
@@ -193,7 +197,8 @@ def poison(task: DiffusionTask, value: float) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_fails_the_task_and_says_where(backend, value):
-    generator, task = Generator(backend), task_for(num_inference_steps=5)
+    generator = Generator(backend)
+    task = task_for(num_inference_steps=5)
     for _ in range(3):
         generator.generate_step(task)
     poison(task, value)
@@ -235,7 +240,8 @@ STAGE_OF_UNIT = {0: "encode_text", 1: "initial_noise", 2: "denoise", 5: "decode"
 @pytest.mark.parametrize("raised", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()])
 def test_a_unit_that_was_cut_short_can_be_run_again(backend, unit, raised, monkeypatch):
     expected, frames = latent_and_video(Generator(backend), task_for())
-    task, generator = task_for(), Generator(backend)
+    task = task_for()
+    generator = Generator(backend)
     for _ in range(unit):
         generator.generate_step(task)
     before = (task.status, task.current_step)
@@ -261,7 +267,8 @@ def test_a_unit_that_was_cut_short_can_be_run_again(backend, unit, raised, monke
 def test_out_of_memory_after_the_cache_was_written_changes_nothing(backend, monkeypatch):
     params = {"num_inference_steps": 8, "flexcache": {"strategy": "interval", "interval": 3}}
     expected, _ = latent_and_video(Generator(backend), task_for(**params))
-    task, generator = task_for(**params), Generator(backend)
+    task = task_for(**params)
+    generator = Generator(backend)
     generator.generate_step(task)
     step = backend.sampler.step
     while task.status is TaskStatus.DENOISING:
@@ -298,7 +305,8 @@ def test_all_memory_levels_give_the_same_video(tiny_folder, two_experts_folder, 
 
 def test_cascade_runs_its_stages_in_one_task(backend):
     stages = (CascadeStage(32, 32, 4), CascadeStage(64, 48, 3, strength=0.5))
-    generator, task = Generator(backend), task_for(cascade=stages)
+    generator = Generator(backend)
+    task = task_for(cascade=stages)
     event = generator.generate_multi_stage(task)
     assert event.status is TaskStatus.FINISHED, task.error_message
     assert task.num_inference_steps == 7 == task.current_step
@@ -314,7 +322,8 @@ def test_cascade_by_hand(backend):
     stages = (CascadeStage(32, 32, 3), CascadeStage(64, 64, 2, strength=0.5))
     task = task_for(cascade=stages, guidance_scale=1.0)
     latent, _ = latent_and_video(Generator(backend), task)
-    generator, sampler = Generator(backend), backend.sampler
+    generator = Generator(backend)
+    sampler = backend.sampler
     text = generator.encode_text(CAT)
     base = generator.denoise_loop(initial_noise((1, 4, 2, 4, 4), 3), text, num_steps=3, guidance_scale=1.0)
     state = sampler.begin(2, strength=0.5)
@@ -327,7 +336,9 @@ def test_cascade_by_hand(backend):
 
 def test_cascade_over_two_models_and_its_refusals(experts):
     stages = (CascadeStage(32, 32, 3, expert=0), CascadeStage(48, 48, 2, strength=0.4, expert=1))
-    task, generator, used = task_for(cascade=stages), Generator(experts), []
+    task = task_for(cascade=stages)
+    generator = Generator(experts)
+    used = []
     for event in run_to_end(generator, task):
         if event.stage is TaskStatus.DENOISING:
             used.append(task.expert)

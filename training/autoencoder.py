@@ -48,10 +48,13 @@ SIZES: dict[str, Any] = {
     "latents_mean": [0.0] * 16,
     "latents_std": [1.0] * 16,
 }
-MUON_RATE, ADAM_RATE = 2e-3, 1e-3
+MUON_RATE = 2e-3
+ADAM_RATE = 1e-3
 KL_WEIGHT = 3e-4
-ABSOLUTE_WEIGHT, EDGE_WEIGHT = 0.1, 0.1
-LOG_WEIGHT, LOG_EDGE_WEIGHT = 0.02, 0.02
+ABSOLUTE_WEIGHT = 0.1
+EDGE_WEIGHT = 0.1
+LOG_WEIGHT = 0.02
+LOG_EDGE_WEIGHT = 0.02
 
 
 def build() -> AutoencoderKLWan:
@@ -139,12 +142,14 @@ class WholeClip:
     def _resample(self, layer: WanResample, x: Tensor) -> Tensor:
         if layer.mode == "upsample3d":
             # the first frame stands alone; each later one becomes two
-            first, rest = x[:, :, :1], x[:, :, 1:]
+            first = x[:, :, :1]
+            rest = x[:, :, 1:]
             if rest.shape[2]:
                 two = self._conv(layer.time_conv, rest).unflatten(1, (2, -1))  # [B, 2, C, t, H, W]
                 rest = two.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
             x = torch.cat([first, rest], dim=2)
-        batch, frames = x.shape[0], x.shape[2]
+        batch = x.shape[0]
+        frames = x.shape[2]
         flat = x.transpose(1, 2).flatten(0, 1)
         x = layer.resample(flat).unflatten(0, (batch, frames)).transpose(1, 2)
         if layer.mode == "downsample3d" and frames > 1:
@@ -211,7 +216,9 @@ class Step:
     """
 
     def __init__(self, net: WholeClip, video: Tensor, loss: Loss) -> None:
-        self.net, self.loss, self.graph = net, loss, None
+        self.net = net
+        self.loss = loss
+        self.graph = None
         if not video.is_cuda:
             return
         self.video = video.contiguous(memory_format=torch.channels_last_3d)
@@ -271,7 +278,9 @@ def train(
     step, spent = restore(state, vae, average, solvers, device)
     source = drawn((size, size, frames), batch, "train", torch.Generator().manual_seed(1000 + step), device)
     compute = Step(net, next(source)[0], loss_of if part == "vae" else decoder_loss)
-    clock, report, save = Clock(minutes, spent), Every(10), Every(60)
+    clock = Clock(minutes, spent)
+    report = Every(10)
+    save = Every(60)
     while not clock.over:
         for solver, peak in zip(solvers, (MUON_RATE, ADAM_RATE), strict=True):
             for group in solver.param_groups:

@@ -32,9 +32,11 @@ CONFIG = WanConfig(
     num_layers=8,
     rope_max_seq_len=1024,
 )  # fmt: skip
-SHIFT, SPREAD = 2.5, 1.2
+SHIFT = 2.5
+SPREAD = 1.2
 EMPTY_SHARE = 0.1
-MUON_RATE, ADAM_RATE = 3e-3, 1e-3
+MUON_RATE = 3e-3
+ADAM_RATE = 1e-3
 PARTS = 3
 """Files that the averaged weights are kept in."""
 
@@ -113,7 +115,9 @@ def train(
     take_average(folder, nets)
     nets.average = [p.detach().clone() for p in nets.parameters]
     solvers = optimizers(nets)
-    path, step, spent = folder / "dit.pt", 0, 0.0
+    path = folder / "dit.pt"
+    step = 0
+    spent = 0.0
     if path.exists():
         step, spent = restore(path, nets, solvers, device)
     vae = autoencoder.load(folder, device)
@@ -126,7 +130,10 @@ def train(
     empty = text.tokenize(tokenizer, [""])[0].to(device)
     source = latents.batches(buckets, shapes, batch, random.Random(step), device)
     started = step
-    clock, report, save, look = Clock(minutes, spent), Every(10), Every(45), Every(150)
+    clock = Clock(minutes, spent)
+    report = Every(10)
+    save = Every(45)
+    look = Every(150)
     while not clock.over:
         for solver, peak in zip(solvers, (MUON_RATE, ADAM_RATE), strict=True):
             for group in solver.param_groups:
@@ -209,7 +216,8 @@ def sample(
     nets: Nets, ids: Tensor, empty: Tensor, shape: tuple[int, ...], steps: int, guidance: float
 ) -> Tensor:
     """Plain Euler sampling with guidance, for looking in on the training: latents [B, *shape], normalised."""
-    device, batch = ids.device, len(ids)
+    device = ids.device
+    batch = len(ids)
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(batch, *shape, generator=generator).to(device)
     words, bias = text.encode(nets.encoder, torch.cat([ids, empty.expand(batch, -1)]))

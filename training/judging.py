@@ -48,7 +48,8 @@ def collect(count: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]
     """Drawn clips of every size at the judge's own: (uint8 [N, FRAMES, 3, SIDE, SIDE], class indices [N] by
     head).
     """
-    generator, report = torch.Generator().manual_seed(55), Every(10)
+    generator = torch.Generator().manual_seed(55)
+    report = Every(10)
     sources = [drawn(shape, 16, "all", generator, device) for shape in SIZES]
     videos: list[Tensor] = []
     truths: list[dict[str, Tensor]] = []
@@ -86,7 +87,9 @@ def train(
     judge = Judge().to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
     videos, truth = collect(clips, device)
-    clock, report, step = Clock(minutes), Every(10), 0
+    clock = Clock(minutes)
+    report = Every(10)
+    step = 0
     while not clock.over:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * learning_rate(clock.progress, hold=0.2)

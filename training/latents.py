@@ -73,10 +73,13 @@ def fill(
 ) -> dict[Shape, Bucket]:
     """Encode clips of every size until the minutes are over."""
     net = WholeClip(channels_last(vae), fuse=device.type == "cuda")
-    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    rng = random.Random(seed)
     sources = {shape: drawn(shape, batch, "train", generator, device) for shape in shapes}
     parts: dict[Shape, list[Bucket]] = {shape: [] for shape in shapes}
-    clock, report, done = Clock(minutes), Every(10), 0
+    clock = Clock(minutes)
+    report = Every(10)
+    done = 0
     while not clock.over or not all(parts.values()):
         # the size that is furthest behind its share
         shape = min(shapes, key=lambda s: len(parts[s]) / shapes[s])
@@ -108,7 +111,8 @@ def batches(
     buckets: dict[Shape, Bucket], shapes: Shapes, batch: int, rng: random.Random, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (latent [B, 16, T, H, W] float32, ids [B, L]): each size once, then by their shares."""
-    sizes, weights = list(shapes), list(shapes.values())
+    sizes = list(shapes)
+    weights = list(shapes.values())
     first = list(shapes)
     while True:
         bucket = buckets[first.pop() if first else rng.choices(sizes, weights)[0]]

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 # Newton-Schulz coefficients of the post: singular values of any size end near 1 within five rounds.
-_A, _B, _C = 3.4445, -4.7750, 2.0315
+_A = 3.4445
+_B = -4.7750
+_C = 2.0315
 
 
 def orthogonal(matrices: Tensor, rounds: int = 5) -> Tensor:

@@ -21,7 +21,9 @@ from chitu_diffusion.evaluation.judge import CLASSES
 from training.clock import Clock, Every, learning_rate
 from training.world import caption, sample_specs, vocabulary_corpus
 
-PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
+PAD = "<pad>"
+EOS = "</s>"
+UNKNOWN = "<unk>"
 VOCABULARY = 1024
 WIDTH = 128
 MAX_TOKENS = 40
@@ -125,8 +127,11 @@ def read_captions(folder: Path, minutes: float, batch: int = 256) -> None:
     encoder = build_encoder(len(tokenizer))
     heads = nn.ModuleDict({name: nn.Linear(WIDTH, len(names)) for name, names in CLASSES.items()})
     optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=2e-3, weight_decay=0.01)
-    generator, rng = torch.Generator().manual_seed(21), random.Random(21)
-    clock, report, step = Clock(minutes), Every(10), 0
+    generator = torch.Generator().manual_seed(21)
+    rng = random.Random(21)
+    clock = Clock(minutes)
+    report = Every(10)
+    step = 0
     while not clock.over:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * learning_rate(clock.progress, hold=0.3)

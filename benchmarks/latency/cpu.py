@@ -73,13 +73,15 @@ class CpuRun:
         task = DiffusionTask.from_user_request(params)
         generator = Generator(self.backend)
         latent = None
-        began, worked = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
+        worked = time.process_time()
         while task.status is not TaskStatus.SAVING:
             latent = task.buffer.latent if task.status is TaskStatus.DECODING else latent
             generator.generate_step(task)
             if task.error is not None:
                 raise task.error
-        whole, work = time.perf_counter() - began, time.process_time() - worked
+        whole = time.perf_counter() - began
+        work = time.process_time() - worked
         names = zip(STAGES, (TaskStatus.ENCODING, TaskStatus.DENOISING, TaskStatus.DECODING), strict=True)
         assert latent is not None and task.buffer.video is not None
         seconds = {name: task.seconds[stage] for name, stage in names} | {"whole": whole, "CPU time": work}
@@ -89,7 +91,8 @@ class CpuRun:
         """`WanPipeline.__call__` with its stages timed."""
         defaults = self.backend.spec.defaults
         kept: dict[str, Any] = {}
-        began, worked = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
+        worked = time.process_time()
         with self._timed_stages() as seconds:
             frames = self.pipeline(
                 prompt,
@@ -103,7 +106,8 @@ class CpuRun:
                 output_type="pt",
                 callback_on_step_end=lambda _pipeline, _step, _time, tensors: kept.update(tensors) or {},
             ).frames
-        whole, work = time.perf_counter() - began, time.process_time() - worked
+        whole = time.perf_counter() - began
+        work = time.process_time() - worked
         seconds["denoising"] = whole - seconds["text"] - seconds["decoding"]
         return TimedVideo(seconds | {"whole": whole, "CPU time": work}, kept["latents"], frames[0])
 
@@ -122,13 +126,15 @@ class CpuRun:
 
             return run
 
-        encode, decode = self.pipeline.encode_prompt, self.pipeline.vae.decode
+        encode = self.pipeline.encode_prompt
+        decode = self.pipeline.vae.decode
         self.pipeline.encode_prompt = timed("text", encode)
         self.pipeline.vae.decode = timed("decoding", decode)
         try:
             yield seconds
         finally:
-            self.pipeline.encode_prompt, self.pipeline.vae.decode = encode, decode
+            self.pipeline.encode_prompt = encode
+            self.pipeline.vae.decode = decode
 
 
 def beside_pipeline(report: Report, rounds: int, *, small: bool) -> None:

@@ -45,7 +45,11 @@ def forward_flops(config: WanConfig, tokens: int, text_tokens: int = 512) -> Flo
         tokens: S.
         text_tokens: T.
     """
-    s, t, d, f, layers = tokens, text_tokens, config.dim, config.ffn_dim, config.num_layers
+    s = tokens
+    t = text_tokens
+    d = config.dim
+    f = config.ffn_dim
+    layers = config.num_layers
     ends = s * d * config.patch_values * (config.in_channels + config.out_channels)
     text = t * d * (config.text_dim + d)
     moment = config.freq_dim * d + 7 * d * d  # two layers of the time embedder and the six modulations
@@ -76,7 +80,8 @@ def eight_bit_product(a: Tensor, b: Tensor) -> Callable[[], object]:
     """The same product in float8 e4m3 with a scale for each row of `a` and each column of `b`."""
     rows = torch.ones(a.shape[0], 1, device=a.device)
     columns = torch.ones(1, b.shape[1], device=b.device)
-    left, right = a.to(torch.float8_e4m3fn), b.t().contiguous().to(torch.float8_e4m3fn).t()
+    left = a.to(torch.float8_e4m3fn)
+    right = b.t().contiguous().to(torch.float8_e4m3fn).t()
     return lambda: torch._scaled_mm(left, right, rows, columns, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 

@@ -77,7 +77,8 @@ def offer_flash_attention_3() -> str | None:
 def write_bridge(folder: Path) -> None:
     """The package, its record and the module of functions, in a folder that is to go onto the path."""
     (folder / "flash_attn_interface.py").write_text(_BRIDGE, encoding="utf-8")
-    package, record = folder / "flash_attn_3", folder / "flash_attn_3-3.0.0.dist-info"
+    package = folder / "flash_attn_3"
+    record = folder / "flash_attn_3-3.0.0.dist-info"
     package.mkdir()
     (package / "__init__.py").write_text("", encoding="utf-8")
     record.mkdir()

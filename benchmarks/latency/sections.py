@@ -337,8 +337,9 @@ class Latency:
             save_path=path,
         )
         task = DiffusionTask.from_user_request(params)
-        for _ in Generator(backend).run(task):
-            pass
+        generator = Generator(backend)
+        while not task.is_finished():
+            generator.generate_step(task)
         if task.error is not None:
             raise task.error
         Path(path).unlink(missing_ok=True)

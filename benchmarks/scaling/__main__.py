@@ -118,7 +118,8 @@ def written(results: Mapping[str, Any]) -> str:
 
 def _step_row(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     ours = "diffusers" not in name
-    peak, sent = max(found.get("peak_bytes", [0])), sum(found.get("bytes_sent", {}).values())
+    peak = max(found.get("peak_bytes", [0]))
+    sent = sum(found.get("bytes_sent", {}).values())
     return {
         "section": name,
         "s": found["seconds"],

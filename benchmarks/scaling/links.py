@@ -76,9 +76,11 @@ def wrong_arrivals(peers: Collectives, device: torch.device, rounds: int = 40) -
     """Random parts sent round, several exchanges under way at once, ranks and readers late at random: how
     many came, and how many were not what the other rank had drawn.
     """
-    common, own = Random(1), Random(peers.index)
+    common = Random(1)
+    own = Random(peers.index)
     like = torch.empty(0, dtype=torch.int32, device=device)
-    before, after = (peers.index - 1) % peers.size, (peers.index + 1) % peers.size
+    before = (peers.index - 1) % peers.size
+    after = (peers.index + 1) % peers.size
     found = {"parts": 0, "wrong": 0}
 
     def drawn(token: int, rows: int) -> Tensor:

@@ -149,7 +149,8 @@ class ModelSections:
     def host(self) -> dict[str, Any]:
         """Seconds that the host takes for a block: of a step so small that the GPU waits for it."""
         work = self._workload(self.work.case.name, "small", self.work)
-        world, found = self.ranks.world, {}
+        world = self.ranks.world
+        found = {}
         for word, ulysses in (("alone", 0), ("u2", 2), ("r2", 1)) if world == 2 else (("alone", 0),):
             groups = None
             if ulysses:
@@ -163,7 +164,8 @@ class ModelSections:
         """diffusers' transformer with the same weights, alone or with its own context parallelism."""
         from diffusers import ContextParallelConfig
 
-        work, world = self.work, self.ranks.world
+        work = self.work
+        world = self.ranks.world
         model: Any = twin(work.case.config, work.weights, work.device)
         kind = word.rstrip("0123456789")
         backend = "_native_cudnn" if work.device.type == "cuda" and kind != "ulysses" else "native"
@@ -280,7 +282,8 @@ def vae(ranks: Ranks, small: bool, repeats: int, shared: bool) -> dict[str, Any]
     found = ranks.timed(strips, repeats)
     alone = ranks.results.get("vae alone", {}).get("seconds")
     found["speedup"] = alone and alone / found["seconds"]
-    whole, video = decoder.decode(latent), strips()
+    whole = decoder.decode(latent)
+    video = strips()
     if video is not None:
         found["error_to_alone"] = relative_error(video, whole)
         found["largest"] = float((video - whole).abs().max())

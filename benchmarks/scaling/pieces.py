@@ -29,7 +29,8 @@ from chitu_diffusion.ops.merge_lse import merge
 
 def ring_hop(work: Workload, groups: ProcessGroups, kernel: AttentionKernel) -> dict[str, Work]:
     """A ring's hop taken apart: the kernel, the transfer of the next keys and values, and both at once."""
-    peers, with_lse = groups.ring, kernel.run_with_lse
+    peers = groups.ring
+    with_lse = kernel.run_with_lse
     assert with_lse is not None
     own = work.case.tokens // peers.size
     q, k, v = heads_of(work, own)
@@ -167,7 +168,8 @@ def hidden_share(spans: Iterable[Span]) -> dict[str, float]:
     both = talking + computing - whole
     idle = 0.0
     if everything:
-        first, last = min(span.start for span in everything), max(span.end for span in everything)
+        first = min(span.start for span in everything)
+        last = max(span.end for span in everything)
         idle = (last - first) / 1e6 - whole
     return {
         "communication": talking,

@@ -108,7 +108,9 @@ class Ranks:
                 name, {"skipped": f"{estimate:g} s more would not fit the budget of {self._budget:g} s"}
             )
             return
-        began, found, error = self.elapsed, {}, None
+        began = self.elapsed
+        found = {}
+        error = None
         try:
             with self.monitor.critical(f"section {name}"):
                 found = work()
@@ -140,7 +142,9 @@ class Ranks:
         All ranks begin together; on a GPU its own events are the clock. The peak is of bytes allocated,
         with those that other ranks write; 0 on a CPU.
         """
-        peers, tick, cuda = self._groups.world, torch.zeros(1, device=self.device), self.device.type == "cuda"
+        peers = self._groups.world
+        tick = torch.zeros(1, device=self.device)
+        cuda = self.device.type == "cuda"
         times = []
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -82,8 +82,13 @@ class KernelAutotuner:
         self.kernel = attention_kernel(
             name, needs_lse=needs_lse, device=device, dtype=dtype, head_dim=head_dim
         )
-        self._automatic, self._device, self._dtype, self._needs_lse = name == "auto", device, dtype, needs_lse
-        self._folder, self._all_reduce_max, self._is_driver = folder, all_reduce_max, is_driver
+        self._automatic = name == "auto"
+        self._device = device
+        self._dtype = dtype
+        self._needs_lse = needs_lse
+        self._folder = folder
+        self._all_reduce_max = all_reduce_max
+        self._is_driver = is_driver
         self._timer = timer or self._time_on_device
         self._found: dict[tuple[int, str], AttentionKernel] = {}
 
@@ -111,7 +116,8 @@ class KernelAutotuner:
 
     def pin(self, kernel: AttentionKernel) -> None:
         """Take this one from now on, whatever the shape."""
-        self.kernel, self._automatic = kernel, False
+        self.kernel = kernel
+        self._automatic = False
 
     def _agreed(self, shape: Shape) -> AttentionKernel:
         among = candidates(self._device, self._dtype, shape.head_dim, needs_lse=self._needs_lse)
@@ -132,7 +138,8 @@ class KernelAutotuner:
     def _fastest(self, among: Sequence[AttentionKernel], shape: Shape) -> AttentionKernel:
         if len(among) == 1:
             return among[0]
-        machine, bucket = machine_name(self._device, among), shape.bucket(self._dtype)
+        machine = machine_name(self._device, among)
+        bucket = shape.bucket(self._dtype)
         kept = recall(self._folder).get(machine, {})
         names = {kernel.name: kernel for kernel in among}
         known = kept.get(bucket) if isinstance(kept, dict) else None
@@ -181,7 +188,8 @@ def time_attention(
     run(q, k, v)
     taken = []
     for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         begin.record()
         run(q, k, v)
         end.record()

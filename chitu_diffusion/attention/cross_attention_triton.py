@@ -60,7 +60,8 @@ def _add_keys(
     SCORE_SCALE: tl.constexpr, LOG2_E: tl.constexpr,
 ):  # fmt: skip
     # one tile of keys: the sums of exponentials and of weighted values, below the highest score so far
-    near, channel = tl.arange(0, KEYS), tl.arange(0, HEAD_DIM)
+    near = tl.arange(0, KEYS)
+    channel = tl.arange(0, HEAD_DIM)
     known = near < length - start
     k_at = (start + near.to(tl.int64))[:, None] * K_ROW + channel[None, :]  # [KEYS, HEAD_DIM]
     v_at = (start + near.to(tl.int64))[:, None] * V_ROW + channel[None, :]
@@ -71,7 +72,8 @@ def _add_keys(
     # to base 2, for which a GPU has an instruction
     scores = tl.dot(normed, tl.trans(keys), input_precision="ieee") * SCORE_SCALE + extra[None, :]
     higher = tl.maximum(top, tl.max(scores, axis=1))
-    shares, fade = tl.exp2(scores - higher[:, None]), tl.exp2(top - higher)
+    shares = tl.exp2(scores - higher[:, None])
+    fade = tl.exp2(top - higher)
     values = tl.load(v + v_at, mask=known[:, None], other=0.0)
     attended = tl.dot(shares.to(values.dtype), values, attended * fade[:, None], input_precision="ieee")
     return higher, total * fade + tl.sum(shares, axis=1), attended
@@ -87,8 +89,10 @@ def _cross_attention(
 ):  # fmt: skip
     # strides are constants and places have 64 bits from the start: so one address does for all rows of a
     # thread, which leaves its registers to the products
-    batch, begin = tl.program_id(2).to(tl.int64), tl.program_id(1) * TILE
-    own, channel = tl.arange(0, TILE), tl.arange(0, HEAD_DIM)
+    batch = tl.program_id(2).to(tl.int64)
+    begin = tl.program_id(1) * TILE
+    own = tl.arange(0, TILE)
+    channel = tl.arange(0, HEAD_DIM)
     at = own.to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + channel[None, :]  # [TILE, HEAD_DIM]
     base = (batch * rows + begin) * (HEADS * HEAD_DIM)
     inside = (own < rows - begin)[:, None]
@@ -106,9 +110,11 @@ def _cross_attention(
         normed = (x.to(tl.float32) * factor[:, None] * w[None, :]).to(k.dtype.element_ty)
         # the next head's are on their way while this one's are multiplied
         x = tl.load(q + base + (head + 1) * HEAD_DIM + at, mask=inside & (turn + 1 < OWN_HEADS), other=0.0)
-        k_here, v_here = k + batch * k_batch + head * k_head, v + batch * v_batch + head * v_head
+        k_here = k + batch * k_batch + head * k_head
+        v_here = v + batch * v_batch + head * v_head
         # a finite number below all scores: keys that weigh nothing must not make infinity less infinity
-        top, total = tl.full((TILE,), -1e30, tl.float32), tl.zeros((TILE,), tl.float32)
+        top = tl.full((TILE,), -1e30, tl.float32)
+        total = tl.zeros((TILE,), tl.float32)
         attended = tl.zeros((TILE, HEAD_DIM), tl.float32)
         # so that the loop over heads is the innermost, and the next head's keys are on their way, too
         if UNROLL:
@@ -154,7 +160,8 @@ def cross_attention(
     """
     batch, rows, _ = q.shape
     length, heads, width = k.shape[1:]
-    q, weight = q.contiguous(), weight.contiguous()
+    q = q.contiguous()
+    weight = weight.contiguous()
     k, v = ((x if x.stride(-1) == 1 else x.contiguous()).expand(batch, -1, -1, -1) for x in (k, v))
     if bias is not None:
         bias = bias.float().contiguous().expand(batch, -1)
@@ -215,7 +222,9 @@ def launch_text(
     """
     tile, keys, warps = (128, 64, 8) if dtype.itemsize == 2 else (32, 32, 4)
     whole, rest = _split(length, keys)
-    held, row, small = whole * keys + rest, head_dim * dtype.itemsize, 2048
+    held = whole * keys + rest
+    row = head_dim * dtype.itemsize
+    small = 2048
     ways = [(True, held), (False, keys)] if held <= 3 * keys else [(False, keys)]
     # with three stages, loads are under way while another head, or tile, is multiplied; with two, only in
     # between
@@ -227,7 +236,8 @@ def launch_text(
     ]
     stages, unroll = fitting[0] if fitting else (1, False)
     if not fitting:
-        tile, warps = tile // 2, warps // 2
+        tile = tile // 2
+        warps = warps // 2
     tiles = batch * triton.cdiv(rows, tile)
 
     def cost(parts: int) -> int:

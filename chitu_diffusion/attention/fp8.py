@@ -121,7 +121,9 @@ def sample(q: Tensor) -> Tensor:
 
 def measure(q: Tensor, k: Tensor, v: Tensor) -> Means:
     """Of q [B, S, H, D], k, v [B, L, H, D]."""
-    q32, k32, v32 = sample(q).float(), k.float(), v.float()
+    q32 = sample(q).float()
+    k32 = k.float()
+    v32 = v.float()
     rows = torch.stack([x.mean(1) for x in (q32 * q32, k32, k32 * k32, v32, v32 * v32)], 2)
     return Means(rows[:, :, None], _mean_product(k32, v32))
 
@@ -226,7 +228,8 @@ def emulated(q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor, k_descale: Tens
     """
     factor = (q_descale * k_descale)[..., None, None] / math.sqrt(q.shape[-1])
     q32, k32, v32 = (x.float().transpose(1, 2) for x in (q, k, v))
-    outs, lses = [], []
+    outs = []
+    lses = []
     for rows in torch.split(q32, _ROWS, dim=2):
         scores = (rows @ k32.mT) * factor
         largest = scores.amax(-1, keepdim=True)
@@ -267,7 +270,8 @@ def attend_in_fp8(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, steps: Steps)
     """
     means = steps.measure(q, k, v)
     scales = steps.scale(means)
-    q8, given = steps.quantise_q(q, scales), steps.quantise_kv(k, v, scales)
+    q8 = steps.quantise_q(q, scales)
+    given = steps.quantise_kv(k, v, scales)
     bias, matrix = steps.correct(means, scales, given)
     out, lse = attend(q8, given.k, given.v, scales.descale, scales.descale)
     return steps.finish(out, lse if with_lse else None, q, scales, bias, matrix)

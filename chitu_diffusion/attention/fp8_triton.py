@@ -31,7 +31,9 @@ from chitu_diffusion.attention.fp8 import (
     sample,
 )
 
-_LARGE_TILE, _TILE, _SMALL_TILE = 128, 64, 32
+_LARGE_TILE = 128
+_TILE = 64
+_SMALL_TILE = 32
 _SLAB = 16
 """Channels of v that one program corrects; tensor cores take no fewer rows."""
 _PROGRAMS = 264
@@ -102,8 +104,11 @@ def _measure_kernel(
     """This program's part of the means of q^2, k, k^2, v, v^2, [B * H, parts, 5, D], and of k v^T, [B * H,
     parts, D, D].
     """
-    head, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    head = tl.program_id(0)
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
+    b = (head // heads).to(tl.int64)
+    h = (head % heads).to(tl.int64)
     channel = tl.max_contiguous(tl.arange(0, D), 8)  # of one thread, which is what FOLD counts on
     place = (head * parts + part).to(tl.int64)
     to = rows + place * (5 * D) + channel
@@ -123,7 +128,8 @@ def _measure_kernel(
         k_tile = _tile(k + b * k_b + h * k_h, part * SHARE + start, tokens, k_s, channel, TILE).to(PRODUCT)
         v_tile = _tile(v + b * v_b + h * v_h, part * SHARE + start, tokens, v_s, channel, TILE).to(PRODUCT)
         both = tl.dot(tl.trans(k_tile), v_tile, both)
-        k_wide, v_wide = k_tile.to(tl.float32), v_tile.to(tl.float32)
+        k_wide = k_tile.to(tl.float32)
+        v_wide = v_tile.to(tl.float32)
         k_one += _folded(k_wide, FOLD)
         k_two += _folded(k_wide * k_wide, FOLD)
         v_one += _folded(v_wide, FOLD)
@@ -168,7 +174,8 @@ def _scale_kernel(
     """`fp8.scale` of one head: from rows [B * H, PARTS, 5, D] to out [5, B * H, D], k_turn [B * H, D, D],
     descale [B * H].
     """
-    head, heads = tl.program_id(0), tl.num_programs(0)
+    head = tl.program_id(0)
+    heads = tl.num_programs(0)
     channel = tl.arange(0, D)
     rows += head.to(tl.int64) * (PARTS * 5 * D)
     q_square = _sum_of_rows(rows, channel, PARTS, 5 * D, D)
@@ -203,8 +210,10 @@ def _quantise_q_kernel(
     """float8 of (q * factor) @ signs / sqrt(D) for this program's share of the tokens; out [B, S, H, D]
     contiguous.
     """
-    head, part = tl.program_id(1), tl.program_id(0)
-    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    head = tl.program_id(1)
+    part = tl.program_id(0)
+    b = (head // heads).to(tl.int64)
+    h = (head % heads).to(tl.int64)
     channel = tl.arange(0, D)
     # signs alone are exact in 16 bits; the 1 / sqrt(D) that makes them a rotation goes into the factor
     times = (tl.load(factor + head * D + channel) * D**-0.5)[None, :]
@@ -232,8 +241,11 @@ def _quantise_kv_kernel(
     read, and is kept as k^T, which fills both groups of four warps with half a tile and, rounded, is the
     product's left side where it stands.
     """
-    head, part, parts = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
-    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    head = tl.program_id(1)
+    part = tl.program_id(0)
+    parts = tl.num_programs(0)
+    b = (head // heads).to(tl.int64)
+    h = (head % heads).to(tl.int64)
     channel = tl.max_contiguous(tl.arange(0, D), 8)  # of one thread, which is what FOLD counts on
     at = head * D + channel
     turn = tl.trans(
@@ -303,14 +315,14 @@ def _finish_kernel(
     """given / factor + bias + q @ matrix for this program's share of the tokens, out [B, S, H, D] contiguous;
     if LSE is set, also lse + q . k_mean / sqrt(D), both [B, H, S] contiguous.
     """
-    head, part = tl.program_id(1), tl.program_id(0)
-    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    head = tl.program_id(1)
+    part = tl.program_id(0)
+    b = (head // heads).to(tl.int64)
+    h = (head % heads).to(tl.int64)
     channel = tl.arange(0, D)
     turn = tl.load(matrix + head.to(tl.int64) * D * D + channel[:, None] * D + channel[None, :]).to(PRODUCT)
-    times, plus = (
-        1.0 / tl.load(factor + head * D + channel)[None, :],
-        tl.load(bias + head * D + channel)[None, :],
-    )
+    times = 1.0 / tl.load(factor + head * D + channel)[None, :]
+    plus = tl.load(bias + head * D + channel)[None, :]
     for start in range(0, SHARE, TILE):
         row = part * SHARE + start + tl.arange(0, TILE).to(tl.int64)
         mask = (row < tokens)[:, None]
@@ -359,7 +371,9 @@ def _even(x: Tensor) -> Tensor:
 
 def measure(q: Tensor, k: Tensor, v: Tensor) -> Means:
     """As `fp8.measure`."""
-    q, k, v = _even(sample(q)), _even(k), _even(v)
+    q = _even(sample(q))
+    k = _even(k)
+    v = _even(v)
     batch, tokens, heads, channels = k.shape
     parts, share = _shares(k, _SMALL_TILE)
     q_share = triton.cdiv(q.shape[1], parts * _LARGE_TILE) * _LARGE_TILE
@@ -414,7 +428,8 @@ def quantise_q(q: Tensor, scales: Scales) -> Tensor:
 
 def quantise_kv(k: Tensor, v: Tensor, scales: Scales) -> Rounded:
     """As `fp8.quantise_kv`."""
-    k, v = _even(k), _even(v)
+    k = _even(k)
+    v = _even(v)
     batch, tokens, heads, channels = k.shape
     parts, share = _shares(k, _SMALL_TILE)
     k8, v8 = (torch.empty(k.shape, dtype=FLOAT8, device=k.device) for _ in range(2))
@@ -452,7 +467,8 @@ def finish(
     out: Tensor, lse: Tensor | None, q: Tensor, scales: Scales, bias: Tensor, matrix: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As `fp8.finish`; the matrix in bfloat16."""
-    given, q = _even(out), _even(q)
+    given = _even(out)
+    q = _even(q)
     batch, tokens, heads, channels = q.shape
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     whole_lse = torch.empty(

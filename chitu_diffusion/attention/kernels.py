@@ -79,7 +79,8 @@ def sdpa_weighted(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """
     if bias.dtype != q.dtype and q.device.type != "cpu":
         bias = split_weight(bias, q.dtype)
-        k, v = torch.cat([k, k], dim=1), torch.cat([v, v], dim=1)
+        k = torch.cat([k, k], dim=1)
+        v = torch.cat([v, v], dim=1)
     mask = bias[:, None, None, :]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask

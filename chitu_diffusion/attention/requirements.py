@@ -14,7 +14,8 @@ import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-_LOWEST, _HIGHEST = (0, 0), (99, 9)
+_LOWEST = (0, 0)
+_HIGHEST = (99, 9)
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class Requirements:
                 f"it runs on {able}, not on {device.type}", "choose another kernel, or another infer.device"
             )
         if device.type == "cuda" and self.compute != (_LOWEST, _HIGHEST):
-            found, (least, most) = torch.cuda.get_device_capability(device), self.compute
+            found = torch.cuda.get_device_capability(device)
+            (least, most) = self.compute
             if not least <= found <= most:
                 span = (
                     f"{_dotted(least)} or later"

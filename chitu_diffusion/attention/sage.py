@@ -30,7 +30,9 @@ def sage_op(q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> tuple[Tensor, Te
     """
     from sageattention import sageattn
 
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q = q.contiguous()
+    k = k.contiguous()
+    v = v.contiguous()
     if with_lse:
         out, lse = sageattn(q, k, v, tensor_layout="NHD", is_causal=False, return_lse=True)
         return out.contiguous(), lse.float().contiguous()

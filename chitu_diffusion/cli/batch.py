@@ -65,7 +65,8 @@ class Taken:
         Raises:
             UsageError: an earlier row has its file, a folder above or below it, or its task id.
         """
-        path, label = Path(row.path), row.params.task_id
+        path = Path(row.path)
+        label = row.params.task_id
         other = next(
             (self.files[place] for place in (path, *path.parents) if place in self.files),
             self.folders.get(path),
@@ -130,20 +131,21 @@ def batch(
 
 def _summary(rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask], *, as_json: bool) -> int:
     """The closing table; 1 if a row failed."""
-    lines, failed = [], 0
+    lines = []
+    failed = 0
     for row in rows:
         task = tasks.get(row.line)
         if task is None:
-            status, spent, seed, result = (
-                ("to make" if row.line in left else "done before"),
-                "",
-                row.params.seed,
-                row.path,
-            )
+            status = "to make" if row.line in left else "done before"
+            spent = ""
+            seed = row.params.seed
+            result = row.path
         else:
             good = task.status == "finished"
             failed += not good
-            status, spent, seed = str(task.status), duration(task.get_elapsed_time()), task.seed
+            status = str(task.status)
+            spent = duration(task.get_elapsed_time())
+            seed = task.seed
             result = row.path if good else task.error_message or ""
         lines.append((row.line, status, "" if seed is None else seed, spent, result))
     if as_json:
@@ -158,7 +160,7 @@ def is_done(row: Row, model: str, config: EngineConfig) -> bool:
     """Whether the row's file is there, was made by the same model, and its recipe says what the row and the
     settings say.
     """
-    from chitu_diffusion.media.video import read_recipe
+    from chitu_diffusion.media.reading import read_recipe
     from chitu_diffusion.pipelines.recipe import quant_of
 
     if not Path(row.path).exists():
@@ -171,7 +173,8 @@ def is_done(row: Row, model: str, config: EngineConfig) -> bool:
     if not isinstance(made, dict) or recipe.get("model") != model:
         return False
     # settings that make another video; "auto" attention is exact, and which exact kernel it was is no matter
-    sampler, kernel = recipe.get("sampler"), config.infer.attn_type
+    sampler = recipe.get("sampler")
+    kernel = config.infer.attn_type
     if (
         recipe.get("quant") != quant_of(config)
         or not isinstance(sampler, dict)

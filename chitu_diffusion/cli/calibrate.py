@@ -60,7 +60,8 @@ def calibrate(args: Args) -> None:
         return
     say("| forwards saved | times fewer | PSNR, dB | SSIM |\n|---:|---:|---:|---:|")
     for row in found.table:
-        psnr, ssim = row.psnr, row.ssim
+        psnr = row.psnr
+        ssim = row.ssim
         say(
             f"| {1 - 1 / row.speedup:.1%} | {row.speedup:.2f} | {psnr[0]:.1f} ({psnr[1]:.1f} to "
             f"{psnr[2]:.1f}) "

@@ -55,7 +55,8 @@ def task_for(model: FoundModel, config: EngineConfig, params: DiffusionUserParam
 
 def plan_of(spec: ModelSpec, resolved: DiffusionUserParams) -> dict[str, Any]:
     """A resolved request as plain JSON values, with what follows from it."""
-    frames, fps = resolved.num_frames or 1, resolved.fps or 1
+    frames = resolved.num_frames or 1
+    fps = resolved.fps or 1
     return {
         **resolved.to_mapping(),
         "seconds_of_video": round(frames / fps, 3),
@@ -83,7 +84,8 @@ def print_plan(
         f"{config.infer.attn_type}"
     )
     if quant != "none":
-        share, kept = f"{config.infer.quant_from:.0%}", config.infer.quant_keep or "none"
+        share = f"{config.infer.quant_from:.0%}"
+        kept = config.infer.quant_keep or "none"
         say(f"quant   {quant} linear layers after {share} of the steps (kept in 16 bits: {kept}); lossy")
     for plan in plans:
         say(

@@ -216,7 +216,8 @@ def flags_named() -> Iterator[None]:
         yield
     except UsageError as error:
         flag = FLAG_OF_FIELD.get(error.field or "")
-        message, start = str(error), f"{error.field} = "
+        message = str(error)
+        start = f"{error.field} = "
         if flag is None:
             raise
         text = message.removeprefix(start)

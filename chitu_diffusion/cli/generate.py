@@ -85,7 +85,9 @@ def picked_cache(spec: ModelSpec, model: str, args: Args) -> dict[str, Any]:
     expected: float | None
     if fidelity is not None:
         row = spec.calibration.for_fidelity(fidelity)
-        flexcache, expected, speedup = dict(row.flexcache), row.psnr[0], row.speedup
+        flexcache = dict(row.flexcache)
+        expected = row.psnr[0]
+        speedup = row.speedup
     else:
         flexcache, expected = spec.calibration.for_speedup(speedup)
     kept = "beyond what was checked" if expected is None else f"{expected:.1f} dB to expect"

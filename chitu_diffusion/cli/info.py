@@ -23,7 +23,7 @@ def info(
     json_: Document = False,
 ) -> int:
     """Show the recipe inside a video: prompt, parameters, seed, model, versions."""
-    from chitu_diffusion.media.video import read_recipe
+    from chitu_diffusion.media.reading import read_recipe
 
     recipe = read_recipe(file)
     if json_:

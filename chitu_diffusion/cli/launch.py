@@ -103,7 +103,8 @@ def _next(code: int) -> str:
 
 def without_gpus(words: Sequence[str]) -> list[str]:
     """The command line for one worker."""
-    kept, skip = [], False
+    kept = []
+    skip = False
     for word in words:
         if not skip and word != "--gpus" and not word.startswith("--gpus="):
             kept.append(word)

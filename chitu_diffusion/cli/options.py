@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.task import parse_seeds as parse_seeds
+
+
+def parse_seeds(text: str) -> list[int] | None:
+    """`7` -> [7]; `7..9` -> [7, 8, 9].
+
+    Raises:
+        UsageError: neither a number nor a rising range.
+    """
+    from chitu_diffusion.pipelines.request import parse_seeds as parse
+
+    return parse(text)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -116,7 +126,8 @@ def parse_settings(texts: Sequence[str]) -> dict[str, str]:
 def default_path(folder: str, seed: int) -> str:
     """A name that nobody has: FOLDER/<time>-seed<seed>.mp4. The prompt has no part in it."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    path, number = Path(folder) / f"{stamp}-seed{seed}.mp4", 1
+    path = Path(folder) / f"{stamp}-seed{seed}.mp4"
+    number = 1
     while path.exists():
         number += 1
         path = Path(folder) / f"{stamp}-seed{seed}-{number}.mp4"

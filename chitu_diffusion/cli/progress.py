@@ -152,7 +152,8 @@ class LineReporter:
         say(f"loading {model} ...")
 
     def begin(self, task: DiffusionTask, number: int, total: int) -> None:
-        self._pace, self._stage = Pace(), None
+        self._pace = Pace()
+        self._stage = None
         say(_opening(task, number, total))
 
     def advance(self, event: Progress) -> None:
@@ -162,7 +163,8 @@ class LineReporter:
         last_step = event.stage is TaskStatus.DENOISING and event.step == event.total_steps
         if event.stage is self._stage and not last_step and time.monotonic() - self._last < LINE_EVERY:
             return
-        self._stage, self._last = event.stage, time.monotonic()
+        self._stage = event.stage
+        self._last = time.monotonic()
         parts = [f"  {event.stage}"]
         if event.stage is TaskStatus.DENOISING:
             parts.append(f"step {event.step} of {event.total_steps}")

@@ -108,22 +108,26 @@ class P2PCollectives(TorchCollectives):
         super().__init__(group, in_flight)
         self._memory = memory
         self._arena: Tensor | None = None
-        self._used = self._wanted = 0
+        self._used = 0
+        self._wanted = 0
         self._most: int | None = None  # no arena of so many bytes
-        self._exchanges = self._readings = 0
+        self._exchanges = 0
+        self._readings = 0
         # by where they begin and all that makes them: the same each block
         self._places: dict[tuple[object, ...], _Place] = {}
         self._heard: dict[int, int] = {}  # how many readings of a peer the side stream has waited for
 
     def recv_buffer(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> RecvBuffer:
         """See `Collectives`."""
-        own, row = rows[self.index], prod(shape) * like.element_size()
+        own = rows[self.index]
+        row = prod(shape) * like.element_size()
         # alike on all, though what arrives may differ in length
         reserved = -(-max(sum(parts) for parts in rows) * row // _ALIGNED) * _ALIGNED
         self._wanted += reserved
         if self._arena is None or self._used + reserved > len(self._arena):
             return super().recv_buffer(rows, shape, like)
-        begin, self._used = self._used, self._used + reserved
+        begin = self._used
+        self._used = self._used + reserved
         key = (begin, tuple(map(tuple, rows)), tuple(shape), like.dtype)
         found = self._places.get(key)
         if found is None:
@@ -148,7 +152,8 @@ class P2PCollectives(TorchCollectives):
             self._readings += 1
             for peer in self._others():
                 self._memory.signal_read(peer, self._readings)
-        self._used = self._wanted = 0
+        self._used = 0
+        self._wanted = 0
 
     def _grow(self, size: int) -> None:
         self._places.clear()
@@ -156,7 +161,8 @@ class P2PCollectives(TorchCollectives):
         held = self._memory.resize(size)
         if held is None:
             self._most = size
-        self._arena, self._used = held, 0
+        self._arena = held
+        self._used = 0
 
     def all_to_all(self, leaving: Sequence[Tensor], recv_buffer: RecvBuffer) -> Callable[[], None]:
         """See `Collectives`."""
@@ -177,7 +183,8 @@ class P2PCollectives(TorchCollectives):
     ) -> Callable[[], None]:
         """Send each peer its parts, and give what waits for those of the sources."""
         self._exchanges += 1
-        memory, number = self._memory, self._exchanges
+        memory = self._memory
+        number = self._exchanges
         memory.fork()
         for peer, for_it in parts.items():
             if self._heard.get(peer, 0) < self._readings:

@@ -66,18 +66,26 @@ class CudaPeerMemory:
     def __init__(
         self, index: int, size: int, device: torch.device, store: dist.Store, timeout: float
     ) -> None:
-        self.index, self.size, self._device, self._store, self._timeout = index, size, device, store, timeout
+        self.index = index
+        self.size = size
+        self._device = device
+        self._store = store
+        self._timeout = timeout
         self._cuda = _driver()
         self._side = torch.cuda.Stream(device, priority=-1)
         self._place = torch.cuda._utils._get_device_index(device)
-        self._meetings, self._latest, self._forks, self._sends = 0, 0, 0, 0
+        self._meetings = 0
+        self._latest = 0
+        self._forks = 0
+        self._sends = 0
         self._awaited: dict[tuple[int, int], int] = {}
         self._seen: tuple[int, ...] = ()
         self._moved = time.monotonic()
         self.held = 0
         self._own: int | None = None
         self._theirs: dict[int, int] = {}
-        self._released, self._gone = threading.Event(), threading.Event()
+        self._released = threading.Event()
+        self._gone = threading.Event()
         self._flags: ctypes.Array[ctypes.c_uint32] | None = None
         self._flags_at = 0
 
@@ -150,7 +158,8 @@ class CudaPeerMemory:
         missing = ((number - found) % _NUMBERS for number, found in zip(awaited.values(), seen, strict=True))
         under_way = any(0 < steps < _NUMBERS // 2 for steps in missing)
         if seen != self._seen or not under_way:
-            self._seen, self._moved = seen, time.monotonic()
+            self._seen = seen
+            self._moved = time.monotonic()
         return time.monotonic() - self._moved
 
     def release(self) -> None:
@@ -212,7 +221,8 @@ class CudaPeerMemory:
             PeerMemoryError: not here, or not there.
         """
         with ExitStack() as files:
-            problem, place = None, self.meet(self._new_numbers(files))[0]
+            problem = None
+            place = self.meet(self._new_numbers(files))[0]
             try:
                 self._find_numbers(place, files)
             except (OSError, PeerMemoryError) as error:
@@ -239,7 +249,8 @@ class CudaPeerMemory:
         for peer in self._others():
             self.wait_arrived(peer, 1)
         self.sent()()
-        event, began = torch.cuda.current_stream(self._device).record_event(), time.monotonic()
+        event = torch.cuda.current_stream(self._device).record_event()
+        began = time.monotonic()
         while not event.query() and time.monotonic() - began < _TRIAL_SECONDS:
             time.sleep(0.001)
         if not event.query():
@@ -250,7 +261,8 @@ class CudaPeerMemory:
             raise PeerMemoryError("a copy from GPU to GPU brought something else")
         torch.cuda.synchronize(self._device)
         self._set_numbers(0)  # everyone's copies are here
-        self._forks = self._sends = 0
+        self._forks = 0
+        self._sends = 0
         self._awaited.clear()
         self.meet(None)
 
@@ -261,14 +273,17 @@ class CudaPeerMemory:
         if self.index != 0:
             return None
         # in no folder, and gone with the last process that has it
-        file, token = os.memfd_create("chitu-numbers"), secrets.token_hex(16)
+        file = os.memfd_create("chitu-numbers")
+        token = secrets.token_hex(16)
         files.callback(os.close, file)
         os.ftruncate(file, _numbers_size(self.size))
         os.pwrite(file, token.encode(), _numbers_size(self.size) - len(token))
         return {"machine": machine_id(), "process": os.getpid(), "file": file, "token": token}
 
     def _find_numbers(self, place: dict[str, Any], files: ExitStack) -> None:
-        size, token, file = _numbers_size(self.size), place["token"].encode(), place["file"]
+        size = _numbers_size(self.size)
+        token = place["token"].encode()
+        file = place["file"]
         if place["machine"] is None or place["machine"] != machine_id():
             raise PeerMemoryError("not all ranks of the group are on one machine")
         if self.index != 0:
@@ -290,7 +305,8 @@ class CudaPeerMemory:
         return int(torch._C._cuda_getCurrentRawStream(self._place))
 
     def _await(self, stream: int, kind: int, source: int, number: int) -> None:
-        self._latest, self._awaited[kind, source] = max(self._latest, number), number
+        self._latest = max(self._latest, number)
+        self._awaited[kind, source] = number
         # 0: until the number there is this one or a later one
         at = self._number_at(kind, self.index, source)
         _check(self._cuda.cuStreamWaitValue32_v2(stream, at, number % _NUMBERS, 0), "waiting for a number")
@@ -339,7 +355,8 @@ class CudaPeerMemory:
 
     def _open(self, handles: list[str | None]) -> bool:
         for peer in self._others():
-            text, found = handles[peer], ctypes.c_uint64()
+            text = handles[peer]
+            found = ctypes.c_uint64()
             if text is None:
                 return False
             handle = _Handle.from_buffer_copy(bytes.fromhex(text))
@@ -359,7 +376,9 @@ class CudaPeerMemory:
 
     def _free(self) -> None:
         if self._own is not None:
-            own, self._own, self.held = self._own, None, 0
+            own = self._own
+            self._own = None
+            self.held = 0
             with torch.cuda.device(self._device):
                 self._call("cuMemFree_v2", ctypes.c_uint64(own))
 
@@ -408,7 +427,8 @@ def open_peer_memory(
     Raises:
         PeerMemoryError: this was cut short, or a rank did not come in time.
     """
-    memory = problem = None
+    memory = None
+    problem = None
     try:
         memory = CudaPeerMemory(index, size, device, store, timeout)
         hold(memory)
@@ -418,7 +438,8 @@ def open_peer_memory(
         problem = str(error) or type(error).__name__
         store.set(_GIVEN_UP, problem)  # whoever waits for us goes on at once
     store.set(f"opened/{index}", json.dumps(problem))
-    keys, began = [f"opened/{peer}" for peer in range(size)], time.monotonic()
+    keys = [f"opened/{peer}" for peer in range(size)]
+    began = time.monotonic()
     while not store.check(keys):
         if broken() is not None:
             raise PeerMemoryError(broken())

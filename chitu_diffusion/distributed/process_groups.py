@@ -66,21 +66,18 @@ class ProcessGroups:
         copies: bool = True,
         at_once: bool = True,
     ) -> None:
-        self.plan, self.rank, self._multiprocessors, self._at_once = (
-            plan or ParallelPlan(),
-            rank,
-            multiprocessors,
-            at_once,
-        )
+        self.plan = plan or ParallelPlan()
+        self.rank = rank
+        self._multiprocessors = multiprocessors
+        self._at_once = at_once
         self._copies = copies
-        self.device, self._store, self._timeout = (
-            device or torch.device("cpu"),
-            store,
-            timedelta(seconds=timeout),
-        )
+        self.device = device or torch.device("cpu")
+        self._store = store
+        self._timeout = timedelta(seconds=timeout)
         self._generation = 0
         self.broken: str | None = None
-        self._open = self._opening = False
+        self._open = False
+        self._opening = False
         self.exchanges: dict[str, str] = {}
         self._memory: list[CudaPeerMemory] = []
         self._detached: list[CudaPeerMemory] = []
@@ -152,7 +149,8 @@ class ProcessGroups:
         try:
             self._store.set(f"opens/{self._generation}/{self.rank}", "")
             keys = [f"opens/{self._generation}/{rank}" for rank in range(self.plan.world)]
-            began, patience = time.monotonic(), self._timeout.total_seconds()
+            began = time.monotonic()
+            patience = self._timeout.total_seconds()
             while not self._store.check(keys):
                 if self.broken is not None:
                     raise RuntimeError(f"the process groups were not made: {self.broken}")
@@ -209,7 +207,8 @@ class ProcessGroups:
             return TorchCollectives(group, self._in_flight)
         assert self._store is not None
         store = dist.PrefixStore(f"memory/{self._generation}/{copied}/{groups[mine][0]}", self._store)
-        index, seconds = groups[mine].index(self.rank), self._timeout.total_seconds()
+        index = groups[mine].index(self.rank)
+        seconds = self._timeout.total_seconds()
         opened = list(self._memory)
         memory, problem = open_peer_memory(
             index, len(groups[mine]), self.device, store, seconds, self._hold, lambda: self.broken
@@ -292,7 +291,8 @@ class ProcessGroups:
 
     def _detach(self) -> list[CudaPeerMemory]:
         """Let go of the others' memory; what is returned may be freed when all have."""
-        memory, self._memory = self._memory, []
+        memory = self._memory
+        self._memory = []
         for each in memory:
             each.detach()
         self._detached += memory

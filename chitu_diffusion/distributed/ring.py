@@ -45,7 +45,9 @@ def ring(kernel: AttentionKernel, peers: Collectives, lengths: Sequence[int]) ->
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         held = [k.contiguous(), v.contiguous()]
-        out, lse = q, q  # replaced at the first hop
+        # replaced at the first hop
+        out = q
+        lse = q
         peers.release_buffers()
         for hop in range(size):
             more = hop + 1 < size
@@ -58,7 +60,8 @@ def ring(kernel: AttentionKernel, peers: Collectives, lengths: Sequence[int]) ->
             arrived = peers.ring_shift([x.flatten(0, 1) for x in held], recv_buffers) if more else None
             part, part_lse = with_lse(q, held[0], held[1])
             if hop == 0:
-                out, lse = part, part_lse
+                out = part
+                lse = part_lse
             else:
                 out, lse = merge(out, lse, part, part_lse, torch.float32 if more else q.dtype)
             if arrived is not None:

@@ -139,7 +139,8 @@ def gather_strips(
             peers.send_to_rank0(own)
         return None
     assert own is not None
-    strips, scale = [own], own.shape[axis] // lengths[0]
+    strips = [own]
+    scale = own.shape[axis] // lengths[0]
     for index in range(1, peers.size):
         if lengths[index]:
             shape = list(own.shape)

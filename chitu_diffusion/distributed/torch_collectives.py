@@ -71,7 +71,8 @@ class TorchCollectives:
     """
 
     def __init__(self, group: dist.ProcessGroup, in_flight: InFlightTimer) -> None:
-        self._group, self._in_flight = group, in_flight
+        self._group = group
+        self._in_flight = in_flight
         self._ranks = dist.get_process_group_ranks(group)
         self.size = len(self._ranks)
         self.index = self._ranks.index(dist.get_rank())
@@ -87,7 +88,8 @@ class TorchCollectives:
         """See `Collectives`."""
         moves = []
         for step in range(1, self.size):
-            to, source = (self.index + step) % self.size, (self.index - step) % self.size
+            to = (self.index + step) % self.size
+            source = (self.index - step) % self.size
             moves += [self._send(leaving[to], to), self._receive(recv_buffer.parts[source], source)]
         return self._begin(moves)
 
@@ -121,7 +123,9 @@ class TorchCollectives:
             with suppress(Exception):  # what was begun is given up anyway
                 self._group._end_coalescing(device)
             with suppress(OSError):
-                nccl, tries = ctypes.CDLL("libnccl.so.2"), range(8)  # the one that torch has loaded
+                # the one that torch has loaded
+                nccl = ctypes.CDLL("libnccl.so.2")
+                tries = range(8)
                 next((n for n in tries if nccl.ncclGroupEnd() != 0), None)  # refused where none is open
 
     def all_gather(self, x: Tensor) -> list[Tensor]:

@@ -53,7 +53,8 @@ def ulysses(
     """
     if peers.size == 1:
         return inner
-    rows, index = list(lengths), peers.index
+    rows = list(lengths)
+    index = peers.index
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, own, heads, channels = q.shape
@@ -67,7 +68,8 @@ def ulysses(
         sent = 3 * max(rows) * (heads - share) * channels * q.element_size()
         number = pieces or pieces_for(share, sent)
         sequences = [slice(0, batch)] if number == 1 else [slice(row, row + 1) for row in range(batch)]
-        coming, returning = [], []
+        coming = []
+        returning = []
         peers.release_buffers()
         for some in sequences:
             first = 0

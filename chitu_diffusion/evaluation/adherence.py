@@ -20,7 +20,7 @@ from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.evaluation.judge import CLASSES, Judge, judge_accuracy, load_judge, name_parts
 from chitu_diffusion.evaluation.prompts import Words, held_out_prompts
-from chitu_diffusion.media.video import read_frames
+from chitu_diffusion.media.reading import read_frames
 from chitu_diffusion.task import DiffusionUserParams, TaskStatus
 
 

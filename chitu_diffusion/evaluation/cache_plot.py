@@ -12,11 +12,20 @@ if TYPE_CHECKING:
 
 _SCALE = 2
 """Pixels drawn for one that is kept: Pillow's circles and slanted lines have no soft edges of their own."""
-_WIDTH, _HEIGHT = 1200 * _SCALE, 760 * _SCALE
-_LEFT, _RIGHT, _TOP, _BOTTOM = 90 * _SCALE, 40 * _SCALE, 70 * _SCALE, 80 * _SCALE
-_DOT, _TEXT = 5 * _SCALE, 14 * _SCALE
-_INK, _GRID = (40, 40, 40), (225, 225, 225)
-_PLAN, _FEWER, _OTHER, _KERNEL = (200, 40, 40), (60, 110, 190), (110, 110, 110), (40, 140, 80)
+_WIDTH = 1200 * _SCALE
+_HEIGHT = 760 * _SCALE
+_LEFT = 90 * _SCALE
+_RIGHT = 40 * _SCALE
+_TOP = 70 * _SCALE
+_BOTTOM = 80 * _SCALE
+_DOT = 5 * _SCALE
+_TEXT = 14 * _SCALE
+_INK = (40, 40, 40)
+_GRID = (225, 225, 225)
+_PLAN = (200, 40, 40)
+_FEWER = (60, 110, 190)
+_OTHER = (110, 110, 110)
+_KERNEL = (40, 140, 80)
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
@@ -38,7 +47,8 @@ def draw(lines: Sequence[Line], title: str, path: Path) -> None:
     ]
     image = Image.new("RGB", (_WIDTH, _HEIGHT), (255, 255, 255))
     pen = ImageDraw.Draw(image)
-    font, small = ImageFont.load_default(20 * _SCALE), ImageFont.load_default(_TEXT)
+    font = ImageFont.load_default(20 * _SCALE)
+    small = ImageFont.load_default(_TEXT)
     pen.text((_LEFT, 20 * _SCALE), title, fill=_INK, font=font)
     if shown:
         place = _axes(pen, small, [(fewer, psnr) for _, fewer, psnr in shown])
@@ -62,8 +72,12 @@ def _colour(name: str) -> tuple[int, int, int]:
 
 def _free(dot: Point, width: float, taken: Sequence[Box]) -> Box:
     """Where a label stands free beside its dot: right of it, left, above or below, then ever lower."""
-    (x, y), height, gap = dot, _TEXT * 1.15, _DOT * 1.6
-    beside, above, below = y - height / 2, y - height * 1.3, y + height * 0.3
+    (x, y) = dot
+    height = _TEXT * 1.15
+    gap = _DOT * 1.6
+    beside = y - height / 2
+    above = y - height * 1.3
+    below = y + height * 0.3
     sides = [(x + gap, beside), (x - gap - width, beside), (x + gap, above), (x + gap, below)]
     lower = [(x + gap, y + height * (0.3 + step)) for step in range(1, 40)]
     boxes = [(left, top, left + width, top + height) for left, top in sides + lower]

@@ -24,7 +24,7 @@ from chitu_diffusion.evaluation.prompts import held_out_prompts
 from chitu_diffusion.evaluation.workers import Workers
 from chitu_diffusion.flexcache.registry import parse_setting, parse_strategy
 from chitu_diffusion.models.registry import resolve_model
-from chitu_diffusion.task import parse_seeds
+from chitu_diffusion.pipelines.request import parse_seeds
 
 SETTINGS = (
     "steps=30",
@@ -248,13 +248,12 @@ def _line(setting: str, rows: Sequence[VideoRow], full: Mapping[tuple[str, int],
     pairs = [(row, full[row.prompt, row.seed]) for row in made]
     saved = 1 - sum(row.work for row in made) / sum(exact.work for _, exact in pairs)
     cost = sum((1 - row.work / exact.work) * exact.forward_seconds for row, exact in pairs)
-    seconds, exact_seconds = sum(row.seconds for row in made), sum(exact.seconds for _, exact in pairs)
+    seconds = sum(row.seconds for row in made)
+    exact_seconds = sum(exact.seconds for _, exact in pairs)
     judged = [row.right for row in made if row.right is not None]
     moving = [row.flicker[1] - row.flicker[0] for row in made if row.flicker is not None]
-    psnr, ssim = (
-        [row.psnr for row in made if row.psnr is not None],
-        [row.ssim for row in made if row.ssim is not None],
-    )
+    psnr = [row.psnr for row in made if row.psnr is not None]
+    ssim = [row.ssim for row in made if row.ssim is not None]
     return Line(
         setting,
         len(made),

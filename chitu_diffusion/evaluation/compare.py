@@ -20,13 +20,16 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.media.video import read_frames, write_video
+from chitu_diffusion.media.reading import read_frames
+from chitu_diffusion.media.video import write_video
 
 if TYPE_CHECKING:
     from chitu_diffusion.media.video import Frames
 
-_WINDOW, _DEVIATION = 11, 1.5
-_K1, _K2 = 0.01, 0.03
+_WINDOW = 11
+_DEVIATION = 1.5
+_K1 = 0.01
+_K2 = 0.03
 _SHEET_COLUMNS = 6
 _ERROR_GAIN = 4
 """The third row of a contact sheet shows |A - B| times this."""
@@ -127,7 +130,8 @@ def ssim(a: Tensor, b: Tensor) -> float:
     weights = (line / line.sum()).tolist()
     # the window is a product of two lines: sums of shifted images, first along rows, then along columns
     maps = torch.cat([a, b, a * a, b * b, a * b])  # [5, 3, H, W]
-    columns, rows = maps.shape[-1] - size + 1, maps.shape[-2] - size + 1
+    columns = maps.shape[-1] - size + 1
+    rows = maps.shape[-2] - size + 1
     along = sum(
         (weight * maps[..., k : k + columns] for k, weight in enumerate(weights)), start=maps.new_zeros(())
     )
@@ -136,7 +140,8 @@ def ssim(a: Tensor, b: Tensor) -> float:
     )
     variances = square_a - mean_a**2 + square_b - mean_b**2
     covariance = product - mean_a * mean_b
-    c1, c2 = _K1**2, _K2**2
+    c1 = _K1**2
+    c2 = _K2**2
     found = (
         (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))
     )
@@ -190,7 +195,8 @@ def compare_files(a: Path, b: Path, folder: Path, *, fps: float = 16) -> Compari
     import numpy as np
     from PIL import Image
 
-    first, second = read_frames(a), read_frames(b)
+    first = read_frames(a)
+    second = read_frames(b)
     found = compare(first, second)
     folder.mkdir(parents=True, exist_ok=True)
     said = {"a": str(a), "b": str(b), **found.to_mapping()}

@@ -81,10 +81,8 @@ def _plan(backend: DiffusionBackend, task: DiffusionTask) -> None:
     """Calculate a plan that the model keeps: the first task of a process pays for it, and is no measure of
     the others.
     """
-    steps, guidance = (
-        task.num_inference_steps,
-        guidance_pair(task.resolved.guidance_scale if task.resolved else None),
-    )
+    steps = task.num_inference_steps
+    guidance = guidance_pair(task.resolved.guidance_scale if task.resolved else None)
     if task.buffer.cache is not None:
         schedule = schedule_of(backend, backend.sampler.begin(steps), guidance)
         strategy_of(task.buffer.cache).build_plan(schedule)

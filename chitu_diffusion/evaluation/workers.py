@@ -38,7 +38,8 @@ class Workers:
     """
 
     def __init__(self, config: EngineConfig, count: int = 1) -> None:
-        self._config, self._count = config, count
+        self._config = config
+        self._count = count
         self._own: deque[tuple[int, Work]] = deque()
         self._asked: dict[int, tuple[Any, ...]] = {}
         self._number = 0
@@ -46,8 +47,10 @@ class Workers:
         self._processes: list[Any] = []
         if count > 1:
             context = get_context("spawn")
-            self._work, self._results = context.Queue(), context.Queue()
-            plain, threads = config.model_dump(), max(1, (os.cpu_count() or 1) // count)
+            self._work = context.Queue()
+            self._results = context.Queue()
+            plain = config.model_dump()
+            threads = max(1, (os.cpu_count() or 1) // count)
             for _ in range(count):
                 process = context.Process(
                     target=_serve, args=(plain, threads, self._work, self._results), daemon=True

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from chitu_diffusion.executor.heartbeat import HeartbeatMonitor
 
 Values = dict[str, Any]
-_SHORTEST, _LONGEST = 0.0002, 0.05
+_SHORTEST = 0.0002
+_LONGEST = 0.05
 """Seconds between two looks into the store: quick at first, then at the cost of an idle process."""
 
 
@@ -30,9 +31,13 @@ class ControlChannel:
     """
 
     def __init__(self, store: dist.Store, monitor: HeartbeatMonitor) -> None:
-        self._store, self._monitor = store, monitor
-        self._rank, self._size = monitor.rank, monitor.size
-        self._message = self._round = self._kept = 0
+        self._store = store
+        self._monitor = monitor
+        self._rank = monitor.rank
+        self._size = monitor.size
+        self._message = 0
+        self._round = 0
+        self._kept = 0
 
     def publish(self, message: Values) -> None:
         """Rank 0: the next message for all others."""
@@ -82,7 +87,8 @@ class ControlChannel:
         self._ask(self._store.set, f"status/{self._round}/{self._rank}", json.dumps(mine))
 
     def _wait(self, keys: list[str], patience: float | None) -> bool:
-        began, pause = time.monotonic(), _SHORTEST
+        began = time.monotonic()
+        pause = _SHORTEST
         while not self._ask(self._store.check, keys):
             self._monitor.raise_if_lost()
             if patience is not None and time.monotonic() - began >= patience:

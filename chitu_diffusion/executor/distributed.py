@@ -358,7 +358,8 @@ class DistributedExecutor:
         message = f"{self._monitor.describe(first)}: {reports[first].error}"
         task.end(TaskStatus.FAILED, TaskError(message))
         task.events.append(message)
-        done, total = task.current_step, task.num_inference_steps
+        done = task.current_step
+        total = task.num_inference_steps
         return Progress(task.task_id, task.status, stage, done, total, 0.0, None, message)
 
 

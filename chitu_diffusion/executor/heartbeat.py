@@ -62,20 +62,27 @@ class HeartbeatMonitor:
         waiting: Callable[[], float],
         launched: bool = False,
     ) -> None:
-        self.rank, self.size = rank, size
+        self.rank = rank
+        self.size = size
         self.host = socket.gethostname()
         self.lost: RankLostError | None = None
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._heartbeat_timeout = heartbeat_timeout
         self._timeout = timeout
-        self._cancel, self._waiting, self._launched = cancel, waiting, launched
-        self._status, self._status_since, self._in_critical = "starting", time.monotonic(), False
+        self._cancel = cancel
+        self._waiting = waiting
+        self._launched = launched
+        self._status = "starting"
+        self._status_since = time.monotonic()
+        self._in_critical = False
         self._main = threading.get_ident()
         now = time.monotonic()
         self._seen = dict.fromkeys((other for other in range(size) if other != rank), now)
         self._heartbeats: dict[int, dict[str, Any]] = {}
         self._heard = now
-        self._stop, self._wake, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._lock = threading.Lock()
         self._reason: str | None = None
         self._aborted: int | None = None
         self._heartbeat_thread = threading.Thread(
@@ -98,7 +105,8 @@ class HeartbeatMonitor:
 
     def set_status(self, status: str) -> None:
         """Where the main thread is, in words."""
-        self._status, self._status_since = status, time.monotonic()
+        self._status = status
+        self._status_since = time.monotonic()
 
     def raise_if_lost(self) -> None:
         """Raise if a rank is lost.
@@ -249,7 +257,8 @@ class HeartbeatMonitor:
 
     def _mark_lost(self, other: int | None, why: str, frozen: bool = False) -> None:
         heartbeat = {} if other is None else self._heartbeats.get(other, {})
-        status, stack = heartbeat.get("status", "starting"), heartbeat.get("stack")
+        status = heartbeat.get("status", "starting")
+        stack = heartbeat.get("stack")
         with self._lock:
             if self.lost is not None:
                 return

@@ -45,7 +45,9 @@ class WorkerGroup:
         heartbeat_timeout: float = 8.0,
         copies: bool = True,
     ) -> None:
-        self.rank, self.size, self.timeout = rank, plan.world, timeout
+        self.rank = rank
+        self.size = plan.world
+        self.timeout = timeout
         meeting = dist.PrefixStore(
             "chitu", store if store is not None else next(iter(dist.rendezvous("env://")))[0]
         )

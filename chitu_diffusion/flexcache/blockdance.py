@@ -52,9 +52,12 @@ class BlockDance(Strategy):
 
     def computed(self, schedule: Schedule) -> Sequence[bool]:
         """Outside of the window, and the first of each group inside it."""
-        count, guarded = schedule.num_steps, self.protected(schedule)
-        low, high = round(self.start * count), round(self.end * count)
-        flags, run = [], 0
+        count = schedule.num_steps
+        guarded = self.protected(schedule)
+        low = round(self.start * count)
+        high = round(self.end * count)
+        flags = []
+        run = 0
         for step in range(count):
             inside = low <= step < high and not guarded[step]
             flags.append(not inside or run % self.group == 0)

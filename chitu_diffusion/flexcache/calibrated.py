@@ -157,13 +157,15 @@ def _calibration_for(schedule: Schedule) -> Calibration:
     Raises:
         UsageError: it was not.
     """
-    calibration, remedy = schedule.calibration, f"'chitu calibrate --model {schedule.model}'"
+    calibration = schedule.calibration
+    remedy = f"'chitu calibrate --model {schedule.model}'"
     if calibration is None:
         raise UsageError(
             f"flexcache plan: {schedule.model} was not calibrated; {remedy} does that; meancache needs none",
             field="flexcache",
         )
-    found, here = calibration.about.get("weights_sha256"), schedule.weights_sha256()
+    found = calibration.about.get("weights_sha256")
+    here = schedule.weights_sha256()
     if None not in (found, here) and found != here:
         raise UsageError(
             f"flexcache plan: {schedule.model} was calibrated with other weights (sha256 {str(found)[:12]}, "
@@ -189,7 +191,9 @@ def _calculated(
     """
     from chitu_diffusion.flexcache import plan_search as planning
 
-    traces, switches, steps = calibration.traces(), schedule.switches(), schedule.num_steps
+    traces = calibration.traces()
+    switches = schedule.switches()
+    steps = schedule.num_steps
     guidance = schedule.guidance or (1.0,) * steps
     if max(guidance) <= 1:
         traces = traces.of_prompt()

@@ -78,7 +78,8 @@ class Calibration:
         lower = np.zeros((len(self.moments), len(self.moments)))
         for row, values in enumerate(self.moments):
             lower[row, : row + 1] = values
-        sigmas, steps = np.array(self.sigmas), len(self.sigmas) - 1
+        sigmas = np.array(self.sigmas)
+        steps = len(self.sigmas) - 1
         scale = float(self.about["guidance"][0])
         return Traces(
             sigmas=sigmas,
@@ -120,7 +121,8 @@ class Calibration:
         flexcache = {"strategy": "plan", "speedup": float(speedup)}
         if not below or not above:
             return flexcache, None
-        low, high = max(below, key=lambda row: row.speedup), min(above, key=lambda row: row.speedup)
+        low = max(below, key=lambda row: row.speedup)
+        high = min(above, key=lambda row: row.speedup)
         span = high.speedup - low.speedup
         share = (speedup - low.speedup) / span if span else 0.0
         return flexcache, low.psnr[0] + share * (high.psnr[0] - low.psnr[0])
@@ -190,7 +192,8 @@ def read_calibration(folder: str | Path) -> Calibration | None:
 
 def _check(found: Calibration) -> None:
     """Raises ValueError where the parts do not fit together."""
-    steps, rows = len(found.sigmas) - 1, len(found.moments)
+    steps = len(found.sigmas) - 1
+    rows = len(found.moments)
     if steps < 2 or any(high <= low for high, low in zip(found.sigmas, found.sigmas[1:], strict=False)):
         raise ValueError("sigmas do not fall")
     if rows not in (2 * steps, 3 * steps) or any(

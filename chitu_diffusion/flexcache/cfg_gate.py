@@ -57,7 +57,8 @@ class CfgGate(Strategy):
     def computed(self, schedule: Schedule) -> Sequence[bool]:
         """Outside of the window, and every `interval`-th step inside it."""
         count = schedule.num_steps
-        low, high = round(self.start * count), round(self.end * count)
+        low = round(self.start * count)
+        high = round(self.end * count)
         outside = [guarded or not low <= step < high for step, guarded in enumerate(self.protected(schedule))]
         return outside if self.interval == 0 else fresh_every(self.interval, outside)
 

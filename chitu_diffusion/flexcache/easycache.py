@@ -90,7 +90,8 @@ class EasyCache(Strategy):
         if not state.notes.get("rated"):
             return False
         before, velocity = state.notes["last"]
-        prompt, error = info.of_prompt(velocity), None
+        prompt = info.of_prompt(velocity)
+        error = None
         if prompt is not None:
             error = float(state.notes["rate"] * (latent - before).abs().mean() / prompt.float().abs().mean())
         state.notes["error"] += state.all_reduce_max(error)
@@ -101,7 +102,8 @@ class EasyCache(Strategy):
     ) -> None:
         if "last" in state.notes:
             before, velocity = state.notes["last"]
-            now, then = info.of_prompt(value), info.of_prompt(velocity)
+            now = info.of_prompt(value)
+            then = info.of_prompt(velocity)
             state.notes["rated"] = True
             if now is not None and then is not None:
                 state.notes["rate"] = (now.float() - then.float()).abs().mean() / (

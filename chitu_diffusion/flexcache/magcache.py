@@ -79,11 +79,16 @@ def run_lengths(
 ) -> list[bool]:
     """For each step, whether it is computed."""
     flags: list[bool] = []
-    product, error, run = 1.0, 0.0, 0
+    product = 1.0
+    error = 0.0
+    run = 0
     for ratio, guarded in zip(ratios, protected, strict=True):
-        product, run = product * ratio, run + 1
+        product = product * ratio
+        run = run + 1
         error += abs(1 - product)
         flags.append(guarded or error >= threshold or run > longest)
         if flags[-1]:
-            product, error, run = 1.0, 0.0, 0
+            product = 1.0
+            error = 0.0
+            run = 0
     return flags

@@ -107,7 +107,8 @@ class FlexCacheManager:
 
     def release(self) -> None:
         """Turn away from the task."""
-        self._state = self._strategy = None
+        self._state = None
+        self._strategy = None
 
     # -- the loop's face
 

@@ -31,7 +31,8 @@ Array = NDArray[np.float64]
 Fresh = tuple[int, ...]
 """The last few computed steps, oldest first."""
 
-_RIDGE_VALUE, _RIDGE_DIFFERENCE = 1e-6, 1e-3
+_RIDGE_VALUE = 1e-6
+_RIDGE_DIFFERENCE = 1e-3
 """Of a coefficient's own square mean, on values and on their divided differences. Differences are small and
 noisy in bfloat16, and hardly lose by it; shrinking the value itself by 1e-4 would cost 2 dB at 60 % of the
 work."""
@@ -121,7 +122,9 @@ def _basis(traces: Traces, states: NDArray[np.int64]) -> tuple[NDArray[np.int64]
         the change of basis [N, B m + 1, B m + 1] to the newest velocity and divided differences to older
         ones: so written each is of its own size, and a ridge weighs evenly.
     """
-    n, branches, (count, depth) = traces.num_steps, traces.branches, states.shape
+    n = traces.num_steps
+    branches = traces.branches
+    (count, depth) = states.shape
     steps = states[:, ::-1]
     places = traces.sigmas[steps]
     differences = np.tile(np.eye(depth), (count, 1, 1))
@@ -148,13 +151,15 @@ def fitted(
         rows of the moments that are combined [N, F], rows that are predicted [N, longest, B], weights [N, F,
         longest, B]. Steps past the last one stand for the last.
     """
-    n, branches = traces.num_steps, traces.branches
+    n = traces.num_steps
+    branches = traces.branches
     rows, change = _basis(traces, states)
     steps = np.minimum(states[:, -1:] + 1 + np.arange(longest), n - 1)
     targets = steps[:, :, None] + n * np.arange(branches)
     flat = targets.reshape(len(states), -1)
     square = change @ traces.moments[rows[:, :, None], rows[:, None, :]] @ change.transpose(0, 2, 1)
-    diagonal, depth = np.arange(square.shape[1]), states.shape[1]
+    diagonal = np.arange(square.shape[1])
+    depth = states.shape[1]
     square[:, diagonal, diagonal] *= 1 + np.where(diagonal % depth == 0, _RIDGE_VALUE, _RIDGE_DIFFERENCE)
     weights = np.linalg.solve(square, change @ traces.moments[rows[:, :, None], flat[:, None, :]])
     return rows, targets, (change.transpose(0, 2, 1) @ weights).reshape(*rows.shape, longest, branches)
@@ -164,7 +169,8 @@ def gap_errors(traces: Traces, states: NDArray[np.int64], longest: int) -> Array
     """Mean squares [N, longest + 1] that gaps of 0, 1, ... skipped steps after each state add to the last
     latent.
     """
-    n, count = traces.num_steps, len(states)
+    n = traces.num_steps
+    count = len(states)
     if longest == 0:
         return np.zeros((count, 1))
     rows, targets, weights = fitted(traces, states, longest)
@@ -214,7 +220,8 @@ def best_plans(
     Returns:
         by number of computed steps; numbers that `longest` and `required` rule out are missing.
     """
-    n, reached = traces.num_steps, _Reached(most)
+    n = traces.num_steps
+    reached = _Reached(most)
     reached.offer((0,), None, np.where(np.arange(most + 1) == 1, 0.0, np.inf))
     errors = _known_errors(traces, order, longest, switches)
     for newest in range(n):
@@ -268,7 +275,8 @@ class _Reached:
         steps: list[int] = []
         while number >= 0:
             steps.append(self._states[number][-1])
-            number, count = self._from[number][count], count - 1
+            number = self._from[number][count]
+            count = count - 1
         return tuple(reversed(steps))
 
 
@@ -278,7 +286,8 @@ def _known_errors(
     """`gap_errors` of every state that there can be, computed in one go for each number of remembered
     steps.
     """
-    n, known = traces.num_steps, {}
+    n = traces.num_steps
+    known = {}
     states: list[Fresh] = [(0,), *((step,) for step in sorted(switches))]
     while states:
         for state, errors in zip(
@@ -303,7 +312,8 @@ def predictions(
     Weights are [B, B * steps + 1]: for each branch those of the steps' velocities, branch by branch in each
     step, and that of the newest step's latent.
     """
-    n, branches = traces.num_steps, traces.branches
+    n = traces.num_steps
+    branches = traces.branches
     found: dict[int, tuple[list[int], list[list[float]]]] = {}
     for place, newest in enumerate(fresh):
         following = fresh[place + 1] if place + 1 < len(fresh) else n

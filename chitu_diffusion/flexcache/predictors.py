@@ -43,7 +43,8 @@ def taylor_weights(places: Sequence[float], at: float, order: int) -> list[float
     """
     order = min(order, len(places) - 1)
     rows = [[float(row == column) for column in range(len(places))] for row in range(len(places))]
-    distance, weights = at - places[0], [0.0] * len(places)
+    distance = at - places[0]
+    weights = [0.0] * len(places)
     for power in range(order + 1):
         share = distance**power / math.factorial(power)
         weights = [weight + share * factor for weight, factor in zip(weights, rows[0], strict=True)]
@@ -58,7 +59,8 @@ def velocity_weights(
     sigmas: Sequence[float], now: float, following: float
 ) -> tuple[list[float], list[float]]:
     """Weights of the velocities and of the latents at `sigmas` (newest first) in MeanCache's prediction."""
-    values, latents = [0.0] * len(sigmas), [0.0] * len(sigmas)
+    values = [0.0] * len(sigmas)
+    latents = [0.0] * len(sigmas)
     values[0] = 1.0
     if len(sigmas) > 1:
         span = sigmas[0] - sigmas[-1]

@@ -259,7 +259,8 @@ class Strategy:
         """A site that is answered by itself; the stream's levels keep what was added, the others the
         value.
         """
-        place, residual = place_of(site, info), site.level == "step"
+        place = place_of(site, info)
+        residual = site.level == "step"
         if self.saves(info, site.level, state) and place in state.records:
             value = self.predicted(info, place, state)
             return inputs.entering + value if residual else value
@@ -301,7 +302,8 @@ class Strategy:
 
     def predicted(self, info: StepInfo, place: str, state: StrategyState) -> Tensor:
         """What the predictor gives at a place that has records."""
-        records, at = state.records[place], self.place_in_time(info)
+        records = state.records[place]
+        at = self.place_in_time(info)
         return predict(
             self.predictor, self.order, records, at=at, sigma=info.sigma, next_sigma=info.next_sigma
         )

@@ -46,10 +46,8 @@ class TeaCache(Strategy):
     def computed(self, schedule: Schedule) -> Sequence[bool]:
         """The published rule over the schedule's own embeddings."""
         own = schedule.measured.get("teacache" if self.signal == "modulation" else "teacache_time", ())
-        changes, coefficients = (
-            embedding_changes(schedule, self.signal),
-            self.coefficients or own or _IDENTITY,
-        )
+        changes = embedding_changes(schedule, self.signal)
+        coefficients = self.coefficients or own or _IDENTITY
         return accumulate(changes, self.protected(schedule), self.threshold, coefficients)
 
 
@@ -81,7 +79,8 @@ def accumulate(
     """For each step, whether it is computed: the accumulated polynomial of the change reached the
     threshold.
     """
-    flags, accumulated = [], 0.0
+    flags = []
+    accumulated = 0.0
     for change, guarded in zip(changes, protected, strict=True):
         polynomial = 0.0
         for coefficient in coefficients:

@@ -100,9 +100,11 @@ class OffloadedModule:
     """
 
     def __init__(self, module: nn.Module, device: torch.device, apart: bool, memory: PinnedMemory) -> None:
-        self.module, self.device = module, device
+        self.module = module
+        self.device = device
         self.home: dict[Tensor, Tensor] = {}
-        self._apart, self._memory = apart, memory
+        self._apart = apart
+        self._memory = memory
         # what the last complete move left on the device (minus which tensors), so that being there already
         # costs nothing; None while a move is under way, and after one that was cut short
         self._there: bool | None = None
@@ -118,7 +120,8 @@ class OffloadedModule:
             if tensor not in leave_out and self._is_home(tensor):
                 # a blocking copy: whoever changes the home's owner next need not ask whether it is done
                 tensor.data = self._home_of(tensor).to(self.device, copy=True)
-        self._there, self._left_out = True, leave_out
+        self._there = True
+        self._left_out = leave_out
 
     def to_host(self) -> None:
         """Leave the device."""
@@ -188,7 +191,8 @@ class BlockPrefetcher:
         memory: PinnedMemory,
         home: dict[Tensor, Tensor],
     ) -> None:
-        self.blocks, self.device = list(blocks), device
+        self.blocks = list(blocks)
+        self.device = device
         self._places: list[list[_Place]] = []
         self._buffers: list[Tensor] = []
         for block in self.blocks:
@@ -220,10 +224,13 @@ class BlockPrefetcher:
             # a copy that nobody waited for (a forward that raised) must not land in memory that others hold
             # by then
             torch.cuda.current_stream(self.device).wait_stream(self._side)
-        self._slots, self._filled, self._freed = [], [], []
+        self._slots = []
+        self._filled = []
+        self._freed = []
 
     def _collect(self, block: nn.Module, memory: PinnedMemory, home: dict[Tensor, Tensor]) -> None:
-        places, end = [], 0
+        places = []
+        end = 0
         for tensor in tensors_of(block):
             places.append(_Place(tensor, end, tensor.shape, tensor.dtype))
             end += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
@@ -247,7 +254,8 @@ class BlockPrefetcher:
                 event.record(torch.cuda.current_stream(self.device))
 
     def _fill(self, index: int) -> None:
-        buffer, slot = self._buffers[index], self._slots[index % 2]
+        buffer = self._buffers[index]
+        slot = self._slots[index % 2]
         if self._side is None:
             slot[: buffer.numel()].copy_(buffer)
             return

@@ -186,7 +186,8 @@ def _write_component(
     max_shard_bytes: int,
 ) -> None:
     config = dict(folder.components[role].config)
-    plan, weights = blueprint(folder, role), open_weights(folder, role)
+    plan = blueprint(folder, role)
+    weights = open_weights(folder, role)
     stored = match_names(plan.shapes(), weights, names=plan.names(folder.layout), ties=plan.ties)
     new_names = plan.official if layout == "official" else {name: name for name in stored}
     tensors = {new_names[name]: weights.read(key) for name, key in stored.items()}  # backed by the files

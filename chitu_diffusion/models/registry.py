@@ -137,7 +137,8 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
             expected="a number between 0 and 1",
         )
     twin = next((spec for spec in FULL_SIZE.values() if spec.transformers == transformers), None)
-    vae, calibration = folder.components["vae"].config, _calibration_of(folder.path)
+    vae = folder.components["vae"].config
+    calibration = _calibration_of(folder.path)
     measured = _folder_measured(folder, twin.measured if twin else NOTHING_MEASURED)
     return ModelSpec(
         name=str(folder.metadata.get("name") or (twin.name if twin else folder.path.resolve().name)),

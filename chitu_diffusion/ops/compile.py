@@ -36,7 +36,8 @@ class CompileWatch:
 
         self._began: float | None = None
         self._announced = False
-        self.seconds, self.graphs = 0.0, 0
+        self.seconds = 0.0
+        self.graphs = 0
         callback_handler.register_start_callback(self._start)
         callback_handler.register_end_callback(self._end)
 
@@ -45,7 +46,9 @@ class CompileWatch:
         if not self.graphs:
             return None
         note = f"compiled {self.graphs} piece(s) in {self.seconds:.1f} s"
-        self.seconds, self.graphs, self._announced = 0.0, 0, False
+        self.seconds = 0.0
+        self.graphs = 0
+        self._announced = False
         return note
 
     def close(self) -> None:
@@ -64,11 +67,13 @@ class CompileWatch:
             logger.warning(
                 "compiling the transformer for this size, once; later runs find most of it on disk"
             )
-        self._announced, self._began = True, time.perf_counter()
+        self._announced = True
+        self._began = time.perf_counter()
 
     def _end(self, _: object) -> None:
         if self._began is not None:
-            self.seconds, self._began = self.seconds + time.perf_counter() - self._began, None
+            self.seconds = self.seconds + time.perf_counter() - self._began
+            self._began = None
             self.graphs += 1
 
 

@@ -37,7 +37,8 @@ class Operator(Generic[P, R]):
             name, run, mutates_args=(), schema=schema, device_types=device_types
         )
         self.register_fake = self.op.register_fake
-        self.__doc__, self.__name__ = run.__doc__, run.__name__
+        self.__doc__ = run.__doc__
+        self.__name__ = run.__name__
 
     def __call__(self, *given: P.args, **named: P.kwargs) -> R:
         """What the function gives."""

@@ -72,9 +72,12 @@ class Float8Linear(nn.Linear):
 
     def __init__(self, linear: nn.Linear, originals: bool = True) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self._originals, self.fused = originals, True
-        self.in_float8, self.emulated = True, True
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self._originals = originals
+        self.fused = True
+        self.in_float8 = True
+        self.emulated = True
         # not in the state dict: checkpoints hold `weight`
         self.register_buffer("weight_float8", None, persistent=False)
         self.register_buffer("weight_scale", None, persistent=False)
@@ -83,7 +86,8 @@ class Float8Linear(nn.Linear):
     def quantise_weight(self) -> None:
         """Rounds the weight, and drops it unless it is to stay."""
         rows = quantise(self.weight)
-        self.weight_float8, self.weight_scale = rows.values, rows.scale
+        self.weight_float8 = rows.values
+        self.weight_scale = rows.scale
         if not self._originals:
             self.register_parameter("weight", None)
 
@@ -103,7 +107,9 @@ class Float8Linear(nn.Linear):
         return self._product(quantise(x, fused=self.fused and can_fuse(x)), x.dtype)
 
     def _product(self, x: Float8Rows, dtype: torch.dtype) -> Tensor:
-        rows, scale = x.values.flatten(0, -2), x.scale.flatten(0, -2)  # [M, in], [M, 1]
+        # [M, in], [M, 1]
+        rows = x.values.flatten(0, -2)
+        scale = x.scale.flatten(0, -2)
         if self.emulated:
             y = F.linear(rows.float(), self.weight_float8.float()) * scale * self.weight_scale.t()
             y = (y if self.bias is None else y + self.bias.float()).to(dtype)

@@ -80,7 +80,8 @@ def _residual_norm(
         rounded_tail = (tail + more_tail).to(stream.dtype.element_ty)
         _write_row(stream + at, rounded_head, rounded_tail, dim, HEAD, TAIL, WIDTH)
         # the norm sees what the stream keeps
-        head, tail = rounded_head.to(tl.float32), rounded_tail.to(tl.float32)
+        head = rounded_head.to(tl.float32)
+        tail = rounded_tail.to(tl.float32)
     if NORM:
         mean = (tl.sum(head, axis=0) + tl.sum(tail, axis=0)) / dim
         head -= mean
@@ -127,7 +128,8 @@ def _qk_norm_rotate(
     ROWS: tl.constexpr,
 ):
     batch = tl.program_id(1)
-    channel, pair = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
+    channel = tl.arange(0, BLOCK)
+    pair = tl.arange(0, BLOCK // 2)
     real = channel < dim
     for turn in range(ROWS):
         own = tl.program_id(0) * ROWS + turn
@@ -165,7 +167,8 @@ def _activation(
         head = (head + bias_head).to(x.dtype.element_ty).to(tl.float32)
         tail = (tail + bias_tail).to(x.dtype.element_ty).to(tl.float32)
     if GELU:
-        head, tail = _tanh_gelu(head), _tanh_gelu(tail)
+        head = _tanh_gelu(head)
+        tail = _tanh_gelu(tail)
     if QUANTISE:
         head, tail = _in_8_bits(scale + row, head, tail, FLOAT8_TOP, FLOOR)
     _write_row(out + row * dim, head, tail, dim, HEAD, TAIL, WIDTH)
@@ -270,8 +273,10 @@ def qk_norm_rotate(
         q and k [B, S, dim], each in its own dtype.
     """
     batch, rows, dim = q.shape
-    q, k = q.contiguous(), k.contiguous()
-    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    q = q.contiguous()
+    k = k.contiguous()
+    q_out = torch.empty_like(q)
+    k_out = torch.empty_like(k)
     block, per_program, options = launch(dim)
     with on_device(q):
         _qk_norm_rotate[(triton.cdiv(rows, per_program), batch)](
@@ -312,7 +317,8 @@ def activation(x: Tensor, bias: Tensor | None, gelu: bool, quantise: bool) -> tu
         (rows in x's dtype, or float8 with `quantise`; their scales [..., 1] float32, or nothing).
     """
     x, dim = x.contiguous(), x.shape[-1]
-    out, scale = _like(x, FLOAT8 if quantise else x.dtype), _scales(x, quantise)
+    out = _like(x, FLOAT8 if quantise else x.dtype)
+    scale = _scales(x, quantise)
     head, tail, options = launch_row(dim)
     with on_device(x):
         _activation[(x.numel() // dim,)](

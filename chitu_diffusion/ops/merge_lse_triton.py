@@ -19,7 +19,8 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     # one program: TOKENS tokens of one head of one batch element
     # a batch may pass 2^31 numbers
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = tl.program_id(1) % heads
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.arange(0, CHANNELS)
     here = token < tokens

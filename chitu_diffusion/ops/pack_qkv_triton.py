@@ -20,7 +20,8 @@ def _pack_kernel(  # type: ignore[no-untyped-def]
     peer = tl.program_id(2)
     first += peer * share
     # a batch may pass 2^31 numbers
-    element, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    element = (tl.program_id(1) // heads).to(tl.int64)
+    head = tl.program_id(1) % heads
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.arange(0, CHANNELS)
     whole = (token < tokens)[:, None] & (channel < channels)[None, :]

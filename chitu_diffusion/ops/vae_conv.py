@@ -59,7 +59,8 @@ class Sum:
 
     def release(self) -> None:
         """Lets go of the parts, which callers may still hold."""
-        self.value, self.residual = self.value.new_empty(0), None
+        self.value = self.value.new_empty(0)
+        self.residual = None
 
 
 # -- add up, normalise, SiLU
@@ -129,8 +130,10 @@ def conv3d(x: Tensor, weight: Tensor) -> Tensor:
 
 def conv_frames(x: Tensor, weight: Tensor) -> Tensor:
     """One convolution in two dimensions for each tap in time, over all frames at once, and their sum."""
-    images, length = x.permute(0, 3, 1, 2), weight.shape[2]
-    frames, padding = len(images) - length + 1, (weight.shape[3] // 2, weight.shape[4] // 2)
+    images = x.permute(0, 3, 1, 2)
+    length = weight.shape[2]
+    frames = len(images) - length + 1
+    padding = (weight.shape[3] // 2, weight.shape[4] // 2)
     total: Tensor | None = None
     for tap in range(length):
         y = F.conv2d(images[tap : tap + frames], weight[:, :, tap], padding=padding)
@@ -140,7 +143,8 @@ def conv_frames(x: Tensor, weight: Tensor) -> Tensor:
 
 def conv_stacked(x: Tensor, weight: Tensor) -> Tensor:
     """One convolution in two dimensions over the taps in time stacked as channels, which copies the input."""
-    length, padding = weight.shape[2], (weight.shape[3] // 2, weight.shape[4] // 2)
+    length = weight.shape[2]
+    padding = (weight.shape[3] // 2, weight.shape[4] // 2)
     frames = len(x) - length + 1
     images = torch.cat([x[tap : tap + frames] for tap in range(length)], dim=-1).permute(0, 3, 1, 2)
     y = F.conv2d(images, weight.transpose(1, 2).flatten(1, 2), padding=padding)
@@ -170,7 +174,11 @@ def weight_for(convolution: str, weight: Tensor) -> Tensor:
     """
     if convolution in ("conv3d", "widened"):
         return weight.contiguous(memory_format=torch.channels_last_3d)
-    taps, out, into, high, wide = 2, 0, 1, 3, 4
+    taps = 2
+    out = 0
+    into = 1
+    high = 3
+    wide = 4
     order = (out, high, wide, taps, into) if convolution == "stacked" else (taps, out, high, wide, into)
     laid = weight.permute(order).contiguous()
     return laid.permute([order.index(axis) for axis in range(5)])

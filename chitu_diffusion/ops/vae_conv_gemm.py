@@ -71,7 +71,8 @@ def _multiplied_plainly(x: Tensor, weight: Tensor, out: Tensor, plane: int, line
 
 
 def _multiplied(x: Tensor, weight: Tensor, out: Tensor, plane: int, line: int, rows: int) -> None:
-    channels, (first, second) = x.shape[1], cast(tuple[int, int], _parts(weight.shape[1]))
+    channels = x.shape[1]
+    (first, second) = cast(tuple[int, int], _parts(weight.shape[1]))
     depth = min(channels & -channels, _DEEPEST)  # the largest power of two that divides them
     rows = min(rows, triton.next_power_of_2(plane))
     left = TensorDescriptor.from_tensor(x, [rows, depth])
@@ -125,13 +126,15 @@ if triton is not None:
     ):
         # neighbouring programs take the same cells of successive frames, which read the same rows
         program = tl.program_id(0)
-        frame, cell = program % frames, program // frames * ROWS
+        frame = program % frames
+        cell = program // frames * ROWS
         start = frame * plane + cell
         sum0 = tl.zeros([ROWS, FIRST], dtype=tl.float32)
         if SECOND > 0:
             sum1 = tl.zeros([ROWS, SECOND], dtype=tl.float32)
         for step in range(27 * CHANNELS // DEPTH):
-            tap, channel = step // (CHANNELS // DEPTH), step % (CHANNELS // DEPTH) * DEPTH
+            tap = step // (CHANNELS // DEPTH)
+            channel = step % (CHANNELS // DEPTH) * DEPTH
             row = start + tap // 9 * plane + (tap // 3 % 3 - 1) * line + tap % 3 - 1
             seen = x.load([row, channel])
             sum0 = tl.dot(seen, weight0.load([step * DEPTH, 0]), sum0)

@@ -40,7 +40,8 @@ def _launch(parts: Sum, gamma: Tensor | None, out: Tensor | None, total: Tensor 
     if triton is None:
         raise UsageError('norm = "triton": triton is not installed; norm = "torch" computes the same')
     frames, height, width, channels = parts.shape
-    value, some = parts.value, total if out is None else out
+    value = parts.value
+    some = total if out is None else out
     assert some is not None
     block_c = triton.next_power_of_2(channels)
     block_w = max(1, min(triton.next_power_of_2(width), _TILE // block_c))
@@ -114,12 +115,14 @@ if triton is not None:
         BLOCK_C: tl.constexpr,
     ):
         row = tl.program_id(0)
-        t, h = (row // height).to(tl.int64), row % height
+        t = (row // height).to(tl.int64)
+        h = row % height
         w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
         c = tl.arange(0, BLOCK_C)
         inside = (w < width)[:, None] & (c < channels)[None, :]
         if PHASED:
-            y, x = h + top, w + left
+            y = h + top
+            x = w + left
             place = t * value_t + (y // 2 + y % 2).to(tl.int64) * value_h
             places = (
                 place + ((x // 2 + x % 2) * value_w + (2 * (y % 2) + x % 2) * channels)[:, None] + c[None, :]

@@ -23,8 +23,10 @@ class Admission:
     """
 
     def __init__(self, backend: DiffusionBackend) -> None:
-        self._spec, self._estimate = backend.spec, backend.memory_estimate()
-        self._device, self._item = backend.device, backend.dtype.itemsize
+        self._spec = backend.spec
+        self._estimate = backend.memory_estimate()
+        self._device = backend.device
+        self._item = backend.dtype.itemsize
         self._output_dir = backend.args.output.dir
         self._cache_limit = backend.args.infer.diffusion.cache_memory_gb
 
@@ -43,7 +45,8 @@ class Admission:
         task.resolved = resolved
 
     def _check_memory(self, frames: int, height: int, width: int, cache: int, flexcache: object) -> None:
-        total, peak = total_memory(self._device), self._peak(frames, height, width)
+        total = total_memory(self._device)
+        peak = self._peak(frames, height, width)
         if peak > total:
             raise WillNotFitError(
                 f"{width}x{height} with {frames} frames needs about {peak / 2**30:.1f} GiB at the highest "
@@ -66,7 +69,8 @@ class Admission:
             if self._peak(shorter, height, width) <= total:
                 return f"use {shorter} frames of this size"
         while height > 32 and width > 32:
-            height, width = height // 32 * 16, width // 32 * 16
+            height = height // 32 * 16
+            width = width // 32 * 16
             if self._peak(1, height, width) <= total:
                 return f"use {width}x{height}"
         return "this model has no size that fits"

@@ -58,7 +58,9 @@ def quant_of(args: EngineConfig) -> dict[str, Any] | None:
     infer = args.infer
     if infer.quant == "none":
         return None
-    kept, begins, originals = infer.quant_keep, infer.quant_from, infer.quant_originals
+    kept = infer.quant_keep
+    begins = infer.quant_from
+    originals = infer.quant_originals
     return {"name": infer.quant, "lossy": True, "keep": kept, "from": begins, "originals": originals}
 
 

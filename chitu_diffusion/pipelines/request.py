@@ -92,7 +92,9 @@ def cache_shapes(resolved: DiffusionUserParams, spec: ModelSpec, item: int) -> S
     Args:
         item: bytes of a number in the run's dtype.
     """
-    frames, height, width = resolved.num_frames or 0, resolved.height or 0, resolved.width or 0
+    frames = resolved.num_frames or 0
+    height = resolved.height or 0
+    width = resolved.width or 0
     config = spec.transformers[0]
     return Shapes(
         tokens=spec.tokens(frames, height, width),
@@ -135,7 +137,8 @@ def _guidance(params: DiffusionUserParams, spec: ModelSpec) -> float | tuple[flo
 def _with_cascade(params: DiffusionUserParams, experts: int) -> DiffusionUserParams:
     if not params.cascade:
         return params
-    last, steps = params.cascade[-1], sum(stage.num_inference_steps for stage in params.cascade)
+    last = params.cascade[-1]
+    steps = sum(stage.num_inference_steps for stage in params.cascade)
     if params.cascade[0].strength != 1:
         raise UsageError(
             f"cascade strength = {params.cascade[0].strength}: the first stage starts from noise; use 1",
@@ -170,3 +173,26 @@ def _check_size(spec: ModelSpec, height: int, width: int, num_frames: int) -> No
             raise UsageError(
                 f"{name}: {length} tokens along one axis; {spec.name} has positions for {longest}", field=name
             )
+
+
+def parse_seeds(text: str | None) -> list[int] | None:
+    """`7` -> [7]; `7..9` -> [7, 8, 9]; None -> None.
+
+    Raises:
+        UsageError: neither a number nor a rising range of at most 1000.
+    """
+    if text is None:
+        return None
+    first, dots, last = text.partition("..")
+    if _is_seed(first) and (not dots or _is_seed(last)):
+        low = int(first)
+        high = int(last or first)
+        if low <= high < low + 1000:
+            return list(range(low, high + 1))
+    raise UsageError(
+        f"--seed {text}: use a whole number (42) or a rising range of at most 1000 (42..45)", field="seed"
+    )
+
+
+def _is_seed(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 20

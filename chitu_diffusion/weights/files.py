@@ -134,7 +134,8 @@ class WeightFiles:
 def _locate(path: Path, stem: str) -> tuple[list[Path], dict[str, str] | None]:
     """The files to open, and an index's {key: file name} if there is one."""
     if path.is_dir():
-        single, index = path / f"{stem}.safetensors", path / (stem + INDEX_ENDING)
+        single = path / f"{stem}.safetensors"
+        index = path / (stem + INDEX_ENDING)
         if single.exists():
             return [single], None
         if index.exists():
@@ -192,7 +193,8 @@ def _complete(shards: list[Path]) -> list[Path]:
 def _check_index(path: Path, weight_map: Mapping[str, str], files: Mapping[Path, _TensorFile]) -> None:
     for file in files.values():
         named = {key for key, name in weight_map.items() if name == file.path.name}
-        lacking, unnamed = sorted(named - file.entries.keys()), sorted(file.entries.keys() - named)
+        lacking = sorted(named - file.entries.keys())
+        unnamed = sorted(file.entries.keys() - named)
         if lacking:
             raise CheckpointError(
                 "a shard lacks what the index says it holds", file=file.path, key=few(lacking)

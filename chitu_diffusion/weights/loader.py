@@ -63,7 +63,8 @@ def load_into(
     plan = match_names(
         {name: tuple(tensor.shape) for name, tensor in wanted.items()}, weights, names=names, ties=ties
     )
-    total, done = sum(weights.entries[key].bytes for key in plan.values()), 0
+    total = sum(weights.entries[key].bytes for key in plan.values())
+    done = 0
     # file by file, in the file's own order, so that a disk reads straight on
     for name, key in sorted(plan.items(), key=lambda item: _place(weights.entries[item[1]])):
         stored = weights.entries[key]
@@ -101,11 +102,13 @@ def match_names(
     Raises:
         CheckpointError: missing, extra or misshapen tensors; tied doubles that differ.
     """
-    names, ties = names or {}, ties or {}
+    names = names or {}
+    ties = ties or {}
     plan = {name: names.get(name, name) for name in shapes}
     doubles: set[str] = set()
     for second, first in ties.items():
-        stored_second, stored_first = names.get(second, second), plan[first]
+        stored_second = names.get(second, second)
+        stored_first = plan[first]
         if stored_second in weights.entries and stored_second != stored_first:
             if stored_first not in weights.entries:
                 plan[first] = stored_second
@@ -230,7 +233,8 @@ def fingerprint(folder: str | Path, cache_dir: str | Path | None = None) -> str:
     fresh = False
     for file in files:
         state = file.stat()
-        key, stamp = str(file.resolve()), [state.st_size, state.st_mtime_ns]
+        key = str(file.resolve())
+        stamp = [state.st_size, state.st_mtime_ns]
         if known.get(key, [None])[:2] != stamp:
             with file.open("rb") as stream:
                 known[key] = [*stamp, hashlib.file_digest(stream, "sha256").hexdigest()]

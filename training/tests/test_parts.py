@@ -71,7 +71,8 @@ def test_padding_row_stands_for_all_padding(tokenizer):
         whole = torch.zeros(2, text.TEXT_POSITIONS, text.WIDTH)
         for row, length in enumerate(lengths):
             whole[row, :length] = rows[row, :length]
-        latent, time = torch.randn(2, 16, 2, 4, 4), torch.tensor([900.0, 100.0])
+        latent = torch.randn(2, 16, 2, 4, 4)
+        time = torch.tensor([900.0, 100.0])
         short = model(latent, time, rows, text_bias=bias)
         long = model(latent, time, whole)
     assert (short - long).norm() / long.norm() < 1e-5
@@ -81,7 +82,8 @@ def test_gradient_checkpointing_changes_no_gradient(tokenizer):
     torch.manual_seed(2)
     nets = denoiser.build(len(tokenizer), torch.device("cpu"))
     torch.nn.init.normal_(nets.dit.proj_out.weight, std=0.05)
-    ids, empty = text.tokenize(tokenizer, ["a red dog"] * 2), text.tokenize(tokenizer, [""])[0]
+    ids = text.tokenize(tokenizer, ["a red dog"] * 2)
+    empty = text.tokenize(tokenizer, [""])[0]
     latent = torch.randn(2, 16, 2, 4, 4)
     gradients = []
     for enabled in (False, True):

@@ -39,7 +39,8 @@ def _eyes(canvas: Canvas, x: Tensor, y: Tensor, at: tuple[float, float], size: f
 
 def draw_cat(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
     """A cat: round face with two pointed ears, tail held up."""
-    x, y = canvas.x, canvas.y
+    x = canvas.x
+    y = canvas.y
     shade = mix(tint, INK, 0.3)
     far = [_leg(canvas, pose, (hip, 0.4), 0.97, late, 0.13) for hip, late in ((-0.5, 0.5), (0.22, 0.0))]
     canvas.outlined(union(*far), shade)
@@ -60,7 +61,8 @@ def draw_cat(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
 
 def draw_dog(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
     """A dog in profile: long snout, hanging ear, wagging tail, tongue out."""
-    x, y = canvas.x, canvas.y
+    x = canvas.x
+    y = canvas.y
     shade = mix(tint, INK, 0.3)
     far = [_leg(canvas, pose, (hip, 0.3), 0.97, late, 0.13) for hip, late in ((-0.5, 0.5), (0.2, 0.0))]
     canvas.outlined(union(*far), shade)
@@ -84,7 +86,8 @@ def draw_dog(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
 
 def draw_rabbit(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
     """A rabbit: two long upright ears, hunched back, white ball of a tail."""
-    x, y = canvas.x, canvas.y
+    x = canvas.x
+    y = canvas.y
     shade = mix(tint, INK, 0.3)
     sway = 0.07 * torch.sin(pose.stride)
     canvas.outlined(capsule(x, y, (0.5, -0.3), (0.74 + sway, -1.0), 0.14), shade)
@@ -105,7 +108,8 @@ def draw_rabbit(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
 
 def draw_bird(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
     """A bird: orange beak, fanned tail, one big wing that beats."""
-    x, y = canvas.x, canvas.y
+    x = canvas.x
+    y = canvas.y
     shade = mix(tint, INK, 0.25)
     canvas.outlined(polygon(x, y, ((-0.3, 0.0), (-1.12, -0.16), (-1.0, 0.42), (-0.3, 0.4))), shade)
     canvas.outlined(polygon(x, y, ((0.7, -0.42), (1.2, -0.16), (0.7, 0.0))), BEAK)
@@ -119,7 +123,8 @@ def draw_bird(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
 
 def draw_fish(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
     """A fish: oval with bands, a big tail fin that swings, fins above and below."""
-    x, y = canvas.x, canvas.y
+    x = canvas.x
+    y = canvas.y
     shade = mix(tint, INK, 0.28)
     swing = torch.sin(pose.stride)
     tail_x = (x + 0.5) / (0.82 + 0.18 * torch.cos(pose.stride))

@@ -96,7 +96,8 @@ def ellipse(
     x: Tensor, y: Tensor, centre: tuple[Tensor | float, Tensor | float], half: tuple[float, float]
 ) -> Tensor:
     """An axis-aligned ellipse (distance to first order, exact on the edge)."""
-    dx, dy = x - centre[0], y - centre[1]
+    dx = x - centre[0]
+    dy = y - centre[1]
     level = torch.hypot(dx / half[0], dy / half[1])
     slope = torch.hypot(dx / half[0] ** 2, dy / half[1] ** 2).clamp_(min=1e-4)
     return (level - 1).mul_(level).div_(slope)
@@ -110,8 +111,10 @@ def capsule(
     radius: float,
 ) -> Tensor:
     """A line with round ends; its end points may move with time (`[n, T, 1, 1]`)."""
-    dx, dy = x - start[0], y - start[1]
-    ex, ey = end[0] - start[0], end[1] - start[1]
+    dx = x - start[0]
+    dy = y - start[1]
+    ex = end[0] - start[0]
+    ey = end[1] - start[1]
     length2 = ex * ex + ey * ey
     along = (dx * (ex / length2) + dy * (ey / length2)).clamp_(0, 1)
     return torch.hypot(dx - along * ex, dy - along * ey).sub_(radius)
@@ -137,7 +140,8 @@ def polygon(x: Tensor, y: Tensor, points: Sequence[tuple[float, float]]) -> Tens
     way_round = math.copysign(1.0, sum(ax * by - bx * ay for (ax, ay), (bx, by) in edges))
     inside: Tensor | None = None
     for (ax, ay), (bx, by) in edges:
-        ex, ey = bx - ax, by - ay
+        ex = bx - ax
+        ey = by - ay
         length = math.hypot(ex, ey) * way_round
         edge = (x - ax) * (ey / length) - (y - ay) * (ex / length)
         inside = edge if inside is None else torch.maximum(inside, edge)
@@ -147,5 +151,6 @@ def polygon(x: Tensor, y: Tensor, points: Sequence[tuple[float, float]]) -> Tens
 
 def turned(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     """The coordinates as seen by something turned clockwise by `angle` radians."""
-    cos, sin = torch.cos(angle), torch.sin(angle)
+    cos = torch.cos(angle)
+    sin = torch.sin(angle)
     return x * cos + y * sin, y * cos - x * sin

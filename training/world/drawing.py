@@ -76,7 +76,8 @@ def draw(
     if not with_actor:
         return clips
     # Sorted by window as well: only what grows needs a large one, only what spins a square one.
-    growing, spinning = MOTIONS.index("growing"), MOTIONS.index("spinning")
+    growing = MOTIONS.index("growing")
+    spinning = MOTIONS.index("spinning")
     kind = specs.actor * 3 + (specs.motion == growing).long() + 2 * (specs.motion == spinning).long()
     for number, rows in _groups(kind, 3 * len(ACTORS), at_once):
         _draw_actor(clips, specs[rows].to(device), rows.to(device), ACTORS[number // 3], number % 3)
@@ -99,7 +100,8 @@ def _draw_actor(clips: Tensor, specs: WorldSpecs, rows: Tensor, actor: str, kind
     unit = min(height, width)
     pose = pose_of(specs, num_frames, width / (2 * unit), height / (2 * unit))
     half = REACH * LARGEST * unit * (1.0, GROWN, 1.15)[kind]
-    side_y, side_x = min(height, 2 * math.ceil(half)), min(width, 2 * math.ceil(half))
+    side_y = min(height, 2 * math.ceil(half))
+    side_x = min(width, 2 * math.ceil(half))
     row = _window(pose.y * unit + height / 2, side_y, height)[..., :, None]
     column = _window(pose.x * unit + width / 2, side_x, width)[..., None, :]
 
@@ -107,7 +109,8 @@ def _draw_actor(clips: Tensor, specs: WorldSpecs, rows: Tensor, actor: str, kind
     y = ((row + 0.5 - height / 2) / unit - pose.y[..., None, None]) / pose.scale[..., None, None]
     if kind == 2:
         x, y = turned(x, y, pose.angle[..., None, None])
-    x, y = x * pose.facing[..., None, None], y / pose.stretch[..., None, None]
+    x = x * pose.facing[..., None, None]
+    y = y / pose.stretch[..., None, None]
 
     clip = rows[:, None, None, None, None]
     channel = torch.arange(3, device=rows.device)[:, None, None, None]

@@ -66,7 +66,9 @@ def pose_of(specs: WorldSpecs, num_frames: int, half_width: float, half_height: 
 
     sideways = doing("right") - doing("left")
     upright = doing("down") - doing("up")
-    hopping, circling, growing = doing("jumping"), doing("circling"), doing("growing")
+    hopping = doing("jumping")
+    circling = doing("circling")
+    growing = doing("growing")
 
     facing = torch.where(sideways == 0, side, sideways)
     scale = _SMALLEST + (LARGEST - _SMALLEST) * size

@@ -31,7 +31,8 @@ class Backdrop:
     def __init__(self, random: Tensor, height: int, width: int, num_frames: int) -> None:
         device = random.device
         self.random = random
-        self.height, self.width = height, width
+        self.height = height
+        self.width = width
         self.x = ((torch.arange(width, device=device) + 0.5 - width / 2) / height)[None, None, None, :]
         self.y = ((torch.arange(height, device=device) + 0.5) / height)[None, None, :, None]
         self.half_width = width / height / 2
@@ -121,7 +122,8 @@ def paint_beach(back: Backdrop) -> Tensor:
 def _palm(canvas: Canvas, back: Backdrop, foot: Tensor, side: Tensor) -> None:
     """A palm tree at the side of the picture, leaning inwards."""
     size = back.size
-    top_x, top_y = foot - side * 0.07 * size, 0.24
+    top_x = foot - side * 0.07 * size
+    top_y = 0.24
     trunk = capsule(back.x, back.y, (foot, 0.74), (top_x, top_y), 0.026 * size)
     canvas.fill(trunk, rgb(140, 92, 50))
     for angle in (-2.75, -2.0, -0.4, 0.35, 3.45):
@@ -133,11 +135,9 @@ def paint_night_sky(back: Backdrop) -> Tensor:
     """Dark blue with a crescent moon and a few stars that twinkle."""
     canvas = back.canvas((0.0, rgb(10, 12, 44)), (1.0, rgb(44, 36, 104)))
     side = torch.where(back.pick(0, 0, 1) < 0.5, -1.0, 1.0)
-    moon_x, moon_y, size = (
-        side * back.pick(1, 0.5, 0.66) * back.half_width,
-        back.pick(2, 0.17, 0.23),
-        back.size,
-    )
+    moon_x = side * back.pick(1, 0.5, 0.66) * back.half_width
+    moon_y = back.pick(2, 0.17, 0.23)
+    size = back.size
     moon = circle(back.x, back.y, moon_x, moon_y, 0.12 * size)
     bite = circle(back.x, back.y, moon_x - 0.065 * size, moon_y - 0.03 * size, 0.105 * size)
     canvas.fill(torch.maximum(moon, -bite), rgb(255, 246, 190))
@@ -168,10 +168,12 @@ def paint_night_sky(back: Backdrop) -> Tensor:
 def paint_city(back: Backdrop) -> Tensor:
     """Grey blocks with lit windows behind a road with a dashed line."""
     canvas = back.canvas((0.0, rgb(176, 170, 190)), (0.6, rgb(232, 214, 200)))
-    ground, size = 0.66, back.size
+    ground = 0.66
+    size = back.size
     tones = (rgb(112, 116, 140), rgb(86, 90, 114), rgb(128, 120, 134), rgb(98, 104, 130))
     for number, (place, half) in enumerate(((-0.78, 0.17), (-0.26, 0.15), (0.3, 0.17), (0.8, 0.16))):
-        cx, half = place * back.half_width * 1.0, half * 2 * back.half_width * 0.92
+        cx = place * back.half_width * 1.0
+        half = half * 2 * back.half_width * 0.92
         tall = back.pick(number, 0.3, 0.58)
         walls = torch.maximum(
             (back.x - cx).abs() - half / 1.35, torch.maximum(ground - tall - back.y, back.y - ground)
@@ -212,8 +214,10 @@ def paint_snow(back: Backdrop) -> Tensor:
 
 def _fir(canvas: Canvas, back: Backdrop, cx: Tensor, tall: float) -> None:
     """A fir tree of two tiers with white tips."""
-    foot, size = 0.66, back.size
-    x, y = (back.x - cx) / size, (back.y - foot) / size
+    foot = 0.66
+    size = back.size
+    x = (back.x - cx) / size
+    y = (back.y - foot) / size
     lower = polygon(x, y, ((-0.11, 0.0), (0.0, -0.24), (0.11, 0.0)))
     upper = polygon(x, y, ((-0.085, -0.13), (0.0, -tall - 0.05), (0.085, -0.13)))
     tree = union(lower, upper)

@@ -26,14 +26,16 @@ SEEDS = rgb(110, 62, 28)
 
 def draw_car(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
     """A car: cabin with two windows, bonnet in front, wheels whose spokes turn as it drives."""
-    x, y = canvas.x, canvas.y
+    x = canvas.x
+    y = canvas.y
     body = box(x, y, (0.0, 0.24), (1.16, 0.34), 0.22)
     cabin = polygon(x, y, ((-0.86, 0.1), (-0.56, -0.66), (0.26, -0.66), (0.68, 0.1)))
     canvas.outlined(union(body, cabin), tint)
     canvas.outlined(polygon(x, y, ((-0.64, -0.02), (-0.46, -0.47), (-0.18, -0.47), (-0.18, -0.02))), GLASS)
     canvas.outlined(polygon(x, y, ((0.0, -0.02), (0.0, -0.47), (0.18, -0.47), (0.43, -0.02))), GLASS)
     canvas.outlined(circle(x, y, 1.0, 0.18, 0.12), LAMP)
-    wheel_x, wheel_y = x - 0.6 * torch.sign(x), y - 0.58
+    wheel_x = x - 0.6 * torch.sign(x)
+    wheel_y = y - 0.58
     canvas.fill(circle(wheel_x, wheel_y, 0.0, 0.0, 0.36), TYRE)
     hub = circle(wheel_x, wheel_y, 0.0, 0.0, 0.21)
     canvas.fill(hub, WHITE)
@@ -71,7 +73,8 @@ def draw_ball(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
 
 def draw_robot(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
     """A robot: square head with an antenna, square body, grey arms that swing and legs that march."""
-    x, y = canvas.x, canvas.y
+    x = canvas.x
+    y = canvas.y
     step = pose.effort * torch.sin(pose.stride)
     feet = []
     for hip, lift in ((-0.28, step), (0.28, -step)):
@@ -99,7 +102,8 @@ def draw_robot(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
 
 def draw_flower(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
     """A flower: six round petals about a brown middle, green stem and two leaves; it sways."""
-    x, y = canvas.x, canvas.y
+    x = canvas.x
+    y = canvas.y
     lean = 0.12 * torch.sin(pose.stride * 0.67)
     leaf_x, leaf_y = turned(x.abs() - 0.32, y - 0.62, torch.full_like(lean, -0.5))
     canvas.outlined(
@@ -108,7 +112,8 @@ def draw_flower(canvas: Canvas, pose: Pose, tint: Tensor) -> None:
         ),
         LEAF,
     )
-    head_x, head_y = x - lean, y + 0.4
+    head_x = x - lean
+    head_y = y + 0.4
     sector = math.pi / 3
     angle = torch.atan2(head_y, head_x) - lean
     radius = torch.hypot(head_x, head_y)

@@ -52,7 +52,8 @@ class WanAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
-        self.heads, self.head_dim = heads, dim // heads
+        self.heads = heads
+        self.head_dim = dim // heads
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
@@ -66,7 +67,8 @@ class WanAttention(nn.Module):
         """
         # in the norms' own dtype: under autocast that is float32, where the products are 16 bits
         q, k = (project(x).to(self.norm_q.weight.dtype) for project in (self.to_q, self.to_k))
-        weights, eps = (self.norm_q.weight, self.norm_k.weight), cast(float, self.norm_q.eps)
+        weights = (self.norm_q.weight, self.norm_k.weight)
+        eps = cast(float, self.norm_q.eps)
         q, k = norm_and_rotate(q, k, weights, eps, rope, self.heads, fused=fused)
         v = self.to_v(x).unflatten(2, (self.heads, -1))
         return q.to(v.dtype), k.to(v.dtype), v
@@ -135,7 +137,9 @@ class WanBlock(nn.Module):
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
-        dim, heads, eps = config.dim, config.num_attention_heads, config.eps
+        dim = config.dim
+        heads = config.num_attention_heads
+        eps = config.eps
         self.fused = True
         self.eps = eps
         self.norm1 = Float32LayerNorm(dim, eps, elementwise_affine=False)
@@ -193,7 +197,9 @@ class WanBlock(nn.Module):
         ask: Ask,
     ) -> Tensor:
         """`forward`, where `ask(level, compute, entering)` answers for each of the three modules."""
-        shifts, dtype, fused = self.modulate(modulation), text.v.dtype, self._fuses(tokens)
+        shifts = self.modulate(modulation)
+        dtype = text.v.dtype
+        fused = self._fuses(tokens)
         added = ask(
             "attention", lambda: self.self_attention(tokens, modulation, rope, dtype, attention), tokens
         )
@@ -241,7 +247,8 @@ class WanBlock(nn.Module):
         self, tokens: Tensor, modulation: Tensor, rope: RotaryTable, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of the self-attention, each [B, S, heads, head_dim]."""
-        shifts, fused = self.modulate(modulation), self._fuses(tokens)
+        shifts = self.modulate(modulation)
+        fused = self._fuses(tokens)
         float8 = all(wants_float8(layer) for layer in (self.attn1.to_q, self.attn1.to_k, self.attn1.to_v))
         x = layer_norm(tokens, (1 + shifts[1], shifts[0]), self.eps, dtype, float8=float8, fused=fused)
         return self.attn1.project(x, rope, fused)
@@ -252,7 +259,9 @@ class WanBlock(nn.Module):
         """The block from the self-attention's output [B, S, heads, head_dim] on; None: the stream holds it
         already.
         """
-        shifts, dtype, fused = self.modulate(modulation), text.v.dtype, self._fuses(tokens)
+        shifts = self.modulate(modulation)
+        dtype = text.v.dtype
+        fused = self._fuses(tokens)
         if attended is not None and self._norm2 is not None:
             added = self.attn1.out(attended)
             to_8 = wants_float8(self.attn2.to_q)
@@ -263,7 +272,8 @@ class WanBlock(nn.Module):
             if attended is not None:
                 tokens = add_gated(tokens, self.attn1.out(attended), shifts[2], fused=fused)
             x = self._before_text(tokens, dtype)
-        added, after = self.attn2.cross_attend(x, text, fused), (1 + shifts[4], shifts[3])
+        added = self.attn2.cross_attend(x, text, fused)
+        after = (1 + shifts[4], shifts[3])
         to_8 = wants_float8(self.ffn.net[0].proj)
         tokens, x = add_gated_norm(tokens, added, None, after, self.eps, dtype, float8=to_8, fused=fused)
         return add_gated(tokens, self.ffn(x, fused), shifts[5], fused=fused)
@@ -274,7 +284,8 @@ class WanBlock(nn.Module):
 
     def feed_forward(self, tokens: Tensor, modulation: Tensor, dtype: torch.dtype) -> Tensor:
         """What the feed-forward gives before its gate, [B, S, dim]."""
-        shifts, fused = self.modulate(modulation), self._fuses(tokens)
+        shifts = self.modulate(modulation)
+        fused = self._fuses(tokens)
         float8 = wants_float8(self.ffn.net[0].proj)
         x = layer_norm(tokens, (1 + shifts[4], shifts[3]), self.eps, dtype, float8=float8, fused=fused)
         return cast(Tensor, self.ffn(x, fused))

@@ -13,10 +13,9 @@ rounded once. With bfloat16 weights and `KEEP_FLOAT32` in float32 this is diffus
 with float32 weights, the stream and the time embedding stay float32.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from types import MethodType
 from typing import cast
 
@@ -29,6 +28,7 @@ from chitu_diffusion.attention.kernels import AttentionFn, sdpa
 from chitu_diffusion.flexcache.interface import MODULE_LEVELS, NO_CACHE, Level, Site, SiteInputs, StepCache
 from chitu_diffusion.models.wan.block import Float32LayerNorm, RotaryTable, WanBlock
 from chitu_diffusion.models.wan.config import WanConfig
+from chitu_diffusion.models.wan.positions import Grid, rope_table, sinusoids
 from chitu_diffusion.models.wan.text_kv import TextKVCache, dedup_padding
 from chitu_diffusion.ops.compile import compiled, let_length_vary
 from chitu_diffusion.ops.float8_linear import Float8Linear
@@ -39,11 +39,6 @@ __all__ = ["KEEP_FLOAT32", "BlockInputs", "WanConfig", "WanFeatures", "WanOutput
 # Parts of parameter names that stay float32 when the rest is loaded in 16 bits (diffusers' rule for this
 # network).
 KEEP_FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
-
-_ROPE_THETA = 10000.0
-_TIME_PERIOD = 10000.0
-
-Grid = tuple[int, int, int]  # tokens along (frames, rows, columns)
 
 
 @dataclass(eq=False)
@@ -189,7 +184,8 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.fused, self.compiled = True, False
+        self.fused = True
+        self.compiled = False
         self.patch_embedding = PatchEmbedding(
             config.in_channels, config.dim, kernel_size=config.patch_size, stride=config.patch_size
         )
@@ -297,7 +293,8 @@ class WanTransformer(nn.Module):
         grid, copies = self._checked_grid(latent, timestep, text)
         time, modulation = self.condition_embedder.embed_time(timestep.to(latent.device))
         if len(timestep) > 1:
-            time, modulation = time.repeat(copies, 1), modulation.repeat(copies, 1, 1)
+            time = time.repeat(copies, 1)
+            modulation = modulation.repeat(copies, 1, 1)
         if isinstance(text, Tensor):
             text = TextKVCache(self.condition_embedder.text_embedder(text), text.shape[1])
         # autocast gives 16 bits here; the stream keeps the weights' dtype
@@ -333,7 +330,8 @@ class WanTransformer(nn.Module):
     def final_layer(self, tokens: Tensor, time: Tensor) -> Tensor:
         """tokens [B, S, dim], time [B, dim] -> [B, S, patch values x channels]. Each token for itself."""
         shift, scale = (self.scale_shift_table.float() + time.float().unsqueeze(1)).chunk(2, dim=1)
-        dtype, fused = self.proj_out.weight.dtype, self.fused and can_fuse(tokens)
+        dtype = self.proj_out.weight.dtype
+        fused = self.fused and can_fuse(tokens)
         return cast(
             Tensor, self.proj_out(layer_norm(tokens, (1 + scale, shift), self.config.eps, dtype, fused=fused))
         )
@@ -455,7 +453,8 @@ class WanTransformer(nn.Module):
 
     def _checked_grid(self, latent: Tensor, timestep: Tensor, text: Tensor | TextKVCache) -> tuple[Grid, int]:
         """The token grid, and how many branches' text there is for the latent."""
-        channels, patch = self.config.in_channels, self.config.patch_size
+        channels = self.config.in_channels
+        patch = self.config.patch_size
         if latent.ndim != 5 or latent.shape[1] != channels:
             raise ValueError(f"latent is {list(latent.shape)}; expected [B, {channels}, T, H, W]")
         if any(size % step or not size for size, step in zip(latent.shape[2:], patch, strict=True)):
@@ -472,39 +471,3 @@ class WanTransformer(nn.Module):
             raise ValueError(f"text is {list(given.shape)}; expected [{batch}, L, {width}]")
         frames, rows, columns = (size // step for size, step in zip(latent.shape[2:], patch, strict=True))
         return (frames, rows, columns), given.shape[0] // batch
-
-
-def sinusoids(timestep: Tensor, width: int) -> Tensor:
-    """timestep [B] -> [B, width] float32: cosines, then sines, of width / 2 geometric frequencies from 1
-    downward.
-    """
-    half = width // 2
-    # the order of these float32 operations is diffusers': at t = 1000 another order differs by 1e-4
-    exponent = (
-        -math.log(_TIME_PERIOD) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
-    )
-    angles = timestep.float()[:, None] * exponent.exp()[None]
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-@lru_cache(maxsize=4)
-def rope_table(grid: Grid, head_dim: int, device: torch.device) -> RotaryTable:
-    """Rotary cosines and sines of a grid, each [S, head_dim / 2] float32: 17 MB both at 32,760 tokens and 128
-    channels.
-
-    "RoFormer" (arXiv 2104.09864) along three axes: rows and columns take 2 * (head_dim // 6) channels each,
-    frames the rest. Angles are float64 until after the cosine. They depend on nothing but the arguments, so
-    that all networks and tasks share them; nobody may write into them.
-    """
-    side = 2 * (head_dim // 6)
-    widths = (head_dim - 2 * side, side, side)
-    angles = []
-    for axis, (length, width) in enumerate(zip(grid, widths, strict=True)):
-        frequencies = _ROPE_THETA ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
-        # [length, width / 2]
-        along = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequencies)
-        view = [1, 1, 1, width // 2]
-        view[axis] = length
-        angles.append(along.view(view).expand(*grid, -1))
-    table = torch.cat(angles, dim=-1).flatten(0, 2)  # [S, head_dim / 2]
-    return table.cos().float().to(device), table.sin().float().to(device)

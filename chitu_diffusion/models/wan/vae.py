@@ -34,7 +34,9 @@ from chitu_diffusion.models.wan.vae_decoder import (
 )
 
 _MOST_FRAMES = 5
-_MEMORY_BUDGET, _TILED_BUDGET, _CPU_BUDGET = 9 * 2**30, 5 * 2**29, 3 * 2**30
+_MEMORY_BUDGET = 9 * 2**30
+_TILED_BUDGET = 5 * 2**29
+_CPU_BUDGET = 3 * 2**30
 _LOWER_FRAMES = 16  # latent frames a call of the cheap half
 
 
@@ -147,7 +149,8 @@ class WanVAE(nn.Module):
         """
         frame = self._whole(latent)
         video = 4 * 3 * 64 * frame.cells * 4 * latent.shape[2] * len(latent)
-        frames, ways = latent.shape[2], self._ways()
+        frames = latent.shape[2]
+        ways = self._ways()
         return video + max(
             decode_bytes(self.network, ways, frames, frame, tile, frames_per_call)
             for tile in tiles or [frame]
@@ -184,12 +187,11 @@ class WanVAE(nn.Module):
         """A window of the video, in tiles or at once."""
         tiles = [window] if tile_size is None else _tiles(window, tile_size)
         most = self._frames_a_call(latent, tiles)
-        device, ways = self._weight.device, self._ways()
-        frames, height, width = (
-            4 * (latent.shape[2] - 1) + 1,
-            window.bottom - window.top,
-            window.right - window.left,
-        )
+        device = self._weight.device
+        ways = self._ways()
+        frames = 4 * (latent.shape[2] - 1) + 1
+        height = window.bottom - window.top
+        width = window.right - window.left
         video = torch.empty(len(latent), frames, 3, 8 * height, 8 * width, device=device)
         # runs in the dtype it was loaded in
         with torch.autocast(device.type, enabled=False), searching_kernels(ways.search):
@@ -228,7 +230,8 @@ class WanVAE(nn.Module):
         return next((n for n, need in needs.items() if need <= budget), 1)
 
     def _usual_budget(self, tiled: bool) -> int:
-        device, budget = self._weight.device, _TILED_BUDGET if tiled else _MEMORY_BUDGET
+        device = self._weight.device
+        budget = _TILED_BUDGET if tiled else _MEMORY_BUDGET
         if device.type != "cuda":
             return min(budget, _CPU_BUDGET)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -251,7 +254,8 @@ def build_vae(config: Mapping[str, Any]) -> nn.Module:
         values = network.config[name]
         if not isinstance(values, list | tuple) or len(values) != network.config.z_dim:
             raise UsageError(f"vae config has {name}={values!r}: use {network.config.z_dim} numbers (z_dim)")
-    patch, channels = network.config.patch_size, network.config.out_channels
+    patch = network.config.patch_size
+    channels = network.config.out_channels
     if patch not in (None, 1, 2, 4, 8) or channels != 3 * (patch or 1) ** 2:
         raise UsageError(
             f"vae config has patch_size={patch!r}, out_channels={channels!r}: use 3 x patch_size^2 channels"
@@ -283,11 +287,13 @@ def _tiles(window: TileRect, size: int) -> list[TileRect]:
         cuts = list(range(low + size, high, size))
         return [low, *(cut for cut in cuts if 2 * (high - cut) >= size), high]
 
-    rows, columns = edges(window.top, window.bottom), edges(window.left, window.right)
+    rows = edges(window.top, window.bottom)
+    columns = edges(window.left, window.right)
     return [TileRect(*row, *column) for row in pairwise(rows) for column in pairwise(columns)]
 
 
 def _within(video: Tensor, tile: TileRect, window: TileRect) -> Tensor:
     """A tile's place in the video, [T, 3, H, W] of `window`."""
-    top, bottom = 8 * (tile.top - window.top), 8 * (tile.bottom - window.top)
+    top = 8 * (tile.top - window.top)
+    bottom = 8 * (tile.bottom - window.top)
     return video[..., top:bottom, 8 * (tile.left - window.left) : 8 * (tile.right - window.left)]

@@ -90,7 +90,8 @@ class TileRect(NamedTuple):
 
     def grown(self, by: int, height: int, width: int) -> TileRect:
         """With `by` more cells on every side, clipped at the frame."""
-        top, left = max(self.top - by, 0), max(self.left - by, 0)
+        top = max(self.top - by, 0)
+        left = max(self.left - by, 0)
         return TileRect(top, min(self.bottom + by, height), left, min(self.right + by, width))
 
     @property
@@ -113,7 +114,8 @@ class Decoder:
     """
 
     def __init__(self, network: Any, ways: DecodeOptions) -> None:
-        self.net, self.ways = network.decoder, ways
+        self.net = network.decoder
+        self.ways = ways
         self.patch = int(network.config.patch_size or 1)
         self._norm_silu, self._add_up = NORMS[ways.norm]
         self._plain = "conv3d" if ways.convolution == "flat" else ways.convolution
@@ -148,7 +150,9 @@ class Decoder:
         Returns:
             Pixels [4 T or 1, 3, 8 h, 8 w] around [-1, 1], a view of no particular strides.
         """
-        first, here, (height, width) = not memory, TileRect(0, x.shape[1], 0, x.shape[2]), x.shape[1:3]
+        first = not memory
+        here = TileRect(0, x.shape[1], 0, x.shape[2])
+        (height, width) = x.shape[1:3]
         parts = Sum(x)
         *block_reaches, last_reach = self.reaches
         for block, reach in zip(self.net.up_blocks, block_reaches, strict=True):
@@ -157,7 +161,10 @@ class Decoder:
                 parts = self._residual(resnet, parts, memory)
             if block.upsamplers is not None:
                 parts = self._upsampled(block.upsamplers[0], parts, memory, first)
-                here, window, height, width = here.times(2), window.times(2), 2 * height, 2 * width
+                here = here.times(2)
+                window = window.times(2)
+                height = 2 * height
+                width = 2 * width
         parts, here = _cut(parts, here, window.grown(last_reach, height, width))
         seen = self._normed(self.net.norm_out, self.net.conv_out, parts, None, memory)
         last = Sum(self._convolved(self.net.conv_out, seen, memory))
@@ -234,7 +241,10 @@ class Decoder:
         border = self._border(conv)
         seen = like.new_empty(_REMEMBERED + frames, height + 2 * border, width + 2 * border, channels)
         if border:
-            seen[:, 0] = seen[:, -1] = seen[:, :, 0] = seen[:, :, -1] = 0
+            seen[:, 0] = 0
+            seen[:, -1] = 0
+            seen[:, :, 0] = 0
+            seen[:, :, -1] = 0
         before = memory.get(self._names[conv])
         seen[:_REMEMBERED] = 0 if before is None else before
         return seen
@@ -316,9 +326,11 @@ def decode_bytes(
         frame, window: the whole frame and what is decoded at once, in latent cells.
         frames_per_call: latent frames a call.
     """
-    decoder, item = network.decoder, network.post_quant_conv.weight.dtype.itemsize
+    decoder = network.decoder
+    item = network.post_quant_conv.weight.dtype.itemsize
     _, height, _, width = frame
-    batch, cells = min(frames_per_call, max(frames - 1, 1)), height * width
+    batch = min(frames_per_call, max(frames - 1, 1))
+    cells = height * width
     widest = decoder.conv_in.out_channels
     features = 2 * frames * cells * widest * item  # what the lower half leaves, in parts and joined
     worst = features + 4 * min(frames, 16) * cells * widest * item
@@ -326,7 +338,8 @@ def decode_bytes(
     *block_reaches, last_reach = reaches(decoder)
     for block, reach in zip(decoder.up_blocks, block_reaches, strict=True):
         area = window.grown(reach, height, width).cells * item
-        into, out = block.resnets[0].conv1.in_channels, block.resnets[0].conv1.out_channels
+        into = block.resnets[0].conv1.in_channels
+        out = block.resnets[0].conv1.out_channels
         remembered += _REMEMBERED * area * (into + (2 * len(block.resnets) - 1) * out)
         # at once: a sum's value and residual, the sum itself, and what the next convolution sees of it
         maps = (4 * item + 2 * max(item, 4) * (ways.norm == "torch")) // item
@@ -338,7 +351,9 @@ def decode_bytes(
                 batch *= 2
             larger = 4 * batch * area * block.upsamplers[0].resample[1].out_channels
             worst = max(worst, remembered + 2 * batch * area * out + larger)
-            window, height, width = window.times(2), 2 * height, 2 * width
+            window = window.times(2)
+            height = 2 * height
+            width = 2 * width
     last = window.grown(last_reach, height, width).cells
     remembered += _REMEMBERED * last * decoder.conv_out.in_channels * item
     pixels = 2 * batch * last * decoder.conv_out.out_channels * item
@@ -372,7 +387,8 @@ def _cut(parts: Sum, here: TileRect, there: TileRect) -> tuple[Sum, TileRect]:
     """Of a sum that covers the window `here`, what lies in `there`; and `there`."""
     if here == there:
         return parts, there
-    top, left = there.top - here.top, there.left - here.left
+    top = there.top - here.top
+    left = there.left - here.left
     return parts.cut(top, left, there.bottom - there.top, there.right - there.left), there
 
 

@@ -1,0 +1,123 @@
+"""The whole pipeline beside diffusers' own `WanPipeline` on the same folder, noise and steps: the heart of
+the promise.
+"""
+
+import pytest
+import torch
+from conftest import WAN_TINY
+from running import CAT, config_for, latent_and_video, psnr, relative_error, task_for
+from torch import Tensor
+
+from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.errors import UsageError
+from chitu_diffusion.generator import Generator
+from chitu_diffusion.pipelines.guidance import expert_at
+from chitu_diffusion.pipelines.request import resolve_task
+from chitu_diffusion.task import TaskStatus
+
+
+@pytest.fixture(scope="module")
+def backend(tiny_folder, tmp_path_factory):
+    return DiffusionBackend(config_for(tiny_folder, tmp_path_factory.mktemp("outputs")))
+
+
+@pytest.fixture(scope="module")
+def experts(two_experts_folder, tmp_path_factory):
+    return DiffusionBackend(config_for(two_experts_folder, tmp_path_factory.mktemp("outputs")))
+
+
+def diffusers_run(pipeline, prompt: str, seed: int, **sizes) -> tuple[Tensor, Tensor]:
+    """Final latent and frames [1, T, C, H, W] of WanPipeline with its own defaults."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(_pipeline, _step, _time, tensors):
+        kept.update(tensors)
+        return {}
+
+    noise = torch.Generator("cpu").manual_seed(seed)
+    frames = pipeline(prompt, generator=noise, output_type="pt", callback_on_step_end=keep, **sizes).frames
+    return kept["latents"], frames
+
+
+@pytest.fixture(scope="module", params=["random-tiny", "wan-tiny"])
+def beside_diffusers(request, tiny_folder, tmp_path_factory):
+    """One folder opened by us and by diffusers."""
+    from diffusers import WanPipeline
+
+    folder = tiny_folder if request.param == "random-tiny" else WAN_TINY
+    if not (folder / "model_index.json").exists():
+        pytest.skip("wan-tiny is not here")
+    pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    ours = DiffusionBackend(config_for(folder, tmp_path_factory.mktemp("outputs")))
+    return ours, pipeline
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "frames", "steps", "guidance"),
+    [
+        (128, 128, 33, 3, 5.0),
+        (32, 32, 5, 6, 5.0),
+        (48, 32, 9, 3, 5.0),
+        (32, 64, 1, 4, 1.0),
+        (64, 48, 13, 2, 2.5),
+        (32, 32, 17, 12, 0.0),
+    ],
+)
+def test_pipeline_parity(beside_diffusers, height, width, frames, steps, guidance):
+    backend, pipeline = beside_diffusers
+    sizes = {
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+    }
+    prompt = "  A cat &amp; a  dog walking on grass "
+    task = task_for(prompt=prompt, negative_prompt="blurry, ugly", seed=11, **sizes)
+    latent, video = latent_and_video(Generator(backend), task)
+    theirs, frames_there = diffusers_run(pipeline, prompt, 11, negative_prompt="blurry, ugly", **sizes)
+    print(f"latent {relative_error(latent, theirs):.1e}, frames {psnr(video, frames_there):.0f} dB")
+    assert relative_error(latent, theirs) < 1e-3
+    assert video.shape == frames_there.shape
+    assert psnr(video, frames_there) >= 50
+
+
+def test_expert_switch_is_diffusers(experts, two_experts_folder):
+    """The switch is by timestep, guidance is high on the high-noise side, and both experts really run."""
+    from diffusers import WanPipeline
+
+    pipeline = WanPipeline.from_pretrained(two_experts_folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    sizes = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 20}
+    task = task_for(negative_prompt="blurry", seed=5, guidance_scale=(4.0, 3.0), **sizes)
+    generator = Generator(experts)
+    used = []
+    while task.status in (TaskStatus.PENDING, TaskStatus.ENCODING, TaskStatus.DENOISING):
+        generator.generate_step(task)
+        used.append(task.expert)
+    theirs, _ = diffusers_run(
+        pipeline, CAT, 5, negative_prompt="blurry", guidance_scale=4.0, guidance_scale_2=3.0, **sizes
+    )
+    assert relative_error(task.buffer.latent, theirs) < 1e-4
+    # shift 12 of 20 steps: timesteps fall below 875 after the 13th
+    times = experts.sampler.begin(20)["timesteps"]
+    assert used[1:] == [0 if time >= 875 else 1 for time in times]
+    assert used.count(0) == 13
+    swapped = task_for(negative_prompt="blurry", seed=5, guidance_scale=(3.0, 4.0), **sizes)
+    other, _ = latent_and_video(generator, swapped)
+    assert relative_error(other, theirs) > 5e-3
+
+
+def test_forty_steps_at_shift_twelve_switch_after_about_26(experts):
+    times = experts.sampler.begin(40)["timesteps"]
+    assert sum(expert_at(time, 0.875) == 0 for time in times) in (25, 26, 27)
+    assert [expert_at(torch.tensor(time), 0.875) for time in (876, 875, 874)] == [0, 0, 1]
+    assert expert_at(torch.tensor(0), None) == 0
+
+
+def test_two_experts_default_guidance_and_single_scale(experts, backend):
+    assert resolve_task(task_for(), experts.spec, "").guidance_scale == (4.0, 3.0)
+    assert resolve_task(task_for(guidance_scale=6.0), experts.spec, "").guidance_scale == (6.0, 6.0)
+    with pytest.raises(UsageError, match="one transformer"):
+        resolve_task(task_for(guidance_scale=(4.0, 3.0)), backend.spec, "")
