@@ -1,5 +1,5 @@
-"""Does every GPU kernel of ours give what its plain twin gives, at full size? One table, some 20 s; exit code
-1 if one does not.
+"""Does every GPU kernel of ours give what its plain twin gives, at full size, and does a video that was cut
+short go on to the same bits? Two tables, some minutes; exit code 1 if one does not.
 
     python -m benchmarks.gpu_check                     # Wan2.1-1.3B's shapes: 32,760 tokens, 12 heads of 128
     python -m benchmarks.gpu_check --tokens 4095 --heads 40
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.measuring import milliseconds, relative_error
 from benchmarks.report import first_line, table_of
+from benchmarks.resume_check import resume_rows
 from chitu_diffusion.attention import attention_kernel, cross_attention, fp8
 from chitu_diffusion.ops import fused
 from chitu_diffusion.ops.merge_lse import merge
@@ -184,6 +185,9 @@ def main(words: list[str] | None = None) -> int:
         print(f"{name}: {rows[-1]['verdict']}", file=sys.stderr, flush=True)
     size = f"{asked.tokens} tokens, {asked.heads} heads of 128"
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {size}\n\n{table_of(rows)}")
+    resumed = resume_rows("cuda", small=False)
+    print(f"\nvideos that were cut short and went on in another process:\n\n{table_of(resumed)}", flush=True)
+    rows += resumed
     return int(any(row["verdict"] != "ok" for row in rows))
 
 
