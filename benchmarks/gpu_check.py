@@ -176,7 +176,7 @@ def main(words: list[str] | None = None) -> int:
     options.add_argument("--heads", type=int, default=12)
     asked = options.parse_args(words)
     if not torch.cuda.is_available():
-        raise SystemExit("no GPU here; the tests check the same kernels on a CPU: pytest tests/test_fused.py")
+        raise SystemExit("no GPU here; the tests check the same kernels on a CPU: pytest tests/ops")
     device = torch.device("cuda")
     torch.manual_seed(0)
     rows = []

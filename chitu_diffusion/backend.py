@@ -92,9 +92,7 @@ class DiffusionBackend:
     def from_networks(
         cls, networks: Networks, args: EngineConfig | None = None, groups: ProcessGroups | None = None
     ) -> DiffusionBackend:
-        """A backend of networks that are in memory already. They keep their dtype and are moved to the
-        device.
-        """
+        """A backend of networks in memory. They keep their dtype and are moved to the device."""
         backend = cls.__new__(cls)
         attended = next(
             weight.dtype for weight in networks.experts[0].blocks.parameters() if weight.ndim == 2
@@ -235,9 +233,7 @@ class DiffusionBackend:
         self._networks = replace(networks, spec=replace(networks.spec, calibration=calibration))
 
     def set_precision(self, expert: int, timestep: float) -> bool:
-        """Ready an expert's layers for a step: 8 bits from where the settings say, 16 before. True for 8
-        bits.
-        """
+        """Ready an expert's layers for a step: 8 bits from where the settings say, 16 before. True for 8."""
         layers = self._float8[expert]
         in_float8 = bool(layers) and timestep <= float8_begins(self.args.infer.quant_from, self.sampler.shift)
         set_float8(layers, in_float8, self.device)

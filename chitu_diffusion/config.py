@@ -278,9 +278,7 @@ def load_config(
 
 @dataclass(frozen=True)
 class RankPlace:
-    """This process among those that torchrun started: its number, how many there are, and the same within its
-    node.
-    """
+    """This process among those that torchrun started: its number, their number, and both within its node."""
 
     rank: int
     world: int
@@ -333,9 +331,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def keep_compiled_code() -> None:
-    """Has torch keep what it compiles where it outlives a restart of the machine, unless the environment
-    names a place.
-    """
+    """Has torch keep compiled kernels where they outlive a restart, unless the environment names a place."""
     folder = cache_dir()
     if folder is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))

@@ -98,9 +98,7 @@ class CompileError(ChituError):
 
 
 class RankLostError(ChituError):
-    """A rank of the group died, froze or left; the group cannot go on. The message names rank, host and
-    place.
-    """
+    """A rank of the group died, froze or left; the group cannot go on. Names its rank, host and place."""
 
 
 class TaskError(ChituError):
@@ -144,9 +142,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def without_frames(error: BaseException) -> BaseException:
-    """The same error, and those that it came from, without their tracebacks: these keep a stage's tensors
-    alive.
-    """
+    """The same error and its causes without their tracebacks, which keep a stage's tensors alive."""
     seen: BaseException | None = error
     known: set[int] = set()
     while seen is not None and id(seen) not in known:

@@ -409,9 +409,7 @@ class DiffusionTask:
         return (self.finished_at or time.time()) - self.started_at
 
     def commit(self, **fields: Any) -> None:
-        """Change several fields at once: whoever looks, and a signal that comes meanwhile, finds all of it or
-        nothing.
-        """
+        """Change several fields at once: a reader, or a signal between, finds all of it or nothing."""
         vars(self).update(fields)
 
     def end(

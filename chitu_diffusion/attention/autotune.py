@@ -212,9 +212,7 @@ def machine_name(device: torch.device, kernels: Sequence[AttentionKernel]) -> st
 
 
 def recall(folder: Path | None) -> dict[str, Any]:
-    """What the file of answers holds; nothing if there is none or it is spoilt, which costs timing once
-    more.
-    """
+    """What the file of answers holds; nothing if there is none or it is spoilt: it is timed once more."""
     if folder is None:
         return {}
     try:

@@ -102,9 +102,7 @@ class Rounded(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The work around the attention, in order; plain torch here, one Triton kernel for each in
-    `fp8_triton`.
-    """
+    """The work around the attention, in order; plain torch here, a Triton kernel each in `fp8_triton`."""
 
     measure: Callable[[Tensor, Tensor, Tensor], Means]
     scale: Callable[[Means], Scales]
@@ -265,9 +263,7 @@ def steps_on(device: torch.device) -> Steps:
 
 
 def attend_in_fp8(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, steps: Steps) -> tuple[Tensor, Tensor]:
-    """Attention as the head of this file tells; out [B, S, H, D] in q's dtype and lse [B, H, S] float32, or
-    empty.
-    """
+    """Attention as this file's head tells; out [B, S, H, D] in q's dtype, lse [B, H, S] float32 or empty."""
     means = steps.measure(q, k, v)
     scales = steps.scale(means)
     q8 = steps.quantise_q(q, scales)

@@ -42,9 +42,7 @@ _PROGRAMS = 264
 
 @triton.jit
 def _tile(x, first, tokens, stride, channel, TILE: tl.constexpr):
-    """TILE rows of one head from `first` on, zero beyond its tokens. 64 bits go as far as the first row, 32
-    from there.
-    """
+    """TILE rows of one head from `first` on, zero beyond its tokens. 64-bit to the first row, then 32."""
     row = tl.arange(0, TILE)
     place = x + first.to(tl.int64) * stride
     return tl.load(
@@ -143,9 +141,7 @@ def _measure_kernel(
 
 @triton.jit
 def _sum_of_rows(parts, place, PARTS: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr):
-    """Over PARTS rows [D] that lie STRIDE apart; all of them are asked for at once, not one after the
-    other.
-    """
+    """Over PARTS rows [D] that lie STRIDE apart; all are asked for at once, not one after the other."""
     total = tl.zeros((D,), tl.float32)
     for first in range(0, PARTS, 32):
         part = first + tl.arange(0, 32)
@@ -207,9 +203,7 @@ def _quantise_q_kernel(
     SHARE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PRODUCT: tl.constexpr,
     LARGEST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """float8 of (q * factor) @ signs / sqrt(D) for this program's share of the tokens; out [B, S, H, D]
-    contiguous.
-    """
+    """float8 of (q * factor) @ signs / sqrt(D) for this program's tokens; out [B, S, H, D] contiguous."""
     head = tl.program_id(1)
     part = tl.program_id(0)
     b = (head // heads).to(tl.int64)
@@ -370,7 +364,6 @@ def _even(x: Tensor) -> Tensor:
 
 
 def measure(q: Tensor, k: Tensor, v: Tensor) -> Means:
-    """As `fp8.measure`."""
     q = _even(sample(q))
     k = _even(k)
     v = _even(v)
@@ -389,7 +382,6 @@ def measure(q: Tensor, k: Tensor, v: Tensor) -> Means:
 
 
 def scale(means: Means) -> Scales:
-    """As `fp8.scale`."""
     batch, heads, parts, _, channels = means.rows.shape
     device = means.rows.device
     out = torch.empty(5, batch, heads, channels, dtype=torch.float32, device=device)
@@ -412,7 +404,6 @@ def scale(means: Means) -> Scales:
 
 
 def quantise_q(q: Tensor, scales: Scales) -> Tensor:
-    """As `fp8.quantise_q`."""
     q = _even(q)
     batch, tokens, heads, channels = q.shape
     out = torch.empty(q.shape, dtype=FLOAT8, device=q.device)
@@ -427,7 +418,6 @@ def quantise_q(q: Tensor, scales: Scales) -> Tensor:
 
 
 def quantise_kv(k: Tensor, v: Tensor, scales: Scales) -> Rounded:
-    """As `fp8.quantise_kv`."""
     k = _even(k)
     v = _even(v)
     batch, tokens, heads, channels = k.shape

@@ -139,9 +139,7 @@ def _dotted(numbers: tuple[int, ...]) -> str:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "2.2.0+cu130" is (2, 2, 0); a version that nobody knows is taken for
-    new.
-    """
+    """The leading numbers of a version: "2.2.0+cu130" is (2, 2, 0); an unknown one is taken for new."""
     if not text[:1].isdigit():
         return (10**6,)
     parts = text.split("+")[0].split(".")

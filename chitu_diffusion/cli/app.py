@@ -56,9 +56,7 @@ def build(*, with_evaluation: bool) -> typer.Typer:
 
 
 def _evaluation(*, load: bool) -> typer.Typer:
-    """`chitu eval ...`: the app named `app` of the evaluation package's commands, if that package has
-    them.
-    """
+    """`chitu eval ...`: the app `app` of the evaluation package's commands, if that package has them."""
     if load and find_spec("chitu_diffusion.evaluation") and find_spec(EVALUATION_COMMANDS):
         commands: typer.Typer = importlib.import_module(EVALUATION_COMMANDS).app
         return commands

@@ -51,9 +51,7 @@ class Row:
 
 @dataclass
 class Taken:
-    """What earlier rows write and are called: their lines by file, by every folder above a file, and by task
-    id.
-    """
+    """What earlier rows write and are called: their lines by file, by folder above a file, by task id."""
 
     files: dict[Path, int] = field(default_factory=dict)
     folders: dict[Path, int] = field(default_factory=dict)
@@ -157,9 +155,7 @@ def _summary(rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask]
 
 
 def is_done(row: Row, model: str, config: EngineConfig) -> bool:
-    """Whether the row's file is there, was made by the same model, and its recipe says what the row and the
-    settings say.
-    """
+    """Whether the row's file is there, of the same model, and its recipe agrees with row and settings."""
     from chitu_diffusion.media.reading import read_recipe
     from chitu_diffusion.pipelines.recipe import quant_of
 

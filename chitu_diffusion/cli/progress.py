@@ -11,7 +11,6 @@ import dataclasses
 import os
 import sys
 import time
-from typing import Protocol
 
 from chitu_diffusion.cli.console import duration, emit, printable, quoted, say
 from chitu_diffusion.task import DiffusionTask, Progress, TaskStatus
@@ -20,32 +19,26 @@ LINE_EVERY = 5.0
 """Seconds between two plain lines of the same stage."""
 
 
-class Reporter(Protocol):
-    """Where the news of a run go."""
+class Reporter:
+    """Where the news of a run go; this one says nothing, as ranks other than the first do."""
 
     def loading(self, model: str) -> None:
         """The model is about to be loaded: the first sign of life."""
-        ...
 
     def begin(self, task: DiffusionTask, number: int, total: int) -> None:
         """A task is `number` of `total`; its first unit comes next."""
-        ...
 
     def advance(self, event: Progress) -> None:
         """One unit of work was done."""
-        ...
 
     def end(self, task: DiffusionTask) -> None:
         """A task has ended, well or not."""
-        ...
 
     def saved(self, task: DiffusionTask) -> None:
         """A task was cut short, and the same command goes on with it."""
-        ...
 
     def close(self) -> None:
         """Nothing more will come; leave the terminal as it was."""
-        ...
 
 
 def make_reporter(*, as_json: bool) -> Reporter:
@@ -54,7 +47,7 @@ def make_reporter(*, as_json: bool) -> Reporter:
 
     place = rank_place()
     if place is not None and place.rank > 0:
-        return SilentReporter()
+        return Reporter()
     if as_json:
         return JsonReporter()
     if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 20:
@@ -63,9 +56,7 @@ def make_reporter(*, as_json: bool) -> Reporter:
 
 
 class Pace:
-    """Mean time of a task's denoising steps. The first one, which may warm up, counts only while it is
-    alone.
-    """
+    """Mean time of a task's denoising steps. The first, which may warm up, counts only while alone."""
 
     def __init__(self) -> None:
         self._first: float | None = None
@@ -118,29 +109,7 @@ def _saved(task: DiffusionTask) -> str:
     return f"saved at {done}; the same command goes on there"
 
 
-class SilentReporter:
-    """Says nothing: another rank does."""
-
-    def loading(self, model: str) -> None:
-        """Nothing."""
-
-    def begin(self, task: DiffusionTask, number: int, total: int) -> None:
-        """Nothing."""
-
-    def advance(self, event: Progress) -> None:
-        """Nothing."""
-
-    def end(self, task: DiffusionTask) -> None:
-        """Nothing."""
-
-    def saved(self, task: DiffusionTask) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-class LineReporter:
+class LineReporter(Reporter):
     """Plain lines on stderr, sparse enough for a log."""
 
     def __init__(self) -> None:
@@ -185,7 +154,7 @@ class LineReporter:
         sys.stderr.flush()
 
 
-class BarReporter:
+class BarReporter(Reporter):
     """A bar on the terminal, drawn by rich; notes and endings stay above it."""
 
     def __init__(self) -> None:
@@ -239,7 +208,7 @@ class BarReporter:
         self._bars.stop()
 
 
-class JsonReporter:
+class JsonReporter(Reporter):
     """Every event as one line of JSON on stdout."""
 
     def loading(self, model: str) -> None:

@@ -123,9 +123,7 @@ def _drive(engine: Engine, tasks: list[DiffusionTask], reporter: Reporter) -> No
 
 @contextmanager
 def _signals_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a run as Ctrl+C does: what is computed is saved. Who ignores them goes on doing
-    so.
-    """
+    """SIGTERM and SIGHUP end a run as Ctrl+C does: what is computed is saved. An ignored one stays so."""
     from chitu_diffusion.config import rank_place
 
     def interrupt(number: int, frame: object) -> None:

@@ -27,9 +27,7 @@ class RecvBuffer:
 
 
 class Collectives(Protocol):
-    """Ranks that talk to each other, one of which is this one. Every call is made by all of them, in the same
-    order.
-    """
+    """Ranks that talk to each other, this one among them. All of them make every call, in the same order."""
 
     @property
     def size(self) -> int:

@@ -1,6 +1,4 @@
-"""Which machine this process is on, told apart from containers that look like it, and which others run
-there.
-"""
+"""Which machine this process is on, containers that look like it told apart, and which others run there."""
 
 from __future__ import annotations
 
@@ -9,9 +7,7 @@ from pathlib import Path
 
 
 def machine_id() -> str | None:
-    """What two processes share only if a process number means the same to both; None where that is
-    unknown.
-    """
+    """What two processes share only if a process number means the same to both; None where unknown."""
     try:
         return (
             f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} "

@@ -118,7 +118,6 @@ class P2PCollectives(TorchCollectives):
         self._heard: dict[int, int] = {}  # how many readings of a peer the side stream has waited for
 
     def recv_buffer(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> RecvBuffer:
-        """See `Collectives`."""
         own = rows[self.index]
         row = prod(shape) * like.element_size()
         # alike on all, though what arrives may differ in length
@@ -165,13 +164,11 @@ class P2PCollectives(TorchCollectives):
         self._used = 0
 
     def all_to_all(self, leaving: Sequence[Tensor], recv_buffer: RecvBuffer) -> Callable[[], None]:
-        """See `Collectives`."""
         if not isinstance(recv_buffer, _Place):
             return super().all_to_all(leaving, recv_buffer)
         return self._write({peer: [(leaving[peer], recv_buffer)] for peer in self._others()}, self._others())
 
     def ring_shift(self, leaving: Sequence[Tensor], recv_buffers: Sequence[RecvBuffer]) -> Callable[[], None]:
-        """See `Collectives`."""
         places = [buffer for buffer in recv_buffers if isinstance(buffer, _Place)]
         if len(places) < len(recv_buffers):
             return super().ring_shift(leaving, recv_buffers)

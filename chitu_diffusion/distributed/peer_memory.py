@@ -48,7 +48,7 @@ class PeerMemoryError(RuntimeError):
 
 
 class CudaPeerMemory:
-    """See `copy_peers.PeerMemory`. `open_peer_memory` makes them.
+    """See `p2p_collectives.PeerMemory`. `open_peer_memory` makes them.
 
     Args:
         index, size: of this rank in its group.
@@ -89,10 +89,9 @@ class CudaPeerMemory:
         self._flags: ctypes.Array[ctypes.c_uint32] | None = None
         self._flags_at = 0
 
-    # -- what `copy_peers.PeerMemory` says
+    # -- what `p2p_collectives.PeerMemory` says
 
     def resize(self, size: int) -> Tensor | None:
-        """See `PeerMemory`."""
         torch.cuda.synchronize(self._device)
         self._close()
         self.meet(None)  # nobody maps our memory, or writes there
@@ -111,17 +110,14 @@ class CudaPeerMemory:
         return torch.as_tensor(_Raw(self._own, size), device=self._device)
 
     def fork(self) -> None:
-        """See `PeerMemory`."""
         self._forks += 1
         self._tell(self._main(), _QUEUED, self.index, self._forks)
         self._await(self._side.cuda_stream, _QUEUED, self.index, self._forks)
 
     def wait_read(self, peer: int, number: int) -> None:
-        """See `PeerMemory`."""
         self._await(self._side.cuda_stream, _READ, peer, number)
 
     def copy(self, x: Tensor, peer: int, offset: int) -> None:
-        """See `PeerMemory`."""
         assert x.is_contiguous()
         size = x.numel() * x.element_size()
         _check(
@@ -130,22 +126,18 @@ class CudaPeerMemory:
         )
 
     def signal_arrived(self, peer: int, number: int) -> None:
-        """See `PeerMemory`."""
         self._tell(self._side.cuda_stream, _ARRIVED, peer, number)
 
     def sent(self) -> Callable[[], None]:
-        """See `PeerMemory`."""
         self._sends += 1
         number = self._sends
         self._tell(self._side.cuda_stream, _SENT, self.index, number)
         return lambda: self._await(self._main(), _SENT, self.index, number)
 
     def wait_arrived(self, peer: int, number: int) -> None:
-        """See `PeerMemory`."""
         self._await(self._main(), _ARRIVED, peer, number)
 
     def signal_read(self, peer: int, number: int) -> None:
-        """See `PeerMemory`."""
         self._tell(self._main(), _READ, peer, number)
 
     def waiting(self) -> float:

@@ -118,9 +118,7 @@ def plan_for(
 
 
 def auto_plan(world: int, heads: int, ranks_per_node: int | None = None) -> ParallelPlan:
-    """CFG first, for it halves exactly; then Ulysses within a node, up to a divisor of the heads; then
-    ring.
-    """
+    """CFG first, for it halves exactly; then Ulysses in a node, up to a divisor of the heads; then ring."""
     cfg = 2 if world % 2 == 0 else 1
     ulysses = math.gcd(world // cfg, heads, ranks_per_node or world)
     return ParallelPlan(cfg, ulysses, world // cfg // ulysses)

@@ -139,9 +139,7 @@ class ProcessGroups:
         self.ring = self._axis(self.plan.ring_groups(), "ring")
 
     def _gather(self) -> None:
-        """Wait for every rank to begin anew. Torch's own waiting hears neither signals nor the watch, and
-        takes minutes.
-        """
+        """Wait for every rank to begin anew; torch's own waiting hears no signals and takes minutes."""
         assert self._store is not None
         with self._lock:
             self._generation += 1
@@ -186,9 +184,7 @@ class ProcessGroups:
         return options
 
     def _axis(self, groups: list[list[int]], copied: str | None = None) -> Collectives:
-        """The collectives along an axis, by all its groups; `copied` names one whose exchanges copy engines
-        may do.
-        """
+        """The collectives along an axis, by all its groups; `copied` names one that copy engines may do."""
         if len(groups[0]) == 1:
             return SINGLE
         mine = next(index for index, ranks in enumerate(groups) if self.rank in ranks)
@@ -227,9 +223,7 @@ class ProcessGroups:
                 memory.release()
 
     def waiting(self) -> float:
-        """Seconds that an exchange on the device has not moved; 0 on the CPU, where exchanges raise by
-        themselves.
-        """
+        """Seconds that an exchange on the device has not moved; 0 on the CPU, where exchanges raise."""
         if not self._open or self.broken is not None:
             return 0.0
         return max(self._in_flight.waiting(), *(memory.waiting() for memory in self._memory), 0.0)

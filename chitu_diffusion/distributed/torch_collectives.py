@@ -1,6 +1,4 @@
-"""Exchanges through torch's process groups: NCCL on GPUs, gloo on CPUs; and how long the one under way has
-been.
-"""
+"""Exchanges through torch's process groups: NCCL on GPUs, gloo on CPUs; and how long one is under way."""
 
 from __future__ import annotations
 
@@ -85,7 +83,6 @@ class TorchCollectives:
         """See `Collectives`; nobody else writes into this rank's memory."""
 
     def all_to_all(self, leaving: Sequence[Tensor], recv_buffer: RecvBuffer) -> Callable[[], None]:
-        """See `Collectives`."""
         moves = []
         for step in range(1, self.size):
             to = (self.index + step) % self.size
@@ -94,7 +91,6 @@ class TorchCollectives:
         return self._begin(moves)
 
     def ring_shift(self, leaving: Sequence[Tensor], recv_buffers: Sequence[RecvBuffer]) -> Callable[[], None]:
-        """See `Collectives`."""
         following, before = ((self.index + step) % self.size for step in (1, -1))
         sends = [self._send(x, following) for x in leaving]
         return self._begin(sends + [self._receive(buffer.parts[before], before) for buffer in recv_buffers])
@@ -129,24 +125,20 @@ class TorchCollectives:
                 next((n for n in tries if nccl.ncclGroupEnd() != 0), None)  # refused where none is open
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
-        """See `Collectives`."""
         parts = [torch.empty_like(x) for _ in range(self.size)]
         with self._in_flight.exchange():
             dist.all_gather(parts, x, group=self._group)
         return parts
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """See `Collectives`."""
         with self._in_flight.exchange():
             dist.broadcast(x, self._ranks[0], group=self._group)
         return x
 
     def send_to_rank0(self, x: Tensor) -> None:
-        """See `Collectives`."""
         self._begin([self._send(x.contiguous(), 0)])()
 
     def recv_from(self, index: int, arriving: Tensor) -> Tensor:
-        """See `Collectives`."""
         self._begin([self._receive(arriving, index)])()
         return arriving
 

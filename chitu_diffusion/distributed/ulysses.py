@@ -101,9 +101,7 @@ def ulysses(
 
 
 def _in_order(pieces: Sequence[tuple[Sequence[Tensor], Callable[[], None]]], out: Tensor) -> None:
-    """Once they are here, each piece's parts [s, B, h, D] by peer -> out [B, s, H, D], heads in their
-    order.
-    """
+    """Once they are here, each piece's parts [s, B, h, D] by peer -> out [B, s, H, D], heads in order."""
     for _, arrived in pieces:
         arrived()
     peers = range(len(pieces[0][0]))

@@ -1,3 +1,1 @@
-"""How good a video is: held-out prompts, the judge, and scores. Knows frames and prompts;
-no engine life.
-"""
+"""How good a video is: held-out prompts, the judge, and scores. Knows frames and prompts, no engine."""

@@ -32,9 +32,7 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Video:
-    """What is asked for: a prompt, its seed, and the words behind the prompt where it comes from the drawn
-    world.
-    """
+    """A prompt, its seed, and the words behind the prompt where it comes from the drawn world."""
 
     prompt: str
     seed: int

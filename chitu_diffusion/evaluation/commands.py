@@ -1,6 +1,4 @@
-"""`chitu eval ...`: the measuring commands. Knows flags and how results are told; measuring is done beside
-it.
-"""
+"""`chitu eval ...`: the measuring commands. Knows flags and output; the measuring is done beside it."""
 
 from __future__ import annotations
 
@@ -71,9 +69,7 @@ def compare(
     ),
     json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """PSNR, SSIM, LPIPS (where installed) and flicker of two videos; a contact sheet and both side by
-    side.
-    """
+    """PSNR, SSIM, LPIPS (where installed) and flicker of two videos; a contact sheet and both in one."""
     from chitu_diffusion.evaluation.compare import compare_files
 
     for name in (a, b):

@@ -50,9 +50,7 @@ class Judge(nn.Module):
         )
 
     def forward(self, video: Tensor) -> dict[str, Tensor]:
-        """video [B, T, 3, H, W] in [0, 1], any T, H, W -> logits [B, classes] by name ("actor", "colour",
-        ...).
-        """
+        """video [B, T, 3, H, W] in [0, 1], any T, H, W -> logits [B, classes] by name ("actor", ...)."""
         x = prepare(video)  # [B, FRAMES, 3, SIDE, SIDE]
         batch = x.shape[0]
         line = torch.linspace(-1, 1, SIDE, device=x.device, dtype=x.dtype)
@@ -67,9 +65,7 @@ class Judge(nn.Module):
 
 
 def prepare(video: Tensor) -> Tensor:
-    """Any clip [B, T, 3, H, W] -> [B, FRAMES, 3, SIDE, SIDE]: frames evenly spread, area-averaged to a
-    square.
-    """
+    """Any clip [B, T, 3, H, W] -> [B, FRAMES, 3, SIDE, SIDE]: frames evenly spread, area-averaged."""
     index = torch.linspace(0, video.shape[1] - 1, FRAMES, device=video.device).round().long()
     picked = video[:, index]
     small = F.interpolate(picked.flatten(0, 1).float(), size=(SIDE, SIDE), mode="area")
@@ -92,9 +88,7 @@ def load_judge(path: Path = WEIGHTS) -> Judge:
 
 
 def judge_accuracy() -> tuple[dict[str, float], int]:
-    """How often the shipped judge is right, as its training measured it: share by part, and of how many drawn
-    clips.
-    """
+    """How often the shipped judge is right, as its training measured: share by part, and clips drawn."""
     card = json.loads(CARD.read_text(encoding="utf-8"))
     return card["accuracy"], card["test_clips"]
 

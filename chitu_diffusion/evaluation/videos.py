@@ -78,9 +78,7 @@ def make_video(backend: DiffusionBackend, *, kernel: str | None = None, **params
 
 
 def _plan(backend: DiffusionBackend, task: DiffusionTask) -> None:
-    """Calculate a plan that the model keeps: the first task of a process pays for it, and is no measure of
-    the others.
-    """
+    """Calculate a plan that the model keeps: only the first task of a process would pay for it."""
     steps = task.num_inference_steps
     guidance = guidance_pair(task.resolved.guidance_scale if task.resolved else None)
     if task.buffer.cache is not None:
@@ -158,9 +156,7 @@ class Count:
         self._events.clear()
 
     def _shares(self, tokens: int) -> dict[Level, float]:
-        """Share of a forward's multiplications at one site of each level, before it is divided by the
-        depth.
-        """
+        """Share of a forward's multiplications at one site of each level, before division by the depth."""
         spec = self._backend.spec
         config = spec.transformers[0]
         dim = config.dim

@@ -125,9 +125,7 @@ def _loaded(config: EngineConfig) -> DiffusionBackend:
 
 
 def _end_with(parent: Any) -> None:
-    """Ends this process once its parent has: one that was killed sends no word, and its workers would hold
-    the device.
-    """
+    """Ends this process once its parent has ended: a killed one says nothing, and the device must be free."""
     parent.join()
     os._exit(1)
 

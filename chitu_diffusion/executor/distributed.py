@@ -348,9 +348,7 @@ class DistributedExecutor:
     def _failed(
         self, task: DiffusionTask, stage: TaskStatus, reports: Sequence[UnitReport], event: Progress | None
     ) -> Progress:
-        """The task fails on every rank with one and the same error: the first that is not just a broken
-        exchange.
-        """
+        """The task fails on every rank with one error: the first that is not just a broken exchange."""
         failed = [rank for rank, report in enumerate(reports) if report.outcome is Outcome.FAILED]
         first = min(failed, key=lambda rank: (reports[rank].in_exchange, rank))
         if first == self._workers.rank and event is not None:
@@ -379,9 +377,7 @@ def _same_request(one: DiffusionUserParams, other: DiffusionUserParams) -> bool:
 
 
 class _Snapshot:
-    """A task as it was. Units change a task's fields and never what lies in them, so references are
-    enough.
-    """
+    """A task as it was. Units set a task's fields and never change what is in them: references are enough."""
 
     def __init__(self, task: DiffusionTask) -> None:
         self._task = task

@@ -126,9 +126,7 @@ class HeartbeatMonitor:
         self._mark_lost(None if self._launched else 0, why, frozen)
 
     def report_abort(self, generation: int) -> None:
-        """This rank raised and gave up the exchanges of that generation: the others shall not wait for it in
-        them.
-        """
+        """This rank raised and gave up the exchanges of that generation: the others need not wait for it."""
         self._aborted = generation
         self._wake.set()
 

@@ -12,9 +12,7 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def deferred_interrupts() -> Iterator[None]:
-    """Ctrl+C and the like are raised when this is over: what is inside is short, and must not be cut in
-    two.
-    """
+    """Ctrl+C and the like are raised when this is over: what is inside is short and must be whole."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

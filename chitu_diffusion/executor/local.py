@@ -19,9 +19,7 @@ class Executor(Protocol):
         ...
 
     def add_task(self, task: DiffusionTask, checkpoints: Path | None) -> None:
-        """On the driver: a task that came into the pool; it goes on where a checkpoint in that folder leaves
-        it.
-        """
+        """On the driver: a task that came into the pool; it goes on where its checkpoint leaves it."""
         ...
 
     def save_task(self, task: DiffusionTask) -> None:

@@ -1,6 +1,4 @@
-"""What rank 0 tells its workers, and what every rank reports of a work unit. Plain values; JSON on the
-way.
-"""
+"""What rank 0 tells its workers, and what ranks report of a unit. Plain values; JSON on the way."""
 
 from __future__ import annotations
 

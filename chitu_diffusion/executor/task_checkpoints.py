@@ -1,6 +1,4 @@
-"""Which tasks have checkpoints on this rank, and where. Knows folders and tasks; the files are
-`pipelines.checkpoint`'s.
-"""
+"""Which tasks have checkpoints on this rank, and where; the files are `pipelines.checkpoint`'s."""
 
 from __future__ import annotations
 

@@ -78,9 +78,7 @@ class WorkerGroup:
         self.monitor.set_status("starting")
 
     def abort_exchanges(self) -> None:
-        """Give up the exchanges that are under way, and wake whoever waits in them. The groups can be opened
-        again.
-        """
+        """Give up the exchanges under way and wake whoever waits in them. The groups can be opened again."""
         self.monitor.report_abort(self.groups.generation)
         self.groups.abort()
 

@@ -9,12 +9,12 @@ agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.flexcache.interface import Site, SiteInputs, StepInfo
+from chitu_diffusion.flexcache.interface import ComputeBranches
 from chitu_diffusion.flexcache.predictors import weighted
 from chitu_diffusion.flexcache.schedule import Schedule, Shapes
 from chitu_diffusion.flexcache.strategy import (
@@ -24,7 +24,6 @@ from chitu_diffusion.flexcache.strategy import (
     check_choice,
     check_number,
     check_whole,
-    place_of,
 )
 
 if TYPE_CHECKING:
@@ -115,26 +114,21 @@ class CalibratedPlan(Strategy):
             "velocity": ["predict" if step in weights else "compute" for step in range(schedule.num_steps)]
         }, weights
 
-    def velocity(
-        self,
-        info: StepInfo,
-        latent: Tensor,
-        compute: Callable[[tuple[int, ...]], Tensor],
-        state: StrategyState,
-    ) -> Tensor:
+    def velocity(self, latent: Tensor, compute: ComputeBranches, state: StrategyState) -> Tensor:
         """Computes, or combines what is kept; the combination is float32."""
         import torch
 
-        place = place_of(Site("velocity", 0, 0), info)
+        place = state.place("velocity")
         records = state.records.get(place, [])
         by_step = {record["step"]: record for record in records}
         # a cache that was emptied on the way lacks what the plan counts on
+        info = state.info
         if info.step in state.weights and not by_step.keys() >= set(state.weights[info.step][0]):
             return compute(info.branches)
         if info.step not in state.weights:
             value = compute(info.branches)
             if self.worth_keeping(state.plan["velocity"], info.step):
-                self.keep(info, place, value, SiteInputs(latent), state)
+                self.keep(place, value, latent, state)
             return value
         steps, weights = state.weights[info.step]
         branches = len(info.branches)
@@ -142,12 +136,11 @@ class CalibratedPlan(Strategy):
         parts.append(by_step[steps[-1]]["latent"].float())
         return torch.cat([weighted(parts, row) for row in weights])
 
-    def keep(
-        self, info: StepInfo, place: str, value: Tensor, inputs: SiteInputs, state: StrategyState
-    ) -> None:
+    def keep(self, place: str, value: Tensor, entering: Tensor, state: StrategyState) -> None:
         """Velocity and latent of a computed step; of those before it the velocity."""
+        info = state.info
         older = [{**record, "latent": None} for record in state.records.get(place, [])]
-        record = {"step": info.step, "at": info.sigma, "value": value, "latent": inputs.entering}
+        record = {"step": info.step, "at": info.sigma, "value": value, "latent": entering}
         state.records[place] = [*older, record][-self.order :]
 
 

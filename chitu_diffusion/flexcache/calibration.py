@@ -68,9 +68,7 @@ class Calibration:
     plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def traces(self) -> Traces:
-        """The moments as `planning` takes them; sampler weights and guidance are those of the runs' own
-        schedule.
-        """
+        """The moments as `planning` takes them; weights and guidance are those of the runs' own schedule."""
         import numpy as np
 
         from chitu_diffusion.flexcache.plan_search import Traces

@@ -9,11 +9,11 @@ and take u = c - (c - u of the last full step) (`fill=difference`), or u = c, no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from chitu_diffusion.flexcache.interface import Site, SiteInputs, StepInfo
+from chitu_diffusion.flexcache.interface import ComputeBranches
 from chitu_diffusion.flexcache.interval import fresh_every
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.flexcache.strategy import (
@@ -22,7 +22,6 @@ from chitu_diffusion.flexcache.strategy import (
     check_choice,
     check_number,
     check_whole,
-    place_of,
 )
 
 if TYPE_CHECKING:
@@ -62,26 +61,20 @@ class CfgGate(Strategy):
         outside = [guarded or not low <= step < high for step, guarded in enumerate(self.protected(schedule))]
         return outside if self.interval == 0 else fresh_every(self.interval, outside)
 
-    def velocity(
-        self,
-        info: StepInfo,
-        latent: Tensor,
-        compute: Callable[[tuple[int, ...]], Tensor],
-        state: StrategyState,
-    ) -> Tensor:
+    def velocity(self, latent: Tensor, compute: ComputeBranches, state: StrategyState) -> Tensor:
         """Both branches, or the prompt's and a stand-in for the other."""
         import torch
 
-        site = Site("velocity", 0, 0)
-        place = place_of(site, info)
-        if info.branches != (0, 1):
-            return compute(info.branches)
-        if not self.saves(info, "velocity", state) or place not in state.records:
-            value = compute(info.branches)
-            if self.worth_keeping(state.plan["velocity"], info.step):
+        branches = state.info.branches
+        place = state.place("velocity")
+        if branches != (0, 1):
+            return compute(branches)
+        if not state.saves("velocity") or place not in state.records:
+            value = compute(branches)
+            if self.worth_keeping(state.plan["velocity"], state.info.step):
                 prompt, other = value.chunk(2)
-                self.keep(info, place, prompt - other, SiteInputs(latent), state)
+                self.keep(place, prompt - other, latent, state)
             return value
         prompt = compute((0,))
-        other = prompt if self.fill == "drop" else prompt - self.predicted(info, place, state)
+        other = prompt if self.fill == "drop" else prompt - self.predicted(place, state)
         return torch.cat([prompt, other])

@@ -9,11 +9,10 @@ device, from the prompt's branch; the other branch follows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from chitu_diffusion.flexcache.interface import Site, SiteInputs, StepInfo
+from chitu_diffusion.flexcache.interface import Compute, Site, SiteInputs
 from chitu_diffusion.flexcache.schedule import Schedule, Shapes
 from chitu_diffusion.flexcache.strategy import (
     Plan,
@@ -67,32 +66,25 @@ class DBCache(Strategy):
         """The middle's residuals, and the first blocks' own."""
         return super().kept_bytes(shapes) + shapes.stream
 
-    def blocks(
-        self,
-        info: StepInfo,
-        site: Site,
-        compute: Callable[[], Tensor],
-        inputs: SiteInputs,
-        state: StrategyState,
-    ) -> Tensor:
+    def blocks(self, site: Site, compute: Compute, inputs: SiteInputs, state: StrategyState) -> Tensor:
         """The first blocks compute, the last of them decides, the rest follow."""
         first, last = self.span(site.depth)
         if site.block >= first or first > last:
-            return super().blocks(info, site, compute, inputs, state)
+            return super().blocks(site, compute, inputs, state)
         if site.block == 0:
             state.scratch["start"] = inputs.entering
         value = compute()
         if site.block == first - 1:
-            self._decide(info, value - state.scratch.pop("start"), state)
+            self._decide(value - state.scratch.pop("start"), state)
         return value
 
-    def _decide(self, info: StepInfo, residual: Tensor, state: StrategyState) -> None:
-        prompt = info.of_prompt(residual)
-        if state.decided(info.step) is None:
-            asked = state.action("block", info.step) == "ask"
-            state.record_decision(info.step, asked and self._may_skip(prompt, state))
-            state.notes["run"] = state.notes.get("run", 0) + 1 if state.decided(info.step) else 0
-        if not state.decided(info.step):
+    def _decide(self, residual: Tensor, state: StrategyState) -> None:
+        prompt = state.info.of_prompt(residual)
+        if state.decided is None:
+            asked = state.action("block") == "ask"
+            state.record_decision(asked and self._may_skip(prompt, state))
+            state.notes["run"] = state.notes.get("run", 0) + 1 if state.decided else 0
+        if not state.decided:
             state.notes["full"] = True
             if prompt is not None:
                 state.notes["first"] = prompt

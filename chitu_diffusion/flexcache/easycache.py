@@ -13,20 +13,12 @@ that is fetched from the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from chitu_diffusion.flexcache.interface import Site, SiteInputs, StepInfo
+from chitu_diffusion.flexcache.interface import ComputeBranches
 from chitu_diffusion.flexcache.schedule import Schedule, Shapes
-from chitu_diffusion.flexcache.strategy import (
-    Plan,
-    Strategy,
-    StrategyState,
-    check_choice,
-    check_number,
-    place_of,
-)
+from chitu_diffusion.flexcache.strategy import Plan, Strategy, StrategyState, check_choice, check_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,60 +56,50 @@ class EasyCache(Strategy):
         """Records, the last step's velocities, and two latents."""
         return (self.records_needed + 1) * shapes.velocity + self.latent_bytes(shapes) + 8 * shapes.latent
 
-    def velocity(
-        self,
-        info: StepInfo,
-        latent: Tensor,
-        compute: Callable[[tuple[int, ...]], Tensor],
-        state: StrategyState,
-    ) -> Tensor:
+    def velocity(self, latent: Tensor, compute: ComputeBranches, state: StrategyState) -> Tensor:
         """Decides, then computes or stands in."""
-        asks = "ask" in state.plan["velocity"][info.step :]
-        place = place_of(Site("velocity", 0, 0), info)
-        if state.action("velocity", info.step) == "ask" and place in state.records:
-            state.record_decision(info.step, self._may_skip(info, latent, state))
-        if state.decided(info.step):
-            value = self._stand_in(info, place, latent, state)
+        asks = "ask" in state.plan["velocity"][state.info.step :]
+        place = state.place("velocity")
+        if state.action("velocity") == "ask" and place in state.records:
+            state.record_decision(self._may_skip(latent, state))
+        if state.decided:
+            value = self._stand_in(place, latent, state)
         else:
-            value = compute(info.branches)
+            value = compute(state.info.branches)
             if asks:
-                self._note_full(info, place, value, latent, state)
+                self._note_full(place, value, latent, state)
         if asks:
             state.notes["last"] = (latent, value)
         return value
 
-    def _may_skip(self, info: StepInfo, latent: Tensor, state: StrategyState) -> bool:
+    def _may_skip(self, latent: Tensor, state: StrategyState) -> bool:
         if not state.notes.get("rated"):
             return False
         before, velocity = state.notes["last"]
-        prompt = info.of_prompt(velocity)
+        prompt = state.info.of_prompt(velocity)
         error = None
         if prompt is not None:
             error = float(state.notes["rate"] * (latent - before).abs().mean() / prompt.float().abs().mean())
         state.notes["error"] += state.all_reduce_max(error)
         return bool(state.notes["error"] < self.threshold)
 
-    def _note_full(
-        self, info: StepInfo, place: str, value: Tensor, latent: Tensor, state: StrategyState
-    ) -> None:
+    def _note_full(self, place: str, value: Tensor, latent: Tensor, state: StrategyState) -> None:
         if "last" in state.notes:
             before, velocity = state.notes["last"]
-            now = info.of_prompt(value)
-            then = info.of_prompt(velocity)
+            now = state.info.of_prompt(value)
+            then = state.info.of_prompt(velocity)
             state.notes["rated"] = True
             if now is not None and then is not None:
                 state.notes["rate"] = (now.float() - then.float()).abs().mean() / (
                     latent - before
                 ).abs().mean()
         state.notes.update(error=0.0, anchor=latent)
-        self.keep(info, place, value, SiteInputs(latent), state)
+        self.keep(place, value, latent, state)
 
-    def _stand_in(self, info: StepInfo, place: str, latent: Tensor, state: StrategyState) -> Tensor:
+    def _stand_in(self, place: str, latent: Tensor, state: StrategyState) -> Tensor:
         if self.fill == "predictor":
-            return self.predicted(info, place, state)
+            return self.predicted(place, state)
         record = state.records[place][-1]
-        repeats = len(info.branches)
-        value: Tensor = record["value"] + (latent - state.notes["anchor"]).repeat(repeats, 1, 1, 1, 1).to(
-            record["value"].dtype
-        )
+        moved = (latent - state.notes["anchor"]).repeat(len(state.info.branches), 1, 1, 1, 1)
+        value: Tensor = record["value"] + moved.to(record["value"].dtype)
         return value

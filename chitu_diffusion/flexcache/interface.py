@@ -39,6 +39,12 @@ Action = Literal["compute", "reuse", "predict", "ask"]
 
 MODULE_LEVELS: frozenset[Level] = frozenset({"attention", "cross", "ffn"})
 
+Compute = Callable[[], "Tensor"]
+"""What a site would compute."""
+ComputeBranches = Callable[[tuple[int, ...]], "Tensor"]
+"""Runs the forwards of some guidance branches; their velocities [branches * B, C, T, H, W] in the order
+asked.
+"""
 AllReduceMax = Callable[[float | None], float]
 """One number that a decision rests on, made common to all ranks: the largest of theirs. A rank that does not
 run the prompt's branch has none to give (None) and takes the others'."""
@@ -74,9 +80,7 @@ class StepInfo:
     branches: tuple[int, ...]
 
     def of_prompt(self, stacked: Tensor) -> Tensor | None:
-        """The rows of `stacked` [branches * B, ...] that belong to the prompt's branch; None if it is not
-        among them.
-        """
+        """The rows of `stacked` [branches * B, ...] of the prompt's branch; None if it is not among them."""
         if 0 not in self.branches:
             return None
         return stacked.chunk(len(self.branches))[self.branches.index(0)]
@@ -125,10 +129,8 @@ class StepCache(Protocol):
         """
         ...
 
-    def at(self, site: Site, compute: Callable[[], Tensor], inputs: SiteInputs) -> Tensor:
-        """Answers for `site`: calls `compute` (at most once) or gives a reused or predicted tensor of that
-        shape.
-        """
+    def at(self, site: Site, compute: Compute, inputs: SiteInputs) -> Tensor:
+        """Answers for `site`: calls `compute` (at most once) or gives a tensor of that shape in its place."""
         ...
 
 
@@ -138,7 +140,7 @@ class NoCache:
 
     levels: frozenset[Level] = frozenset()
 
-    def at(self, site: Site, compute: Callable[[], Tensor], inputs: SiteInputs) -> Tensor:
+    def at(self, site: Site, compute: Compute, inputs: SiteInputs) -> Tensor:
         """Computes."""
         return compute()
 

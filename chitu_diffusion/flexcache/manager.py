@@ -10,13 +10,14 @@ network, guidance or sampler.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.flexcache.interface import (
     NO_CACHE,
     AllReduceMax,
+    Compute,
+    ComputeBranches,
     Level,
     Site,
     SiteInputs,
@@ -38,9 +39,7 @@ _WHOLE: tuple[Level, ...] = ("step", "velocity")
 
 
 def fork(state: CacheState) -> CacheState:
-    """A copy that can be written to while the original stays as it is. Tensors are shared: nobody writes into
-    them.
-    """
+    """A copy that can be written to while the original stays. Tensors are shared: nobody writes into them."""
     return {**state, "records": dict(state["records"]), "notes": dict(state["notes"])}
 
 
@@ -49,17 +48,16 @@ class ForwardCache:
     """What a network is handed for one forward: the strategy at a step, over the task's state."""
 
     strategy: Strategy
-    info: StepInfo
     state: StrategyState
 
     @property
     def levels(self) -> frozenset[Level]:
         """Where this forward wants to be asked."""
-        return self.strategy.levels(self.info.step, self.state)
+        return self.strategy.levels(self.state)
 
-    def at(self, site: Site, compute: Callable[[], Tensor], inputs: SiteInputs) -> Tensor:
+    def at(self, site: Site, compute: Compute, inputs: SiteInputs) -> Tensor:
         """The strategy's answer."""
-        return self.strategy.answer(self.info, site, compute, inputs, self.state)
+        return self.strategy.answer(site, compute, inputs, self.state)
 
 
 class FlexCacheManager:
@@ -113,11 +111,7 @@ class FlexCacheManager:
     # -- the loop's face
 
     def velocity(
-        self,
-        step_idx: int,
-        latent: Tensor,
-        branches: tuple[int, ...],
-        compute: Callable[[tuple[int, ...]], Tensor],
+        self, step_idx: int, latent: Tensor, branches: tuple[int, ...], compute: ComputeBranches
     ) -> Tensor:
         """The velocities [branches * B, C, T, H, W] of a step.
 
@@ -129,10 +123,9 @@ class FlexCacheManager:
         """
         if self._strategy is None or self._state is None:
             return compute(branches)
-        info = self._step_info(step_idx, branches)
-        state = self._strategy_state()
-        value = self._strategy.velocity(info, latent, compute, state)
-        self._state["reused"] += any(self._strategy.saves(info, level, state) for level in state.plan)
+        state = self._strategy_state(self._state, step_idx, branches)
+        value = self._strategy.velocity(latent, compute, state)
+        self._state["reused"] += any(state.saves(level) for level in state.plan)
         return value
 
     def cache_for(self, step_idx: int, branches: tuple[int, ...]) -> StepCache:
@@ -142,9 +135,9 @@ class FlexCacheManager:
             step_idx: from 0.
             branches: the guidance branches stacked along this forward's batch.
         """
-        if self._strategy is None:
+        if self._strategy is None or self._state is None:
             return NO_CACHE
-        return ForwardCache(self._strategy, self._step_info(step_idx, branches), self._strategy_state())
+        return ForwardCache(self._strategy, self._strategy_state(self._state, step_idx, branches))
 
     # -- the page's face
 
@@ -154,8 +147,8 @@ class FlexCacheManager:
         state = self._state
         if state is None or state["features"] is None:
             return False
-        strategy_state = self._strategy_state()
-        return any(strategy_state.action(level, step_idx) in ("reuse", "predict") for level in _WHOLE)
+        plan = state["plan"] or {}
+        return any(plan[level][step_idx] in ("reuse", "predict") for level in _WHOLE if level in plan)
 
     def get_cache(self) -> Any:
         """The features that are held; None if there are none. Counts as a reuse."""
@@ -171,19 +164,15 @@ class FlexCacheManager:
 
     # -- small parts
 
-    def _strategy_state(self) -> StrategyState:
-        state = self._state or emptied()
+    def _strategy_state(self, state: CacheState, step: int, branches: tuple[int, ...]) -> StrategyState:
+        sigmas = state["sigmas"]
         return StrategyState(
-            state.get("plan") or {},
+            StepInfo(
+                step, state["num_steps"], state["timesteps"][step], sigmas[step], sigmas[step + 1], branches
+            ),
+            state["plan"] or {},
             state["records"],
             state["notes"],
             self._all_reduce_max,
-            state.get("weights") or {},
-        )
-
-    def _step_info(self, step: int, branches: tuple[int, ...]) -> StepInfo:
-        state = self._state or {}
-        sigmas = state["sigmas"]
-        return StepInfo(
-            step, state["num_steps"], state["timesteps"][step], sigmas[step], sigmas[step + 1], branches
+            state["weights"] or {},
         )

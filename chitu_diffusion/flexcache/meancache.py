@@ -94,9 +94,7 @@ class MeanCache(Strategy):
 
 
 def fresh_plan(num_steps: int, fresh: int = 0) -> list[int]:
-    """The fresh steps of a schedule: `fresh` of them (at least 1), or 60 % for 0; first and last step among
-    them.
-    """
+    """The fresh steps of a schedule, first and last among them: `fresh` (at least 1), or 60 % for 0."""
     fresh = fresh or max(1, round(_USUAL_SHARE * num_steps))
     if fresh == 1 or num_steps == 1:
         return [0]
@@ -111,9 +109,7 @@ def fresh_plan(num_steps: int, fresh: int = 0) -> list[int]:
 
 
 def _quantile(share: float, spent: float) -> float:
-    """Share of the schedule that is over when a share `spent` of the fresh steps is, at a share of fresh
-    steps.
-    """
+    """Share of the schedule that is over when a share `spent` of the fresh steps is."""
     shares = [len(steps) / _LISTED_STEPS for steps in _LISTS] + [1.0]
     share = min(max(share, shares[0]), 1.0)
     above = max(bisect_left(shares, share), 1)

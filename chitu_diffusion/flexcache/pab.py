@@ -60,9 +60,7 @@ class PAB(Strategy):
         return tuple(self.ranges())
 
     def plan(self, schedule: Schedule) -> Plan:
-        """Each level by its own range, counted from the window's first step; a protected step computes
-        all.
-        """
+        """Each level by its own range, from the window's first step on; a protected step computes all."""
         inside = [
             self.low < time < self.high and not guarded
             for time, guarded in zip(schedule.timesteps, self.protected(schedule), strict=True)

@@ -166,9 +166,7 @@ def fitted(
 
 
 def gap_errors(traces: Traces, states: NDArray[np.int64], longest: int) -> Array:
-    """Mean squares [N, longest + 1] that gaps of 0, 1, ... skipped steps after each state add to the last
-    latent.
-    """
+    """Mean squares [N, longest + 1] that gaps of 0, 1, ... skipped steps after each state add at the end."""
     n = traces.num_steps
     count = len(states)
     if longest == 0:
@@ -283,9 +281,7 @@ class _Reached:
 def _known_errors(
     traces: Traces, order: int, longest: int, switches: Collection[int]
 ) -> Callable[[Fresh], Array]:
-    """`gap_errors` of every state that there can be, computed in one go for each number of remembered
-    steps.
-    """
+    """`gap_errors` of every possible state, in one go for each number of remembered steps."""
     n = traces.num_steps
     known = {}
     states: list[Fresh] = [(0,), *((step,) for step in sorted(switches))]

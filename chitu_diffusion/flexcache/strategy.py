@@ -9,7 +9,7 @@ moments and predictors; no networks, tasks or devices.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -18,6 +18,8 @@ from chitu_diffusion.flexcache.interface import (
     MODULE_LEVELS,
     Action,
     AllReduceMax,
+    Compute,
+    ComputeBranches,
     Level,
     Site,
     SiteInputs,
@@ -38,8 +40,9 @@ class StrategyState:
     """A task's state as a strategy sees it: the plan, records by place, and numbers of its own.
 
     Attributes:
+        info: the step that is being made.
         plan: see `Plan`.
-        records: by `place_of`, oldest first. Replace a list, never write into it; tensors likewise.
+        records: by `place`, oldest first. Replace a list, never write into it; tensors likewise.
         notes: whatever else a strategy remembers between steps: numbers, tensors.
         all_reduce_max: makes a number common to all ranks.
         weights: what a plan takes in a skipped step's place, where it says so itself; made with it, see
@@ -47,6 +50,7 @@ class StrategyState:
         scratch: for one forward; nothing of it stays.
     """
 
+    info: StepInfo
     plan: Plan
     records: dict[str, list[Record]]
     notes: dict[str, Any]
@@ -54,23 +58,28 @@ class StrategyState:
     weights: Mapping[int, Any] = field(default_factory=dict)
     scratch: dict[str, Any] = field(default_factory=dict)
 
-    def action(self, level: Level, step: int) -> Action:
-        """What is laid down for a step; at a level that the plan does not name, to compute."""
-        return self.plan[level][step] if level in self.plan else "compute"
+    def action(self, level: Level) -> Action:
+        """The plan for this step; at a level that it does not name, to compute."""
+        return self.plan[level][self.info.step] if level in self.plan else "compute"
 
-    def record_decision(self, step: int, may_reuse: bool) -> None:
+    def record_decision(self, may_reuse: bool) -> None:
         """Note what was decided for an "ask" step, for the other branch and for whoever counts."""
-        self.notes["decided"] = [step, may_reuse]
+        self.notes["decided"] = [self.info.step, may_reuse]
 
-    def decided(self, step: int) -> bool | None:
+    @property
+    def decided(self) -> bool | None:
         """Whether an "ask" step may reuse; None while nobody has decided."""
         last = self.notes.get("decided")
-        return bool(last[1]) if last is not None and last[0] == step else None
+        return bool(last[1]) if last is not None and last[0] == self.info.step else None
 
+    def saves(self, level: Level) -> bool:
+        """Whether this step does without the computation at a level."""
+        action = self.action(level)
+        return bool(self.decided) if action == "ask" else action != "compute"
 
-def place_of(site: Site, info: StepInfo) -> str:
-    """Under which name records of a site and its branches lie."""
-    return f"{site.level}.{site.block}.{''.join(map(str, info.branches))}"
+    def place(self, level: Level, block: int | str = 0) -> str:
+        """Under which name records of a site and this forward's branches are kept."""
+        return f"{level}.{block}.{''.join(map(str, self.info.branches))}"
 
 
 @dataclass(frozen=True)
@@ -191,9 +200,7 @@ class Strategy:
         return 4 * shapes.latent * self.records_needed if self.predictor == "velocity" else 0
 
     def protected(self, schedule: Schedule) -> list[bool]:
-        """For each step, whether it is computed whatever the rule says: start, end, and around the experts'
-        switch.
-        """
+        """For each step, whether it is computed in any case: start, end, around the experts' switch."""
         count = schedule.num_steps
         guarded = [step < self.warmup or step >= count - self.cooldown for step in range(count)]
         for switch in schedule.switches():
@@ -202,124 +209,85 @@ class Strategy:
         return guarded
 
     def worth_keeping(self, actions: Sequence[Action], step: int) -> bool:
-        """Whether a value computed at `step` can still be asked for: before `records_needed` newer ones
-        exist.
-        """
+        """Whether a value computed at `step` may be asked for before `records_needed` newer ones exist."""
         following = list(actions[step + 1 : step + 1 + self.records_needed])
         return any(action != "compute" for action in following)
 
-    def levels(self, step: int, state: StrategyState) -> frozenset[Level]:
+    def levels(self, state: StrategyState) -> frozenset[Level]:
         """The levels at which this step wants to be asked: where something is saved, or kept for later."""
         return frozenset(
             level
             for level, actions in state.plan.items()
-            if actions[step] != "compute" or self.worth_keeping(actions, step)
+            if actions[state.info.step] != "compute" or self.worth_keeping(actions, state.info.step)
         )
 
-    def velocity(
-        self,
-        info: StepInfo,
-        latent: Tensor,
-        compute: Callable[[tuple[int, ...]], Tensor],
-        state: StrategyState,
-    ) -> Tensor:
+    def velocity(self, latent: Tensor, compute: ComputeBranches, state: StrategyState) -> Tensor:
         """The velocities [branches * B, C, T, H, W] of a step.
 
         Args:
-            info: `branches` are all of this rank's.
             latent: [B, C, T, H, W].
-            compute: runs the forwards of some branches, stacked in the order asked.
+            state: its step's `branches` are all of this rank's.
         """
-        if "velocity" not in self.levels(info.step, state):
-            return compute(info.branches)
-        site = Site("velocity", 0, 0)
-        return self.whole(info, site, lambda: compute(info.branches), SiteInputs(latent), state)
+        branches = state.info.branches
+        if "velocity" not in self.levels(state):
+            return compute(branches)
+        return self.whole(Site("velocity", 0, 0), lambda: compute(branches), SiteInputs(latent), state)
 
-    def answer(
-        self,
-        info: StepInfo,
-        site: Site,
-        compute: Callable[[], Tensor],
-        inputs: SiteInputs,
-        state: StrategyState,
-    ) -> Tensor:
+    def answer(self, site: Site, compute: Compute, inputs: SiteInputs, state: StrategyState) -> Tensor:
         """The answer at a site inside the network."""
         if site.level == "block":
-            return self.blocks(info, site, compute, inputs, state)
-        return self.whole(info, site, compute, inputs, state)
+            return self.blocks(site, compute, inputs, state)
+        return self.whole(site, compute, inputs, state)
 
-    def whole(
-        self,
-        info: StepInfo,
-        site: Site,
-        compute: Callable[[], Tensor],
-        inputs: SiteInputs,
-        state: StrategyState,
-    ) -> Tensor:
-        """A site that is answered by itself; the stream's levels keep what was added, the others the
-        value.
-        """
-        place = place_of(site, info)
+    def whole(self, site: Site, compute: Compute, inputs: SiteInputs, state: StrategyState) -> Tensor:
+        """A site answered by itself; the stream's levels keep what was added, the others the value."""
+        place = state.place(site.level, site.block)
         residual = site.level == "step"
-        if self.saves(info, site.level, state) and place in state.records:
-            value = self.predicted(info, place, state)
+        if state.saves(site.level) and place in state.records:
+            value = self.predicted(place, state)
             return inputs.entering + value if residual else value
         value = compute()
-        if self.worth_keeping(state.plan[site.level], info.step):
-            self.keep(info, place, value - inputs.entering if residual else value, inputs, state)
+        if self.worth_keeping(state.plan[site.level], state.info.step):
+            self.keep(place, value - inputs.entering if residual else value, inputs.entering, state)
         return value
 
-    def blocks(
-        self,
-        info: StepInfo,
-        site: Site,
-        compute: Callable[[], Tensor],
-        inputs: SiteInputs,
-        state: StrategyState,
-    ) -> Tensor:
+    def blocks(self, site: Site, compute: Compute, inputs: SiteInputs, state: StrategyState) -> Tensor:
         """A run of blocks, `span`, that is answered as one: the residual over it is kept."""
         first, last = self.span(site.depth)
         if not first <= site.block <= last:
             return compute()
-        place = f"block.{first}-{last}.{''.join(map(str, info.branches))}"
-        if self.saves(info, "block", state) and place in state.records:
+        place = state.place("block", f"{first}-{last}")
+        if state.saves("block") and place in state.records:
             if site.block < last:
                 return inputs.entering
-            value = self.predicted(info, place, state)
+            value = self.predicted(place, state)
             return inputs.entering + value if self.residual else value
         if site.block == first:
             state.scratch["entered"] = inputs.entering
         value = compute()
-        if site.block == last and self.worth_keeping(state.plan["block"], info.step):
+        if site.block == last and self.worth_keeping(state.plan["block"], state.info.step):
             entered = state.scratch.pop("entered")
-            self.keep(info, place, value - entered if self.residual else value, inputs, state)
+            self.keep(place, value - entered if self.residual else value, inputs.entering, state)
         return value
 
-    def saves(self, info: StepInfo, level: Level, state: StrategyState) -> bool:
-        """Whether this step does without the computation at a level."""
-        action = state.action(level, info.step)
-        return bool(state.decided(info.step)) if action == "ask" else action != "compute"
-
-    def predicted(self, info: StepInfo, place: str, state: StrategyState) -> Tensor:
+    def predicted(self, place: str, state: StrategyState) -> Tensor:
         """What the predictor gives at a place that has records."""
+        info = state.info
         records = state.records[place]
         at = self.place_in_time(info)
         return predict(
             self.predictor, self.order, records, at=at, sigma=info.sigma, next_sigma=info.next_sigma
         )
 
-    def keep(
-        self, info: StepInfo, place: str, value: Tensor, inputs: SiteInputs, state: StrategyState
-    ) -> None:
+    def keep(self, place: str, value: Tensor, entering: Tensor, state: StrategyState) -> None:
         """Remember a fresh value, and forget those that nobody will look at again."""
-        latent = inputs.entering if self.predictor == "velocity" else None
+        info = state.info
+        latent = entering if self.predictor == "velocity" else None
         record = {"step": info.step, "at": self.place_in_time(info), "value": value, "latent": latent}
         state.records[place] = [*state.records.get(place, []), record][-self.records_needed :]
 
     def place_in_time(self, info: StepInfo) -> float:
-        """Where a step lies on the predictor's axis: whole velocities vary with the noise level, features
-        with the step.
-        """
+        """A step on the predictor's axis: velocities vary with the noise level, features with the step."""
         return info.sigma if self.where == "velocity" else float(info.step)
 
 

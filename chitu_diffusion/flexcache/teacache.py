@@ -76,9 +76,7 @@ def embedding_changes(schedule: Schedule, signal: str) -> list[float]:
 def accumulate(
     changes: Sequence[float], protected: Sequence[bool], threshold: float, coefficients: Sequence[float]
 ) -> list[bool]:
-    """For each step, whether it is computed: the accumulated polynomial of the change reached the
-    threshold.
-    """
+    """For each step, whether it is computed: the accumulated polynomial reached the threshold."""
     flags = []
     accumulated = 0.0
     for change, guarded in zip(changes, protected, strict=True):

@@ -188,9 +188,7 @@ def write_video(
 
 
 def _place(kind: str, target: Path) -> Path:
-    """Where the data goes: a link to a folder stays a link, its folder is replaced; a link to a file is
-    itself replaced.
-    """
+    """Where the data goes: a link to a folder stays, its folder is replaced; a link to a file is replaced."""
     return Path(os.path.realpath(target)) if kind == FOLDER else target
 
 
@@ -333,9 +331,7 @@ def _sidecar(path: Path) -> Path:
 
 
 def _replace_file(kind: str, part: Path, target: Path, text: str | None) -> None:
-    """A recipe beside its frames leaves before the frames change and comes after them: it never tells of
-    others.
-    """
+    """A recipe beside its frames leaves before the frames change and comes after: it tells of no others."""
     if kind != ".npy":
         os.replace(part, target)
         return
@@ -351,9 +347,7 @@ def _replace_file(kind: str, part: Path, target: Path, text: str | None) -> None
 
 @contextmanager
 def _stepped_aside(path: Path) -> Iterator[None]:
-    """What stands at a name has another one inside the block; afterwards it is gone, or back if the block
-    fails.
-    """
+    """What stands at a name has another one inside the block; then it is gone, or back if that fails."""
     old = _old(path)
     there = os.path.lexists(path)
     if there:

@@ -36,9 +36,7 @@ def empty_cache(device: torch.device) -> None:
 
 
 def top_useful_level(device: torch.device) -> int:
-    """The last memory level that saves anything: on a CPU, home and device are the same memory, and only
-    tiling helps.
-    """
+    """The last memory level that saves anything: on a CPU, where home is the device, only tiling helps."""
     return TOP_LEVEL if device.type == "cuda" else 1
 
 

@@ -65,11 +65,6 @@ class PinnedMemory:
         # then
         self.release = weakref.finalize(self, _unlock, self._locked)
 
-    @property
-    def locked_bytes(self) -> int:
-        """How much is locked."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._locked)
-
     def lock(self, tensor: Tensor) -> None:
         """Lock a contiguous tensor in main memory; small ones are left alone."""
         size = tensor.numel() * tensor.element_size()
@@ -333,9 +328,7 @@ class OffloadManager:
             self._stop_streams()
 
     def use(self, name: str) -> None:
-        """Make the part ready to run. At level 4 an expert's blocks stay home: run it with
-        `prefetched_blocks`.
-        """
+        """Make the part ready to run. At level 4 an expert's blocks stay home: see `prefetched_blocks`."""
         self._send_home(set(self._parts) - {name} - self._companions(name))
         if self._level == TOP_LEVEL and name in self._blocks:
             self._parts[name].on_device(leave_out=self._stream(name).tensors)
@@ -343,9 +336,7 @@ class OffloadManager:
             self._parts[name].on_device()
 
     def place(self) -> None:
-        """Bring what the level keeps on the device there: everything below level 2, to be ready for the first
-        task.
-        """
+        """Bring what the level keeps on the device there (all below level 2), ready for the first task."""
         for name, part in self._parts.items():
             if self._level < 2 or (self._level == 2 and name != TEXT_ENCODER):
                 part.on_device()

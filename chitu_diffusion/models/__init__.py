@@ -1,3 +1,1 @@
-"""The networks, one plain file each; they take attention and cache as arguments and know no request or
-setting.
-"""
+"""The networks, one plain file each; attention and cache are arguments; no request, no setting."""

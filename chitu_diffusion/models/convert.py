@@ -1,6 +1,4 @@
-"""Checking a model's folder, and turning one layout into the other. Moves weights; never computes with
-them.
-"""
+"""Checking a model's folder, and turning one layout into the other. Moves weights, computes nothing."""
 
 from __future__ import annotations
 

@@ -192,9 +192,7 @@ def _loaded(
 
 
 def _rounded(network: nn.Module, name: str) -> None:
-    """Rounds a weight that has just been read, if its layer multiplies in 8 bits: only one is there in full
-    at a time.
-    """
+    """Rounds a weight just read if its layer multiplies in 8 bits: only one at a time is there in full."""
     owner, _, leaf = name.rpartition(".")
     layer = network.get_submodule(owner)
     if leaf == "weight" and isinstance(layer, Float8Linear):

@@ -108,9 +108,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 
 
 def let_length_vary(tensors: Iterable[Tensor | None]) -> None:
-    """Says that the second axis of tensors [B, L, ...] has another length at every call, so that no graph is
-    made for each.
-    """
+    """Says that the second axis of tensors [B, L, ...] varies, so that not each length gets a graph."""
     for tensor in tensors:
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 1)

@@ -132,9 +132,7 @@ class Float8Linear(nn.Linear):
 
 
 def wants_float8(layer: object) -> bool:
-    """Whether a linear layer multiplies in 8 bits now, so that whoever makes its rows may round them as
-    well.
-    """
+    """Whether a linear layer multiplies in 8 bits now, so that its rows may be made in 8 bits too."""
     return isinstance(layer, Float8Linear) and layer.in_float8
 
 
@@ -223,9 +221,7 @@ def _replaced(block: nn.Module, name: str, linear: nn.Linear, originals: bool) -
 
 
 def _inside(word: str, name: str) -> bool:
-    """Whether a dotted word is part of a dotted name: "attn2.to_k" and "attn2" are in "attn2.to_k", "to" is
-    not.
-    """
+    """Whether a dotted word is part of a dotted name: "attn2.to_k" has "attn2" and "to_k", not "to"."""
     return f".{word}." in f".{name}."
 
 

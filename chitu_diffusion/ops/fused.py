@@ -162,9 +162,7 @@ def norm_and_rotate(
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns each neighbouring pair of channels of x [B, S, heads, head_dim] by its token's angles; in
-    float32.
-    """
+    """Turns each neighbouring pair of channels of x [B, S, heads, D] by its token's angles; in float32."""
     if x.device.type == "cpu":
         # the same products and sums in one pass, as complex numbers, for which a compiler for GPUs has no
         # code

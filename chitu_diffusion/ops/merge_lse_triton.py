@@ -53,7 +53,6 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
 def merge_fused(
     out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """See `chitu_diffusion.ops.merge_lse.merge`."""
     out, part = (x if x.stride(3) == 1 else x.contiguous() for x in (out, part))
     batch, tokens, heads, channels = out.shape
     merged = torch.empty(out.shape, dtype=dtype, device=out.device)

@@ -41,7 +41,6 @@ def _pack_kernel(  # type: ignore[no-untyped-def]
 def pack_fused(
     q: Tensor, k: Tensor, v: Tensor, away: Tensor, own: Tensor, index: int, share: int, first: int
 ) -> None:
-    """See `chitu_diffusion.ops.pack_qkv.pack`."""
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     tokens, _, batch, heads, channels = own.shape
     grid: Any = (triton.cdiv(tokens, _TOKENS), batch * heads, len(away))

@@ -169,9 +169,7 @@ CONVOLUTIONS: dict[str, Convolution] = {
 
 
 def weight_for(convolution: str, weight: Tensor) -> Tensor:
-    """The weight [C', C, kt, kh, kw] laid out so that this convolution need not lay it out again; same
-    values, same shape.
-    """
+    """The weight [C', C, kt, kh, kw] laid out as this convolution reads it; same values, same shape."""
     if convolution in ("conv3d", "widened"):
         return weight.contiguous(memory_format=torch.channels_last_3d)
     taps = 2

@@ -27,9 +27,7 @@ _DEEPEST = 64  # channels a step
 
 
 def suits_flat(weight: Tensor) -> bool:
-    """Whether a convolution's weight is of a size for `flat_conv`: 3 x 3 x 3, two or fewer powers of two
-    wide.
-    """
+    """Whether `flat_conv` takes a weight's size: 3 x 3 x 3, widths of at most two powers of two."""
     return weight.shape[2:] == (3, 3, 3) and all(_parts(width) is not None for width in weight.shape[:2])
 
 
@@ -97,9 +95,7 @@ def _multiplied(x: Tensor, weight: Tensor, out: Tensor, plane: int, line: int, r
 
 
 def _parts(width: int) -> tuple[int, int] | None:
-    """A width as a power of two and another one or nothing; None where that cannot be, or is too wide or
-    narrow.
-    """
+    """A width as a power of two and another or nothing; None where that cannot be, or does not fit."""
     first = 1 << (width.bit_length() - 1)
     rest = width - first
     if width < _NARROWEST or width > _WIDEST or rest & (rest - 1) or 0 < rest < _NARROWEST:

@@ -15,9 +15,7 @@ _PACKAGES = ("chitu-diffusion", "torch", "diffusers", "transformers")
 
 
 def recipe_of(task: DiffusionTask, backend: DiffusionBackend) -> dict[str, Any]:
-    """The recipe that is stored in a video: the request with every value filled in, the model, and the
-    machine.
-    """
+    """The recipe stored in a video: the request with every value filled in, the model, the machine."""
     params = (task.resolved or task.params).to_mapping()
     return {
         "prompt": params["prompt"],

@@ -27,9 +27,7 @@ def initial_noise(shape: Sequence[int], seed: int, stream: int = 0) -> Tensor:
 
 
 def upsample_latent(latent: Tensor, height: int, width: int) -> Tensor:
-    """A latent [B, C, T, h, w] at another spatial size [B, C, T, height, width], bicubic, frame by frame;
-    float32.
-    """
+    """A latent [B, C, T, h, w] at another size [B, C, T, height, width], bicubic by frame; float32."""
     batch, _, frames = latent.shape[:3]
     flat = latent.float().transpose(1, 2).flatten(0, 1)  # [B * T, C, h, w]
     larger = torch.nn.functional.interpolate(flat, size=(height, width), mode="bicubic", antialias=True)

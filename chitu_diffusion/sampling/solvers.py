@@ -248,9 +248,7 @@ class Sampler:
     def _weights(
         self, state: SamplerState, velocity: Tensor, latent: Tensor, known: Sequence[Tensor]
     ) -> tuple[Weights, dict[str, Any]]:
-        """What `_solved` gives, with each tensor as its weights over the known ones. Works on the CPU
-        alone.
-        """
+        """What `_solved` gives, with each tensor as its weights over the known ones. On the CPU alone."""
         # [1, known] each
         units = {id(tensor): unit for tensor, unit in zip(known, torch.eye(len(known)).split(1), strict=True)}
         history = _exchanged(state["history"], Tensor, lambda tensor: units[id(tensor)])
@@ -258,9 +256,7 @@ class Sampler:
         return tuple(moved[0].tolist()), _exchanged(kept, Tensor, lambda row: tuple(row[0].tolist()))
 
     def response(self, state: SamplerState) -> tuple[float, ...]:
-        """d(last latent) / d(velocity) of each step that is left: a solver is linear in the velocities that
-        it is given.
-        """
+        """d(last latent) / d(velocity) of each step that is left: a solver is linear in its velocities."""
         timesteps = state["timesteps"][state["index"] :]
         scheduler = self._scheduler(state["schedule"])
         scheduler.set_begin_index(state["index"])
@@ -273,9 +269,7 @@ class Sampler:
         return tuple(latent.flatten().tolist())
 
     def renoise(self, state: SamplerState, latent: Tensor, noise: Tensor) -> Tensor:
-        """Bring a clean latent [B, C, T, H, W] to the noise level at which the coming step expects it:
-        float32.
-        """
+        """Bring a clean latent [B, C, T, H, W] to the noise level of the coming step: float32."""
         sigma = self.sigma(state)
         return (1.0 - sigma) * latent.float() + sigma * noise.to(latent.device, torch.float32)
 

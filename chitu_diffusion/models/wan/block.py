@@ -107,9 +107,7 @@ class GeluLinear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """dim -> ffn_dim -> dim. The empty place at index 1 is a dropout in diffusers; it keeps the parameters'
-    names.
-    """
+    """dim -> ffn_dim -> dim. Index 1, a dropout in diffusers, is empty: the parameters keep their names."""
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()

@@ -8,7 +8,6 @@ are the same in both layouts. Sources of the facts: the parameter names of the t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
 
 # (diffusers, official); first match wins, and each stands at the start of a name or behind a dot.
 _TRANSFORMER = (
@@ -126,8 +125,3 @@ def official_vae_name(name: str, res_blocks: int = 2) -> str:
         flat = int(match[1]) * (res_blocks + 2) + res_blocks + 1
         return f"{half}.upsamples.{flat}.{match[2]}.{kind}"
     raise KeyError(f"{name!r} is not a parameter of a Wan VAE")
-
-
-def name_table(names: Iterable[str], official: Callable[[str], str]) -> dict[str, str]:
-    """{name in diffusers' layout: name in the official one} for all of a network's parameters."""
-    return {name: official(name) for name in names}

@@ -1,6 +1,4 @@
-"""The shape of a Wan text-to-video transformer, as data. Knows no tensors, so that reading it costs no torch
-import.
-"""
+"""The shape of a Wan text-to-video transformer, as data. Knows no tensors and imports no torch."""
 
 import dataclasses
 from collections.abc import Mapping

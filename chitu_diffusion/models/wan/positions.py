@@ -18,9 +18,7 @@ Grid = tuple[int, int, int]
 
 
 def sinusoids(timestep: Tensor, width: int) -> Tensor:
-    """timestep [B] -> [B, width] float32: cosines, then sines, of width / 2 geometric frequencies from 1
-    downward.
-    """
+    """timestep [B] -> [B, width] float32: cosines, then sines, of width / 2 geometric frequencies from 1."""
     half = width // 2
     # the order of these float32 operations is diffusers': at t = 1000 another order differs by 1e-4
     exponent = (

@@ -68,9 +68,7 @@ class TextEncoder(nn.Module):
         return torch.stack([self._padded(self._tokens_of(prompt), device) for prompt in prompts])
 
     def recall(self, prompts: Sequence[str], device: torch.device) -> Tensor | None:
-        """What `encode` would give, on a device, if all of it is remembered: then the encoder's weights are
-        not needed.
-        """
+        """What `encode` would give, on a device, if all of it is remembered: no encoder is needed then."""
         places = [self._place(prompt) for prompt in prompts]
         if not all(place in self._known for place in places):
             return None
@@ -117,9 +115,7 @@ class TextEncoder(nn.Module):
 
 
 def clean_prompt(text: str) -> str:
-    """Mends broken Unicode, resolves HTML entities (twice, for doubly escaped ones) and squeezes white
-    space.
-    """
+    """Mends broken Unicode, resolves HTML entities (twice: some are escaped twice), squeezes white space."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 

@@ -134,9 +134,7 @@ class PatchEmbedding(nn.Conv3d):
 
 
 class MLPEmbedding(nn.Module):
-    """Linear, activation, linear: the time embedder (SiLU) and the text projection (tanh-approximated
-    GELU).
-    """
+    """Linear, activation, linear: the time embedder (SiLU) and the text projection (tanh-GELU)."""
 
     def __init__(self, dim_in: int, dim: int, activation: nn.Module) -> None:
         super().__init__()
@@ -356,9 +354,7 @@ class WanTransformer(nn.Module):
         return rope_table(grid, self.config.attention_head_dim, torch.device(device))
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Training keeps only each block's input and recomputes the rest; without gradients it changes
-        nothing.
-        """
+        """Training keeps each block's input alone and recomputes the rest; no effect without gradients."""
         self.gradient_checkpointing = enabled
 
     def compile_blocks(self, **options: object) -> None:
@@ -386,9 +382,7 @@ class WanTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Fresh weights to train from: Xavier in linear layers, zeros in the last, so that the first velocity
-        is 0.
-        """
+        """Fresh weights to train from: Xavier, and zeros in the last layer: the first velocity is 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv3d):
                 # a view: the convolution counts as its product

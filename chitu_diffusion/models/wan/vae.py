@@ -163,12 +163,6 @@ class WanVAE(nn.Module):
     def _weight(self) -> Tensor:
         return cast(Tensor, self.network.post_quant_conv.weight)
 
-    @property
-    def _patch(self) -> int:
-        # pixels a side that the decoder's last convolution gives as channels; wan-tiny has 2, the full-size
-        # VAE 1
-        return int(self.network.config.patch_size or 1)
-
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         config = self.network.config
         mean, deviation = (

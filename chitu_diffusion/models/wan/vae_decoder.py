@@ -34,7 +34,6 @@ from chitu_diffusion.ops.vae_norm_triton import has_triton
 
 _REMEMBERED = 2  # frames that a causal convolution of length 3 in time needs from before
 _WIDEST_HEAD = 256  # channels a head, up to which attention kernels are made for
-_STEPS_IN_TIME = 4  # frames that a latent frame becomes
 
 ConvCache = dict[str, Tensor]
 """The last two frames that each causal convolution saw, [2, H, W, C]; empty before the first frame."""
@@ -127,9 +126,7 @@ class Decoder:
     # -- halves
 
     def lower(self, x: Tensor, memory: ConvCache) -> Tensor:
-        """[T, H, W, z] -> [T, H, W, C] at the latent's resolution, frames following those that `memory`
-        saw.
-        """
+        """[T, H, W, z] -> [T, H, W, C] at the latent's resolution, frames after those in `memory`."""
         seen = self._seen(self.net.conv_in, x.shape, x, memory)
         self._new(self.net.conv_in, seen).copy_(x)
         parts = Sum(self._convolved(self.net.conv_in, seen, memory), self.net.conv_in.bias)
@@ -225,18 +222,14 @@ class Decoder:
     def _normed(
         self, norm: Any, conv: nn.Module, parts: Sum, total: Tensor | None, memory: ConvCache
     ) -> Tensor:
-        """What `conv` sees of the normalised sum: the frames that it remembers, and the new ones behind
-        them.
-        """
+        """What `conv` sees of the normalised sum: the frames that it remembers, then the new ones."""
         seen = self._seen(conv, parts.shape, parts.value, memory)
         self._norm_silu(parts, norm.gamma.flatten(), self._new(conv, seen), total)
         parts.release()
         return seen
 
     def _seen(self, conv: nn.Module, shape: tuple[int, ...], like: Tensor, memory: ConvCache) -> Tensor:
-        """A convolution's input with the remembered frames in their place and the new ones yet to be
-        written.
-        """
+        """A convolution's input: the remembered frames in their place, the new ones yet to be written."""
         frames, height, width, channels = shape
         border = self._border(conv)
         seen = like.new_empty(_REMEMBERED + frames, height + 2 * border, width + 2 * border, channels)
@@ -290,9 +283,7 @@ class Decoder:
 
 
 def reaches(decoder: Any) -> list[int]:
-    """Cells beyond an edge that the result looks at: at the entrance of each block, and before the last
-    convolution.
-    """
+    """Cells beyond an edge that the result needs: at each block's entrance, before the last convolution."""
     found = [1]
     for block in reversed(decoder.up_blocks):
         # the upsampler's convolution at twice the resolution, then two convolutions in each residual block
@@ -302,9 +293,7 @@ def reaches(decoder: Any) -> list[int]:
 
 
 def spans(frames: int, most: int) -> Iterator[tuple[int, int]]:
-    """(first, end) of each call over latent frames: the first frame alone, then as even parts of at most
-    `most` as can be.
-    """
+    """(first, end) of each call over latent frames: the first alone, then parts of at most `most`, even."""
     yield 0, 1
     rest = frames - 1
     if rest:
