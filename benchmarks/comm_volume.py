@@ -85,10 +85,10 @@ class Counting:
         calls: exchanges.
     """
 
-    def __init__(self, peers: Collectives) -> None:
-        self.peers = peers
-        self.size = peers.size
-        self.index = peers.index
+    def __init__(self, group: Collectives) -> None:
+        self.group = group
+        self.size = group.size
+        self.index = group.index
         self.sent = 0
         self.calls = 0
 
@@ -98,37 +98,37 @@ class Counting:
 
     def recv_buffer(self, rows: Sequence[Sequence[int]], shape: Sequence[int], like: Tensor) -> RecvBuffer:
         """See `Collectives`."""
-        return self.peers.recv_buffer(rows, shape, like)
+        return self.group.recv_buffer(rows, shape, like)
 
     def release_buffers(self) -> None:
         """See `Collectives`."""
-        self.peers.release_buffers()
+        self.group.release_buffers()
 
     def all_to_all(self, leaving: Sequence[Tensor], recv_buffer: RecvBuffer) -> Callable[[], None]:
         """See `Collectives`."""
         self._count([x for peer, x in enumerate(leaving) if peer != self.index])
-        return self.peers.all_to_all(leaving, recv_buffer)
+        return self.group.all_to_all(leaving, recv_buffer)
 
     def ring_shift(self, leaving: Sequence[Tensor], recv_buffers: Sequence[RecvBuffer]) -> Callable[[], None]:
         """See `Collectives`."""
         self._count(leaving)
-        return self.peers.ring_shift(leaving, recv_buffers)
+        return self.group.ring_shift(leaving, recv_buffers)
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """See `Collectives`."""
         self._count([x], self.size - 1)
-        return self.peers.all_gather(x)
+        return self.group.all_gather(x)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """See `Collectives`."""
         self._count([x], self.size - 1 if self.index == 0 else 0)
-        return self.peers.broadcast(x)
+        return self.group.broadcast(x)
 
     def send_to_rank0(self, x: Tensor) -> None:
         """See `Collectives`."""
         self._count([x])
-        self.peers.send_to_rank0(x)
+        self.group.send_to_rank0(x)
 
     def recv_from(self, index: int, arriving: Tensor) -> Tensor:
         """See `Collectives`."""
-        return self.peers.recv_from(index, arriving)
+        return self.group.recv_from(index, arriving)

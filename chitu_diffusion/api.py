@@ -41,7 +41,7 @@ class _Face:
 _face = _Face()
 
 
-class FacadePool:
+class EngineTaskPool:
     """The pool of the process's engine, under the name that scripts use: `DiffusionTaskPool`.
 
     `add` takes a task or bare parameters and checks them against the model, as `Engine.submit` does.
@@ -96,7 +96,7 @@ class FacadePool:
         return _face.require().pool
 
 
-DiffusionTaskPool = FacadePool()
+DiffusionTaskPool = EngineTaskPool()
 
 
 def chitu_init(args: EngineConfig | None = None, logging_level: int | None = None) -> None:

@@ -340,8 +340,7 @@ def _check_ranks(args: EngineConfig, world: int) -> None:
             field = f"infer.diffusion.{name}"
             raise UsageError(
                 f"{field} = {value}: this engine runs on {world} rank(s); use {world}, or start {value} "
-                "ranks with "
-                "--gpus or torchrun",
+                "ranks with --gpus or torchrun",
                 field=field,
             )
 

@@ -220,9 +220,8 @@ class Engine:
         """End a task as cancelled: at once, or at the end of the unit that is running; waits for neither.
 
         Returns:
-            False if the task is unknown or has ended. True: it will end as cancelled, unless the unit that is
-                running is
-            its last.
+            False if the task is unknown or has ended. True: it will end as cancelled, unless the unit that
+            is running is its last.
         """
         task = self.pool.get(task_id)
         if task is None or task.is_finished():

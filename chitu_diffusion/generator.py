@@ -106,8 +106,8 @@ class Generator:
         """
         if not task.params.cascade and len(self.backend.model_pool) == 1:
             raise UsageError(
-                f"task {task.task_id} has one stage and {self.backend.spec.name} one transformer; "
-                "set cascade in its parameters, or call generate_step(task) until it is finished",
+                f"task {task.task_id} has one stage and {self.backend.spec.name} one transformer; set "
+                "cascade in its parameters, or call generate_step(task) until it is finished",
                 field="cascade",
             )
         while not task.is_finished():

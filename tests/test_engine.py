@@ -435,7 +435,7 @@ def test_a_failed_load_leaves_nothing(tmp_path, make_config):
 # -- the façade
 
 
-def test_facade(tiny_folder, make_config):
+def test_api(tiny_folder, make_config):
     from chitu_diffusion import (
         DiffusionTaskPool,
         chitu_generate,

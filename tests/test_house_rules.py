@@ -17,7 +17,49 @@ PACKAGE = ROOT / "chitu_diffusion"
 FOLDERS = ("chitu_diffusion", "training", "benchmarks", "examples", "tests")
 LONGEST_FILE = 500
 LONGEST_BODY = 60
+MOST_TOP_MODULES = 10
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
+BUDGETS = {
+    "": 2700,
+    "attention": 2000,
+    "cli": 2500,
+    "distributed": 1850,
+    "evaluation": 2100,
+    "executor": 1250,
+    "flexcache": 2700,
+    "media": 560,
+    "memory": 550,
+    "models": 3350,
+    "ops": 1800,
+    "pipelines": 1550,
+    "sampling": 370,
+    "weights": 640,
+}
+"""Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
+commit."""
+
+PRIVATE_WORDS = {
+    "accuse": "HeartbeatMonitor.mark_failed",
+    "alone": "LocalExecutor, single",
+    "crew": "WorkerGroup, workers",
+    "facade": "api",
+    "follower": "worker",
+    "hear": "receive",
+    "lay": "open, write",
+    "land": "arrive, recv_buffer",
+    "landing": "recv_buffer",
+    "lockstep": "DistributedExecutor",
+    "moment": "StepInfo",
+    "mourn": "HeartbeatMonitor.check_process",
+    "orders": "ControlChannel, messages",
+    "peers": "Collectives, ranks",
+    "residency": "OffloadManager, offload",
+    "seam": "interface",
+    "tell": "report, publish",
+    "vouch": "check",
+    "wires": "PeerMemory",
+}
+"""Words that this project once made up, and the field's for what they meant."""
 
 # getattr with a default, where the object is not ours and may really lack the name: "file: name".
 FOREIGN_ATTRIBUTES: frozenset[str] = frozenset()
@@ -68,6 +110,43 @@ def test_names_say_what_is_inside() -> None:
     report(bad, "name the file after what it knows; utils, common, helpers and misc say nothing")
 
 
+def test_names_are_the_fields_words() -> None:
+    """Identifiers of the package; prose may use a word for what it commonly means."""
+    found = set()
+    for name, tree, _ in ours():
+        for node in ast.walk(tree):
+            for word in words_of(identifier(node)) & PRIVATE_WORDS.keys():
+                found.add(f"{name} {identifier(node)}: say {PRIVATE_WORDS[word]}")
+        for word in words_of(name.removesuffix(".py")) & PRIVATE_WORDS.keys():
+            found.add(f"{name}: say {PRIVATE_WORDS[word]}")
+    report(sorted(found), "use the field's word")
+
+
+def identifier(node: ast.AST) -> str:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return node.name
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return node.id
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+        return node.attr
+    return node.arg if isinstance(node, ast.arg) else ""
+
+
+def words_of(identifier: str) -> set[str]:
+    """Its parts: `lost_after`, `CudaWires` -> {"lost", "after"}, {"cuda", "wires"}."""
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", identifier)}
+
+
+def test_messages_say_what_to_use() -> None:
+    found = [
+        f"{name}:{number}"
+        for name, _, text in ours()
+        for number, line in enumerate(text.splitlines(), start=1)
+        if "would do" in line
+    ]
+    report(found, "say 'use 1 or 2', not '1 or 2 would do'")
+
+
 def test_a_class_has_a_name_of_its_own() -> None:
     places: dict[str, list[str]] = {}
     for name, tree, _ in sources():
@@ -96,6 +175,40 @@ def test_one_assignment_a_line() -> None:
                 if values and not read & written:
                     found.append(f"{name}:{node.lineno}")
     report(found, "one assignment a line")
+
+
+def test_rooms_keep_their_budgets() -> None:
+    lines = dict.fromkeys(BUDGETS, 0)
+    for name, _, text in ours():
+        room = name.split("/")[1] if name.count("/") > 1 else ""
+        lines[room] = lines.get(room, 0) + text.count("\n")
+    over = [
+        f"{room or 'the top'}: {lines[room]} lines, {BUDGETS.get(room, 0)} allowed"
+        for room in lines
+        if lines[room] > BUDGETS.get(room, 0)
+    ]
+    report(over, "a room has grown: find what can go, or raise its budget and say why in the commit")
+
+
+def test_the_top_has_few_modules() -> None:
+    top = sorted(file.name for file in PACKAGE.glob("*.py"))
+    assert len(top) <= MOST_TOP_MODULES, f"put it into a room; the top holds {', '.join(top)}"
+
+
+def test_there_is_one_loop_and_one_resolve() -> None:
+    for call in ("sampler.step(", "resolve_request("):
+        places = [
+            f"{name}:{number}"
+            for name, _, text in ours()
+            for number, line in enumerate(text.splitlines(), start=1)
+            if call in line and "def " not in line
+        ]
+        assert len(places) == 1, f"{call} stands in {places}: call the function that does it already"
+
+
+def test_the_page_s_generator_is_thin() -> None:
+    lines = (PACKAGE / "generator.py").read_text(encoding="utf-8").count("\n")
+    assert lines < 200, f"generator.py has {lines} lines; it holds the page's methods, stages hold the work"
 
 
 def test_no_global_statement() -> None:

@@ -38,26 +38,26 @@ def link_exchanges(
     """(kind, bytes that a rank sends, the exchange) for both ways in which blocks talk: `ring_shift` and
     `all_to_all`.
     """
-    peers = groups.ulysses
+    group = groups.ulysses
     for size in sizes:
         x = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
-        each = size // 2 // (peers.size - 1)
+        each = size // 2 // (group.size - 1)
 
         def ring(x: Tensor = x) -> None:
-            peers.release_buffers()
-            peers.ring_shift([x], [peers.recv_buffer(from_the_one_before(len(x), peers.size), (), x)])()
+            group.release_buffers()
+            group.ring_shift([x], [group.recv_buffer(from_the_one_before(len(x), group.size), (), x)])()
 
         def all_to_all(x: Tensor = x, each: int = each) -> None:
-            peers.release_buffers()
-            arriving = peers.recv_buffer([[each] * peers.size] * peers.size, (), x)
-            peers.all_to_all([x[:each]] * peers.size, arriving)()
+            group.release_buffers()
+            arriving = group.recv_buffer([[each] * group.size] * group.size, (), x)
+            group.all_to_all([x[:each]] * group.size, arriving)()
 
         yield "ring", size, ring
-        yield "all_to_all", 2 * each * (peers.size - 1), all_to_all
+        yield "all_to_all", 2 * each * (group.size - 1), all_to_all
 
 
 def from_the_one_before(rows: int, size: int) -> list[list[int]]:
-    """A table for `Collectives.recv_buffer`: each of `size` peers gets so many rows from the one before."""
+    """A table for `Collectives.recv_buffer`: each of `size` ranks gets so many rows from the one before."""
     return [[rows * (sender == (peer - 1) % size) for sender in range(size)] for peer in range(size)]
 
 
@@ -72,15 +72,15 @@ def exchanges(ranks: Ranks) -> dict[str, Any]:
     return found
 
 
-def wrong_arrivals(peers: Collectives, device: torch.device, rounds: int = 40) -> dict[str, int]:
+def wrong_arrivals(group: Collectives, device: torch.device, rounds: int = 40) -> dict[str, int]:
     """Random parts sent round, several exchanges under way at once, ranks and readers late at random: how
     many came, and how many were not what the other rank had drawn.
     """
     common = Random(1)
-    own = Random(peers.index)
+    own = Random(group.index)
     like = torch.empty(0, dtype=torch.int32, device=device)
-    before = (peers.index - 1) % peers.size
-    after = (peers.index + 1) % peers.size
+    before = (group.index - 1) % group.size
+    after = (group.index + 1) % group.size
     found = {"parts": 0, "wrong": 0}
 
     def drawn(token: int, rows: int) -> Tensor:
@@ -93,28 +93,28 @@ def wrong_arrivals(peers: Collectives, device: torch.device, rounds: int = 40) -
 
     for turn in range(rounds):
         only_next = bool(turn % 2)
-        peers.release_buffers()
+        group.release_buffers()
         under_way = []
         for _ in range(common.randrange(1, 4)):
             longest = common.choice((50, 5_000, 200_000))
-            rows = [[common.randrange(1, longest) for _ in range(peers.size)] for _ in range(peers.size)]
+            rows = [[common.randrange(1, longest) for _ in range(group.size)] for _ in range(group.size)]
             token = common.randrange(1 << 30)
             if only_next:
-                ones = from_the_one_before(1, peers.size)
+                ones = from_the_one_before(1, group.size)
                 rows = [[n * m for n, m in zip(*each, strict=True)] for each in zip(rows, ones, strict=True)]
             late()
-            arriving = peers.recv_buffer(rows, (3, 8), like)
-            leaving = [drawn(token + peers.index * 8 + to, rows[to][peers.index]) for to in range(peers.size)]
+            arriving = group.recv_buffer(rows, (3, 8), like)
+            leaving = [drawn(token + group.index * 8 + to, rows[to][group.index]) for to in range(group.size)]
             if only_next:
-                wait = peers.ring_shift([leaving[after]], [arriving])
+                wait = group.ring_shift([leaving[after]], [arriving])
             else:
-                wait = peers.all_to_all(leaving, arriving)
+                wait = group.all_to_all(leaving, arriving)
             sizes = [x.shape for x in leaving]
             del leaving  # what is given out anew must not be what still travels
             overwritten = [torch.full(size, 7, dtype=torch.int32, device=device) for size in sizes]
             del overwritten
-            sources = [before] if only_next else [p for p in range(peers.size) if p != peers.index]
-            expected = {s: (token + s * 8 + peers.index, rows[peers.index][s]) for s in sources}
+            sources = [before] if only_next else [p for p in range(group.size) if p != group.index]
+            expected = {s: (token + s * 8 + group.index, rows[group.index][s]) for s in sources}
             under_way.append((arriving, wait, expected))
         for arriving, wait, expected in under_way:
             wait()

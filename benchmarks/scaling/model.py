@@ -246,7 +246,7 @@ def counted(groups: ProcessGroups) -> Iterator[dict[str, Counting]]:
         yield counters
     finally:
         for name, counter in counters.items():
-            setattr(groups, name, counter.peers)
+            setattr(groups, name, counter.group)
 
 
 def layout_and_means(word: str) -> tuple[str, bool, int | None]:

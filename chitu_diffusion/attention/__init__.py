@@ -59,7 +59,7 @@ def attention_kernel(
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
 ) -> AttentionKernel:
-    """The kernel called `name`; "auto" is an exact one, never a lossy one (`choice` finds the fastest for a
+    """The kernel called `name`; "auto" is an exact one, never a lossy one (`autotune` finds the fastest for a
     shape).
 
     Args:

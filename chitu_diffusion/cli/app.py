@@ -116,11 +116,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except typer.TyperException as error:
-        return _tell(error, _usage(error.format_message(), options), error.exit_code, as_json)
+        return _report(error, _usage(error.format_message(), options), error.exit_code, as_json)
     except ChituError as error:
         if "--debug" in options:
             traceback.print_exc()
-        return _tell(error, str(error), exit_code_of(error), as_json)
+        return _report(error, str(error), exit_code_of(error), as_json)
     except Exception as error:
         # recorded: told in words here, and as a traceback with --debug
         if "--debug" in options:
@@ -128,7 +128,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         message = (
             f"unexpected {type(error).__name__}: {error}. 'chitu --debug ...' shows where; please report it"
         )
-        return _tell(error, message, 1, as_json)
+        return _report(error, message, 1, as_json)
 
 
 def _usage(message: str, words: Sequence[str]) -> str:
@@ -141,7 +141,7 @@ def _usage(message: str, words: Sequence[str]) -> str:
     return f"{message}{stop} '{' '.join(['chitu', *named])} --help' lists what there is"
 
 
-def _tell(error: Exception, message: str, exit_code: int, as_json: bool) -> int:
+def _report(error: Exception, message: str, exit_code: int, as_json: bool) -> int:
     from chitu_diffusion.config import rank_place
 
     place = rank_place()

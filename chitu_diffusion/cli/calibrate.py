@@ -52,7 +52,12 @@ def calibrate(args: Args) -> None:
     say(f"{config.models.name}: {len(fitted_on)} runs to fit on, {len(checked_on)} to check on")
     with flags_named():
         found = measure(
-            config, fitted_on, checked_on, settings=args.request_fields(), workers=args["workers"], tell=say
+            config,
+            fitted_on,
+            checked_on,
+            settings=args.request_fields(),
+            workers=args["workers"],
+            on_line=say,
         )
     path = write_calibration(found, output or folder)
     if args["json"]:
@@ -64,7 +69,6 @@ def calibrate(args: Args) -> None:
         ssim = row.ssim
         say(
             f"| {1 - 1 / row.speedup:.1%} | {row.speedup:.2f} | {psnr[0]:.1f} ({psnr[1]:.1f} to "
-            f"{psnr[2]:.1f}) "
-            f"| {ssim[0]:.4f} ({ssim[1]:.4f} to {ssim[2]:.4f}) |"
+            f"{psnr[2]:.1f}) | {ssim[0]:.4f} ({ssim[1]:.4f} to {ssim[2]:.4f}) |"
         )
     print(path)

@@ -47,7 +47,7 @@ class Finding:
 
 @takes_flags
 def doctor(args: Args, json_: Document = False) -> int:
-    """Tell what this machine can run; each lack comes with its remedy. Exit 1 if nothing can be generated."""
+    """Show what this machine can run; each lack comes with its remedy. Exit 1 if nothing can be generated."""
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "python": _python,
         "libraries": _libraries,

@@ -78,8 +78,8 @@ def picked_cache(spec: ModelSpec, model: str, args: Args) -> dict[str, Any]:
         raise UsageError("--cache, --fidelity and --speedup: use one of them", field="flexcache")
     if spec.calibration is None:
         raise UsageError(
-            f"{'--speedup' if fidelity is None else '--fidelity'}: {spec.name} was not calibrated; "
-            f"'chitu calibrate --model {model}' does that",
+            f"{'--speedup' if fidelity is None else '--fidelity'}: {spec.name} was not calibrated; 'chitu "
+            f"calibrate --model {model}' does that",
             field="flexcache",
         )
     expected: float | None

@@ -213,6 +213,5 @@ def _check_room(hub_id: str, to: Path | None) -> None:
 def _cannot_fetch(hub_id: str, error: Exception) -> ModelMissingError:
     return ModelMissingError(
         f"cannot fetch {hub_id} ({type(error).__name__}). Is this machine online? If not, copy the model's "
-        "folder here from "
-        "another machine and name it with '--model FOLDER'; wan-tiny needs no download"
+        "folder here from another machine and name it with '--model FOLDER'; wan-tiny needs no download"
     )

@@ -111,7 +111,7 @@ class CudaPeerMemory:
 
     def fork(self) -> None:
         self._forks += 1
-        self._tell(self._main(), _QUEUED, self.index, self._forks)
+        self._signal(self._main(), _QUEUED, self.index, self._forks)
         self._await(self._side.cuda_stream, _QUEUED, self.index, self._forks)
 
     def wait_read(self, peer: int, number: int) -> None:
@@ -126,19 +126,19 @@ class CudaPeerMemory:
         )
 
     def signal_arrived(self, peer: int, number: int) -> None:
-        self._tell(self._side.cuda_stream, _ARRIVED, peer, number)
+        self._signal(self._side.cuda_stream, _ARRIVED, peer, number)
 
     def sent(self) -> Callable[[], None]:
         self._sends += 1
         number = self._sends
-        self._tell(self._side.cuda_stream, _SENT, self.index, number)
+        self._signal(self._side.cuda_stream, _SENT, self.index, number)
         return lambda: self._await(self._main(), _SENT, self.index, number)
 
     def wait_arrived(self, peer: int, number: int) -> None:
         self._await(self._main(), _ARRIVED, peer, number)
 
     def signal_read(self, peer: int, number: int) -> None:
-        self._tell(self._main(), _READ, peer, number)
+        self._signal(self._main(), _READ, peer, number)
 
     def waiting(self) -> float:
         """See `PeerMemory`; from another thread."""
@@ -303,7 +303,7 @@ class CudaPeerMemory:
         at = self._number_at(kind, self.index, source)
         _check(self._cuda.cuStreamWaitValue32_v2(stream, at, number % _NUMBERS, 0), "waiting for a number")
 
-    def _tell(self, stream: int, kind: int, to: int, number: int) -> None:
+    def _signal(self, stream: int, kind: int, to: int, number: int) -> None:
         # 0: after everything that the stream wrote before
         at = self._number_at(kind, to, self.index)
         _check(self._cuda.cuStreamWriteValue32_v2(stream, at, number % _NUMBERS, 0), "raising a number")

@@ -101,17 +101,16 @@ def plan_for(
         )
     if cfg * cp != world:
         raise UsageError(
-            f"cfg_size {cfg} x cp_size {cp} = {cfg * cp}, but {world} rank(s) were started; "
-            f"use {auto_plan(world, heads, ranks_per_node)}, or start {cfg * cp} with --gpus or "
-            "torchrun",
+            f"cfg_size {cfg} x cp_size {cp} = {cfg * cp}, but {world} rank(s) were started; use "
+            f"{auto_plan(world, heads, ranks_per_node)}, or start {cfg * cp} with --gpus or torchrun",
             field="infer.diffusion.cp_size",
         )
     chosen = math.gcd(cp, heads, ranks_per_node or world) if ulysses is None else ulysses
     if cp % chosen or heads % chosen:
         fitting = math.gcd(chosen, cp, heads)
         raise UsageError(
-            f"ulysses_degree = {chosen} with {heads} heads and cp_size {cp}: it must divide both; "
-            f"use ulysses {fitting} x ring {cp // fitting}",
+            f"ulysses_degree = {chosen} with {heads} heads and cp_size {cp}: it must divide both; use "
+            f"ulysses {fitting} x ring {cp // fitting}",
             field="infer.diffusion.ulysses_degree",
         )
     return ParallelPlan(cfg, chosen, cp // chosen)

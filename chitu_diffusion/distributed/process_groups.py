@@ -238,7 +238,7 @@ class ProcessGroups:
             return
         self.cancel("this rank gave them up")
         self._open = False
-        self._set_alone()
+        self._set_single()
         self._detach()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -268,7 +268,7 @@ class ProcessGroups:
             self.abort()
         elif self._open:
             self._open = False
-            self._set_alone()
+            self._set_single()
             # nobody interrupts any more: a peer that went without its last copies must not keep us
             late = threading.Timer(self._timeout.total_seconds(), _release, [self._memory])
             late.start()
@@ -292,10 +292,10 @@ class ProcessGroups:
         self._detached += memory
         return memory
 
-    def _set_alone(self) -> None:
+    def _set_single(self) -> None:
         self.world = self.branches = self.sequence = self.ulysses = self.ring = SINGLE
 
 
-def _release(all_wires: list[CudaPeerMemory]) -> None:
-    for memory in all_wires:
+def _release(memories: list[CudaPeerMemory]) -> None:
+    for memory in memories:
         memory.release()

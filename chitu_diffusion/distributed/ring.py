@@ -16,12 +16,12 @@ from chitu_diffusion.errors import UsageError
 from chitu_diffusion.ops.merge_lse import merge
 
 
-def ring(kernel: AttentionKernel, peers: Collectives, lengths: Sequence[int]) -> AttentionFn:
-    """An attention over the tokens of all peers.
+def ring(kernel: AttentionKernel, group: Collectives, lengths: Sequence[int]) -> AttentionFn:
+    """An attention over the tokens of a group of ranks.
 
     Args:
         kernel: attends to one peer's keys at a time.
-        peers: the group, in the order of its tokens.
+        group: the ranks, in the order of its tokens.
         lengths: each peer's tokens.
 
     Returns:
@@ -30,34 +30,33 @@ def ring(kernel: AttentionKernel, peers: Collectives, lengths: Sequence[int]) ->
     Raises:
         UsageError: a kernel without the log-sum-exp.
     """
-    if peers.size == 1:
+    if group.size == 1:
         return kernel
     with_lse = kernel.run_with_lse
     if with_lse is None:
         raise UsageError(
             f"attn_type = {kernel.name!r}: ring attention merges by the log-sum-exp, which this kernel does "
-            "not give; "
-            "use 'auto', or ulysses alone",
+            "not give; use 'auto', or ulysses alone",
             field="infer.attn_type",
         )
 
-    size = peers.size
+    size = group.size
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         held = [k.contiguous(), v.contiguous()]
         # replaced at the first hop
         out = q
         lse = q
-        peers.release_buffers()
+        group.release_buffers()
         for hop in range(size):
             more = hop + 1 < size
             # the keys that began hop + 1 places behind each peer; a sequence after the other, for all come
             # from one sender
             came = [lengths[(p - hop - 1) % size] for p in range(size)]
             rows = [[q.shape[0] * came[p] * (s == (p - 1) % size) for s in range(size)] for p in range(size)]
-            recv_buffers = [peers.recv_buffer(rows, x.shape[2:], x) for x in held] if more else []
+            recv_buffers = [group.recv_buffer(rows, x.shape[2:], x) for x in held] if more else []
             # sent before the kernel is started, so that the copies get their share of the chip at once
-            arrived = peers.ring_shift([x.flatten(0, 1) for x in held], recv_buffers) if more else None
+            arrived = group.ring_shift([x.flatten(0, 1) for x in held], recv_buffers) if more else None
             part, part_lse = with_lse(q, held[0], held[1])
             if hop == 0:
                 out = part
@@ -66,7 +65,7 @@ def ring(kernel: AttentionKernel, peers: Collectives, lengths: Sequence[int]) ->
                 out, lse = merge(out, lse, part, part_lse, torch.float32 if more else q.dtype)
             if arrived is not None:
                 arrived()
-                held = [buffer.whole.unflatten(0, (q.shape[0], came[peers.index])) for buffer in recv_buffers]
+                held = [buffer.whole.unflatten(0, (q.shape[0], came[group.index])) for buffer in recv_buffers]
         return out
 
     return attend

@@ -35,89 +35,89 @@ class Shards:
     index: int
 
     @classmethod
-    def of(cls, total: int, peers: Collectives) -> Shards:
+    def of(cls, total: int, group: Collectives) -> Shards:
         """Even shards of `total` rows.
 
         Raises:
             UsageError: fewer rows than ranks.
         """
-        if total < peers.size:
+        if total < group.size:
             field = "infer.diffusion.cp_size"
             raise UsageError(
-                f"{total} tokens cannot be shared by {peers.size} ranks; use at most {total}", field=field
+                f"{total} tokens cannot be shared by {group.size} ranks; use at most {total}", field=field
             )
-        return cls(shard_lengths(total, peers.size), peers.index)
+        return cls(shard_lengths(total, group.size), group.index)
 
     def take(self, x: Tensor, dim: int) -> Tensor:
         """Our rows of x along `dim`, as a view."""
         return x.narrow(dim, sum(self.lengths[: self.index]), self.lengths[self.index])
 
-    def gather(self, x: Tensor, peers: Collectives) -> Tensor:
+    def gather(self, x: Tensor, group: Collectives) -> Tensor:
         """Every rank's rows [B, own, C] as the whole [B, S, C].
 
         Shorter shards travel with one row of padding, which is dropped on arrival.
         """
         missing = max(self.lengths) - x.shape[1]
         sent = torch.nn.functional.pad(x, (0, 0, 0, missing)).contiguous()
-        parts = peers.all_gather(sent)
+        parts = group.all_gather(sent)
         return torch.cat([part[:, :length] for part, length in zip(parts, self.lengths, strict=True)], dim=1)
 
 
 def sharded_attention(
-    kernel: AttentionKernel, ulysses_peers: Collectives, ring_peers: Collectives, lengths: tuple[int, ...]
+    kernel: AttentionKernel, ulysses_group: Collectives, ring_group: Collectives, lengths: tuple[int, ...]
 ) -> AttentionFn:
     """Self-attention over a sharded sequence: Ulysses inside, the ring outside, one exchange back at the end.
 
     Args:
         kernel: of one rank.
-        ulysses_peers: neighbours in the sequence.
-        ring_peers: ranks with the same heads.
+        ulysses_group: neighbours in the sequence.
+        ring_group: ranks with the same heads.
         lengths: of every shard of the whole sequence, in order.
 
     Returns:
         (q, k, v) -> out, each [B, own tokens, H, D]; `kernel` itself where one rank has the whole sequence.
     """
-    degree = ulysses_peers.size
+    degree = ulysses_group.size
     neighbourhoods = [lengths[first : first + degree] for first in range(0, len(lengths), degree)]
-    passed = ring(kernel, ring_peers, [sum(shards) for shards in neighbourhoods])
+    passed = ring(kernel, ring_group, [sum(shards) for shards in neighbourhoods])
     # with a ring inside, whose own exchanges are hidden already, a second piece would only double their
     # number
-    pieces = None if ring_peers.size == 1 else 1
-    return ulysses(passed, ulysses_peers, neighbourhoods[ring_peers.index], pieces)
+    pieces = None if ring_group.size == 1 else 1
+    return ulysses(passed, ulysses_group, neighbourhoods[ring_group.index], pieces)
 
 
-def own_branches(branches: tuple[int, ...], peers: Collectives) -> tuple[int, ...]:
+def own_branches(branches: tuple[int, ...], group: Collectives) -> tuple[int, ...]:
     """The branches that this rank runs: one where there is one for each rank, else all."""
-    return branches[peers.index : peers.index + 1] if len(branches) == peers.size else branches
+    return branches[group.index : group.index + 1] if len(branches) == group.size else branches
 
 
-def all_branches(velocity: Tensor, branches: int, peers: Collectives) -> Tensor:
+def all_branches(velocity: Tensor, branches: int, group: Collectives) -> Tensor:
     """The velocity of every branch, [branches * B, ...], from that of `own_branches`."""
-    return torch.cat(peers.all_gather(velocity.contiguous())) if branches == peers.size else velocity
+    return torch.cat(group.all_gather(velocity.contiguous())) if branches == group.size else velocity
 
 
-def broadcast_from_rank0(compute: Callable[[], Tensor], peers: Collectives, device: torch.device) -> Tensor:
+def broadcast_from_rank0(compute: Callable[[], Tensor], group: Collectives, device: torch.device) -> Tensor:
     """What `compute` gives on the first peer, on every peer. Its shape and dtype travel ahead of it.
 
     Args:
         compute: called on the first peer alone; at most 5 axes, a float dtype.
-        peers: who shares.
+        group: the ranks that share.
         device: where the result shall lie on the others.
     """
-    if peers.size == 1:
+    if group.size == 1:
         return compute()
-    first = compute().to(device).contiguous() if peers.index == 0 else None
+    first = compute().to(device).contiguous() if group.index == 0 else None
     header = torch.zeros(2 + _MOST_AXES, dtype=torch.int64)
     if first is not None:
         header[: 2 + first.ndim] = torch.tensor([_DTYPES.index(first.dtype), first.ndim, *first.shape])
-    kind, axes, *shape = peers.broadcast(header.to(device)).tolist()
-    return peers.broadcast(
+    kind, axes, *shape = group.broadcast(header.to(device)).tolist()
+    return group.broadcast(
         first if first is not None else torch.empty(shape[:axes], dtype=_DTYPES[kind], device=device)
     )
 
 
 def gather_strips(
-    compute: Callable[[int, int], Tensor], cells: int, axis: int, peers: Collectives
+    compute: Callable[[int, int], Tensor], cells: int, axis: int, group: Collectives
 ) -> Tensor | None:
     """Strips of one tensor, each computed by one peer, put together on the first.
 
@@ -126,24 +126,24 @@ def gather_strips(
             constant.
         cells: the length of all strips together.
         axis: along which they lie; from the end, so negative.
-        peers: who shares; those for whom no cell is left do nothing.
+        group: the ranks that share; those for whom no cell is left do nothing.
 
     Returns:
         the whole on the first peer, None on the others.
     """
-    lengths = shard_lengths(cells, peers.size)
-    low = sum(lengths[: peers.index])
-    own = compute(low, low + lengths[peers.index]) if lengths[peers.index] else None
-    if peers.index > 0:
+    lengths = shard_lengths(cells, group.size)
+    low = sum(lengths[: group.index])
+    own = compute(low, low + lengths[group.index]) if lengths[group.index] else None
+    if group.index > 0:
         if own is not None:
-            peers.send_to_rank0(own)
+            group.send_to_rank0(own)
         return None
     assert own is not None
     strips = [own]
     scale = own.shape[axis] // lengths[0]
-    for index in range(1, peers.size):
+    for index in range(1, group.size):
         if lengths[index]:
             shape = list(own.shape)
             shape[axis] = lengths[index] * scale
-            strips.append(peers.recv_from(index, own.new_empty(shape)))
+            strips.append(group.recv_from(index, own.new_empty(shape)))
     return torch.cat(strips, dim=axis)

@@ -33,13 +33,13 @@ def pieces_for(heads: int, sent: float) -> int:
 
 
 def ulysses(
-    inner: AttentionFn, peers: Collectives, lengths: Sequence[int], pieces: int | None = None
+    inner: AttentionFn, group: Collectives, lengths: Sequence[int], pieces: int | None = None
 ) -> AttentionFn:
-    """An attention over the tokens of all peers.
+    """An attention over the tokens of a group of ranks.
 
     Args:
         inner: attends with [B, sum(lengths), heads of a piece, D].
-        peers: the group, in the order of its tokens.
+        group: the ranks, in the order of its tokens.
         lengths: each peer's tokens.
         pieces: a rank's heads are attended to in so many calls, at most one a head, for each sequence of the
             batch; while one is computed, the next one's q, k and v arrive and the last one's output leaves.
@@ -51,45 +51,45 @@ def ulysses(
     Raises:
         UsageError: when called with heads that the group does not divide.
     """
-    if peers.size == 1:
+    if group.size == 1:
         return inner
     rows = list(lengths)
-    index = peers.index
+    index = group.index
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, own, heads, channels = q.shape
-        if heads % peers.size:
+        if heads % group.size:
             raise UsageError(
-                f"{heads} heads cannot be shared by {peers.size} ranks",
+                f"{heads} heads cannot be shared by {group.size} ranks",
                 field="infer.diffusion.ulysses_degree",
             )
-        share = heads // peers.size
+        share = heads // group.size
         # the longest shard, not ours: all ranks must decide alike
         sent = 3 * max(rows) * (heads - share) * channels * q.element_size()
         number = pieces or pieces_for(share, sent)
         sequences = [slice(0, batch)] if number == 1 else [slice(row, row + 1) for row in range(batch)]
         coming = []
         returning = []
-        peers.release_buffers()
+        group.release_buffers()
         for some in sequences:
             first = 0
             for width in shard_heads(share, number):
                 # of everybody's tokens, our heads
-                here = peers.recv_buffer([rows] * peers.size, (3, q[some].shape[0], width, channels), q)
-                leaving = q.new_empty(peers.size, own, *here.whole.shape[1:])
+                here = group.recv_buffer([rows] * group.size, (3, q[some].shape[0], width, channels), q)
+                leaving = q.new_empty(group.size, own, *here.whole.shape[1:])
                 # what stays is written where it will be read
                 pack(q[some], k[some], v[some], leaving, here.parts[index], index, share, first)
-                coming.append((some, here.whole, peers.all_to_all(leaving.unbind(), here)))
+                coming.append((some, here.whole, group.all_to_all(leaving.unbind(), here)))
                 first += width
         for some, here_all, arrived in coming:
             arrived()
             out = inner(*(part.transpose(0, 1) for part in here_all.unbind(1)))  # [B, S, h, D]
             homeward = out.transpose(0, 1).contiguous().split(rows)
             # of our tokens, everybody's heads
-            back = peers.recv_buffer(
-                [[theirs] * peers.size for theirs in rows], homeward[index].shape[1:], out
+            back = group.recv_buffer(
+                [[theirs] * group.size for theirs in rows], homeward[index].shape[1:], out
             )
-            returned = peers.all_to_all(homeward, back)
+            returned = group.all_to_all(homeward, back)
             back.parts[index] = homeward[index]
             returning.append((some, back.parts, returned))
         whole = q.new_empty(q.shape)
@@ -104,8 +104,8 @@ def _in_order(pieces: Sequence[tuple[Sequence[Tensor], Callable[[], None]]], out
     """Once they are here, each piece's parts [s, B, h, D] by peer -> out [B, s, H, D], heads in order."""
     for _, arrived in pieces:
         arrived()
-    peers = range(len(pieces[0][0]))
-    torch.cat([parts[peer].transpose(0, 1) for peer in peers for parts, _ in pieces], dim=2, out=out)
+    ranks = range(len(pieces[0][0]))
+    torch.cat([parts[peer].transpose(0, 1) for peer in ranks for parts, _ in pieces], dim=2, out=out)
 
 
 def shard_heads(heads: int, pieces: int) -> list[int]:

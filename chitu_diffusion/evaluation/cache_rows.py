@@ -80,8 +80,8 @@ class Place:
 
     def row(self, setting: str, video: Video) -> Path:
         """A row's file."""
-        alone = setting == FULL or setting.partition("=")[0] in ("steps", "kernel")
-        return self._file(setting, video, "" if alone else self.calibration).with_suffix(".json")
+        uncalibrated = setting == FULL or setting.partition("=")[0] in ("steps", "kernel")
+        return self._file(setting, video, "" if uncalibrated else self.calibration).with_suffix(".json")
 
     def frames(self, video: Video) -> Path:
         """Frames of full compute."""

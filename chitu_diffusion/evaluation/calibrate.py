@@ -37,7 +37,7 @@ _PROBED_RUNS = 2
 _DEGREE = 4
 """Of TeaCache's polynomial, as published."""
 
-Tell = Callable[[str], None]
+OnLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def calibrate(
     settings: dict[str, Any] | None = None,
     speeds: Sequence[float] = SPEEDS,
     workers: int = 1,
-    tell: Tell = lambda text: None,
+    on_line: OnLine = lambda text: None,
 ) -> Calibration:
     """Measures a model.
 
@@ -66,7 +66,7 @@ def calibrate(
         settings: fields of `DiffusionUserParams` that differ from the model's defaults.
         speeds: of the plans that are checked.
         workers: processes that share the device.
-        tell: called with a line for each step of the work.
+        on_line: called with a line for each step of the work.
 
     Raises:
         UsageError: nothing to fit on, or a number of steps that leaves nothing to skip.
@@ -98,13 +98,13 @@ def calibrate(
             arguments, found = processes.result()
             if isinstance(found, Trace):
                 traces.append(found)
-                tell(f"run {len(traces)} of {len(fitted_on)} traced")
+                on_line(f"run {len(traces)} of {len(fitted_on)} traced")
             else:
                 exact[arguments[0].prompt, arguments[0].seed] = found
-                tell(f"full compute {len(exact)} of {len(checked_on)} for the check")
+                on_line(f"full compute {len(exact)} of {len(checked_on)} for the check")
         about |= {"prompts": len({job.prompt for job in fitted_on}), "runs": len(fitted_on)}
         calibration = fit(traces, about)
-        table = _checked(processes, calibration, checked_on, exact, settings, speeds, tell)
+        table = _checked(processes, calibration, checked_on, exact, settings, speeds, on_line)
     return replace(calibration, table=table)
 
 
@@ -208,7 +208,7 @@ def _checked(
     exact: dict[tuple[str, int], Frames],
     settings: dict[str, Any],
     speeds: Sequence[float],
-    tell: Tell,
+    on_line: OnLine,
 ) -> tuple[Verified, ...]:
     """Plans of these speeds against full compute."""
     steps = len(calibration.sigmas) - 1
@@ -225,7 +225,7 @@ def _checked(
         (_, _, speed, _, _), found = processes.result()
         near[speed].append(found)
         if len(near[speed]) == len(jobs):
-            tell(f"{speed:g}x: {np.mean([psnr for psnr, _ in near[speed]]):.1f} dB")
+            on_line(f"{speed:g}x: {np.mean([psnr for psnr, _ in near[speed]]):.1f} dB")
     table = []
     for speed, rows in near.items():
         psnr, ssim = (mean_interval(column) for column in zip(*rows, strict=True))

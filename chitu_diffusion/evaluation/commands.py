@@ -45,13 +45,13 @@ def adherence(
     config, _ = load_config(flags={"models.name": model, "infer.device": device})
     settings: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
 
-    def tell(done: int, total: int, answer: Answer) -> None:
+    def report(done: int, total: int, answer: Answer) -> None:
         wrong = [part for part in ("actor", "colour", "scene", "motion") if not answer.right(part)]
         found = f"not as asked: {', '.join(wrong)} ({answer.found})" if wrong else "as asked"
         print(f"[{done}/{total}] {answer.prompt!r}, seed {answer.seed}: {found}", file=sys.stderr, flush=True)
 
     print(f"loading {model} ...", file=sys.stderr, flush=True)
-    scores = measure(config, output, prompts=prompts, seeds=seeds, settings=settings, on_video=tell)
+    scores = measure(config, output, prompts=prompts, seeds=seeds, settings=settings, on_video=report)
     write_scores(scores, output)
     summary = f"{scores.table()}\n{len(scores.answers)} videos, {output}/adherence.json"
     print(json.dumps(scores.to_mapping()) if json_ else summary)
@@ -143,7 +143,7 @@ def cache(
     config, _ = load_config(flags={"models.name": model, "infer.device": device, "infer.dtype": dtype})
     asked: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
 
-    def tell(done: int, total: int, row: VideoRow) -> None:
+    def report(done: int, total: int, row: VideoRow) -> None:
         near = row.error or ("" if row.psnr is None else f"{row.psnr:.1f} dB")
         print(
             f"[{done}/{total}] {row.setting}, {row.prompt!r}, seed {row.seed}: {near}",
@@ -152,7 +152,7 @@ def cache(
         )
 
     lines, about = evaluate(
-        config, videos, work or output / "work", chosen=chosen, settings=asked, workers=workers, on_row=tell
+        config, videos, work or output / "work", chosen=chosen, settings=asked, workers=workers, on_row=report
     )
     write_results(lines, about, output)
     print(

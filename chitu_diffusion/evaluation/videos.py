@@ -1,7 +1,7 @@
 """One video from a prompt to raw frames, with its denoising timed and its forwards counted.
 
-Forwards are counted at the seam where caches are asked, so that a skipped step, branch, block or module
-counts for what it is, whatever the strategy. Knows the generator and the seam; no strategy, no file.
+Forwards are counted at the interface where caches are asked, so that a skipped step, branch, block or module
+counts for what it is, whatever the strategy. Knows the generator and that interface; no strategy, no file.
 """
 
 from __future__ import annotations

@@ -282,8 +282,8 @@ class HeartbeatMonitor:
     def _report(self, who: str, why: str, stack: str | None) -> str:
         tail = f"\nit was here:\n{stack.rstrip()}" if stack else ""
         return (
-            f"{who}: {why}. Rank {self.rank} ({self.host}) was in {self._status}. "
-            f"The group ends; the same command starts again{tail}"
+            f"{who}: {why}. Rank {self.rank} ({self.host}) was in {self._status}. The group ends; the same "
+            f"command starts again{tail}"
         )
 
 

@@ -56,7 +56,7 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """One rank: a unit is a unit, and nobody needs to hear of anything."""
+    """One rank: a unit is a unit, and nobody else needs to know."""
 
     is_driver = True
 

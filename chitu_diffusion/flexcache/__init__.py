@@ -1,1 +1,1 @@
-"""Caches that save a network work, behind one seam (`seam.py`)."""
+"""Caches that save a network work, behind one interface (`interface.py`)."""

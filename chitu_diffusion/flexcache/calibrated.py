@@ -1,8 +1,8 @@
 """The plan that costs the picture least for a number of computed steps. Knows what was measured on the model.
 
 Which steps are computed, and by what linear combination of the last computed ones the others are predicted,
-is calculated from full-compute runs of the model (`planning`), for whatever schedule the task has. All of it
-is known before step 0: no sync, no memory but the last `order` velocities and one latent, and all ranks
+is calculated from full-compute runs of the model (`plan_search`), for whatever schedule the task has. All of
+it is known before step 0: no sync, no memory but the last `order` velocities and one latent, and all ranks
 agree.
 """
 
@@ -162,8 +162,7 @@ def _calibration_for(schedule: Schedule) -> Calibration:
     if None not in (found, here) and found != here:
         raise UsageError(
             f"flexcache plan: {schedule.model} was calibrated with other weights (sha256 {str(found)[:12]}, "
-            "here "
-            f"{str(here)[:12]}); {remedy} measures these",
+            f"here {str(here)[:12]}); {remedy} measures these",
             field="flexcache",
         )
     return calibration
@@ -204,8 +203,7 @@ def _calculated(
         )
         raise UsageError(
             f"flexcache plan: no plan computes {count} of {steps} steps with at most {longest} skipped in a "
-            "row and "
-            f"{len(required)} protected; use fresh={fewest}",
+            f"row and {len(required)} protected; use fresh={fewest}",
             field="flexcache",
         )
     return planning.predictions(traces, plans[count].fresh, order, switches)

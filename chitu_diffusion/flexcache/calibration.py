@@ -1,6 +1,6 @@
 """What `chitu calibrate` measured on a model, as a file beside its weights, and what is picked from it.
 
-Second moments of full-compute runs, from which a plan for any number of steps follows (`planning`);
+Second moments of full-compute runs, from which a plan for any number of steps follows (`plan_search`);
 TeaCache's polynomial and MagCache's ratios; and a table of plans that were really run, with what they kept of
 the picture. Plain data: no torch.
 """
@@ -68,7 +68,9 @@ class Calibration:
     plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def traces(self) -> Traces:
-        """The moments as `planning` takes them; weights and guidance are those of the runs' own schedule."""
+        """The moments as `plan_search` takes them; weights and guidance are those of the runs' own
+        schedule.
+        """
         import numpy as np
 
         from chitu_diffusion.flexcache.plan_search import Traces
@@ -97,9 +99,8 @@ class Calibration:
         if not good:
             best = max((row.psnr[0] for row in self.table), default=math.nan)
             raise UsageError(
-                f"--fidelity {decibels:g}dB: the nearest calibrated plan kept {best:.1f} dB; leave the cache "
-                "out for exact "
-                "videos",
+                f"--fidelity {decibels:g}dB: the nearest calibrated plan kept {best:.1f} dB; leave the "
+                "cache out for exact videos",
                 field="fidelity",
             )
         return max(good, key=lambda row: row.speedup)

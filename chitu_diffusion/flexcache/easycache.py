@@ -4,8 +4,8 @@ velocities.
 EasyCache, "Training-Free Video Diffusion Acceleration via Runtime-Adaptive Caching" (arXiv:2507.02860): at
 the last full step the network turned a change of its input into a change of its output at the rate k =
 mean|v_t - v_p| / mean|x_t - x_p|, p the step before it. A step adds k mean|x_t - x_p| / mean|v_p| to its
-error; it is skipped while the sum is below the
-threshold, and then v_t = x_t + (v - x of the last full step). The first `warmup` steps are full.
+error; it is skipped while the sum is below the threshold, and then v_t = x_t + (v - x of the last full step).
+The first `warmup` steps are full.
 
 x is shared by both branches and v is the prompt's, so that one number decides for all; it is the only thing
 that is fetched from the device.
@@ -30,7 +30,7 @@ class EasyCache(Strategy):
 
     Args:
         threshold: of the accumulated error; 0 never skips.
-        fill: what a skipped step takes: "offset", v - x of the last full step laid upon x as in the paper, or
+        fill: what a skipped step takes: "offset", v - x of the last full step added to x as in the paper, or
             "predictor", the velocity that `predictor` gives.
     """
 

@@ -1,4 +1,4 @@
-"""The one seam through which every cache meets a forward.
+"""The one interface through which every cache meets a forward.
 
 A network names the places where work could be saved (a `Site`) and asks the cache it was handed; the cache
 either calls `compute` or answers from what it holds. The loop around the network names one place more, the
@@ -19,7 +19,7 @@ uncached forward gives; a strategy that stores residuals subtracts `inputs.enter
 blocks a..b needs nothing more: answer `inputs.entering` at a..b-1 and the state (or `entering` + stored
 residual) at b.
 
-What a strategy answers is an `Action`. Those that follow from the schedule alone are laid down
+What a strategy answers is an `Action`. Those that follow from the schedule alone are written
 before step 0 (a plan), and cost nothing at run time; "ask" marks a step whose action depends on data. Such a
 decision is one number, taken from the prompt's branch, and goes through one function (`AllReduceMax`), so
 that every rank and every branch follows the same answer.

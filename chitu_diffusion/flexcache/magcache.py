@@ -2,9 +2,8 @@
 
 MagCache, "Fast Video Generation with Magnitude-Aware Cache" (arXiv:2506.09045): gamma_t = mean|r_t| /
 mean|r_{t-1}| of the block stack's residual r hardly depends on the prompt and is measured once. Over a run of
-skipped steps the product of the
-gammas says how far the old residual is off; skip while sum |1 - prod gamma| < threshold and the run is at
-most `longest`. The first `retention` of the schedule is always computed.
+skipped steps the product of the gammas says how far the old residual is off; skip while sum |1 - prod gamma|
+< threshold and the run is at most `longest`. The first `retention` of the schedule is always computed.
 
 Ratios belong to the model (`models/wan/cache_coefficients.py`). A schedule of another length than the
 measured run takes, for each step, the ratio of the nearest one, raised to the power of measured steps a step,
@@ -55,8 +54,7 @@ class MagCache(Strategy):
         if not measured:
             raise UsageError(
                 f"flexcache magcache: no ratios were measured on {schedule.model}; give ratios=, or use "
-                "meancache or easycache, "
-                "which need none",
+                "meancache or easycache, which need none",
                 field="flexcache",
             )
         count = schedule.num_steps

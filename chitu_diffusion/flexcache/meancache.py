@@ -3,7 +3,7 @@
 MeanCache, "From Instantaneous to Average Velocity for Accelerating Flow Matching Inference"
 (arXiv:2601.19961): a skipped step takes the last velocity, corrected by v_hat = v_last - J (sigma_next -
 sigma_now), where J comes from the mean velocity over the last fresh steps (`predictors`, "velocity"). Which
-steps are fresh is laid down beforehand: dense at the start, where the video's layout is decided, sparse in
+steps are fresh is listed beforehand: dense at the start, where the video's layout is decided, sparse in
 the middle, and dense again at the very end.
 
 The paper's implementation has hand-made lists for 50 steps and 30, 25, 17 or 10 fresh ones. Here each list is

@@ -6,9 +6,8 @@ combine with any of them. Knows records; no strategy, site or task.
 
     reuse      the last value
     taylor     TaylorSeer, "From Reusable to Forecasting" (arXiv:2503.06923): F_0 = y, F_{i+1} = (F_i - F_i of
-               the fresh step
-               before) / (distance between the two), value = sum_i F_i x^i / i!, x the distance from the last
-               fresh step
+               the fresh step before) / (distance between the two), value = sum_i F_i x^i / i!, x the
+               distance from the last fresh step
     velocity   MeanCache (arXiv:2601.19961), for velocities: mean velocity over the last fresh steps
                a = (x_end - x_start) / (sigma_end - sigma_start), J = (v_start - a) / (sigma_end -
                sigma_start), value = v_last - J (sigma_next - sigma_now)

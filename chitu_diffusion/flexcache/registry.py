@@ -45,10 +45,10 @@ STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType(
 
 CacheState = dict[str, Any]
 """A task's cache, as plain data. strategy and its parameters; num_steps: of the task; timesteps, sigmas: of
-its schedule; plan: per level the action of each step, or None before it is made; weights: what the strategy
-laid out besides it; records: fresh values by place, oldest first; notes: what else the strategy remembers;
-key: what both are valid for; reused: how many steps did less than a whole forward; features, computed_at:
-what the page's `update_cache` was given, and at which step."""
+its schedule; plan: per level the action of each step, or None before it is made; weights: what a
+skipped step is made of, where the strategy says so; records: fresh values by place, oldest first; notes: what
+else the strategy remembers; key: what both are valid for; reused: how many steps did less than a whole
+forward; features, computed_at: what the page's `update_cache` was given, and at which step."""
 
 _EMPTY: Mapping[str, Any] = MappingProxyType(
     {"plan": None, "weights": None, "timesteps": (), "sigmas": (), "key": None, "reused": 0}
@@ -154,8 +154,7 @@ def cache_bytes(value: str | Mapping[str, Any] | None, shapes: Shapes, limit_gb:
         branch = f" ({needed / 2**30 / shapes.branches:.2f} GiB a branch)" if shapes.branches > 1 else ""
         raise UsageError(
             f"flexcache {name} would keep {needed / 2**30:.2f} GiB{branch}, above cache_memory_gb = "
-            f"{limit:g}; "
-            f"{_smaller(name, strategy, shapes)}",
+            f"{limit:g}; {_smaller(name, strategy, shapes)}",
             field="flexcache",
         )
     return needed

@@ -147,8 +147,8 @@ class Strategy:
         """
         if self.warmup + self.cooldown > num_steps:
             raise UsageError(
-                f"flexcache warmup + cooldown = {self.warmup + self.cooldown}: use at most the "
-                f"task's {num_steps} steps",
+                f"flexcache warmup + cooldown = {self.warmup + self.cooldown}: use at most the task's "
+                f"{num_steps} steps",
                 field="flexcache",
             )
 

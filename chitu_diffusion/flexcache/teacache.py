@@ -61,9 +61,8 @@ def embedding_changes(schedule: Schedule, signal: str) -> list[float]:
 
     if schedule.embed_time is None:
         raise UsageError(
-            "flexcache teacache needs the model's time embedding: bind the manager with the task's schedule, "
-            "or use "
-            "interval or meancache, which need none",
+            "flexcache teacache needs the model's time embedding: bind the manager with the task's "
+            "schedule, or use interval or meancache, which need none",
             field="flexcache",
         )
     which = ("time", "modulation").index(signal)

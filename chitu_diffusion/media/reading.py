@@ -1,4 +1,4 @@
-"""Frames and recipes out of files that `video` has written. Knows file formats; no task."""
+"""Frames and recipes out of files that `media.video` has written. Knows file formats; no task."""
 
 from __future__ import annotations
 

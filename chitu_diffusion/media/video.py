@@ -104,8 +104,8 @@ def _kind(path: str | os.PathLike[str]) -> str:
     if ending:
         raise _refused(
             path,
-            f"'{ending}' is not a format; use .mp4, .gif or .npy, or a name that ends in '/' for a "
-            "folder of png frames",
+            f"'{ending}' is not a format; use .mp4, .gif or .npy, or a name that ends in '/' for a folder "
+            "of png frames",
         )
     return FOLDER
 
@@ -225,8 +225,8 @@ def _cause(error: OSError, target: Path) -> str:
     folder = target.parent
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
-            f"the disk is full or a size limit was reached ({_free_space(folder)} free in '{folder}'); "
-            "free some space, or choose another disk with '-o'"
+            f"the disk is full or a size limit was reached ({_free_space(folder)} free in '{folder}'); free "
+            "some space, or choose another disk with '-o'"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write into '{folder}'; choose another place with '-o'"

@@ -1,7 +1,7 @@
 """Roughly how much memory a video needs. Knows sizes; not networks or tasks.
 
-The estimate is a sizing rule, not a measurement: it exists to
-refuse at once what can never fit, and errs on the side of trying.
+The estimate is a sizing rule, not a measurement: it exists to refuse at once what can never fit, and
+errs on the side of trying.
 """
 
 from __future__ import annotations

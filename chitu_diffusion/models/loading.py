@@ -1,8 +1,8 @@
 """From a model's folder to networks with weights, in either layout.
 
-Joins what others know: the folder's parts (`folder`), the names in its files (`layouts`), the networks
-(`wan`, `vae`, `text`) and strict reading (`chitu_diffusion.weights.loader`). Which device and dtype is the
-caller's business.
+Joins what others know: the folder's parts (`folder`), the names in its files (`models.wan.checkpoint_names`),
+the networks (`models.wan`) and strict reading (`chitu_diffusion.weights.loader`). Which device and dtype is
+the caller's business.
 """
 
 from __future__ import annotations

@@ -227,6 +227,6 @@ def _in_hub_cache(spec: ModelSpec) -> Path | None:
 def missing_model(spec: ModelSpec) -> ModelMissingError:
     """The error for a known model that is not on this machine; it says how to get it."""
     return ModelMissingError(
-        f"{spec.name} is not on this machine. Get it with 'chitu models pull {spec.name}', "
-        "or point models.ckpt_dir at a folder that holds it"
+        f"{spec.name} is not on this machine. Get it with 'chitu models pull {spec.name}', or point "
+        "models.ckpt_dir at a folder that holds it"
     )

@@ -52,7 +52,7 @@ class CompileWatch:
         return note
 
     def close(self) -> None:
-        """Hear no more; silent the second time."""
+        """Stop listening; silent the second time."""
         from torch._dynamo.callback import callback_handler
 
         for heard, ours in (

@@ -178,8 +178,8 @@ def weight_for(convolution: str, weight: Tensor) -> Tensor:
     high = 3
     wide = 4
     order = (out, high, wide, taps, into) if convolution == "stacked" else (taps, out, high, wide, into)
-    laid = weight.permute(order).contiguous()
-    return laid.permute([order.index(axis) for axis in range(5)])
+    ordered = weight.permute(order).contiguous()
+    return ordered.permute([order.index(axis) for axis in range(5)])
 
 
 # -- nearest up-sampling by two, and a 3 x 3 convolution

@@ -1,4 +1,4 @@
-"""The decoder's Triton kernels; each has its twin in plain torch in `vae_kernels`, where it is described."""
+"""The decoder's Triton kernels; each has its twin in plain torch in `vae_conv`, where it is described."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def has_triton(device: torch.device) -> bool:
 
 
 def triton_norm_silu(parts: Sum, gamma: Tensor, out: Tensor, total: Tensor | None) -> None:
-    """`vae_kernels.torch_norm_silu` in one pass."""
+    """`vae_conv.torch_norm_silu` in one pass."""
     _launch(parts, gamma, out, total)
 
 
 def triton_add_up(parts: Sum, out: Tensor) -> None:
-    """`vae_kernels.torch_add_up` in one pass."""
+    """`vae_conv.torch_add_up` in one pass."""
     _launch(parts, None, None, out)
 
 

@@ -50,14 +50,14 @@ class Admission:
         if peak > total:
             raise WillNotFitError(
                 f"{width}x{height} with {frames} frames needs about {peak / 2**30:.1f} GiB at the highest "
-                "memory level; "
-                f"{self._device} has {total / 2**30:.1f} GiB; {self._largest(frames, height, width, total)}"
+                f"memory level; {self._device} has {total / 2**30:.1f} GiB; "
+                f"{self._largest(frames, height, width, total)}"
             )
         if peak + cache > total:
             raise WillNotFitError(
-                f"flexcache {flexcache} would keep {cache / 2**30:.1f} GiB beside the {peak / 2**30:.1f} GiB "
-                "that "
-                f"the video needs; {self._device} has {total / 2**30:.1f} GiB; use flexcache meancache"
+                f"flexcache {flexcache} would keep {cache / 2**30:.1f} GiB beside the {peak / 2**30:.1f} "
+                f"GiB that the video needs; {self._device} has {total / 2**30:.1f} GiB; use flexcache "
+                "meancache"
             )
 
     def _peak(self, frames: int, height: int, width: int) -> int:

@@ -190,8 +190,8 @@ def predict_velocity(
     # here, where no rank is without a branch to run
     backend.choose_attention(tokens_of(backend, latent), expert)
     asked = tuple(branch for branch in branches if branch < len(text))
-    peers = backend.groups.branches
-    own = own_branches(asked, peers)
+    group = backend.groups.branches
+    own = own_branches(asked, group)
     backend.offload.use(expert_part(expert))
     model = backend.model_pool[expert]
     backend.set_precision(expert, float(timestep))
@@ -203,7 +203,7 @@ def predict_velocity(
         embedded = model.embed(latent, time, text.kv_for(model, expert, some, latent.shape[0]))
         embedded = replace(embedded, start=embedded.start or start)
         found.append(_forward(backend, embedded, expert, cache_for(some)))
-    return all_branches(found[0] if len(found) == 1 else torch.cat(found), len(asked), peers)
+    return all_branches(found[0] if len(found) == 1 else torch.cat(found), len(asked), group)
 
 
 def schedule_of(

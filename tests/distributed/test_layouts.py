@@ -120,12 +120,12 @@ def in_pieces(groups: ProcessGroups) -> dict[str, torch.Tensor]:
     """An attention with three heads a rank over shards of unequal length, in 1, 2 and 4 (that is, 3) pieces a
     sequence.
     """
-    peers = groups.ulysses
+    group = groups.ulysses
     generator = torch.Generator().manual_seed(7)
-    lengths = [3 + rank for rank in range(peers.size)]
-    whole = torch.randn(3, 2, sum(lengths), 3 * peers.size, 8, generator=generator)  # q, k, v of all
-    own = slice(sum(lengths[: peers.index]), sum(lengths[: peers.index + 1]))
-    found = [ulysses(sdpa, peers, lengths, pieces)(*whole[:, :, own].unbind()) for pieces in (1, 2, 4)]
+    lengths = [3 + rank for rank in range(group.size)]
+    whole = torch.randn(3, 2, sum(lengths), 3 * group.size, 8, generator=generator)  # q, k, v of all
+    own = slice(sum(lengths[: group.index]), sum(lengths[: group.index + 1]))
+    found = [ulysses(sdpa, group, lengths, pieces)(*whole[:, :, own].unbind()) for pieces in (1, 2, 4)]
     return {"pieces": torch.stack([*found, sdpa(*whole.unbind())[:, own]])}
 
 
@@ -140,7 +140,7 @@ def traffic(backend: DiffusionBackend, layout: str) -> list[int]:
     text = torch.zeros(2, 7, 32)
     Generator(backend).forward_with_cp(latent, text, torch.tensor(500.0))
     for name, counter in zip(("ulysses", "ring", "sequence", "branches"), counters, strict=True):
-        setattr(groups, name, counter.peers)
+        setattr(groups, name, counter.group)
     return [counter.sent for counter in counters]
 
 

@@ -34,7 +34,7 @@ class Block(nn.Module):
         return x + self.scale * self.second(torch.tanh(self.first(x)).bfloat16()).float()
 
 
-def residency_at(level: int, experts: int = 2) -> tuple[OffloadManager, list[Network]]:
+def offload_at(level: int, experts: int = 2) -> tuple[OffloadManager, list[Network]]:
     """On a CPU whose memory is pretended to be two: weights begin on the 'device'."""
     networks = [Network() for _ in range(experts)]
     offload = OffloadManager(
@@ -62,7 +62,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("level", EXPECTED)
 def test_who_is_on_the_device(level):
-    offload, _ = residency_at(level)
+    offload, _ = offload_at(level)
     offload.place()
     seen = [offload.on_device()]
     for name in ("text_encoder", "expert_0", "expert_1", "vae"):
@@ -72,7 +72,7 @@ def test_who_is_on_the_device(level):
 
 
 def test_the_vae_may_stay_beside_an_expert_at_level_3():
-    offload, _ = residency_at(3)
+    offload, _ = offload_at(3)
     offload.use("vae")
     offload.use("expert_1")
     assert offload.on_device() == {"vae", "expert_1"}
@@ -81,7 +81,7 @@ def test_the_vae_may_stay_beside_an_expert_at_level_3():
 
 
 def test_level_4_keeps_the_trunk_on_the_device_and_the_blocks_home():
-    offload, (network, _) = residency_at(4)
+    offload, (network, _) = offload_at(4)
     home = network.trunk.weight.data_ptr()
     offload.use("expert_0")
     assert network.trunk.weight.data_ptr() != home
@@ -95,7 +95,7 @@ def test_level_4_keeps_the_trunk_on_the_device_and_the_blocks_home():
 
 
 def test_raising_the_level_sends_away_and_values_stay_whole():
-    offload, (network, _) = residency_at(0)
+    offload, (network, _) = offload_at(0)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     for level in (2, 3, 4):
         offload.use("expert_0")
@@ -109,7 +109,7 @@ def test_raising_the_level_sends_away_and_values_stay_whole():
 
 
 def test_sizes():
-    offload, (network, _) = residency_at(0)
+    offload, (network, _) = offload_at(0)
     assert offload.part_bytes()["expert_0"] == bytes_of(network)
     assert offload.largest_block_bytes() == bytes_of(network.blocks[2])
 

@@ -260,14 +260,14 @@ class WanTransformer(nn.Module):
         embedded = self.embed(latent, cached_features.timestep if timestep is None else timestep, embeddings)
         if cached_features.residual.shape != embedded.tokens.shape:
             raise ValueError(
-                f"cached features are {list(cached_features.residual.shape)}, "
-                f"this latent's tokens {list(embedded.tokens.shape)}"
+                f"cached features are {list(cached_features.residual.shape)}, this latent's tokens "
+                f"{list(embedded.tokens.shape)}"
             )
         tokens = embedded.tokens + cached_features.residual
         return self.unpatchify(self.final_layer(tokens, embedded.time), embedded.grid)
 
     def make_text_kv(self, text: Tensor, rows: int | None = None) -> TextKVCache:
-        """A padded text [B, N, text_dim] for any number of forwards with these weights; see `prepared_text`.
+        """A padded text [B, N, text_dim] for any number of forwards with these weights; see `text_kv`.
 
         Args:
             rows: of `rows_that_differ`; None looks, which on a GPU waits for the device.

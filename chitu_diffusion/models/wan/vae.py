@@ -218,8 +218,8 @@ class WanVAE(nn.Module):
             frames, height, width = latent.shape[2:]
             raise UsageError(
                 f"decoding {frames} latent frames of {height} x {width} cells takes {needs[1] / 2**30:.2f} "
-                "GiB at least, the "
-                f"budget is {budget / 2**30:.2f} GiB: decode smaller tiles (low_mem_level = 1), or allow more"
+                f"GiB at least, the budget is {budget / 2**30:.2f} GiB: decode smaller tiles (low_mem_level "
+                "= 1), or allow more"
             )
         return next((n for n, need in needs.items() if need <= budget), 1)
 
