@@ -58,12 +58,15 @@ def run_jobs(
     reporter.loading(config.models.name)
     tasks = [job.task for job in jobs]
     try:
-        from chitu_diffusion.config import cache_dir
+        from chitu_diffusion.config import cache_dir, rank_place
         from chitu_diffusion.engine import Engine
+
+        place = rank_place()
+        own_key = key if place is None or place.rank == 0 else None  # rank 0 tells the others its folder
 
         with ExitStack() as stack:
             stack.enter_context(_signals_as_ctrl_c())
-            root = stack.enter_context(checkpoint_root(key, cache_dir()))
+            root = stack.enter_context(checkpoint_root(own_key, cache_dir()))
             engine = Engine(config, model=model)
             stack.callback(engine.close)
             if not engine.is_driver:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -35,16 +36,7 @@ _MOST_TRIES = 3
 """How often a checkpoint is gone on from before the one before it is taken: it may be what ends the
 process.
 """
-_PLAIN = (
-    "task_id",
-    "seed",
-    "num_inference_steps",
-    "current_step",
-    "cascade_stage",
-    "expert",
-    "created_at",
-    "started_at",
-)
+_PLAIN = ("task_id", "seed", "num_inference_steps", "current_step", "cascade_stage", "expert", "created_at")
 _UNREADABLE = (
     OSError,
     SafetensorError,
@@ -95,6 +87,7 @@ def save_task(task: DiffusionTask, path: str | Path, backend: DiffusionBackend) 
         "resolved": task.resolved.to_mapping(),
         "events": task.events,
         "seconds": {str(stage): seconds for stage, seconds in task.seconds.items()},
+        "elapsed": task.get_elapsed_time(),
         "cache_left_out": left_out,
         **{name: vars(task)[name] for name in _PLAIN},
         "embeddings": written.node(task.buffer.embeddings),
@@ -221,6 +214,7 @@ def _task_of(
         buffer=buffer,
         events=[str(said) for said in values["events"]],
         seconds={TaskStatus(stage): float(seconds) for stage, seconds in values["seconds"].items()},
+        started_at=time.time() - float(values["elapsed"]),  # the pause does not count
         **{name: values[name] for name in _PLAIN},
     )
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,6 +118,34 @@ def test_the_same_command_goes_on(
     assert code == 0 and f"going on at step {left} of 16" in said, said
     assert np.load(tmp_path / "a.npy").tobytes() == undisturbed
     assert steps_saved(tmp_path) == -1 and not list(tmp_path.glob("cache/checkpoints/*"))
+
+
+def test_two_ranks_go_on_after_a_kill_and_an_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHITU_CACHE_DIR", str(tmp_path / "cache"))
+    words = ["generate", "a cat", "--seed", "7", "--steps", "32", "--size", "64x64", "--frames", "5"]
+    words += ["--cache", "taylorseer", "--device", "cpu", "--gpus", "2", "--parallel", "u2"]
+    command = [sys.executable, "-m", "chitu_diffusion", *words, "--set", "checkpoint.every_s=0"]
+
+    def start(path: str) -> subprocess.Popen[str]:
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([*command, "-o", path], cwd=tmp_path, text=True, **pipes)
+
+    for number, end in enumerate((signal.SIGKILL, signal.SIGINT), start=1):
+        launcher = start("a.npy")
+        wait_for_step(tmp_path, 10 * number)
+        launcher.send_signal(end)
+        said = launcher.communicate(timeout=ENOUGH)[1]
+        assert launcher.returncode == (-end if end == signal.SIGKILL else 130), said
+        assert number == 1 or "going on at step" in said, said
+    last = start("a.npy")
+    said = last.communicate(timeout=ENOUGH)[1]
+    assert last.returncode == 0 and "going on at step" in said and "not exact" not in said, said
+    assert not list(tmp_path.glob("cache/checkpoints/*"))
+    whole = start("whole.npy")
+    assert whole.wait(ENOUGH) == 0
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
 def test_without_a_seed_it_is_the_same_video_all_the_same(begin, tmp_path: Path) -> None:

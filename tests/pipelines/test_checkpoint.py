@@ -7,6 +7,7 @@ import json
 import random
 import secrets
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,16 @@ def test_the_last_two_are_kept(begun, backends) -> None:
     assert task.current_step == 4 and not notes
     folder.clear()
     assert not folder.folder.exists()
+
+
+def test_the_pause_between_two_runs_is_no_time_of_the_task(begun, backends, monkeypatch) -> None:
+    task, folder = begun
+    spent = task.get_elapsed_time()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 86400)
+    again, _ = folder.load(backends["one"])
+    assert 0 < again.get_elapsed_time() <= spent
+    assert again.created_at == task.created_at
 
 
 def test_a_damaged_checkpoint_leaves_the_one_before_and_then_nothing(begun, backends) -> None:

@@ -1,0 +1,70 @@
+"""The programs in `examples/`, run as a newcomer runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chitu_diffusion.media.reading import read_frames
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, *words: str, folder: Path) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CHITU_CACHE_DIR": str(folder / "cache")}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_run_here() -> None:
+    tested = {"text_to_video.py", "batch.py", "step_caches.py"}
+    assert {file.name for file in EXAMPLES.glob("*.py")} == tested
+
+
+def test_text_to_video(tmp_path: Path) -> None:
+    told = run("text_to_video.py", "a blue bird flying upward", "bird.mp4", folder=tmp_path)
+    assert "denoising: step 20 of 20" in told
+    frames = read_frames(tmp_path / "bird.mp4")
+    assert frames.shape == (17, 128, 128, 3)
+    assert frames.std() > 10
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("batch")
+    return folder, run("batch.py", "videos", folder=folder)
+
+
+def test_batch_makes_all_and_refuses_one(batch: tuple[Path, str]) -> None:
+    folder, told = batch
+    assert "refused: num_frames" in told or "refused: frames" in told
+    assert {file.name for file in (folder / "videos").iterdir()} == {"rabbit.mp4", "fish.mp4", "robot.mp4"}
+    assert told.count("finished") == 3
+
+
+def test_a_second_batch_has_nothing_left_to_do(batch: tuple[Path, str]) -> None:
+    folder, _ = batch
+    made = {file: file.stat().st_mtime_ns for file in (folder / "videos").iterdir()}
+    told = run("batch.py", "videos", folder=folder)
+    assert "finished" not in told
+    assert made == {file: file.stat().st_mtime_ns for file in (folder / "videos").iterdir()}
+
+
+def test_step_caches(tmp_path: Path) -> None:
+    told = run("step_caches.py", folder=tmp_path)
+    lines = dict(line.split(": ") for line in told.splitlines())
+    assert "inf dB" in lines["no cache"]
+    plan = lines["a calibrated plan, half of the steps"]
+    assert float(plan.split(", ")[1].split()[0]) > 30
