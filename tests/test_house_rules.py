@@ -17,6 +17,7 @@ PACKAGE = ROOT / "chitu_diffusion"
 FOLDERS = ("chitu_diffusion", "training", "benchmarks", "examples", "tests")
 LONGEST_FILE = 500
 LONGEST_BODY = 60
+LONGEST_CELL = 200
 MOST_TOP_MODULES = 10
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
@@ -322,6 +323,34 @@ def test_nothing_runs_what_it_reads() -> None:
                 if keywords.get("allow_pickle") == "True" or keywords.get("trust_remote_code") == "True":
                     found.append(f"{name}:{node.lineno} {called} runs code from a file")
     report(found, "data must stay data")
+
+
+def test_the_log_has_short_cells() -> None:
+    lines = (ROOT / "docs" / "log.md").read_text(encoding="utf-8").splitlines()
+    found = [
+        f"line {number}: {len(cell.strip())} characters"
+        for number, line in enumerate(lines, start=1)
+        if line.startswith("|")
+        for cell in line.strip("| ").split("|")
+        if len(cell.strip()) > LONGEST_CELL
+    ]
+    report(found, f"no cell over {LONGEST_CELL} characters in docs/log.md")
+
+
+def test_documents_name_what_there_is() -> None:
+    """Paths of files in the texts; the log speaks of what was, and is left out."""
+    texts = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    found = []
+    for text in (text for text in texts if text.name != "log.md"):
+        for name in re.findall(
+            r"[\w./-]+/[\w.-]+\.(?:py|md|json|png|jpg|toml)\b", text.read_text(encoding="utf-8")
+        ):
+            places = (text.parent, ROOT, PACKAGE)
+            if not name.startswith(("outputs/", "http")) and not any(
+                (place / name).exists() for place in places
+            ):
+                found.append(f"{text.relative_to(ROOT)}: {name}")
+    report(found, "no such file")
 
 
 def test_no_machine_is_named() -> None:
