@@ -18,6 +18,7 @@ from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.models.components import Networks
 from chitu_diffusion.models.folder import read_folder
+from chitu_diffusion.models.kinds import EXPERT_ROLES
 from chitu_diffusion.models.loading import load_text_encoder, load_vae
 from chitu_diffusion.models.registry import ASSETS, TINY
 from chitu_diffusion.models.spec import ModelSpec
@@ -213,7 +214,8 @@ class Workload:
         """
         ends = (encoder or self._ends[0], vae or self._ends[1])
         experts = [self.network()] * len(self.case.spec.transformers)
-        networks = Networks(self.case.spec, experts, *ends, read_folder(ASSETS / TINY).scheduler)
+        parts = {"text_encoder": ends[0], **dict(zip(EXPERT_ROLES, experts, strict=False)), "vae": ends[1]}
+        networks = Networks(self.case.spec, parts, read_folder(ASSETS / TINY).scheduler)
         return DiffusionBackend.from_networks(networks, args, groups)
 
     def step(self, backend: DiffusionBackend) -> Callable[[], Tensor]:

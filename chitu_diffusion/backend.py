@@ -23,8 +23,9 @@ from chitu_diffusion.flexcache.calibration import Calibration
 from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.memory.device import empty_cache
 from chitu_diffusion.memory.estimate import MemoryEstimate
-from chitu_diffusion.memory.offload import OffloadManager
+from chitu_diffusion.memory.offload import OffloadManager, OffloadPart
 from chitu_diffusion.models.components import Networks, float8_plan, load_networks
+from chitu_diffusion.models.kinds import PARTS
 from chitu_diffusion.models.registry import FoundModel, resolve_model
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
@@ -134,7 +135,7 @@ class DiffusionBackend:
         _check_quant(self.args, self.device, self.dtype)
 
     def _install(self, networks: Networks) -> None:
-        for network in (*networks.experts, networks.text_encoder, networks.vae):
+        for network in networks.parts.values():
             network.eval().requires_grad_(False)
         if self.args.infer.fused and self.device.type == "cuda" and not HAS_TRITON:
             logger.warning(
@@ -156,10 +157,12 @@ class DiffusionBackend:
         )
         self.offload = OffloadManager(
             self.device,
-            text_encoder=networks.text_encoder,
-            experts=networks.experts,
-            vae=networks.vae,
-            blocks=[list(expert.blocks) for expert in networks.experts],
+            parts={
+                role: OffloadPart(
+                    part, PARTS[role].kind, list(part.blocks) if isinstance(part, WanTransformer) else ()
+                )
+                for role, part in networks.parts.items()
+            },
             level=self.args.infer.diffusion.low_mem_level,
         )
         self.offload.place()

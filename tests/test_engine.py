@@ -218,7 +218,11 @@ def test_a_request_that_can_never_fit_is_refused_at_once(engine, monkeypatch):
 
 def test_estimates_of_the_full_sizes_are_plausible():
     """Wan2.1 1.3B at 832x480x81 in bf16 on an H100: a 7.3 GiB decode whole, 3.8 tiled, was measured."""
-    parts = {"text_encoder": 11 << 30, "expert_0": 2840 << 20, "vae": 250 << 20}
+    parts = {
+        "text_encoder": ("encoder", 11 << 30),
+        "transformer": ("denoiser", 2840 << 20),
+        "vae": ("decoder", 250 << 20),
+    }
     sizes = MemoryEstimate(parts=parts, block=90 << 20, dim=1536, ffn_dim=8960, vae_width=96, item=2)
     whole, tiled = (sizes.decoding(81, 480, 832, tiled) / 2**30 for tiled in (False, True))
     assert 6 < whole < 9 and 1.5 < tiled < 5

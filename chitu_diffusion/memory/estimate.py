@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from chitu_diffusion.memory.offload import TEXT_ENCODER, VAE
-
 _TILE_PIXELS = 256 * 256
 _DECODER_COPIES = 20
 """Feature maps of full size and width alive at once in the VAE's last stage; fitted to `AutoencoderKLWan` on
@@ -23,7 +21,7 @@ class MemoryEstimate:
     """What an estimate is made from.
 
     Attributes:
-        parts: bytes of each part's weights, by the names of `offload`.
+        parts: (kind, bytes of its weights) of each part, as in `offload`.
         block: bytes of the largest transformer block.
         dim, ffn_dim: widths of the transformer.
         vae_width: channels of the VAE's decoder at full size.
@@ -31,7 +29,7 @@ class MemoryEstimate:
         on_cpu: home and device are the same memory, so that levels 2 to 4 save nothing.
     """
 
-    parts: Mapping[str, int]
+    parts: Mapping[str, tuple[str, int]]
     block: int
     dim: int
     ffn_dim: int
@@ -41,16 +39,16 @@ class MemoryEstimate:
 
     def weights(self, level: int, running: str) -> int:
         """Bytes of weights on the device while part `running` runs."""
+        kind, own = self.parts[running]
         if level < 2 or self.on_cpu:
-            return sum(self.parts.values())
+            return sum(size for _, size in self.parts.values())
         if level == 2:
-            return self.parts[running] + sum(
-                size for name, size in self.parts.items() if name not in (TEXT_ENCODER, running)
-            )
-        if running in (TEXT_ENCODER, VAE):
-            return self.parts[running]
-        own = self.parts[running] if level == 3 else min(self.parts[running], 2 * self.block)
-        return own + self.parts[VAE]
+            others = [part for name, part in self.parts.items() if name != running]
+            return own + sum(size for other, size in others if other != "encoder")
+        if kind != "denoiser":
+            return own
+        streamed = own if level == 3 else min(own, 2 * self.block)
+        return streamed + sum(size for other, size in self.parts.values() if other == "decoder")
 
     def denoising(self, tokens: int) -> int:
         """Bytes of activations in a transformer forward over `tokens`: float32 norms, q, k, v, and the
@@ -69,9 +67,9 @@ class MemoryEstimate:
 
     def peak(self, level: int, tokens: int, num_frames: int, height: int, width: int) -> int:
         """Bytes at the worst moment of a task."""
-        stages = [self.weights(level, TEXT_ENCODER)]
-        for name in self.parts:
-            if name not in (TEXT_ENCODER, VAE):
-                stages.append(self.weights(level, name) + self.denoising(tokens))
-        stages.append(self.weights(level, VAE) + self.decoding(num_frames, height, width, tiled=level >= 1))
-        return max(stages)
+        activations = {
+            "encoder": 0,
+            "denoiser": self.denoising(tokens),
+            "decoder": self.decoding(num_frames, height, width, tiled=level >= 1),
+        }
+        return max(self.weights(level, name) + activations[kind] for name, (kind, _) in self.parts.items())

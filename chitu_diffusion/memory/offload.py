@@ -1,13 +1,13 @@
 """Which weights are on the device now.
 
-A `OffloadManager` moves whole parts (text encoder, each expert, VAE) between the device and their home in
+A `OffloadManager` moves whole parts (encoders, each expert, VAE) between the device and their home in
 main memory as the memory level asks, and streams an expert's blocks through two slots on the device at the
 highest level. It knows modules and devices; not what the modules compute, nor tasks.
 
     level 0   every part stays on the device
     level 1   the same (the VAE decodes in tiles; that is the generator's business)
-    level 2   the text encoder is on the device only while it encodes
-    level 3   one of text encoder, expert, VAE at a time (the VAE may stay beside an expert)
+    level 2   an encoder is on the device only while it encodes
+    level 3   one of encoder, expert, VAE at a time (the VAE may stay beside an expert)
     level 4   as 3, and an expert's blocks pass through the device one by one, the next copied while one
               computes
 
@@ -26,19 +26,12 @@ import torch
 from torch import Tensor, nn
 
 TOP_LEVEL = 4
-TEXT_ENCODER = "text_encoder"
-VAE = "vae"
 HOME = torch.device("cpu")
 _ALIGNMENT = 256
 """Bytes at which each tensor begins in a block's buffer: what the device's loads like best."""
 _NOTHING: frozenset[Tensor] = frozenset()
 _PIN_FROM = 1 << 20
 """Bytes from which a tensor is worth pinning: locking memory costs a system call each."""
-
-
-def expert_part(index: int) -> str:
-    """The name under which expert `index` is known here."""
-    return f"expert_{index}"
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -272,13 +265,27 @@ class BlockPrefetcher:
             self._freed[index % 2].record(torch.cuda.current_stream(self.device))
 
 
+@dataclass(frozen=True)
+class OffloadPart:
+    """A network that moves as a whole, or block by block.
+
+    Attributes:
+        module: wherever its weights lie now.
+        kind: "encoder", "denoiser" or "decoder".
+        blocks: that a denoiser's forward runs one after the other.
+    """
+
+    module: nn.Module
+    kind: str
+    blocks: Sequence[nn.Module] = ()
+
+
 class OffloadManager:
     """Keeps on the device what the memory level allows.
 
     Args:
         device: where networks run.
-        text_encoder, experts, vae: the networks, wherever their weights lie now.
-        blocks: of each expert, in order.
+        parts: the networks, by name.
         level: 0 to 4; may be set again at any time between two uses.
         apart: whether home and device are two memories; None: unless the device is the CPU. True on a CPU
             moves weights between two places in main memory, which serves tests alone.
@@ -288,24 +295,20 @@ class OffloadManager:
         self,
         device: torch.device,
         *,
-        text_encoder: nn.Module,
-        experts: Sequence[nn.Module],
-        vae: nn.Module,
-        blocks: Sequence[Sequence[nn.Module]],
+        parts: Mapping[str, OffloadPart],
         level: int = 0,
         apart: bool | None = None,
     ) -> None:
         self.device = device
         apart = device != HOME if apart is None else apart
         self._memory = PinnedMemory(device)
-        modules: dict[str, nn.Module] = {TEXT_ENCODER: text_encoder, VAE: vae}
-        modules |= {expert_part(index): expert for index, expert in enumerate(experts)}
         self._parts = {
-            name: OffloadedModule(module, device, apart, self._memory) for name, module in modules.items()
+            name: OffloadedModule(part.module, device, apart, self._memory) for name, part in parts.items()
         }
-        self._blocks: Mapping[str, Sequence[nn.Module]] = {
-            expert_part(i): own for i, own in enumerate(blocks)
-        }
+        self._blocks = {name: part.blocks for name, part in parts.items() if part.kind == "denoiser"}
+        self._kinds = {name: part.kind for name, part in parts.items()}
+        self._encoders = {name for name, part in parts.items() if part.kind == "encoder"}
+        self._decoders = {name for name, part in parts.items() if part.kind == "decoder"}
         self._streams: dict[str, BlockPrefetcher] = {}
         self._level = level
         self.set_level(level)
@@ -321,9 +324,9 @@ class OffloadManager:
             raise ValueError(f"memory level {level}: use 0 to {TOP_LEVEL}")
         self._level = level
         if level >= 2:
-            self._parts[TEXT_ENCODER].to_host()
+            self._send_home(self._encoders)
         if level >= 3:
-            self._send_home(set(self._parts) - {VAE})
+            self._send_home(set(self._parts) - self._decoders)
         if level < TOP_LEVEL:
             self._stop_streams()
 
@@ -338,7 +341,7 @@ class OffloadManager:
     def place(self) -> None:
         """Bring what the level keeps on the device there (all below level 2), ready for the first task."""
         for name, part in self._parts.items():
-            if self._level < 2 or (self._level == 2 and name != TEXT_ENCODER):
+            if self._level < 2 or (self._level == 2 and name not in self._encoders):
                 part.on_device()
 
     def prefetched_blocks(self, name: str) -> BlockPrefetcher | None:
@@ -353,9 +356,9 @@ class OffloadManager:
         """Names of the parts with all of their weights on the device."""
         return {name for name, part in self._parts.items() if part.is_on_device()}
 
-    def part_bytes(self) -> dict[str, int]:
-        """Size of each part's weights."""
-        return {name: bytes_of(part.module) for name, part in self._parts.items()}
+    def part_bytes(self) -> dict[str, tuple[str, int]]:
+        """Kind of each part, and size of its weights."""
+        return {name: (self._kinds[name], bytes_of(part.module)) for name, part in self._parts.items()}
 
     def largest_block_bytes(self) -> int:
         """Size of the largest block."""
@@ -373,8 +376,8 @@ class OffloadManager:
         if self._level < 2:
             return set(self._parts)
         if self._level == 2:
-            return set(self._parts) - {TEXT_ENCODER}
-        return {VAE} if name in self._blocks else set()
+            return set(self._parts) - self._encoders
+        return self._decoders if name in self._blocks else set()
 
     def _send_home(self, names: set[str]) -> None:
         for name in names:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from chitu_diffusion.config import EngineConfig
-from chitu_diffusion.models.loading import load_text_encoder, load_transformer, load_vae
+from chitu_diffusion.models.kinds import EXPERT_ROLES, PARTS, PartKind, Role
+from chitu_diffusion.models.loading import load_part
 from chitu_diffusion.models.registry import FoundModel
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
@@ -24,7 +26,6 @@ from chitu_diffusion.ops.float8_linear import Float8Plan
 
 _HOME = torch.device("cpu")
 _NOWHERE = torch.device("meta")
-_EXPERTS: tuple[Literal["transformer", "transformer_2"], ...] = ("transformer", "transformer_2")
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,30 @@ class Networks:
 
     Attributes:
         spec: the model without its weights.
-        experts: one transformer, or two: high noise first.
+        parts: by role.
         scheduler: the checkpoint's `scheduler_config.json`.
         folder: where the weights came from; None for networks made in memory.
     """
 
     spec: ModelSpec
-    experts: Sequence[WanTransformer]
-    text_encoder: TextEncoder
-    vae: WanVAE
+    parts: Mapping[Role, nn.Module]
     scheduler: Mapping[str, Any]
     folder: Path | None = None
+
+    @property
+    def experts(self) -> Sequence[WanTransformer]:
+        """One transformer, or two: high noise first."""
+        return [cast(WanTransformer, self.parts[role]) for role in EXPERT_ROLES if role in self.parts]
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """Prompts to embeddings."""
+        return cast(TextEncoder, self.parts["text_encoder"])
+
+    @property
+    def vae(self) -> WanVAE:
+        """Latents to videos, and videos to latents."""
+        return cast(WanVAE, self.parts["vae"])
 
 
 def float8_plan(args: EngineConfig) -> Float8Plan | None:
@@ -65,7 +79,7 @@ def load_networks(
         encodes: False where another rank encodes the text: the encoder is then its shapes alone, without
             weights.
 
-    The text encoder is loaded into main memory from memory level 2, the transformers from level 3; the rest
+    An encoder is loaded into main memory from memory level 2, the transformers from level 3; the rest
     onto the device. In float16 the text encoder is bfloat16: T5's activations do not fit float16's range.
 
     Raises:
@@ -74,14 +88,20 @@ def load_networks(
     """
     folder = model.required()
     level = args.infer.diffusion.low_mem_level
-    experts_on = _HOME if level >= 3 else device
-    text_on = _NOWHERE if not encodes else _HOME if level >= 2 else device
+    place: Mapping[PartKind, torch.device] = {
+        "encoder": _NOWHERE if not encodes else _HOME if level >= 2 else device,
+        "denoiser": _HOME if level >= 3 else device,
+        "decoder": device,
+    }
     text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
-    text_encoder = load_text_encoder(folder, device=text_on, dtype=text_dtype)
-    experts = [
-        load_transformer(folder, role, device=experts_on, dtype=dtype, float8=float8_plan(args))
-        for role in _EXPERTS
-        if role in folder.components
-    ]
-    vae = load_vae(folder, device=device, dtype=dtype)
-    return Networks(model.spec, experts, text_encoder, vae, folder.scheduler, folder.path)
+    parts = {
+        role: load_part(
+            folder,
+            role,
+            device=place[PARTS[role].kind],
+            dtype=text_dtype if role == "text_encoder" else dtype,
+            float8=float8_plan(args),
+        )
+        for role in folder.components
+    }
+    return Networks(model.spec, parts, folder.scheduler, folder.path)

@@ -15,29 +15,19 @@ from chitu_diffusion.errors import ChituError, UsageError
 from chitu_diffusion.models.folder import (
     EXPERT_FOLDERS,
     METADATA_FILE,
-    TEXT_FILE,
     TOKENIZER_FOLDER,
-    VAE_FILE,
-    WEIGHTS_STEM,
     Layout,
     ModelFolder,
-    Role,
     official_transformer_config,
     read_folder,
     read_json,
 )
+from chitu_diffusion.models.kinds import OPTIONAL_ROLES, PARTS, Role
 from chitu_diffusion.models.loading import blueprint, open_weights
 from chitu_diffusion.models.registry import spec_of_folder
 from chitu_diffusion.models.wan.text_encoder import load_tokenizer
 from chitu_diffusion.sampling.solvers import Sampler
 from chitu_diffusion.weights.loader import match_names, save_weights, write_json
-
-_CLASSES = {
-    "transformer": ["diffusers", "WanTransformer3DModel"],
-    "transformer_2": ["diffusers", "WanTransformer3DModel"],
-    "vae": ["diffusers", "AutoencoderKLWan"],
-    "text_encoder": ["transformers", "UMT5EncoderModel"],
-}
 
 
 @dataclass(frozen=True)
@@ -144,15 +134,14 @@ def write_model_index(place: Path, folder: ModelFolder) -> None:
         else "T5TokenizerFast"
     )
     index: dict[str, Any] = {
-        "_class_name": "WanPipeline",
+        "_class_name": folder.kind.class_name,
         "scheduler": ["diffusers", folder.scheduler.get("_class_name", "UniPCMultistepScheduler")],
         "tokenizer": ["transformers", tokenizer],
-        **{role: _CLASSES[role] for role in folder.components},
+        **{role: [None, None] for role in OPTIONAL_ROLES},
+        **{role: [PARTS[role].library, PARTS[role].class_name] for role in folder.components},
     }
-    if "transformer_2" in folder.components:
+    if folder.boundary_ratio is not None:
         index["boundary_ratio"] = folder.boundary_ratio
-    else:
-        index["transformer_2"] = [None, None]
     write_json(place / "model_index.json", index)
 
 
@@ -183,6 +172,7 @@ def _write_component(
     dtype: torch.dtype | None,
     max_shard_bytes: int,
 ) -> None:
+    part = PARTS[role]
     config = dict(folder.components[role].config)
     plan = blueprint(folder, role)
     weights = open_weights(folder, role)
@@ -190,23 +180,18 @@ def _write_component(
     new_names = plan.official if layout == "official" else {name: name for name in stored}
     tensors = {new_names[name]: weights.read(key) for name, key in stored.items()}  # backed by the files
     keep = {new_names[name] for name in stored if not set(name.split(".")).isdisjoint(plan.keep_float32)}
-    if layout == "official" and role in ("vae", "text_encoder"):
-        _write_torch_file(place / (VAE_FILE if role == "vae" else TEXT_FILE), tensors, dtype)
+    if layout == "official" and part.official_file is not None:
+        _write_torch_file(place / part.official_file, tensors, dtype)
         return
     if layout == "official":
         two = "transformer_2" in folder.components
         home = place / EXPERT_FOLDERS[role == "transformer_2"] if two else place
-        config = official_transformer_config(config)
+        config = official_transformer_config(config, folder.kind)
     else:
         home = place / role
-        config = (
-            {"_class_name": _CLASSES[role][1], **config}
-            if role != "text_encoder"
-            else {"model_type": "umt5", **config}
-        )
-    save_weights(
-        tensors, home, WEIGHTS_STEM[role], dtype=dtype, keep_float32=keep, max_shard_bytes=max_shard_bytes
-    )
+        said = {"model_type": "umt5"} if part.library == "transformers" else {"_class_name": part.class_name}
+        config = {**said, **config}
+    save_weights(tensors, home, part.stem, dtype=dtype, keep_float32=keep, max_shard_bytes=max_shard_bytes)
     write_json(home / "config.json", config)
 
 
@@ -218,10 +203,10 @@ def _write_torch_file(file: Path, tensors: Mapping[str, Tensor], dtype: torch.dt
 def _write_metadata(folder: ModelFolder, place: Path, layout: Layout) -> None:
     metadata = dict(folder.metadata)
     if layout == "official":
-        metadata["vae"] = dict(folder.components["vae"].config)
-        metadata["text_encoder"] = dict(folder.components["text_encoder"].config)
+        single = [role for role in PARTS if PARTS[role].official_file is not None]
+        for role in (*single, "transformer"):
+            metadata[role] = dict(folder.components[role].config)
         metadata["scheduler"] = dict(folder.scheduler)
-        metadata["transformer"] = dict(folder.components["transformer"].config)
         if folder.boundary_ratio is not None:
             metadata["boundary_ratio"] = folder.boundary_ratio
     else:

@@ -22,21 +22,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chitu_diffusion.errors import CheckpointError, ModelMissingError
+from chitu_diffusion.models.kinds import (
+    EXPERT_ROLES,
+    OPTIONAL_ROLES,
+    PARTS,
+    TEXT_TO_VIDEO,
+    ModelKind,
+    Part,
+    Role,
+    kind_named,
+)
 
 Layout = Literal["diffusers", "official"]
-Role = Literal["transformer", "transformer_2", "vae", "text_encoder"]
 
 METADATA_FILE = "chitu.json"
-TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
-VAE_FILE = "Wan2.1_VAE.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
 EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
-WEIGHTS_STEM = {
-    "transformer": "diffusion_pytorch_model",
-    "transformer_2": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
 
 # UMT5-XXL's encoder, https://huggingface.co/google/umt5-xxl, in transformers' words.
 _TEXT_CONFIG: Mapping[str, Any] = {
@@ -102,9 +103,9 @@ class Component:
     config: Mapping[str, Any]
 
     @property
-    def stem(self) -> str:
-        """How the weights' files begin, where `weights` is a folder."""
-        return WEIGHTS_STEM[self.role]
+    def part(self) -> Part:
+        """What it is."""
+        return PARTS[self.role]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class ModelFolder:
     Attributes:
         path: the folder.
         layout: "diffusers" or "official".
+        kind: what it makes of what.
         components: by role; "transformer_2" only where there are two experts ("transformer" is the high-noise
             one).
         tokenizer: the tokenizer's folder.
@@ -124,6 +126,7 @@ class ModelFolder:
 
     path: Path
     layout: Layout
+    kind: ModelKind
     components: Mapping[Role, Component]
     tokenizer: Path
     scheduler: Mapping[str, Any]
@@ -174,37 +177,28 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _read_diffusers(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
-    index = read_json(folder / "model_index.json")
-    _expect_class(folder / "model_index.json", index, "WanPipeline")
+    file = folder / "model_index.json"
+    index = read_json(file)
+    kind = kind_named(index.get("_class_name"), file)
     if index.get("expand_timesteps"):
         raise CheckpointError(
-            "this is an image-to-video or TI2V model; only text-to-video models are supported",
-            file=folder / "model_index.json",
+            "this is a TI2V model, whose tokens have times of their own; it is not supported",
+            file=file,
             key="expand_timesteps",
-            remedy="use Wan2.1-T2V-1.3B, Wan2.1-T2V-14B or Wan2.2-T2V-A14B",
+            remedy="use Wan2.1-T2V-1.3B, Wan2.1-T2V-14B, Wan2.2-T2V-A14B or Wan2.2-I2V-A14B",
         )
-    roles: list[tuple[Role, str]] = [
-        ("transformer", "WanTransformer3DModel"),
-        ("vae", "AutoencoderKLWan"),
-        ("text_encoder", "UMT5EncoderModel"),
-    ]
-    if index.get("transformer_2") not in (None, [None, None]):
-        roles.insert(1, ("transformer_2", "WanTransformer3DModel"))
     components: dict[Role, Component] = {}
-    for role, kind in roles:
+    for role, part in PARTS.items():
+        if role in OPTIONAL_ROLES and index.get(role) in (None, [None, None]):
+            continue
         config = read_json(folder / role / "config.json")
-        if role != "text_encoder":
-            _expect_class(folder / role / "config.json", config, kind)
+        if part.library == "diffusers":
+            _expect_class(folder / role / "config.json", config, part.class_name)
         components[role] = Component(role, folder / role, config)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    boundary = index.get("boundary_ratio")
     return ModelFolder(
-        folder,
-        "diffusers",
-        components,
-        folder / "tokenizer",
-        scheduler,
-        index.get("boundary_ratio"),
-        metadata,
+        folder, "diffusers", kind, components, folder / "tokenizer", scheduler, boundary, metadata
     )
 
 
@@ -212,38 +206,33 @@ def _read_official(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
     experts = (
         [folder / name for name in EXPERT_FOLDERS] if (folder / EXPERT_FOLDERS[0]).is_dir() else [folder]
     )
+    kind = TEXT_TO_VIDEO
     components: dict[Role, Component] = {}
-    roles: tuple[Role, Role] = ("transformer", "transformer_2")
-    for role, place in zip(roles, experts, strict=False):
-        components[role] = Component(role, place, _transformer_config(place / "config.json"))
-    components["vae"] = Component("vae", folder / VAE_FILE, metadata.get("vae", _VAE_CONFIG))
-    components["text_encoder"] = Component(
-        "text_encoder", folder / TEXT_FILE, metadata.get("text_encoder", _TEXT_CONFIG)
-    )
+    for role, place in zip(EXPERT_ROLES, experts, strict=False):
+        kind, config = _transformer_config(place / "config.json")
+        components[role] = Component(role, place, config)
+    for role, usual in (("vae", _VAE_CONFIG), ("text_encoder", _TEXT_CONFIG)):
+        file = PARTS[role].official_file
+        components[role] = Component(role, folder / str(file), metadata.get(role, usual))
     two = len(experts) == 2
-    # wan/configs of Wan2.1 and Wan2.2: shift 5 and 12, boundary 0.875
-    scheduler = metadata.get("scheduler", {**_SCHEDULER_CONFIG, "flow_shift": 12.0 if two else 5.0})
-    boundary = metadata.get("boundary_ratio", 0.875) if two else None
+    shift = kind.flow_shift if two else 5.0  # wan/configs of Wan2.1
+    scheduler = metadata.get("scheduler", {**_SCHEDULER_CONFIG, "flow_shift": shift})
+    boundary = metadata.get("boundary_ratio", kind.boundary_ratio) if two else None
     return ModelFolder(
-        folder, "official", components, folder / TOKENIZER_FOLDER, scheduler, boundary, metadata
+        folder, "official", kind, components, folder / TOKENIZER_FOLDER, scheduler, boundary, metadata
     )
 
 
 def _expect_class(file: Path, config: Mapping[str, Any], expected: str) -> None:
     found = config.get("_class_name")
     if found != expected:
-        raise CheckpointError(
-            "not a Wan text-to-video model", file=file, key="_class_name", expected=expected, found=found
-        )
+        raise CheckpointError("not a Wan model", file=file, key="_class_name", expected=expected, found=found)
 
 
-def _transformer_config(file: Path) -> dict[str, Any]:
+def _transformer_config(file: Path) -> tuple[ModelKind, dict[str, Any]]:
     official = read_json(file)
-    if official.get("_class_name", "WanModel") != "WanModel" or official.get("model_type", "t2v") != "t2v":
-        found = f"{official.get('_class_name')}, model_type {official.get('model_type')}"
-        raise CheckpointError(
-            "not a Wan text-to-video model", file=file, expected="WanModel, model_type t2v", found=found
-        )
+    _expect_class(file, {"_class_name": "WanModel", **official}, "WanModel")
+    kind = kind_named(official.get("model_type", "t2v"), file)
     for key in ("dim", "num_heads", "num_layers", "ffn_dim"):
         if not isinstance(official.get(key), int) or official[key] < 1:
             raise CheckpointError(
@@ -251,11 +240,12 @@ def _transformer_config(file: Path) -> dict[str, Any]:
             )
     config = {ours: official[theirs] for theirs, ours in _OFFICIAL_FIELDS.items() if theirs in official}
     config["attention_head_dim"] = official["dim"] // official["num_heads"]
-    return config
+    return kind, config
 
 
-def official_transformer_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def official_transformer_config(config: Mapping[str, Any], kind: ModelKind) -> dict[str, Any]:
     """The official `config.json` of a transformer whose config stands in diffusers' words."""
     official = {theirs: config[ours] for theirs, ours in _OFFICIAL_FIELDS.items() if ours in config}
     dim = config["num_attention_heads"] * config["attention_head_dim"]
-    return {"_class_name": "WanModel", "model_type": "t2v", "dim": dim, "text_len": 512, **official}
+    named = {"_class_name": "WanModel", "model_type": kind.model_type}
+    return {**named, "dim": dim, "text_len": 512, **official}

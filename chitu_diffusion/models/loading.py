@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from chitu_diffusion.errors import CheckpointError
-from chitu_diffusion.models.folder import ModelFolder, Role
+from chitu_diffusion.models.folder import ModelFolder
+from chitu_diffusion.models.kinds import Role
 from chitu_diffusion.models.wan.checkpoint_names import (
     TEXT_TIES,
     official_text_name,
@@ -70,77 +72,93 @@ def blueprint(folder: ModelFolder, role: Role, dtype: torch.dtype | None = None)
     if role not in folder.components:
         raise CheckpointError(f"the model has no {role}", file=folder.path)
     try:
-        return _drawn(role, folder.components[role].config, dtype)
+        return _BLUEPRINTS[role](folder.components[role].config, dtype)
     except Exception as error:  # diffusers and transformers have many words for a config that cannot be
         raise CheckpointError(
             f"the config of the {role} cannot be used: {error}", file=folder.path / role
         ) from error
 
 
-def _drawn(role: Role, config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:
-    if role == "vae":
-        blocks = int(config.get("num_res_blocks", 2))
-        return _blueprint(build_vae(config), lambda name: official_vae_name(name, blocks))
-    if role == "text_encoder":
-        # transformers' own rule: in float16 the feed-forward's last product overflows
-        keep = ("wo",) if dtype is torch.float16 else ()
-        return _blueprint(build_text_encoder(config), official_text_name, TEXT_TIES, keep)
+def _vae(config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:
+    blocks = int(config.get("num_res_blocks", 2))
+    return _blueprint(build_vae(config), lambda name: official_vae_name(name, blocks))
+
+
+def _text_encoder(config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:
+    # transformers' own rule: in float16 the feed-forward's last product overflows
+    keep = ("wo",) if dtype is torch.float16 else ()
+    return _blueprint(build_text_encoder(config), official_text_name, TEXT_TIES, keep)
+
+
+def _transformer(config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:
     with torch.device("meta"):
         network = WanTransformer(WanConfig.from_json(config))
     return _blueprint(network, official_transformer_name, keep_float32=KEEP_FLOAT32)
 
 
-def load_transformer(
+def _with_tokenizer(network: nn.Module, folder: ModelFolder) -> nn.Module:
+    return TextEncoder(network, load_tokenizer(folder.tokenizer))
+
+
+_BLUEPRINTS: Mapping[Role, Callable[[Mapping[str, Any], torch.dtype | None], Blueprint]] = MappingProxyType(
+    {"text_encoder": _text_encoder, "transformer": _transformer, "transformer_2": _transformer, "vae": _vae}
+)
+"""A part's config -> its network without weights."""
+_WRAPPERS: Mapping[Role, Callable[[nn.Module, ModelFolder], nn.Module]] = MappingProxyType(
+    {"text_encoder": _with_tokenizer, "vae": lambda network, folder: WanVAE(network)}
+)
+"""What speaks this project's shapes around a network that is not ours."""
+
+
+def load_part(
     folder: ModelFolder,
-    role: Literal["transformer", "transformer_2"] = "transformer",
+    role: Role,
     *,
     device: Device = "cpu",
     dtype: torch.dtype | None = None,
     progress: LoadProgress | None = None,
     float8: Float8Plan | None = None,
-) -> WanTransformer:
-    """A diffusion transformer with its weights; of two experts, "transformer" is the high-noise one.
+) -> nn.Module:
+    """A part of a model with its weights.
+
+    On the meta device nothing is read: sizes without weights, for a rank that does not run it.
 
     Args:
         folder: of `read_folder`.
         role: which.
         device, dtype: where and as what; None keeps the stored dtype. `KEEP_FLOAT32` stays float32.
         progress: called with (bytes read, bytes in all).
-        float8: which linear layers are rounded to 8 bits, each as soon as it is read.
+        float8: which linear layers of a transformer are rounded to 8 bits, each as soon as it is read.
 
     Raises:
         CheckpointError: files or tensors that are not what the config says.
         UsageError: a plan for 8 bits that does not fit the network.
     """
     network = _loaded(folder, role, device, dtype, progress, float8)
+    return _WRAPPERS[role](network, folder).eval() if role in _WRAPPERS else network
+
+
+def load_transformer(
+    folder: ModelFolder, role: Literal["transformer", "transformer_2"] = "transformer", **options: Any
+) -> WanTransformer:
+    """`load_part` of a diffusion transformer; of two experts, "transformer" is the high-noise one."""
+    network = load_part(folder, role, **options)
     assert isinstance(network, WanTransformer)
     return network
 
 
-def load_vae(
-    folder: ModelFolder,
-    *,
-    device: Device = "cpu",
-    dtype: torch.dtype | None = None,
-    progress: LoadProgress | None = None,
-) -> WanVAE:
-    """The VAE with its weights. Arguments and errors as for `load_transformer`."""
-    return WanVAE(_loaded(folder, "vae", device, dtype, progress)).eval()
+def load_vae(folder: ModelFolder, **options: Any) -> WanVAE:
+    """`load_part` of the VAE."""
+    vae = load_part(folder, "vae", **options)
+    assert isinstance(vae, WanVAE)
+    return vae
 
 
-def load_text_encoder(
-    folder: ModelFolder,
-    *,
-    device: Device = "cpu",
-    dtype: torch.dtype | None = None,
-    progress: LoadProgress | None = None,
-) -> TextEncoder:
-    """The text encoder with its weights and its tokenizer. Arguments and errors as for `load_transformer`.
-
-    On the meta device nothing is read: sizes without weights, for a rank that never encodes.
-    """
-    tokenizer = load_tokenizer(folder.tokenizer)
-    return TextEncoder(_loaded(folder, "text_encoder", device, dtype, progress), tokenizer).eval()
+def load_text_encoder(folder: ModelFolder, **options: Any) -> TextEncoder:
+    """`load_part` of the text encoder."""
+    encoder = load_part(folder, "text_encoder", **options)
+    assert isinstance(encoder, TextEncoder)
+    return encoder
 
 
 def open_weights(folder: ModelFolder, role: Role) -> WeightFiles:
@@ -150,7 +168,7 @@ def open_weights(folder: ModelFolder, role: Role) -> WeightFiles:
         CheckpointError: missing or damaged files.
     """
     component = folder.components[role]
-    return WeightFiles(component.weights, component.stem)
+    return WeightFiles(component.weights, component.part.stem)
 
 
 def _blueprint(

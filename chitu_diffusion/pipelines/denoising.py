@@ -23,7 +23,7 @@ from chitu_diffusion.distributed.sharding import Shards, all_branches, own_branc
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.interface import NO_CACHE, StepCache
 from chitu_diffusion.flexcache.schedule import Schedule
-from chitu_diffusion.memory.offload import expert_part
+from chitu_diffusion.models.kinds import EXPERT_ROLES
 from chitu_diffusion.models.wan.transformer import BlockInputs, SharedCfgPrefix, WanTransformer
 from chitu_diffusion.pipelines.conditioning import TextConditioning
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
@@ -192,7 +192,7 @@ def predict_velocity(
     asked = tuple(branch for branch in branches if branch < len(text))
     group = backend.groups.branches
     own = own_branches(asked, group)
-    backend.offload.use(expert_part(expert))
+    backend.offload.use(EXPERT_ROLES[expert])
     model = backend.model_pool[expert]
     backend.set_precision(expert, float(timestep))
     # filled in place: a copy from the CPU would wait for all that the device still has to do
@@ -258,7 +258,7 @@ def _as_batches(
 
 def _forward(backend: DiffusionBackend, embedded: BlockInputs, expert: int, cache: StepCache) -> Tensor:
     model = backend.model_pool[expert]
-    blocks = backend.offload.prefetched_blocks(expert_part(expert))
+    blocks = backend.offload.prefetched_blocks(EXPERT_ROLES[expert])
     own, shards = _own_tokens(backend, embedded)
     groups = backend.groups
     attention = sharded_attention(backend.attn_backend, groups.ulysses, groups.ring, shards.lengths)

@@ -25,7 +25,6 @@ from chitu_diffusion.flexcache.manager import fork
 from chitu_diffusion.flexcache.registry import CacheState, parse_flexcache
 from chitu_diffusion.media.video import write_video
 from chitu_diffusion.memory.device import is_out_of_memory
-from chitu_diffusion.memory.offload import TEXT_ENCODER, VAE
 from chitu_diffusion.pipelines.conditioning import TextConditioning
 from chitu_diffusion.pipelines.denoising import Predict, Probe, cached_predictor, denoise, schedule_of
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
@@ -284,7 +283,7 @@ def encode_text(backend: DiffusionBackend, prompts: list[str]) -> Tensor:
         known = encoder.recall(prompts, backend.device)
         if known is not None:
             return known
-        backend.offload.use(TEXT_ENCODER)
+        backend.offload.use("text_encoder")
         with torch.autocast(device_type=backend.device.type, enabled=False):
             return encoder.encode(prompts)
 
@@ -294,21 +293,21 @@ def encode_text(backend: DiffusionBackend, prompts: list[str]) -> Tensor:
 @torch.no_grad()
 def decode(backend: DiffusionBackend, latent: Tensor) -> Tensor:
     """Latent [B, C, T, H, W] -> video [B, T', 3, H', W'], float32 in [0, 1]."""
-    backend.offload.use(VAE)
+    backend.offload.use("vae")
     return backend.vae.decode(latent.to(backend.device))
 
 
 @torch.no_grad()
 def decode_tiled(backend: DiffusionBackend, latent: Tensor, tile_size: int) -> Tensor:
     """`decode` in tiles of `tile_size` latent pixels, equal up to rounding: less memory, more time."""
-    backend.offload.use(VAE)
+    backend.offload.use("vae")
     return backend.vae.decode_tiled(latent.to(backend.device), tile_size=tile_size)
 
 
 @torch.no_grad()
 def decode_shared(backend: DiffusionBackend, latent: Tensor) -> Tensor | None:
     """`decode` with each rank decoding a strip of the frame: all of it on rank 0, None on the others."""
-    backend.offload.use(VAE)
+    backend.offload.use("vae")
     latent = latent.to(backend.device)
     axis = -1 if latent.shape[-1] >= latent.shape[-2] else -2
 

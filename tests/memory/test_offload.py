@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from chitu_diffusion.memory.offload import BlockPrefetcher, OffloadManager, PinnedMemory, bytes_of, tensors_of
+from chitu_diffusion.memory.offload import (
+    BlockPrefetcher,
+    OffloadManager,
+    OffloadPart,
+    PinnedMemory,
+    bytes_of,
+    tensors_of,
+)
 
 CPU = torch.device("cpu")
 
@@ -34,28 +41,31 @@ class Block(nn.Module):
         return x + self.scale * self.second(torch.tanh(self.first(x)).bfloat16()).float()
 
 
+def parts_of(encoder: nn.Module, experts: list, decoder: nn.Module) -> dict[str, OffloadPart]:
+    denoisers = [OffloadPart(network, "denoiser", list(network.blocks)) for network in experts]
+    return {
+        "text_encoder": OffloadPart(encoder, "encoder"),
+        **dict(zip(("transformer", "transformer_2"), denoisers, strict=False)),
+        "vae": OffloadPart(decoder, "decoder"),
+    }
+
+
 def offload_at(level: int, experts: int = 2) -> tuple[OffloadManager, list[Network]]:
     """On a CPU whose memory is pretended to be two: weights begin on the 'device'."""
     networks = [Network() for _ in range(experts)]
     offload = OffloadManager(
-        CPU,
-        text_encoder=nn.Linear(2, 2),
-        vae=nn.Linear(3, 3),
-        experts=networks,
-        blocks=[list(network.blocks) for network in networks],
-        level=level,
-        apart=True,
+        CPU, parts=parts_of(nn.Linear(2, 2), networks, nn.Linear(3, 3)), level=level, apart=True
     )
     return offload, networks
 
 
-ALL = {"text_encoder", "vae", "expert_0", "expert_1"}
+ALL = {"text_encoder", "vae", "transformer", "transformer_2"}
 # level -> what is there after settling, then while encoding, in expert 0, in expert 1, decoding
 EXPECTED = {
     0: (ALL, ALL, ALL, ALL, ALL),
     1: (ALL, ALL, ALL, ALL, ALL),
     2: (ALL - {"text_encoder"}, ALL, *[ALL - {"text_encoder"}] * 3),
-    3: ({"vae"}, {"text_encoder"}, {"expert_0"}, {"expert_1"}, {"vae"}),
+    3: ({"vae"}, {"text_encoder"}, {"transformer"}, {"transformer_2"}, {"vae"}),
     4: ({"vae"}, {"text_encoder"}, set(), set(), {"vae"}),
 }
 
@@ -65,7 +75,7 @@ def test_who_is_on_the_device(level):
     offload, _ = offload_at(level)
     offload.place()
     seen = [offload.on_device()]
-    for name in ("text_encoder", "expert_0", "expert_1", "vae"):
+    for name in ("text_encoder", "transformer", "transformer_2", "vae"):
         offload.use(name)
         seen.append(offload.on_device())
     assert tuple(seen) == EXPECTED[level]
@@ -74,8 +84,8 @@ def test_who_is_on_the_device(level):
 def test_the_vae_may_stay_beside_an_expert_at_level_3():
     offload, _ = offload_at(3)
     offload.use("vae")
-    offload.use("expert_1")
-    assert offload.on_device() == {"vae", "expert_1"}
+    offload.use("transformer_2")
+    assert offload.on_device() == {"vae", "transformer_2"}
     offload.use("text_encoder")
     assert offload.on_device() == {"text_encoder"}
 
@@ -83,22 +93,22 @@ def test_the_vae_may_stay_beside_an_expert_at_level_3():
 def test_level_4_keeps_the_trunk_on_the_device_and_the_blocks_home():
     offload, (network, _) = offload_at(4)
     home = network.trunk.weight.data_ptr()
-    offload.use("expert_0")
+    offload.use("transformer")
     assert network.trunk.weight.data_ptr() != home
     blocks = [block.first.weight.data_ptr() for block in network.blocks]
     offload.use("text_encoder")
-    offload.use("expert_0")
+    offload.use("transformer")
     assert [block.first.weight.data_ptr() for block in network.blocks] == blocks
     x = torch.randn(2, 4)
     expected = network(x)
-    assert torch.equal(network(x, blocks=offload.prefetched_blocks("expert_0")), expected)
+    assert torch.equal(network(x, blocks=offload.prefetched_blocks("transformer")), expected)
 
 
 def test_raising_the_level_sends_away_and_values_stay_whole():
     offload, (network, _) = offload_at(0)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     for level in (2, 3, 4):
-        offload.use("expert_0")
+        offload.use("transformer")
         offload.set_level(level)
     offload.offload_all()
     assert offload.on_device() == set()
@@ -110,7 +120,7 @@ def test_raising_the_level_sends_away_and_values_stay_whole():
 
 def test_sizes():
     offload, (network, _) = offload_at(0)
-    assert offload.part_bytes()["expert_0"] == bytes_of(network)
+    assert offload.part_bytes()["transformer"][1] == bytes_of(network)
     assert offload.largest_block_bytes() == bytes_of(network.blocks[2])
 
 
@@ -169,28 +179,21 @@ def test_tied_weights_move_once():
             self.two.weight = self.one.weight
 
     tied = Tied()
-    offload = OffloadManager(CPU, text_encoder=tied, vae=nn.Linear(1, 1), experts=[], blocks=[], apart=True)
+    offload = OffloadManager(CPU, parts=parts_of(tied, [], nn.Linear(1, 1)), apart=True)
     places = [tied.two.weight.data_ptr()]
     for move in (offload.offload_all, lambda: offload.use("text_encoder"), offload.offload_all):
         move()
         assert tied.one.weight is tied.two.weight
         places.append(tied.two.weight.data_ptr())
     assert places[0] != places[1] != places[2] and places[1] == places[3]
-    assert offload.part_bytes()["text_encoder"] == 64
+    assert offload.part_bytes()["text_encoder"][1] == 64
 
 
 def test_on_a_cpu_nothing_moves():
     network = Network()
-    offload = OffloadManager(
-        CPU,
-        text_encoder=nn.Linear(1, 1),
-        vae=nn.Linear(1, 1),
-        experts=[network],
-        blocks=[list(network.blocks)],
-        level=3,
-    )
+    offload = OffloadManager(CPU, parts=parts_of(nn.Linear(1, 1), [network], nn.Linear(1, 1)), level=3)
     place = network.trunk.weight.data_ptr()
-    for name in ("text_encoder", "expert_0", "vae"):
+    for name in ("text_encoder", "transformer", "vae"):
         offload.use(name)
     assert network.trunk.weight.data_ptr() == place and len(offload.on_device()) == 3
 
@@ -206,18 +209,13 @@ def test_on_a_gpu_streamed_blocks_compute_the_same_bits_as_resident_ones():
         network = nn.Module()
         network.blocks = nn.ModuleList(layers)
         offload = OffloadManager(
-            device,
-            text_encoder=nn.Linear(1, 1),
-            vae=nn.Linear(1, 1),
-            experts=[network],
-            blocks=[layers],
-            level=level,
+            device, parts=parts_of(nn.Linear(1, 1), [network], nn.Linear(1, 1)), level=level
         )
         offload.place()
-        offload.use("expert_0")
+        offload.use("transformer")
         for _ in range(3):
             y = x
-            for block in offload.prefetched_blocks("expert_0") or network.blocks:
+            for block in offload.prefetched_blocks("transformer") or network.blocks:
                 y = torch.tanh(block(y))
         results[level] = y.cpu()
         offload.offload_all()

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from chitu_diffusion.errors import CheckpointError, ModelMissingError, UsageError
 from chitu_diffusion.models.convert import convert, verify
-from chitu_diffusion.models.folder import TEXT_FILE, VAE_FILE, read_folder
+from chitu_diffusion.models.folder import read_folder
+from chitu_diffusion.models.kinds import PARTS
 from chitu_diffusion.models.loading import load_text_encoder, load_transformer, load_vae
 from chitu_diffusion.models.registry import TINY, model_names, resolve_model, spec_of_folder
 from chitu_diffusion.models.wan.presets import FULL_SIZE
@@ -359,10 +360,11 @@ def test_faults_of_folders(experts: Path, official: Path, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_folder(spoilt)
     spoilt = shutil.copytree(official, tmp_path / "official")
-    (spoilt / VAE_FILE).unlink()
-    (spoilt / TEXT_FILE).write_bytes(b"PK")
+    vae_file, text_file = (str(PARTS[role].official_file) for role in ("vae", "text_encoder"))
+    (spoilt / vae_file).unlink()
+    (spoilt / text_file).write_bytes(b"PK")
     bad = {finding.part: finding.message for finding in verify(spoilt) if not finding.ok}
-    assert set(bad) == {"vae", "text_encoder"} and VAE_FILE in bad["vae"] and TEXT_FILE in bad["text_encoder"]
+    assert set(bad) == {"vae", "text_encoder"} and vae_file in bad["vae"] and text_file in bad["text_encoder"]
     with pytest.raises(UsageError, match="exists already"):
         convert(experts, official, "official")
 

@@ -1,0 +1,99 @@
+"""The kinds of model there are, and the parts that a checkpoint may have. Imports no torch.
+
+What a kind does with a request is its class in `pipelines`, under the same name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from chitu_diffusion.errors import CheckpointError
+
+Role = Literal["transformer", "transformer_2", "vae", "text_encoder"]
+PartKind = Literal["encoder", "denoiser", "decoder"]
+"""Which stage needs a part: memory follows from it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network of a checkpoint.
+
+    Attributes:
+        kind: see `PartKind`.
+        library, class_name: whose class it is in diffusers' layout.
+        stem: how its files begin there.
+        official_file: the file that holds it in the official layout; None: a folder with a config.
+    """
+
+    kind: PartKind
+    library: str
+    class_name: str
+    stem: str = "diffusion_pytorch_model"
+    official_file: str | None = None
+
+
+_TRANSFORMER = Part("denoiser", "diffusers", "WanTransformer3DModel")
+PARTS: Mapping[Role, Part] = MappingProxyType(
+    {
+        "transformer": _TRANSFORMER,  # of two experts the one for high noise
+        "transformer_2": _TRANSFORMER,
+        "vae": Part("decoder", "diffusers", "AutoencoderKLWan", official_file="Wan2.1_VAE.pth"),
+        "text_encoder": Part(
+            "encoder", "transformers", "UMT5EncoderModel", "model", "models_t5_umt5-xxl-enc-bf16.pth"
+        ),
+    }
+)
+"""By the name of their folder in diffusers' layout."""
+OPTIONAL_ROLES: frozenset[Role] = frozenset({"transformer_2"})
+EXPERT_ROLES: tuple[Role, ...] = tuple(role for role, part in PARTS.items() if part.kind == "denoiser")
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """What its checkpoints say of themselves, and what its requests need.
+
+    Attributes:
+        class_name: `_class_name` in `model_index.json`.
+        model_type: in the official `config.json`.
+        title: in a sentence.
+        takes_image: whether a request must have an image.
+        boundary_ratio, flow_shift: of two experts in the official layout, which has no place for them.
+    """
+
+    class_name: str
+    model_type: str
+    title: str
+    takes_image: bool = False
+    boundary_ratio: float = 0.875
+    flow_shift: float = 12.0
+
+
+TEXT_TO_VIDEO = ModelKind("WanPipeline", "t2v", "text to video")
+# Wan2.2, wan/configs/wan_i2v_A14B.py
+IMAGE_TO_VIDEO = ModelKind(
+    "WanImageToVideoPipeline", "i2v", "image to video", takes_image=True, boundary_ratio=0.9, flow_shift=5.0
+)
+KINDS: Mapping[str, ModelKind] = MappingProxyType(
+    {kind.class_name: kind for kind in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO)}
+)
+
+
+def kind_named(name: object, file: object) -> ModelKind:
+    """The kind of a `_class_name` or an official `model_type`.
+
+    Args:
+        file: where the name stands, for the error.
+
+    Raises:
+        CheckpointError: no such kind.
+    """
+    for kind in KINDS.values():
+        if name in (kind.class_name, kind.model_type):
+            return kind
+    known = ", ".join(f"{kind.class_name} ({kind.title})" for kind in KINDS.values())
+    raise CheckpointError(
+        "a kind of model that is not supported", file=file, key="_class_name", expected=known, found=name
+    )
