@@ -35,7 +35,7 @@ from chitu_diffusion.evaluation.prompts import Words, held_out_prompts
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.registry import TINY
 from chitu_diffusion.pipelines import denoising
-from chitu_diffusion.pipelines.conditioning import TextConditioning
+from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 EXACT = "exact"
@@ -212,7 +212,7 @@ def both_branches(generator: Generator, prompt: str) -> Tensor:
 def velocity(backend: DiffusionBackend, latent: Tensor, embeddings: Tensor, timestep: Tensor) -> Tensor:
     """Both branches' [2, C, T, H, W]."""
     with torch.no_grad():
-        text = TextConditioning(embeddings.to(latent.device))
+        text = PreparedConditioning(embeddings.to(latent.device))
         return denoising.predict_velocity(backend, latent, text, timestep, expert=0)
 
 

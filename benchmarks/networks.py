@@ -28,7 +28,7 @@ from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE, build_vae
 from chitu_diffusion.pipelines import denoising
-from chitu_diffusion.pipelines.conditioning import TextConditioning
+from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 
 PROMPT_ROWS = (40, 130)
 """Text rows that are not zero: of a prompt, and of Wan's negative one."""
@@ -220,7 +220,7 @@ class Workload:
 
     def step(self, backend: DiffusionBackend) -> Callable[[], Tensor]:
         """A guided step: both branches' velocities [2, C, T, H, W], as the engine computes them."""
-        text = TextConditioning(self.text)
+        text = PreparedConditioning(self.text)
         moment = self.timestep[0].cpu()  # where the solver keeps it
 
         def call() -> Tensor:

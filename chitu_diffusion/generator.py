@@ -12,8 +12,9 @@ from torch import Tensor
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.pipelines import stages
-from chitu_diffusion.pipelines.conditioning import TextConditioning
+from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.pipelines.denoising import Probe, cached_predictor, denoise, predict_velocity, predictor
+from chitu_diffusion.pipelines.encoding import encode_text
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
 from chitu_diffusion.pipelines.guidance import active_branches, apply_cfg, expert_at
 from chitu_diffusion.pipelines.request import guidance_pair
@@ -34,7 +35,7 @@ class Generator:
 
     def encode_text(self, prompt: str | list[str]) -> Tensor:
         """Text embeddings [B, seq_len, hidden] of a prompt (B = 1) or of several; rank 0 encodes for all."""
-        return stages.encode_text(self.backend, [prompt] if isinstance(prompt, str) else list(prompt))
+        return encode_text(self.backend, [prompt] if isinstance(prompt, str) else list(prompt))
 
     @torch.no_grad()
     def denoise_loop(
@@ -63,7 +64,7 @@ class Generator:
         if max(scales) > 1 and embeddings.shape[0] == 1:
             negative = self.encode_text(self.backend.spec.defaults.negative_prompt)
             embeddings = torch.cat([embeddings.to(negative.device), negative])
-        text = TextConditioning(embeddings.to(self.backend.device))
+        text = PreparedConditioning(embeddings.to(self.backend.device))
         latent = latent.to(self.backend.device, torch.float32)
         state = self.backend.sampler.begin(num_steps)
         for step in denoise(self.backend, latent, state, scales, predictor(self.backend, text)):
@@ -180,7 +181,7 @@ class Generator:
             expert: None leaves it to the timestep.
         """
         at = torch.as_tensor(timestep).reshape(-1)[0]
-        text = TextConditioning(embeddings.to(self.backend.device))
+        text = PreparedConditioning(embeddings.to(self.backend.device))
         predict = cached_predictor(self.backend, text, step_idx)
         return predict(latent, at, self._expert_at(at) if expert is None else expert, tuple(range(len(text))))
 

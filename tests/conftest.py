@@ -48,6 +48,23 @@ def two_experts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("models") / "experts", experts=2, shift=12.0, seed=1)
 
 
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random image-to-video model with one transformer."""
+    from tiny_model import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "image", image=True, seed=2)
+
+
+@pytest.fixture(scope="session")
+def image_experts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random image-to-video model with two different transformers, as Wan2.2-I2V-A14B has."""
+    from tiny_model import write_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "image-experts"
+    return write_tiny_model(folder, image=True, experts=2, shift=5.0, seed=3)
+
+
 RunText = Callable[[str], None]
 
 

@@ -119,7 +119,7 @@ def test_poisoned_tasks_fail_alone(tiny_folder, make_config, monkeypatch, tmp_pa
             assert np.array_equal(np.load(task.buffer.save_path), solo[index % 4])
         for task in bad.values():
             assert task.status is TaskStatus.FAILED and isinstance(task.error, StageError)
-            assert task.buffer.latent is None and task.buffer.embeddings is None
+            assert task.buffer.latent is None and task.buffer.conditioning is None
 
 
 def test_overflow_is_named(engine, monkeypatch):
@@ -285,7 +285,7 @@ def test_cancel_and_close(tiny_folder, make_config):
     second = engine.submit(params())
     engine.step()
     assert engine.cancel(first.task_id) and not engine.cancel(first.task_id) and not engine.cancel("nobody")
-    assert first.status is TaskStatus.CANCELLED and first.buffer.embeddings is None
+    assert first.status is TaskStatus.CANCELLED and first.buffer.conditioning is None
     assert engine.step().task_id == second.task_id
     engine.close()
     engine.close()
@@ -335,7 +335,9 @@ def test_ending_a_task_from_another_thread_while_its_unit_runs(
     ender.join()
     assert answers == [True if how == "cancel" else None]
     assert (
-        task.status is TaskStatus.CANCELLED and task.buffer.latent is None and task.buffer.embeddings is None
+        task.status is TaskStatus.CANCELLED
+        and task.buffer.latent is None
+        and task.buffer.conditioning is None
     )
     engine.close()
 

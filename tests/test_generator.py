@@ -17,7 +17,7 @@ from chitu_diffusion.errors import NonFiniteError, StageError, UsageError
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.media.reading import read_recipe
 from chitu_diffusion.models.components import load_networks
-from chitu_diffusion.pipelines import stages
+from chitu_diffusion.pipelines import stages, text_to_video
 from chitu_diffusion.pipelines.request import resolve_task
 from chitu_diffusion.pipelines.stages import tile_size_for
 from chitu_diffusion.sampling.noise import initial_noise
@@ -233,7 +233,12 @@ def test_unwritable_output_fails_in_saving(backend, tmp_path):
     assert last.status is TaskStatus.FAILED and task.error.stage == "saving"
 
 
-STAGE_OF_UNIT = {0: "encode_text", 1: "initial_noise", 2: "denoise", 5: "decode"}
+STAGE_OF_UNIT = {
+    0: (text_to_video, "encode_text"),
+    1: (stages, "initial_noise"),
+    2: (stages, "denoise"),
+    5: (stages, "decode"),
+}
 
 
 @pytest.mark.parametrize("unit", STAGE_OF_UNIT)
@@ -250,7 +255,7 @@ def test_a_unit_that_was_cut_short_can_be_run_again(backend, unit, raised, monke
         raise raised
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, STAGE_OF_UNIT[unit], cut_short)
+        patch.setattr(*STAGE_OF_UNIT[unit], cut_short)
         with pytest.raises(type(raised)):
             generator.generate_step(task)
     if unit:

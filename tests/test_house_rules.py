@@ -21,19 +21,20 @@ LONGEST_CELL = 200
 MOST_TOP_MODULES = 10
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
-    "": 2700,
+    "": 2250,
     "attention": 2000,
     "cli": 2500,
     "distributed": 1850,
     "evaluation": 2100,
     "executor": 1250,
     "flexcache": 2700,
-    "media": 560,
+    "media": 760,
     "memory": 550,
-    "models": 3350,
+    "models": 3450,
     "ops": 1800,
-    "pipelines": 1550,
+    "pipelines": 1720,
     "sampling": 370,
+    "task": 560,
     "weights": 640,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the

@@ -20,21 +20,23 @@ LATENT_CHANNELS = 4
 
 
 def write_tiny_model(
-    folder: Path, *, experts: int = 1, shift: float = 3.0, seed: int = 0, heads: int = 2
+    folder: Path, *, experts: int = 1, shift: float = 3.0, seed: int = 0, heads: int = 2, image: bool = False
 ) -> Path:
     """Writes a WanPipeline folder: 2 blocks with heads of 16 channels, VAE of base width 8, T5 of 2 layers
     with its own tokenizer.
 
-    With two experts, they differ, and the boundary lies at 0.875 as in Wan2.2.
+    With two experts, they differ, and the boundary lies at 0.875 as in Wan2.2. With `image` it is a
+    WanImageToVideoPipeline, whose networks take a mask of 4 channels and the keyframes' latent besides.
     """
-    from diffusers import UniPCMultistepScheduler, WanPipeline
+    from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 
     torch.manual_seed(seed)
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000
     )
-    transformers = [_transformer(heads) for _ in range(experts)]
-    pipeline = WanPipeline(
+    channels = 2 * LATENT_CHANNELS + 4 if image else LATENT_CHANNELS
+    transformers = [_transformer(heads, channels) for _ in range(experts)]
+    pipeline = (WanImageToVideoPipeline if image else WanPipeline)(
         tokenizer=_tokenizer(),
         text_encoder=_text_encoder(),
         vae=_vae(),
@@ -57,14 +59,14 @@ def write_tiny_model(
     return folder
 
 
-def _transformer(heads: int):
+def _transformer(heads: int, channels: int):
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=heads,
         attention_head_dim=16,
-        in_channels=LATENT_CHANNELS,
+        in_channels=channels,
         out_channels=LATENT_CHANNELS,
         text_dim=TEXT_DIM,
         freq_dim=32,

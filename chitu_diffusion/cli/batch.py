@@ -93,7 +93,8 @@ def batch(
     """Make a video for each row of a file; rows that are done already are skipped.
 
     A row may hold prompt, negative_prompt, height, width, num_frames, fps, num_inference_steps,
-    guidance_scale, seed, save_path, flexcache, role and priority. The flags fill in what a row leaves out.
+    guidance_scale, seed, save_path, image, last_image, flexcache, role and priority. The flags fill in what a
+    row leaves out.
     """
     config, _ = args.load_config()
     model = find_model(config)

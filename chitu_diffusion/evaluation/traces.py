@@ -21,11 +21,11 @@ from chitu_diffusion.flexcache.interface import Level, Site, SiteInputs, StepCac
 from chitu_diffusion.flexcache.plan_search import Array
 from chitu_diffusion.flexcache.predictors import taylor_weights, weighted
 from chitu_diffusion.flexcache.teacache import embedding_changes
-from chitu_diffusion.pipelines.conditioning import TextConditioning
+from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.pipelines.denoising import denoise, predict_velocity, predictor, schedule_of
 from chitu_diffusion.pipelines.guidance import apply_cfg
+from chitu_diffusion.pipelines.registry import pipeline_of
 from chitu_diffusion.pipelines.request import guidance_pair, resolve_task
-from chitu_diffusion.pipelines.stages import encode_text
 from chitu_diffusion.sampling.noise import initial_noise
 from chitu_diffusion.sampling.solvers import SamplerState
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
@@ -117,19 +117,18 @@ class _Run:
         task = DiffusionTask.from_user_request(DiffusionUserParams(**params))
         resolved = resolve_task(task, backend.spec, output_dir="")
         self.scales = guidance_pair(resolved.guidance_scale)
-        prompts = [resolved.prompt]
-        if max(self.scales) > 1:
-            prompts.append(resolved.negative_prompt or "")
-        self.branches = len(prompts)
         self.state = backend.sampler.begin(resolved.num_inference_steps or 1)
         frames = resolved.num_frames or 1
-        shape = backend.spec.geometry.latent_shape(frames, resolved.height or 0, resolved.width or 0)
+        shape = backend.spec.latent_shape(frames, resolved.height or 0, resolved.width or 0)
         self.noise = initial_noise((1, *shape), task.seed).to(backend.device)
         self.velocities: list[Tensor] = []
         self.residuals: list[tuple[float, float]] = []
         self._last: list[Tensor] = []
         self._backend = backend
-        self._text = TextConditioning(encode_text(backend, prompts).to(backend.device))
+        self._text = PreparedConditioning(
+            pipeline_of(backend.spec).condition(backend, resolved), backend.device
+        )
+        self.branches = len(self._text)
 
     def watched(self, latent: Tensor, timestep: Tensor, expert: int, branches: tuple[int, ...]) -> Tensor:
         """A predictor for `denoise` that runs every branch, and watches the prompt's block residual."""

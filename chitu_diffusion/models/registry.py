@@ -16,6 +16,7 @@ from chitu_diffusion.errors import CheckpointError, ModelMissingError, UsageErro
 from chitu_diffusion.flexcache.calibration import Calibration, read_calibration
 from chitu_diffusion.flexcache.schedule import NOTHING_MEASURED, Measured
 from chitu_diffusion.models.folder import METADATA_FILE, ModelFolder, read_folder
+from chitu_diffusion.models.kinds import EXPERT_ROLES
 from chitu_diffusion.models.spec import Defaults, LatentGeometry, ModelSpec
 from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.presets import FULL_SIZE, SMALL_DEFAULTS
@@ -126,7 +127,7 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
             )
     transformers = tuple(
         WanConfig.from_json(folder.components[role].config)
-        for role in ("transformer", "transformer_2")
+        for role in EXPERT_ROLES
         if role in folder.components
     )
     if len(transformers) == 2 and folder.boundary_ratio is None:
@@ -137,15 +138,15 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
             expected="a number between 0 and 1",
         )
     twin = next((spec for spec in FULL_SIZE.values() if spec.transformers == transformers), None)
-    vae = folder.components["vae"].config
     calibration = _calibration_of(folder.path)
     measured = _folder_measured(folder, twin.measured if twin else NOTHING_MEASURED)
     return ModelSpec(
         name=str(folder.metadata.get("name") or (twin.name if twin else folder.path.resolve().name)),
         transformers=transformers,
+        kind=folder.kind,
         boundary=folder.boundary_ratio if len(transformers) == 2 else None,
         hub_ids=twin.hub_ids if twin else (),
-        geometry=LatentGeometry(channels=int(vae.get("z_dim", 16))),
+        geometry=LatentGeometry.of_vae(folder.components["vae"].config),
         defaults=_folder_defaults(folder, twin.defaults if twin else SMALL_DEFAULTS, len(transformers)),
         measured=measured if calibration is None else MappingProxyType({**measured, **calibration.measured}),
         calibration=calibration,

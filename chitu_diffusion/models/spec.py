@@ -4,10 +4,14 @@ that a request can be checked against its model before anything is loaded.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from chitu_diffusion.flexcache.calibration import Calibration
 from chitu_diffusion.flexcache.schedule import NOTHING_MEASURED, Measured
+from chitu_diffusion.models.kinds import TEXT_TO_VIDEO, ModelKind
 from chitu_diffusion.models.wan.config import WanConfig
 
 # The negative prompt that Wan's authors sample with (Wan2.1, wan/configs/shared_config.py).
@@ -34,6 +38,14 @@ class LatentGeometry:
         """(C, T, H, W) of the latent of a video of 4n + 1 frames."""
         frames, rows, columns = self.stride
         return self.channels, (num_frames - 1) // frames + 1, height // rows, width // columns
+
+    @classmethod
+    def of_vae(cls, config: Mapping[str, Any]) -> LatentGeometry:
+        """From the `config.json` of an `AutoencoderKLWan`."""
+        halvings = config.get("temperal_downsample", (False, True, True))
+        spatial = 2 ** (len(config.get("dim_mult", (1, 2, 4, 4))) - 1) * (config.get("patch_size") or 1)
+        stride = (2 ** sum(map(bool, halvings)), spatial, spatial)
+        return cls(stride, int(config.get("z_dim", 16)))
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,7 @@ class ModelSpec:
 
     Attributes:
         name: what settings and `chitu models` call it.
+        kind: what it makes of what.
         transformers: one config, or two for experts: high noise first.
         boundary: of two experts, the share of the 1000 timesteps below which the second takes over.
         hub_ids: on the Hugging Face hub; diffusers' layout first, then the official one.
@@ -73,6 +86,7 @@ class ModelSpec:
 
     name: str
     transformers: tuple[WanConfig, ...]
+    kind: ModelKind = TEXT_TO_VIDEO
     boundary: float | None = None
     hub_ids: tuple[str, ...] = ()
     geometry: LatentGeometry = field(default_factory=LatentGeometry)
@@ -86,15 +100,15 @@ class ModelSpec:
         """Width of the text embeddings."""
         return self.transformers[0].text_dim
 
-    @property
-    def size_step(self) -> tuple[int, int]:
-        """Height and width must be multiples of these: the VAE's stride times the patch."""
-        _, rows, columns = self.geometry.stride
-        _, patch_rows, patch_columns = self.transformers[0].patch_size
-        return rows * patch_rows, columns * patch_columns
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of the latent that is computed: the video's own, up to whole patches."""
+        channels, *axes = self.geometry.latent_shape(num_frames, height, width)
+        frames, rows, columns = (
+            -(-axis // step) * step for axis, step in zip(axes, self.transformers[0].patch_size, strict=True)
+        )
+        return channels, frames, rows, columns
 
     def tokens(self, num_frames: int, height: int, width: int) -> int:
         """Length of the sequence that the transformer sees."""
-        _, frames, rows, columns = self.geometry.latent_shape(num_frames, height, width)
-        patch = self.transformers[0].patch_size
-        return (frames // patch[0]) * (rows // patch[1]) * (columns // patch[2])
+        latent = math.prod(self.latent_shape(num_frames, height, width)[1:])
+        return latent // self.transformers[0].patch_values

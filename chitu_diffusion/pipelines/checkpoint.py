@@ -27,9 +27,16 @@ from chitu_diffusion.errors import CannotResumeError
 from chitu_diffusion.flexcache.registry import emptied
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
 from chitu_diffusion.pipelines.recipe import device_name, quant_of
-from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, Resumed, TaskBuffer, TaskStatus
+from chitu_diffusion.task import (
+    Conditioning,
+    DiffusionTask,
+    DiffusionUserParams,
+    Resumed,
+    TaskBuffer,
+    TaskStatus,
+)
 
-FORMAT = 1
+FORMAT = 2
 ENDING = ".safetensors"
 _KEPT = 2
 _MOST_TRIES = 3
@@ -70,7 +77,7 @@ def save_task(task: DiffusionTask, path: str | Path, backend: DiffusionBackend) 
     if (
         task.resolved is None
         or task.is_finished()
-        or (task.buffer.embeddings is None and task.buffer.latent is None)
+        or (task.buffer.conditioning is None and task.buffer.latent is None)
     ):
         raise CannotResumeError(f"task {task.task_id} is {task.status}: it has no state to save")
     if task.buffer.latent is not None:
@@ -90,7 +97,7 @@ def save_task(task: DiffusionTask, path: str | Path, backend: DiffusionBackend) 
         "elapsed": task.get_elapsed_time(),
         "cache_left_out": left_out,
         **{name: vars(task)[name] for name in _PLAIN},
-        "embeddings": written.node(task.buffer.embeddings),
+        "conditioning": written.node(task.buffer.conditioning and vars(task.buffer.conditioning)),
         "latent": written.node(task.buffer.latent),
         "sampler": written.node(task.buffer.sampler),
         "cache": written.node(cache),
@@ -201,8 +208,9 @@ def _task_of(
     values: Mapping[str, Any], tensors: Mapping[str, Tensor], backend: DiffusionBackend
 ) -> DiffusionTask:
     read = _Reader(tensors, backend.device)
+    conditioning = read.value(values["conditioning"])
     buffer = TaskBuffer(
-        embeddings=read.value(values["embeddings"]),
+        conditioning=None if conditioning is None else Conditioning(**conditioning),
         latent=read.value(values["latent"]),
         sampler=read.value(values["sampler"]),
         cache=read.value(values["cache"]),

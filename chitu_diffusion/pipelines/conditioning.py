@@ -1,4 +1,4 @@
-"""What a task's networks are told beside the latent, and what they made of it."""
+"""What a task's networks are told beside the latent, readied for all of its steps."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ from torch import Tensor
 
 from chitu_diffusion.models.wan.text_kv import TextKVCache, rows_that_differ
 from chitu_diffusion.models.wan.transformer import WanTransformer
+from chitu_diffusion.task import Conditioning
 
 
-class TextConditioning:
-    """A text, and its projected rows and cross-attention keys under each expert, for all steps of a task.
+class PreparedConditioning:
+    """A conditioning on the device, with the text's projected rows and cross-attention keys under each
+    expert.
 
-    What it holds beyond `embeddings` can be dropped at any time and comes back by itself.
+    What it holds beyond the conditioning can be dropped at any time and comes back by itself.
 
     Args:
-        embeddings: [branches, L, D], the prompt's branch first.
+        conditioning: of a task; a bare [branches, L, D] is a text alone.
+        device: where to; None leaves it where it is.
     """
 
-    def __init__(self, embeddings: Tensor) -> None:
+    def __init__(self, conditioning: Conditioning | Tensor, device: torch.device | None = None) -> None:
+        if isinstance(conditioning, Tensor):
+            conditioning = Conditioning(conditioning)
+        embeddings = conditioning.text.to(device)
+        concat = conditioning.concat_latents
         self.embeddings = embeddings
+        self._concat = None if concat is None else concat.to(device)
         self._rows = rows_that_differ(embeddings)
         self._kv: dict[tuple[object, ...], TextKVCache] = {}
 
@@ -30,6 +38,12 @@ class TextConditioning:
     def bytes(self) -> int:
         """Memory held beyond the embeddings; see `TextKVCache.bytes`."""
         return sum(kv.bytes for kv in self._kv.values())
+
+    def model_input(self, latent: Tensor) -> Tensor:
+        """What a forward takes for a latent [B, C, T, H, W]: [B, C + C', T, H, W]."""
+        if self._concat is None:
+            return latent
+        return torch.cat([latent, self._concat.to(latent).expand(len(latent), -1, -1, -1, -1)], dim=1)
 
     def kv_for(
         self, network: WanTransformer, expert: int, branches: tuple[int, ...], batch: int

@@ -25,7 +25,7 @@ from chitu_diffusion.flexcache.interface import NO_CACHE, StepCache
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.models.kinds import EXPERT_ROLES
 from chitu_diffusion.models.wan.transformer import BlockInputs, SharedCfgPrefix, WanTransformer
-from chitu_diffusion.pipelines.conditioning import TextConditioning
+from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
 from chitu_diffusion.pipelines.guidance import active_branches, apply_cfg, expert_at
 from chitu_diffusion.sampling.solvers import SamplerState
@@ -118,7 +118,7 @@ def denoise(
         yield Step(chosen, latent, state, check)
 
 
-def predictor(backend: DiffusionBackend, text: TextConditioning) -> Predict:
+def predictor(backend: DiffusionBackend, text: PreparedConditioning) -> Predict:
     """What `denoise` asks where nothing is cached."""
 
     def predict(latent: Tensor, timestep: Tensor, expert: int, branches: tuple[int, ...]) -> Tensor:
@@ -128,7 +128,7 @@ def predictor(backend: DiffusionBackend, text: TextConditioning) -> Predict:
 
 
 def cached_predictor(
-    backend: DiffusionBackend, text: TextConditioning, step_idx: int, probe: Probe | None = None
+    backend: DiffusionBackend, text: PreparedConditioning, step_idx: int, probe: Probe | None = None
 ) -> Predict:
     """What `denoise` asks at one step of the task that the cache manager is bound to.
 
@@ -162,7 +162,7 @@ def uncached(branches: tuple[int, ...]) -> StepCache:
 def predict_velocity(
     backend: DiffusionBackend,
     latent: Tensor,
-    text: TextConditioning | Tensor,
+    text: PreparedConditioning | Tensor,
     timestep: Tensor,
     *,
     expert: int,
@@ -181,7 +181,7 @@ def predict_velocity(
         branches: which of `text`'s branches run; those that `text` lacks are left out.
         cache_for: see `CacheFor`.
     """
-    text = TextConditioning(text) if isinstance(text, Tensor) else text
+    text = PreparedConditioning(text) if isinstance(text, Tensor) else text
     if len(text) > 2:
         shape = list(text.embeddings.shape)
         raise UsageError(
@@ -200,7 +200,9 @@ def predict_velocity(
     start = SharedCfgPrefix() if len(own) > 1 else None
     found = []
     for some in _as_batches(backend, latent, own):
-        embedded = model.embed(latent, time, text.kv_for(model, expert, some, latent.shape[0]))
+        embedded = model.embed(
+            text.model_input(latent), time, text.kv_for(model, expert, some, latent.shape[0])
+        )
         embedded = replace(embedded, start=embedded.start or start)
         found.append(_forward(backend, embedded, expert, cache_for(some)))
     return all_branches(found[0] if len(found) == 1 else torch.cat(found), len(asked), group)

@@ -29,7 +29,8 @@ def resolve_request(
         UsageError: what this model cannot do, naming the field, the value and what to use.
     """
     defaults = spec.defaults
-    params = _with_cascade(params, len(spec.transformers))
+    _check_image(params, spec)
+    params = _with_image_shape(_with_cascade(params, len(spec.transformers)), spec)
     resolved = dataclasses.replace(
         params,
         negative_prompt=defaults.negative_prompt
@@ -101,7 +102,7 @@ def cache_shapes(resolved: DiffusionUserParams, spec: ModelSpec, item: int) -> S
         dim=config.dim,
         layers=config.num_layers,
         item=item,
-        latent=math.prod(spec.geometry.latent_shape(frames, height, width)),
+        latent=math.prod(spec.latent_shape(frames, height, width)),
         branches=2 if max(guidance_pair(resolved.guidance_scale)) > 1 else 1,
     )
 
@@ -144,12 +145,14 @@ def _with_cascade(params: DiffusionUserParams, experts: int) -> DiffusionUserPar
             f"cascade strength = {params.cascade[0].strength}: the first stage starts from noise; use 1",
             field="cascade",
         )
+    if params.image is not None:
+        raise UsageError("image and cascade together are not supported; use one of them", field="cascade")
     if params.flexcache is not None:
         raise UsageError(
             "flexcache and cascade together are not supported; use one of them", field="flexcache"
         )
     for name, value in (("height", last.height), ("width", last.width), ("num_inference_steps", steps)):
-        asked = dataclasses.asdict(params)[name]
+        asked = vars(params)[name]
         if asked not in (None, value):
             raise UsageError(f"{name} = {asked}: the cascade makes it {value}; leave it out", field=name)
     for stage in params.cascade:
@@ -160,11 +163,44 @@ def _with_cascade(params: DiffusionUserParams, experts: int) -> DiffusionUserPar
     return dataclasses.replace(params, height=last.height, width=last.width, num_inference_steps=steps)
 
 
+def _check_image(params: DiffusionUserParams, spec: ModelSpec) -> None:
+    if spec.kind.takes_image and params.image is None:
+        raise UsageError(
+            f"image is missing: {spec.name} makes a video that begins with one; use --image FILE or image=",
+            field="image",
+        )
+    for name, image in (("image", params.image), ("last_image", params.last_image)):
+        if image is not None and not spec.kind.takes_image:
+            raise UsageError(
+                f"{name}: {spec.name} is a {spec.kind.title} model and takes none; leave it out, or use a "
+                "model such as Wan2.2-I2V-A14B",
+                field=name,
+            )
+    if params.last_image is not None and params.num_frames == 1:
+        raise UsageError("last_image with one frame: use num_frames = 5 or more", field="last_image")
+
+
+def _with_image_shape(params: DiffusionUserParams, spec: ModelSpec) -> DiffusionUserParams:
+    """Where no size is asked for: the model's number of pixels in the image's shape, in whole patches."""
+    if params.image is None or params.height is not None or params.width is not None:
+        return params
+    area = spec.defaults.height * spec.defaults.width
+    ratio = params.image.height / params.image.width
+    patch = spec.transformers[0].patch_size
+    sides = (math.sqrt(area * ratio), math.sqrt(area / ratio))
+    steps = (stride * cells for stride, cells in zip(spec.geometry.stride[1:], patch[1:], strict=True))
+    height, width = (max(1, round(side) // step) * step for side, step in zip(sides, steps, strict=True))
+    return dataclasses.replace(params, height=height, width=width)
+
+
 def _check_size(spec: ModelSpec, height: int, width: int, num_frames: int) -> None:
-    for name, value, step in zip(("height", "width"), (height, width), spec.size_step, strict=True):
+    for name, value, step in zip(("height", "width"), (height, width), spec.geometry.stride[1:], strict=True):
         if value % step:
             raise UsageError(f"{name} = {value}: {spec.name} takes multiples of {step}", field=name)
-    _, frames, rows, columns = spec.geometry.latent_shape(num_frames, height, width)
+    step = spec.geometry.stride[0]
+    if num_frames % step != 1 % step:
+        raise UsageError(f"num_frames = {num_frames}: {spec.name} takes {step}n+1", field="num_frames")
+    _, frames, rows, columns = spec.latent_shape(num_frames, height, width)
     patch = spec.transformers[0].patch_size
     longest = spec.transformers[0].rope_max_seq_len
     cells = (("num_frames", frames // patch[0]), ("height", rows // patch[1]), ("width", columns // patch[2]))

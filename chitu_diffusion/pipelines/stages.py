@@ -13,24 +13,25 @@ import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.distributed.sharding import broadcast_from_rank0, gather_strips
+from chitu_diffusion.distributed.sharding import gather_strips
 from chitu_diffusion.errors import StageError, TaskError, without_frames
 from chitu_diffusion.flexcache.manager import fork
 from chitu_diffusion.flexcache.registry import CacheState, parse_flexcache
 from chitu_diffusion.media.video import write_video
 from chitu_diffusion.memory.device import is_out_of_memory
-from chitu_diffusion.pipelines.conditioning import TextConditioning
+from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.pipelines.denoising import Predict, Probe, cached_predictor, denoise, schedule_of
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
 from chitu_diffusion.pipelines.recipe import recipe_of
+from chitu_diffusion.pipelines.registry import pipeline_of
 from chitu_diffusion.pipelines.request import guidance_pair, resolve_task, stages_of
-from chitu_diffusion.sampling.noise import initial_noise, upsample_latent
+from chitu_diffusion.sampling.noise import initial_noise, pad_latent, upsample_latent
 from chitu_diffusion.sampling.solvers import SamplerState
 from chitu_diffusion.task import (
     CascadeStage,
@@ -44,6 +45,7 @@ from chitu_diffusion.task import (
 if TYPE_CHECKING:
     from chitu_diffusion.media.video import Frames
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _TILE_SIZES = (32, 16, 8)
@@ -58,7 +60,7 @@ class _Derived:
     whose answer is on its way, with the latent that it is of.
     """
 
-    text: TextConditioning
+    text: PreparedConditioning
     check: FiniteCheck | None = None
     checked: Callable[[], Tensor | None] = lambda: None
 
@@ -76,6 +78,7 @@ class Stages:
     def __init__(self, backend: DiffusionBackend, probe: Probe | None = None) -> None:
         self._backend = backend
         self._probe = probe
+        self._pipeline = pipeline_of(backend.spec)
         self._derived: weakref.WeakKeyDictionary[DiffusionTask, _Derived] = weakref.WeakKeyDictionary()
         self._units: dict[TaskStatus, Callable[[DiffusionTask], str | None]] = {
             TaskStatus.ENCODING: self._encode,
@@ -90,7 +93,7 @@ class Stages:
             return _event(task, task.status, 0.0, None)
         self._backend.require_alive()
         if task.status is TaskStatus.PENDING:
-            task.commit(status=TaskStatus.ENCODING, started_at=time.time())
+            task.commit(status=self._pipeline.stages[0], started_at=time.time())
         stage = task.status
         step = task.current_step
         began = time.perf_counter()
@@ -129,16 +132,15 @@ class Stages:
         backend = self._backend
         resolved = resolve_task(task, backend.spec, backend.args.output.dir)
         cache = parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 0)
-        prompts = [resolved.prompt]
-        if max(guidance_pair(resolved.guidance_scale)) > 1:
-            prompts.append(resolved.negative_prompt or "")
-        embeddings = encode_text(backend, prompts)
-        FiniteCheck(embeddings, "text embeddings").require()
+        conditioning = self._pipeline.condition(backend, resolved)
+        FiniteCheck(conditioning.text, "text embeddings").require()
+        if conditioning.concat_latents is not None:
+            FiniteCheck(conditioning.concat_latents, "image latents").require()
         task.commit(
             resolved=resolved,
             num_inference_steps=resolved.num_inference_steps or 0,
-            buffer=replace(task.buffer, embeddings=embeddings, cache=cache),
-            status=TaskStatus.DENOISING,
+            buffer=replace(task.buffer, conditioning=conditioning, cache=cache),
+            status=self._pipeline.after(TaskStatus.ENCODING),
         )
         return f"seed {task.seed}" if task.params.seed is None else None
 
@@ -175,7 +177,7 @@ class Stages:
             notes.append(f"cache {cache['strategy']} saved work in {saved}")
         task.commit(
             buffer=TaskBuffer(
-                embeddings=None if last else buffer.embeddings,
+                conditioning=None if last else buffer.conditioning,
                 latent=step.latent,
                 sampler=None if ended else step.state,
                 cache=None if last else cache,
@@ -183,14 +185,14 @@ class Stages:
             expert=step.expert,
             current_step=task.current_step + 1,
             cascade_stage=task.cascade_stage + ended,
-            status=TaskStatus.DECODING if last else TaskStatus.DENOISING,
+            status=self._pipeline.after(TaskStatus.DENOISING) if last else TaskStatus.DENOISING,
         )
         self.prune()
         return "; ".join(notes) or None
 
     def _bound(
         self,
-        text: TextConditioning,
+        text: PreparedConditioning,
         cache: CacheState | None,
         state: SamplerState,
         scales: tuple[float, float],
@@ -212,8 +214,7 @@ class Stages:
     def _derived_from(self, task: DiffusionTask) -> _Derived:
         found = self._derived.get(task)
         if found is None:
-            embeddings = _present(task.buffer.embeddings).to(self._backend.device)
-            found = _Derived(TextConditioning(embeddings))
+            found = _Derived(PreparedConditioning(_present(task.buffer.conditioning), self._backend.device))
         return found
 
     def _check_of(self, derived: _Derived, latent: Tensor | None) -> FiniteCheck | None:
@@ -229,16 +230,22 @@ class Stages:
         if task.buffer.sampler is not None:
             return _present(task.buffer.latent).to(device), task.buffer.sampler
         state = sampler.begin(stage.num_inference_steps, stage.strength)
+        spec = self._backend.spec
         frames = _resolved(task).num_frames or 1
-        shape = (1, *self._backend.spec.geometry.latent_shape(frames, stage.height, stage.width))
+        shape = (1, *spec.latent_shape(frames, stage.height, stage.width))
         noise = initial_noise(shape, task.seed, stream=task.cascade_stage).to(device)
         if task.cascade_stage == 0:
             return noise, state
-        larger = upsample_latent(_present(task.buffer.latent).to(device), shape[-2], shape[-1])
+        before = stages_of(_resolved(task))[task.cascade_stage - 1]
+        shown = spec.geometry.latent_shape(frames, before.height, before.width)
+        low = _present(task.buffer.latent).to(device)[..., : shown[2], : shown[3]]
+        rows, columns = spec.geometry.latent_shape(frames, stage.height, stage.width)[2:]
+        larger = pad_latent(upsample_latent(low, rows, columns), shape)
         return sampler.renoise(state, larger, noise), state
 
     def _decode(self, task: DiffusionTask) -> str | None:
         backend = self._backend
+        resolved = _resolved(task)
         latent = _present(task.buffer.latent)
         video: Tensor | None = None
         if backend.low_mem_level == 0 and backend.groups.plan.world > 1:
@@ -247,9 +254,11 @@ class Stages:
             tiled = backend.low_mem_level >= 1
             video = decode_tiled(backend, latent, tile_size_for(latent)) if tiled else decode(backend, latent)
         if video is not None:
+            video = video[..., : resolved.height, : resolved.width]  # of whole patches, what was asked for
             FiniteCheck(video, "video").require()
         # the latent stays until the video stands, for a checkpoint of this stage
-        task.commit(buffer=replace(task.buffer, video=video), status=TaskStatus.SAVING)
+        after = self._pipeline.after(TaskStatus.DECODING)
+        task.commit(buffer=replace(task.buffer, video=video), status=after)
         return None
 
     def _save(self, task: DiffusionTask) -> str | None:
@@ -268,26 +277,6 @@ class Stages:
         )
         task.end(TaskStatus.FINISHED, save_path=str(path))
         return f"saved {path}"
-
-
-@torch.no_grad()
-def encode_text(backend: DiffusionBackend, prompts: list[str]) -> Tensor:
-    """Text embeddings [B, seq_len, hidden] of prompts; rank 0 encodes for all.
-
-    What was encoded before is remembered by its content, the negative prompt first of all; then nothing is
-    run or moved. Autocast is off here: T5's activations do not fit float16's range.
-    """
-
-    def encode() -> Tensor:
-        encoder = backend.text_encoder
-        known = encoder.recall(prompts, backend.device)
-        if known is not None:
-            return known
-        backend.offload.use("text_encoder")
-        with torch.autocast(device_type=backend.device.type, enabled=False):
-            return encoder.encode(prompts)
-
-    return broadcast_from_rank0(encode, backend.groups.world, backend.device)
 
 
 @torch.no_grad()
@@ -335,10 +324,10 @@ def _resolved(task: DiffusionTask) -> DiffusionUserParams:
     return task.resolved
 
 
-def _present(tensor: Tensor | None) -> Tensor:
-    if tensor is None:
-        raise TaskError("a tensor that the stage before leaves in the task's buffer is missing")
-    return tensor
+def _present(value: T | None) -> T:
+    if value is None:
+        raise TaskError("what the stage before leaves in the task's buffer is missing")
+    return value
 
 
 def _fail(task: DiffusionTask, stage: TaskStatus, step: int, error: Exception) -> str:

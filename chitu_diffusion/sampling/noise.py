@@ -26,6 +26,12 @@ def initial_noise(shape: Sequence[int], seed: int, stream: int = 0) -> Tensor:
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
 
 
+def pad_latent(latent: Tensor, shape: Sequence[int]) -> Tensor:
+    """A latent [B, C, T, H, W] with its edge repeated up to the rows and columns of a shape."""
+    border = (0, shape[-1] - latent.shape[-1], 0, shape[-2] - latent.shape[-2], 0, 0)
+    return torch.nn.functional.pad(latent, border, mode="replicate")
+
+
 def upsample_latent(latent: Tensor, height: int, width: int) -> Tensor:
     """A latent [B, C, T, h, w] at another size [B, C, T, height, width], bicubic by frame; float32."""
     batch, _, frames = latent.shape[:3]

@@ -36,7 +36,7 @@ def events(text: str) -> list[dict[str, object]]:
     ("words", "said"),
     [
         (["a cat", "--frames", "32"], "--frames 32: frames must be 4n+1: 29 or 33"),
-        (["a cat", "--size", "100x100"], "--size height 100: must be a multiple of 16: 96 or 112"),
+        (["a cat", "--size", "100x100"], "--size height 100: must be a multiple of 8: 96 or 104"),
         (["a cat", "--size", "big"], "--size big: use WIDTHxHEIGHT in pixels"),
         (["a cat", "--steps", "0"], "--steps 0: must be a whole number from 1 to 1000"),
         (["a cat", "--fps", "0"], "--fps 0"),

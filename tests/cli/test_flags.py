@@ -33,20 +33,20 @@ def command_of(name: str, *more: Flag) -> Call:
 
 @pytest.mark.parametrize("command", ["generate", "batch"])
 def test_a_new_flag_is_one_row(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    image = Flag("--image", "generate batch", "The video's first frame.", field="image", metavar="FILE")
+    pose = Flag("--pose", "generate batch", "A dancer's poses.", field="pose", metavar="FILE")
     compiled = Flag("--compile", "generate batch", "Compile the blocks.", bool, setting="infer.compile")
     alone = Flag("--no-sound", "generate batch", "Begin anew.", bool)
-    call = command_of(command, image, compiled, alone)
+    call = command_of(command, pose, compiled, alone)
     call("--help")
     shown = capsys.readouterr().out
-    assert re.search(r"--image FILE +The video's first frame\.\n", shown)
-    args = call("cat", "--image", "cat.png", "--frames", "5", "--compile", "--no-sound")
-    assert args.request_fields() == {"image": "cat.png", "num_frames": 5}
+    assert re.search(r"--pose FILE +A dancer's poses\.\n", shown)
+    args = call("cat", "--pose", "cat.png", "--frames", "5", "--compile", "--no-sound")
+    assert args.request_fields() == {"pose": "cat.png", "num_frames": 5}
     config, origins = args.load_config()
     assert config.infer.compile and origins["infer.compile"] == "flag"
     assert args["no_sound"] is True
     without = call("cat")
-    assert without.request_fields() == {} and without["image"] is None and without["no_sound"] is False
+    assert without.request_fields() == {} and without["pose"] is None and without["no_sound"] is False
     assert without.load_config()[1]["infer.compile"] == "default"
 
 

@@ -23,11 +23,12 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.generator import FiniteCheck, Generator
+from chitu_diffusion.models.kinds import TEXT_TO_VIDEO
 from chitu_diffusion.models.wan.block import WanAttention
 from chitu_diffusion.models.wan.text_kv import TextKVCache, dedup_padding, rows_that_differ
 from chitu_diffusion.models.wan.transformer import SharedCfgPrefix, WanTransformer
 from chitu_diffusion.pipelines import conditioning, denoising, stages
-from chitu_diffusion.pipelines.conditioning import TextConditioning
+from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.sampling.solvers import Sampler
 from chitu_diffusion.task import TaskStatus
 
@@ -170,14 +171,14 @@ def test_each_expert_has_its_own_keys(two_experts_folder, make_config, key_calls
 def test_autocast_does_not_reuse_what_float32_made(backend) -> None:
     latent = torch.randn(1, 4, 2, 4, 4)
     embeddings = Generator(backend).encode_text(["A cat", "ugly"])
-    kept = TextConditioning(embeddings)
+    kept = PreparedConditioning(embeddings)
     timestep = torch.tensor(500)
     with torch.no_grad():
         plain = denoising.predict_velocity(backend, latent, kept, timestep, expert=0)
         with torch.autocast("cpu", torch.bfloat16):
             found = denoising.predict_velocity(backend, latent, kept, timestep, expert=0)
             fresh = denoising.predict_velocity(
-                backend, latent, TextConditioning(embeddings), timestep, expert=0
+                backend, latent, PreparedConditioning(embeddings), timestep, expert=0
             )
         again = denoising.predict_velocity(backend, latent, kept, timestep, expert=0)
     assert torch.equal(found, fresh) and torch.equal(again, plain) and not torch.equal(found.float(), plain)
@@ -361,7 +362,7 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
         flexcache_manager=FlexCacheManager(),
         offload=SimpleNamespace(use=lambda name: None, prefetched_blocks=lambda name: None),
         args=SimpleNamespace(infer=SimpleNamespace(diffusion=SimpleNamespace(cfg_batch=mode))),
-        spec=SimpleNamespace(boundary=None, transformers=[CONFIG]),
+        spec=SimpleNamespace(boundary=None, kind=TEXT_TO_VIDEO, transformers=[CONFIG]),
     )
     for room in (denoising, stages):
         monkeypatch.setattr(room, "FiniteCheck", Deferred)
@@ -371,7 +372,7 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
     task.resolved = task.params
     task.status = TaskStatus.DENOISING
     task.num_inference_steps = 6
-    task.buffer.embeddings = torch.randn(2, 16, CONFIG.text_dim, device=gpu)
+    task.buffer.conditioning = torch.randn(2, 16, CONFIG.text_dim, device=gpu)
     task.buffer.latent = torch.randn(1, 6, 2, 4, 4, device=gpu)
     task.buffer.sampler = lent.sampler.begin(6)
     units = made.stages

@@ -13,7 +13,8 @@ from chitu_diffusion.errors import UsageError
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.pipelines.guidance import expert_at
 from chitu_diffusion.pipelines.request import resolve_task
-from chitu_diffusion.task import TaskStatus
+from chitu_diffusion.sampling.noise import initial_noise, upsample_latent
+from chitu_diffusion.task import CascadeStage, TaskStatus
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,9 @@ def diffusers_run(pipeline, prompt: str, seed: int, **sizes) -> tuple[Tensor, Te
         return {}
 
     noise = torch.Generator("cpu").manual_seed(seed)
-    frames = pipeline(prompt, generator=noise, output_type="pt", callback_on_step_end=keep, **sizes).frames
+    frames = pipeline(
+        prompt=prompt, generator=noise, output_type="pt", callback_on_step_end=keep, **sizes
+    ).frames
     return kept["latents"], frames
 
 
@@ -121,3 +124,34 @@ def test_two_experts_default_guidance_and_single_scale(experts, backend):
     assert resolve_task(task_for(guidance_scale=6.0), experts.spec, "").guidance_scale == (6.0, 6.0)
     with pytest.raises(UsageError, match="one transformer"):
         resolve_task(task_for(guidance_scale=(4.0, 3.0)), backend.spec, "")
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 40), (40, 24), (8, 8), (48, 40)])
+def test_sizes_are_any_multiple_of_eight(backend, height, width):
+    """What is computed is whole patches, what was asked for is cut out of it; so are a cascade's stages."""
+    rows, columns = (-(-side // 16) * 16 for side in (height, width))
+    sizes = {"num_frames": 5, "num_inference_steps": 2}
+    latent, video = latent_and_video(Generator(backend), task_for(height=height, width=width, **sizes))
+    whole, frames = latent_and_video(Generator(backend), task_for(height=rows, width=columns, **sizes))
+    assert torch.equal(latent, whole) and torch.equal(video, frames[..., :height, :width])
+
+
+def test_a_cascade_of_odd_sizes(backend):
+    """The second stage goes on from what the first one shows, not from its border."""
+    stages = (CascadeStage(24, 40, 2), CascadeStage(40, 72, 2, 0.5))
+    task = task_for(cascade=stages, num_frames=5)
+    generator = Generator(backend)
+    while task.cascade_stage == 0:
+        generator.generate_step(task)
+    first = task.buffer.latent
+    assert first.shape[-2:] == (4, 6)
+    noise = initial_noise((1, *backend.spec.latent_shape(5, 40, 72)), task.seed, stream=1)
+    larger = torch.nn.functional.pad(
+        upsample_latent(first[..., :3, :5], 5, 9), (0, 1, 0, 1, 0, 0), "replicate"
+    )
+    state = backend.sampler.begin(2, 0.5)
+    sigma = float(state["sigmas"][state["index"]])
+    found, _ = generator.stages._position(task, stages[1])
+    assert relative_error(found, (1 - sigma) * larger + sigma * noise) < 1e-6
+    _, video = latent_and_video(generator, task)
+    assert video.shape[-2:] == (40, 72)

@@ -351,7 +351,7 @@ def test_faults_of_folders(experts: Path, official: Path, tmp_path: Path) -> Non
     index = spoilt / "model_index.json"
     for changed, words in (
         ({"_class_name": "FluxPipeline"}, "WanPipeline"),
-        ({"expand_timesteps": True}, "text-to-video"),
+        ({"expand_timesteps": True}, "TI2V model"),
     ):
         index.write_text(json.dumps({**json.loads((experts / "model_index.json").read_text()), **changed}))
         with pytest.raises(CheckpointError, match=words):
@@ -393,7 +393,7 @@ def test_fingerprint_follows_the_weights_and_is_remembered(tmp_path: Path) -> No
 
 
 def test_names_ids_and_folders(experts: Path) -> None:
-    assert model_names() == [TINY, "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.2-T2V-A14B"]
+    assert model_names() == [TINY, "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B"]
     for spec in FULL_SIZE.values():
         for name in (spec.name, spec.name.lower(), *spec.hub_ids):
             assert resolve_model(name)[0] == spec
@@ -411,5 +411,6 @@ def test_full_size_facts() -> None:
     large = FULL_SIZE["Wan2.2-T2V-A14B"]
     assert large.tokens(81, 480, 832) == 32_760 and large.tokens(81, 720, 1280) == 75_600
     assert large.geometry.latent_shape(81, 480, 832) == (16, 21, 60, 104)
-    assert large.size_step == (16, 16)
+    assert large.latent_shape(81, 240, 424) == (16, 21, 30, 54)
+    assert large.tokens(81, 1080, 1920) == 21 * 68 * 120
     assert (large.defaults.steps, large.defaults.shift, large.defaults.guidance) == (40, 12.0, (4.0, 3.0))

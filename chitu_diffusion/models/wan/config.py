@@ -1,4 +1,4 @@
-"""The shape of a Wan text-to-video transformer, as data. Knows no tensors and imports no torch."""
+"""The shape of a Wan transformer, as data. Knows no tensors and imports no torch."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from chitu_diffusion.errors import UsageError
 _QK_NORM = "rms_norm_across_heads"
 _NO_SIZES = ("patch_size", "cross_attn_norm", "qk_norm", "eps")
 
-# Fields of diffusers' config.json that belong to other Wan models (image-to-video, VACE, animate). None (or
-# False) is what a text-to-video checkpoint says there; anything else means parts that `WanTransformer` does
+# Fields of diffusers' config.json that belong to other Wan models (Wan2.1's image-to-video, VACE, animate).
+# None (or False) is what the others say there; anything else means parts that `WanTransformer` does
 # not have.
 _FOREIGN_FIELDS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "add_img_emb", "vace_layers")
 
@@ -22,6 +22,7 @@ class WanConfig:
 
     Attributes:
         patch_size: (frames, rows, columns) of latent that make one token.
+        in_channels: of the latent, and of what is concatenated to it.
         rope_max_seq_len: the longest grid axis, in tokens, that rotary positions exist for.
         qk_norm: always "rms_norm_across_heads": RMSNorm of q and k over all heads together.
 
@@ -62,9 +63,7 @@ class WanConfig:
                 f"{self.attention_head_dim} and {self.freq_dim}"
             )
         if self.qk_norm != _QK_NORM:
-            raise UsageError(
-                f"qk_norm {self.qk_norm!r} is not supported; Wan text-to-video models use {_QK_NORM!r}"
-            )
+            raise UsageError(f"qk_norm {self.qk_norm!r} is not supported; Wan models use {_QK_NORM!r}")
 
     @property
     def dim(self) -> int:
@@ -85,7 +84,7 @@ class WanConfig:
         diffusers' bookkeeping and are passed over.
 
         Raises:
-            UsageError: a field of a model that is not text-to-video, or an unknown field.
+            UsageError: a field of a model that is not supported, or an unknown field.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
@@ -95,7 +94,8 @@ class WanConfig:
             if key in _FOREIGN_FIELDS:
                 if value:
                     raise UsageError(
-                        f"transformer config has {key}={value!r}: only text-to-video Wan models are supported"
+                        f"transformer config has {key}={value!r}: Wan models with such parts are not "
+                        "supported"
                     )
             elif key not in known:
                 raise UsageError(f"transformer config has an unknown field {key!r} (value {value!r})")

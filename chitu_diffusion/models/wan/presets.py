@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from chitu_diffusion.models.kinds import IMAGE_TO_VIDEO
 from chitu_diffusion.models.spec import Defaults, ModelSpec
 from chitu_diffusion.models.wan.cache_coefficients import WAN_1_3B, WAN_14B
 from chitu_diffusion.models.wan.config import WanConfig
 
 _SMALL = WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 _LARGE = WanConfig()
+_LARGE_IMAGE = WanConfig(in_channels=36)
 
 FULL_SIZE: Mapping[str, ModelSpec] = MappingProxyType(
     {
@@ -37,6 +39,14 @@ FULL_SIZE: Mapping[str, ModelSpec] = MappingProxyType(
                 hub_ids=("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "Wan-AI/Wan2.2-T2V-A14B"),
                 defaults=Defaults(steps=40, guidance=(4.0, 3.0), shift=12.0),
                 measured=WAN_14B,
+            ),
+            ModelSpec(
+                "Wan2.2-I2V-A14B",
+                (_LARGE_IMAGE, _LARGE_IMAGE),
+                kind=IMAGE_TO_VIDEO,
+                boundary=0.9,
+                hub_ids=("Wan-AI/Wan2.2-I2V-A14B-Diffusers", "Wan-AI/Wan2.2-I2V-A14B"),
+                defaults=Defaults(steps=40, guidance=(3.5, 3.5), shift=5.0),
             ),
         )
     }

@@ -1,4 +1,4 @@
-"""The Wan text-to-video diffusion transformer, as single-device code.
+"""The Wan diffusion transformer, as single-device code.
 
 Names and shapes of the parameters are those of diffusers' `WanTransformer3DModel`. The network takes its
 attention and its cache as arguments and is cut into pieces (`embed`, `run_blocks`, `final_layer`,

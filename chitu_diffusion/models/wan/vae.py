@@ -132,7 +132,7 @@ class WanVAE(nn.Module):
         Returns:
             [B, C, (T - 1) / 4 + 1, H / 8, W / 8], normalised, float32.
         """
-        pixels = video.transpose(1, 2).to(self._weight) * 2 - 1
+        pixels = (video.transpose(1, 2) * 2 - 1).to(self._weight)
         with torch.autocast(pixels.device.type, enabled=False):
             latent = self.network.encode(pixels).latent_dist.mode().float()
         mean, deviation = self._statistics(latent)

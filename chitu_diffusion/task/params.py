@@ -1,9 +1,5 @@
-"""A request and everything that is known about its progress, as plain data.
-
-`DiffusionUserParams` is what a person asks; `DiffusionTask` is that request on its way to a
-video. All of a task's state (stage, step, latent, the sampler's history, cache, active expert)
-lies here, so that any generator can take the task over at any step, and two tasks can take
-turns. This file loads no networks and decides nothing; torch appears only as a type.
+"""What a person asks for, as plain values that are checked where they are made. Knows no model, and imports
+no torch.
 """
 
 from __future__ import annotations
@@ -11,44 +7,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-import threading
-import time
-import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from chitu_diffusion.errors import UsageError, nearest
-
-if TYPE_CHECKING:
-    import torch
+from chitu_diffusion.media.image import InputImage
 
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 20_000
-SIZE_STEP = 16
-"""Pixels: the VAE's stride of 8 times the DiT's patch of 2."""
+SIZE_STEP = 8
+"""Pixels: the VAE's stride."""
 LEAST_STRENGTH = 0.01
 """Of a cascade's stage: its whole schedule has steps / strength steps."""
 FRAME_STEP = 4
 """The VAE's stride in time: a video has 4n + 1 frames."""
-
-
-class TaskStatus(StrEnum):
-    """Where a task is. The first five are also the stages, in order."""
-
-    PENDING = "pending"
-    ENCODING = "encoding"
-    DENOISING = "denoising"
-    DECODING = "decoding"
-    SAVING = "saving"
-    FINISHED = "finished"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-END_STATES = frozenset({TaskStatus.FINISHED, TaskStatus.FAILED, TaskStatus.CANCELLED})
 
 
 @dataclass(frozen=True)
@@ -56,7 +30,7 @@ class CascadeStage:
     """One stage of a cascade (`DiffusionUserParams.cascade`): denoise at a size of its own.
 
     Args:
-        height, width: pixels, multiples of 16.
+        height, width: pixels, multiples of 8.
         num_inference_steps: denoising steps of this stage.
         strength: share of the noise schedule that this stage runs, 0.01 to 1; 1 starts from
             pure noise (the base), less re-noises the upsampled latent to that level (SDEdit,
@@ -78,7 +52,8 @@ class DiffusionUserParams:
     Args:
         prompt: the text.
         negative_prompt: what the video should not be; None is the model's own.
-        height, width: pixels, multiples of 16.
+        height, width: pixels, multiples of 8. With an image and neither, as many as the model's own, in the
+            image's shape.
         num_frames: 4n + 1.
         fps: frames per second of the written file.
         num_inference_steps: denoising steps.
@@ -89,6 +64,8 @@ class DiffusionUserParams:
         flexcache: a cache strategy's name, or {"strategy": name, ...its parameters}.
         role: who asks; the fair policy shares steps over roles.
         priority: larger goes first under the priority policy.
+        image: the first frame: a file's name, or in memory, see `InputImage.of`. It is stretched to the size.
+        last_image: the last frame, likewise.
         cascade: stages of rising resolution in place of a single denoising; see `CascadeStage`.
         task_id: a label of the caller's own; letters, digits, '.', '_', '-' only.
 
@@ -109,6 +86,8 @@ class DiffusionUserParams:
     flexcache: str | Mapping[str, Any] | None = None
     role: str = "user"
     priority: int = 0
+    image: Any = None
+    last_image: Any = None
     cascade: tuple[CascadeStage, ...] | None = None
     task_id: str | None = None
 
@@ -133,6 +112,9 @@ class DiffusionUserParams:
             raise UsageError(f"role = {self.role!r}: must be a name", field="role")
         _check_text("role", self.role)
         _check_cascade(self.cascade)
+        for name in ("image", "last_image"):
+            # read now: what is asked for does not change with the file
+            object.__setattr__(self, name, InputImage.of(name, getattr(self, name)))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> DiffusionUserParams:
@@ -154,8 +136,12 @@ class DiffusionUserParams:
         return cls(**{**values, "cascade": stages, "guidance_scale": pair})
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain JSON values, for the recipe in the file."""
-        return dataclasses.asdict(self)
+        """Plain JSON values, for the recipe in the file; of an image its name, size and hash."""
+        plain = dataclasses.replace(self, image=None, last_image=None)
+        images = {"image": self.image, "last_image": self.last_image}
+        return dataclasses.asdict(plain) | {
+            name: None if image is None else image.to_mapping() for name, image in images.items()
+        }
 
 
 def _check_text(name: str, text: object) -> None:
@@ -290,201 +276,3 @@ def _check_cascade_stage(stage: CascadeStage) -> None:
 def draw_seed() -> int:
     """A fresh seed, small enough to be typed."""
     return secrets.randbelow(2**31)
-
-
-@dataclass
-class TaskBuffer:
-    """The tensors of a task on its way, and where its video ends up.
-
-    Shapes: `embeddings` [branches, L, D], the prompt's branch first; `latent` [1, C, T, H, W] float32;
-    `video` [1, T, C, H, W] float32 in [0, 1]. `sampler` is the solver's whole state as plain values and
-    tensors; `cache` belongs to the task's cache strategy. All of them are None once the task has ended.
-    """
-
-    embeddings: torch.Tensor | None = None
-    latent: torch.Tensor | None = None
-    sampler: dict[str, Any] | None = None
-    cache: dict[str, Any] | None = None
-    video: torch.Tensor | None = None
-    save_path: str | None = None
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """How a task that was saved goes on.
-
-    Attributes:
-        step: denoising steps that were done; 0 where it starts over.
-        exact: whether the video will be the very one of a run that was never cut short.
-        differs: in words, what is not as it was; or why it starts over.
-        kernel: name of the attention kernel of the steps before.
-    """
-
-    step: int
-    exact: bool
-    differs: tuple[str, ...] = ()
-    kernel: str | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One unit of work done: what `generate_step` returns.
-
-    Args:
-        task_id, status: whose, and where it is now.
-        stage: the stage that this unit belonged to.
-        step, total_steps: denoising steps done so far, over all stages of a cascade.
-        seconds: time that the unit took.
-        eta: seconds until the task ends, from its own pace; None before the first step.
-        message: anything a person should know (a raised memory level, the path, the error).
-    """
-
-    task_id: str
-    status: TaskStatus
-    stage: TaskStatus
-    step: int
-    total_steps: int
-    seconds: float
-    eta: float | None = None
-    message: str | None = None
-
-    @property
-    def fraction(self) -> float:
-        """0.0 to 1.0."""
-        return 1.0 if self.status is TaskStatus.FINISHED else self.step / max(self.total_steps, 1)
-
-
-@dataclass(eq=False)
-class DiffusionTask:
-    """A request on its way to a video.
-
-    `params` is the request as asked; `resolved` is filled when an engine takes it in, or by
-    the first unit: the same with every None replaced by the model's own value. `current_step` counts
-    denoising steps done; `num_inference_steps` is their number. `resumed` is set where it went on from a
-    checkpoint. `error` is set when `status` is failed.
-    """
-
-    task_id: str
-    params: DiffusionUserParams
-    seed: int
-    resolved: DiffusionUserParams | None = None
-    status: TaskStatus = TaskStatus.PENDING
-    num_inference_steps: int = 0
-    current_step: int = 0
-    cascade_stage: int = 0
-    expert: int | None = None
-    resumed: Resumed | None = None
-    buffer: TaskBuffer = field(default_factory=TaskBuffer)
-    events: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    error: Exception | None = None
-    error_message: str | None = None
-    created_at: float = field(default_factory=time.time)
-    started_at: float | None = None
-    finished_at: float | None = None
-
-    @classmethod
-    def from_user_request(cls, params: DiffusionUserParams) -> DiffusionTask:
-        """A new task for a request. The seed is drawn here if none was asked for.
-
-        Raises:
-            UsageError: something else than a request.
-        """
-        if not isinstance(params, DiffusionUserParams):
-            raise UsageError(f"{params!r} is no request: use DiffusionUserParams(prompt=...)", field="prompt")
-        task_id = params.task_id or uuid.uuid4().hex[:12]
-        seed = params.seed if params.seed is not None else draw_seed()
-        return cls(
-            task_id=task_id, params=params, seed=seed, num_inference_steps=params.num_inference_steps or 0
-        )
-
-    def is_finished(self) -> bool:
-        """Whether nothing is left to do: finished, failed or cancelled."""
-        return self.status in END_STATES
-
-    def get_elapsed_time(self) -> float:
-        """Seconds since the first unit began, up to now or the end; 0 before it."""
-        if self.started_at is None:
-            return 0.0
-        return (self.finished_at or time.time()) - self.started_at
-
-    def commit(self, **fields: Any) -> None:
-        """Change several fields at once: a reader, or a signal between, finds all of it or nothing."""
-        vars(self).update(fields)
-
-    def end(
-        self, status: TaskStatus, error: Exception | None = None, *, save_path: str | None = None
-    ) -> None:
-        """Enter an end state and let go of every tensor; the video's path stays."""
-        if error is not None:
-            # a traceback would keep the failed stage's tensors alive
-            self.error = error.with_traceback(None)
-            self.error_message = str(error)
-        buffer = TaskBuffer(save_path=save_path or self.buffer.save_path)
-        self.commit(status=status, finished_at=time.time(), buffer=buffer)
-
-
-class DiffusionTaskPool:
-    """The tasks of one engine, in order of arrival. Safe to use from several threads.
-
-    Args:
-        keep_ended: how many ended tasks stay for whoever asks for them; the oldest go first.
-    """
-
-    def __init__(self, keep_ended: int = 100) -> None:
-        self.pool: dict[str, DiffusionTask] = {}
-        self._keep_ended = keep_ended
-        self._lock = threading.Lock()
-
-    def add(self, task: DiffusionTask) -> None:
-        """Take a task in.
-
-        Raises:
-            UsageError: a task of that id is here already.
-        """
-        with self._lock:
-            if task.task_id in self.pool:
-                raise UsageError(
-                    f"task_id = {task.task_id!r}: a task of that name is here already", field="task_id"
-                )
-            self.pool[task.task_id] = task
-
-    def prune(self) -> None:
-        """Forget ended tasks beyond those that are kept."""
-        with self._lock:
-            ended = [task_id for task_id, task in self.pool.items() if task.is_finished()]
-            for task_id in ended[: max(0, len(ended) - self._keep_ended)]:
-                del self.pool[task_id]
-
-    def get(self, task_id: str) -> DiffusionTask | None:
-        return self.pool.get(task_id)
-
-    def remove(self, task_id: str) -> None:
-        """Forget a task; silent if it is not here."""
-        with self._lock:
-            self.pool.pop(task_id, None)
-
-    def __iter__(self) -> Iterator[DiffusionTask]:
-        with self._lock:
-            return iter(list(self.pool.values()))
-
-    def __len__(self) -> int:
-        return len(self.pool)
-
-    def unfinished(self) -> list[DiffusionTask]:
-        """Tasks with work left, oldest first."""
-        return [task for task in self if not task.is_finished()]
-
-    def all_finished(self) -> bool:
-        return not self.unfinished()
-
-    def get_pending_tasks(self) -> list[str]:
-        """Ids of tasks that have not begun."""
-        return [task.task_id for task in self if task.status is TaskStatus.PENDING]
-
-    def get_statistics(self) -> dict[str, int]:
-        """Number of tasks by status, every status named."""
-        counts = {str(status): 0 for status in TaskStatus}
-        for task in self:
-            counts[str(task.status)] += 1
-        return counts

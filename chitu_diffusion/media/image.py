@@ -1,0 +1,204 @@
+"""Pictures that come in: from a file or from memory, checked once, known by their hash. Knows no model.
+
+numpy and Pillow are imported when there is a picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chitu_diffusion.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
+
+_MOST_BYTES = 256 * 2**20
+_MOST_PIXELS = 100_000_000
+
+
+@dataclass(frozen=True)
+class InputImage:
+    """A picture that a request brings.
+
+    Attributes:
+        path: of its file, absolute; None for one from memory.
+        sha256: of the file's bytes; from memory, of the pixels.
+        width, height: pixels, as it is shown (a camera's note of its orientation is followed).
+        pixels: [H, W, 3], uint8, or float32 in [0, 1]; None where it is in the file, or on another machine.
+    """
+
+    path: str | None
+    sha256: str
+    width: int
+    height: int
+    pixels: NDArray[Any] | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, name: str, value: Any) -> InputImage | None:
+        """A picture in whichever form it comes; None stays None.
+
+        Args:
+            name: of the field, for errors.
+            value: a file's name; a PIL image; an array [H, W, 3] or [H, W] or a tensor [3, H, W] or
+                [1, 3, H, W], uint8 or floats in [0, 1]; or what `to_mapping` gave.
+
+        Raises:
+            UsageError: something else, or a file that cannot be read.
+        """
+        if value is None or isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            return _from_mapping(name, value)
+        if isinstance(value, str | Path):
+            return _from_file(name, Path(value))
+        pixels = _pixels_of(name, value)
+        height, width = pixels.shape[:2]
+        digest = hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode())
+        digest.update(pixels.tobytes())
+        return cls(None, digest.hexdigest(), width, height, pixels)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain JSON values: not the pixels."""
+        return {"path": self.path, "sha256": self.sha256, "width": self.width, "height": self.height}
+
+    def resized(self, height: int, width: int) -> NDArray[np.float32]:
+        """[height, width, 3] float32 in [0, 1], stretched by Lanczos, as diffusers' `VideoProcessor` does.
+
+        Raises:
+            UsageError: its file is not there any more or has changed, or it was in another process's memory.
+        """
+        import numpy as np
+        from PIL import Image
+
+        pixels = self.pixels if self.pixels is not None else self._reread()
+        if pixels.dtype == np.uint8:
+            if pixels.shape[:2] != (height, width):
+                image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+                pixels = np.asarray(image)
+            return pixels.astype(np.float32) / np.float32(255)
+        if pixels.shape[:2] == (height, width):
+            return pixels
+        channels = [Image.fromarray(pixels[..., channel]) for channel in range(3)]
+        size = (width, height)
+        larger = [np.asarray(each.resize(size, Image.Resampling.LANCZOS)) for each in channels]
+        return np.stack(larger, axis=-1).clip(0, 1)
+
+    def _reread(self) -> NDArray[Any]:
+        if self.path is None:
+            raise UsageError(
+                "image: it was given in memory, and only its hash is kept; give it again", field="image"
+            )
+        data = _bytes_of("image", Path(self.path))
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise UsageError(
+                f"image = {self.path!r}: the file has changed since the request; give it again", field="image"
+            )
+        return _decoded("image", self.path, data)
+
+
+def _from_mapping(name: str, values: Mapping[str, Any]) -> InputImage:
+    kinds = {"path": (str, type(None)), "sha256": (str,), "width": (int,), "height": (int,)}
+    if set(values) != set(kinds) or not all(isinstance(values[key], kinds[key]) for key in kinds):
+        raise UsageError(f"{name} = {dict(values)!r}: use a file's name", field=name)
+    return InputImage(**values)
+
+
+def _from_file(name: str, path: Path) -> InputImage:
+    try:
+        path = path.expanduser().absolute()
+    except RuntimeError:  # no such user's home
+        raise UsageError(f"{name} = {str(path)!r}: there is no such file", field=name) from None
+    data = _bytes_of(name, path)
+    height, width = _decoded(name, str(path), data).shape[:2]
+    return InputImage(str(path), hashlib.sha256(data).hexdigest(), width, height)
+
+
+def _bytes_of(name: str, path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise UsageError(f"{name} = {str(path)!r}: there is no such file", field=name)
+        size = path.stat().st_size
+        if size > _MOST_BYTES:
+            most = f"{_MOST_BYTES / 2**20:.0f} MiB"
+            raise UsageError(
+                f"{name} = {str(path)!r}: the file has {size} bytes; use one of at most {most}", field=name
+            )
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{name} = {str(path)!r}: it cannot be read: {error}", field=name) from error
+
+
+def _decoded(name: str, path: str, data: bytes) -> NDArray[np.uint8]:
+    """[H, W, 3]; of a moving picture the first frame."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _upright(name, image)
+    except UsageError:
+        raise
+    except Exception as error:  # Pillow has many words for a file that is no picture
+        raise UsageError(
+            f"{name} = {path!r}: it cannot be read as a picture ({type(error).__name__}); use a PNG, JPEG or "
+            "WebP file",
+            field=name,
+        ) from error
+
+
+def _upright(name: str, image: Image.Image) -> NDArray[np.uint8]:
+    import numpy as np
+    from PIL import ImageOps
+
+    _check_size(name, image.height, image.width)
+    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def _check_size(name: str, height: int, width: int) -> None:
+    if not height or not width or height * width > _MOST_PIXELS:
+        raise UsageError(
+            f"{name}: it has {width}x{height} pixels; use 1 to {_MOST_PIXELS} of them", field=name
+        )
+
+
+def _pixels_of(name: str, value: Any) -> NDArray[Any]:
+    """A picture in memory as [H, W, 3]: a copy."""
+    import numpy as np
+    from PIL import Image
+
+    if isinstance(value, Image.Image):
+        return _upright(name, value)
+    torch = sys.modules.get("torch")
+    given = "array"
+    if torch is not None and isinstance(value, torch.Tensor):
+        given = "tensor"
+        value = value.detach().cpu()
+        value = value[0] if value.ndim == 4 and len(value) == 1 else value
+        value = value.float() if value.is_floating_point() else value
+        value = value.permute(1, 2, 0).numpy() if value.ndim == 3 else value.numpy()
+    if not isinstance(value, np.ndarray):
+        raise UsageError(
+            f"{name} is a {type(value).__name__}: use a file's name, a PIL image, an array or a tensor",
+            field=name,
+        )
+    value = np.repeat(value[..., None], 3, axis=-1) if value.ndim == 2 else value
+    if value.ndim != 3 or value.shape[-1] != 3:
+        expected = "[3, H, W]" if given == "tensor" else "[H, W, 3]"
+        raise UsageError(f"{name} is a {given} of {list(value.shape)}; expected {expected}", field=name)
+    _check_size(name, *value.shape[:2])
+    if value.dtype == np.uint8:
+        return value.copy()
+    if not np.issubdtype(value.dtype, np.floating) or not ((value >= 0) & (value <= 1)).all():
+        raise UsageError(
+            f"{name} is a {given} of {value.dtype}: use uint8, or floats from 0 to 1", field=name
+        )
+    return value.astype(np.float32)

@@ -1,0 +1,25 @@
+"""A request, and the task that it becomes: plain data, a file at any moment."""
+
+from chitu_diffusion.task.params import CascadeStage, DiffusionUserParams, draw_seed
+from chitu_diffusion.task.task import (
+    Conditioning,
+    DiffusionTask,
+    DiffusionTaskPool,
+    Progress,
+    Resumed,
+    TaskBuffer,
+    TaskStatus,
+)
+
+__all__ = [
+    "CascadeStage",
+    "Conditioning",
+    "DiffusionTask",
+    "DiffusionTaskPool",
+    "DiffusionUserParams",
+    "Progress",
+    "Resumed",
+    "TaskBuffer",
+    "TaskStatus",
+    "draw_seed",
+]
