@@ -30,6 +30,7 @@ if __name__ == "__main__":
         for name, prompt in PROMPTS.items():
             path = folder / f"{name}.mp4"
             if path.exists():
+                print(f"{name}: is there already")
                 continue
             request = DiffusionUserParams(
                 prompt=prompt, seed=7, num_inference_steps=20, num_frames=17, save_path=str(path)

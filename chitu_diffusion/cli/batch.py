@@ -121,7 +121,7 @@ def batch(
 
     jobs = [VideoJob(row.task, job_key(row.params, (), config)) for row in todo]
     places = [str(path.absolute()) for path in (file, args["output"])]
-    key = None if args["no_resume"] else run_key(places)
+    key = run_key(places)
     tasks = run_jobs(config, model, jobs, make_reporter(as_json=as_json), key=key)
     return _summary(
         rows, left, {row.line: task for row, task in zip(todo, tasks, strict=True)}, as_json=as_json

@@ -173,6 +173,8 @@ class Args:
         for flag, value in self._typed():
             if flag.setting:
                 settings |= value if flag.setting == "*" else {flag.setting: value}
+        if self.values.get("no_resume"):
+            settings["checkpoint.resume"] = "never"
         with flags_named():
             return load_config(self.values.get("config"), settings)
 

@@ -56,7 +56,7 @@ def generate(
         return launch(context.find_root().obj, gpus, config)
     drawn = [name for name in ("seed", "save_path") if asked.get(name) is None]
     jobs = [VideoJob(task, job_key(task.params, drawn, config)) for task in tasks]
-    key = None if args["no_resume"] else run_key([job.key for job in jobs])
+    key = run_key([job.key for job in jobs])
     return make_videos(config, model, jobs, key, profile=args["profile"], as_json=args["json"])
 
 

@@ -41,7 +41,10 @@ class TaskCheckpoints:
     def load(self, task: DiffusionTask) -> tuple[DiffusionTask | None, list[str]]:
         """The task as its newest usable checkpoint has it, and why newer ones are of no use."""
         folder = self._folders.get(task)
-        if folder is None or self._backend.args.checkpoint.resume == "never":
+        if folder is None:
+            return None, []
+        if self._backend.args.checkpoint.resume == "never":
+            folder.clear()
             return None, []
         return folder.load(self._backend)
 

@@ -225,6 +225,13 @@ def test_no_resume_and_other_weights_start_over(
     run.kill()
     code, _, said = chitu(*given, "--no-resume")
     assert code == 0 and "going on" not in said and "starting over" not in said
+    code, _, said = chitu(*given)
+    assert code == 0 and "going on" not in said, "what was started over from is gone"
+    run = begin("generate", *WORDS, "-o", "a.npy", "--no-resume")
+    wait_for_step(tmp_path, 3)
+    run.kill()
+    code, _, said = chitu(*given)
+    assert code == 0 and "going on at step" in said, "a run that started over is saved as any other"
 
 
 # -- names and locks

@@ -13,6 +13,7 @@ decoded with all neighbours that matter to it, so that tiles need no blending.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -22,6 +23,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.models.spec import LatentGeometry
 from chitu_diffusion.models.wan.vae_decoder import (
     ConvCache,
     DecodeOptions,
@@ -66,6 +68,8 @@ class WanVAE(nn.Module):
         self.frames_per_call = frames_per_call
         self.memory_budget = memory_budget
         self.ways = ways
+        self.stride = LatentGeometry.of_vae(cast(Any, network).config).stride
+        """Pixels of a latent cell along (frames, rows, columns): (4, 8, 8) for Wan2.1's, t, s, s below."""
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
@@ -75,7 +79,7 @@ class WanVAE(nn.Module):
             latent: [B, C, T, H, W], normalised.
 
         Returns:
-            Video [B, 4 (T - 1) + 1, 3, 8 H, 8 W], float32 in [0, 1].
+            Video [B, t (T - 1) + 1, 3, s H, s W], float32 in [0, 1].
 
         Raises:
             UsageError: a latent of another shape, or one that the memory budget has no room for.
@@ -113,7 +117,7 @@ class WanVAE(nn.Module):
             axis: -1 for columns, -2 for rows.
 
         Returns:
-            As `decode`, with 8 (high - low) pixels along `axis`.
+            As `decode`, with s (high - low) pixels along `axis`.
 
         Raises:
             UsageError: as `decode`.
@@ -127,10 +131,10 @@ class WanVAE(nn.Module):
         """The most likely latent of a video.
 
         Args:
-            video: [B, T, 3, H, W] in [0, 1]; T is 4n + 1, H and W multiples of 8.
+            video: [B, T, 3, H, W] in [0, 1]; T is t n + 1, H and W multiples of s.
 
         Returns:
-            [B, C, (T - 1) / 4 + 1, H / 8, W / 8], normalised, float32.
+            [B, C, (T - 1) / t + 1, H / s, W / s], normalised, float32.
         """
         pixels = (video.transpose(1, 2) * 2 - 1).to(self._weight)
         with torch.autocast(pixels.device.type, enabled=False):
@@ -148,7 +152,7 @@ class WanVAE(nn.Module):
             frames_per_call: latent frames that one pass takes.
         """
         frame = self._whole(latent)
-        video = 4 * 3 * 64 * frame.cells * 4 * latent.shape[2] * len(latent)
+        video = 4 * 3 * math.prod(self.stride) * frame.cells * latent.shape[2] * len(latent)
         frames = latent.shape[2]
         ways = self._ways()
         return video + max(
@@ -183,18 +187,26 @@ class WanVAE(nn.Module):
         most = self._frames_a_call(latent, tiles)
         device = self._weight.device
         ways = self._ways()
-        frames = 4 * (latent.shape[2] - 1) + 1
-        height = window.bottom - window.top
-        width = window.right - window.left
-        video = torch.empty(len(latent), frames, 3, 8 * height, 8 * width, device=device)
+        stride, *pixels = self.stride
+        frames = stride * (latent.shape[2] - 1) + 1
+        cells = (window.bottom - window.top, window.right - window.left)
+        height, width = (many * step for many, step in zip(cells, pixels, strict=True))
+        video = torch.empty(len(latent), frames, 3, height, width, device=device)
         # runs in the dtype it was loaded in
         with torch.autocast(device.type, enabled=False), searching_kernels(ways.search):
             decoder = Decoder(self.network, ways)
             for clip, out in zip(latent, video, strict=True):
                 low = _lower(decoder, self._denormalised(clip))
                 for tile in tiles:
-                    _upper(decoder, low, tile, most, _within(out, tile, window))
+                    _upper(decoder, low, tile, most, self._within(out, tile, window))
         return video
+
+    def _within(self, video: Tensor, tile: TileRect, window: TileRect) -> Tensor:
+        """A tile's place in the video, [T, 3, H, W] of `window`."""
+        _, rows, columns = self.stride
+        top, bottom = ((row - window.top) * rows for row in (tile.top, tile.bottom))
+        left, right = ((column - window.left) * columns for column in (tile.left, tile.right))
+        return video[..., top:bottom, left:right]
 
     def _denormalised(self, clip: Tensor) -> Tensor:
         """[C, T, H, W], normalised -> what the decoder takes, [T, H, W, C]."""
@@ -264,7 +276,7 @@ def _lower(decoder: Decoder, x: Tensor) -> Tensor:
 
 
 def _upper(decoder: Decoder, low: Tensor, window: TileRect, most: int, out: Tensor) -> None:
-    """Decodes a window of all frames into `out`, [T', 3, 8 h, 8 w], in [0, 1]."""
+    """Decodes a window of all frames into `out`, [T', 3, H, W], in [0, 1]."""
     memory: ConvCache = {}
     done = 0
     for start, end in spans(len(low), most):
@@ -284,10 +296,3 @@ def _tiles(window: TileRect, size: int) -> list[TileRect]:
     rows = edges(window.top, window.bottom)
     columns = edges(window.left, window.right)
     return [TileRect(*row, *column) for row in pairwise(rows) for column in pairwise(columns)]
-
-
-def _within(video: Tensor, tile: TileRect, window: TileRect) -> Tensor:
-    """A tile's place in the video, [T, 3, H, W] of `window`."""
-    top = 8 * (tile.top - window.top)
-    bottom = 8 * (tile.bottom - window.top)
-    return video[..., top:bottom, 8 * (tile.left - window.left) : 8 * (tile.right - window.left)]
