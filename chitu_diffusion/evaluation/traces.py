@@ -121,7 +121,7 @@ class _Run:
         if max(self.scales) > 1:
             prompts.append(resolved.negative_prompt or "")
         self.branches = len(prompts)
-        self.state = backend.sampler.begin(resolved.num_inference_steps or 1)
+        self.state = backend.sampler.begin(resolved.num_inference_steps or 1, seed=task.seed)
         frames = resolved.num_frames or 1
         shape = backend.spec.geometry.latent_shape(frames, resolved.height or 0, resolved.width or 0)
         self.noise = initial_noise((1, *shape), task.seed).to(backend.device)
