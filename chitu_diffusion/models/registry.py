@@ -185,9 +185,10 @@ def _folder_defaults(folder: ModelFolder, base: Defaults, experts: int) -> Defau
     if len(said["guidance"]) == 1:
         said["guidance"] *= experts
     _check_list(folder, said, base)
-    if folder.scheduler.get("flow_shift") is not None:
-        # what the checkpoint's own scheduler says counts for more than what its twin's authors sample with
-        said.setdefault("shift", float(folder.scheduler["flow_shift"]))
+    for key in ("flow_shift", "shift"):
+        if folder.scheduler.get(key) is not None:
+            # the checkpoint's own scheduler counts for more than what its twin's authors sample with
+            said.setdefault("shift", float(folder.scheduler[key]))
     return dataclasses.replace(base, **said)
 
 

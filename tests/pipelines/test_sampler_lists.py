@@ -299,6 +299,23 @@ def test_what_a_folder_cannot_say(tiny_folder, tmp_path, said, key, expected) ->
     assert caught.value.key == key and str(caught.value.file).endswith("chitu.json")
 
 
+def test_timesteps_are_shifted_as_the_folder_says_or_else_its_scheduler(tiny_folder, tmp_path) -> None:
+    listed = {"sampler": "euler", "timesteps": [1000, 500]}
+    for number, (config, said, shift) in enumerate(
+        [
+            ({"flow_shift": 3.0}, {}, 3),
+            ({"flow_shift": 3.0}, {"shift": 5.0}, 5),
+            ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 8.0}, {}, 8),
+            ({}, {}, 1),
+        ]
+    ):
+        folder = with_defaults(tiny_folder, tmp_path / str(number), **listed, **said)
+        (folder / "scheduler" / "scheduler_config.json").unlink()
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+        levels = resolve_model(str(folder)).spec.defaults.levels
+        assert levels is not None and levels.sigmas == pytest.approx([1, shift / (1 + shift)])
+
+
 def test_the_list_goes_along_when_a_model_is_converted(folders, tmp_path) -> None:
     target = tmp_path / "official"
     convert(folders["tiny renoise"], target, "official")
