@@ -34,6 +34,7 @@ from chitu_diffusion.models.wan.vae import WanVAE
 from chitu_diffusion.ops.compile import CompileWatch
 from chitu_diffusion.ops.float8_linear import float8_begins, has_float8_products, set_float8, to_float8
 from chitu_diffusion.ops.fused import HAS_TRITON
+from chitu_diffusion.sampling.scheduler import NoiseScheduler
 from chitu_diffusion.sampling.solvers import Sampler
 from chitu_diffusion.weights.loader import WeightsHash
 
@@ -152,9 +153,9 @@ class DiffusionBackend:
             self._watch = CompileWatch()
             for expert in networks.experts:
                 expert.compile_blocks()
-        self.sampler = Sampler(
-            self.args.infer.sampler, _with_shift(networks.scheduler, networks.spec.defaults.shift)
-        )
+        networks = replace(networks, spec=networks.spec.with_sampler(self.args.infer.sampler))
+        own = networks.spec.defaults
+        self.sampler = Sampler(own.sampler, _with_shift(networks.scheduler, own.shift), own.levels)
         self.offload = OffloadManager(
             self.device,
             parts={
@@ -230,6 +231,19 @@ class DiffusionBackend:
         self.require_alive()
         self.offload.set_level(level)
 
+    def scheduler(self, num_steps: int | None = None, seed: int = 0) -> NoiseScheduler:
+        """The model's solver as an object that remembers where it is, for a denoising loop of one's own.
+
+        Args:
+            num_steps: denoising steps; None is the model's own number.
+            seed: of fresh noise, for a solver that takes some.
+
+        Raises:
+            UsageError (a ValueError): a number of steps that the solver cannot take; says what it can.
+        """
+        steps = self.spec.defaults.steps if num_steps is None else num_steps
+        return NoiseScheduler(self.sampler, steps, seed)
+
     def use_calibration(self, calibration: Calibration | None) -> None:
         """Let caches rest on these measurements from the next task on."""
         networks = self._alive()
@@ -238,7 +252,10 @@ class DiffusionBackend:
     def set_precision(self, expert: int, timestep: float) -> bool:
         """Ready an expert's layers for a step: 8 bits from where the settings say, 16 before. True for 8."""
         layers = self._float8[expert]
-        in_float8 = bool(layers) and timestep <= float8_begins(self.args.infer.quant_from, self.sampler.shift)
+        share = self.args.infer.quant_from
+        levels = self.sampler.levels
+        begins = float8_begins(share, self.sampler.shift) if levels is None else levels.time_after(share)
+        in_float8 = bool(layers) and timestep <= begins
         set_float8(layers, in_float8, self.device)
         return in_float8
 

@@ -13,11 +13,17 @@ import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chitu_diffusion.errors import UsageError, nearest
+from chitu_diffusion.sampling.registry import AUTO, SAMPLER_HELP, SOLVERS
+
+if TYPE_CHECKING:
+    SamplerName = str
+else:
+    SamplerName = Literal[(AUTO, *SOLVERS)]
 
 ENVIRONMENT_PREFIX = "CHITU_"
 _RENAMED = {"up": "ulysses_degree", "lost_after": "heartbeat_timeout"}
@@ -97,7 +103,9 @@ class InferSettings(Settings):
             "keep 16-bit weights beside fp8 for these first steps; false needs less than half of the memory"
         ),
     )
-    sampler: Literal["unipc", "euler", "dpm++"] = Field("unipc", description="solver of the flow's ODE")
+    sampler: SamplerName = Field(
+        AUTO, description=f"solver of the flow's equation; {AUTO}: the model's own; {SAMPLER_HELP}"
+    )
 
 
 class OutputSettings(Settings):

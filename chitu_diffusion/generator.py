@@ -44,6 +44,7 @@ class Generator:
         embeddings: Tensor,
         num_steps: int = 50,
         guidance_scale: float | tuple[float, float] = 7.0,
+        seed: int = 0,
     ) -> Tensor:
         """Denoise a latent in one go.
 
@@ -53,6 +54,7 @@ class Generator:
                 model's own negative prompt is the other branch.
             num_steps: denoising steps.
             guidance_scale: at most 1 runs the prompt's branch alone; a pair is (high noise, low noise).
+            seed: of fresh noise, for a sampler that takes some.
 
         Returns:
             [B, C, T, H, W] float32, on the backend's device.
@@ -66,7 +68,7 @@ class Generator:
             embeddings = torch.cat([embeddings.to(negative.device), negative])
         text = PreparedConditioning(embeddings.to(self.backend.device))
         latent = latent.to(self.backend.device, torch.float32)
-        state = self.backend.sampler.begin(num_steps)
+        state = self.backend.sampler.begin(num_steps, seed=seed)
         for step in denoise(self.backend, latent, state, scales, predictor(self.backend, text)):
             latent = step.latent
         return latent

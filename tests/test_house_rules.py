@@ -30,10 +30,10 @@ BUDGETS = {
     "flexcache": 2700,
     "media": 760,
     "memory": 550,
-    "models": 3450,
+    "models": 3550,
     "ops": 1800,
-    "pipelines": 1720,
-    "sampling": 370,
+    "pipelines": 1780,
+    "sampling": 840,
     "task": 560,
     "weights": 640,
 }
@@ -197,15 +197,22 @@ def test_the_top_has_few_modules() -> None:
     assert len(top) <= MOST_TOP_MODULES, f"put it into a room; the top holds {', '.join(top)}"
 
 
+PAGES_SCHEDULER = "chitu_diffusion/sampling/scheduler.py"
+"""Takes one step a call, for loops that others write; so it may call the sampler, and may not loop."""
+
+
 def test_there_is_one_loop_and_one_resolve() -> None:
     for call in ("sampler.step(", "resolve_request("):
         places = [
             f"{name}:{number}"
             for name, _, text in ours()
             for number, line in enumerate(text.splitlines(), start=1)
-            if call in line and "def " not in line
+            if call in line and "def " not in line and name != PAGES_SCHEDULER
         ]
         assert len(places) == 1, f"{call} stands in {places}: call the function that does it already"
+    loops = (ast.For, ast.While, ast.comprehension)
+    tree = next(tree for name, tree, _ in ours() if name == PAGES_SCHEDULER)
+    assert not [node for node in ast.walk(tree) if isinstance(node, loops)], f"{PAGES_SCHEDULER} loops"
 
 
 def test_the_page_s_generator_is_thin() -> None:
@@ -375,7 +382,13 @@ def test_no_machine_is_named() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["chitu_diffusion", "chitu_diffusion.cli.app", "chitu_diffusion.media.video", "chitu_diffusion.task"],
+    [
+        "chitu_diffusion",
+        "chitu_diffusion.cli.app",
+        "chitu_diffusion.media.video",
+        "chitu_diffusion.sampling.registry",
+        "chitu_diffusion.task",
+    ],
 )
 def test_importing_is_cheap(module: str) -> None:
     heavy = ("torch", "numpy", "diffusers", "transformers", "pydantic", "av", "PIL", "huggingface_hub")

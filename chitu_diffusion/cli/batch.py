@@ -27,6 +27,7 @@ from chitu_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
+    from chitu_diffusion.models.spec import ModelSpec
     from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 MakeTask = Callable[["DiffusionUserParams"], "DiffusionTask"]
@@ -105,7 +106,7 @@ def batch(
     rows = read_rows(
         file, args["output"], args.request_fields(), lambda params: task_for(model, config, params)
     )
-    todo = [row for row in rows if not is_done(row, model.spec.name, config)]
+    todo = [row for row in rows if not is_done(row, model.spec, config)]
     left = {row.line for row in todo}
     done = len(rows) - len(todo)
     if args["dry_run"] or not todo:
@@ -155,10 +156,11 @@ def _summary(rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask]
     return 1 if failed else 0
 
 
-def is_done(row: Row, model: str, config: EngineConfig) -> bool:
+def is_done(row: Row, spec: ModelSpec, config: EngineConfig) -> bool:
     """Whether the row's file is there, of the same model, and its recipe agrees with row and settings."""
     from chitu_diffusion.media.reading import read_recipe
     from chitu_diffusion.pipelines.recipe import quant_of
+    from chitu_diffusion.sampling.noise_levels import levels_as_lists
 
     if not Path(row.path).exists():
         return False
@@ -167,15 +169,16 @@ def is_done(row: Row, model: str, config: EngineConfig) -> bool:
     except UsageError:
         return False
     made = recipe.get("params")
-    if not isinstance(made, dict) or recipe.get("model") != model:
+    if not isinstance(made, dict) or recipe.get("model") != spec.name:
         return False
     # settings that make another video; "auto" attention is exact, and which exact kernel it was is no matter
     sampler = recipe.get("sampler")
+    asked = {"name": spec.defaults.sampler, **levels_as_lists(spec.defaults.levels)}
     kernel = config.infer.attn_type
     if (
         recipe.get("quant") != quant_of(config)
         or not isinstance(sampler, dict)
-        or sampler.get("name") != config.infer.sampler
+        or any(sampler.get(key) != value for key, value in asked.items())
     ):
         return False
     if kernel != "auto" and recipe.get("attention") != kernel:

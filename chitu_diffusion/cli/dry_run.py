@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def find_model(config: EngineConfig) -> FoundModel:
-    """The model that the settings name, which must be on this machine.
+    """The model that the settings name, sampled as they say, which must be on this machine.
 
     Raises:
         UsageError: no model has that name; the nearest is named.
@@ -32,7 +32,7 @@ def find_model(config: EngineConfig) -> FoundModel:
     with flags_named():
         model = resolve_model(config.models.name, config.models.ckpt_dir)
     model.required()
-    return model
+    return model._replace(spec=model.spec.with_sampler(config.infer.sampler))
 
 
 def task_for(model: FoundModel, config: EngineConfig, params: DiffusionUserParams) -> DiffusionTask:

@@ -19,6 +19,7 @@ import typer
 
 from chitu_diffusion.cli import options
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.sampling.registry import AUTO, SAMPLER_HELP
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig, Origins
@@ -91,6 +92,8 @@ FLAGS = (
     Flag("--frames", "generate batch calibrate", "Length in frames, 4n+1: 33, 81.", int, field="num_frames"),
     Flag("--fps", "generate batch", "Frames per second of the file.", int, field="fps"),
     Flag("--steps", "generate batch calibrate", "Denoising steps.", int, field="num_inference_steps"),
+    Flag("--sampler", "generate batch calibrate", f"{AUTO}: the model's own; {SAMPLER_HELP}.",
+         setting="infer.sampler", metavar="NAME"),
     Flag("--guidance-scale", "generate batch calibrate",
          "Weight of the prompt: 5; or HIGH,LOW for two experts.",
          field="guidance_scale", parse=options.parse_guidance, metavar="G"),

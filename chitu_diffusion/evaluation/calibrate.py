@@ -113,6 +113,12 @@ def describe(backend: DiffusionBackend, settings: dict[str, Any]) -> dict[str, A
     from chitu_diffusion.pipelines.request import guidance_pair, resolve_task
     from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
+    if not backend.sampler.linear:
+        raise UsageError(
+            f"calibrating {backend.spec.name} with sampler {backend.sampler.name}: it takes fresh noise at "
+            "each step, so that no velocity follows from those before; use --sampler euler",
+            field="infer.sampler",
+        )
     task = DiffusionTask.from_user_request(DiffusionUserParams(prompt="-", **settings))
     resolved = resolve_task(task, backend.spec, output_dir="")
     return {

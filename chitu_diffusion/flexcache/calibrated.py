@@ -71,6 +71,11 @@ class CalibratedPlan(Strategy):
             )
 
     @property
+    def needs_linear_solver(self) -> bool:
+        """It was measured on one, and weighs errors by what the solver makes of them."""
+        return True
+
+    @property
     def records_needed(self) -> int:
         """Computed steps that a prediction looks at."""
         return self.order

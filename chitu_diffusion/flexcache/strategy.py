@@ -130,6 +130,11 @@ class Strategy:
         """`level`, or the strategy's own where it is empty."""
         return self.level or self.LEVELS[0]
 
+    @property
+    def needs_linear_solver(self) -> bool:
+        """Whether it counts on a path without fresh noise, on which latents follow from velocities."""
+        return self.predictor == "velocity"
+
     # -- for a strategy to say
 
     def check(self) -> None:

@@ -70,7 +70,7 @@ def verify(path: str | Path, deep: bool = False) -> list[PartCheck]:
     except ChituError as error:
         findings.append(PartCheck("tokenizer", folder.tokenizer, False, str(error)))
     try:
-        sampler = Sampler("unipc", folder.scheduler)
+        sampler = Sampler(spec.defaults.sampler, folder.scheduler, spec.defaults.levels)
         findings.append(PartCheck("scheduler", folder.path / "scheduler", True, f"shift {sampler.shift:g}"))
     except ChituError as error:
         findings.append(PartCheck("scheduler", folder.path / "scheduler", False, str(error)))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ from chitu_diffusion.models.kinds import EXPERT_ROLES
 from chitu_diffusion.models.spec import Defaults, LatentGeometry, ModelSpec
 from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.presets import FULL_SIZE, SMALL_DEFAULTS
+from chitu_diffusion.sampling.noise_levels import TRAINED_STEPS, is_falling
+from chitu_diffusion.sampling.registry import SOLVERS
 
 logger = logging.getLogger(__name__)
 
@@ -171,21 +175,90 @@ def write_metadata(path: str | Path, name: str, defaults: Defaults, **more: Any)
 
 
 def _folder_defaults(folder: ModelFolder, base: Defaults, experts: int) -> Defaults:
-    said = dict(folder.metadata.get("defaults", {}))
-    known = {f.name for f in dataclasses.fields(Defaults)}
-    for key in said:
-        if key not in known:
-            raise CheckpointError(
-                "an unknown default", file=folder.path / METADATA_FILE, key=key, expected=sorted(known)
-            )
+    said: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in folder.metadata.get("defaults", {}).items()
+    }
+    for key, value in said.items():
+        _check_default(folder, key, value)
     guidance = said.get("guidance", base.guidance)
-    said["guidance"] = tuple(guidance) if isinstance(guidance, list | tuple) else (guidance,)
+    said["guidance"] = guidance if isinstance(guidance, tuple) else (guidance,)
     if len(said["guidance"]) == 1:
         said["guidance"] *= experts
-    if folder.scheduler.get("flow_shift") is not None:
-        # what the checkpoint's own scheduler says counts for more than what its twin's authors sample with
-        said.setdefault("shift", float(folder.scheduler["flow_shift"]))
+    _check_list(folder, said, base)
+    for key in ("flow_shift", "shift"):
+        if folder.scheduler.get(key) is not None:
+            # the checkpoint's own scheduler counts for more than what its twin's authors sample with
+            said.setdefault("shift", float(folder.scheduler[key]))
     return dataclasses.replace(base, **said)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any, low: float = 0.0) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value < math.inf
+
+
+_COUNT = (_is_count, "a whole number above 0")
+_EXPECTED: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
+    {
+        **dict.fromkeys(("height", "width", "num_frames", "fps", "steps"), _COUNT),
+        "guidance": (
+            lambda value: all(map(_is_number, value if isinstance(value, tuple) and value else (value,))),
+            "a number from 0, or a list with one for each expert",
+        ),
+        "shift": (lambda value: value is None or (_is_number(value) and value > 0), "a number above 0"),
+        "negative_prompt": (lambda value: isinstance(value, str), "text"),
+        "sampler": (lambda value: value in SOLVERS, " or ".join(SOLVERS)),
+        "sigmas": (
+            lambda value: value is None or is_falling(value, 1),
+            "a falling list of noise levels, the first at most 1, the last above 0",
+        ),
+        "timesteps": (
+            lambda value: value is None or is_falling(value, TRAINED_STEPS),
+            f"a falling list of numbers, the first at most {TRAINED_STEPS}, the last above 0",
+        ),
+    }
+)
+"""Of each default that a folder may name, what it must be."""
+
+
+def _check_default(folder: ModelFolder, key: str, value: Any) -> None:
+    if key not in _EXPECTED:
+        raise CheckpointError(
+            "an unknown default", file=folder.path / METADATA_FILE, key=key, expected=sorted(_EXPECTED)
+        )
+    is_good, expected = _EXPECTED[key]
+    if not is_good(value):
+        raise _bad_default(folder, key, expected, value)
+
+
+def _bad_default(folder: ModelFolder, key: str, expected: str, found: Any) -> CheckpointError:
+    file = folder.path / METADATA_FILE
+    return CheckpointError(
+        "a default cannot be used", file=file, key=key, expected=expected, found=repr(found)
+    )
+
+
+def _check_list(folder: ModelFolder, said: dict[str, Any], base: Defaults) -> None:
+    """What a folder says of its noise levels fits together; its number of steps is their number."""
+    sigmas = said.get("sigmas")
+    timesteps = said.get("timesteps")
+    listed = sigmas or timesteps
+    if listed is None:
+        return
+    able = [name for name, kind in SOLVERS.items() if kind.takes_list]
+    said.setdefault("steps", len(listed))
+    sampler = said.get("sampler", base.sampler)
+    for key, value, is_good, expected in (
+        ("sampler", sampler, sampler in able, f"{' or '.join(able)}, which take a list of noise levels"),
+        ("steps", said["steps"], said["steps"] == len(listed), f"{len(listed)}, as many as are listed"),
+        ("timesteps", timesteps, not timesteps or len(timesteps) == len(listed), "one for each of sigmas"),
+    ):
+        if not is_good:
+            raise _bad_default(folder, key, expected, value)
 
 
 def _folder_measured(folder: ModelFolder, base: Measured) -> Measured:

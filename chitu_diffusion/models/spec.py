@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from chitu_diffusion.flexcache.calibration import Calibration
 from chitu_diffusion.flexcache.schedule import NOTHING_MEASURED, Measured
 from chitu_diffusion.models.kinds import TEXT_TO_VIDEO, ModelKind
 from chitu_diffusion.models.wan.config import WanConfig
+from chitu_diffusion.sampling.noise_levels import NoiseLevels
+from chitu_diffusion.sampling.registry import AUTO, SOLVERS, USUAL
 
 # The negative prompt that Wan's authors sample with (Wan2.1, wan/configs/shared_config.py).
 _NEGATIVE_PROMPT = (
@@ -53,9 +55,12 @@ class Defaults:
     """What a request gets where it says nothing.
 
     Attributes:
-        guidance: one scale per expert, high noise first.
+        guidance: one scale per expert, high noise first; 1 for what was distilled to do without.
         shift: of the flow's noise schedule, as the authors sample; None leaves it to the checkpoint's
             scheduler.
+        sampler: its solver's name.
+        sigmas, timesteps: the list of noise levels that step-distilled weights are sampled on, one for each
+            of `steps`; see `NoiseLevels.listed`. None is the solver's own schedule.
         negative_prompt: the other branch of classifier-free guidance.
     """
 
@@ -67,6 +72,14 @@ class Defaults:
     guidance: tuple[float, ...] = (5.0,)
     shift: float | None = None
     negative_prompt: str = _NEGATIVE_PROMPT
+    sampler: str = USUAL
+    sigmas: tuple[float, ...] | None = None
+    timesteps: tuple[float, ...] | None = None
+
+    @property
+    def levels(self) -> NoiseLevels | None:
+        """The list as noise levels and what the network is told at each; None where there is none."""
+        return NoiseLevels.listed(self.sigmas, self.timesteps, self.shift or 1.0)
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,18 @@ class ModelSpec:
             -(-axis // step) * step for axis, step in zip(axes, self.transformers[0].patch_size, strict=True)
         )
         return channels, frames, rows, columns
+
+    def with_sampler(self, name: str) -> ModelSpec:
+        """The model with a solver in place of its own; "auto" leaves it.
+
+        A solver that cannot be run on the model's list has a schedule of its own, by the model's shift.
+        """
+        if name == AUTO:
+            return self
+        own = replace(self.defaults, sampler=name)
+        if not SOLVERS[name].takes_list:
+            own = replace(own, sigmas=None, timesteps=None)
+        return replace(self, defaults=own)
 
     def tokens(self, num_frames: int, height: int, width: int) -> int:
         """Length of the sequence that the transformer sees."""

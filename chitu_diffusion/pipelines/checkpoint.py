@@ -27,6 +27,7 @@ from chitu_diffusion.errors import CannotResumeError
 from chitu_diffusion.flexcache.registry import emptied
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
 from chitu_diffusion.pipelines.recipe import device_name, quant_of
+from chitu_diffusion.sampling.noise_levels import levels_as_lists
 from chitu_diffusion.task import (
     Conditioning,
     DiffusionTask,
@@ -124,8 +125,8 @@ def _path_as_text(value: Any) -> str:
 def load_task(path: str | Path, backend: DiffusionBackend) -> DiffusionTask:
     """The task in a file, ready to go on where it was, with `task.resumed` saying how.
 
-    What must agree is the weights, the sampler with its shift, dtype, quantisation and, for a cache, the
-    layout of ranks; the rest (device, kernels, versions, threads) changes results by rounding:
+    What must agree is the weights, the sampler with its shift or list, dtype, quantisation and, for a cache,
+    the layout of ranks; the rest (device, kernels, versions, threads) changes results by rounding:
     `resumed.exact` is then false.
 
     Raises:
@@ -158,6 +159,7 @@ def fingerprint_of(backend: DiffusionBackend) -> dict[str, dict[str, Any]]:
             "weights": backend.weights_sha256(),
             "sampler": backend.sampler.name,
             "shift": backend.sampler.shift,
+            **levels_as_lists(backend.sampler.levels),
             "dtype": str(backend.dtype).removeprefix("torch."),
             "quant": quant_of(backend.args),
         },

@@ -9,6 +9,7 @@ import torch
 
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig
+from chitu_diffusion.sampling.noise_levels import levels_as_lists
 from chitu_diffusion.task import DiffusionTask
 
 _PACKAGES = ("chitu-diffusion", "torch", "diffusers", "transformers")
@@ -31,7 +32,11 @@ def recipe_of(task: DiffusionTask, backend: DiffusionBackend) -> dict[str, Any]:
         "compile": backend.args.infer.compile,
         "quant": quant_of(backend.args),
         "low_mem_level": backend.low_mem_level,
-        "sampler": {"name": backend.sampler.name, "shift": backend.sampler.shift},
+        "sampler": {
+            "name": backend.sampler.name,
+            "shift": backend.sampler.shift,
+            **levels_as_lists(backend.sampler.levels),
+        },
         "seconds": {stage: round(seconds, 3) for stage, seconds in task.seconds.items()},
         **_resumed(task, backend),
     }

@@ -11,9 +11,10 @@ import math
 from pathlib import Path
 
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache
+from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache, parse_strategy
 from chitu_diffusion.flexcache.schedule import Shapes
 from chitu_diffusion.models.spec import ModelSpec
+from chitu_diffusion.sampling.registry import SOLVERS
 from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams
 
 
@@ -50,6 +51,7 @@ def resolve_request(
         *((leg.height, leg.width) for leg in stages_of(resolved)),
     }:
         _check_size(spec, height or 0, width or 0, resolved.num_frames or 0)
+    _check_solver(spec, resolved)
     return resolved
 
 
@@ -209,6 +211,25 @@ def _check_size(spec: ModelSpec, height: int, width: int, num_frames: int) -> No
             raise UsageError(
                 f"{name}: {length} tokens along one axis; {spec.name} has positions for {longest}", field=name
             )
+
+
+def _check_solver(spec: ModelSpec, resolved: DiffusionUserParams) -> None:
+    """The steps fit the model's list of noise levels, and the cache its solver."""
+    levels = spec.defaults.levels
+    for stage in stages_of(resolved):
+        if levels is not None:
+            levels.require_steps(stage.num_inference_steps, stage.strength)
+    if resolved.flexcache is None or SOLVERS[spec.defaults.sampler].linear:
+        return
+    name, strategy = parse_strategy(resolved.flexcache)
+    if strategy.needs_linear_solver:
+        linear = " or ".join(sampler for sampler, kind in SOLVERS.items() if kind.linear)
+        raise UsageError(
+            f"flexcache {name} predicts along a path without fresh noise, and sampler "
+            f"{spec.defaults.sampler} takes some at each step; use flexcache teacache, or infer.sampler = "
+            f"{linear}",
+            field="flexcache",
+        )
 
 
 def parse_seeds(text: str | None) -> list[int] | None:

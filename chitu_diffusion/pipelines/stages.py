@@ -229,7 +229,9 @@ class Stages:
         device = self._backend.device
         if task.buffer.sampler is not None:
             return _present(task.buffer.latent).to(device), task.buffer.sampler
-        state = sampler.begin(stage.num_inference_steps, stage.strength)
+        state = sampler.begin(
+            stage.num_inference_steps, stage.strength, seed=task.seed, stream=task.cascade_stage
+        )
         spec = self._backend.spec
         frames = _resolved(task).num_frames or 1
         shape = (1, *spec.latent_shape(frames, stage.height, stage.width))

@@ -1,4 +1,11 @@
-"""The noise that a solver starts from, and latents at another size. Knows tensors alone."""
+"""The noise that a solver starts from, the fresh noise of a step, and latents at another size. Knows tensors
+alone.
+
+A task has one stream of noise for each use, and each is drawn from a generator of its own on the CPU, seeded
+with (seed + stream x 1 000 003) mod 2^63: stream k is the starting noise of cascade stage k (0 where there is
+no cascade), stream (step + 1) x 2^20 + k the fresh noise after step `step` of its schedule. So a step's noise
+follows from the seed and the step: the same bits on every machine and rank, and after a pause.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +20,9 @@ them.
 """
 
 
+_STEP_STREAM = 2**20
+
+
 def initial_noise(shape: Sequence[int], seed: int, stream: int = 0) -> Tensor:
     """Standard normal noise, float32 on the CPU: the same bits on every machine and for any number of ranks.
 
@@ -20,7 +30,7 @@ def initial_noise(shape: Sequence[int], seed: int, stream: int = 0) -> Tensor:
         shape: of the latent, [B, C, T, H, W].
         seed: of the task. With stream 0 these are the bits that diffusers draws from a CPU generator of this
             seed.
-        stream: which noise of the task: 0 the starting one, k the one of cascade stage k.
+        stream: which noise of the task, see above; 0 the starting one.
     """
     generator = torch.Generator("cpu").manual_seed((seed + stream * NOISE_STREAM_STEP) % 2**63)
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
@@ -30,6 +40,21 @@ def pad_latent(latent: Tensor, shape: Sequence[int]) -> Tensor:
     """A latent [B, C, T, H, W] with its edge repeated up to the rows and columns of a shape."""
     border = (0, shape[-1] - latent.shape[-1], 0, shape[-2] - latent.shape[-2], 0, 0)
     return torch.nn.functional.pad(latent, border, mode="replicate")
+
+
+def step_noise(like: Tensor, seed: int, stream: int, step: int) -> Tensor:
+    """The fresh noise of a step, float32 of a latent's shape and on its device, which is not waited for.
+
+    Args:
+        like: the latent, [B, C, T, H, W].
+        seed: of the task.
+        stream: its cascade stage.
+        step: of the stage's whole schedule, from 0.
+    """
+    noise = initial_noise(like.shape, seed, (step + 1) * _STEP_STREAM + stream)
+    if like.device.type == "cpu":
+        return noise
+    return noise.pin_memory().to(like.device, non_blocking=True)
 
 
 def upsample_latent(latent: Tensor, height: int, width: int) -> Tensor:

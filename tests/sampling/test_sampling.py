@@ -7,8 +7,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from chitu_diffusion.errors import CheckpointError, UsageError
+from chitu_diffusion.sampling.library import shift_of
 from chitu_diffusion.sampling.noise import initial_noise, upsample_latent
-from chitu_diffusion.sampling.solvers import Sampler, sampler_names, shift_of
+from chitu_diffusion.sampling.registry import SOLVERS
+from chitu_diffusion.sampling.solvers import Sampler
 
 WAN = {
     "_class_name": "UniPCMultistepScheduler",
@@ -18,6 +20,8 @@ WAN = {
     "num_train_timesteps": 1000,
 }
 SHAPE = (1, 4, 2, 4, 4)
+LIBRARY = [name for name, kind in SOLVERS.items() if kind.library]
+LINEAR = [name for name, kind in SOLVERS.items() if kind.linear]
 
 
 def velocity_at(latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -70,22 +74,23 @@ def test_own_config_of_the_other_classes_is_honoured_whole(steps):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 20])
 @pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("name", sampler_names())
+@pytest.mark.parametrize("name", LIBRARY)
 def test_steps_as_weighted_sums_are_the_solvers_own(name, order, steps, monkeypatch):
     """What runs on a GPU, without a wait in the step, beside what runs here."""
     classes = {"unipc": "UniPCMultistepScheduler", "dpm++": "DPMSolverMultistepScheduler"}
     sampler = Sampler(name, {**WAN, "_class_name": classes.get(name, ""), "solver_order": order})
     expected = run(sampler, steps)
-    solved = sampler._solved
+    solver = sampler._solver
+    solved = solver._solved
     sizes = []
 
     def solved_on_units(state, velocity, latent):
         if velocity.shape == SHAPE:
-            return sampler._weighed(state, velocity, latent)
+            return solver._weighed(state, velocity, latent)
         sizes.append(latent.shape[1])
         return solved(state, velocity, latent)
 
-    monkeypatch.setattr(sampler, "_solved", solved_on_units)
+    monkeypatch.setattr(solver, "_solved", solved_on_units)
     found = run(sampler, steps)
     assert len(sizes) == steps and sizes[0] == 2
     # a few float32 roundings a step, which the network's slope of 1.7 carries on
@@ -112,12 +117,12 @@ def test_the_shift_follows_to_another_sampler():
 
 
 def test_all_samplers_agree_when_steps_are_many():
-    results = {name: run(Sampler(name, WAN), 200) for name in sampler_names()}
+    results = {name: run(Sampler(name, WAN), 200) for name in LINEAR}
     for name, latent in results.items():
         assert (latent - results["unipc"]).norm() / latent.norm() < 0.02, name
 
 
-@pytest.mark.parametrize("name", sampler_names())
+@pytest.mark.parametrize("name", SOLVERS)
 def test_a_step_is_a_function_of_its_arguments(name):
     sampler = Sampler(name, WAN)
     state = sampler.begin(6)
@@ -132,7 +137,7 @@ def test_a_step_is_a_function_of_its_arguments(name):
     assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize("name", sampler_names())
+@pytest.mark.parametrize("name", LINEAR)
 def test_strength_runs_the_end_of_a_longer_schedule(name):
     sampler = Sampler(name, WAN)
     state = sampler.begin(4, strength=0.5)
@@ -207,6 +212,8 @@ def test_refusals():
         Sampler("unpic", WAN)
     with pytest.raises(UsageError, match="dynamic"):
         Sampler("unipc", {**WAN, "use_dynamic_shifting": True})
+    with pytest.raises(UsageError, match="use infer.sampler = renoise"):
+        Sampler("euler", {"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True})
     sampler = Sampler("unipc", WAN)
     with pytest.raises(UsageError):
         sampler.begin(0)
@@ -216,7 +223,7 @@ def test_refusals():
         Sampler("euler", WAN).step(sampler.begin(2), torch.ones(SHAPE), torch.ones(SHAPE))
 
 
-@pytest.mark.parametrize("name", sampler_names())
+@pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_the_response_says_what_an_error_of_a_velocity_does_to_the_last_latent(name, strength):
     """Solvers are linear in their velocities: random ones with random errors, float32 rounding aside."""
