@@ -29,15 +29,16 @@ from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParam
 
 SEED = secrets.randbelow(2**31)
 STEPS = 8
+IMAGE = np.random.default_rng().random((24, 40, 3))
 CASCADE = (CascadeStage(32, 32, 4), CascadeStage(48, 48, 4, strength=0.5))
 
 
 @pytest.fixture(scope="module")
-def backends(tiny_folder, two_experts_folder, tmp_path_factory) -> dict[str, DiffusionBackend]:
+def backends(tiny_folder, two_experts_folder, image_folder, tmp_path_factory) -> dict[str, DiffusionBackend]:
     from running import config_for
 
     out = tmp_path_factory.mktemp("out")
-    folders = {"one": tiny_folder, "two": two_experts_folder, "wan-tiny": WAN_TINY}
+    folders = {"one": tiny_folder, "two": two_experts_folder, "wan-tiny": WAN_TINY, "image": image_folder}
     return {name: DiffusionBackend(config_for(folder, out)) for name, folder in folders.items()}
 
 
@@ -56,6 +57,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "a cascade": ("one", {"cascade": CASCADE, "num_inference_steps": None}),
     "two experts": ("two", {"flexcache": {"strategy": "interval", "interval": 3}}),
     "two experts, no guidance": ("two", {"guidance_scale": 1.0}),
+    "an image": ("image", {"image": IMAGE, "flexcache": {"strategy": "interval", "interval": 3}}),
 }
 
 

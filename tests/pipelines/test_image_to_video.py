@@ -5,17 +5,22 @@ picture may be.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
+from ranks import run_ranks
 from running import config_for, latent_and_video, psnr, relative_error, run_to_end, task_for
 from test_pipeline_parity import diffusers_run
 
 from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.distributed.plan import ParallelPlan
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.executor.worker_group import WorkerGroup
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.media.image import InputImage
 from chitu_diffusion.media.reading import read_frames, read_recipe
@@ -234,3 +239,27 @@ def test_one_video_for_a_whole_task(backend):
     events = list(run_to_end(Generator(backend), task))
     assert events[-1].fraction == 1.0 and task.error is None
     assert task.buffer.conditioning is None
+
+
+def on_two_ranks(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
+    """Rank 0 alone has the picture."""
+    for number, layout in enumerate(({"ulysses": 2}, {"cfg": 2})):
+        place = dist.PrefixStore(str(number), store)
+        workers = WorkerGroup(ParallelPlan(**layout), rank, place, device=torch.device("cpu"))
+        with Engine(config_for(Path(folder), Path(out)), workers=workers) as engine:
+            if engine.is_driver:
+                path = f"{out}/{number}.npy"
+                engine.submit(DiffusionUserParams("a cat", seed=1, image=picture(), save_path=path, **SIZES))
+                engine.run_until_idle()
+
+
+def test_two_ranks_make_the_same_video(image_folder, tmp_path, make_config):
+    with Engine(make_config(image_folder)) as engine:
+        path = str(tmp_path / "alone.npy")
+        engine.submit(DiffusionUserParams("a cat", seed=1, image=picture(), save_path=path, **SIZES))
+        engine.run_until_idle()
+    run_ranks(2, on_two_ranks, str(image_folder), str(tmp_path), errors=tmp_path)
+    alone = read_frames(tmp_path / "alone.npy").astype(int)
+    for number in range(2):
+        # the layouts round apart by a bit of float32, and a frame by one of its 256 steps at the most
+        assert np.abs(read_frames(tmp_path / f"{number}.npy") - alone).max() <= 1
