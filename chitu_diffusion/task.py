@@ -14,13 +14,16 @@ import secrets
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Self
 
 from chitu_diffusion.errors import UsageError, nearest
+from chitu_diffusion.progress.events import Progress as Progress
+from chitu_diffusion.progress.events import TaskStatus
+from chitu_diffusion.progress.following import FollowedTask
 
 if TYPE_CHECKING:
     import torch
@@ -33,22 +36,21 @@ LEAST_STRENGTH = 0.01
 """Of a cascade's stage: its whole schedule has steps / strength steps."""
 FRAME_STEP = 4
 """The VAE's stride in time: a video has 4n + 1 frames."""
-
-
-class TaskStatus(StrEnum):
-    """Where a task is. The first five are also the stages, in order."""
-
-    PENDING = "pending"
-    ENCODING = "encoding"
-    DENOISING = "denoising"
-    DECODING = "decoding"
-    SAVING = "saving"
-    FINISHED = "finished"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-END_STATES = frozenset({TaskStatus.FINISHED, TaskStatus.FAILED, TaskStatus.CANCELLED})
+_DIFFUSERS_NAMES = MappingProxyType(
+    {
+        "output_type": "use result.frames or result.to_pil()",
+        "return_dict": "engine.generate gives a result with frames, recipe, seed and task",
+        "generator": "use seed=42; its noise is drawn on the CPU",
+        "num_videos_per_prompt": "use a list of prompts, engine.generate([prompt] * 2), or a seed for each",
+        "latents": "use generator.denoise_loop(latent, embeddings)",
+        "prompt_embeds": "use generator.denoise_loop(latent, embeddings)",
+        "negative_prompt_embeds": "use generator.denoise_loop(latent, embeddings)",
+        "guidance_scale_2": "use guidance_scale=(high noise, low noise)",
+        "callback_on_step_end": "hand it to engine.generate or engine.submit, beside the request",
+        "callback_on_step_end_tensor_inputs": "callback_on_step_end is given the latents",
+    }
+)
+"""What diffusers' pipelines call it, and what it is here."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,10 @@ class DiffusionUserParams:
     cascade: tuple[CascadeStage, ...] | None = None
     task_id: str | None = None
 
+    def __new__(cls, *values: Any, **fields: Any) -> Self:
+        _check_names(cls, fields)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise UsageError(f"prompt = {self.prompt!r}: must be a sentence", field="prompt")
@@ -137,10 +143,7 @@ class DiffusionUserParams:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> DiffusionUserParams:
         """From a row of a batch file or a recipe; unknown names are refused with the nearest."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        for name in values:
-            if name not in names:
-                raise UsageError(f"unknown field '{name}'.{nearest(name, names)}", field=name)
+        _check_names(cls, values)
         if "prompt" not in values:
             raise UsageError("prompt is missing", field="prompt")
         cascade = values.get("cascade")
@@ -156,6 +159,15 @@ class DiffusionUserParams:
     def to_mapping(self) -> dict[str, Any]:
         """Plain JSON values, for the recipe in the file."""
         return dataclasses.asdict(self)
+
+
+def _check_names(kind: type[DiffusionUserParams], given: Iterable[str]) -> None:
+    names = {f.name for f in dataclasses.fields(kind)}
+    for name in given:
+        if name in _DIFFUSERS_NAMES:
+            raise UsageError(f"'{name}' is not taken here: {_DIFFUSERS_NAMES[name]}", field=name)
+        if name not in names:
+            raise UsageError(f"unknown field '{name}'.{nearest(name, names)}", field=name)
 
 
 def _check_text(name: str, text: object) -> None:
@@ -326,42 +338,14 @@ class Resumed:
     kernel: str | None = None
 
 
-@dataclass(frozen=True)
-class Progress:
-    """One unit of work done: what `generate_step` returns.
-
-    Args:
-        task_id, status: whose, and where it is now.
-        stage: the stage that this unit belonged to.
-        step, total_steps: denoising steps done so far, over all stages of a cascade.
-        seconds: time that the unit took.
-        eta: seconds until the task ends, from its own pace; None before the first step.
-        message: anything a person should know (a raised memory level, the path, the error).
-    """
-
-    task_id: str
-    status: TaskStatus
-    stage: TaskStatus
-    step: int
-    total_steps: int
-    seconds: float
-    eta: float | None = None
-    message: str | None = None
-
-    @property
-    def fraction(self) -> float:
-        """0.0 to 1.0."""
-        return 1.0 if self.status is TaskStatus.FINISHED else self.step / max(self.total_steps, 1)
-
-
 @dataclass(eq=False)
-class DiffusionTask:
+class DiffusionTask(FollowedTask):
     """A request on its way to a video.
 
     `params` is the request as asked; `resolved` is filled when an engine takes it in, or by
     the first unit: the same with every None replaced by the model's own value. `current_step` counts
     denoising steps done; `num_inference_steps` is their number. `resumed` is set where it went on from a
-    checkpoint. `error` is set when `status` is failed.
+    checkpoint. `error` is set when `status` is failed. `notes` are the messages of its units.
     """
 
     task_id: str
@@ -375,7 +359,7 @@ class DiffusionTask:
     expert: int | None = None
     resumed: Resumed | None = None
     buffer: TaskBuffer = field(default_factory=TaskBuffer)
-    events: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     error: Exception | None = None
     error_message: str | None = None
@@ -397,10 +381,6 @@ class DiffusionTask:
         return cls(
             task_id=task_id, params=params, seed=seed, num_inference_steps=params.num_inference_steps or 0
         )
-
-    def is_finished(self) -> bool:
-        """Whether nothing is left to do: finished, failed or cancelled."""
-        return self.status in END_STATES
 
     def get_elapsed_time(self) -> float:
         """Seconds since the first unit began, up to now or the end; 0 before it."""

@@ -32,6 +32,7 @@ def recipe_of(task: DiffusionTask, backend: DiffusionBackend) -> dict[str, Any]:
         "quant": quant_of(backend.args),
         "low_mem_level": backend.low_mem_level,
         "sampler": {"name": backend.sampler.name, "shift": backend.sampler.shift},
+        "quality": backend.args.output.quality,
         "seconds": {stage: round(seconds, 3) for stage, seconds in task.seconds.items()},
         **_resumed(task, backend),
     }

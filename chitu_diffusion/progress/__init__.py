@@ -1,0 +1,1 @@
+"""What is told of a task while it runs, and waiting for it."""
