@@ -349,7 +349,8 @@ class Engine:
             self._save_seconds = time.monotonic() - now
 
     def cancel(self, task_id: str) -> bool:
-        """End a task as cancelled: at once, or at the end of the unit that is running; waits for neither.
+        """End a task as cancelled: at once, or at the end of the unit that is running; waits for neither. On
+        ranks but the first nothing is done: rank 0's word counts, and comes.
 
         Returns:
             False if the task is unknown or has ended. True: it will end as cancelled, unless the unit that
@@ -358,8 +359,9 @@ class Engine:
         task = self.pool.get(task_id)
         if task is None or task.is_finished():
             return False
-        self._inbox.append(partial(self._cancel, task))
-        self._deliver()
+        if self.is_driver:
+            self._inbox.append(partial(self._cancel, task))
+            self._deliver()
         return True
 
     def run_worker(self) -> None:
