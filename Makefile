@@ -28,11 +28,12 @@ check: $(STAMP)
 install: $(STAMP)
 
 # torch comes first and alone: so pip takes the pinned build, and does not search for another one later
-$(STAMP): pyproject.toml constraints.txt
+# (compat: a path, where the default is a hook that type checkers and editors do not run)
+$(STAMP): pyproject.toml constraints.txt Makefile
 	@echo "setting up $(VENV) (once; a few minutes) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install "$(TORCH)" -c constraints.txt
-	@$(PIP) install -e ".[dev]" -c constraints.txt
+	@$(PIP) install -e ".[dev]" --config-settings editable_mode=compat -c constraints.txt
 	@touch $(STAMP)
 
 clean:

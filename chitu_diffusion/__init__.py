@@ -18,10 +18,11 @@ if TYPE_CHECKING:
         chitu_terminate,
     )
     from chitu_diffusion.backend import BackendState, DiffusionBackend
-    from chitu_diffusion.config import EngineConfig, load_config
+    from chitu_diffusion.config import EngineConfig, RankPlace, load_config
     from chitu_diffusion.engine import Engine
     from chitu_diffusion.errors import ChituError
     from chitu_diffusion.generator import Generator
+    from chitu_diffusion.pipelines.result import VideoResult
     from chitu_diffusion.scheduler import DiffusionScheduler
     from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams, Progress, TaskStatus
 
@@ -40,7 +41,9 @@ __all__ = [
     "EngineConfig",
     "Generator",
     "Progress",
+    "RankPlace",
     "TaskStatus",
+    "VideoResult",
     "__version__",
     "chitu_generate",
     "chitu_init",
@@ -52,7 +55,7 @@ __all__ = [
 
 _HOMES = {
     "backend": ("BackendState", "DiffusionBackend"),
-    "config": ("EngineConfig", "load_config"),
+    "config": ("EngineConfig", "RankPlace", "load_config"),
     "engine": ("Engine",),
     "errors": ("ChituError",),
     "api": (
@@ -64,6 +67,7 @@ _HOMES = {
         "chitu_terminate",
     ),
     "generator": ("Generator",),
+    "pipelines.result": ("VideoResult",),
     "scheduler": ("DiffusionScheduler",),
     "task": ("CascadeStage", "DiffusionTask", "DiffusionUserParams", "Progress", "TaskStatus"),
 }

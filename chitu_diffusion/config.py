@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 else:
     SamplerName = Literal[(AUTO, *SOLVERS)]
 
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
 ENVIRONMENT_PREFIX = "CHITU_"
 _RENAMED = {"up": "ulysses_degree", "lost_after": "heartbeat_timeout"}
 Origins = dict[str, str]
@@ -286,12 +289,35 @@ def load_config(
 
 @dataclass(frozen=True)
 class RankPlace:
-    """This process among those that torchrun started: its number, their number, and both within its node."""
+    """This process among those that share the work.
+
+    torchrun, and `--gpus`, tell it by the environment. Whoever starts the processes himself (Ray, a test)
+    makes one in each of them, and hands it to `Engine(args, place=...)`.
+
+    Args:
+        rank, world: its number, from 0, and their number.
+        local_rank, local_world: both within its machine; None: all are on one. The GPU of `device` "cuda" is
+            that of `local_rank`.
+        store: where they meet, such as `torch.distributed.TCPStore(host, port, is_master=rank == 0)`; None
+            takes torchrun's.
+
+    Raises:
+        UsageError: numbers that cannot be.
+    """
 
     rank: int
     world: int
-    local_rank: int
-    local_world: int
+    local_rank: int | None = None
+    local_world: int | None = None
+    store: dist.Store | None = None
+
+    def __post_init__(self) -> None:
+        for name, place, count in (
+            ("rank", self.rank, self.world),
+            ("local_rank", self.local_rank or 0, self.local_world or self.world),
+        ):
+            if not 0 <= place < count:
+                raise UsageError(f"{name} = {place} of {count}: use 0 to {max(count - 1, 0)}", field=name)
 
 
 def rank_place(environment: Mapping[str, str] | None = None) -> RankPlace | None:
@@ -308,7 +334,8 @@ def rank_place(environment: Mapping[str, str] | None = None) -> RankPlace | None
     if not all(text.isdigit() for text in texts):
         found = ", ".join(f"{name}={text!r}" for name, text in zip(names, texts, strict=True))
         raise UsageError(f"{found}: all four must be numbers, as torchrun sets them", field="RANK")
-    return RankPlace(*(int(text) for text in texts))
+    rank, world, local_rank, local_world = (int(text) for text in texts)
+    return RankPlace(rank, world, local_rank, local_world)
 
 
 _NCCL_DEFAULTS = {

@@ -2,46 +2,47 @@
 life.
 
 Each step it asks the scheduler whose turn it is, lets the generator run one unit of that task, and hands out
-the event. When memory runs out it frees what it can, raises the memory level and runs the same unit again.
+the event.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, overload
 
-from chitu_diffusion.backend import BackendState, DiffusionBackend, pick_device
-from chitu_diffusion.config import EngineConfig, rank_place, set_nccl_defaults
-from chitu_diffusion.distributed.plan import plan_for
-from chitu_diffusion.errors import StageError, UsageError, WillNotFitError, without_frames
+from chitu_diffusion.backend import BackendState, DiffusionBackend
+from chitu_diffusion.config import EngineConfig, RankPlace, rank_place
+from chitu_diffusion.errors import UsageError
 from chitu_diffusion.executor.distributed import DistributedExecutor
 from chitu_diffusion.executor.local import Executor, LocalExecutor
-from chitu_diffusion.executor.worker_group import WorkerGroup
+from chitu_diffusion.executor.memory_levels import load_backend, run_unit
+from chitu_diffusion.executor.worker_group import WorkerGroup, join_ranks
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.memory.device import empty_cache, is_out_of_memory, top_useful_level
-from chitu_diffusion.memory.offload import TOP_LEVEL
 from chitu_diffusion.models.registry import FoundModel, resolve_model
-from chitu_diffusion.models.spec import ModelSpec
-from chitu_diffusion.pipelines.admission import Admission, smaller
+from chitu_diffusion.pipelines.admission import Admission
+from chitu_diffusion.pipelines.hooks import StepEnd, TaskHooks
+from chitu_diffusion.pipelines.request import request_of
+from chitu_diffusion.pipelines.result import VideoResult
 from chitu_diffusion.scheduler import DiffusionScheduler
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskPool, DiffusionUserParams, Progress, TaskStatus
+from chitu_diffusion.task.following import TaskFeed
 
-logger = logging.getLogger(__name__)
+Prompts = list[str] | list[DiffusionUserParams] | tuple[str | DiffusionUserParams, ...]
 
 
 class Engine:
     """Runs many requests on one model.
 
-    Any thread may call it. Work units run one at a time, in whichever thread calls `step`; `submit` and
-    `cancel` leave a command in an inbox, which is emptied at the start of each unit, or at once where none is
-    running. `close` waits for the end of the unit that is running.
+    Any thread may call it. Work units run one at a time, in whichever thread calls `step`, or waits for a
+    task; `submit` and `cancel` leave a command in an inbox, which is emptied at the start of each unit, or at
+    once where none is running. `close` waits for the end of the unit that is running.
 
     Args:
         args: the settings; None: the shipped model on this machine's best device.
@@ -50,9 +51,10 @@ class Engine:
         backend: a backend that exists already; the engine takes it over. None loads one, at a higher memory
             level than asked for where the weights do not fit otherwise.
         model: which, where `resolve_model` has found it already; None looks for the one that `args` names.
-        workers: the ranks that share the work; None asks torchrun, if it started this process. Rank 0 decides
-            and saves; the other ranks' `step` does what rank 0 says, so that the same loop is right on every
-            rank.
+        place: this process among the ranks that share the work, from a caller that started them; None asks
+            torchrun, if it started this process. Rank 0 decides and saves; the other ranks' `step` does what
+            rank 0 says, so that the same loop is right on every rank, and `run_worker` is all of it.
+        workers: the ranks, where they have met already.
 
     Raises:
         ModelError, UsageError: as `DiffusionBackend`.
@@ -68,6 +70,7 @@ class Engine:
         on_event: Callable[[Progress], None] | None = None,
         backend: DiffusionBackend | None = None,
         model: FoundModel | None = None,
+        place: RankPlace | None = None,
         workers: WorkerGroup | None = None,
     ) -> None:
         args = args or (backend.args if backend is not None else EngineConfig())
@@ -76,7 +79,7 @@ class Engine:
         try:
             if backend is None:
                 model = model or resolve_model(args.models.name, args.models.ckpt_dir)
-                workers = workers or join_ranks(args, model.spec)
+                workers = workers or join_ranks(args, model.spec, place or rank_place())
             self.backend = backend or load_backend(args, model, workers)
             self.generator = Generator(self.backend)
             self._executor: Executor = (
@@ -90,10 +93,12 @@ class Engine:
             raise
         self._on_event = on_event
         self._turn = threading.RLock()  # a task changes under it; one's own `on_event` may cancel or close
+        self._unit_thread: int | None = None
         self._inbox: deque[Callable[[], None]] = deque()
         self._open = True
         self._admitting = threading.Lock()  # of `_open`: nothing is taken in after `close` has begun
         self._admission = Admission(self.backend)
+        self._feed = TaskFeed(self._step_if_free, self.cancel)
         self._last_saved: weakref.WeakKeyDictionary[DiffusionTask, float] = weakref.WeakKeyDictionary()
         self._save_seconds = 0.0
 
@@ -102,16 +107,77 @@ class Engine:
         """Whether this rank decides and saves; true without ranks."""
         return self._executor.is_driver
 
-    def submit(
-        self, request: DiffusionUserParams | DiffusionTask, *, checkpoints: str | Path | None = None
-    ) -> DiffusionTask:
-        """Take a request in, if the model can do it.
+    @overload
+    def generate(
+        self, prompt: str | DiffusionUserParams, *, callback_on_step_end: StepEnd | None = None, **fields: Any
+    ) -> VideoResult: ...
+
+    @overload
+    def generate(
+        self, prompt: Prompts, *, callback_on_step_end: StepEnd | None = None, **fields: Any
+    ) -> list[VideoResult]: ...
+
+    def generate(
+        self,
+        prompt: str | DiffusionUserParams | Prompts,
+        *,
+        callback_on_step_end: StepEnd | None = None,
+        **fields: Any,
+    ) -> VideoResult | list[VideoResult]:
+        """A video of each prompt, in memory; a file only where `save_path` asks for one.
 
         Args:
-            request: parameters, or a task that was made of them.
+            prompt: a text or a request, or a list of them.
+            callback_on_step_end: see `submit`.
+            fields: of `DiffusionUserParams`, for all.
+
+        Returns:
+            a result, or one for each of the list, in order. One that was cancelled has no frames; nor has any
+            on ranks but the first.
+
+        Raises:
+            TaskError: a video failed: the first one's error, once the others are done.
+            UsageError, WillNotFitError: as `submit`; none is made then.
+        """
+        prompts = prompt if isinstance(prompt, list | tuple) else (prompt,)
+        requests = [request_of(each, fields) for each in prompts]
+        results: list[VideoResult] = []
+        try:
+            for request in requests:
+                task = DiffusionTask.from_user_request(request)
+                result = VideoResult(task, quality=self.backend.args.output.quality)
+                result.task = self._take_in(task, callback_on_step_end, result)
+                results.append(result)
+            for result in results:
+                result.task.wait()
+        except BaseException:
+            for result in results:
+                result.task.cancel()
+            raise
+        _raise_first([result.task.error for result in results])
+        return results if prompts is prompt else results[0]
+
+    def submit(
+        self,
+        prompt: str | DiffusionUserParams | DiffusionTask,
+        *,
+        checkpoints: str | Path | None = None,
+        callback_on_step_end: StepEnd | None = None,
+        **fields: Any,
+    ) -> DiffusionTask:
+        """Take a request in, if the model can do it. Its video goes to a file, named by the task's id where
+        `save_path` is None.
+
+        Args:
+            prompt: a text, a request, or a task that was made of one.
             checkpoints: a folder for checkpoints of this task alone. Where one lies in it already, the task
                 goes on from there (`task.resumed` says how); from then on one is written every
                 `checkpoint.every_s` seconds and by `save_tasks`, and all are gone when the video stands.
+            callback_on_step_end: called on rank 0 after each denoising step with (engine, step from 0,
+                timestep, {"latents": [1, C, T, H, W], "task": task}). It may call `task.cancel()`, and
+                on one rank give back {"latents": tensor} for the next step to start from. What it raises
+                fails the task.
+            fields: of `DiffusionUserParams`, beside a text or in place of a request's own.
 
         Returns:
             the task, pending.
@@ -120,7 +186,19 @@ class Engine:
             UsageError: a value that this model cannot do, a task id that is taken, or the engine is closed.
             WillNotFitError: more memory than there is, at every memory level.
         """
-        task = request if isinstance(request, DiffusionTask) else DiffusionTask.from_user_request(request)
+        if not isinstance(prompt, DiffusionTask):
+            prompt = DiffusionTask.from_user_request(request_of(prompt, fields))
+        elif fields:
+            raise UsageError(f"task {prompt.task_id} has its request: leave {', '.join(fields)} out")
+        return self._take_in(prompt, callback_on_step_end, checkpoints=checkpoints)
+
+    def _take_in(
+        self,
+        task: DiffusionTask,
+        callback: StepEnd | None,
+        result: VideoResult | None = None,
+        checkpoints: str | Path | None = None,
+    ) -> DiffusionTask:
         self._require_open()
         if task.status is not TaskStatus.PENDING and self.backend.groups.plan.world > 1:
             raise UsageError(
@@ -128,35 +206,67 @@ class Engine:
                 "checkpoints=FOLDER)",
                 field="checkpoints",
             )
-        self._admission.admit(task)
+        self._admission.admit(task, in_memory=result is not None)
         if not self.is_driver:
             with self._turn:
                 self._require_open()
-                return self._executor.claim_task(task)
+                task = self._executor.claim_task(task)
+                self._feed.add(task)
+                return task
+        hooks = TaskHooks(
+            on_step_end=None if callback is None else partial(callback, self),
+            on_video=None if result is None else result.receive,
+        )
+        folder = None if checkpoints is None else Path(checkpoints).absolute()
         with self._admitting:
             self._require_open()
+            self._feed.add(task)
             self.pool.add(task)
-            folder = None if checkpoints is None else Path(checkpoints).absolute()
             if folder is not None:
                 self._last_saved[task] = time.monotonic()
-            self._inbox.append(partial(self._executor.add_task, task, folder))
+            self._inbox.append(partial(self._add, task, hooks, folder))
         self._deliver()
         return task
+
+    def _add(self, task: DiffusionTask, hooks: TaskHooks, checkpoints: Path | None) -> None:
+        self.generator.stages.hooks[task] = hooks
+        self._executor.add_task(task, checkpoints)
 
     def step(self) -> Progress | None:
         """One unit of the task whose turn it is; None when no task has work left.
 
         Raises:
-            UsageError: the engine is closed, or the scheduler named a task that is not here.
+            UsageError: the engine is closed, the scheduler named a task that is not here, or this is inside a
+                unit (a callback).
             RankLostError: another rank died or froze.
         """
+        done = self._step()
+        return None if done is None else done[1]
+
+    def _step(self) -> tuple[DiffusionTask, Progress] | None:
         with self._driving():
             self._require_open()
-            event = self._drive() if self.is_driver else self._executor.execute_next()
+            done = self._drive() if self.is_driver else self._serve()
             self._prune()
-            if event is not None and self._on_event is not None:
-                self._on_event(event)
-        return event
+            if done is not None:
+                self._feed.publish(*done)
+                if self._on_event is not None:
+                    self._on_event(done[1])
+        return done
+
+    def _step_if_free(self) -> bool:
+        """For whoever waits: one unit, unless another thread drives; whether there was one."""
+        self._require_between_units()
+        if not self._turn.acquire(blocking=False):
+            return False
+        try:
+            return self._step() is not None
+        except UsageError:
+            if self._open:
+                raise
+            return False
+        finally:
+            self._turn.release()
 
     def has_work(self) -> bool:
         """Whether a task has work left. On ranks but the first: whether rank 0 has, which is waited for."""
@@ -165,7 +275,7 @@ class Engine:
         with self._driving():
             return self._open and self._executor.has_work()
 
-    def _drive(self) -> Progress | None:
+    def _drive(self) -> tuple[DiffusionTask, Progress] | None:
         task_id = self.scheduler.schedule(self.pool)
         if task_id is None:
             self._executor.idle()
@@ -176,19 +286,40 @@ class Engine:
                 f"the scheduler named task {task_id!r}, which is not in the pool", field="scheduler"
             )
         self._drain()  # the task may have come since the unit began, and the other ranks must know it
-        event = self._advance(task)
+        with self._unit():
+            event = run_unit(self._executor, self.backend, task)
         self._save_if_due(task)
-        return event
+        return task, event
 
-    def run_until_idle(self) -> None:
+    def _serve(self) -> tuple[DiffusionTask, Progress] | None:
+        """On a worker: the next unit that rank 0 asks for."""
+        with self._unit():
+            event = self._executor.execute_next()
+        task = None if event is None else self.pool.get(event.task_id)
+        return None if task is None or event is None else (task, event)
+
+    def run_until_idle(self, *, raise_on_failure: bool = True) -> None:
         """Step until no task has work left, or another thread closes the engine. Ctrl+C leaves the running
-        task where it was: call again to go on."""
+        task where it was: call again to go on.
+
+        Args:
+            raise_on_failure: whether a task that fails meanwhile is raised, once no other has work left.
+
+        Raises:
+            TaskError: the first such task's error.
+            UsageError, RankLostError: as `step`.
+        """
+        errors: list[Exception | None] = []
         while self.has_work():
             try:
-                self.step()
+                done = self._step()
             except UsageError:
                 if self._open:
                     raise
+                break
+            errors += [] if done is None else [done[0].error]
+        if raise_on_failure:
+            _raise_first(errors)
 
     def save_tasks(self) -> list[DiffusionTask]:
         """Write a checkpoint of every task that has begun and was submitted with a folder for them; waits for
@@ -197,6 +328,7 @@ class Engine:
         Returns:
             these tasks.
         """
+        self._require_between_units()
         with self._turn:
             begun = [task for task in self.pool.unfinished() if task in self._last_saved and task.resolved]
             for task in begun:
@@ -217,7 +349,8 @@ class Engine:
             self._save_seconds = time.monotonic() - now
 
     def cancel(self, task_id: str) -> bool:
-        """End a task as cancelled: at once, or at the end of the unit that is running; waits for neither.
+        """End a task as cancelled: at once, or at the end of the unit that is running; waits for neither. On
+        ranks but the first nothing is done: rank 0's word counts, and comes.
 
         Returns:
             False if the task is unknown or has ended. True: it will end as cancelled, unless the unit that
@@ -226,8 +359,9 @@ class Engine:
         task = self.pool.get(task_id)
         if task is None or task.is_finished():
             return False
-        self._inbox.append(partial(self._cancel, task))
-        self._deliver()
+        if self.is_driver:
+            self._inbox.append(partial(self._cancel, task))
+            self._deliver()
         return True
 
     def run_worker(self) -> None:
@@ -248,8 +382,10 @@ class Engine:
         On ranks but the first it serves rank 0 until that one closes, as `run_worker`.
 
         Raises:
+            UsageError: this is inside a unit (a callback).
             RankLostError: another rank died or froze while this one served.
         """
+        self._require_between_units()
         with self._admitting:
             self._open = False
         with self._turn:
@@ -259,6 +395,7 @@ class Engine:
             finally:
                 for task in self.pool.unfinished():
                     task.end(TaskStatus.CANCELLED)
+                self._feed.close_ended()
                 self._prune()
                 self.backend.terminate()
 
@@ -277,16 +414,37 @@ class Engine:
     @contextmanager
     def _driving(self) -> Iterator[None]:
         """This thread is the driver: it empties the inbox first, and what came meanwhile at the end."""
+        self._require_between_units()
         with self._turn:
             self._drain()
             yield
+            self._feed.close_ended()
         self._deliver()
+
+    @contextmanager
+    def _unit(self) -> Iterator[None]:
+        self._unit_thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._unit_thread = None
+
+    def _require_between_units(self) -> None:
+        """What would begin a unit inside a unit, or wait for its end there."""
+        if self._unit_thread == threading.get_ident():
+            raise UsageError(
+                "a unit is running, and this is inside it: a callback may call submit and cancel; wait, step "
+                "or close when it is over"
+            )
 
     def _deliver(self) -> None:
         """Empty the inbox, unless a unit is running: then its thread does."""
+        if self._unit_thread == threading.get_ident():
+            return
         while self._inbox and self._turn.acquire(blocking=False):
             try:
                 self._drain()
+                self._feed.close_ended()
             finally:
                 self._turn.release()
 
@@ -311,118 +469,9 @@ class Engine:
             )
         self.backend.require_alive()
 
-    # -- memory
 
-    def _advance(self, task: DiffusionTask) -> Progress:
-        """One unit, at as many memory levels as it takes."""
-        notes: list[str] = []
-        while True:
-            failure: Exception
-            try:
-                return _with_notes(self._executor.execute(task), notes)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                failure = error
-                without_frames(error)
-            stage = task.status
-            empty_cache(self.backend.device)
-            level = self.backend.low_mem_level + 1
-            if level > top_useful_level(self.backend.device):
-                return self._give_up(task, stage, failure, notes)
-            self.backend.low_mem_level = level
-            notes.append(f"out of memory in {stage}: memory level raised to {level}, trying again")
-            task.events.append(notes[-1])
-            logger.warning("task %s: %s", task.task_id, notes[-1])
-
-    def _give_up(
-        self, task: DiffusionTask, stage: TaskStatus, failure: Exception, notes: list[str]
-    ) -> Progress:
-        cause = WillNotFitError(f"out of memory at the highest memory level ({failure}); {smaller(task)}")
-        error = StageError(str(stage), task.current_step if stage is TaskStatus.DENOISING else None, cause)
-        task.end(TaskStatus.FAILED, error)
-        task.events.append(str(error))
-        self._executor.end_task(task)
-        message = "; ".join([*notes, str(error)])
-        return Progress(
-            task.task_id, task.status, stage, task.current_step, task.num_inference_steps, 0.0, None, message
-        )
-
-
-def join_ranks(args: EngineConfig, spec: ModelSpec) -> WorkerGroup | None:
-    """The ranks that torchrun started, laid out as the settings say; None for a process that was started
-    alone.
-
-    Raises:
-        UsageError: a layout that cannot be; names one that would fit.
-    """
-    place = rank_place()
-    if place is None:
-        return None
-    asked = args.infer.diffusion
-    plan = plan_for(
-        place.world,
-        spec.transformers[0].num_attention_heads,
-        cfg=asked.cfg_size,
-        cp=asked.cp_size,
-        ulysses=asked.ulysses_degree,
-        ranks_per_node=place.local_world,
-    )
-    device = pick_device(args.infer.device)
-    device = pick_device(f"cuda:{place.local_rank}") if device.type == "cuda" else device
-    set_nccl_defaults()
-    ranks = args.ranks
-    return WorkerGroup(
-        plan,
-        place.rank,
-        device=device,
-        timeout=ranks.timeout,
-        heartbeat_timeout=ranks.heartbeat_timeout,
-        copies=ranks.copies,
-    )
-
-
-def load_backend(
-    args: EngineConfig, model: FoundModel | None = None, workers: WorkerGroup | None = None
-) -> DiffusionBackend:
-    """A backend at the asked memory level, or at the first higher one at which the weights fit.
-
-    Raises:
-        WillNotFitError: they fit at none.
-    """
-    wanted = args.frozen_copy()
-    if workers is not None:
-        wanted.infer.device = str(workers.groups.device)
-    while True:
-        try:
-            groups = None if workers is None else workers.groups
-            return DiffusionBackend(wanted, groups=groups, model=model)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            message = str(without_frames(error))
-        empty_cache(pick_device(args.infer.device))
-        if wanted.infer.diffusion.low_mem_level == TOP_LEVEL:
-            raise WillNotFitError(
-                f"the weights of {args.models.name} do not fit at any memory level ({message})"
-            )
-        wanted.infer.diffusion.low_mem_level += 1
-        logger.warning(
-            "out of memory while loading: trying memory level %d", wanted.infer.diffusion.low_mem_level
-        )
-
-
-def _with_notes(event: Progress, notes: list[str]) -> Progress:
-    if not notes:
-        return event
-    message = "; ".join([*notes, *([event.message] if event.message else [])])
-    return Progress(
-        event.task_id,
-        event.status,
-        event.stage,
-        event.step,
-        event.total_steps,
-        event.seconds,
-        event.eta,
-        message,
-    )
+def _raise_first(errors: Sequence[Exception | None]) -> None:
+    """Raise the first of the errors that there are."""
+    for error in errors:
+        if error is not None:
+            raise error

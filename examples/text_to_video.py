@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import sys
 
-from chitu_diffusion import DiffusionUserParams, Engine, EngineConfig
+from chitu_diffusion import Engine
 
 prompt = sys.argv[1] if len(sys.argv) > 1 else "A cat walking on grass"
 path = sys.argv[2] if len(sys.argv) > 2 else "cat.mp4"
 
 if __name__ == "__main__":
-    with Engine(EngineConfig()) as engine:
-        task = engine.submit(
-            DiffusionUserParams(prompt=prompt, seed=1, num_inference_steps=20, num_frames=17, save_path=path)
-        )
-        while event := engine.step():
+    with Engine() as engine:
+        task = engine.submit(prompt, seed=1, num_inference_steps=20, num_frames=17, save_path=path)
+        for event in task.events():
             print(f"{event.stage}: step {event.step} of {event.total_steps}, {event.seconds:.2f} s")
     if task.error is not None:
         raise SystemExit(task.error_message)

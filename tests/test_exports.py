@@ -24,7 +24,9 @@ PUBLIC = {
     "EngineConfig",
     "Generator",
     "Progress",
+    "RankPlace",
     "TaskStatus",
+    "VideoResult",
     "__version__",
     "chitu_generate",
     "chitu_init",
@@ -60,6 +62,16 @@ def test_dir_lists_the_public_names() -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = chitu_diffusion.no_such_name
+
+
+def test_type_checkers_see_the_installed_package(tmp_path: Path) -> None:
+    """They look along the path and run no import hooks; without `py.typed` all that they find is `Any`."""
+    program = "from importlib.machinery import PathFinder as f; print(f.find_spec('chitu_diffusion').origin)"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"it is installed by a hook: 'make install' again\n{done.stderr}"
+    assert Path(done.stdout.strip()).with_name("py.typed").exists()
 
 
 @pytest.mark.parametrize("module", sorted(PAGE))

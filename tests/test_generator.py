@@ -360,7 +360,7 @@ def test_cascade_over_two_models_and_its_refusals(experts):
 def test_two_experts_run_as_a_multi_stage_task(experts):
     task = task_for(num_inference_steps=8)
     assert Generator(experts).generate_multi_stage(task).status is TaskStatus.FINISHED
-    assert "expert 1" in task.events
+    assert "expert 1" in task.notes
 
 
 def test_interval_cache_reuses_and_lies_in_the_task(backend):

@@ -23,18 +23,18 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
     "": 2250,
     "attention": 2000,
-    "cli": 2500,
+    "cli": 2780,
     "distributed": 1850,
     "evaluation": 2100,
-    "executor": 1250,
+    "executor": 1390,
     "flexcache": 2700,
     "media": 760,
     "memory": 550,
     "models": 3550,
     "ops": 1800,
-    "pipelines": 1780,
+    "pipelines": 2000,
     "sampling": 840,
-    "task": 560,
+    "task": 800,
     "weights": 640,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the

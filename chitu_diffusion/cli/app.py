@@ -1,19 +1,18 @@
 """The command line put together: which commands there are, and how an error becomes words and an exit code.
 
-    0 done   1 a job failed   2 usage   3 will not fit   4 model missing or corrupt   130 interrupted
+    0 done   1 a job failed   2 usage   3 will not fit   4 model missing or corrupt
+    5 reproduced, and not the same   130 interrupted
 
 Knows every command group and nothing of what they do.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -25,19 +24,19 @@ from chitu_diffusion.cli.doctor import doctor
 from chitu_diffusion.cli.generate import generate
 from chitu_diffusion.cli.info import config_app, info
 from chitu_diffusion.cli.models import models_app
+from chitu_diffusion.cli.reproduce import reproduce
 from chitu_diffusion.errors import ChituError, UsageError
+from chitu_diffusion.evaluation.commands import app as evaluation_app
 
 INTERRUPTED = 130
 GROUPS = ("models", "config", "eval")
-EVALUATION_COMMANDS = "chitu_diffusion.evaluation.commands"
 
 
-def build(*, with_evaluation: bool) -> typer.Typer:
-    """The application. The measuring commands are imported only when they are asked for."""
+def build() -> typer.Typer:
+    """The application."""
     app = typer.Typer(
         name="chitu",
         no_args_is_help=True,
-        add_completion=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
         help="chitu_diffusion: from a sentence to a video, with Wan text-to-video models.",
@@ -48,27 +47,12 @@ def build(*, with_evaluation: bool) -> typer.Typer:
     app.command()(batch)
     app.command()(calibrate)
     app.command()(info)
+    app.command()(reproduce)
     app.add_typer(models_app, name="models")
     app.command()(doctor)
     app.add_typer(config_app, name="config")
-    app.add_typer(_evaluation(load=with_evaluation), name="eval")
+    app.add_typer(evaluation_app, name="eval")
     return app
-
-
-def _evaluation(*, load: bool) -> typer.Typer:
-    """`chitu eval ...`: the app `app` of the evaluation package's commands, if that package has them."""
-    if load and find_spec("chitu_diffusion.evaluation") and find_spec(EVALUATION_COMMANDS):
-        commands: typer.Typer = importlib.import_module(EVALUATION_COMMANDS).app
-        return commands
-    empty = typer.Typer(
-        no_args_is_help=True, help="Measure videos: adherence to the prompt, fidelity to a reference."
-    )
-    empty.callback()(_nothing)
-    return empty
-
-
-def _nothing() -> None:
-    """Measure videos: adherence to the prompt, fidelity to a reference."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -102,7 +86,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = words[: words.index("--")] if "--" in words else words
     as_json = "--json" in options
-    app = build(with_evaluation="eval" in options)
+    app = build()
     try:
         code = app(args=words, obj=words, prog_name="chitu", standalone_mode=False)
         if code == INTERRUPTED:

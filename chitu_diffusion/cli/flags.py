@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from chitu_diffusion.cli import options
+from chitu_diffusion.cli import completion, options
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.sampling.registry import AUTO, SAMPLER_HELP
 
@@ -40,6 +40,7 @@ class Flag:
         setting: dotted name in `EngineConfig`; "*" where `parse` gives several, by name.
         parse: what makes a value of the text; raises UsageError with the flag's name.
         default, metavar, min, max: as in `typer.Option`.
+        complete: what the shell may put for the beginning of a value; None leaves it to the shell.
     """
 
     names: str
@@ -53,6 +54,7 @@ class Flag:
     metavar: str | None = None
     min: float | None = None
     max: float | None = None
+    complete: Callable[[str], list[str]] | None = None
 
     @property
     def key(self) -> str:
@@ -63,7 +65,13 @@ class Flag:
         """As a parameter of a command's function, which is how typer takes an option."""
         default = False if self.type is bool else self.default
         option = typer.Option(
-            default, *self.names.split(), help=self.help, metavar=self.metavar, min=self.min, max=self.max
+            default,
+            *self.names.split(),
+            help=self.help,
+            metavar=self.metavar,
+            min=self.min,
+            max=self.max,
+            autocompletion=self.complete,
         )
         kind = self.type | None if default is None else self.type
         return inspect.Parameter(self.key, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
@@ -79,9 +87,11 @@ FLAGS = (
     Flag("-o --output", "generate", "NAME.mp4, .gif, .npy, or NAME/ for a folder of png frames.",
          field="save_path", metavar="FILE"),
     Flag("-o --output", "batch", "Folder for the videos.", Path, default=Path("outputs"), metavar="DIR"),
+    Flag("-o --output", "reproduce", "NAME-again beside the file by default.", Path, metavar="FILE"),
     Flag("-o --output", "calibrate", "Not beside the model, but here.", Path, metavar="DIR"),
-    Flag("--model", "generate batch calibrate doctor",
-         "A name ('chitu models ls'), a Hugging Face id, or a folder.", setting="models.name"),
+    Flag("--model", "generate batch calibrate doctor reproduce",
+         "A name ('chitu models ls'), a Hugging Face id, or a folder.", setting="models.name",
+         complete=completion.models),
     Flag("--prompts", "calibrate", "One prompt a line, twelve or so.", Path, metavar="FILE"),
     Flag("--negative-prompt", "generate batch", "What the video should not be.", field="negative_prompt"),
     Flag("--image", "generate batch", "The first frame, for an image-to-video model.",
@@ -93,7 +103,7 @@ FLAGS = (
     Flag("--fps", "generate batch", "Frames per second of the file.", int, field="fps"),
     Flag("--steps", "generate batch calibrate", "Denoising steps.", int, field="num_inference_steps"),
     Flag("--sampler", "generate batch calibrate", f"{AUTO}: the model's own; {SAMPLER_HELP}.",
-         setting="infer.sampler", metavar="NAME"),
+         setting="infer.sampler", metavar="NAME", complete=completion.samplers),
     Flag("--guidance-scale", "generate batch calibrate",
          "Weight of the prompt: 5; or HIGH,LOW for two experts.",
          field="guidance_scale", parse=options.parse_guidance, metavar="G"),
@@ -103,30 +113,38 @@ FLAGS = (
     Flag("--seeds", "calibrate", "Of the runs that are fitted.",
          parse=options.parse_seeds, default="0", metavar="A..B"),
     Flag("--cache", "generate batch", "A lossy feature cache: teacache:threshold=0.1.",
-         field="flexcache", parse=options.parse_cache, metavar="NAME[:KEY=VALUE,..]"),
+         field="flexcache", parse=options.parse_cache, metavar="NAME[:KEY=VALUE,..]",
+         complete=completion.caches),
+    Flag("--attention", "generate batch", "The attention kernel; auto is the fastest exact one.",
+         setting="infer.attn_type", metavar="KERNEL", complete=completion.kernels),
     Flag("--fidelity", "generate", "The fastest calibrated plan that keeps this PSNR: 35dB.",
          parse=options.parse_fidelity, metavar="DB"),
     Flag("--speedup", "generate", "The calibrated plan of this speed: 2.", float, metavar="X"),
-    Flag("--low-mem-level", "generate batch",
+    Flag("--low-mem-level", "generate batch reproduce",
          "0 all resident .. 4 blocks streamed; each level needs less memory.", int,
          setting="infer.diffusion.low_mem_level"),
-    Flag("--dtype", "generate batch calibrate", "auto, float32, bfloat16 or float16.", setting="infer.dtype"),
+    Flag("--dtype", "generate batch calibrate", "auto, float32, bfloat16 or float16.",
+         setting="infer.dtype", complete=completion.dtypes),
     Flag("--quant", "generate batch", "none, or fp8: linear layers in 8 bits, faster and lossy.",
          setting="infer.quant"),
-    Flag("--device", "generate batch calibrate", "auto, cpu, cuda or cuda:N.", setting="infer.device"),
+    Flag("--device", "generate batch calibrate reproduce", "auto, cpu, cuda or cuda:N.",
+         setting="infer.device", complete=completion.devices),
     Flag("--quality", "generate batch", "Of the mp4: 0 smallest .. 10 no visible loss.", int,
          setting="output.quality"),
     Flag("--workers", "calibrate", "Processes that share the device.", int, default=1, min=1, max=64),
     Flag("--gpus", "generate batch", "Share the work over N local processes.", int, min=1, metavar="N"),
     Flag("--parallel", "generate batch", "auto, or cfg2, u4, r2, cfg2u2r2 (CFG x Ulysses x ring).",
          setting="*", parse=options.parse_parallel, metavar="LAYOUT"),
-    Flag("--config", "generate batch doctor config_show", "Settings from a TOML file.", Path, metavar="FILE"),
-    Flag("--set", "generate batch calibrate config_show", "Any setting ('chitu config show'); repeatable.",
-         list[str], setting="*", parse=options.parse_settings, metavar="A.B=C"),
+    Flag("--config", "generate batch doctor config_show reproduce", "Settings from a TOML file.", Path,
+         metavar="FILE"),
+    Flag("--set", "generate batch calibrate config_show reproduce",
+         "Any setting ('chitu config show'); repeatable.",
+         list[str], setting="*", parse=options.parse_settings, metavar="A.B=C", complete=completion.settings),
     Flag("--profile", "generate", "Write a Chrome trace, show top ops.", Path, metavar="DIR"),
     Flag("--no-resume", "generate batch", "Start over, though a run of this command was cut short.", bool),
     Flag("--dry-run", "generate batch", "Check everything, print the plan, make nothing.", bool),
-    Flag("--json", "generate batch calibrate", "One JSON event a line on stdout.", bool),
+    Flag("--check", "reproduce", "Compare only: write nothing.", bool),
+    Flag("--json", "generate batch calibrate reproduce", "One JSON event a line on stdout.", bool),
 )
 # fmt: on
 
@@ -164,15 +182,18 @@ class Args:
                 fields |= zip(names, value if len(names) > 1 else [value], strict=True)
         return fields
 
-    def load_config(self) -> tuple[EngineConfig, Origins]:
+    def load_config(self, recorded: Mapping[str, Any] | None = None) -> tuple[EngineConfig, Origins]:
         """Settings from all four places, and where each came from.
+
+        Args:
+            recorded: settings by dotted name that stand above file and environment, and below flags.
 
         Raises:
             UsageError: an unknown name or a bad value, naming the flag.
         """
         from chitu_diffusion.config import load_config
 
-        settings: dict[str, Any] = {}
+        settings: dict[str, Any] = dict(recorded or {})
         for flag, value in self._typed():
             if flag.setting:
                 settings |= value if flag.setting == "*" else {flag.setting: value}

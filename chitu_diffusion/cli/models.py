@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from chitu_diffusion.cli import completion
 from chitu_diffusion.cli.console import emit_document, say, size, table
 from chitu_diffusion.cli.info import Document
 from chitu_diffusion.errors import (
@@ -25,7 +26,12 @@ from chitu_diffusion.errors import (
 
 models_app = typer.Typer(no_args_is_help=True, help="The models: list, fetch, check, convert.")
 ModelName = Annotated[
-    str, typer.Argument(metavar="NAME", help="A name from 'chitu models ls', or a Hugging Face id.")
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="A name from 'chitu models ls', or a Hugging Face id.",
+        autocompletion=completion.models,
+    ),
 ]
 
 
@@ -100,7 +106,12 @@ def models_pull(
 @models_app.command("verify")
 def models_verify(
     model: Annotated[
-        str, typer.Argument(metavar="NAME|FOLDER", help="A name from 'chitu models ls', or a folder.")
+        str,
+        typer.Argument(
+            metavar="NAME|FOLDER",
+            help="A name from 'chitu models ls', or a folder.",
+            autocompletion=completion.models,
+        ),
     ] = "wan-tiny",
     deep: Annotated[
         bool, typer.Option("--deep", help="Also read every value and look for NaN and Inf.")

@@ -42,11 +42,20 @@ _EXCHANGE_FAILURES = ("gloo", "NCCL", "process group", "Connection closed")
 
 
 class _State(Enum):
-    """What the driver has said last: there is work, there is none, go home."""
+    """Where this rank is. On the driver, IDLE means that it has told the others so.
+
+    RUNNING      <-> IDLE           there is work, there is none
+    RUNNING, IDLE -> INTERRUPTED    a worker has heard Ctrl+C: its next unit tells the others, it waits
+                                    for no more than a moment, and only the driver's word ends this
+    any          -> DISMISSED       the driver has sent its workers home
+    any          -> CLOSED          this rank has left
+    """
 
     RUNNING = auto()
     IDLE = auto()
+    INTERRUPTED = auto()
     DISMISSED = auto()
+    CLOSED = auto()
 
 
 class DistributedExecutor:
@@ -67,18 +76,17 @@ class DistributedExecutor:
         self._monitor = workers.monitor
         self._checkpoints = TaskCheckpoints(generator.backend)
         self._state = _State.RUNNING
-        self._closed = False
-        self._interrupted = False  # Ctrl+C was heard on this rank, and must reach the others
-        self._next: ExecuteUnit | None = None  # heard, and not run yet
-        # the driver's, not yet given to this rank by its own script
+        self._unit: ExecuteUnit | None = None
+        """Received, and not run yet: whoever only asks for work leaves it to whoever does it."""
         self._unclaimed: list[DiffusionTask] = []
+        """The driver's, not yet given to this rank by its own script."""
         self._monitor.set_status("waiting for the other ranks to load the model")
         self._channel.gather_status({})
         self._monitor.set_status("waiting for work")
 
     def add_task(self, task: DiffusionTask, checkpoints: Path | None) -> None:
         """The driver tells the others of a task, and all go on from the same checkpoint, or none does."""
-        self._state = _State.RUNNING
+        self._enter(_State.RUNNING)
         self._checkpoints.add(task, checkpoints)
         resolved = None if task.resolved is None else task.resolved.to_mapping()
         folder = None if checkpoints is None else str(checkpoints)
@@ -104,9 +112,9 @@ class DistributedExecutor:
                 if _same_request(known.params, task.params):
                     self._unclaimed.remove(known)
                     return known
-            message = self._next or self._receive(None)
+            message = self._unit or self._receive(None)
             if message is None or isinstance(message, ExecuteUnit):
-                self._next = message
+                self._unit = message
                 raise UsageError(
                     f"task {task.task_id}: rank 0 was not given it; give tasks to all ranks, or to rank 0 "
                     "alone"
@@ -131,7 +139,7 @@ class DistributedExecutor:
         try:
             reports = self._gather(mine, stage)
         except KeyboardInterrupt:
-            self._interrupted = True
+            self._enter(_State.INTERRUPTED)
             raise
         self._monitor.set_status("between two units")
         if all(report.outcome is Outcome.DONE for report in reports):
@@ -142,7 +150,8 @@ class DistributedExecutor:
         for outcome in (Outcome.INTERRUPTED, Outcome.OUT_OF_MEMORY):
             if any(report.outcome is outcome for report in reports):
                 before.restore()
-                self._interrupted |= outcome is Outcome.INTERRUPTED
+                if outcome is Outcome.INTERRUPTED:
+                    self._enter(_State.INTERRUPTED)
                 raise raised or _raised_elsewhere(outcome, reports)
         return self._failed(task, stage, reports, event)
 
@@ -154,7 +163,7 @@ class DistributedExecutor:
     def idle(self) -> None:
         """The driver tells the others, once, that no task has work left."""
         if self.is_driver and self._state is _State.RUNNING:
-            self._state = _State.IDLE
+            self._enter(_State.IDLE)
             self._publish(Idle())
 
     def has_work(self) -> bool:
@@ -163,7 +172,7 @@ class DistributedExecutor:
         every rank.
         """
         if not self.is_driver:
-            return self._state is _State.RUNNING and self._next_unit() is not None
+            return self._state in (_State.RUNNING, _State.INTERRUPTED) and self._next_unit() is not None
         if not self._pool.all_finished():
             return True
         self.idle()
@@ -179,7 +188,7 @@ class DistributedExecutor:
         unit = self._next_unit()
         if unit is None:
             return None
-        self._next = None
+        self._unit = None
         backend = self._generator.backend
         if backend.low_mem_level != unit.low_mem_level:
             backend.low_mem_level = unit.low_mem_level
@@ -204,9 +213,8 @@ class DistributedExecutor:
         Raises:
             RankLostError: while this rank served; one that was lost before has been raised already.
         """
-        if self._closed:
+        if self._state is _State.CLOSED:
             return
-        self._closed = True
         known = self._monitor.lost is not None
         lost = None
         in_order = self.is_driver
@@ -221,6 +229,8 @@ class DistributedExecutor:
         except RankLostError as error:
             lost = None if known or self.is_driver else error  # the driver has done what it wanted
             in_order = True
+        finally:
+            self._state = _State.CLOSED
         self._workers.leave(None if in_order else "interrupted")
         if lost is not None:
             raise lost
@@ -231,7 +241,8 @@ class DistributedExecutor:
         """Serve until the driver dismisses; False if it does not within a moment after Ctrl+C."""
         while self._state is not _State.DISMISSED:
             try:
-                message = self._next or self._receive(_FAREWELL if self._interrupted else None)
+                interrupted = self._state is _State.INTERRUPTED
+                message = self._unit or self._receive(_FAREWELL if interrupted else None)
             except KeyboardInterrupt:
                 continue  # the driver hears of it with the next unit, or when this rank leaves
             if message is None:
@@ -239,12 +250,22 @@ class DistributedExecutor:
             if not isinstance(message, ExecuteUnit):
                 self._apply(message)
                 continue
-            self._next = message
+            self._unit = message
             try:
                 self.execute_next()
             except KeyboardInterrupt:
-                self._interrupted = True  # and the driver has a moment longer to dismiss
+                self._enter(_State.INTERRUPTED)  # and the driver has a moment longer to dismiss
         return True
+
+    def _enter(self, state: _State) -> None:
+        """Change the state as its table says. The driver is never INTERRUPTED: what it raises is enough."""
+        if state is _State.INTERRUPTED and self.is_driver:
+            return
+        if self._state in (_State.DISMISSED, _State.CLOSED):
+            return
+        if self._state is _State.INTERRUPTED and state is not _State.DISMISSED:
+            return
+        self._state = state
 
     def _publish(self, message: Message) -> None:
         self._channel.publish(messages.to_json(message))
@@ -253,30 +274,31 @@ class DistributedExecutor:
         try:
             heard = self._channel.receive(patience)
         except KeyboardInterrupt:
-            self._interrupted = True
+            self._enter(_State.INTERRUPTED)
             raise
         return None if heard is None else messages.from_json(heard)
 
     def _next_unit(self) -> ExecuteUnit | None:
         """The next unit that the driver asks for; None once it says that it has none."""
         while self._state is not _State.DISMISSED:
-            message = self._next or self._receive(0 if self._state is _State.IDLE else None)
+            message = self._unit or self._receive(0 if self._state is _State.IDLE else None)
             if message is None or isinstance(message, ExecuteUnit):
-                self._next = message
+                self._unit = message
                 return message
             self._apply(message)
-            if self._state is not _State.RUNNING:
+            if isinstance(message, Idle | Shutdown):
                 return None
         return None
 
     def _apply(self, message: Message) -> None:
         """Whatever is no unit."""
-        self._next = None
         if isinstance(message, Idle | Shutdown):
-            self._state = _State.IDLE if isinstance(message, Idle) else _State.DISMISSED
+            self._enter(_State.IDLE if isinstance(message, Idle) else _State.DISMISSED)
             self._unclaimed.clear()
+            for task in self._pool.unfinished() if isinstance(message, Shutdown) else ():
+                task.end(TaskStatus.CANCELLED)
             return
-        self._state = _State.RUNNING
+        self._enter(_State.RUNNING)
         if isinstance(message, AddTask):
             self._unclaimed = [task for task in self._unclaimed if not task.is_finished()]
             if self._pool.get(message.task_id) is None:  # after Ctrl+C the driver may say it twice
@@ -309,7 +331,7 @@ class DistributedExecutor:
         """The unit on this rank: its event, the report, and what was raised."""
         saves = task.status is TaskStatus.SAVING
         try:
-            if self._interrupted and not self.is_driver:
+            if self._state is _State.INTERRUPTED:
                 raise KeyboardInterrupt
             with self._monitor.critical(f"{task.status}, step {task.current_step} of task {task.task_id}"):
                 self._workers.groups.open()
@@ -355,7 +377,7 @@ class DistributedExecutor:
             return event
         message = f"{self._monitor.describe(first)}: {reports[first].error}"
         task.end(TaskStatus.FAILED, TaskError(message))
-        task.events.append(message)
+        task.notes.append(message)
         done = task.current_step
         total = task.num_inference_steps
         return Progress(task.task_id, task.status, stage, done, total, 0.0, None, message)
@@ -384,7 +406,7 @@ class _Snapshot:
         self._fields = {field.name: vars(task)[field.name] for field in dataclasses.fields(task)}
         self._fields |= {
             "buffer": copy.copy(task.buffer),
-            "events": list(task.events),
+            "notes": list(task.notes),
             "seconds": dict(task.seconds),
         }
 

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 _RESTORED = (
     "params", "seed", "resolved", "status", "num_inference_steps", "current_step", "cascade_stage", "expert",
-    "resumed", "buffer", "events", "seconds", "created_at", "started_at",
+    "resumed", "buffer", "notes", "seconds", "created_at", "started_at",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The ranks of a run together: where they meet, their process groups, heartbeats and control channel.
 
-torchrun's own rendezvous brings them together, on one node or many. Knows processes; no network, no task.
+They meet in a store: torchrun's own, on one node or many, or one that whoever started them hands over. Knows
+processes; no network, no task.
 """
 
 from __future__ import annotations
@@ -11,10 +12,46 @@ import threading
 import torch
 import torch.distributed as dist
 
-from chitu_diffusion.distributed.plan import ParallelPlan
+from chitu_diffusion.backend import pick_device
+from chitu_diffusion.config import EngineConfig, RankPlace, set_nccl_defaults
+from chitu_diffusion.distributed.plan import ParallelPlan, plan_for
 from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.executor.control_channel import ControlChannel
 from chitu_diffusion.executor.heartbeat import HeartbeatMonitor
+from chitu_diffusion.models.spec import ModelSpec
+
+
+def join_ranks(args: EngineConfig, spec: ModelSpec, place: RankPlace | None) -> WorkerGroup | None:
+    """The ranks of a run, laid out as the settings say; None for a process that works by itself.
+
+    Raises:
+        UsageError: a layout that cannot be; names one that would fit.
+        RankLostError: another rank did not come.
+    """
+    if place is None or place.world == 1:
+        return None
+    asked = args.infer.diffusion
+    plan = plan_for(
+        place.world,
+        spec.transformers[0].num_attention_heads,
+        cfg=asked.cfg_size,
+        cp=asked.cp_size,
+        ulysses=asked.ulysses_degree,
+        ranks_per_node=place.world if place.local_world is None else place.local_world,
+    )
+    device = pick_device(args.infer.device)
+    local_rank = place.rank if place.local_rank is None else place.local_rank
+    device = pick_device(f"cuda:{local_rank}") if device.type == "cuda" else device
+    set_nccl_defaults()
+    return WorkerGroup(
+        plan,
+        place.rank,
+        place.store,
+        device=device,
+        timeout=args.ranks.timeout,
+        heartbeat_timeout=args.ranks.heartbeat_timeout,
+        copies=args.ranks.copies,
+    )
 
 
 class WorkerGroup:

@@ -30,16 +30,20 @@ class Admission:
         self._output_dir = backend.args.output.dir
         self._cache_limit = backend.args.infer.diffusion.cache_memory_gb
 
-    def admit(self, task: DiffusionTask) -> None:
+    def admit(self, task: DiffusionTask, *, in_memory: bool = False) -> None:
         """Resolve a task's request, and refuse what cannot be.
+
+        Args:
+            in_memory: without a path of its own it is not written to a file.
 
         Raises:
             UsageError: a value that this model cannot do.
             WillNotFitError: more memory than there is, at every memory level.
         """
-        resolved = resolve_task(task, self._spec, self._output_dir)
+        resolved = resolve_task(task, self._spec, None if in_memory else self._output_dir)
         cache = check_cache(resolved, self._spec, self._item, self._cache_limit)
-        check_save_path(resolved.save_path or "")
+        if resolved.save_path is not None:
+            check_save_path(resolved.save_path)
         for stage in stages_of(resolved):
             self._check_memory(resolved.num_frames or 1, stage.height, stage.width, cache, resolved.flexcache)
         task.resolved = resolved

@@ -93,7 +93,7 @@ def save_task(task: DiffusionTask, path: str | Path, backend: DiffusionBackend) 
         "status": str(status),
         "params": task.params.to_mapping(),
         "resolved": task.resolved.to_mapping(),
-        "events": task.events,
+        "notes": task.notes,
         "seconds": {str(stage): seconds for stage, seconds in task.seconds.items()},
         "elapsed": task.get_elapsed_time(),
         "cache_left_out": left_out,
@@ -222,7 +222,7 @@ def _task_of(
         resolved=DiffusionUserParams.from_mapping(values["resolved"]),
         status=TaskStatus(values["status"]),
         buffer=buffer,
-        events=[str(said) for said in values["events"]],
+        notes=[str(said) for said in values["notes"]],
         seconds={TaskStatus(stage): float(seconds) for stage, seconds in values["seconds"].items()},
         started_at=time.time() - float(values["elapsed"]),  # the pause does not count
         **{name: values[name] for name in _PLAIN},

@@ -37,6 +37,7 @@ def recipe_of(task: DiffusionTask, backend: DiffusionBackend) -> dict[str, Any]:
             "shift": backend.sampler.shift,
             **levels_as_lists(backend.sampler.levels),
         },
+        "quality": backend.args.output.quality,
         "seconds": {stage: round(seconds, 3) for stage, seconds in task.seconds.items()},
         **_resumed(task, backend),
     }

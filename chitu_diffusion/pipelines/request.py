@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache, parse_strategy
@@ -18,13 +20,33 @@ from chitu_diffusion.sampling.registry import SOLVERS
 from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams
 
 
+def request_of(prompt: str | DiffusionUserParams, fields: Mapping[str, Any]) -> DiffusionUserParams:
+    """The request that a prompt and fields of `DiffusionUserParams` make, or a request with some changed.
+
+    Raises:
+        UsageError: a name or a value that cannot be, or neither a prompt nor a request.
+    """
+    if isinstance(prompt, DiffusionUserParams):
+        values = {f.name: vars(prompt)[f.name] for f in dataclasses.fields(prompt)}
+        return DiffusionUserParams.from_mapping({**values, **fields}) if fields else prompt
+    if not isinstance(prompt, str):
+        raise UsageError(
+            f"a {type(prompt).__name__} is no request: use a prompt, or DiffusionUserParams(prompt=...)",
+            field="prompt",
+        )
+    return DiffusionUserParams.from_mapping({"prompt": prompt, **fields})
+
+
 def resolve_request(
-    params: DiffusionUserParams, spec: ModelSpec, *, seed: int, task_id: str, output_dir: str
+    params: DiffusionUserParams, spec: ModelSpec, *, seed: int, task_id: str, output_dir: str | None
 ) -> DiffusionUserParams:
     """The request with the model's own value for each None.
 
     A cascade's height and width are its last stage's, its number of steps the sum of the stages'. One
     guidance scale for a model with two experts holds for both.
+
+    Args:
+        output_dir: for a file named by the task's id, where the request names none; None: then no file.
 
     Raises:
         UsageError: what this model cannot do, naming the field, the value and what to use.
@@ -44,7 +66,7 @@ def resolve_request(
         num_inference_steps=params.num_inference_steps or defaults.steps,
         guidance_scale=_guidance(params, spec),
         seed=seed,
-        save_path=str(params.save_path or Path(output_dir) / f"{task_id}.mp4"),
+        save_path=_path(params, task_id, output_dir),
     )
     for height, width in {
         (resolved.height, resolved.width),
@@ -55,7 +77,13 @@ def resolve_request(
     return resolved
 
 
-def resolve_task(task: DiffusionTask, spec: ModelSpec, output_dir: str) -> DiffusionUserParams:
+def _path(params: DiffusionUserParams, task_id: str, output_dir: str | None) -> str | None:
+    if params.save_path is not None:
+        return str(params.save_path)
+    return None if output_dir is None else str(Path(output_dir) / f"{task_id}.mp4")
+
+
+def resolve_task(task: DiffusionTask, spec: ModelSpec, output_dir: str | None) -> DiffusionUserParams:
     """A task's request with the model's own value for each None; what was resolved once stays.
 
     Raises:

@@ -28,6 +28,7 @@ from chitu_diffusion.memory.device import is_out_of_memory
 from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.pipelines.denoising import Predict, Probe, cached_predictor, denoise, schedule_of
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
+from chitu_diffusion.pipelines.hooks import TaskHooks
 from chitu_diffusion.pipelines.recipe import recipe_of
 from chitu_diffusion.pipelines.registry import pipeline_of
 from chitu_diffusion.pipelines.request import guidance_pair, resolve_task, stages_of
@@ -79,6 +80,7 @@ class Stages:
         self._backend = backend
         self._probe = probe
         self._pipeline = pipeline_of(backend.spec)
+        self.hooks: weakref.WeakKeyDictionary[DiffusionTask, TaskHooks] = weakref.WeakKeyDictionary()
         self._derived: weakref.WeakKeyDictionary[DiffusionTask, _Derived] = weakref.WeakKeyDictionary()
         self._units: dict[TaskStatus, Callable[[DiffusionTask], str | None]] = {
             TaskStatus.ENCODING: self._encode,
@@ -118,9 +120,11 @@ class Stages:
         return _event(task, stage, seconds, message)
 
     def prune(self) -> None:
-        """Let go of what is kept of tasks that do not denoise any more."""
+        """Let go of what is kept of tasks that do not denoise any more, and of hooks of those that ended."""
         for task in [task for task in self._derived if task.status is not TaskStatus.DENOISING]:
             del self._derived[task]
+        for task in [task for task in self.hooks if task.is_finished()]:
+            del self.hooks[task]
 
     def forget(self) -> None:
         """Let go of all that is kept: a few megabytes on the device for each task, made anew when needed."""
@@ -168,6 +172,7 @@ class Stages:
             )
         )
         self._derived[task] = _Derived(derived.text, step.check, weakref.ref(step.latent))
+        after = self._latent_after(task, float(backend.sampler.timestep(state)), step.latent)
         notes = [f"expert {step.expert}"] if task.expert is not None and task.expert != step.expert else []
         notes += [note for note in (backend.compile_note(),) if note]
         ended = backend.sampler.is_done(step.state)
@@ -178,7 +183,7 @@ class Stages:
         task.commit(
             buffer=TaskBuffer(
                 conditioning=None if last else buffer.conditioning,
-                latent=step.latent,
+                latent=after,
                 sampler=None if ended else step.state,
                 cache=None if last else cache,
             ),
@@ -189,6 +194,15 @@ class Stages:
         )
         self.prune()
         return "; ".join(notes) or None
+
+    def _latent_after(self, task: DiffusionTask, timestep: float, latent: Tensor) -> Tensor:
+        """A step's latent, or what the task's hook has put into its place."""
+        hooks = self.hooks.get(task, TaskHooks())
+        world = self._backend.groups.plan.world
+        after = hooks.latent_after(task, task.current_step, timestep, latent, world=world)
+        if after is not latent:
+            FiniteCheck(after, "latent").require()
+        return after
 
     def _bound(
         self,
@@ -264,18 +278,26 @@ class Stages:
         return None
 
     def _save(self, task: DiffusionTask) -> str | None:
-        """Write the video; rank 0 alone has it."""
+        """Hand the video over, and write it where it has a path; rank 0 alone has it."""
         backend = self._backend
         resolved = _resolved(task)
         if backend.groups.rank > 0:
             task.end(TaskStatus.FINISHED, save_path=resolved.save_path)
             return None
+        frames = to_frames(_present(task.buffer.video))
+        recipe = recipe_of(task, backend)
+        hooks = self.hooks.get(task, TaskHooks())
+        if hooks.on_video is not None:
+            hooks.on_video(frames, recipe)
+        if resolved.save_path is None:
+            task.end(TaskStatus.FINISHED)
+            return None
         path = write_video(
-            to_frames(_present(task.buffer.video)),
-            resolved.save_path or "",
+            frames,
+            resolved.save_path,
             fps=resolved.fps or 1,
             quality=backend.args.output.quality,
-            recipe=recipe_of(task, backend),
+            recipe=recipe,
         )
         task.end(TaskStatus.FINISHED, save_path=str(path))
         return f"saved {path}"
@@ -341,7 +363,7 @@ def _fail(task: DiffusionTask, stage: TaskStatus, step: int, error: Exception) -
 
 def _event(task: DiffusionTask, stage: TaskStatus, seconds: float, message: str | None) -> Progress:
     if message is not None:
-        task.events.append(message)
+        task.notes.append(message)
     eta = None
     if task.current_step and not task.is_finished():
         pace = task.seconds.get(TaskStatus.DENOISING, 0.0) / task.current_step

@@ -7,10 +7,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 
 from chitu_diffusion.errors import UsageError, nearest
 from chitu_diffusion.media.image import InputImage
@@ -23,6 +24,21 @@ LEAST_STRENGTH = 0.01
 """Of a cascade's stage: its whole schedule has steps / strength steps."""
 FRAME_STEP = 4
 """The VAE's stride in time: a video has 4n + 1 frames."""
+_DIFFUSERS_NAMES = MappingProxyType(
+    {
+        "output_type": "use result.frames or result.to_pil()",
+        "return_dict": "engine.generate gives a result with frames, recipe, seed and task",
+        "generator": "use seed=42; its noise is drawn on the CPU",
+        "num_videos_per_prompt": "use a list of prompts, engine.generate([prompt] * 2), or a seed for each",
+        "latents": "use generator.denoise_loop(latent, embeddings)",
+        "prompt_embeds": "use generator.denoise_loop(latent, embeddings)",
+        "negative_prompt_embeds": "use generator.denoise_loop(latent, embeddings)",
+        "guidance_scale_2": "use guidance_scale=(high noise, low noise)",
+        "callback_on_step_end": "hand it to engine.generate or engine.submit, beside the request",
+        "callback_on_step_end_tensor_inputs": "callback_on_step_end is given the latents",
+    }
+)
+"""What diffusers' pipelines call it, and what it is here."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,10 @@ class DiffusionUserParams:
     cascade: tuple[CascadeStage, ...] | None = None
     task_id: str | None = None
 
+    def __new__(cls, *values: Any, **fields: Any) -> Self:
+        _check_names(cls, fields)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise UsageError(f"prompt = {self.prompt!r}: must be a sentence", field="prompt")
@@ -119,10 +139,7 @@ class DiffusionUserParams:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> DiffusionUserParams:
         """From a row of a batch file or a recipe; unknown names are refused with the nearest."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        for name in values:
-            if name not in names:
-                raise UsageError(f"unknown field '{name}'.{nearest(name, names)}", field=name)
+        _check_names(cls, values)
         if "prompt" not in values:
             raise UsageError("prompt is missing", field="prompt")
         cascade = values.get("cascade")
@@ -142,6 +159,15 @@ class DiffusionUserParams:
         return dataclasses.asdict(plain) | {
             name: None if image is None else image.to_mapping() for name, image in images.items()
         }
+
+
+def _check_names(kind: type[DiffusionUserParams], given: Iterable[str]) -> None:
+    names = {f.name for f in dataclasses.fields(kind)}
+    for name in given:
+        if name in _DIFFUSERS_NAMES:
+            raise UsageError(f"'{name}' is not taken here: {_DIFFUSERS_NAMES[name]}", field=name)
+        if name not in names:
+            raise UsageError(f"unknown field '{name}'.{nearest(name, names)}", field=name)
 
 
 def _check_text(name: str, text: object) -> None:

@@ -12,30 +12,15 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.task.events import TaskStatus
+from chitu_diffusion.task.following import FollowedTask
 from chitu_diffusion.task.params import DiffusionUserParams, draw_seed
 
 if TYPE_CHECKING:
     import torch
-
-
-class TaskStatus(StrEnum):
-    """Where a task is. The first five are also the stages, in order."""
-
-    PENDING = "pending"
-    ENCODING = "encoding"
-    DENOISING = "denoising"
-    DECODING = "decoding"
-    SAVING = "saving"
-    FINISHED = "finished"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-END_STATES = frozenset({TaskStatus.FINISHED, TaskStatus.FAILED, TaskStatus.CANCELLED})
 
 
 @dataclass(frozen=True)
@@ -86,42 +71,14 @@ class Resumed:
     kernel: str | None = None
 
 
-@dataclass(frozen=True)
-class Progress:
-    """One unit of work done: what `generate_step` returns.
-
-    Args:
-        task_id, status: whose, and where it is now.
-        stage: the stage that this unit belonged to.
-        step, total_steps: denoising steps done so far, over all stages of a cascade.
-        seconds: time that the unit took.
-        eta: seconds until the task ends, from its own pace; None before the first step.
-        message: anything a person should know (a raised memory level, the path, the error).
-    """
-
-    task_id: str
-    status: TaskStatus
-    stage: TaskStatus
-    step: int
-    total_steps: int
-    seconds: float
-    eta: float | None = None
-    message: str | None = None
-
-    @property
-    def fraction(self) -> float:
-        """0.0 to 1.0."""
-        return 1.0 if self.status is TaskStatus.FINISHED else self.step / max(self.total_steps, 1)
-
-
 @dataclass(eq=False)
-class DiffusionTask:
+class DiffusionTask(FollowedTask):
     """A request on its way to a video.
 
     `params` is the request as asked; `resolved` is filled when an engine takes it in, or by
     the first unit: the same with every None replaced by the model's own value. `current_step` counts
     denoising steps done; `num_inference_steps` is their number. `resumed` is set where it went on from a
-    checkpoint. `error` is set when `status` is failed.
+    checkpoint. `error` is set when `status` is failed. `notes` are the messages of its units.
     """
 
     task_id: str
@@ -135,7 +92,7 @@ class DiffusionTask:
     expert: int | None = None
     resumed: Resumed | None = None
     buffer: TaskBuffer = field(default_factory=TaskBuffer)
-    events: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     error: Exception | None = None
     error_message: str | None = None
@@ -157,10 +114,6 @@ class DiffusionTask:
         return cls(
             task_id=task_id, params=params, seed=seed, num_inference_steps=params.num_inference_steps or 0
         )
-
-    def is_finished(self) -> bool:
-        """Whether nothing is left to do: finished, failed or cancelled."""
-        return self.status in END_STATES
 
     def get_elapsed_time(self) -> float:
         """Seconds since the first unit began, up to now or the end; 0 before it."""

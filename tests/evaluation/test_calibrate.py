@@ -155,7 +155,7 @@ def test_a_plan_runs_on_schedules_of_other_lengths_and_without_guidance(calibrat
     own = {"num_inference_steps": steps, "guidance_scale": guidance, "seed": 4}
     task = task_for(**own, flexcache={"strategy": "plan", "speedup": 2})
     video = latent_and_video(Generator(backend), task)[1]
-    assert f"saved work in {steps - steps // 2} of {steps} steps" in " ".join(task.events)
+    assert f"saved work in {steps - steps // 2} of {steps} steps" in " ".join(task.notes)
     assert psnr(video, video_of(backend, **own)) > 20
 
 
@@ -188,7 +188,7 @@ def test_two_experts_start_anew_at_the_switch(two_experts_folder, tmp_path) -> N
     backend = backend_of(folder)
     task = task_for(**own, flexcache={"strategy": "plan", "speedup": 1.5})
     video = latent_and_video(Generator(backend), task)[1]
-    assert any("expert" in event for event in task.events)
+    assert any("expert" in event for event in task.notes)
     assert psnr(video, video_of(backend, **own)) > 20
 
 

@@ -98,7 +98,7 @@ def test_a_cache_saves_and_stays_near(backend, exact, own) -> None:
     task = task_for(num_inference_steps=STEPS, flexcache=own)
     close = latent_and_video(Generator(backend), task)[0]
     assert 1e-7 < relative_error(close, exact) < 0.5
-    assert f"cache {own['strategy']} saved work in" in task.events[-1] and " in 0 of" not in task.events[-1]
+    assert f"cache {own['strategy']} saved work in" in task.notes[-1] and " in 0 of" not in task.notes[-1]
 
 
 def test_tasks_with_different_caches_take_turns(backend) -> None:

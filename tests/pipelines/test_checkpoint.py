@@ -84,7 +84,7 @@ def test_a_task_that_is_cut_short_after_any_unit_ends_in_the_same_bytes(backends
             save_task(task, saved[-1], backend)
     expected = frames_of(task)
     if task.params.flexcache is not None:
-        assert "saved work in 0 of" not in "; ".join(task.events), "the cache never did anything"
+        assert "saved work in 0 of" not in "; ".join(task.notes), "the cache never did anything"
     assert len(saved) == STEPS + 2  # the text, the steps, and decoded frames that are not saved yet
     for unit, file in enumerate(saved):
         found = load_task(file, backend)

@@ -9,6 +9,7 @@ from running import CAT, config_for, latent_and_video, psnr, relative_error, tas
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.engine import Engine
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.pipelines.guidance import expert_at
@@ -84,6 +85,33 @@ def test_pipeline_parity(beside_diffusers, height, width, frames, steps, guidanc
     assert relative_error(latent, theirs) < 1e-3
     assert video.shape == frames_there.shape
     assert psnr(video, frames_there) >= 50
+
+
+def test_a_callback_that_changes_latents_is_diffusers(tiny_folder, tmp_path):
+    """The same callback there and here, with a solver that remembers what came before."""
+    from diffusers import WanPipeline
+
+    pipeline = WanPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    sizes = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 6, "guidance_scale": 5.0}
+    seen = {"ours": [], "theirs": []}
+
+    def callback(who):
+        def change(_, step, timestep, given):
+            seen[who].append((step, float(timestep), given["latents"]))
+            return {"latents": given["latents"] * 0.7} if step in (1, 4) else given
+
+        return change
+
+    noise = torch.Generator("cpu").manual_seed(8)
+    hook = callback("theirs")
+    pipeline(CAT, "", generator=noise, output_type="latent", callback_on_step_end=hook, **sizes)
+    with Engine(config_for(tiny_folder, tmp_path)) as engine:
+        engine.generate(CAT, negative_prompt="", seed=8, callback_on_step_end=callback("ours"), **sizes)
+    for (step, timestep, ours), (step_there, timestep_there, theirs) in zip(*seen.values(), strict=True):
+        assert step == step_there and timestep == pytest.approx(timestep_there)
+        assert relative_error(ours, theirs) < 1e-4
+    assert len(seen["ours"]) == 6
 
 
 def test_expert_switch_is_diffusers(experts, two_experts_folder):

@@ -1,0 +1,74 @@
+"""What a caller wants to hear of a task while it runs. It lies beside the task, for a task is plain data.
+
+Knows functions and what they may give back; not who keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from chitu_diffusion.errors import UsageError
+from chitu_diffusion.task import DiffusionTask
+
+if TYPE_CHECKING:
+    from chitu_diffusion.media.video import Frames
+
+StepEnd = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
+"""(engine, step from 0, timestep, {"latents": [1, C, T, H, W], "task": ...}) -> None, or {"latents": ...} for
+the next step to start from. diffusers' `callback_on_step_end`."""
+
+
+@dataclass(frozen=True)
+class TaskHooks:
+    """What to call.
+
+    Attributes:
+        on_step_end: (step, timestep, {"latents": ..., "task": ...}) after each denoising step.
+        on_video: (frames uint8 [T, H, W, 3], recipe) on rank 0, once the video is decoded. Where it is there,
+            a task without a path writes no file.
+    """
+
+    on_step_end: Callable[[int, float, dict[str, Any]], Mapping[str, Any] | None] | None = None
+    on_video: Callable[[Frames, Mapping[str, Any]], None] | None = None
+
+    def latent_after(
+        self, task: DiffusionTask, step: int, timestep: float, latent: Tensor, *, world: int
+    ) -> Tensor:
+        """The latent that the next step starts from: the one that it was given, or what the hook gives.
+
+        Args:
+            step, timestep: of the step that was taken.
+            latent: after it, [1, C, T, H, W] float32.
+            world: ranks; only rank 0 has hooks.
+
+        Raises:
+            UsageError: something else than latents of that shape, or latents where several ranks share the
+                work.
+        """
+        if self.on_step_end is None:
+            return latent
+        answer = self.on_step_end(step, timestep, {"latents": latent, "task": task})
+        if answer is None:
+            return latent
+        given = answer.get("latents", latent) if isinstance(answer, Mapping) else answer
+        if given is latent:
+            return latent
+        if not isinstance(given, Tensor) or given.shape != latent.shape:
+            what = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise UsageError(
+                f"callback_on_step_end gave {what}: return None, or {{'latents': tensor}} of shape "
+                f"{list(latent.shape)}",
+                field="callback_on_step_end",
+            )
+        if world > 1:
+            raise UsageError(
+                f"callback_on_step_end gave latents on one of {world} ranks, and the others keep the old: "
+                "return None, or run on one rank",
+                field="callback_on_step_end",
+            )
+        return given.to(latent.device, torch.float32)
