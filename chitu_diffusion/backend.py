@@ -122,7 +122,7 @@ class DiffusionBackend:
             self.device,
             attended or self.dtype,
             spec.transformers[0].attention_head_dim,
-            needs_lse=self.groups.plan.ring > 1,
+            for_ring=self.groups.plan.ring > 1,
             folder=cache_dir(),
             all_reduce_max=self.groups.all_reduce_max if self.groups.plan.world > 1 else None,
             is_driver=self.groups.rank == 0,

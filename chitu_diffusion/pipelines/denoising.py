@@ -9,6 +9,7 @@ two guidance branches, stacked along the batch: the prompt's first.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -118,22 +119,35 @@ def denoise(
         yield Step(chosen, latent, state, check)
 
 
-def predictor(backend: DiffusionBackend, text: TextConditioning) -> Predict:
-    """What `denoise` asks where nothing is cached."""
+def predictor(backend: DiffusionBackend, text: TextConditioning, num_steps: int | None = None) -> Predict:
+    """What `denoise` asks where nothing is cached.
+
+    Args:
+        num_steps: of the whole, of which the first call is the first; None tells the attention no step.
+    """
+    steps = itertools.count()
 
     def predict(latent: Tensor, timestep: Tensor, expert: int, branches: tuple[int, ...]) -> Tensor:
-        return predict_velocity(backend, latent, text, timestep, expert=expert, branches=branches)
+        step = None if num_steps is None else next(steps)
+        return predict_velocity(
+            backend, latent, text, timestep, expert=expert, branches=branches, step=step, num_steps=num_steps
+        )
 
     return predict
 
 
 def cached_predictor(
-    backend: DiffusionBackend, text: TextConditioning, step_idx: int, probe: Probe | None = None
+    backend: DiffusionBackend,
+    text: TextConditioning,
+    step_idx: int,
+    num_steps: int | None = None,
+    probe: Probe | None = None,
 ) -> Predict:
     """What `denoise` asks at one step of the task that the cache manager is bound to.
 
     Args:
         step_idx: of the task, from 0.
+        num_steps: of the task; None where nobody knows.
         probe: is told of every forward.
     """
     manager = backend.flexcache_manager
@@ -146,7 +160,15 @@ def cached_predictor(
         def compute(some: tuple[int, ...]) -> Tensor:
             with nullcontext() if probe is None else probe.forward(latent, some):
                 return predict_velocity(
-                    backend, latent, text, timestep, expert=expert, branches=some, cache_for=cache_for
+                    backend,
+                    latent,
+                    text,
+                    timestep,
+                    expert=expert,
+                    branches=some,
+                    cache_for=cache_for,
+                    step=step_idx,
+                    num_steps=num_steps,
                 )
 
         return manager.velocity(step_idx, latent, branches, compute)
@@ -168,6 +190,8 @@ def predict_velocity(
     expert: int,
     branches: tuple[int, ...] = (0, 1),
     cache_for: CacheFor = uncached,
+    step: int | None = None,
+    num_steps: int | None = None,
 ) -> Tensor:
     """The velocities of some guidance branches, [branches * B, C, T, H, W], branch by branch, the same on
     every rank.
@@ -180,6 +204,8 @@ def predict_velocity(
         expert: index into the model pool.
         branches: which of `text`'s branches run; those that `text` lacks are left out.
         cache_for: see `CacheFor`.
+        step, num_steps: the task's step, from 0, and how many it has, for the attention; None where nobody
+            knows.
     """
     text = TextConditioning(text) if isinstance(text, Tensor) else text
     if len(text) > 2:
@@ -201,7 +227,7 @@ def predict_velocity(
     found = []
     for some in _as_batches(backend, latent, own):
         embedded = model.embed(latent, time, text.kv_for(model, expert, some, latent.shape[0]))
-        embedded = replace(embedded, start=embedded.start or start)
+        embedded = replace(embedded, start=embedded.start or start, step=step, num_steps=num_steps)
         found.append(_forward(backend, embedded, expert, cache_for(some)))
     return all_branches(found[0] if len(found) == 1 else torch.cat(found), len(asked), group)
 
