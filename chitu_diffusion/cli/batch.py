@@ -157,7 +157,7 @@ def _summary(rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask]
 def is_done(row: Row, model: str, config: EngineConfig) -> bool:
     """Whether the row's file is there, of the same model, and its recipe agrees with row and settings."""
     from chitu_diffusion.media.reading import read_recipe
-    from chitu_diffusion.pipelines.recipe import quant_of
+    from chitu_diffusion.pipelines.recipe import attn_schedule_of, quant_of
 
     if not Path(row.path).exists():
         return False
@@ -173,6 +173,7 @@ def is_done(row: Row, model: str, config: EngineConfig) -> bool:
     kernel = config.infer.attn_type
     if (
         recipe.get("quant") != quant_of(config)
+        or recipe.get("attn_schedule") != attn_schedule_of(config)
         or not isinstance(sampler, dict)
         or sampler.get("name") != config.infer.sampler
     ):

@@ -26,7 +26,7 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import CannotResumeError
 from chitu_diffusion.flexcache.registry import emptied
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
-from chitu_diffusion.pipelines.recipe import device_name, quant_of
+from chitu_diffusion.pipelines.recipe import attn_schedule_of, device_name, quant_of
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, Resumed, TaskBuffer, TaskStatus
 
 FORMAT = 1
@@ -153,6 +153,7 @@ def fingerprint_of(backend: DiffusionBackend) -> dict[str, dict[str, Any]]:
             "shift": backend.sampler.shift,
             "dtype": str(backend.dtype).removeprefix("torch."),
             "quant": quant_of(backend.args),
+            "attention schedule": attn_schedule_of(backend.args),
         },
         "should": {
             "device": device_name(backend.device),

@@ -287,7 +287,7 @@ def _forward(backend: DiffusionBackend, embedded: BlockInputs, expert: int, cach
     blocks = backend.offload.prefetched_blocks(expert_part(expert))
     own, shards = _own_tokens(backend, embedded)
     groups = backend.groups
-    attention = sharded_attention(backend.attn_backend, groups.ulysses, groups.ring, shards.lengths)
+    attention = sharded_attention(backend.attention, groups.ulysses, groups.ring, shards.lengths)
     tokens = model.run_blocks(own, attention=attention, cache=cache, blocks=blocks)
     return _whole(backend, model, tokens, own, shards)
 

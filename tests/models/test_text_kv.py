@@ -354,7 +354,7 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
         groups=ProcessGroups(),
         sampler=Sampler(name, {"flow_shift": 3.0}),
         model_pool=[network],
-        attn_backend=sdpa,
+        attention=sdpa,
         choose_attention=lambda tokens, expert: None,
         set_precision=lambda expert, timestep: False,
         compile_note=lambda: None,
