@@ -3,28 +3,36 @@
     python -m benchmarks.fidelity                             # on the GPU, 8 prompts, about 60 s
     python -m benchmarks.fidelity --prompts 32                # narrower intervals
     python -m benchmarks.fidelity --small --device cpu        # does it work?
+    python -m benchmarks.fidelity --device cpu --ways ^fa3_fp8    # 8-bit attention from when on, emulated
 
 For each way of computing: the relative error of one forward's velocity (norm of the difference over norm) on
 latents of the reference's own path, PSNR of whole videos against the reference's with the same seed, and
 adherence by the judge. One table; its noise floor is the PSNR between two exact 16-bit kernels, neither of
 which is the truth: a way of computing that lies no further from float32 than exact kernels lie from each
 other cannot be told from them.
+
+On a CPU `fa3_fp8` is emulated: the numbers that it has on a GPU, and all around it in float32, so that
+nothing else is between its videos and the reference's.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from statistics import mean
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from benchmarks.measuring import relative_error
 from benchmarks.report import Report, Section, parser, report_for, run_sections
+from chitu_diffusion.attention import KERNELS
+from chitu_diffusion.attention.requirements import Requirements
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import UsageError
@@ -41,6 +49,7 @@ from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 EXACT = "exact"
 LOSSY = "8 bits"
 REFERENCE = "float32 math"
+_EMULATED = "fa3_fp8"
 _ALL = {"quant": "fp8", "quant_keep": "", "quant_from": 0.0}  # no layer and no step in 16 bits
 WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     REFERENCE: (EXACT, {"dtype": "float32", "attn_type": "math", "fused": False}),
@@ -53,6 +62,14 @@ WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "fp8 linears": (LOSSY, {"dtype": "bfloat16", "attn_type": "sdpa", "quant": "fp8"}),
     "fp8 linears, every layer and step": (LOSSY, {"dtype": "bfloat16", "attn_type": "sdpa", **_ALL}),
     "fa3_fp8 attention": (LOSSY, {"dtype": "bfloat16", "attn_type": "fa3_fp8"}),
+    "fa3_fp8 attention after 25 % of the steps": (
+        LOSSY,
+        {"dtype": "bfloat16", "attn_type": "sdpa", "attn_schedule": "fa3_fp8@25%"},
+    ),
+    "fa3_fp8 attention after 50 % of the steps": (
+        LOSSY,
+        {"dtype": "bfloat16", "attn_type": "sdpa", "attn_schedule": "fa3_fp8@50%"},
+    ),
     "sage attention": (LOSSY, {"dtype": "bfloat16", "attn_type": "sage"}),
     "fp8 linears, fa3_fp8 attention": (LOSSY, {"dtype": "bfloat16", "attn_type": "fa3_fp8", "quant": "fp8"}),
     "fp8 linears, every layer and step, fa3_fp8 attention": (
@@ -73,6 +90,8 @@ class PathPoint:
     embeddings: Tensor
     timestep: Tensor
     velocity: Tensor
+    step: int
+    num_steps: int
 
 
 @dataclass
@@ -106,6 +125,8 @@ class Fidelity:
     def way(self, name: str, report: Report) -> None:
         """All of one way's videos and its row."""
         kind, settings = WAYS[name]
+        if self.device == "cpu" and _EMULATED in name:
+            settings = {**settings, "dtype": "float32"}
         try:
             backend = DiffusionBackend(
                 EngineConfig(models={"name": TINY}, infer={"device": self.device, **settings})
@@ -156,9 +177,9 @@ class Fidelity:
             if task.current_step in wanted and state is not None and latent is not None:
                 embeddings = both_branches(generator, prompt)
                 timestep = sampler.timestep(state)
-                found.append(
-                    PathPoint(latent, embeddings, timestep, velocity(backend, latent, embeddings, timestep))
-                )
+                place = (task.current_step, task.num_inference_steps)
+                answer = velocity(backend, latent, embeddings, timestep, *place)
+                found.append(PathPoint(latent, embeddings, timestep, answer, *place))
             generator.generate_step(task)
             if task.error is not None:
                 raise task.error
@@ -171,7 +192,9 @@ class Fidelity:
         errors = []
         for moment in self.moments:
             embeddings = moment.embeddings.to(backend.device)
-            answer = velocity(backend, moment.latent.to(backend.device), embeddings, moment.timestep)
+            latent = moment.latent.to(backend.device)
+            place = (moment.step, moment.num_steps)
+            answer = velocity(backend, latent, embeddings, moment.timestep, *place)
             errors.append(relative_error(answer, moment.velocity))
         decibels = [psnr(a, b) for a, b in zip(outcome.videos, self.outcomes[REFERENCE].videos, strict=True)]
         return {
@@ -209,11 +232,15 @@ def both_branches(generator: Generator, prompt: str) -> Tensor:
     return generator.encode_text([prompt, generator.backend.spec.defaults.negative_prompt])
 
 
-def velocity(backend: DiffusionBackend, latent: Tensor, embeddings: Tensor, timestep: Tensor) -> Tensor:
-    """Both branches' [2, C, T, H, W]."""
+def velocity(
+    backend: DiffusionBackend, latent: Tensor, embeddings: Tensor, timestep: Tensor, step: int, num_steps: int
+) -> Tensor:
+    """Both branches' [2, C, T, H, W], at a step of so many."""
     with torch.no_grad():
         text = PreparedConditioning(embeddings.to(latent.device))
-        return denoising.predict_velocity(backend, latent, text, timestep, expert=0)
+        return denoising.predict_velocity(
+            backend, latent, text, timestep, expert=0, step=step, num_steps=num_steps
+        )
 
 
 def main(words: list[str] | None = None) -> Report:
@@ -221,10 +248,10 @@ def main(words: list[str] | None = None) -> Report:
     options = parser(__doc__)
     options.add_argument("--prompts", type=int, default=8, help="held-out ones, 1 to 64")
     options.add_argument(
-        "--ways", default="", metavar="WORD", help="only those with this in their name, and the reference"
+        "--ways", default="", metavar="REGEX", help="only those in whose name it is, and the reference"
     )
     asked = options.parse_args(words)
-    if not any(asked.ways in name for name in WAYS if name != REFERENCE):
+    if not any(re.search(asked.ways, name) for name in WAYS if name != REFERENCE):
         raise SystemExit(f"--ways {asked.ways}: in no way's name; there are: {'; '.join(WAYS)}")
     torch.backends.cudnn.allow_tf32 = False  # the reference's convolutions too are float32
     try:
@@ -237,10 +264,15 @@ def main(words: list[str] | None = None) -> Report:
     sections = [
         Section(name, WAYS[name][0], estimate, partial(found.way, name))
         for name in WAYS
-        if name == REFERENCE or asked.ways in name
+        if name == REFERENCE or re.search(asked.ways, name)
     ]
     sections.append(Section("noise floor", "exact kernels against each other", 0.0, found.noise_floor))
-    run_sections(sections, report, budget=asked.budget)
+    lent = {}
+    if asked.device == "cpu":
+        lent[_EMULATED] = replace(KERNELS[_EMULATED], requires=Requirements())
+        report.note(f"{_EMULATED} is emulated on the CPU, and all around it is float32")
+    with patch.dict(KERNELS, lent):
+        run_sections(sections, report, budget=asked.budget)
     print(*report.write(), sep="\n")
     return report
 

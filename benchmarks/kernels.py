@@ -239,11 +239,11 @@ def float8_steps(trial: AttentionTrial, shape: Shape, report: Report) -> None:
 def automatic(trial: AttentionTrial, shapes: tuple[Shape, ...], report: Report) -> None:
     """What "auto" takes, with and without the log-sum-exp, and how long it takes to find out."""
     for shape in shapes:
-        for needs_lse in (False, True):
+        for for_ring in (False, True):
             place = (trial.device, trial.dtype, shape.head_dim)
             began = time.perf_counter()
-            kernel = KernelAutotuner("auto", *place, needs_lse=needs_lse).for_shape(shape)
-            row = {"shape": title(shape), "with_lse": needs_lse, "chosen": kernel.name}
+            kernel = KernelAutotuner("auto", *place, for_ring=for_ring).for_shape(shape)
+            row = {"shape": title(shape), "with_lse": for_ring, "chosen": kernel.name}
             report.add("What auto chooses", {**row, "ms": (time.perf_counter() - began) * 1e3})
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from chitu_diffusion.attention import AttentionKernel
+from chitu_diffusion.attention import AttentionKernel, attention_kernel
 from chitu_diffusion.attention.autotune import KernelAutotuner, Shape
-from chitu_diffusion.config import EngineConfig, cache_dir, keep_compiled_code
+from chitu_diffusion.attention.scheduled import scheduled
+from chitu_diffusion.config import AttnSchedule, EngineConfig, cache_dir, keep_compiled_code
 from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.calibration import Calibration
@@ -124,10 +125,23 @@ class DiffusionBackend:
             self.device,
             attended or self.dtype,
             spec.transformers[0].attention_head_dim,
-            needs_lse=self.groups.plan.ring > 1,
+            for_ring=self.groups.plan.ring > 1,
             folder=cache_dir(),
             all_reduce_max=self.groups.all_reduce_max if self.groups.plan.world > 1 else None,
             is_driver=self.groups.rank == 0,
+        )
+        self._schedule = AttnSchedule.from_text(self.args.infer.attn_schedule)
+        self._late = (
+            None
+            if self._schedule is None
+            else attention_kernel(
+                self._schedule.kernel,
+                for_ring=self.groups.plan.ring > 1,
+                device=self.device,
+                dtype=attended or self.dtype,
+                head_dim=spec.transformers[0].attention_head_dim,
+                setting="infer.attn_schedule",
+            )
         )
         self.flexcache_manager = FlexCacheManager(self.groups.all_reduce_max)
         if self.args.infer.threads is not None:
@@ -184,6 +198,13 @@ class DiffusionBackend:
     @attn_backend.setter
     def attn_backend(self, kernel: AttentionKernel) -> None:
         self._attention.pin(kernel)
+
+    @property
+    def attention(self) -> AttentionKernel:
+        """What forwards attend with: `attn_backend`, and late in a task `infer.attn_schedule`'s kernel."""
+        if self._schedule is None or self._late is None:
+            return self.attn_backend
+        return scheduled(self.attn_backend, self._late, self._schedule.begins)
 
     def choose_attention(self, tokens: int, expert: int = 0) -> None:
         """Let `attn_backend` be right for forwards over `tokens` tokens, shared by all ranks; every rank must

@@ -7,15 +7,18 @@ loads no tensors. Order of precedence, weakest first: defaults, a TOML file, `CH
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import tomllib
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from chitu_diffusion.errors import UsageError, nearest
 from chitu_diffusion.sampling.registry import AUTO, SAMPLER_HELP, SOLVERS
@@ -43,6 +46,54 @@ class Settings(BaseModel):
             super().__setattr__(name, value)
         except ValidationError as error:
             raise usage_error(type(self), error) from None
+
+
+@dataclass(frozen=True)
+class AttnSchedule:
+    """A kernel that takes over the self-attention late in a task, as `infer.attn_schedule` says it.
+
+    Attributes:
+        kernel: its name.
+        after: so many steps run before, of a task's steps of all stages.
+        of_share: whether `after` is a share of the task's steps, 0 to 1.
+    """
+
+    kernel: str
+    after: Fraction
+    of_share: bool
+
+    @classmethod
+    def from_text(cls, text: str | None) -> AttnSchedule | None:
+        """`sage@10`: after 10 steps; `fa3_fp8@25%`: after a quarter of them; None: None.
+
+        Raises:
+            ValueError: another text.
+        """
+        if text is None:
+            return None
+        found = re.fullmatch(
+            r"(?P<kernel>[\w-]+)@(?P<after>[0-9]+(?:\.[0-9]+)?)(?P<percent>%?)", text.strip()
+        )
+        of_share = found is not None and bool(found["percent"])
+        after = Fraction(0) if found is None else Fraction(found["after"]) / (100 if of_share else 1)
+        if found is None or (after > 1 if of_share else after.denominator > 1) or found["kernel"] == "auto":
+            raise ValueError(
+                "use KERNEL@STEPS or KERNEL@PERCENT%, such as fa3_fp8@10 (attn_type for 10 steps, then "
+                "fa3_fp8) or fa3_fp8@25%"
+            )
+        return cls(found["kernel"], after, of_share)
+
+    def begins(self, num_steps: int | None) -> int | None:
+        """The kernel's first step, from 0, in a task of so many; None for a share of a number not known."""
+        if not self.of_share:
+            return int(self.after)
+        return None if num_steps is None else math.ceil(self.after * num_steps)
+
+    def describe(self, num_steps: int) -> str:
+        """In words, for a task of so many steps."""
+        first = self.begins(num_steps) or 0
+        never = "" if first < num_steps else ": never reached"
+        return f"{self.kernel} attention after {first} of {num_steps} steps{never}"
 
 
 class ModelSettings(Settings):
@@ -77,6 +128,13 @@ class InferSettings(Settings):
 
     diffusion: DiffusionSettings = Field(default_factory=DiffusionSettings)
     attn_type: str = Field("auto", description="attention kernel; 'auto' is the fastest exact one")
+    attn_schedule: str | None = Field(
+        None,
+        description=(
+            "another attention kernel for a task's later steps: sage@10 after 10 steps, fa3_fp8@25% after a "
+            "quarter of them; lossy where the kernel is"
+        ),
+    )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of weights and matrix products; auto: float32 on CPU, bfloat16 on a GPU"
@@ -109,6 +167,12 @@ class InferSettings(Settings):
     sampler: SamplerName = Field(
         AUTO, description=f"solver of the flow's equation; {AUTO}: the model's own; {SAMPLER_HELP}"
     )
+
+    @field_validator("attn_schedule")
+    @classmethod
+    def _has_schedule(cls, text: str | None) -> str | None:
+        AttnSchedule.from_text(text)
+        return text
 
 
 class OutputSettings(Settings):
@@ -196,7 +260,8 @@ def usage_error(branch: type[BaseModel], error: ValidationError) -> UsageError:
         if _RENAMED.get(path[-1]) in owner.model_fields:
             return UsageError(f"setting '{name}' is called '{_RENAMED[path[-1]]}' now", field=name)
         return UsageError(f"unknown setting '{name}'.{nearest(path[-1], owner.model_fields)}", field=name)
-    return UsageError(f"{name} = {first['input']!r}: {first['msg']}", field=name)
+    said = first["msg"].removeprefix("Value error, ")  # pydantic's, before what a check of ours says
+    return UsageError(f"{name} = {first['input']!r}: {said}", field=name)
 
 
 def _branch_of(owner: type[BaseModel], name: str) -> type[BaseModel] | None:

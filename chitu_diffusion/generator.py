@@ -69,7 +69,8 @@ class Generator:
         text = PreparedConditioning(embeddings.to(self.backend.device))
         latent = latent.to(self.backend.device, torch.float32)
         state = self.backend.sampler.begin(num_steps, seed=seed)
-        for step in denoise(self.backend, latent, state, scales, predictor(self.backend, text)):
+        predict = predictor(self.backend, text, num_steps)
+        for step in denoise(self.backend, latent, state, scales, predict):
             latent = step.latent
         return latent
 

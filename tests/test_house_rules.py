@@ -22,8 +22,8 @@ MOST_TOP_MODULES = 10
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
     "": 2250,
-    "attention": 2000,
-    "cli": 2780,
+    "attention": 2050,
+    "cli": 2800,
     "distributed": 1850,
     "evaluation": 2100,
     "executor": 1390,
@@ -32,7 +32,7 @@ BUDGETS = {
     "memory": 550,
     "models": 3550,
     "ops": 1800,
-    "pipelines": 2000,
+    "pipelines": 2040,
     "sampling": 840,
     "task": 800,
     "weights": 640,

@@ -142,7 +142,7 @@ class ModelSections:
     def overlap(self) -> dict[str, Any]:
         """A hop of the ring: its kernel, its transfer, and both at once."""
         groups = self.ranks.layout(plan_for(self.ranks.world, self.heads, cp=self.ranks.world, ulysses=1))
-        kernel = self._kernel(self.kernel_names[1], needs_lse=True)
+        kernel = self._kernel(self.kernel_names[1], for_ring=True)
         works = ring_hop(self.work, groups, kernel)
         return {"kernel": kernel.name, **{name: self.ranks.each(work) for name, work in works.items()}}
 
@@ -189,8 +189,8 @@ class ModelSections:
         """Times of the pieces of a forward, for every shape that the simulation asks for."""
         attention, rows = needed_shapes(self.heads, self.work.case.tokens)
         chosen = [
-            self._kernel(name, needs_lse=needs_lse)
-            for name, needs_lse in zip(self.kernel_names, (False, True), strict=True)
+            self._kernel(name, for_ring=for_ring)
+            for name, for_ring in zip(self.kernel_names, (False, True), strict=True)
         ]
         found = []
         for what, work in pieces(self.work, attention, rows, *chosen):
@@ -213,11 +213,11 @@ class ModelSections:
         several = round(LONG / took) or 1
         return self.ranks.timed(lambda: [work() for _ in range(several)], 1)["seconds"] / several, False
 
-    def _kernel(self, name: str, *, needs_lse: bool) -> AttentionKernel:
+    def _kernel(self, name: str, *, for_ring: bool) -> AttentionKernel:
         """A kernel by name, or the first that this device offers."""
         head_dim = self.work.case.config.attention_head_dim
         place = {"device": self.work.device, "dtype": self.work.dtype, "head_dim": head_dim}
-        return attention_kernel(name, needs_lse=needs_lse, **place)
+        return attention_kernel(name, for_ring=for_ring, **place)
 
     def _timed(self, work: Callable[[], Tensor]) -> tuple[dict[str, Any], Tensor]:
         """Times of a step, and the velocities of the last."""

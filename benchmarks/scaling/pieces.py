@@ -19,7 +19,8 @@ from benchmarks.measuring import Span, busy_ms, kernel_spans
 from benchmarks.networks import Workload, random_transformer
 from benchmarks.scaling.links import from_the_one_before
 from benchmarks.scaling.ranks import Work
-from chitu_diffusion.attention import AttentionKernel
+from chitu_diffusion.attention import AttentionContext, AttentionKernel
+from chitu_diffusion.attention.kernels import NOWHERE
 from chitu_diffusion.distributed.collectives import RecvBuffer
 from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.distributed.ulysses import ulysses
@@ -105,17 +106,17 @@ def pieces(
         cos, sin = (part[:own] for part in whole.rope)
         part = replace(whole, tokens=whole.tokens[:, :own], rope=(cos, sin))
         # the self-attention gives its queries back: everything else of a block is in this
-        rest = partial(network.run_blocks, part, attention=lambda q, k, v: q)
+        rest = partial(network.run_blocks, part, attention=lambda q, k, v, where: q)
         yield {"kind": "rest", "tokens": own}, rest
     for own, degree in rows:
         if degree > 1:
             pack = ulysses(_nothing, Elsewhere(degree), [own] * degree)  # type: ignore[arg-type]
             what = {"kind": "pack", "tokens": own, "ulysses": degree}
-            yield what, partial(pack, *heads_of(work, own))
+            yield what, partial(pack, *heads_of(work, own), NOWHERE)
     yield {"kind": "ends", "tokens": work.case.tokens}, lambda: ends(network, work, text)
 
 
-def _nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _nothing(q: Tensor, k: Tensor, v: Tensor, where: AttentionContext) -> Tensor:
     """An attention that takes no time and gives a result as kernels lay it out."""
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 

@@ -5,12 +5,13 @@ import torch
 from chitu_diffusion.attention.fa3 import fa3
 from chitu_diffusion.attention.flash import cudnn, flash, fused
 from chitu_diffusion.attention.fp8 import fa3_fp8
-from chitu_diffusion.attention.kernels import AttentionFn, AttentionKernel, math, sdpa
+from chitu_diffusion.attention.kernels import AttentionContext, AttentionFn, AttentionKernel, math, sdpa
 from chitu_diffusion.attention.sage import sage
 from chitu_diffusion.errors import UsageError, nearest
 
 __all__ = [
     "KERNELS",
+    "AttentionContext",
     "AttentionFn",
     "AttentionKernel",
     "attention_kernel",
@@ -24,7 +25,7 @@ KERNELS: dict[str, AttentionKernel] = {
     kernel.name: kernel for kernel in (fa3, cudnn, flash, sdpa, fused, math, fa3_fp8, sage)
 }
 """Every kernel, the fastest exact ones first."""
-_FIELD = "infer.attn_type"
+_SETTING = "infer.attn_type"
 
 
 def candidates(
@@ -32,20 +33,20 @@ def candidates(
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
     *,
-    needs_lse: bool = False,
+    for_ring: bool = False,
 ) -> list[AttentionKernel]:
     """What "auto" may take there: the exact kernels that contend for being the fastest, or else the first
     that runs.
 
     Args:
         device, dtype, head_dim: of q, k and v; None is not asked.
-        needs_lse: whether they must give the log-sum-exp, as ring attention needs.
+        for_ring: whether ring attention must be able to use them.
     """
     able = [
         kernel
         for kernel in KERNELS.values()
         if kernel.exact
-        and (kernel.gives_lse or not needs_lse)
+        and (kernel.supports_ring or not for_ring)
         and kernel.why_unavailable(device, dtype, head_dim) is None
     ]
     return [kernel for kernel in able if kernel.autotuned] or able[:1]
@@ -54,44 +55,49 @@ def candidates(
 def attention_kernel(
     name: str = "auto",
     *,
-    needs_lse: bool = False,
+    for_ring: bool = False,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
+    setting: str = _SETTING,
 ) -> AttentionKernel:
     """The kernel called `name`; "auto" is an exact one, never a lossy one (`autotune` finds the fastest for a
     shape).
 
     Args:
         name: of `KERNELS`, or "auto".
-        needs_lse: whether it must give the log-sum-exp, as ring attention needs.
+        for_ring: whether ring attention must be able to use it.
         device: where it is to run; None is the CPU for "auto" and not asked for a name.
         dtype, head_dim: of q, k and v; None is not asked.
+        setting: that names it, for error messages.
 
     Raises:
-        UsageError: no kernel has that name; names the nearest. Or it does not give the log-sum-exp, or cannot
+        UsageError: no kernel has that name; names the nearest. Or ring attention cannot use it, or it cannot
             run there.
     """
     if name == "auto":
-        return candidates(device or torch.device("cpu"), dtype, head_dim, needs_lse=needs_lse)[0]
+        return candidates(device or torch.device("cpu"), dtype, head_dim, for_ring=for_ring)[0]
+    label = setting.rpartition(".")[2]
+    others = ["auto"] if setting == _SETTING else []
     if name not in KERNELS:
         raise UsageError(
-            f"attn_type = {name!r}: no such kernel.{nearest(name, ['auto', *KERNELS])}", field=_FIELD
+            f"{label} = {name!r}: no such kernel.{nearest(name, [*others, *KERNELS])}", field=setting
         )
     kernel = KERNELS[name]
-    if needs_lse and not kernel.gives_lse:
-        able = ", ".join(["auto", *(each.name for each in KERNELS.values() if each.gives_lse)])
+    why = kernel.why_no_ring if for_ring else None
+    if why is not None:
+        able = ", ".join([*others, *(each.name for each in KERNELS.values() if each.supports_ring)])
         raise UsageError(
-            f"attn_type = {name!r}: ring attention needs a kernel that gives the log-sum-exp; {able} would "
-            "do",
-            field=_FIELD,
+            f"{label} = {name!r}: ring attention cannot use it, for {why}; use {able}, or Ulysses alone",
+            field=setting,
         )
     why = None if device is None else kernel.why_unavailable(device, dtype, head_dim)
     if why is not None:
         assert device is not None
         here = [
-            each.name for each in KERNELS.values() if each.why_unavailable(device, dtype, head_dim) is None
+            each.name
+            for each in KERNELS.values()
+            if each.why_unavailable(device, dtype, head_dim) is None and (each.supports_ring or not for_ring)
         ]
-        here = [each for each in here if KERNELS[each].gives_lse or not needs_lse]
-        raise UsageError(f"attn_type = {name!r}: {why}. Here: {', '.join(['auto', *here])}", field=_FIELD)
+        raise UsageError(f"{label} = {name!r}: {why}. Here: {', '.join([*others, *here])}", field=setting)
     return kernel

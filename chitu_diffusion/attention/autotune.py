@@ -56,7 +56,7 @@ class KernelAutotuner:
     Args:
         name: a kernel's, or "auto".
         device, dtype, head_dim: of q, k and v.
-        needs_lse: whether ring attention will ask for the log-sum-exp.
+        for_ring: whether ring attention will use it, and so ask for the log-sum-exp.
         folder: where answers are kept between runs; None keeps them in memory alone.
         all_reduce_max: a number common to all ranks, the one that the leading rank gives; None for one rank.
         is_driver: whether this rank times for all.
@@ -73,19 +73,17 @@ class KernelAutotuner:
         dtype: torch.dtype,
         head_dim: int | None = None,
         *,
-        needs_lse: bool = False,
+        for_ring: bool = False,
         folder: Path | None = None,
         all_reduce_max: Callable[[float | None], float] | None = None,
         is_driver: bool = True,
         timer: Timer | None = None,
     ) -> None:
-        self.kernel = attention_kernel(
-            name, needs_lse=needs_lse, device=device, dtype=dtype, head_dim=head_dim
-        )
+        self.kernel = attention_kernel(name, for_ring=for_ring, device=device, dtype=dtype, head_dim=head_dim)
         self._automatic = name == "auto"
         self._device = device
         self._dtype = dtype
-        self._needs_lse = needs_lse
+        self._for_ring = for_ring
         self._folder = folder
         self._all_reduce_max = all_reduce_max
         self._is_driver = is_driver
@@ -120,7 +118,7 @@ class KernelAutotuner:
         self._automatic = False
 
     def _agreed(self, shape: Shape) -> AttentionKernel:
-        among = candidates(self._device, self._dtype, shape.head_dim, needs_lse=self._needs_lse)
+        among = candidates(self._device, self._dtype, shape.head_dim, for_ring=self._for_ring)
         if self._all_reduce_max is None:
             return self._fastest(among, shape)
         names = list(KERNELS)
@@ -129,7 +127,7 @@ class KernelAutotuner:
         )
         return attention_kernel(
             names[int(number)],
-            needs_lse=self._needs_lse,
+            for_ring=self._for_ring,
             device=self._device,
             dtype=self._dtype,
             head_dim=shape.head_dim,
@@ -171,7 +169,7 @@ class KernelAutotuner:
         return times
 
     def _time_on_device(self, kernel: AttentionKernel, shape: Shape) -> float:
-        run = kernel.run_with_lse if self._needs_lse else kernel.run
+        run = kernel.run_with_lse if self._for_ring else kernel.run
         assert run is not None
         return time_attention(run, shape, self._device, self._dtype)
 

@@ -8,7 +8,7 @@ call.
 import torch
 from torch import Tensor
 
-from chitu_diffusion.attention.kernels import AttentionKernel
+from chitu_diffusion.attention.kernels import AttentionKernel, dense
 from chitu_diffusion.attention.requirements import Package, Requirements
 from chitu_diffusion.ops.custom_op import operator
 
@@ -48,8 +48,8 @@ def _fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 fa3 = AttentionKernel(
     "fa3",
     exact=True,
-    run=_fa3,
-    run_with_lse=_fa3_with_lse,
+    run=dense(_fa3),
+    run_with_lse=dense(_fa3_with_lse),
     requires=Requirements(
         ("cuda",),
         (torch.bfloat16,),

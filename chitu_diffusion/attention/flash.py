@@ -9,7 +9,7 @@ memory-efficient one also takes float32.
 import torch
 from torch import Tensor
 
-from chitu_diffusion.attention.kernels import AttentionKernel, math
+from chitu_diffusion.attention.kernels import AttentionKernel, dense, math_with_lse
 from chitu_diffusion.attention.requirements import SIXTEEN_BITS, Requirements
 
 _aten = torch.ops.aten
@@ -48,8 +48,7 @@ def _efficient_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
 
 def _fused_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if q.device.type != "cuda":
-        assert math.run_with_lse is not None
-        return math.run_with_lse(q, k, v)
+        return math_with_lse(q, k, v)
     return _flash_with_lse(q, k, v) if q.dtype in SIXTEEN_BITS else _efficient_with_lse(q, k, v)
 
 
@@ -57,12 +56,12 @@ def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _fused_with_lse(q, k, v)[0]
 
 
-fused = AttentionKernel("fused", exact=True, run=_fused, run_with_lse=_fused_with_lse)
+fused = AttentionKernel("fused", exact=True, run=dense(_fused), run_with_lse=dense(_fused_with_lse))
 flash = AttentionKernel(
     "flash",
     exact=True,
-    run=_flash,
-    run_with_lse=_flash_with_lse,
+    run=dense(_flash),
+    run_with_lse=dense(_flash_with_lse),
     requires=Requirements(
         ("cuda",), SIXTEEN_BITS, head_dim_step=8, head_dim_most=256, compute=((8, 0), (99, 9))
     ),
@@ -71,8 +70,8 @@ flash = AttentionKernel(
 cudnn = AttentionKernel(
     "cudnn",
     exact=True,
-    run=_cudnn,
-    run_with_lse=_cudnn_with_lse,
+    run=dense(_cudnn),
+    run_with_lse=dense(_cudnn_with_lse),
     requires=Requirements(
         ("cuda",), SIXTEEN_BITS, head_dim_step=8, head_dim_most=128, compute=((8, 0), (99, 9))
     ),

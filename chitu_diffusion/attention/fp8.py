@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.attention.fa3 import FA3
-from chitu_diffusion.attention.kernels import AttentionKernel
+from chitu_diffusion.attention.kernels import AttentionKernel, dense
 from chitu_diffusion.attention.requirements import Requirements
 from chitu_diffusion.ops.custom_op import operator
 
@@ -300,8 +300,8 @@ def _fa3_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 fa3_fp8 = AttentionKernel(
     "fa3_fp8",
     exact=False,
-    run=_fa3_fp8,
-    run_with_lse=_fa3_fp8_with_lse,
+    run=dense(_fa3_fp8),
+    run_with_lse=dense(_fa3_fp8_with_lse),
     requires=Requirements(
         ("cuda",),
         (torch.bfloat16,),

@@ -1,13 +1,16 @@
 """Attention kernels: each a small value that says what it promises.
 
 A kernel takes q [B, S, H, D] and k, v [B, L, H, D] and returns [B, S, H, D] in q's dtype: softmax(q k^T /
-sqrt(D)) v, with no mask. This file knows tensors only; which kernel a run uses is chosen in
-`chitu_diffusion.attention`, and how a sequence is spread over ranks is composed around a kernel elsewhere.
+sqrt(D)) v, with no mask. It is told where in the network and the task it is called (`AttentionContext`):
+dense kernels ignore that, a sparse one finds its blocks by it. This file knows tensors only; which kernel a
+run uses is chosen in `chitu_diffusion.attention`, and how a sequence is spread over ranks is composed around
+a kernel elsewhere.
 """
 
 import math as arithmetic
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +18,36 @@ from torch import Tensor
 
 from chitu_diffusion.attention.requirements import Requirements
 
-AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-AttentionWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """Where a self-attention is called.
+
+    Attributes:
+        grid: tokens along frames, rows, columns of the whole latent, in which order they run; also where a
+            rank holds a part of them.
+        block: index of the block, from 0.
+        depth: how many blocks there are.
+        step: index of the denoising step in its task, from 0, over all stages of a cascade; None where nobody
+            knows it, as in a forward by hand.
+        num_steps: how many the task has; None likewise.
+    """
+
+    grid: tuple[int, int, int]
+    block: int
+    depth: int
+    step: int | None = None
+    num_steps: int | None = None
+
+
+NOWHERE = AttentionContext(grid=(0, 0, 0), block=0, depth=0)
+"""Of a call outside of a network, as of the attention to a text: only dense kernels can do with it."""
+
+DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionFn = Callable[[Tensor, Tensor, Tensor, AttentionContext], Tensor]
+AttentionWithLse = Callable[[Tensor, Tensor, Tensor, AttentionContext], tuple[Tensor, Tensor]]
 
 # Rows of the score matrix that the reference kernel holds at a time: 1024 x 32,760 keys in float32 is 128 MiB
 # a head.
@@ -30,9 +61,11 @@ class AttentionKernel:
     Attributes:
         name: what settings call it.
         exact: True if it is attention up to rounding in its own dtype; False for 8-bit and sparse kernels.
-        run: (q, k, v) -> out.
-        run_with_lse: (q, k, v) -> (out, lse [B, S, H] float32), or None. Ring attention merges partial
+        run: (q, k, v, where) -> out; of a function of q, k and v `dense` makes one.
+        run_with_lse: (q, k, v, where) -> (out, lse [B, S, H] float32), or None. Ring attention merges partial
             results by the log-sum-exp of the scaled scores and admits only kernels that have it.
+        whole_sequence: whether q, k and v must be all tokens of `where.grid`: of kernels that look at where
+            tokens lie. Under ring attention, which hands over a part of the keys at a time, they cannot run.
         needs: devices, dtypes, head sizes and packages.
         autotuned: whether `auto` times it against others; the rest is what `auto` falls back on, in the
             registry's order.
@@ -42,13 +75,21 @@ class AttentionKernel:
     exact: bool
     run: AttentionFn
     run_with_lse: AttentionWithLse | None = None
+    whole_sequence: bool = False
     requires: Requirements = field(default_factory=Requirements)
     autotuned: bool = False
 
     @property
-    def gives_lse(self) -> bool:
-        """Whether the log-sum-exp can be had."""
-        return self.run_with_lse is not None
+    def why_no_ring(self) -> str | None:
+        """Why ring attention cannot use it; None if it can."""
+        if self.whole_sequence:
+            return "it looks at the whole sequence, of which a ring's ranks hold a part at a time"
+        return None if self.run_with_lse is not None else "it does not give the log-sum-exp"
+
+    @property
+    def supports_ring(self) -> bool:
+        """Whether ring attention can use it."""
+        return self.why_no_ring is None
 
     def why_unavailable(
         self, device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None
@@ -59,9 +100,20 @@ class AttentionKernel:
         unmet = self.requires.unmet(device, dtype, head_dim)
         return None if unmet is None else str(unmet)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, where: AttentionContext = NOWHERE) -> Tensor:
         """Attention of q [B, S, H, D] over k, v [B, L, H, D]; returns [B, S, H, D]."""
-        return self.run(q, k, v)
+        return self.run(q, k, v, where)
+
+
+def dense(
+    attend: Callable[[Tensor, Tensor, Tensor], Result],
+) -> Callable[[Tensor, Tensor, Tensor, AttentionContext], Result]:
+    """A kernel's function of q, k and v, which need not know where it is called."""
+
+    def anywhere(q: Tensor, k: Tensor, v: Tensor, where: AttentionContext = NOWHERE) -> Result:
+        return attend(q, k, v)
+
+    return anywhere
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -108,7 +160,8 @@ def _math_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (scores - lse[..., None]).exp() @ v, lse
 
 
-def _math_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def math_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The reference in plain torch: out [B, S, H, D] and the log-sum-exp of the scaled scores [B, S, H]."""
     q32, k32, v32 = (x.transpose(1, 2).float() for x in (q, k, v))
     parts = [_math_rows(rows, k32, v32) for rows in torch.split(q32, _MATH_ROWS, dim=2)]
     out = torch.cat([part for part, _ in parts], dim=2)  # [B, H, S, D]
@@ -117,8 +170,8 @@ def _math_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _math_with_lse(q, k, v)[0]
+    return math_with_lse(q, k, v)[0]
 
 
-sdpa = AttentionKernel("sdpa", exact=True, run=_sdpa)
-math = AttentionKernel("math", exact=True, run=_math, run_with_lse=_math_with_lse)
+sdpa = AttentionKernel("sdpa", exact=True, run=dense(_sdpa))
+math = AttentionKernel("math", exact=True, run=dense(_math), run_with_lse=dense(math_with_lse))

@@ -8,7 +8,7 @@ mean.
 import torch
 from torch import Tensor
 
-from chitu_diffusion.attention.kernels import AttentionKernel
+from chitu_diffusion.attention.kernels import AttentionKernel, dense
 from chitu_diffusion.attention.requirements import SIXTEEN_BITS, Package, Requirements
 from chitu_diffusion.ops.custom_op import operator
 
@@ -60,8 +60,8 @@ def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 sage = AttentionKernel(
     "sage",
     exact=False,
-    run=_sage,
-    run_with_lse=_sage_with_lse,
+    run=dense(_sage),
+    run_with_lse=dense(_sage_with_lse),
     requires=Requirements(
         ("cuda",), SIXTEEN_BITS, head_dim_step=8, head_dim_most=128, compute=((8, 0), (99, 9)), package=SAGE
     ),

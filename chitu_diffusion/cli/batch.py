@@ -159,7 +159,7 @@ def _summary(rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask]
 def is_done(row: Row, spec: ModelSpec, config: EngineConfig) -> bool:
     """Whether the row's file is there, of the same model, and its recipe agrees with row and settings."""
     from chitu_diffusion.media.reading import read_recipe
-    from chitu_diffusion.pipelines.recipe import quant_of
+    from chitu_diffusion.pipelines.recipe import attn_schedule_of, quant_of
     from chitu_diffusion.sampling.noise_levels import levels_as_lists
 
     if not Path(row.path).exists():
@@ -177,6 +177,7 @@ def is_done(row: Row, spec: ModelSpec, config: EngineConfig) -> bool:
     kernel = config.infer.attn_type
     if (
         recipe.get("quant") != quant_of(config)
+        or recipe.get("attn_schedule") != attn_schedule_of(config)
         or not isinstance(sampler, dict)
         or any(sampler.get(key) != value for key, value in asked.items())
     ):

@@ -148,7 +148,7 @@ def _attention() -> Iterator[Finding]:
     automatic = {kernel.name for kernel in candidates(device, dtype)}
     for name, kernel in KERNELS.items():
         about = ("exact" if kernel.exact else "lossy, by name only") + (
-            ", for ring attention too" if kernel.gives_lse else ""
+            ", for ring attention too" if kernel.supports_ring else ""
         )
         if name in automatic:
             about += ", the automatic choice" if len(automatic) == 1 else ", timed by auto"

@@ -68,15 +68,18 @@ def print_plan(
     config: EngineConfig, model: FoundModel, tasks: Sequence[DiffusionTask], *, as_json: bool
 ) -> int:
     """Print what would be made of resolved tasks, and make nothing."""
+    from chitu_diffusion.config import AttnSchedule
+
     spec = model.spec
     folder = model.required().path
     level = config.infer.diffusion.low_mem_level
     plans = [plan_of(spec, task.resolved or task.params) for task in tasks]
     quant = config.infer.quant
+    schedule = AttnSchedule.from_text(config.infer.attn_schedule)
     device = config.infer.device
     if as_json:
         about = {"model": spec.name, "folder": folder, "device": device, "low_mem_level": level}
-        emit("plan", **about, quant=quant, tasks=plans)
+        emit("plan", **about, quant=quant, attn_schedule=config.infer.attn_schedule, tasks=plans)
         return 0
     say(f"model   {spec.name} in {folder}")
     say(
@@ -88,13 +91,14 @@ def print_plan(
         kept = config.infer.quant_keep or "none"
         say(f"quant   {quant} linear layers after {share} of the steps (kept in 16 bits: {kept}); lossy")
     for plan in plans:
+        late = "" if schedule is None else f", {schedule.describe(plan['num_inference_steps'])}"
         say(
             f"video   {quoted(plan['prompt'])}\n"
             f"        {plan['width']}x{plan['height']}, {plan['num_frames']} frames at {plan['fps']} fps "
             f"({plan['seconds_of_video']:g} s), {plan['tokens']} tokens\n"
             f"        {plan['num_inference_steps']} steps, guidance {plan['guidance_scale']}, seed "
             f"{plan['seed']}, "
-            f"cache {plan['flexcache'] or 'none'}\n"
+            f"cache {plan['flexcache'] or 'none'}{late}\n"
             f"        to {plan['save_path']}"
         )
     say("nothing was made (--dry-run)")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from chitu_diffusion.attention.kernels import AttentionFn, AttentionKernel
+from chitu_diffusion.attention.kernels import AttentionContext, AttentionFn, AttentionKernel
 from chitu_diffusion.distributed.collectives import Collectives
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.ops.merge_lse import merge
@@ -25,24 +25,24 @@ def ring(kernel: AttentionKernel, group: Collectives, lengths: Sequence[int]) ->
         lengths: each peer's tokens.
 
     Returns:
-        (q, k, v) -> out, all [B, lengths[own], H, D].
+        (q, k, v, where) -> out, all [B, lengths[own], H, D].
 
     Raises:
-        UsageError: a kernel without the log-sum-exp.
+        UsageError: a kernel without the log-sum-exp, or one that looks at the whole sequence.
     """
     if group.size == 1:
         return kernel
     with_lse = kernel.run_with_lse
-    if with_lse is None:
+    if with_lse is None or not kernel.supports_ring:
         raise UsageError(
-            f"attn_type = {kernel.name!r}: ring attention merges by the log-sum-exp, which this kernel does "
-            "not give; use 'auto', or ulysses alone",
+            f"attn_type = {kernel.name!r}: ring attention cannot use it, for {kernel.why_no_ring}; use "
+            "'auto', or Ulysses alone",
             field="infer.attn_type",
         )
 
     size = group.size
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, where: AttentionContext) -> Tensor:
         held = [k.contiguous(), v.contiguous()]
         # replaced at the first hop
         out = q
@@ -57,7 +57,7 @@ def ring(kernel: AttentionKernel, group: Collectives, lengths: Sequence[int]) ->
             recv_buffers = [group.recv_buffer(rows, x.shape[2:], x) for x in held] if more else []
             # sent before the kernel is started, so that the copies get their share of the chip at once
             arrived = group.ring_shift([x.flatten(0, 1) for x in held], recv_buffers) if more else None
-            part, part_lse = with_lse(q, held[0], held[1])
+            part, part_lse = with_lse(q, held[0], held[1], where)
             if hop == 0:
                 out = part
                 lse = part_lse

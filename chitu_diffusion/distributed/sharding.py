@@ -75,7 +75,8 @@ def sharded_attention(
         lengths: of every shard of the whole sequence, in order.
 
     Returns:
-        (q, k, v) -> out, each [B, own tokens, H, D]; `kernel` itself where one rank has the whole sequence.
+        (q, k, v, where) -> out, each [B, own tokens, H, D]; `kernel` itself where one rank has the whole
+        sequence.
     """
     degree = ulysses_group.size
     neighbourhoods = [lengths[first : first + degree] for first in range(0, len(lengths), degree)]

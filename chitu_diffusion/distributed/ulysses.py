@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from chitu_diffusion.attention.kernels import AttentionFn
+from chitu_diffusion.attention.kernels import AttentionContext, AttentionFn
 from chitu_diffusion.distributed.collectives import Collectives
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.ops.pack_qkv import pack
@@ -38,7 +38,7 @@ def ulysses(
     """An attention over the tokens of a group of ranks.
 
     Args:
-        inner: attends with [B, sum(lengths), heads of a piece, D].
+        inner: attends with [B, sum(lengths), heads of a piece, D], and is told where as we are.
         group: the ranks, in the order of its tokens.
         lengths: each peer's tokens.
         pieces: a rank's heads are attended to in so many calls, at most one a head, for each sequence of the
@@ -46,7 +46,7 @@ def ulysses(
             One takes all sequences at once. None leaves it to `pieces_for`.
 
     Returns:
-        (q, k, v) -> out, all [B, lengths[own], H, D].
+        (q, k, v, where) -> out, all [B, lengths[own], H, D].
 
     Raises:
         UsageError: when called with heads that the group does not divide.
@@ -56,7 +56,7 @@ def ulysses(
     rows = list(lengths)
     index = group.index
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, where: AttentionContext) -> Tensor:
         batch, own, heads, channels = q.shape
         if heads % group.size:
             raise UsageError(
@@ -83,7 +83,8 @@ def ulysses(
                 first += width
         for some, here_all, arrived in coming:
             arrived()
-            out = inner(*(part.transpose(0, 1) for part in here_all.unbind(1)))  # [B, S, h, D]
+            all_q, all_k, all_v = (part.transpose(0, 1) for part in here_all.unbind(1))
+            out = inner(all_q, all_k, all_v, where)  # [B, S, h, D]
             homeward = out.transpose(0, 1).contiguous().split(rows)
             # of our tokens, everybody's heads
             back = group.recv_buffer(

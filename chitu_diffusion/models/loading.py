@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -28,8 +27,8 @@ from chitu_diffusion.models.wan.checkpoint_names import (
 from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_encoder, load_tokenizer
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanConfig, WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE, build_vae
-from chitu_diffusion.ops.float8_linear import Float8Linear, Float8Plan, to_float8
-from chitu_diffusion.weights.loader import LoadProgress, WeightFiles, load_into
+from chitu_diffusion.ops.float8_linear import Float8Plan, float8_weights, to_float8
+from chitu_diffusion.weights.loader import LoadProgress, Transform, WeightFiles, load_into
 
 Device = torch.device | str
 
@@ -193,8 +192,10 @@ def _loaded(
     plan = blueprint(folder, role, dtype)
     if torch.device(device).type == "meta":
         return plan.module.to(dtype).eval().requires_grad_(False)
+    transforms: list[Transform] = []
     if float8 is not None and isinstance(plan.module, WanTransformer):
         to_float8(list(plan.module.blocks), float8)
+        transforms.append(float8_weights(plan.module))
     load_into(
         plan.module,
         open_weights(folder, role),
@@ -204,14 +205,6 @@ def _loaded(
         names=plan.names(folder.layout),
         ties=plan.ties,
         progress=progress,
-        placed=partial(_rounded, plan.module),
+        transforms=transforms,
     )
     return plan.module.eval().requires_grad_(False)
-
-
-def _rounded(network: nn.Module, name: str) -> None:
-    """Rounds a weight just read if its layer multiplies in 8 bits: only one at a time is there in full."""
-    owner, _, leaf = name.rpartition(".")
-    layer = network.get_submodule(owner)
-    if leaf == "weight" and isinstance(layer, Float8Linear):
-        layer.quantise_weight()

@@ -18,7 +18,7 @@ network, step or setting.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -57,7 +57,8 @@ class Float8Plan:
 class Float8Linear(nn.Linear):
     """A linear layer with its weight in 8 bits.
 
-    Takes over the parameters of `linear`; call `quantise_weight` when they hold their values.
+    Takes over the parameters of `linear`. `quantise_weight` rounds what they hold, `float8_weights` what is
+    read.
 
     Attributes:
         weight: [out, in], 16 or 32 bits; None once dropped.
@@ -85,11 +86,17 @@ class Float8Linear(nn.Linear):
     @torch.no_grad()
     def quantise_weight(self) -> None:
         """Rounds the weight, and drops it unless it is to stay."""
-        rows = quantise(self.weight)
-        self.weight_float8 = rows.values
-        self.weight_scale = rows.scale
-        if not self._originals:
+        parts = self.rounded(self.weight)
+        self.weight_float8 = parts["weight_float8"]
+        self.weight_scale = parts["weight_scale"]
+        if "weight" not in parts:
             self.register_parameter("weight", None)
+
+    def rounded(self, weight: Tensor) -> dict[str, Tensor]:
+        """What this layer keeps of a weight [out, in], by attribute: `weight` only if it is to stay."""
+        rows = quantise(weight)
+        parts = {"weight_float8": rows.values, "weight_scale": rows.scale}
+        return {**parts, "weight": weight} if self._originals else parts
 
     def forward(self, x: Tensor | Float8Rows) -> Tensor:
         """x [..., in] -> [..., out], in x's dtype; `Float8Rows` in the bias's. Rows are rounded here unless
@@ -146,8 +153,8 @@ def to_float8(blocks: Sequence[nn.Module], plan: Float8Plan) -> list[Float8Linea
     """Puts `Float8Linear` in the place of linear layers, in every block alike but for those that are kept.
 
     Layers that hold their values are rounded at once, one after the other; on the meta device nothing is, and
-    whoever loads a weight calls `quantise_weight` then. Calling it again changes nothing. Widths that are no
-    multiple of 16 stay.
+    weights go through `float8_weights` when they are read. Calling it again changes nothing. Widths that are
+    no multiple of 16 stay.
 
     Args:
         blocks: of one network, in order.
@@ -181,6 +188,21 @@ def to_float8(blocks: Sequence[nn.Module], plan: Float8Plan) -> list[Float8Linea
             field="infer.quant_keep",
         )
     return layers
+
+
+def float8_weights(network: nn.Module) -> Callable[[str, Tensor], Mapping[str, Tensor]]:
+    """A transform for `weights.loader.load_into` that rounds the weights of a network's 8-bit layers as they
+    are read, so that one at a time is there in full.
+    """
+
+    def transform(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
+        owner, _, leaf = name.rpartition(".")
+        layer = network.get_submodule(owner)
+        if leaf != "weight" or not isinstance(layer, Float8Linear):
+            return {name: tensor}
+        return {f"{owner}.{part}": value for part, value in layer.rounded(tensor).items()}
+
+    return transform
 
 
 def set_float8(layers: Iterable[Float8Linear], in_float8: bool, device: torch.device | None = None) -> None:

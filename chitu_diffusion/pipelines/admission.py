@@ -6,13 +6,18 @@ meanwhile.
 
 from __future__ import annotations
 
+import logging
+
 from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.config import AttnSchedule
 from chitu_diffusion.errors import WillNotFitError
 from chitu_diffusion.media.video import check_save_path
 from chitu_diffusion.memory.device import total_memory
 from chitu_diffusion.memory.offload import TOP_LEVEL
 from chitu_diffusion.pipelines.request import check_cache, resolve_task, stages_of
 from chitu_diffusion.task import DiffusionTask
+
+logger = logging.getLogger(__name__)
 
 
 class Admission:
@@ -28,6 +33,7 @@ class Admission:
         self._device = backend.device
         self._item = backend.dtype.itemsize
         self._output_dir = backend.args.output.dir
+        self._schedule = AttnSchedule.from_text(backend.args.infer.attn_schedule)
         self._cache_limit = backend.args.infer.diffusion.cache_memory_gb
 
     def admit(self, task: DiffusionTask, *, in_memory: bool = False) -> None:
@@ -47,6 +53,9 @@ class Admission:
         for stage in stages_of(resolved):
             self._check_memory(resolved.num_frames or 1, stage.height, stage.width, cache, resolved.flexcache)
         task.resolved = resolved
+        steps = resolved.num_inference_steps or 0
+        if self._schedule is not None and (self._schedule.begins(steps) or 0) >= steps:
+            logger.warning("infer.attn_schedule: %s", self._schedule.describe(steps))
 
     def _check_memory(self, frames: int, height: int, width: int, cache: int, flexcache: object) -> None:
         total = total_memory(self._device)

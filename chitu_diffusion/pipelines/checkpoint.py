@@ -26,7 +26,7 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import CannotResumeError
 from chitu_diffusion.flexcache.registry import emptied
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
-from chitu_diffusion.pipelines.recipe import device_name, quant_of
+from chitu_diffusion.pipelines.recipe import attn_schedule_of, device_name, quant_of
 from chitu_diffusion.sampling.noise_levels import levels_as_lists
 from chitu_diffusion.task import (
     Conditioning,
@@ -162,6 +162,7 @@ def fingerprint_of(backend: DiffusionBackend) -> dict[str, dict[str, Any]]:
             **levels_as_lists(backend.sampler.levels),
             "dtype": str(backend.dtype).removeprefix("torch."),
             "quant": quant_of(backend.args),
+            "attention schedule": attn_schedule_of(backend.args),
         },
         "should": {
             "device": device_name(backend.device),

@@ -9,6 +9,7 @@ two guidance branches, stacked along the batch: the prompt's first.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -118,22 +119,35 @@ def denoise(
         yield Step(chosen, latent, state, check)
 
 
-def predictor(backend: DiffusionBackend, text: PreparedConditioning) -> Predict:
-    """What `denoise` asks where nothing is cached."""
+def predictor(backend: DiffusionBackend, text: PreparedConditioning, num_steps: int | None = None) -> Predict:
+    """What `denoise` asks where nothing is cached.
+
+    Args:
+        num_steps: of the whole, of which the first call is the first; None tells the attention no step.
+    """
+    steps = itertools.count()
 
     def predict(latent: Tensor, timestep: Tensor, expert: int, branches: tuple[int, ...]) -> Tensor:
-        return predict_velocity(backend, latent, text, timestep, expert=expert, branches=branches)
+        step = None if num_steps is None else next(steps)
+        return predict_velocity(
+            backend, latent, text, timestep, expert=expert, branches=branches, step=step, num_steps=num_steps
+        )
 
     return predict
 
 
 def cached_predictor(
-    backend: DiffusionBackend, text: PreparedConditioning, step_idx: int, probe: Probe | None = None
+    backend: DiffusionBackend,
+    text: PreparedConditioning,
+    step_idx: int,
+    num_steps: int | None = None,
+    probe: Probe | None = None,
 ) -> Predict:
     """What `denoise` asks at one step of the task that the cache manager is bound to.
 
     Args:
         step_idx: of the task, from 0.
+        num_steps: of the task; None where nobody knows.
         probe: is told of every forward.
     """
     manager = backend.flexcache_manager
@@ -146,7 +160,15 @@ def cached_predictor(
         def compute(some: tuple[int, ...]) -> Tensor:
             with nullcontext() if probe is None else probe.forward(latent, some):
                 return predict_velocity(
-                    backend, latent, text, timestep, expert=expert, branches=some, cache_for=cache_for
+                    backend,
+                    latent,
+                    text,
+                    timestep,
+                    expert=expert,
+                    branches=some,
+                    cache_for=cache_for,
+                    step=step_idx,
+                    num_steps=num_steps,
                 )
 
         return manager.velocity(step_idx, latent, branches, compute)
@@ -168,6 +190,8 @@ def predict_velocity(
     expert: int,
     branches: tuple[int, ...] = (0, 1),
     cache_for: CacheFor = uncached,
+    step: int | None = None,
+    num_steps: int | None = None,
 ) -> Tensor:
     """The velocities of some guidance branches, [branches * B, C, T, H, W], branch by branch, the same on
     every rank.
@@ -180,6 +204,8 @@ def predict_velocity(
         expert: index into the model pool.
         branches: which of `text`'s branches run; those that `text` lacks are left out.
         cache_for: see `CacheFor`.
+        step, num_steps: the task's step, from 0, and how many it has, for the attention; None where nobody
+            knows.
     """
     text = PreparedConditioning(text) if isinstance(text, Tensor) else text
     if len(text) > 2:
@@ -203,7 +229,7 @@ def predict_velocity(
         embedded = model.embed(
             text.model_input(latent), time, text.kv_for(model, expert, some, latent.shape[0])
         )
-        embedded = replace(embedded, start=embedded.start or start)
+        embedded = replace(embedded, start=embedded.start or start, step=step, num_steps=num_steps)
         found.append(_forward(backend, embedded, expert, cache_for(some)))
     return all_branches(found[0] if len(found) == 1 else torch.cat(found), len(asked), group)
 
@@ -263,7 +289,7 @@ def _forward(backend: DiffusionBackend, embedded: BlockInputs, expert: int, cach
     blocks = backend.offload.prefetched_blocks(EXPERT_ROLES[expert])
     own, shards = _own_tokens(backend, embedded)
     groups = backend.groups
-    attention = sharded_attention(backend.attn_backend, groups.ulysses, groups.ring, shards.lengths)
+    attention = sharded_attention(backend.attention, groups.ulysses, groups.ring, shards.lengths)
     tokens = model.run_blocks(own, attention=attention, cache=cache, blocks=blocks)
     return _whole(backend, model, tokens, own, shards)
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from chitu_diffusion.attention import attention_kernel
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.config import EngineConfig
+from chitu_diffusion.config import AttnSchedule, EngineConfig
 from chitu_diffusion.sampling.noise_levels import levels_as_lists
 from chitu_diffusion.task import DiffusionTask
 
@@ -28,6 +29,7 @@ def recipe_of(task: DiffusionTask, backend: DiffusionBackend) -> dict[str, Any]:
         "dtype": str(backend.dtype).removeprefix("torch."),
         "device": device_name(backend.device),
         "attention": backend.attn_backend.name,
+        "attn_schedule": attn_schedule_of(backend.args),
         "fused": backend.args.infer.fused,
         "compile": backend.args.infer.compile,
         "quant": quant_of(backend.args),
@@ -66,6 +68,20 @@ def quant_of(args: EngineConfig) -> dict[str, Any] | None:
     begins = infer.quant_from
     originals = infer.quant_originals
     return {"name": infer.quant, "lossy": True, "keep": kept, "from": begins, "originals": originals}
+
+
+def attn_schedule_of(args: EngineConfig) -> dict[str, Any] | None:
+    """Which attention kernel took over after how many steps, or which share of them; None for none.
+
+    Raises:
+        UsageError: no kernel has that name.
+    """
+    schedule = AttnSchedule.from_text(args.infer.attn_schedule)
+    if schedule is None:
+        return None
+    lossy = not attention_kernel(schedule.kernel, setting="infer.attn_schedule").exact
+    unit = "share" if schedule.of_share else "steps"
+    return {"kernel": schedule.kernel, "lossy": lossy, f"after_{unit}": float(schedule.after)}
 
 
 def device_name(device: torch.device) -> str:

@@ -165,7 +165,7 @@ class Stages:
                 latent,
                 state,
                 scales,
-                self._bound(derived.text, cache, state, scales, task.current_step),
+                self._bound(derived.text, cache, state, scales, task.current_step, task.num_inference_steps),
                 branches=len(derived.text),
                 expert=stage.expert,
                 check=self._check_of(derived, buffer.latent),
@@ -211,10 +211,11 @@ class Stages:
         state: SamplerState,
         scales: tuple[float, float],
         step_idx: int,
+        num_steps: int,
     ) -> Predict:
         """A predictor through the cache manager, which is bound to a task's cache for this step."""
         backend = self._backend
-        cached = cached_predictor(backend, text, step_idx, self._probe)
+        cached = cached_predictor(backend, text, step_idx, num_steps, self._probe)
         unplanned = cache is not None and cache["plan"] is None
         schedule = schedule_of(backend, state, scales) if unplanned else None
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,13 @@ __all__ = ["WeightFiles", "fingerprint", "load_into", "match_names", "save_weigh
 logger = logging.getLogger(__name__)
 
 LoadProgress = Callable[[int, int], None]  # (bytes read, bytes in all)
+Transform = Callable[[str, Tensor], Mapping[str, Tensor]]
+"""(our name, tensor) -> what takes its place, by name: the same name for a changed value, others for tensors
+that stand beside or instead of it.
+
+The tensor is the transform's own: a change in place (`add_`) takes no memory, and leaves no gap in a CPU's.
+It may hold other files open and read from them what belongs to the name (an adapter's two factors, a scale).
+"""
 
 
 def load_into(
@@ -40,7 +47,7 @@ def load_into(
     names: Mapping[str, str] | None = None,
     ties: Mapping[str, str] | None = None,
     progress: LoadProgress | None = None,
-    placed: Callable[[str], None] | None = None,
+    transforms: Sequence[Transform] = (),
 ) -> None:
     """Fills a module (built on the meta device) from files, each tensor straight to its device and dtype.
 
@@ -52,8 +59,9 @@ def load_into(
         names: our name -> name in the files; None: the same.
         ties: {second name: first name} of parameters that are one tensor. Files may hold either or both.
         progress: called after each tensor.
-        placed: called with each tensor's name when it is in its module, which may then make something else of
-            it: the next tensor is read afterwards.
+        transforms: what each tensor goes through on its device and in its dtype, in this order, before the
+            next is read. A name that comes out and is none of the module's becomes a buffer beside it that is
+            not saved; a parameter whose name does not come out is None.
 
     Raises:
         CheckpointError: a tensor is missing, extra or misshapen; nothing has been loaded then.
@@ -73,10 +81,14 @@ def load_into(
             stored.shape, dtype=torch.float32 if kept else dtype or stored.dtype, device=device
         )
         loaded.copy_(weights.read(key))
-        _put(module, name, loaded, wanted[name])
+        values: Mapping[str, Tensor] = {name: loaded}
         del loaded
-        if placed is not None:
-            placed(name)
+        for transform in transforms:
+            values = {
+                new: made for old, value in values.items() for new, made in transform(old, value).items()
+            }
+        _put(module, name, values, wanted[name])
+        del values
         done += stored.bytes
         if progress is not None:
             progress(done, total)
@@ -307,14 +319,18 @@ def _check_double(weights: WeightFiles, first: str, second: str) -> None:
         )
 
 
-def _put(module: nn.Module, name: str, loaded: Tensor, old: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    if isinstance(old, nn.Parameter):
-        module.get_submodule(owner).register_parameter(
-            leaf, nn.Parameter(loaded, requires_grad=old.requires_grad)
-        )
-    else:
-        module.get_submodule(owner).register_buffer(leaf, loaded)
+def _put(module: nn.Module, name: str, values: Mapping[str, Tensor], old: Tensor) -> None:
+    """What came of the tensor `name`, in place of `old`."""
+    if name not in values:
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner).register_parameter(leaf, None)
+    for new, value in values.items():
+        owner, _, leaf = new.rpartition(".")
+        holder = module.get_submodule(owner)
+        if new == name and isinstance(old, nn.Parameter):
+            holder.register_parameter(leaf, nn.Parameter(value, requires_grad=old.requires_grad))
+        else:
+            holder.register_buffer(leaf, value, persistent=new == name)
 
 
 def _place(stored: Stored) -> tuple[str, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from chitu_diffusion.attention import KERNELS, attention_kernel, candidates, fp8
 from chitu_diffusion.attention import autotune as choice
 from chitu_diffusion.attention.autotune import KernelAutotuner, Shape
-from chitu_diffusion.attention.kernels import AttentionKernel
+from chitu_diffusion.attention.kernels import AttentionContext, AttentionKernel
 from chitu_diffusion.attention.requirements import Package
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig
@@ -70,7 +70,7 @@ def test_lossy_kernels_are_never_automatic() -> None:
     assert {name for name, kernel in KERNELS.items() if not kernel.exact} == {"fa3_fp8", "sage"}
     assert not any(kernel.autotuned for kernel in KERNELS.values() if not kernel.exact)
     assert [kernel.name for kernel in candidates(CPU, torch.float32, 64)] == ["sdpa"]
-    assert [kernel.name for kernel in candidates(CPU, torch.float32, 64, needs_lse=True)] == ["fused"]
+    assert [kernel.name for kernel in candidates(CPU, torch.float32, 64, for_ring=True)] == ["fused"]
 
 
 # --- float8 ---
@@ -129,7 +129,7 @@ def test_float8_errors_on_trained_layers(monkeypatch: pytest.MonkeyPatch) -> Non
     """q, k, v of every layer of wan-tiny, both guidance branches, at the first of ten steps."""
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def look(q: Tensor, k: Tensor, v: Tensor, where: AttentionContext) -> Tensor:
         seen.append((q, k, v))
         return KERNELS["sdpa"](q, k, v)
 
@@ -321,8 +321,8 @@ def test_an_unavailable_kernel_is_refused_by_name() -> None:
         attention_kernel("fa3", device=CPU)
     with pytest.raises(UsageError, match="Did you mean 'fa3'"):
         attention_kernel("fa4", device=CPU)
-    with pytest.raises(UsageError, match="log-sum-exp; auto, fa3, .*fused"):
-        attention_kernel("sdpa", needs_lse=True)
+    with pytest.raises(UsageError, match="log-sum-exp; use auto, fa3, .*fused"):
+        attention_kernel("sdpa", for_ring=True)
 
 
 def test_an_unavailable_kernel_is_refused_before_weights_are_read(

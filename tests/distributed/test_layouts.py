@@ -16,6 +16,7 @@ from running import config_for, latent_and_video, model_of, psnr, relative_error
 from benchmarks.comm_volume import Counting
 from benchmarks.comm_volume import traffic as by_formula
 from chitu_diffusion.attention import sdpa
+from chitu_diffusion.attention.kernels import NOWHERE
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.plan import ParallelPlan, parse_layout, plan_for
 from chitu_diffusion.distributed.process_groups import ProcessGroups
@@ -125,7 +126,9 @@ def in_pieces(groups: ProcessGroups) -> dict[str, torch.Tensor]:
     lengths = [3 + rank for rank in range(group.size)]
     whole = torch.randn(3, 2, sum(lengths), 3 * group.size, 8, generator=generator)  # q, k, v of all
     own = slice(sum(lengths[: group.index]), sum(lengths[: group.index + 1]))
-    found = [ulysses(sdpa, group, lengths, pieces)(*whole[:, :, own].unbind()) for pieces in (1, 2, 4)]
+    found = [
+        ulysses(sdpa, group, lengths, pieces)(*whole[:, :, own].unbind(), NOWHERE) for pieces in (1, 2, 4)
+    ]
     return {"pieces": torch.stack([*found, sdpa(*whole.unbind())[:, own]])}
 
 

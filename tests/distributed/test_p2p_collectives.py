@@ -17,7 +17,7 @@ import torch
 from fake_peer_memory import PATIENCE, Machine, ThreadPeers, on_threads
 from torch import Tensor
 
-from chitu_diffusion.attention.kernels import AttentionKernel
+from chitu_diffusion.attention.kernels import NOWHERE, AttentionKernel, dense
 from chitu_diffusion.distributed.collectives import RecvBuffer
 from chitu_diffusion.distributed.ring import ring
 from chitu_diffusion.distributed.torch_collectives import TorchCollectives
@@ -79,7 +79,7 @@ def with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v), scores.logsumexp(-1).transpose(1, 2)
 
 
-KERNEL = AttentionKernel("plain", exact=True, run=sdpa, run_with_lse=with_lse)
+KERNEL = AttentionKernel("plain", exact=True, run=dense(sdpa), run_with_lse=dense(with_lse))
 
 
 @pytest.mark.parametrize("way", ["ulysses", "ring"])
@@ -104,8 +104,10 @@ def test_attention_over_threads(way: str, size: int) -> None:
             first = sum(lengths[: peers.index])
             own = whole[:, :, first : first + lengths[peers.index]]
             time.sleep(late.random() * 0.01)
-            attention = ulysses(sdpa, peers, lengths, 2) if way == "ulysses" else ring(KERNEL, peers, lengths)
-            found.append(attention(*own.unbind()))
+            attention = (
+                ulysses(KERNEL, peers, lengths, 2) if way == "ulysses" else ring(KERNEL, peers, lengths)
+            )
+            found.append(attention(*own.unbind(), NOWHERE))
         return found
 
     results = on_threads(machine, work)

@@ -18,7 +18,7 @@ from small_networks import CONFIG, reference, twin
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chitu_diffusion.attention.kernels import sdpa, sdpa_weighted, split_weight
+from chitu_diffusion.attention.kernels import AttentionContext, sdpa, sdpa_weighted, split_weight
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.flexcache.manager import FlexCacheManager
@@ -231,7 +231,7 @@ def test_branches_share_what_is_before_the_text() -> None:
     text = torch.randn(4, 7, CONFIG.text_dim)
     rows: list[int] = []
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, where: AttentionContext) -> Tensor:
         rows.append(len(q))
         return sdpa(q, k, v)
 
@@ -355,7 +355,7 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
         groups=ProcessGroups(),
         sampler=Sampler(name, {"flow_shift": 3.0}),
         model_pool=[network],
-        attn_backend=sdpa,
+        attention=sdpa,
         choose_attention=lambda tokens, expert: None,
         set_precision=lambda expert, timestep: False,
         compile_note=lambda: None,

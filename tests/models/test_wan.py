@@ -345,7 +345,7 @@ def test_kernels_agree_with_float64() -> None:
     for kernel in (each for each in KERNELS.values() if each.why_unavailable(q.device) is None):
         assert kernel.exact
         assert relative_error(kernel(q, k, v), expected) < 1e-6
-        assert kernel.gives_lse == (kernel.run_with_lse is not None)
+        assert kernel.supports_ring == (kernel.run_with_lse is not None)
     assert math.run_with_lse is not None
     out, lse = math.run_with_lse(k, k, v)  # 1500 queries: more than one slab of rows
     assert out.shape == v.shape and lse.shape == (2, 1500, 3)

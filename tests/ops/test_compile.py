@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from chitu_diffusion.attention import sdpa
-from chitu_diffusion.attention.kernels import AttentionFn
+from chitu_diffusion.attention.kernels import AttentionContext, AttentionFn
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig, keep_compiled_code
 from chitu_diffusion.errors import CompileError
@@ -54,7 +54,7 @@ def inputs(frames: int = 2, rows: int = 4, columns: int = 4, text: int = 7) -> I
 def other_attention(scale: float) -> AttentionFn:
     """A closure that the compiler could not look through: it asks for a tensor's value."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, where: AttentionContext) -> Tensor:
         assert float(q.sum()) == float(q.sum())
         return sdpa(q * scale, k, v)
 

@@ -182,9 +182,38 @@ def test_loading_makes_no_second_copy(tmp_path: Path) -> None:
     def watch(done: int, total: int) -> None:
         most[0] = max(most[0], anonymous())
 
-    load_into(module, WeightFiles(tmp_path), dtype=torch.bfloat16, progress=watch)
+    doubled = [lambda name, tensor: {name: tensor.mul_(2)}]
+    load_into(module, WeightFiles(tmp_path), dtype=torch.bfloat16, progress=watch, transforms=doubled)
     weights = 12 * 2048 * 2048 * 2
     assert most[0] - before < 1.3 * weights + 2048 * 2048 * 4
+
+
+def test_tensors_go_through_transforms_in_order_as_they_are_read(tmp_path: Path) -> None:
+    """A rank-1 delta on one matrix, as an adapter adds it, and after it one that splits what came of it."""
+    stored = tensors()
+    save_weights(stored, tmp_path)
+    up = torch.randn(3, 1)
+    down = torch.randn(1, 4)
+
+    def add(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        return {name: tensor + up @ down if name == "first.weight" else tensor}
+
+    def split(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if name != "first.weight":
+            return {name: tensor}
+        return {"first.sign": tensor.sign(), "first.size": tensor.abs()}
+
+    changed = empty()
+    load_into(changed, WeightFiles(tmp_path), transforms=[add])
+    for name, value in changed.state_dict().items():
+        delta = up @ down if name == "first.weight" else torch.zeros(())
+        assert torch.equal(value, stored[name] + delta), name
+    assert isinstance(changed.first.weight, nn.Parameter)
+    apart = empty()
+    load_into(apart, WeightFiles(tmp_path), transforms=[add, split])
+    assert torch.equal(apart.first.sign * apart.first.size, changed.first.weight)
+    # what came in its place is not what checkpoints hold
+    assert apart.first.weight is None and not {"first.sign", "first.size"} & apart.state_dict().keys()
 
 
 def test_tied_names_may_stand_singly_or_twice(experts: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chitu_diffusion.attention.cross_attention import cross_attention, has_fused_cross_attention
-from chitu_diffusion.attention.kernels import AttentionFn, sdpa
+from chitu_diffusion.attention.kernels import DenseAttention, sdpa
 from chitu_diffusion.flexcache.interface import Level
 from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.text_kv import TextKV
@@ -154,7 +154,7 @@ class WanBlock(nn.Module):
         text: TextKV,
         modulation: Tensor,
         rope: RotaryTable | None,
-        attention: AttentionFn = sdpa,
+        attention: DenseAttention = sdpa,
     ) -> Tensor:
         """One block.
 
@@ -177,7 +177,7 @@ class WanBlock(nn.Module):
         modulation: Tensor,
         rope: RotaryTable,
         dtype: torch.dtype,
-        attention: AttentionFn = sdpa,
+        attention: DenseAttention = sdpa,
     ) -> Tensor:
         """The stream after the self-attention, which knows nothing of the text; `forward` without `rope` does
         the rest.
@@ -191,7 +191,7 @@ class WanBlock(nn.Module):
         text: TextKV,
         modulation: Tensor,
         rope: RotaryTable,
-        attention: AttentionFn,
+        attention: DenseAttention,
         ask: Ask,
     ) -> Tensor:
         """`forward`, where `ask(level, compute, entering)` answers for each of the three modules."""
@@ -236,7 +236,7 @@ class WanBlock(nn.Module):
         modulation: Tensor,
         rope: RotaryTable,
         dtype: torch.dtype,
-        attention: AttentionFn,
+        attention: DenseAttention,
     ) -> Tensor:
         """What the self-attention gives before its gate, [B, S, dim]."""
         return self.attn1.out(attention(*self.project(tokens, modulation, rope, dtype)))

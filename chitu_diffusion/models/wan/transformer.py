@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from chitu_diffusion.attention.kernels import AttentionFn, sdpa
+from chitu_diffusion.attention.kernels import AttentionContext, AttentionFn, sdpa
 from chitu_diffusion.flexcache.interface import MODULE_LEVELS, NO_CACHE, Level, Site, SiteInputs, StepCache
 from chitu_diffusion.models.wan.block import Float32LayerNorm, RotaryTable, WanBlock
 from chitu_diffusion.models.wan.config import WanConfig
@@ -81,6 +81,7 @@ class BlockInputs:
         modulation: [B or 1, 6, dim], its projection, for the blocks.
         rope: rotary cosines and sines of these tokens' positions.
         grid: tokens along frames, rows, columns of the whole latent.
+        step, num_steps: of the task, for the attention (`AttentionContext`); None where nobody knows.
         start: where branches of one latent share the first block's self-attention; None where nothing is
             known to be equal.
     """
@@ -91,6 +92,8 @@ class BlockInputs:
     modulation: Tensor
     rope: RotaryTable
     grid: Grid
+    step: int | None = None
+    num_steps: int | None = None
     start: SharedCfgPrefix | None = None
 
 
@@ -210,7 +213,7 @@ class WanTransformer(nn.Module):
             latent: [B, C, T, H, W]; T, H, W multiples of the patch.
             timestep: [B] (or [1], for all), 0 to 1000, any dtype.
             text: [B, L, text_dim], the text encoder's output, or of `make_text_kv`.
-            attention: self-attention, in layout [B, S, heads, head_dim].
+            attention: self-attention (q, k, v, where), in layout [B, S, heads, head_dim].
             cache: asked at the sites whose level is among `cache.levels`.
             blocks: yields this network's blocks in order, each ready to run: for whoever streams them to the
                 device.
@@ -421,15 +424,20 @@ class WanTransformer(nn.Module):
         text = embedded.text.keys(index, block.text_keys, weighted)
         if self.compiled:
             let_length_vary(text)
-        inputs = (embedded.tokens, text, embedded.modulation, embedded.rope, attention)
+        where = AttentionContext(embedded.grid, index, len(self.blocks), embedded.step, embedded.num_steps)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(q, k, v, where)
+
+        inputs = (embedded.tokens, text, embedded.modulation, embedded.rope, attend)
         if MODULE_LEVELS & cache.levels:
             return block.forward_at_sites(*inputs, ask=partial(self._ask, cache, index, embedded.modulation))
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
         if index == 0 and embedded.start is not None:
-            attend = partial(block.attend, rope=embedded.rope, dtype=text.v.dtype, attention=attention)
-            attended = embedded.start.get(embedded.tokens, embedded.modulation, attend)
-            return cast(Tensor, block(attended, text, embedded.modulation, None, attention))
+            first = partial(block.attend, rope=embedded.rope, dtype=text.v.dtype, attention=attend)
+            attended = embedded.start.get(embedded.tokens, embedded.modulation, first)
+            return cast(Tensor, block(attended, text, embedded.modulation, None, attend))
         return cast(Tensor, block(*inputs))
 
     def _ask(
