@@ -30,7 +30,7 @@ BUDGETS = {
     "flexcache": 2700,
     "media": 560,
     "memory": 550,
-    "models": 3350,
+    "models": 3430,
     "ops": 1800,
     "pipelines": 1550,
     "sampling": 370,

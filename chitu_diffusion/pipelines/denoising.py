@@ -200,7 +200,7 @@ def predict_velocity(
     start = SharedCfgPrefix() if len(own) > 1 else None
     found = []
     for some in _as_batches(backend, latent, own):
-        embedded = model.embed(latent, time, text.kv_for(model, expert, some, latent.shape[0]))
+        embedded = model.embed(latent, text.kv_for(model, expert, some, latent.shape[0]), time)
         embedded = replace(embedded, start=embedded.start or start)
         found.append(_forward(backend, embedded, expert, cache_for(some)))
     return all_branches(found[0] if len(found) == 1 else torch.cat(found), len(asked), group)
