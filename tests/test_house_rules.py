@@ -32,7 +32,7 @@ BUDGETS = {
     "memory": 550,
     "models": 3430,
     "ops": 1800,
-    "pipelines": 1550,
+    "pipelines": 1940,
     "sampling": 370,
     "weights": 640,
 }

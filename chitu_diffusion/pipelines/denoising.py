@@ -20,7 +20,6 @@ from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.sharding import Shards, all_branches, own_branches, sharded_attention
-from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.interface import NO_CACHE, StepCache
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.memory.offload import expert_part
@@ -182,11 +181,6 @@ def predict_velocity(
         cache_for: see `CacheFor`.
     """
     text = TextConditioning(text) if isinstance(text, Tensor) else text
-    if len(text) > 2:
-        shape = list(text.embeddings.shape)
-        raise UsageError(
-            f"embeddings are {shape}: use [1, L, D], or [2, L, D] with the prompt's branch first"
-        )
     # here, where no rank is without a branch to run
     backend.choose_attention(tokens_of(backend, latent), expert)
     asked = tuple(branch for branch in branches if branch < len(text))

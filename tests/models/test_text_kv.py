@@ -366,7 +366,6 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
     for room in (denoising, stages):
         monkeypatch.setattr(room, "FiniteCheck", Deferred)
     monkeypatch.setattr(conditioning, "rows_that_differ", lambda text: 8)
-    made = Generator(lent)
     task = task_for(height=32, width=32, num_frames=5, num_inference_steps=6, guidance_scale=5.0)
     task.resolved = task.params
     task.status = TaskStatus.DENOISING
@@ -374,7 +373,7 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
     task.buffer.embeddings = torch.randn(2, 16, CONFIG.text_dim, device=gpu)
     task.buffer.latent = torch.randn(1, 6, 2, 4, 4, device=gpu)
     task.buffer.sampler = lent.sampler.begin(6)
-    units = made.stages
+    units = stages.Stages(lent)
     units._denoise(task)
     for step in range(1, 6):
         before: Any = units._derived[task].check
