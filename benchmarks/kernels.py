@@ -340,7 +340,7 @@ class SwitchTrial:
         """The velocity of the same weights in float32; computed once."""
         if self.exact is None:
             network = self.work.network(torch.float32)
-            self.exact = network(self.work.latent, self.work.timestep, self.work.text[1:].float())
+            self.exact = network(self.work.latent, self.work.text[1:].float(), self.work.timestep)
         return self.exact
 
     def variant(self, name: str, report: Report) -> None:
@@ -361,13 +361,13 @@ class SwitchTrial:
         text = network.make_text_kv(work.text[1:])
 
         def forward() -> Tensor:
-            return network(latent, work.timestep, text, attention=self.attention)
+            return network(latent, text, work.timestep, attention=self.attention)
 
         median, first = milliseconds(forward, device, 3)
         row: dict[str, Any] = {"variant": name, "ms": median, "first_ms": first}
         row["work_gib"] = peak_bytes(forward, device) / GIB
         row["relative_error"] = relative_error(forward(), self.float32())
-        embedded = network.embed(latent, work.timestep, text)
+        embedded = network.embed(latent, text, work.timestep)
         block = network.blocks[1]
         weighted = block.takes_bias(embedded.tokens, embedded.text.rows.dtype)
         keys = embedded.text.keys(1, block.text_keys, weighted)

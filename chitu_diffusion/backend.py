@@ -64,7 +64,7 @@ class DiffusionBackend:
 
     Args:
         args: the settings; a frozen copy is kept, so that later edits of `args` reach only backends made
-            after them.
+            after them. None is `EngineConfig()`: the shipped `wan-tiny` on this machine's best device.
         logging_level: of the package's logger; None leaves it alone.
         groups: the ranks that share the work; None is this process alone.
         model: which, where `resolve_model` has found it already; None looks for the one that `args` names.
@@ -77,11 +77,12 @@ class DiffusionBackend:
 
     def __init__(
         self,
-        args: EngineConfig,
+        args: EngineConfig | None = None,
         logging_level: int | None = None,
         groups: ProcessGroups | None = None,
         model: FoundModel | None = None,
     ) -> None:
+        args = _checked_args(args)
         model = model or resolve_model(args.models.name, args.models.ckpt_dir)
         self._begin(args, model.spec, logging_level, groups)
         encodes = self.groups.rank == 0
@@ -100,7 +101,7 @@ class DiffusionBackend:
         attended = next(
             weight.dtype for weight in networks.experts[0].blocks.parameters() if weight.ndim == 2
         )
-        backend._begin(args or EngineConfig(), networks.spec, None, groups, attended)
+        backend._begin(_checked_args(args), networks.spec, None, groups, attended)
         backend._install(networks)
         return backend
 
@@ -369,6 +370,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return _DTYPES[name]
+
+
+def _checked_args(args: EngineConfig | None) -> EngineConfig:
+    if args is not None and not isinstance(args, EngineConfig):
+        raise UsageError(
+            f"args is a {type(args).__name__}; use EngineConfig(infer={{...}}, ...), which checks names and "
+            "values, or nothing for the shipped model",
+            field="args",
+        )
+    return args or EngineConfig()
 
 
 def _check_ranks(args: EngineConfig, world: int) -> None:

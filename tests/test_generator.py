@@ -78,7 +78,7 @@ def test_forwards_of_the_page(backend):
     latent = initial_noise((1, 4, 2, 4, 4), 0)
     embeddings = generator.encode_text([CAT, "ugly"])
     timestep = torch.tensor([700])
-    plain = backend.model_pool[0](latent.expand(2, -1, -1, -1, -1), timestep, embeddings)
+    plain = backend.model_pool[0](latent, embeddings, timestep)
     assert torch.allclose(generator.forward_with_cp(latent, embeddings, timestep), plain, atol=1e-5)
     guided = generator.forward_with_cfg_parallel(latent, embeddings, timestep, guidance_scale=3.0)
     # folded padding differs by rounding, some 2e-6, and guidance multiplies it

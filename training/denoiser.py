@@ -95,7 +95,7 @@ def loss_of(nets: Nets, latent: Tensor, ids: Tensor, empty: Tensor) -> Tensor:
     s = torch.sigmoid(torch.randn(batch, device=latent.device) * SPREAD + torch.tensor(SHIFT).log())
     noise = torch.randn_like(latent)
     wide = s[:, None, None, None, None]
-    velocity = nets.dit(latent.lerp(noise, wide), s * 1000.0, words, text_bias=bias)
+    velocity = nets.dit(latent.lerp(noise, wide), words, s * 1000.0, text_bias=bias)
     return (velocity.float() - (noise - latent)).square().mean()
 
 
@@ -226,7 +226,7 @@ def sample(
     for s, following in zip(levels[:-1], levels[1:], strict=True):
         t = torch.full((2 * batch,), s * 1000.0, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            cond, free = nets.dit(torch.cat([x, x]), t, words, text_bias=bias).float().chunk(2)
+            cond, free = nets.dit(torch.cat([x, x]), words, t, text_bias=bias).float().chunk(2)
         x = x + (following - s) * (free + guidance * (cond - free))
     return x
 

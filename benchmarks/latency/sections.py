@@ -224,7 +224,7 @@ class Latency:
 
         @torch.no_grad()
         def call() -> None:
-            embedded = network.embed(work.latent, work.timestep, work.text[:1])
+            embedded = network.embed(work.latent, work.text[:1], work.timestep)
             network.unpatchify(network.final_layer(embedded.tokens, embedded.time), embedded.grid)
 
         return min(timed_ms(call, self.device) for _ in range(4))

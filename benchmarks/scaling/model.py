@@ -101,7 +101,7 @@ class ModelSections:
         if self.exact:
             network = self.work.network(torch.float32)
             text = self.work.text[:1].float()
-            self.float32 = network(self.work.latent, self.work.timestep, text)
+            self.float32 = network(self.work.latent, text, self.work.timestep)
             found["error_to_float32"] = relative_error(self.reference[:1], self.float32)
         return found
 

@@ -101,7 +101,7 @@ def pieces(
         yield {"kind": "merge", **shape}, partial(merge, out, sums, out, sums, out.dtype)
     network = random_transformer(replace(work.case.config, num_layers=1), work.device, work.dtype)
     text = network.make_text_kv(work.text[:1])
-    whole = network.embed(work.latent, work.timestep, text)
+    whole = network.embed(work.latent, text, work.timestep)
     for own in sorted({own for own, _ in rows}, reverse=True):
         cos, sin = (part[:own] for part in whole.rope)
         part = replace(whole, tokens=whole.tokens[:, :own], rope=(cos, sin))
@@ -123,7 +123,7 @@ def _nothing(q: Tensor, k: Tensor, v: Tensor, where: AttentionContext) -> Tensor
 
 def ends(network: WanTransformer, work: Workload, text: Any) -> Tensor:
     """A forward without blocks: embedding and head."""
-    embedded = network.embed(work.latent, work.timestep, text)
+    embedded = network.embed(work.latent, text, work.timestep)
     return network.unpatchify(network.final_layer(embedded.tokens, embedded.time), embedded.grid)
 
 

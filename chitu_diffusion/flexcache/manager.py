@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.interface import (
     NO_CACHE,
     AllReduceMax,
@@ -120,7 +121,11 @@ class FlexCacheManager:
             latent: [B, C, T, H, W], shared by the branches.
             branches: those of this rank, in the order of the stack.
             compute: runs the forwards of some of them, each with `cache_for`; stacked in the order asked.
+
+        Raises:
+            UsageError: a step that the bound task does not have.
         """
+        self._checked_step(step_idx)
         if self._strategy is None or self._state is None:
             return compute(branches)
         state = self._strategy_state(self._state, step_idx, branches)
@@ -142,8 +147,12 @@ class FlexCacheManager:
     # -- the page's face
 
     def should_reuse(self, step_idx: int) -> bool:
-        """Whether step `step_idx` (from 0) can do with the features that were handed over."""
-        self._step = step_idx
+        """Whether step `step_idx` (from 0) can do with the features that were handed over.
+
+        Raises:
+            UsageError: a step that the bound task does not have.
+        """
+        self._step = self._checked_step(step_idx)
         state = self._state
         if state is None or state["features"] is None:
             return False
@@ -163,6 +172,13 @@ class FlexCacheManager:
             self._state.update(features=features, computed_at=self._step)
 
     # -- small parts
+
+    def _checked_step(self, step: int) -> int:
+        last = None if self._state is None else self._state["num_steps"] - 1
+        if type(step) is not int or step < 0 or (last is not None and step > last):
+            steps = "0 on" if last is None else f"0 to {last}, as the bound task has"
+            raise UsageError(f"step_idx = {step!r}: use a whole number from {steps}", field="step_idx")
+        return step
 
     def _strategy_state(self, state: CacheState, step: int, branches: tuple[int, ...]) -> StrategyState:
         sigmas = state["sigmas"]

@@ -5,7 +5,7 @@ that a request can be checked against its model before anything is loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,11 +115,14 @@ class ModelSpec:
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latent that is computed: the video's own, up to whole patches."""
-        channels, *axes = self.geometry.latent_shape(num_frames, height, width)
-        frames, rows, columns = (
-            -(-axis // step) * step for axis, step in zip(axes, self.transformers[0].patch_size, strict=True)
-        )
-        return channels, frames, rows, columns
+        channels, *cells = self.geometry.latent_shape(num_frames, height, width)
+        return channels, *self.whole_patches(cells)
+
+    def whole_patches(self, cells: Sequence[int]) -> tuple[int, int, int]:
+        """Cells of a latent along (frames, rows, columns), up to whole patches."""
+        steps = self.transformers[0].patch_size
+        frames, rows, columns = (-(-cell // step) * step for cell, step in zip(cells, steps, strict=True))
+        return frames, rows, columns
 
     def with_sampler(self, name: str) -> ModelSpec:
         """The model with a solver in place of its own; "auto" leaves it.

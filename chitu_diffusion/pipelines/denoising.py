@@ -21,7 +21,6 @@ from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.sharding import Shards, all_branches, own_branches, sharded_attention
-from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.interface import NO_CACHE, StepCache
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.models.kinds import EXPERT_ROLES
@@ -30,6 +29,7 @@ from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
 from chitu_diffusion.pipelines.guidance import active_branches, apply_cfg, expert_at
 from chitu_diffusion.sampling.solvers import SamplerState
+from chitu_diffusion.task import Conditioning
 
 _BATCH_UP_TO = 4096
 """Tokens a branch up to which two branches in one forward are faster than one after the other: longer
@@ -184,7 +184,7 @@ def uncached(branches: tuple[int, ...]) -> StepCache:
 def predict_velocity(
     backend: DiffusionBackend,
     latent: Tensor,
-    text: PreparedConditioning | Tensor,
+    text: PreparedConditioning | Conditioning | Tensor,
     timestep: Tensor,
     *,
     expert: int,
@@ -207,12 +207,7 @@ def predict_velocity(
         step, num_steps: the task's step, from 0, and how many it has, for the attention; None where nobody
             knows.
     """
-    text = PreparedConditioning(text) if isinstance(text, Tensor) else text
-    if len(text) > 2:
-        shape = list(text.embeddings.shape)
-        raise UsageError(
-            f"embeddings are {shape}: use [1, L, D], or [2, L, D] with the prompt's branch first"
-        )
+    text = text if isinstance(text, PreparedConditioning) else PreparedConditioning(text, backend.device)
     # here, where no rank is without a branch to run
     backend.choose_attention(tokens_of(backend, latent), expert)
     asked = tuple(branch for branch in branches if branch < len(text))
@@ -227,7 +222,7 @@ def predict_velocity(
     found = []
     for some in _as_batches(backend, latent, own):
         embedded = model.embed(
-            text.model_input(latent), time, text.kv_for(model, expert, some, latent.shape[0])
+            text.model_input(latent), text.kv_for(model, expert, some, latent.shape[0]), time
         )
         embedded = replace(embedded, start=embedded.start or start, step=step, num_steps=num_steps)
         found.append(_forward(backend, embedded, expert, cache_for(some)))

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-TRAINED_STEPS = 1000
-"""Timesteps run from this to 0; an expert boundary is a share of it."""
+from chitu_diffusion.models.wan.config import TRAINED_STEPS
 
 
 def expert_at(timestep: Tensor, boundary: float | None) -> int:

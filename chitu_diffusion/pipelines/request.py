@@ -64,7 +64,7 @@ def resolve_request(
         num_frames=params.num_frames or defaults.num_frames,
         fps=params.fps or defaults.fps,
         num_inference_steps=params.num_inference_steps or defaults.steps,
-        guidance_scale=_guidance(params, spec),
+        guidance_scale=resolve_guidance(params.guidance_scale, spec),
         seed=seed,
         save_path=_path(params, task_id, output_dir),
     )
@@ -144,9 +144,15 @@ def guidance_pair(scale: float | tuple[float, float] | None) -> tuple[float, flo
     return float(scale or 0.0), float(scale or 0.0)
 
 
-def _guidance(params: DiffusionUserParams, spec: ModelSpec) -> float | tuple[float, float]:
+def resolve_guidance(
+    asked: float | tuple[float, float] | None, spec: ModelSpec
+) -> float | tuple[float, float]:
+    """A guidance scale for a model: one for each of its transformers.
+
+    Raises:
+        UsageError: more or fewer than there are.
+    """
     experts = len(spec.transformers)
-    asked = params.guidance_scale
     if asked is None:
         own = spec.defaults.guidance
         return (own[0], own[-1]) if experts == 2 else own[0]

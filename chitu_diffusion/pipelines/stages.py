@@ -32,6 +32,7 @@ from chitu_diffusion.pipelines.hooks import TaskHooks
 from chitu_diffusion.pipelines.recipe import recipe_of
 from chitu_diffusion.pipelines.registry import pipeline_of
 from chitu_diffusion.pipelines.request import guidance_pair, resolve_task, stages_of
+from chitu_diffusion.pipelines.text_to_video import TextToVideo
 from chitu_diffusion.sampling.noise import initial_noise, pad_latent, upsample_latent
 from chitu_diffusion.sampling.solvers import SamplerState
 from chitu_diffusion.task import (
@@ -79,7 +80,6 @@ class Stages:
     def __init__(self, backend: DiffusionBackend, probe: Probe | None = None) -> None:
         self._backend = backend
         self._probe = probe
-        self._pipeline = pipeline_of(backend.spec)
         self.hooks: weakref.WeakKeyDictionary[DiffusionTask, TaskHooks] = weakref.WeakKeyDictionary()
         self._derived: weakref.WeakKeyDictionary[DiffusionTask, _Derived] = weakref.WeakKeyDictionary()
         self._units: dict[TaskStatus, Callable[[DiffusionTask], str | None]] = {
@@ -88,6 +88,10 @@ class Stages:
             TaskStatus.DECODING: self._decode,
             TaskStatus.SAVING: self._save,
         }
+
+    @property
+    def _pipeline(self) -> TextToVideo:
+        return pipeline_of(self._backend.spec)
 
     def advance(self, task: DiffusionTask) -> Progress:
         """One work unit; see `Generator.generate_step`."""

@@ -117,20 +117,20 @@ class DiffusionUserParams:
         for name in ("prompt", "negative_prompt"):
             text = getattr(self, name)
             if text is not None:
-                _check_text(name, text)
+                check_text(name, text)
         for name in ("height", "width"):
             _check_size(name, getattr(self, name))
-        _check_frames(self.num_frames)
-        _check_integer("fps", self.fps, 1, 240)
-        _check_integer("num_inference_steps", self.num_inference_steps, 1, 1000)
-        _check_integer("seed", self.seed, 0, MAX_SEED)
-        _check_integer("priority", self.priority, -(2**31), 2**31)
-        _check_guidance(self.guidance_scale)
+        check_frames(self.num_frames)
+        check_integer("fps", self.fps, 1, 240)
+        check_integer("num_inference_steps", self.num_inference_steps, 1, 1000)
+        check_integer("seed", self.seed, 0, MAX_SEED)
+        check_integer("priority", self.priority, -(2**31), 2**31)
+        check_guidance(self.guidance_scale)
         _check_save_path(self.save_path)
         _check_label("task_id", self.task_id)
         if not isinstance(self.role, str) or not self.role:
             raise UsageError(f"role = {self.role!r}: must be a name", field="role")
-        _check_text("role", self.role)
+        check_text("role", self.role)
         _check_cascade(self.cascade)
         for name in ("image", "last_image"):
             # read now: what is asked for does not change with the file
@@ -170,7 +170,8 @@ def _check_names(kind: type[DiffusionUserParams], given: Iterable[str]) -> None:
             raise UsageError(f"unknown field '{name}'.{nearest(name, names)}", field=name)
 
 
-def _check_text(name: str, text: object) -> None:
+def check_text(name: str, text: object) -> None:
+    """Raises UsageError for what is no text, or too long."""
     if not isinstance(text, str):
         raise UsageError(f"{name} = {text!r}: must be text", field=name)
     if len(text) > MAX_PROMPT:
@@ -183,7 +184,8 @@ def _check_text(name: str, text: object) -> None:
         ) from None
 
 
-def _check_integer(name: str, value: object, low: int, high: int) -> None:
+def check_integer(name: str, value: object, low: int, high: int) -> None:
+    """Raises UsageError for what is neither None nor a whole number from `low` to `high`."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -191,7 +193,7 @@ def _check_integer(name: str, value: object, low: int, high: int) -> None:
 
 
 def _check_size(name: str, value: int | None) -> None:
-    _check_integer(name, value, SIZE_STEP, 8192)
+    check_integer(name, value, SIZE_STEP, 8192)
     if value is not None and value % SIZE_STEP:
         low = value - value % SIZE_STEP
         high = value - value % SIZE_STEP + SIZE_STEP
@@ -201,8 +203,9 @@ def _check_size(name: str, value: int | None) -> None:
         )
 
 
-def _check_frames(value: int | None) -> None:
-    _check_integer("num_frames", value, 1, 4001)
+def check_frames(value: int | None) -> None:
+    """Raises UsageError for what is neither None nor 4n + 1."""
+    check_integer("num_frames", value, 1, 4001)
     if value is not None and value % FRAME_STEP != 1:
         low = (value - 1) // FRAME_STEP * FRAME_STEP + 1
         raise UsageError(
@@ -210,7 +213,8 @@ def _check_frames(value: int | None) -> None:
         )
 
 
-def _check_guidance(value: object) -> None:
+def check_guidance(value: object) -> None:
+    """Raises UsageError for what is neither None, a scale, nor a pair of scales."""
     scales = value if isinstance(value, tuple) else (value,)
     if len(scales) not in (1, 2):
         raise UsageError(
@@ -290,8 +294,8 @@ def _check_cascade_stage(stage: CascadeStage) -> None:
         )
     _check_size("cascade height", stage.height)
     _check_size("cascade width", stage.width)
-    _check_integer("cascade num_inference_steps", stage.num_inference_steps, 1, 1000)
-    _check_integer("cascade expert", stage.expert, 0, 1)
+    check_integer("cascade num_inference_steps", stage.num_inference_steps, 1, 1000)
+    check_integer("cascade expert", stage.expert, 0, 1)
     number = isinstance(stage.strength, int | float) and not isinstance(stage.strength, bool)
     if not number or not LEAST_STRENGTH <= stage.strength <= 1:
         raise UsageError(

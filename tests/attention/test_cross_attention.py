@@ -162,14 +162,14 @@ def test_a_prepared_text_may_be_used_either_way() -> None:
         time = torch.tensor([900.0, 20.0])
     text[:, 9:] = 0
     network.use_fused(False)
-    expected = network(latent, time, text)
+    expected = network(latent, text, time)
     prepared = network.make_text_kv(text)
     assert prepared.rows.shape[1] == 10 and prepared.positions == 100
     for fuse in (True, False, True):
         network.use_fused(fuse)
-        assert relative_error(network(latent, time, prepared), expected) < 1e-5
-    assert relative_error(network(latent, time, prepared, cache=EverySite()), expected) < 1e-5
-    assert relative_error(network(latent, time, text), expected) < 1e-5  # all 100 rows, in more than one tile
+        assert relative_error(network(latent, prepared, time), expected) < 1e-5
+    assert relative_error(network(latent, prepared, time, cache=EverySite()), expected) < 1e-5
+    assert relative_error(network(latent, text, time), expected) < 1e-5  # all 100 rows, in more than one tile
     assert prepared.keys(0, network.blocks[0].text_keys).k.shape[1] == 100
 
 
@@ -235,12 +235,12 @@ def test_compiled_pieces_hold_the_operator_for_texts_of_any_length() -> None:
         texts = [
             torch.cat([torch.randn(1, rows, 24), torch.zeros(1, 40 - rows, 24)], dim=1) for rows in (7, 9, 30)
         ]
-    expected = [network(latent, time, network.make_text_kv(text)) for text in texts]
+    expected = [network(latent, network.make_text_kv(text), time) for text in texts]
     torch._dynamo.reset()
     counters.clear()
     network.compile_blocks(backend="eager")
     for text, plain in zip(texts, expected, strict=True):
-        assert torch.equal(network(latent, time, network.make_text_kv(text)), plain)
+        assert torch.equal(network(latent, network.make_text_kv(text), time), plain)
     assert counters["stats"]["unique_graphs"] == 2  # before and after the self-attention
     torch._dynamo.reset()
 

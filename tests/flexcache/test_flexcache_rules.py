@@ -290,7 +290,7 @@ def test_first_blocks_decide_by_their_residual(backend, monkeypatch, name, thres
     expected = []
     with torch.no_grad():
         for step, latent in enumerate(latents):
-            e = network.embed(latent, timesteps[step].reshape(1), text)
+            e = network.embed(latent, text, timesteps[step].reshape(1))
             after = network.blocks[0](
                 e.tokens, e.text.keys(0, network.blocks[0].text_keys), e.modulation, e.rope
             )

@@ -75,10 +75,10 @@ def test_folded_padding_is_padding(lengths: tuple[int, ...]) -> None:
     text = padded(*lengths, positions=512)
     latent = torch.randn(len(lengths), 6, 2, 4, 6)
     timestep = torch.rand(len(lengths)) * 1000
-    expected = ours(latent, timestep, text)
+    expected = ours(latent, text, timestep)
     prepared = ours.make_text_kv(text)
     assert prepared.rows.shape[1] == max(lengths) + 1
-    embedded = ours.embed(latent, timestep, prepared)
+    embedded = ours.embed(latent, prepared, timestep)
     found = ours.final_layer(ours.run_blocks(embedded), embedded.time)
     # one row with a bias sums otherwise than 500 rows do
     assert relative_error(ours.unpatchify(found, embedded.grid), expected) < 1e-5
@@ -235,15 +235,15 @@ def test_branches_share_what_is_before_the_text() -> None:
         rows.append(len(q))
         return sdpa(q, k, v)
 
-    expected = torch.cat([ours(latent, timestep, branch) for branch in text.chunk(2)])
-    assert relative_error(ours(latent, timestep, text, attention=attention), expected) < 2e-6
+    expected = torch.cat([ours(latent, branch, timestep) for branch in text.chunk(2)])
+    assert relative_error(ours(latent, text, timestep, attention=attention), expected) < 2e-6
     assert rows == [2, 4, 4]  # the first block's attention ran for one branch
     # one branch after the other
     rows.clear()
     start = SharedCfgPrefix()
     found = []
     for branch in text.chunk(2):
-        embedded = replace(ours.embed(latent, timestep, branch), start=start)
+        embedded = replace(ours.embed(latent, branch, timestep), start=start)
         tokens = ours.run_blocks(embedded, attention=attention)
         found.append(ours.unpatchify(ours.final_layer(tokens, embedded.time), embedded.grid))
     assert rows == [2, 2, 2, 2, 2]
@@ -274,10 +274,10 @@ def test_compiled_blocks_share_too() -> None:
     latent = torch.randn(1, 6, 2, 4, 4)
     text = torch.randn(2, 7, CONFIG.text_dim)
     names = list(ours.state_dict())
-    expected = ours(latent, torch.tensor([300.0]), text)
+    expected = ours(latent, text, torch.tensor([300.0]))
     torch._dynamo.reset()
     ours.compile_blocks(backend="eager", fullgraph=True)
-    assert torch.equal(ours(latent, torch.tensor([300.0]), text), expected)
+    assert torch.equal(ours(latent, text, torch.tensor([300.0])), expected)
     assert list(ours.state_dict()) == names
     torch._dynamo.reset()
 
@@ -367,7 +367,6 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
     for room in (denoising, stages):
         monkeypatch.setattr(room, "FiniteCheck", Deferred)
     monkeypatch.setattr(conditioning, "rows_that_differ", lambda text: 8)
-    made = Generator(lent)
     task = task_for(height=32, width=32, num_frames=5, num_inference_steps=6, guidance_scale=5.0)
     task.resolved = task.params
     task.status = TaskStatus.DENOISING
@@ -375,7 +374,7 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
     task.buffer.conditioning = torch.randn(2, 16, CONFIG.text_dim, device=gpu)
     task.buffer.latent = torch.randn(1, 6, 2, 4, 4, device=gpu)
     task.buffer.sampler = lent.sampler.begin(6)
-    units = made.stages
+    units = stages.Stages(lent)
     units._denoise(task)
     for step in range(1, 6):
         before: Any = units._derived[task].check

@@ -33,7 +33,8 @@ def inputs(
     batch: int, frames: int, rows: int, columns: int, config: WanConfig = CONFIG
 ) -> tuple[Tensor, Tensor, Tensor]:
     latent = torch.randn(batch, config.in_channels, frames, rows, columns)
-    return latent, torch.rand(batch) * 1000, torch.randn(batch, 7, config.text_dim)
+    timestep = torch.rand(batch) * 1000
+    return latent, torch.randn(batch, 7, config.text_dim), timestep
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -47,9 +48,9 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @torch.no_grad()
 def test_forward_is_diffusers(shape: tuple[int, int, int, int], config: WanConfig) -> None:
     model = reference(config)
-    latent, timestep, text = inputs(*shape, config)
+    latent, text, timestep = inputs(*shape, config)
     expected = model(latent, timestep, text, return_dict=False)[0]
-    found = twin(model, config)(latent, timestep, text)
+    found = twin(model, config)(latent, text, timestep)
     assert found.shape == (shape[0], config.out_channels, *shape[1:])
     # float32 rounding through three blocks gives some 2e-7
     assert relative_error(found, expected) < 1e-5
@@ -59,25 +60,25 @@ def test_forward_is_diffusers(shape: tuple[int, int, int, int], config: WanConfi
 def test_whole_timesteps_and_one_for_all() -> None:
     model = reference(CONFIG)
     ours = twin(model)
-    latent, _, text = inputs(2, 2, 4, 6)
+    latent, text, _ = inputs(2, 2, 4, 6)
     for timestep in (torch.tensor([999, 999]), torch.tensor([1, 1]), torch.tensor([0, 0])):
         expected = model(latent, timestep, text, return_dict=False)[0]
-        assert relative_error(ours(latent, timestep, text), expected) < 1e-5
-        assert relative_error(ours(latent, timestep[:1], text), expected) < 1e-5
+        assert relative_error(ours(latent, text, timestep), expected) < 1e-5
+        assert relative_error(ours(latent, text, timestep[:1]), expected) < 1e-5
 
 
 @torch.no_grad()
 def test_bfloat16_is_as_exact_as_diffusers() -> None:
     model = reference(CONFIG)
     ours = twin(model)
-    latent, timestep, text = inputs(2, 3, 6, 6)
+    latent, text, timestep = inputs(2, 3, 6, 6)
     exact = model(latent, timestep, text, return_dict=False)[0]
     for network in (model, ours):
         for name, parameter in network.named_parameters():
             if set(name.split(".")).isdisjoint(KEEP_FLOAT32):
                 parameter.data = parameter.data.bfloat16()
-    args = (latent.bfloat16(), timestep, text.bfloat16())
-    theirs = relative_error(model(*args, return_dict=False)[0], exact)
+    args = (latent.bfloat16(), text.bfloat16(), timestep)
+    theirs = relative_error(model(args[0], timestep, args[1], return_dict=False)[0], exact)
     mine = ours(*args)
     assert mine.dtype == torch.bfloat16
     # both are a few roundings of 2^-9 away from float32; ours may not be farther by more than chance
@@ -95,7 +96,8 @@ def test_full_size_names_and_shapes(name: str) -> None:
         shapes = {key: tuple(value.shape) for key, value in ours.state_dict().items()}
         assert shapes == {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
         count = sum(parameter.numel() for parameter in ours.parameters())
-        assert count == (1_418_996_800 if name == "Wan2.1-T2V-1.3B" else 14_288_491_584)
+        more = config.dim * config.patch_values * (config.in_channels - 16)  # of the patch embedding
+        assert count - more == (1_418_996_800 if name == "Wan2.1-T2V-1.3B" else 14_288_491_584)
         assert {official_transformer_name(key) for key in shapes} == official_names(config.num_layers)
 
 
@@ -174,15 +176,41 @@ def test_blocks_can_be_skipped_with_a_stored_residual() -> None:
 @torch.no_grad()
 def test_features_of_one_forward_replace_the_blocks_of_another() -> None:
     ours = twin(reference(CONFIG))
-    latent, timestep, text = inputs(2, 2, 4, 4)
-    output = ours.forward_with_features(latent, timestep, text)
-    assert torch.equal(output.velocity, ours(latent, timestep, text))
+    latent, text, timestep = inputs(2, 2, 4, 4)
+    output = ours(latent, text, timestep)
+    assert type(output + 0) is Tensor
     again = ours.forward_with_cache(latent, text, output.intermediate_features)
-    assert relative_error(again, output.velocity) < 1e-6
+    assert relative_error(again, output) < 1e-6
     later = ours.forward_with_cache(latent, text, output.intermediate_features, timestep - 20)
     assert not torch.equal(later, again)
     with pytest.raises(ValueError, match="cached features"):
         ours.forward_with_cache(latent[:, :, :1], text, output.intermediate_features)
+
+
+@torch.no_grad()
+def test_a_time_may_be_a_number_or_any_tensor_of_one() -> None:
+    ours = twin(reference(CONFIG))
+    latent, text, _ = inputs(2, 1, 4, 4)
+    expected = ours(latent, text, torch.tensor([300.0, 300.0]))
+    moving = torch.tensor(300.0)
+    for timestep in (300, 300.0, moving, torch.tensor([300]), torch.tensor([300.0]).bfloat16()):
+        # one time for all is one row of the time embedding's product: another order of sums
+        assert relative_error(ours(latent, text, timestep), expected) < 1e-6
+    output = ours(latent, text, moving)
+    moving.fill_(20.0)  # as a solver does
+    assert output.intermediate_features.timestep.tolist() == [300.0]
+
+
+@torch.no_grad()
+def test_guidance_branches_come_along_the_batch() -> None:
+    ours = twin(reference(CONFIG))
+    latent, text, timestep = inputs(2, 2, 4, 4)
+    other = torch.randn_like(text)
+    both = ours(latent, torch.cat([text, other]), timestep)
+    prepared = ours(latent, ours.make_text_kv(torch.cat([text, other])), timestep)
+    for found in (both, prepared):
+        for branch, words in zip(found.chunk(2), (text, other), strict=True):
+            assert relative_error(branch, ours(latent, words, timestep)) < 1e-5
 
 
 @torch.no_grad()
@@ -283,12 +311,12 @@ def test_autocast_leaves_the_stream_in_the_weights_dtype(stored: torch.dtype) ->
 def test_a_fresh_network_starts_at_zero_and_learns() -> None:
     ours = WanTransformer(CONFIG)
     ours.init_weights()
-    latent, timestep, text = inputs(4, 1, 4, 4)
-    assert not ours(latent, timestep, text).any()
+    latent, text, timestep = inputs(4, 1, 4, 4)
+    assert not ours(latent, text, timestep).any()
     optimiser = torch.optim.AdamW(ours.parameters(), lr=3e-3)
     losses = []
     for _ in range(30):
-        loss = (ours(latent, timestep, text) - latent).square().mean()
+        loss = (ours(latent, text, timestep) - latent).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -361,18 +389,48 @@ def test_kernels_agree_with_float64() -> None:
 @pytest.mark.parametrize(
     ("latent", "timestep", "text", "words"),
     [
-        ((1, 5, 1, 4, 4), (1,), (1, 7, 24), "expected \\[B, 6, T, H, W\\]"),
+        ((1, 5, 1, 4, 4), (1,), (1, 7, 24), "use \\[B, 6, T, H, W\\]"),
         ((1, 6, 1, 3, 4), (1,), (1, 7, 24), "multiples of the patch"),
         ((2, 6, 1, 4, 4), (3,), (2, 7, 24), "timestep is \\[3\\]"),
-        ((2, 6, 1, 4, 4), (2,), (1, 7, 24), "text is \\[1, 7, 24\\]; expected \\[2, L, 24\\]"),
+        ((2, 6, 1, 4, 4), (2,), (1, 7, 24), "embeddings are \\[1, 7, 24\\]; use \\[2, L, 24\\]"),
         ((1, 6, 1, 4, 2050), (1,), (1, 7, 24), "longest axis"),
+        ((1, 6, 1, 4), (1,), (1, 7, 24), "latent is \\[1, 6, 1, 4\\]"),
+        ((1, 6, 1, 4, 4), (1, 1), (1, 7, 24), "timestep is \\[1, 1\\]"),
+        ((1, 6, 1, 4, 4), (1,), (1, 0, 24), "embeddings are"),
     ],
 )
 def test_shapes_that_cannot_be(
     latent: tuple[int, ...], timestep: tuple[int, ...], text: tuple[int, ...], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        WanTransformer(CONFIG)(torch.zeros(latent), torch.zeros(timestep), torch.zeros(text))
+        WanTransformer(CONFIG)(torch.zeros(latent), torch.zeros(text), torch.zeros(timestep))
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "words"),
+    [
+        (0, [1.0], "latent is a list"),
+        (0, torch.zeros(1, 6, 1, 4, 4, dtype=torch.int64), "latent is torch.int64"),
+        (0, torch.zeros(1, 6, 1, 4, 4, device="meta"), "latent is on meta"),
+        (1, None, "embeddings is a NoneType"),
+        (1, torch.zeros(1, 7, 24, device="meta"), "embeddings is on meta"),
+        (2, "500", "timestep = '500'"),
+        (2, True, "timestep = True"),
+        (2, 1000.5, "timestep = 1000.5; use 0 to 1000"),
+        (2, torch.tensor([-1]), "use 0 to 1000"),
+        (2, torch.tensor(float("nan")), "timestep = nan"),
+    ],
+)
+def test_inputs_of_another_kind_are_refused_in_words(position: int, value: object, words: str) -> None:
+    args: list[object] = [torch.zeros(1, 6, 1, 4, 4), torch.zeros(1, 7, 24), 500]
+    args[position] = value
+    with pytest.raises(ValueError, match=words):
+        WanTransformer(CONFIG)(*args)  # type: ignore[arg-type]
+
+
+def test_features_must_be_features() -> None:
+    with pytest.raises(ValueError, match="cached_features is a NoneType; use the intermediate_features"):
+        WanTransformer(CONFIG).forward_with_cache(torch.zeros(1, 6, 1, 4, 4), torch.zeros(1, 7, 24), None)  # type: ignore[arg-type]
 
 
 def test_config_refuses_other_models() -> None:

@@ -48,7 +48,7 @@ def network() -> WanTransformer:
 
 
 def inputs(frames: int = 2, rows: int = 4, columns: int = 4, text: int = 7) -> Inputs:
-    return torch.randn(1, 4, frames, rows, columns), torch.tensor([300.0]), torch.randn(1, text, 24)
+    return torch.randn(1, 4, frames, rows, columns), torch.randn(1, text, 24), torch.tensor([300.0])
 
 
 def other_attention(scale: float) -> AttentionFn:

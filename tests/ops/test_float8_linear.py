@@ -151,9 +151,9 @@ def test_blocks_in_8_bits_stream(tiny_folder: Path) -> None:
     latent = torch.randn(1, 4, 2, 4, 6)
     time = torch.tensor([400.0])
     text = torch.randn(1, 5, 32)
-    expected = network(latent, time, text)
+    expected = network(latent, text, time)
     stream = BlockPrefetcher(list(network.blocks), torch.device("cpu"), PinnedMemory(torch.device("cpu")), {})
-    assert torch.equal(network(latent, time, text, blocks=stream), expected)
+    assert torch.equal(network(latent, text, time, blocks=stream), expected)
 
 
 @torch.no_grad()
@@ -164,11 +164,11 @@ def test_trained_network_in_8_bits() -> None:
     latent = torch.randn(1, 16, 3, 8, 8)
     text = torch.randn(1, 20, 128)
     for time in (torch.tensor([950.0]), torch.tensor([300.0])):
-        error = relative_error(lossy(latent, time, text), exact(latent, time, text))
+        error = relative_error(lossy(latent, text, time), exact(latent, text, time))
         print("relative error of one forward", float(time), error)
         assert 1e-4 < error < 0.15
     set_float8(layers_of(lossy), False)
-    assert torch.equal(lossy(latent, time, text), exact(latent, time, text))
+    assert torch.equal(lossy(latent, text, time), exact(latent, text, time))
 
 
 @pytest.mark.parametrize("sampler", ["unipc", "euler", "dpm++"])

@@ -58,12 +58,12 @@ def test_kernels_and_torch_give_one_velocity(
             lambda *args, name=name, operator=operator: launched.append(name) or operator(*args),
         )
     network.use_fused(False)
-    expected = network(latent, time, text)
+    expected = network(latent, text, time)
     assert not launched
     network.use_fused(True)
     # the interpreter's own rounding to 8 bits is coarser than a GPU's, see test_fused
     bound = (3e-2 if DEVICE == "cpu" else 5e-3) if float8 else 1e-5
-    assert relative_error(network(latent, time, text), expected) < bound
+    assert relative_error(network(latent, text, time), expected) < bound
     # in every block q's and k's turn; a norm before the first module and one residual behind each of the
     # three; the head's norm
     assert launched.count("qk_norm_rotate") == 2
@@ -71,8 +71,8 @@ def test_kernels_and_torch_give_one_velocity(
     # in 8 bits two outputs of attention, the GELU, and the rows for q where no norm comes before them
     assert launched.count("activation") == (0 if not float8 else 2 * 3 if cross_attn_norm else 2 * 4)
     if cross_attn_norm:
-        assert relative_error(network(latent, time, text, cache=EverySite()), expected) < bound
+        assert relative_error(network(latent, text, time, cache=EverySite()), expected) < bound
     launched.clear()
     with torch.enable_grad():
-        network(latent, time, text)
+        network(latent, text, time)
     assert not launched

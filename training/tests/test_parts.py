@@ -73,8 +73,8 @@ def test_padding_row_stands_for_all_padding(tokenizer):
             whole[row, :length] = rows[row, :length]
         latent = torch.randn(2, 16, 2, 4, 4)
         time = torch.tensor([900.0, 100.0])
-        short = model(latent, time, rows, text_bias=bias)
-        long = model(latent, time, whole)
+        short = model(latent, rows, time, text_bias=bias)
+        long = model(latent, whole, time)
     assert (short - long).norm() / long.norm() < 1e-5
 
 

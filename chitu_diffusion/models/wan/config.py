@@ -7,6 +7,9 @@ from typing import Any
 
 from chitu_diffusion.errors import UsageError
 
+TRAINED_STEPS = 1000
+"""Timesteps run from this, pure noise, to 0; an expert boundary is a share of it."""
+
 _QK_NORM = "rms_norm_across_heads"
 _NO_SIZES = ("patch_size", "cross_attn_norm", "qk_norm", "eps")
 

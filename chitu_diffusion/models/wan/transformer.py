@@ -28,13 +28,14 @@ from chitu_diffusion.attention.kernels import AttentionContext, AttentionFn, sdp
 from chitu_diffusion.flexcache.interface import MODULE_LEVELS, NO_CACHE, Level, Site, SiteInputs, StepCache
 from chitu_diffusion.models.wan.block import Float32LayerNorm, RotaryTable, WanBlock
 from chitu_diffusion.models.wan.config import WanConfig
+from chitu_diffusion.models.wan.forward_inputs import latent_grid, read_timestep, text_copies
 from chitu_diffusion.models.wan.positions import Grid, rope_table, sinusoids
 from chitu_diffusion.models.wan.text_kv import TextKVCache, dedup_padding
 from chitu_diffusion.ops.compile import compiled, let_length_vary
 from chitu_diffusion.ops.float8_linear import Float8Linear
 from chitu_diffusion.ops.fused import can_fuse, layer_norm
 
-__all__ = ["KEEP_FLOAT32", "BlockInputs", "WanConfig", "WanFeatures", "WanOutput", "WanTransformer"]
+__all__ = ["KEEP_FLOAT32", "BlockInputs", "WanConfig", "WanFeatures", "WanTransformer", "WanVelocity"]
 
 # Parts of parameter names that stay float32 when the rest is loaded in 16 bits (diffusers' rule for this
 # network).
@@ -103,19 +104,20 @@ class WanFeatures:
 
     Attributes:
         residual: [B, S, dim], what the block stack added to the tokens.
-        timestep: [B], the time at which it did.
+        timestep: [B] or [1], the time at which it did.
     """
 
     residual: Tensor
     timestep: Tensor
 
 
-@dataclass(frozen=True)
-class WanOutput:
-    """A forward's velocity [B, C, T, H, W] together with its reusable features."""
+class WanVelocity(Tensor):
+    """A forward's velocity [B, C, T, H, W], with what a later one can use in place of the blocks; whatever is
+    computed from it is a plain tensor.
+    """
 
-    velocity: Tensor
     intermediate_features: WanFeatures
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -199,20 +201,21 @@ class WanTransformer(nn.Module):
     def forward(
         self,
         latent: Tensor,
-        timestep: Tensor,
-        text: Tensor | TextKVCache,
+        embeddings: Tensor | TextKVCache,
+        timestep: Tensor | float,
         *,
         attention: AttentionFn = sdpa,
         cache: StepCache = NO_CACHE,
         blocks: Iterable[nn.Module] | None = None,
         text_bias: Tensor | None = None,
-    ) -> Tensor:
-        """The velocity [B, C, T, H, W] at `latent`.
+    ) -> WanVelocity:
+        """The velocity at `latent`, and the features that `forward_with_cache` can use later.
 
         Args:
             latent: [B, C, T, H, W]; T, H, W multiples of the patch.
-            timestep: [B] (or [1], for all), 0 to 1000, any dtype.
-            text: [B, L, text_dim], the text encoder's output, or of `make_text_kv`.
+            embeddings: [B, L, text_dim], the text encoder's output, or of `make_text_kv`. k B rows are those
+                of k guidance branches of the latent, branch by branch.
+            timestep: 0 to 1000, for all a number, a scalar or [1], or [B]; any dtype and device.
             attention: self-attention (q, k, v, where), in layout [B, S, heads, head_dim].
             cache: asked at the sites whose level is among `cache.levels`.
             blocks: yields this network's blocks in order, each ready to run: for whoever streams them to the
@@ -220,51 +223,50 @@ class WanTransformer(nn.Module):
             text_bias: [B, L] float32, see `TextKV.bias`, or None.
 
         Returns:
-            Velocity in the dtype of the last matrix product.
+            [B, C, T, H, W], or [k B, C, T, H, W], in the dtype of the last matrix product.
 
         Raises:
-            ValueError: shapes that do not fit the network or each other.
+            ValueError: inputs that do not fit the network or each other.
         """
-        embedded = self.embed(latent, timestep, text)
+        embedded = self.embed(latent, embeddings, timestep)
         if text_bias is not None:
             embedded = replace(embedded, text=replace(embedded.text, bias=text_bias))
         tokens = self.run_blocks(embedded, attention=attention, cache=cache, blocks=blocks)
-        return self.unpatchify(self.final_layer(tokens, embedded.time), embedded.grid)
-
-    def forward_with_features(
-        self,
-        latent: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        *,
-        attention: AttentionFn = sdpa,
-        cache: StepCache = NO_CACHE,
-    ) -> WanOutput:
-        """`forward`, which also hands out what `forward_with_cache` can use later."""
-        embedded = self.embed(latent, timestep, text)
-        tokens = self.run_blocks(embedded, attention=attention, cache=cache)
         velocity = self.unpatchify(self.final_layer(tokens, embedded.time), embedded.grid)
-        return WanOutput(velocity, WanFeatures(tokens - embedded.tokens, timestep))
+        output = velocity.as_subclass(WanVelocity)
+        # a copy of the time: solvers may move theirs in place
+        time = torch.as_tensor(timestep).reshape(-1).clone()
+        output.intermediate_features = WanFeatures(tokens - embedded.tokens, time)
+        return output
 
     def forward_with_cache(
-        self, latent: Tensor, embeddings: Tensor, cached_features: WanFeatures, timestep: Tensor | None = None
+        self,
+        latent: Tensor,
+        embeddings: Tensor | TextKVCache,
+        cached_features: WanFeatures,
+        timestep: Tensor | float | None = None,
     ) -> Tensor:
         """The velocity at `latent` with the blocks skipped: their residual comes from an earlier forward.
 
         Args:
             latent: [B, C, T, H, W], of the shape that made the features.
-            embeddings: [B, L, text_dim]; text acts in the blocks alone, so only its shape is looked at.
-            cached_features: of `forward_with_features`.
-            timestep: [B], for the head's modulation; by default the one of the features.
+            embeddings: as for `forward`; text acts in the blocks alone, so only its shape is looked at.
+            cached_features: `intermediate_features` of what `forward` gave.
+            timestep: for the head's modulation; by default the one of the features.
 
         Raises:
-            ValueError: features of another shape.
+            ValueError: features of another shape, or none.
         """
-        embedded = self.embed(latent, cached_features.timestep if timestep is None else timestep, embeddings)
+        if not isinstance(cached_features, WanFeatures):
+            raise ValueError(
+                f"cached_features is a {type(cached_features).__name__}; use the intermediate_features of "
+                "what model(latent, embeddings, timestep) gave"
+            )
+        embedded = self.embed(latent, embeddings, cached_features.timestep if timestep is None else timestep)
         if cached_features.residual.shape != embedded.tokens.shape:
             raise ValueError(
                 f"cached features are {list(cached_features.residual.shape)}, this latent's tokens "
-                f"{list(embedded.tokens.shape)}"
+                f"{list(embedded.tokens.shape)}; compute them with a latent and embeddings of these shapes"
             )
         tokens = embedded.tokens + cached_features.residual
         return self.unpatchify(self.final_layer(tokens, embedded.time), embedded.grid)
@@ -278,22 +280,25 @@ class WanTransformer(nn.Module):
         folded, positions, bias = dedup_padding(text, rows)
         return TextKVCache(self.condition_embedder.text_embedder(folded), positions, bias, keep=True)
 
-    def embed(self, latent: Tensor, timestep: Tensor, text: Tensor | TextKVCache) -> BlockInputs:
+    def embed(self, latent: Tensor, text: Tensor | TextKVCache, timestep: Tensor | float) -> BlockInputs:
         """Everything before the blocks: tokens, projected text, time embedding and positions.
 
         Args:
             latent: [B, C, T, H, W].
-            timestep: [B], or [1] for all.
             text: [B, L, text_dim] for this forward alone, or of `make_text_kv` for several. A text of k B
                 rows is that of k guidance branches of the latent, branch by branch: all that follows has k B
                 rows, and what the branches have in common is computed once.
+            timestep: 0 to 1000, for all a number, a scalar or [1], or [B].
 
         Raises:
-            ValueError: shapes that do not fit the network or each other.
+            ValueError: inputs that do not fit the network or each other.
         """
-        grid, copies = self._checked_grid(latent, timestep, text)
-        time, modulation = self.condition_embedder.embed_time(timestep.to(latent.device))
-        if len(timestep) > 1:
+        device = self.patch_embedding.weight.device
+        grid = latent_grid(latent, self.config, device)
+        copies = text_copies(text, latent.shape[0], self.config, device)
+        times = read_timestep(timestep, latent.shape[0], device)
+        time, modulation = self.condition_embedder.embed_time(times)
+        if len(times) > 1:
             time = time.repeat(copies, 1)
             modulation = modulation.repeat(copies, 1, 1)
         if isinstance(text, Tensor):
@@ -452,24 +457,3 @@ class WanTransformer(nn.Module):
         if level not in cache.levels:
             return compute()
         return cache.at(Site(level, index, len(self.blocks)), compute, SiteInputs(entering, time))
-
-    def _checked_grid(self, latent: Tensor, timestep: Tensor, text: Tensor | TextKVCache) -> tuple[Grid, int]:
-        """The token grid, and how many branches' text there is for the latent."""
-        channels = self.config.in_channels
-        patch = self.config.patch_size
-        if latent.ndim != 5 or latent.shape[1] != channels:
-            raise ValueError(f"latent is {list(latent.shape)}; expected [B, {channels}, T, H, W]")
-        if any(size % step or not size for size, step in zip(latent.shape[2:], patch, strict=True)):
-            raise ValueError(
-                f"latent axes {list(latent.shape[2:])} are not multiples of the patch {list(patch)}"
-            )
-        batch = latent.shape[0]
-        if timestep.ndim != 1 or len(timestep) not in (1, batch):
-            raise ValueError(f"timestep is {list(timestep.shape)}; expected [{batch}] or [1]")
-        given, width = (
-            (text, self.config.text_dim) if isinstance(text, Tensor) else (text.rows, self.config.dim)
-        )
-        if given.ndim != 3 or given.shape[0] % batch or not given.shape[0] or given.shape[2] != width:
-            raise ValueError(f"text is {list(given.shape)}; expected [{batch}, L, {width}]")
-        frames, rows, columns = (size // step for size, step in zip(latent.shape[2:], patch, strict=True))
-        return (frames, rows, columns), given.shape[0] // batch
