@@ -1,21 +1,50 @@
 """Which solvers there are: one row each, from which settings, flags, help and models' folders take the names.
 
-Imports no torch, so that a name can be checked before anything is loaded. Knows no tensors.
+Imports no torch, so that a name can be checked before anything is loaded. A row has a diffusers scheduler, or
+an update: what makes the next latent of this one and its velocity, and needs nothing but the present step. A
+latent is x = (1 - sigma) data + sigma noise, its velocity v = noise - data; sums are float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from chitu_diffusion.sampling.updates import Update, euler, renoise
+if TYPE_CHECKING:
+    from torch import Tensor
 
 AUTO = "auto"
 """In a setting: the model's own solver."""
 USUAL = "unipc"
 """Of a model that names none."""
+
+
+Update = Callable[["Tensor", "Tensor", float, float, Callable[[], "Tensor"]], "Tensor"]
+"""(latent, velocity, sigma now, sigma after the step, gives fresh noise of the latent's shape) -> the next
+latent.
+"""
+
+
+def euler(
+    latent: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Callable[[], Tensor]
+) -> Tensor:
+    """Along the velocity: x' = x + (sigma' - sigma) v."""
+    return latent + (next_sigma - sigma) * velocity
+
+
+def renoise(
+    latent: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Callable[[], Tensor]
+) -> Tensor:
+    """To the data that the velocity points at, and back with fresh noise: x0 = x - sigma v, x' = (1 - sigma')
+    x0 + sigma' noise.
+
+    How consistency models ("Latent Consistency Models", arXiv:2310.04378) and distribution matching
+    distillation (DMD2, arXiv:2405.14867) are sampled.
+    """
+    data = latent - sigma * velocity
+    return data if next_sigma == 0 else (1 - next_sigma) * data + next_sigma * noise()
 
 
 @dataclass(frozen=True)

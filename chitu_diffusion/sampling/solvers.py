@@ -6,7 +6,7 @@ task.
 
 A step takes the velocity v = noise - data of a latent x at noise level sigma, x = (1 - sigma) data + sigma
 noise ("Flow Matching for Generative Modeling", arXiv:2210.02747). `unipc` is UniPC (arXiv:2302.04867),
-`dpm++` DPM-Solver++ (arXiv:2211.01095), both multistep; the updates of the others are in `updates`.
+`dpm++` DPM-Solver++ (arXiv:2211.01095), both multistep; the updates of the others are in `registry`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from chitu_diffusion.errors import UsageError, nearest
 from chitu_diffusion.sampling.library import LibrarySolver, shift_of
 from chitu_diffusion.sampling.noise import step_noise
 from chitu_diffusion.sampling.noise_levels import NoiseLevels, whole_steps
-from chitu_diffusion.sampling.registry import SOLVERS
-from chitu_diffusion.sampling.updates import Update
+from chitu_diffusion.sampling.registry import SOLVERS, Update
 
 SamplerState = dict[str, Any]
 """sampler: its name, and whether it runs on a list; schedule: number of steps in the whole schedule; index:
