@@ -35,6 +35,7 @@ from chitu_diffusion.executor.task_checkpoints import TaskCheckpoints
 from chitu_diffusion.executor.worker_group import WorkerGroup
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.memory.device import empty_cache, is_out_of_memory
+from chitu_diffusion.pipelines.checkpoint import FoundCheckpoint
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskPool, DiffusionUserParams, Progress, TaskStatus
 
 _FAREWELL = 3.0
@@ -315,15 +316,21 @@ class DistributedExecutor:
             ended.end(TaskStatus(message.status), TaskError(message.error) if message.error else None)
 
     def _restore(self, task: DiffusionTask) -> None:
-        """Every rank looks for a checkpoint; they count where all have one of the same step."""
-        found, notes = self._checkpoints.load(task)
-        step = None if found is None else [found.current_step, str(found.status)]
-        reports = self._channel.gather_status({"step": step, "notes": notes}, self._workers.timeout)
-        if any(report["step"] != reports[0]["step"] for report in reports):
-            steps = ", ".join(str(report["step"] and report["step"][0]) for report in reports)
-            found = None
-            notes = [*reports[0]["notes"], f"the ranks have checkpoints of different steps: {steps}"]
-        self._checkpoints.restore(task, found, notes)
+        """Every rank looks for checkpoints; the newest of rank 0's counts of which all have theirs."""
+        notes: list[str] = []
+        found: dict[str, FoundCheckpoint] = {}
+        for each in self._checkpoints.usable(task, notes):
+            found.setdefault(each.digest(), each)
+        mine = {"digests": list(found), "notes": notes}
+        reports = self._channel.gather_status(mine, self._workers.timeout)
+        notes = list(dict.fromkeys(note for report in reports for note in report["notes"]))
+        for digest in reports[0]["digests"]:
+            if all(digest in report["digests"] for report in reports):
+                self._checkpoints.restore(task, found[digest], notes)
+                return
+        if any(report["digests"] for report in reports):
+            notes.append("the ranks have no checkpoint of the same step")
+        self._checkpoints.restore(task, None, notes)
 
     # -- a unit
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import WAN_TINY, MakeConfig
 from running import run_to_end, task_for
+from safetensors import SafetensorError
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
@@ -215,24 +216,34 @@ def begun(backends, tmp_path) -> tuple[DiffusionTask, CheckpointFolder]:
     return task, folder
 
 
+def newest(
+    begun: tuple[DiffusionTask, CheckpointFolder], backend: DiffusionBackend
+) -> tuple[DiffusionTask | None, list[str]]:
+    """What the same request finds, and why not newer ones."""
+    task, folder = begun
+    notes: list[str] = []
+    found = next(folder.usable(backend, task, notes), None)
+    return found and found.task, notes
+
+
 def test_the_last_two_are_kept(begun, backends) -> None:
     _, folder = begun
     assert [file.name for file in sorted(folder.folder.iterdir())] == [
         "rank0-000004-step3.safetensors",
         "rank0-000005-step4.safetensors",
     ]
-    task, notes = folder.load(backends["one"])
+    task, notes = newest(begun, backends["one"])
     assert task.current_step == 4 and not notes
     folder.clear()
     assert not folder.folder.exists()
 
 
 def test_the_pause_between_two_runs_is_no_time_of_the_task(begun, backends, monkeypatch) -> None:
-    task, folder = begun
+    task, _ = begun
     spent = task.get_elapsed_time()
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 86400)
-    again, _ = folder.load(backends["one"])
+    again, _ = newest(begun, backends["one"])
     assert 0 < again.get_elapsed_time() <= spent
     assert again.created_at == task.created_at
 
@@ -243,10 +254,10 @@ def test_a_damaged_checkpoint_leaves_the_one_before_and_then_nothing(begun, back
     data = bytearray(newer.read_bytes())
     data[-100] ^= 0x40
     newer.write_bytes(data)
-    task, notes = folder.load(backends["one"])
+    task, notes = newest(begun, backends["one"])
     assert task.current_step == 3 and "do not fit their hash" in notes[0]
     older.write_bytes(older.read_bytes()[:1000])
-    task, notes = folder.load(backends["one"])
+    task, notes = newest(begun, backends["one"])
     assert task is None and len(notes) == 2
 
 
@@ -280,9 +291,21 @@ def test_whatever_a_file_holds_it_is_refused_in_words(begun, backends, tmp_path)
 
 
 def test_a_checkpoint_that_ends_the_process_is_not_tried_for_ever(begun, backends) -> None:
-    _, folder = begun
-    steps = [found.current_step if (found := folder.load(backends["one"])[0]) else 0 for _ in range(8)]
+    task, folder = begun
+    steps = []
+    for _ in range(8):
+        found = next(folder.usable(backends["one"], task, []), None)
+        steps.append(0 if found is None else found.task.current_step)
+        if found is not None:
+            folder.count_try(found)
     assert steps == [4, 4, 4, 3, 3, 3, 0, 0]
+
+
+def test_who_only_looks_uses_up_no_try(begun, tiny_folder, backends, make_config: MakeConfig) -> None:
+    other = DiffusionBackend(make_config(tiny_folder, infer__sampler="euler"))
+    for _ in range(5):
+        assert newest(begun, other)[0] is None
+        assert newest(begun, backends["one"])[0].current_step == 4
 
 
 @pytest.mark.parametrize(
@@ -294,22 +317,20 @@ def test_a_checkpoint_that_ends_the_process_is_not_tried_for_ever(begun, backend
     ],
 )
 def test_what_must_agree(begun, tiny_folder, make_config: MakeConfig, setting, value, said) -> None:
-    _, folder = begun
     backend = DiffusionBackend(make_config(tiny_folder, infer__quant_keep="", **{setting: value}))
-    task, notes = folder.load(backend)
+    task, notes = newest(begun, backend)
     assert task is None and all(said in note for note in notes), notes
 
 
 def test_other_weights_are_told(begun, two_experts_folder, make_config: MakeConfig) -> None:
-    task, notes = begun[1].load(DiffusionBackend(make_config(two_experts_folder)))
+    task, notes = newest(begun, DiffusionBackend(make_config(two_experts_folder)))
     assert task is None and "weights" in notes[0] and "shift 3.0, here 12.0" in notes[0]
 
 
 def test_another_kernel_goes_on_and_says_so(begun, tiny_folder, make_config: MakeConfig, tmp_path) -> None:
-    _, folder = begun
     config = make_config(tiny_folder, infer__attn_type="math")
     backend = DiffusionBackend(config)
-    found, _ = folder.load(backend)
+    found, _ = newest(begun, backend)
     assert not found.resumed.exact and found.resumed.differs == ("attention auto, here math",)
     for _ in run_to_end(Generator(backend), found):
         pass
@@ -317,7 +338,7 @@ def test_another_kernel_goes_on_and_says_so(begun, tiny_folder, make_config: Mak
     assert recipe["resumed"]["exact"] is False and recipe["resumed"]["step"] == 4
     assert "attention kernel sdpa, here math" in recipe["resumed"]["differs"]
     config.checkpoint.resume = "exact"
-    found, notes = folder.load(DiffusionBackend(config))
+    found, notes = newest(begun, DiffusionBackend(config))
     assert found is None and "checkpoint.resume = exact" in notes[0]
 
 
@@ -394,3 +415,88 @@ def test_what_cannot_be_written_stops_nothing(tiny_folder, make_config: MakeConf
         )
         engine.run_until_idle()
     assert task.status is TaskStatus.FINISHED and "could be written" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"prompt": "A dog"}, "prompt A cat walking on grass, here A dog"),
+        ({"seed": SEED + 1}, f"seed {SEED}, here {SEED + 1}"),
+        ({"num_frames": 9}, "num_frames 5, here 9"),
+        ({"flexcache": None}, "flexcache interval, here None"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_video_is_made_from_its_beginning(
+    tiny_folder, make_config: MakeConfig, tmp_path, more: dict[str, Any], said: str
+) -> None:
+    asked = {"prompt": "A cat walking on grass", "num_frames": 5, "flexcache": "interval", "seed": SEED}
+    asked = {**asked, "num_inference_steps": 4}
+    config = make_config(tiny_folder, checkpoint__every_s=0)
+    with Engine(config) as engine:
+        engine.submit(DiffusionUserParams(**asked, task_id="one"), checkpoints=tmp_path / "kept")
+        for _ in range(3):
+            engine.step()
+    wanted = DiffusionUserParams(**{**asked, **more}, task_id="two", save_path=str(tmp_path / "b.npy"))
+    with Engine(config) as engine:
+        whole = engine.submit(dataclasses.replace(wanted, task_id="whole", save_path=str(tmp_path / "w.npy")))
+        engine.run_until_idle()
+        task = engine.submit(wanted, checkpoints=tmp_path / "kept")
+        assert task.current_step == 0 and said in task.resumed.differs[0], task.resumed
+        assert task.params == wanted and task.seed == wanted.seed and task.task_id == "two"
+        engine.run_until_idle()
+    assert task.buffer.save_path == wanted.save_path and frames_of(task) == frames_of(whole)
+
+
+def test_whose_task_it_is_stays(tiny_folder, make_config: MakeConfig, tmp_path) -> None:
+    """The same video for somebody else, at another place."""
+    config = make_config(tiny_folder, checkpoint__every_s=0)
+    asked = DiffusionUserParams(prompt="A cat", num_inference_steps=4, save_path=str(tmp_path / "a.npy"))
+    other = dataclasses.replace(
+        asked, save_path=str(tmp_path / "b.npy"), task_id="b", priority=3, role="other"
+    )
+    with Engine(config) as engine:
+        seed = engine.submit(asked, checkpoints=tmp_path / "kept").seed
+        for _ in range(3):
+            engine.step()
+    with Engine(config) as engine:
+        task = engine.submit(other, checkpoints=tmp_path / "kept")
+        assert task.resumed.step == 2 and task.resumed.exact
+        assert task.params == other and task.task_id == "b"
+        assert task.seed == task.resolved.seed == seed, "a seed that nobody asked for is that of the steps"
+        engine.run_until_idle()
+    assert task.buffer.save_path == other.save_path and Path(other.save_path).exists()
+    assert not Path(asked.save_path).exists()
+
+
+def test_only_checkpoints_are_cleared(begun, backends) -> None:
+    _, folder = begun
+    foreign = ["thesis.txt", "rank0-1x-step2.safetensors", "model.safetensors", "rank0.txt"]
+    for name in foreign:
+        (folder.folder / name).write_text("years of work")
+    (folder.folder / "rank0-000001-step1.safetensors.d").mkdir()
+    for name in ("rank1-000007-step3.safetensors", ".rank0-000006-step5.safetensors.123.part"):
+        (folder.folder / name).write_text("a run on two ranks that was cut short")
+    found = next(folder.usable(backends["one"], begun[0], []))
+    folder.count_try(found)
+    CheckpointFolder(folder.folder, rank=1).clear()
+    assert not list(folder.folder.glob("rank1-*")) and newest(begun, backends["one"])[0] is not None
+    folder.clear()
+    assert sorted(file.name for file in folder.folder.iterdir()) == sorted(
+        [*foreign, "rank0-000001-step1.safetensors.d"]
+    )
+
+
+def test_a_full_disk_stops_nothing(
+    tiny_folder, make_config: MakeConfig, tmp_path, monkeypatch, caplog
+) -> None:
+    def full(*given: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("chitu_diffusion.pipelines.checkpoint.save_file", full)
+    with Engine(make_config(tiny_folder, checkpoint__every_s=0)) as engine:
+        task = engine.submit(
+            DiffusionUserParams(prompt="A cat", num_inference_steps=2), checkpoints=tmp_path / "kept"
+        )
+        engine.run_until_idle()
+    assert task.status is TaskStatus.FINISHED and "No space left" in caplog.text
