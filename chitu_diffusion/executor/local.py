@@ -67,6 +67,8 @@ class LocalExecutor:
 
     def add_task(self, task: DiffusionTask, checkpoints: Path | None) -> None:
         """Nobody else needs to know."""
+        if task.is_finished():
+            return
         self._checkpoints.add(task, checkpoints)
         notes: list[str] = []
         found = next(self._checkpoints.usable(task, notes), None)

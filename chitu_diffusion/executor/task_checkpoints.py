@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.errors import CannotResumeError, NonFiniteError
+from chitu_diffusion.errors import CannotResumeError, NonFiniteError, UsageError
 from chitu_diffusion.executor.interrupts import deferred_interrupts
 from chitu_diffusion.pipelines.checkpoint import CheckpointFolder, FoundCheckpoint
 from chitu_diffusion.task import DiffusionTask, Resumed, TaskStatus
@@ -81,3 +82,21 @@ class TaskCheckpoints:
         """Let go of a task's checkpoints once its video stands."""
         if task.status is TaskStatus.FINISHED and (folder := self._folders.pop(task, None)) is not None:
             folder.clear()
+
+
+def checkpoint_folder(value: str | Path | None) -> Path | None:
+    """What a caller gave as a folder for checkpoints, absolute; None for none.
+
+    Raises:
+        UsageError: something that can name no folder.
+    """
+    if value is None:
+        return None
+    try:
+        folder = Path(value).absolute()
+        plain = bool(os.fspath(value)) and b"\0" not in os.fsencode(folder)
+    except (TypeError, ValueError, OSError):
+        plain = False
+    if not plain:
+        raise UsageError(f"checkpoints = {value!r}: use the name of a folder", field="checkpoints")
+    return folder

@@ -17,16 +17,14 @@ import pytest
 import torch
 from conftest import WAN_TINY, MakeConfig
 from running import run_to_end, task_for
-from safetensors import SafetensorError
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.engine import Engine
 from chitu_diffusion.errors import CannotResumeError, NonFiniteError
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.media.reading import read_recipe
 from chitu_diffusion.pipelines.checkpoint import CheckpointFolder, _Reader, _Writer, load_task, save_task
-from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams, TaskStatus
+from chitu_diffusion.task import CascadeStage, DiffusionTask, TaskStatus
 
 SEED = secrets.randbelow(2**31)
 STEPS = 8
@@ -382,93 +380,6 @@ def test_a_plan_goes_on_with_an_empty_cache(backends, tmp_path) -> None:
     assert task.status is TaskStatus.FINISHED, task.error_message
 
 
-# -- the engine
-
-
-def test_an_engine_goes_on_where_another_stopped(tiny_folder, make_config: MakeConfig, tmp_path) -> None:
-    config = make_config(tiny_folder, checkpoint__every_s=0)
-    asked = DiffusionUserParams(
-        prompt="A cat", num_inference_steps=STEPS, flexcache="interval", save_path=str(tmp_path / "part.npy")
-    )
-    with Engine(config) as engine:
-        task = engine.submit(asked, checkpoints=tmp_path / "kept")
-        for _ in range(5):
-            engine.step()
-        seed = task.seed
-    assert task.status is TaskStatus.CANCELLED and (tmp_path / "kept").exists()
-    with Engine(config) as engine:
-        whole = engine.submit(dataclasses.replace(asked, seed=seed, save_path=str(tmp_path / "whole.npy")))
-        part = engine.submit(asked, checkpoints=tmp_path / "kept")
-        assert part.current_step == part.resumed.step == 4
-        # drawn by the first run
-        assert part.seed == seed
-        engine.run_until_idle()
-    assert frames_of(whole) == frames_of(part)
-    assert not (tmp_path / "kept").exists()
-
-
-def test_what_cannot_be_written_stops_nothing(tiny_folder, make_config: MakeConfig, tmp_path, caplog) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with Engine(make_config(tiny_folder, checkpoint__every_s=0)) as engine:
-        task = engine.submit(
-            DiffusionUserParams(prompt="A cat", num_inference_steps=2), checkpoints=tmp_path / "file" / "kept"
-        )
-        engine.run_until_idle()
-    assert task.status is TaskStatus.FINISHED and "could be written" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        ({"prompt": "A dog"}, "prompt A cat walking on grass, here A dog"),
-        ({"seed": SEED + 1}, f"seed {SEED}, here {SEED + 1}"),
-        ({"num_frames": 9}, "num_frames 5, here 9"),
-        ({"flexcache": None}, "flexcache interval, here None"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_another_video_is_made_from_its_beginning(
-    tiny_folder, make_config: MakeConfig, tmp_path, more: dict[str, Any], said: str
-) -> None:
-    asked = {"prompt": "A cat walking on grass", "num_frames": 5, "flexcache": "interval", "seed": SEED}
-    asked = {**asked, "num_inference_steps": 4}
-    config = make_config(tiny_folder, checkpoint__every_s=0)
-    with Engine(config) as engine:
-        engine.submit(DiffusionUserParams(**asked, task_id="one"), checkpoints=tmp_path / "kept")
-        for _ in range(3):
-            engine.step()
-    wanted = DiffusionUserParams(**{**asked, **more}, task_id="two", save_path=str(tmp_path / "b.npy"))
-    with Engine(config) as engine:
-        whole = engine.submit(dataclasses.replace(wanted, task_id="whole", save_path=str(tmp_path / "w.npy")))
-        engine.run_until_idle()
-        task = engine.submit(wanted, checkpoints=tmp_path / "kept")
-        assert task.current_step == 0 and said in task.resumed.differs[0], task.resumed
-        assert task.params == wanted and task.seed == wanted.seed and task.task_id == "two"
-        engine.run_until_idle()
-    assert task.buffer.save_path == wanted.save_path and frames_of(task) == frames_of(whole)
-
-
-def test_whose_task_it_is_stays(tiny_folder, make_config: MakeConfig, tmp_path) -> None:
-    """The same video for somebody else, at another place."""
-    config = make_config(tiny_folder, checkpoint__every_s=0)
-    asked = DiffusionUserParams(prompt="A cat", num_inference_steps=4, save_path=str(tmp_path / "a.npy"))
-    other = dataclasses.replace(
-        asked, save_path=str(tmp_path / "b.npy"), task_id="b", priority=3, role="other"
-    )
-    with Engine(config) as engine:
-        seed = engine.submit(asked, checkpoints=tmp_path / "kept").seed
-        for _ in range(3):
-            engine.step()
-    with Engine(config) as engine:
-        task = engine.submit(other, checkpoints=tmp_path / "kept")
-        assert task.resumed.step == 2 and task.resumed.exact
-        assert task.params == other and task.task_id == "b"
-        assert task.seed == task.resolved.seed == seed, "a seed that nobody asked for is that of the steps"
-        engine.run_until_idle()
-    assert task.buffer.save_path == other.save_path and Path(other.save_path).exists()
-    assert not Path(asked.save_path).exists()
-
-
 def test_only_checkpoints_are_cleared(begun, backends) -> None:
     _, folder = begun
     foreign = ["thesis.txt", "rank0-1x-step2.safetensors", "model.safetensors", "rank0.txt"]
@@ -485,18 +396,3 @@ def test_only_checkpoints_are_cleared(begun, backends) -> None:
     assert sorted(file.name for file in folder.folder.iterdir()) == sorted(
         [*foreign, "rank0-000001-step1.safetensors.d"]
     )
-
-
-def test_a_full_disk_stops_nothing(
-    tiny_folder, make_config: MakeConfig, tmp_path, monkeypatch, caplog
-) -> None:
-    def full(*given: Any) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr("chitu_diffusion.pipelines.checkpoint.save_file", full)
-    with Engine(make_config(tiny_folder, checkpoint__every_s=0)) as engine:
-        task = engine.submit(
-            DiffusionUserParams(prompt="A cat", num_inference_steps=2), checkpoints=tmp_path / "kept"
-        )
-        engine.run_until_idle()
-    assert task.status is TaskStatus.FINISHED and "No space left" in caplog.text
