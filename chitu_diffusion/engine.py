@@ -21,8 +21,10 @@ from chitu_diffusion.backend import BackendState, DiffusionBackend
 from chitu_diffusion.config import EngineConfig, RankPlace, rank_place
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.executor.distributed import DistributedExecutor
+from chitu_diffusion.executor.interrupts import deferred_interrupts
 from chitu_diffusion.executor.local import Executor, LocalExecutor
 from chitu_diffusion.executor.memory_levels import load_backend, run_unit
+from chitu_diffusion.executor.task_checkpoints import checkpoint_folder
 from chitu_diffusion.executor.worker_group import WorkerGroup, join_ranks
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.registry import FoundModel, resolve_model
@@ -96,7 +98,7 @@ class Engine:
         self._unit_thread: int | None = None
         self._inbox: deque[Callable[[], None]] = deque()
         self._open = True
-        self._admitting = threading.Lock()  # of `_open`: nothing is taken in after `close` has begun
+        self._admitting = threading.RLock()  # of `_open`, and of what is in both pool and inbox, or in none
         self._admission = Admission(self.backend)
         self._feed = TaskFeed(self._step_if_free, self.cancel)
         self._last_saved: weakref.WeakKeyDictionary[DiffusionTask, float] = weakref.WeakKeyDictionary()
@@ -183,7 +185,8 @@ class Engine:
             the task, pending.
 
         Raises:
-            UsageError: a value that this model cannot do, a task id that is taken, or the engine is closed.
+            UsageError: a value that this model cannot do, a task id that is taken, a task that has ended or
+                is another engine's, or the engine is closed.
             WillNotFitError: more memory than there is, at every memory level.
         """
         if not isinstance(prompt, DiffusionTask):
@@ -200,6 +203,8 @@ class Engine:
         checkpoints: str | Path | None = None,
     ) -> DiffusionTask:
         self._require_open()
+        folder = checkpoint_folder(checkpoints)
+        self._feed.require_free(task)
         if task.status is not TaskStatus.PENDING and self.backend.groups.plan.world > 1:
             raise UsageError(
                 f"task {task.task_id} is {task.status} on this rank alone; use submit(params, "
@@ -217,11 +222,10 @@ class Engine:
             on_step_end=None if callback is None else partial(callback, self),
             on_video=None if result is None else result.receive,
         )
-        folder = None if checkpoints is None else Path(checkpoints).absolute()
-        with self._admitting:
+        with deferred_interrupts(), self._admitting:
             self._require_open()
-            self._feed.add(task)
             self.pool.add(task)
+            self._feed.add(task)
             if folder is not None:
                 self._last_saved[task] = time.monotonic()
             self._inbox.append(partial(self._add, task, hooks, folder))
@@ -276,16 +280,20 @@ class Engine:
             return self._open and self._executor.has_work()
 
     def _drive(self) -> tuple[DiffusionTask, Progress] | None:
-        task_id = self.scheduler.schedule(self.pool)
-        if task_id is None:
-            self._executor.idle()
-            return None
-        task = self.pool.get(task_id)
-        if task is None:
-            raise UsageError(
-                f"the scheduler named task {task_id!r}, which is not in the pool", field="scheduler"
-            )
-        self._drain()  # the task may have come since the unit began, and the other ranks must know it
+        while True:
+            with self._admitting:
+                task_id = self.scheduler.schedule(self.pool)
+            if task_id is None:
+                self._executor.idle()
+                return None
+            task = self.pool.get(task_id)
+            if task is None:
+                raise UsageError(
+                    f"the scheduler named task {task_id!r}, which is not in the pool", field="scheduler"
+                )
+            self._drain()  # the task may have come since the unit began, and the other ranks must know it
+            if not task.is_finished():
+                break
         with self._unit():
             event = run_unit(self._executor, self.backend, task)
         self._save_if_due(task)
@@ -356,12 +364,13 @@ class Engine:
             False if the task is unknown or has ended. True: it will end as cancelled, unless the unit that
             is running is its last.
         """
-        task = self.pool.get(task_id)
-        if task is None or task.is_finished():
-            return False
-        if self.is_driver:
-            self._inbox.append(partial(self._cancel, task))
-            self._deliver()
+        with self._admitting:
+            task = self.pool.get(task_id)
+            if task is None or task.is_finished():
+                return False
+            if self.is_driver:
+                self._inbox.append(partial(self._cancel, task))
+        self._deliver()
         return True
 
     def run_worker(self) -> None:
@@ -450,8 +459,8 @@ class Engine:
 
     def _drain(self) -> None:
         while self._inbox:
-            self._inbox[0]()
-            self._inbox.popleft()  # not before it is done: Ctrl+C may come in between
+            with deferred_interrupts():  # else a command might be lost, or half done on some ranks
+                self._inbox.popleft()()
 
     def _prune(self) -> None:
         self.pool.prune()
@@ -461,6 +470,7 @@ class Engine:
         if not task.is_finished():
             task.end(TaskStatus.CANCELLED)
             self._executor.end_task(task)
+        self._prune()
 
     def _require_open(self) -> None:
         if not self._open:

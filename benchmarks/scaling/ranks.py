@@ -92,7 +92,7 @@ class Ranks:
 
     def gathered(self, value: Any) -> list[Any]:
         """Everyone's value, JSON, by rank."""
-        return [vote["value"] for vote in self._channel.gather_status({"value": value}, PATIENCE)]
+        return [vote["value"] for vote in self._channel.gather_status("value", {"value": value}, PATIENCE)]
 
     def section(self, name: str, work: Callable[[], dict[str, Any]], estimate: float) -> None:
         """Run a part of the benchmark on all ranks.

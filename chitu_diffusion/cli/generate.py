@@ -55,7 +55,11 @@ def generate(
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, config)
     drawn = [name for name in ("seed", "save_path") if asked.get(name) is None]
-    jobs = [VideoJob(task, job_key(task.params, drawn, config)) for task in tasks]
+    if "seed" in drawn:
+        for task in tasks:
+            task.params = replace(task.params, seed=None)  # that of an unfinished video will do as well
+    folder = config.output.dir if "save_path" in drawn else None
+    jobs = [VideoJob(task, job_key(task.params, drawn, config), folder) for task in tasks]
     key = run_key([job.key for job in jobs])
     return make_videos(config, model, jobs, key, profile=args["profile"], as_json=args["json"])
 

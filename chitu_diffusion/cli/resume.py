@@ -30,10 +30,11 @@ _MOST_RUNS = 64
 
 @dataclass(frozen=True)
 class VideoJob:
-    """A task, and the name of its checkpoints."""
+    """A task, the name of its checkpoints, and the folder for a file named by its seed, if it is."""
 
     task: DiffusionTask
     key: str
+    named_in: str | None = None
 
 
 def job_key(params: DiffusionUserParams, drawn: Sequence[str], config: EngineConfig) -> str:

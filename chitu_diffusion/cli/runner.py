@@ -10,12 +10,14 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from chitu_diffusion.cli.console import exit_code_of, say
+from chitu_diffusion.cli.options import default_path
 from chitu_diffusion.cli.progress import Reporter
 from chitu_diffusion.cli.resume import VideoJob, checkpoint_root
 from chitu_diffusion.errors import ChituError, OutputError
@@ -73,7 +75,7 @@ def run_jobs(
                 engine.run_worker()
                 raise typer.Exit(0)
             for job in jobs:
-                _submit(engine, job.task, None if root is None else root / job.key)
+                _submit(engine, job, None if root is None else root / job.key)
             stack.enter_context(_profiling(profile))
             _drive(engine, tasks, reporter)
     finally:
@@ -81,11 +83,15 @@ def run_jobs(
     return tasks
 
 
-def _submit(engine: Engine, task: DiffusionTask, folder: Path | None) -> None:
+def _submit(engine: Engine, job: VideoJob, folder: Path | None) -> None:
+    task = job.task
+    seed = task.seed
     try:
         engine.submit(task, checkpoints=folder)
     except ChituError as error:
         task.end(TaskStatus.FAILED, error)
+    if task.seed != seed and job.named_in is not None and task.resolved is not None:
+        task.resolved = replace(task.resolved, save_path=default_path(job.named_in, task.seed))
 
 
 def _drive(engine: Engine, tasks: list[DiffusionTask], reporter: Reporter) -> None:

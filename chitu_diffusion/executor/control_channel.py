@@ -45,8 +45,8 @@ class ControlChannel:
         self._message += 1
 
     def receive(self, patience: float | None = None) -> Values | None:
-        """The others: the next message; None if none came within `patience` seconds. None waits for as long
-        as it takes.
+        """The others: the next message, the same until it is acknowledged; None if none came within
+        `patience` seconds. None waits for as long as it takes.
 
         Raises:
             RankLostError: a rank is lost.
@@ -55,14 +55,17 @@ class ControlChannel:
         if not self._wait([key], patience):
             return None
         message: Values = json.loads(self._ask(self._store.get, key))
-        # not before it is here: Ctrl+C may come in between, and the message must be heard then
-        self._message += 1
         return message
 
-    def gather_status(self, mine: Values, patience: float | None = None) -> list[Values]:
+    def acknowledge(self) -> None:
+        """The others: the message that was received is done with, and the next one may come."""
+        self._message += 1
+
+    def gather_status(self, kind: str, mine: Values, patience: float | None = None) -> list[Values]:
         """Everyone's report of the same round, by rank.
 
         Args:
+            kind: what is reported of; a rank that reports of something else is lost, too.
             mine: ours.
             patience: seconds after which a rank that gives signs of life but no report is lost, too; None
                 waits on.
@@ -72,19 +75,25 @@ class ControlChannel:
         """
         now = self._round
         self._round += 1
-        self._ask(self._store.set, f"status/{now}/{self._rank}", json.dumps(mine, default=str))
+        self._ask(self._store.set, f"status/{now}/{self._rank}", json.dumps([kind, mine], default=str))
         keys = [f"status/{now}/{rank}" for rank in range(self._size)]
         if not self._wait(keys, patience):
             silent = next(rank for rank, key in enumerate(keys) if not self._store.check([key]))
             self._monitor.mark_failed(silent, f"the others have waited {patience:g} s for it")
             self._monitor.raise_if_lost()
         found = [json.loads(self._ask(self._store.get, key)) for key in keys]
+        for rank, (other, _) in enumerate(found):
+            if other != kind:
+                self._monitor.mark_failed(
+                    rank, f"it reported of '{other}', and rank {self._rank} of '{kind}'"
+                )
+                self._monitor.raise_if_lost()
         self._forget(now)
-        return found
+        return [report for _, report in found]
 
-    def leave(self, mine: Values) -> None:
+    def leave(self, kind: str) -> None:
         """Report for the last time, and do not wait for the others."""
-        self._ask(self._store.set, f"status/{self._round}/{self._rank}", json.dumps(mine))
+        self._ask(self._store.set, f"status/{self._round}/{self._rank}", json.dumps([kind, {}]))
 
     def _wait(self, keys: list[str], patience: float | None) -> bool:
         began = time.monotonic()

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from chitu_diffusion.errors import RankLostError, TaskError, UsageError, without_frames
 from chitu_diffusion.executor import messages
+from chitu_diffusion.executor.interrupts import AtOnce, deferred_interrupts
 from chitu_diffusion.executor.messages import (
     AddTask,
     EndTask,
@@ -35,6 +36,7 @@ from chitu_diffusion.executor.task_checkpoints import TaskCheckpoints
 from chitu_diffusion.executor.worker_group import WorkerGroup
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.memory.device import empty_cache, is_out_of_memory
+from chitu_diffusion.pipelines.checkpoint import FoundCheckpoint
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskPool, DiffusionUserParams, Progress, TaskStatus
 
 _FAREWELL = 3.0
@@ -81,11 +83,13 @@ class DistributedExecutor:
         self._unclaimed: list[DiffusionTask] = []
         """The driver's, not yet given to this rank by its own script."""
         self._monitor.set_status("waiting for the other ranks to load the model")
-        self._channel.gather_status({})
+        self._channel.gather_status("loaded", {})
         self._monitor.set_status("waiting for work")
 
     def add_task(self, task: DiffusionTask, checkpoints: Path | None) -> None:
         """The driver tells the others of a task, and all go on from the same checkpoint, or none does."""
+        if task.is_finished():
+            return
         self._enter(_State.RUNNING)
         self._checkpoints.add(task, checkpoints)
         resolved = None if task.resolved is None else task.resolved.to_mapping()
@@ -96,8 +100,9 @@ class DistributedExecutor:
 
     def save_task(self, task: DiffusionTask) -> None:
         """All ranks write a checkpoint, each what it has of the task."""
-        self._publish(SaveTask(task.task_id))
-        self._checkpoints.save(task)
+        with deferred_interrupts():
+            self._publish(SaveTask(task.task_id))
+            self._checkpoints.save(task)
 
     def claim_task(self, task: DiffusionTask) -> DiffusionTask:
         """On a worker, which runs the same script: the task becomes the driver's own.
@@ -112,14 +117,11 @@ class DistributedExecutor:
                 if _same_request(known.params, task.params):
                     self._unclaimed.remove(known)
                     return known
-            message = self._unit or self._receive(None)
-            if message is None or isinstance(message, ExecuteUnit):
-                self._unit = message
+            if isinstance(self._receive(None), ExecuteUnit):
                 raise UsageError(
                     f"task {task.task_id}: rank 0 was not given it; give tasks to all ranks, or to rank 0 "
                     "alone"
                 )
-            self._apply(message)
 
     def execute(self, task: DiffusionTask) -> Progress:
         """One unit on all ranks.
@@ -129,18 +131,24 @@ class DistributedExecutor:
             KeyboardInterrupt: the same.
             RankLostError: the group is at its end.
         """
-        if self.is_driver:
-            self._publish(ExecuteUnit(task.task_id, self._generator.backend.low_mem_level))
-        before = _Snapshot(task)
-        stage = task.status
-        event, mine, raised = self._run(task)
-        if mine.outcome is not Outcome.DONE:
-            self._workers.abort_exchanges()
         try:
-            reports = self._gather(mine, stage)
+            with deferred_interrupts() as at_once:
+                return self._execute(task, at_once)
         except KeyboardInterrupt:
             self._enter(_State.INTERRUPTED)
             raise
+
+    def _execute(self, task: DiffusionTask, at_once: AtOnce) -> Progress:
+        """The unit may be cut short, and the ranks' word on it not: else some would be a step ahead."""
+        if self.is_driver:
+            self._publish(ExecuteUnit(task.task_id, self._generator.backend.low_mem_level))
+        self._unit = None
+        before = _Snapshot(task)
+        stage = task.status
+        event, mine, raised = self._run(task, at_once)
+        if mine.outcome is not Outcome.DONE:
+            self._workers.abort_exchanges()
+        reports = self._gather(mine, stage)
         self._monitor.set_status("between two units")
         if all(report.outcome is Outcome.DONE for report in reports):
             assert event is not None
@@ -150,8 +158,6 @@ class DistributedExecutor:
         for outcome in (Outcome.INTERRUPTED, Outcome.OUT_OF_MEMORY):
             if any(report.outcome is outcome for report in reports):
                 before.restore()
-                if outcome is Outcome.INTERRUPTED:
-                    self._enter(_State.INTERRUPTED)
                 raise raised or _raised_elsewhere(outcome, reports)
         return self._failed(task, stage, reports, event)
 
@@ -163,8 +169,8 @@ class DistributedExecutor:
     def idle(self) -> None:
         """The driver tells the others, once, that no task has work left."""
         if self.is_driver and self._state is _State.RUNNING:
-            self._enter(_State.IDLE)
             self._publish(Idle())
+            self._enter(_State.IDLE)
 
     def has_work(self) -> bool:
         """Whether the driver has a task with work left. Workers wait for its answer, and once that was no,
@@ -188,12 +194,12 @@ class DistributedExecutor:
         unit = self._next_unit()
         if unit is None:
             return None
-        self._unit = None
         backend = self._generator.backend
         if backend.low_mem_level != unit.low_mem_level:
             backend.low_mem_level = unit.low_mem_level
         task = self._pool.get(unit.task_id)
         if task is None:
+            self._unit = None
             raise TaskError(
                 f"rank 0 asked for task {unit.task_id}, which rank {self._workers.rank} does not know"
             )
@@ -221,11 +227,11 @@ class DistributedExecutor:
         try:
             if self.is_driver:
                 self._publish(Shutdown())
-                self._channel.gather_status({}, 2 * _FAREWELL)
+                self._channel.gather_status("shutdown", {}, 2 * _FAREWELL)
             elif self._worker_loop():
                 in_order = True
                 self._monitor.leave()
-                self._channel.leave({})
+                self._channel.leave("shutdown")
         except RankLostError as error:
             lost = None if known or self.is_driver else error  # the driver has done what it wanted
             in_order = True
@@ -242,19 +248,14 @@ class DistributedExecutor:
         while self._state is not _State.DISMISSED:
             try:
                 interrupted = self._state is _State.INTERRUPTED
-                message = self._unit or self._receive(_FAREWELL if interrupted else None)
+                message = self._receive(_FAREWELL if interrupted else None)
+                if message is None:
+                    return False
+                if isinstance(message, ExecuteUnit):
+                    self.execute_next()
             except KeyboardInterrupt:
-                continue  # the driver hears of it with the next unit, or when this rank leaves
-            if message is None:
-                return False
-            if not isinstance(message, ExecuteUnit):
-                self._apply(message)
-                continue
-            self._unit = message
-            try:
-                self.execute_next()
-            except KeyboardInterrupt:
-                self._enter(_State.INTERRUPTED)  # and the driver has a moment longer to dismiss
+                # the driver hears of it with the next unit, and has a moment longer to dismiss
+                self._enter(_State.INTERRUPTED)
         return True
 
     def _enter(self, state: _State) -> None:
@@ -268,24 +269,40 @@ class DistributedExecutor:
         self._state = state
 
     def _publish(self, message: Message) -> None:
-        self._channel.publish(messages.to_json(message))
+        with deferred_interrupts():
+            self._channel.publish(messages.to_json(message))
 
     def _receive(self, patience: float | None) -> Message | None:
+        """The driver's next message, with what it says done; a unit stays the next until it is run.
+
+        Args:
+            patience: as `ControlChannel.receive`.
+        """
+        if self._unit is not None:
+            return self._unit
         try:
-            heard = self._channel.receive(patience)
+            with deferred_interrupts() as at_once:
+                with at_once():
+                    heard = self._channel.receive(patience)
+                if heard is None:
+                    return None
+                self._channel.acknowledge()
+                message = messages.from_json(heard)
+                if isinstance(message, ExecuteUnit):
+                    self._unit = message
+                else:
+                    self._apply(message)
+                return message
         except KeyboardInterrupt:
             self._enter(_State.INTERRUPTED)
             raise
-        return None if heard is None else messages.from_json(heard)
 
     def _next_unit(self) -> ExecuteUnit | None:
         """The next unit that the driver asks for; None once it says that it has none."""
         while self._state is not _State.DISMISSED:
-            message = self._unit or self._receive(0 if self._state is _State.IDLE else None)
+            message = self._receive(0 if self._state is _State.IDLE else None)
             if message is None or isinstance(message, ExecuteUnit):
-                self._unit = message
                 return message
-            self._apply(message)
             if isinstance(message, Idle | Shutdown):
                 return None
         return None
@@ -301,13 +318,15 @@ class DistributedExecutor:
         self._enter(_State.RUNNING)
         if isinstance(message, AddTask):
             self._unclaimed = [task for task in self._unclaimed if not task.is_finished()]
-            if self._pool.get(message.task_id) is None:  # after Ctrl+C the driver may say it twice
-                task = _task_of(message)
-                self._pool.add(task)
-                self._unclaimed.append(task)
-                if message.checkpoints is not None:
-                    self._checkpoints.add(task, Path(message.checkpoints))
-                    self._restore(task)
+            self._pool.prune()
+            self._generator.stages.prune()
+            self._pool.remove(message.task_id)  # one that ended, which the driver has forgotten
+            task = _task_of(message)
+            self._pool.add(task)
+            self._unclaimed.append(task)
+            if message.checkpoints is not None:
+                self._checkpoints.add(task, Path(message.checkpoints))
+                self._restore(task)
         if isinstance(message, SaveTask) and (kept := self._pool.get(message.task_id)) is not None:
             self._checkpoints.save(kept)
         ended = self._pool.get(message.task_id) if isinstance(message, EndTask) else None
@@ -315,30 +334,40 @@ class DistributedExecutor:
             ended.end(TaskStatus(message.status), TaskError(message.error) if message.error else None)
 
     def _restore(self, task: DiffusionTask) -> None:
-        """Every rank looks for a checkpoint; they count where all have one of the same step."""
-        found, notes = self._checkpoints.load(task)
-        step = None if found is None else [found.current_step, str(found.status)]
-        reports = self._channel.gather_status({"step": step, "notes": notes}, self._workers.timeout)
-        if any(report["step"] != reports[0]["step"] for report in reports):
-            steps = ", ".join(str(report["step"] and report["step"][0]) for report in reports)
-            found = None
-            notes = [*reports[0]["notes"], f"the ranks have checkpoints of different steps: {steps}"]
-        self._checkpoints.restore(task, found, notes)
+        """Every rank looks for checkpoints; the newest of rank 0's counts of which all have theirs."""
+        notes: list[str] = []
+        found: dict[str, FoundCheckpoint] = {}
+        for each in self._checkpoints.usable(task, notes):
+            found.setdefault(each.digest(), each)
+        mine = {"digests": list(found), "notes": notes}
+        reports = self._channel.gather_status("checkpoints", mine, self._workers.timeout)
+        notes = list(dict.fromkeys(note for report in reports for note in report["notes"]))
+        for digest in reports[0]["digests"]:
+            if all(digest in report["digests"] for report in reports):
+                self._checkpoints.restore(task, found[digest], notes)
+                return
+        if any(report["digests"] for report in reports):
+            notes.append("the ranks have no checkpoint of the same step")
+        self._checkpoints.restore(task, None, notes)
 
     # -- a unit
 
-    def _run(self, task: DiffusionTask) -> tuple[Progress | None, UnitReport, BaseException | None]:
+    def _run(
+        self, task: DiffusionTask, at_once: AtOnce
+    ) -> tuple[Progress | None, UnitReport, BaseException | None]:
         """The unit on this rank: its event, the report, and what was raised."""
         saves = task.status is TaskStatus.SAVING
+        place = f"{task.status}, step {task.current_step} of task {task.task_id}"
         try:
             if self._state is _State.INTERRUPTED:
                 raise KeyboardInterrupt
-            with self._monitor.critical(f"{task.status}, step {task.current_step} of task {task.task_id}"):
-                self._workers.groups.open()
-                event = None if saves else self._generator.generate_step(task)
-            if saves:
-                # the driver's alone: whoever else is lost, its process must not be ended over half a file
-                event = self._generator.generate_step(task)
+            with at_once():
+                with self._monitor.critical(place):
+                    self._workers.groups.open()
+                    event = None if saves else self._generator.generate_step(task)
+                if saves:
+                    # the driver's alone: whoever else is lost, its process must not be ended over half a file
+                    event = self._generator.generate_step(task)
         except KeyboardInterrupt as error:
             # frames would keep the groups alive, and with them whoever waits in them
             return None, UnitReport(Outcome.INTERRUPTED), without_frames(error)
@@ -364,7 +393,8 @@ class DistributedExecutor:
         """Every rank's report. Saving is the driver's alone and takes what it takes."""
         patience = self._workers.timeout
         unlimited = mine.outcome is Outcome.DONE and stage is TaskStatus.SAVING
-        found = self._channel.gather_status(dataclasses.asdict(mine), None if unlimited else patience)
+        report = dataclasses.asdict(mine)
+        found = self._channel.gather_status("unit", report, None if unlimited else patience)
         return [UnitReport(**{**said, "outcome": Outcome(said["outcome"])}) for said in found]
 
     def _failed(

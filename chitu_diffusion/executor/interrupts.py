@@ -4,28 +4,53 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+AtOnce = Callable[[], AbstractContextManager[None]]
+"""Makes a context in which interrupts are raised where they come, and one that was held back before it."""
+
 
 @contextmanager
-def deferred_interrupts() -> Iterator[None]:
-    """Ctrl+C and the like are raised when this is over: what is inside is short and must be whole."""
+def deferred_interrupts() -> Iterator[AtOnce]:
+    """Ctrl+C and the like are raised when this is over, for what is inside must be whole. Where this is
+    inside another, they wait for the end of that one. Gives an `AtOnce`, for a part that may be cut short.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield nullcontext
         return
     came: list[int] = []
-    before = {each: signal.getsignal(each) for each in _INTERRUPTS}
-    for each, handler in before.items():
-        if callable(handler):
-            signal.signal(each, lambda number, frame: came.append(number))
+    held = [True]
+    before = {each: handler for each in _INTERRUPTS if callable(handler := signal.getsignal(each))}
+
+    def raise_first() -> None:
+        if came:
+            number = signal.Signals(came[0])
+            came.clear()
+            before[number](number, None)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if not held[0]:
+            raise_first()
+
+    @contextmanager
+    def at_once() -> Iterator[None]:
+        held[0] = False
+        try:
+            raise_first()
+            yield
+        finally:
+            held[0] = True
+
+    for each in before:
+        signal.signal(each, on_signal)
     try:
-        yield
+        yield at_once
     finally:
         for each, handler in before.items():
-            if callable(handler):
-                signal.signal(each, handler)
-    if came:
-        raise KeyboardInterrupt(signal.Signals(came[0]).name)
+            signal.signal(each, handler)
+        raise_first()

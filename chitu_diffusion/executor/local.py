@@ -67,8 +67,12 @@ class LocalExecutor:
 
     def add_task(self, task: DiffusionTask, checkpoints: Path | None) -> None:
         """Nobody else needs to know."""
+        if task.is_finished():
+            return
         self._checkpoints.add(task, checkpoints)
-        self._checkpoints.restore(task, *self._checkpoints.load(task))
+        notes: list[str] = []
+        found = next(self._checkpoints.usable(task, notes), None)
+        self._checkpoints.restore(task, found, notes)
 
     def save_task(self, task: DiffusionTask) -> None:
         """Writes it."""

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.errors import CannotResumeError, NonFiniteError
+from chitu_diffusion.errors import CannotResumeError, NonFiniteError, UsageError
 from chitu_diffusion.executor.interrupts import deferred_interrupts
-from chitu_diffusion.pipelines.checkpoint import CheckpointFolder
+from chitu_diffusion.pipelines.checkpoint import CheckpointFolder, FoundCheckpoint
 from chitu_diffusion.task import DiffusionTask, Resumed, TaskStatus
 
 logger = logging.getLogger(__name__)
 
 _RESTORED = (
-    "params", "seed", "resolved", "status", "num_inference_steps", "current_step", "cascade_stage", "expert",
-    "resumed", "buffer", "notes", "seconds", "created_at", "started_at",
+    "status", "num_inference_steps", "current_step", "cascade_stage", "expert", "resumed", "buffer", "notes",
+    "seconds", "created_at", "started_at",
 )  # fmt: skip
+"""The rest is whose task it is, and stays."""
 
 
 class TaskCheckpoints:
@@ -38,20 +42,24 @@ class TaskCheckpoints:
         if folder is not None:
             self._folders[task] = CheckpointFolder(folder, self._backend.groups.rank)
 
-    def load(self, task: DiffusionTask) -> tuple[DiffusionTask | None, list[str]]:
-        """The task as its newest usable checkpoint has it, and why newer ones are of no use."""
+    def usable(self, task: DiffusionTask, notes: list[str]) -> Iterator[FoundCheckpoint]:
+        """The checkpoints from which a task can go on, newest first; `notes` is told why others cannot."""
         folder = self._folders.get(task)
-        if folder is None:
-            return None, []
-        if self._backend.args.checkpoint.resume == "never":
+        if folder is not None and self._backend.args.checkpoint.resume == "never":
             folder.clear()
-            return None, []
-        return folder.load(self._backend)
+        elif folder is not None:
+            yield from folder.usable(self._backend, task, notes)
 
-    def restore(self, task: DiffusionTask, found: DiffusionTask | None, notes: list[str]) -> None:
-        """Bring a task to where a checkpoint left it; with none, say why it starts over."""
+    def restore(self, task: DiffusionTask, found: FoundCheckpoint | None, notes: list[str]) -> None:
+        """Bring a task to where a checkpoint left it, with the seed that was drawn then where nobody asked
+        for one; with none, say why it starts over.
+        """
         if found is not None:
-            task.commit(**{name: vars(found)[name] for name in _RESTORED})
+            self._folders[task].count_try(found)
+            seed = found.task.seed
+            resolved = task.resolved and dataclasses.replace(task.resolved, seed=seed)
+            saved = {name: vars(found.task)[name] for name in _RESTORED}
+            task.commit(**saved, seed=seed, resolved=resolved)
         elif notes:
             task.resumed = Resumed(0, True, tuple(notes))
 
@@ -74,3 +82,21 @@ class TaskCheckpoints:
         """Let go of a task's checkpoints once its video stands."""
         if task.status is TaskStatus.FINISHED and (folder := self._folders.pop(task, None)) is not None:
             folder.clear()
+
+
+def checkpoint_folder(value: str | Path | None) -> Path | None:
+    """What a caller gave as a folder for checkpoints, absolute; None for none.
+
+    Raises:
+        UsageError: something that can name no folder.
+    """
+    if value is None:
+        return None
+    try:
+        folder = Path(value).absolute()
+        plain = bool(os.fspath(value)) and b"\0" not in os.fsencode(folder)
+    except (TypeError, ValueError, OSError):
+        plain = False
+    if not plain:
+        raise UsageError(f"checkpoints = {value!r}: use the name of a folder", field="checkpoints")
+    return folder

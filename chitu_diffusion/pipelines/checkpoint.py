@@ -1,8 +1,8 @@
 """A task as a file: safetensors for what is a tensor, JSON for the rest, and what it is valid for.
 
 `save_task` and `load_task` are one file; `CheckpointFolder` is the last two of one task. A file that is
-damaged, or was made by other weights, is told apart from one that can go on. No pickle. Knows tasks and a
-backend; not who asks for a checkpoint, or when.
+damaged, or was made by other weights or for another video, is told apart from one that can go on. No pickle.
+Knows tasks and a backend; not who asks for a checkpoint, or when.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ _MOST_TRIES = 3
 process.
 """
 _PLAIN = ("task_id", "seed", "num_inference_steps", "current_step", "cascade_stage", "expert", "created_at")
+_OWN_FILE = re.compile(r"\.?rank(\d+)-(\d+)-step\d+\.(safetensors|safetensors\.\d+\.part|tries\d+)")
+"""What a folder's files are called: rank, number, and whether it is a checkpoint, half of one, or counts how
+often one was gone on from.
+"""
+_NOT_OF_THE_VIDEO = ("save_path", "task_id", "role", "priority")
+"""Fields of a request: who asks, and where it goes."""
+_LONGEST_SAID = 60
 _UNREADABLE = (
     OSError,
     SafetensorError,
@@ -110,6 +118,8 @@ def save_task(task: DiffusionTask, path: str | Path, backend: DiffusionBackend) 
         save_file(written.tensors, part, {"task": text, "sha256": _digest(text, written.tensors)})
         _sync(part)
         os.replace(part, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error  # its word for a full disk
     finally:
         part.unlink(missing_ok=True)
     _sync(path.parent)
@@ -204,7 +214,18 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text[:12] if len(text) == 64 else text
+    if len(text) == 64:
+        return text[:12]
+    return text if len(text) <= _LONGEST_SAID else f"{text[: _LONGEST_SAID - 3]}..."
+
+
+def _video_of(task: DiffusionTask) -> dict[str, Any]:
+    """What a task is to make, whoever asks and wherever it goes; a picture is known by its hash."""
+    values = (task.resolved or task.params).to_mapping()
+    for name in ("image", "last_image"):
+        values[name] = values[name] and values[name]["sha256"]
+    kept = {name: value for name, value in values.items() if name not in _NOT_OF_THE_VIDEO}
+    return {**json.loads(json.dumps(kept)), "seed": task.seed}
 
 
 def _task_of(
@@ -332,8 +353,22 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A file that can go on, and its task."""
+
+    file: Path
+    task: DiffusionTask
+
+    def digest(self) -> str:
+        """The same on all ranks that can go on together: of the video, and how far it is."""
+        task = self.task
+        place = [task.current_step, task.cascade_stage, str(task.status)]
+        return hashlib.sha256(json.dumps([_video_of(task), place]).encode()).hexdigest()
+
+
 class CheckpointFolder:
-    """The last checkpoints of one task on one rank.
+    """The last checkpoints of one task on one rank. Whatever else lies in the folder is left alone.
 
     Args:
         folder: made with the first; all ranks of a machine share it.
@@ -352,55 +387,89 @@ class CheckpointFolder:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         # the step is in the name for people, the number says which is later
-        number = max((int(file.name.split("-")[1]) for file in self._files(self._rank)), default=0) + 1
+        number = max((number for number, _ in self._files(self._rank)), default=0) + 1
         name = f"rank{self._rank}-{number:06d}-step{task.current_step}{ENDING}"
         save_task(task, self.folder / name, backend)
-        for old in self._files(self._rank)[:-_KEPT]:
+        for _, old in self._files(self._rank)[:-_KEPT]:
             old.unlink(missing_ok=True)
 
-    def load(self, backend: DiffusionBackend) -> tuple[DiffusionTask | None, list[str]]:
-        """The task of the newest checkpoint that can go on, or None; and why newer ones cannot."""
-        notes: list[str] = []
-        exact_only = backend.args.checkpoint.resume == "exact"
-        own = self._files(self._rank)
-        for file in reversed(own or self._files(0)):
-            if self._tried(file):
-                notes.append(f"the run ended {_MOST_TRIES} times after it went on from {file.name}")
-                continue
+    def usable(
+        self, backend: DiffusionBackend, asked: DiffusionTask, notes: list[str]
+    ) -> Iterator[FoundCheckpoint]:
+        """The checkpoints that can go on, newest first; without a cache, those of rank 0 as well.
+
+        Args:
+            asked: the task that is to go on, with its request resolved. A seed that nobody asked for may be
+                another.
+            notes: is told why others cannot.
+        """
+        others = self._files(0) if self._rank else []
+        for _, file in [*reversed(self._files(self._rank)), *reversed(others)]:
             try:
                 task = load_task(file, backend)
+                self._require(task, file, asked, backend)
             except CannotResumeError as error:
                 notes.append(str(error))
-                continue
-            if not own and task.buffer.cache is not None and task.buffer.cache["records"]:
-                notes.append(f"{file.name} holds the cache of rank 0 alone")
-                continue
-            if exact_only and task.resumed is not None and not task.resumed.exact:
-                differs = "; ".join(task.resumed.differs)
-                notes.append(f"checkpoint.resume = exact, and it was made with {differs}")
-                continue
-            return task, notes
-        return None, notes
+            else:
+                yield FoundCheckpoint(file, task)
+
+    def _require(
+        self, task: DiffusionTask, file: Path, asked: DiffusionTask, backend: DiffusionBackend
+    ) -> None:
+        """Refuse what would be another video, or what has been tried too often.
+
+        Raises:
+            CannotResumeError: says which.
+        """
+        saved = _video_of(task)
+        here = _video_of(asked)
+        if asked.params.seed is None:
+            here["seed"] = task.seed
+        if other := list(_differences(saved, here)):
+            raise CannotResumeError(f"it is of another video: {'; '.join(other)}")
+        if len(_count_of(self._tries(file))) >= _MOST_TRIES:
+            raise CannotResumeError(f"the run ended {_MOST_TRIES} times after it went on from {file.name}")
+        if (
+            not file.name.startswith(f"rank{self._rank}-")
+            and task.buffer.cache
+            and task.buffer.cache["records"]
+        ):
+            raise CannotResumeError(f"{file.name} holds the cache of rank 0 alone")
+        exact_only = backend.args.checkpoint.resume == "exact"
+        if exact_only and task.resumed is not None and not task.resumed.exact:
+            differs = "; ".join(task.resumed.differs)
+            raise CannotResumeError(f"checkpoint.resume = exact, and it was made with {differs}")
+
+    def count_try(self, found: FoundCheckpoint) -> None:
+        """The task goes on from this one; after a few times that is no more to be."""
+        with suppress(OSError), self._tries(found.file).open("ab") as stream:
+            stream.write(b".")
 
     def clear(self) -> None:
-        """The video stands."""
-        for file in self._files(self._rank):
-            file.unlink(missing_ok=True)
+        """The video stands: this rank's files go, on rank 0 every rank's, and the folder if that was all."""
         with suppress(OSError):
-            if not any(self.folder.glob(f"*{ENDING}")):
-                shutil.rmtree(self.folder)
+            for file in self.folder.iterdir():
+                name = _OWN_FILE.fullmatch(file.name)
+                if name is not None and self._rank in (0, int(name[1])):
+                    file.unlink(missing_ok=True)
+            self.folder.rmdir()
 
-    def _files(self, rank: int) -> list[Path]:
-        """Oldest first."""
-        return sorted(self.folder.glob(f"rank{rank}-[0-9]*-step*{ENDING}"))
-
-    def _tried(self, file: Path) -> bool:
-        """Whether it was gone on from too often; counts this time."""
-        tries = file.with_suffix(f".tries{self._rank}")
+    def _files(self, rank: int) -> list[tuple[int, Path]]:
+        """The checkpoints of a rank with their numbers, oldest first."""
+        found = []
         with suppress(OSError):
-            count = len(tries.read_bytes()) if tries.exists() else 0
-            if count >= _MOST_TRIES:
-                return True
-            with tries.open("ab") as stream:
-                stream.write(b".")
-        return False
+            for file in self.folder.glob(f"rank{rank}-*{ENDING}"):
+                if (name := _OWN_FILE.fullmatch(file.name)) is not None:
+                    found.append((int(name[2]), file))
+        return sorted(found)
+
+    def _tries(self, file: Path) -> Path:
+        return file.with_suffix(f".tries{self._rank}")
+
+
+def _count_of(file: Path) -> bytes:
+    """A byte for each time; none where nothing can be read."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""

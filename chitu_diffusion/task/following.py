@@ -130,6 +130,25 @@ class TaskFeed:
         self._running: weakref.WeakSet[FollowedTask] = weakref.WeakSet()
         self._news = threading.Condition()
 
+    def require_free(self, task: FollowedTask) -> None:
+        """A task that is to be taken in must have work left, and no other engine at it.
+
+        Raises:
+            UsageError: it has ended, or is another engine's.
+        """
+        if task.is_finished():
+            raise UsageError(
+                f"task {task.task_id} has ended ({task.status}): submit its request, "
+                "engine.submit(task.params)",
+                field="task_id",
+            )
+        if (feed := task._feed and task._feed()) is not None and feed is not self:
+            raise UsageError(
+                f"task {task.task_id} is {task.status} in another engine: submit its request, "
+                "engine.submit(task.params), or close that engine",
+                field="task_id",
+            )
+
     def add(self, task: FollowedTask) -> None:
         """A task that the engine took in."""
         with self._news:

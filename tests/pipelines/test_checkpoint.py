@@ -20,12 +20,11 @@ from running import run_to_end, task_for
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.engine import Engine
 from chitu_diffusion.errors import CannotResumeError, NonFiniteError
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.media.reading import read_recipe
 from chitu_diffusion.pipelines.checkpoint import CheckpointFolder, _Reader, _Writer, load_task, save_task
-from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams, TaskStatus
+from chitu_diffusion.task import CascadeStage, DiffusionTask, TaskStatus
 
 SEED = secrets.randbelow(2**31)
 STEPS = 8
@@ -215,24 +214,34 @@ def begun(backends, tmp_path) -> tuple[DiffusionTask, CheckpointFolder]:
     return task, folder
 
 
+def newest(
+    begun: tuple[DiffusionTask, CheckpointFolder], backend: DiffusionBackend
+) -> tuple[DiffusionTask | None, list[str]]:
+    """What the same request finds, and why not newer ones."""
+    task, folder = begun
+    notes: list[str] = []
+    found = next(folder.usable(backend, task, notes), None)
+    return found and found.task, notes
+
+
 def test_the_last_two_are_kept(begun, backends) -> None:
     _, folder = begun
     assert [file.name for file in sorted(folder.folder.iterdir())] == [
         "rank0-000004-step3.safetensors",
         "rank0-000005-step4.safetensors",
     ]
-    task, notes = folder.load(backends["one"])
+    task, notes = newest(begun, backends["one"])
     assert task.current_step == 4 and not notes
     folder.clear()
     assert not folder.folder.exists()
 
 
 def test_the_pause_between_two_runs_is_no_time_of_the_task(begun, backends, monkeypatch) -> None:
-    task, folder = begun
+    task, _ = begun
     spent = task.get_elapsed_time()
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 86400)
-    again, _ = folder.load(backends["one"])
+    again, _ = newest(begun, backends["one"])
     assert 0 < again.get_elapsed_time() <= spent
     assert again.created_at == task.created_at
 
@@ -243,10 +252,10 @@ def test_a_damaged_checkpoint_leaves_the_one_before_and_then_nothing(begun, back
     data = bytearray(newer.read_bytes())
     data[-100] ^= 0x40
     newer.write_bytes(data)
-    task, notes = folder.load(backends["one"])
+    task, notes = newest(begun, backends["one"])
     assert task.current_step == 3 and "do not fit their hash" in notes[0]
     older.write_bytes(older.read_bytes()[:1000])
-    task, notes = folder.load(backends["one"])
+    task, notes = newest(begun, backends["one"])
     assert task is None and len(notes) == 2
 
 
@@ -280,9 +289,21 @@ def test_whatever_a_file_holds_it_is_refused_in_words(begun, backends, tmp_path)
 
 
 def test_a_checkpoint_that_ends_the_process_is_not_tried_for_ever(begun, backends) -> None:
-    _, folder = begun
-    steps = [found.current_step if (found := folder.load(backends["one"])[0]) else 0 for _ in range(8)]
+    task, folder = begun
+    steps = []
+    for _ in range(8):
+        found = next(folder.usable(backends["one"], task, []), None)
+        steps.append(0 if found is None else found.task.current_step)
+        if found is not None:
+            folder.count_try(found)
     assert steps == [4, 4, 4, 3, 3, 3, 0, 0]
+
+
+def test_who_only_looks_uses_up_no_try(begun, tiny_folder, backends, make_config: MakeConfig) -> None:
+    other = DiffusionBackend(make_config(tiny_folder, infer__sampler="euler"))
+    for _ in range(5):
+        assert newest(begun, other)[0] is None
+        assert newest(begun, backends["one"])[0].current_step == 4
 
 
 @pytest.mark.parametrize(
@@ -294,22 +315,20 @@ def test_a_checkpoint_that_ends_the_process_is_not_tried_for_ever(begun, backend
     ],
 )
 def test_what_must_agree(begun, tiny_folder, make_config: MakeConfig, setting, value, said) -> None:
-    _, folder = begun
     backend = DiffusionBackend(make_config(tiny_folder, infer__quant_keep="", **{setting: value}))
-    task, notes = folder.load(backend)
+    task, notes = newest(begun, backend)
     assert task is None and all(said in note for note in notes), notes
 
 
 def test_other_weights_are_told(begun, two_experts_folder, make_config: MakeConfig) -> None:
-    task, notes = begun[1].load(DiffusionBackend(make_config(two_experts_folder)))
+    task, notes = newest(begun, DiffusionBackend(make_config(two_experts_folder)))
     assert task is None and "weights" in notes[0] and "shift 3.0, here 12.0" in notes[0]
 
 
 def test_another_kernel_goes_on_and_says_so(begun, tiny_folder, make_config: MakeConfig, tmp_path) -> None:
-    _, folder = begun
     config = make_config(tiny_folder, infer__attn_type="math")
     backend = DiffusionBackend(config)
-    found, _ = folder.load(backend)
+    found, _ = newest(begun, backend)
     assert not found.resumed.exact and found.resumed.differs == ("attention auto, here math",)
     for _ in run_to_end(Generator(backend), found):
         pass
@@ -317,7 +336,7 @@ def test_another_kernel_goes_on_and_says_so(begun, tiny_folder, make_config: Mak
     assert recipe["resumed"]["exact"] is False and recipe["resumed"]["step"] == 4
     assert "attention kernel sdpa, here math" in recipe["resumed"]["differs"]
     config.checkpoint.resume = "exact"
-    found, notes = folder.load(DiffusionBackend(config))
+    found, notes = newest(begun, DiffusionBackend(config))
     assert found is None and "checkpoint.resume = exact" in notes[0]
 
 
@@ -361,36 +380,19 @@ def test_a_plan_goes_on_with_an_empty_cache(backends, tmp_path) -> None:
     assert task.status is TaskStatus.FINISHED, task.error_message
 
 
-# -- the engine
-
-
-def test_an_engine_goes_on_where_another_stopped(tiny_folder, make_config: MakeConfig, tmp_path) -> None:
-    config = make_config(tiny_folder, checkpoint__every_s=0)
-    asked = DiffusionUserParams(
-        prompt="A cat", num_inference_steps=STEPS, flexcache="interval", save_path=str(tmp_path / "part.npy")
+def test_only_checkpoints_are_cleared(begun, backends) -> None:
+    _, folder = begun
+    foreign = ["thesis.txt", "rank0-1x-step2.safetensors", "model.safetensors", "rank0.txt"]
+    for name in foreign:
+        (folder.folder / name).write_text("years of work")
+    (folder.folder / "rank0-000001-step1.safetensors.d").mkdir()
+    for name in ("rank1-000007-step3.safetensors", ".rank0-000006-step5.safetensors.123.part"):
+        (folder.folder / name).write_text("a run on two ranks that was cut short")
+    found = next(folder.usable(backends["one"], begun[0], []))
+    folder.count_try(found)
+    CheckpointFolder(folder.folder, rank=1).clear()
+    assert not list(folder.folder.glob("rank1-*")) and newest(begun, backends["one"])[0] is not None
+    folder.clear()
+    assert sorted(file.name for file in folder.folder.iterdir()) == sorted(
+        [*foreign, "rank0-000001-step1.safetensors.d"]
     )
-    with Engine(config) as engine:
-        task = engine.submit(asked, checkpoints=tmp_path / "kept")
-        for _ in range(5):
-            engine.step()
-        seed = task.seed
-    assert task.status is TaskStatus.CANCELLED and (tmp_path / "kept").exists()
-    with Engine(config) as engine:
-        whole = engine.submit(dataclasses.replace(asked, seed=seed, save_path=str(tmp_path / "whole.npy")))
-        part = engine.submit(asked, checkpoints=tmp_path / "kept")
-        assert part.current_step == part.resumed.step == 4
-        # drawn by the first run
-        assert part.seed == seed
-        engine.run_until_idle()
-    assert frames_of(whole) == frames_of(part)
-    assert not (tmp_path / "kept").exists()
-
-
-def test_what_cannot_be_written_stops_nothing(tiny_folder, make_config: MakeConfig, tmp_path, caplog) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with Engine(make_config(tiny_folder, checkpoint__every_s=0)) as engine:
-        task = engine.submit(
-            DiffusionUserParams(prompt="A cat", num_inference_steps=2), checkpoints=tmp_path / "file" / "kept"
-        )
-        engine.run_until_idle()
-    assert task.status is TaskStatus.FINISHED and "could be written" in caplog.text
