@@ -320,6 +320,7 @@ class DiffusionBackend:
             vae_width=int(self.vae.network.config.base_dim),
             item=self.dtype.itemsize,
             on_cpu=self.device.type == "cpu",
+            encodes_video=self.spec.kind.takes_image,
         )
 
     def weights_sha256(self) -> str | None:

@@ -14,7 +14,7 @@ from chitu_diffusion import DiffusionUserParams, Engine, EngineConfig
 
 CACHES = {
     "no cache": None,
-    "a calibrated plan, half of the steps": {"strategy": "plan", "fresh": 15},
+    "a calibrated plan, half of the steps": {"strategy": "plan", "fresh": 10},
     "teacache": {"strategy": "teacache", "threshold": 0.2},
     "taylorseer": {"strategy": "taylorseer"},
 }
@@ -27,7 +27,7 @@ if __name__ == "__main__":
                 DiffusionUserParams(
                     prompt="A cat walking on grass",
                     seed=1,
-                    num_inference_steps=30,
+                    num_inference_steps=20,
                     num_frames=17,
                     flexcache=cache,
                     save_path="cache.npy",

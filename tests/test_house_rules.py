@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -22,16 +23,16 @@ MOST_TOP_MODULES = 10
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
     "": 2270,
-    "attention": 2050,
+    "attention": 2060,
     "cli": 2810,
     "distributed": 1850,
-    "evaluation": 2100,
+    "evaluation": 2110,
     "executor": 1490,
     "flexcache": 2700,
     "media": 760,
-    "memory": 550,
+    "memory": 570,
     "models": 3660,
-    "ops": 1800,
+    "ops": 1815,
     "pipelines": 2580,
     "sampling": 850,
     "task": 800,
@@ -397,3 +398,16 @@ def test_importing_is_cheap(module: str) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     report(loaded, f"importing {module} must not load these; import them inside the function that needs them")
+
+
+def test_no_modules_import_each_other() -> None:
+    """Lazy imports and those for types count, too."""
+    graph = grimp.build_graph("chitu_diffusion", cache_dir=None)
+    # but the package itself, which hands out names from all over when they are asked for
+    modules = graph.modules - {"chitu_diffusion"}
+    after = {module: graph.find_modules_directly_imported_by(module) for module in modules}
+    while free := [module for module, imported in after.items() if not imported & after.keys()]:
+        for module in free:
+            del after[module]
+    # what is left are the circles, and whoever imports one of them
+    report(sorted(after), "modules import each other in a circle: move what both need into one below")

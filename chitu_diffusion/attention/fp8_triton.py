@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chitu_diffusion.attention.fp8 import (
+from chitu_diffusion.attention.fp8_steps import (
     FLOAT8,
     LARGEST,
     RMS,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chitu_diffusion.evaluation.cache_table import Line
+    from chitu_diffusion.evaluation.cache_line import Line
 
 _SCALE = 2
 """Pixels drawn for one that is kept: Pillow's circles and slanted lines have no soft edges of their own."""

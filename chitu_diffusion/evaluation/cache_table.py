@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from chitu_diffusion.attention import attention_kernel
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import TaskError, UsageError
+from chitu_diffusion.evaluation.cache_line import Line
 from chitu_diffusion.evaluation.cache_rows import FULL, Place, Video, VideoRow, make_row
 from chitu_diffusion.evaluation.calibrate import describe
 from chitu_diffusion.evaluation.compare import mean_interval
@@ -58,43 +59,6 @@ SETTINGS = (
 """Controls, plans, and each method as it was published or, where nothing was published for such a model, as
 it stands here.
 """
-
-Mean = tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Line:
-    """A setting, over all its videos.
-
-    Attributes:
-        videos: that were made.
-        saved: share of the transformer's forwards that were not run.
-        faster: denoising seconds of full compute over this setting's.
-        psnr, ssim: mean with its 95 % interval; None for full compute.
-        adherence: share of asked parts that the judge finds; None where prompts name none.
-        flicker: mean difference to full compute's, grey levels.
-        kept_of_saving: seconds saved over what the skipped forwards cost in full compute; None where none was
-            skipped.
-        above: dB of the calibrated plan at this speed over this setting; None where no plan is that fast or
-        slow. error: of its first failed video.
-    """
-
-    setting: str
-    videos: int
-    saved: float = 0.0
-    faster: float = 1.0
-    psnr: Mean | None = None
-    ssim: Mean | None = None
-    adherence: float | None = None
-    flicker: float | None = None
-    kept_of_saving: float | None = None
-    above: float | None = None
-    error: str | None = None
-
-    @property
-    def fewer(self) -> float:
-        """Forwards of full compute over this setting's."""
-        return 1 / (1 - self.saved)
 
 
 def videos_for(prompts: str, seeds: str) -> list[Video]:

@@ -26,8 +26,8 @@ from chitu_diffusion.pipelines.denoising import denoise, predict_velocity, predi
 from chitu_diffusion.pipelines.guidance import apply_cfg
 from chitu_diffusion.pipelines.registry import pipeline_of
 from chitu_diffusion.pipelines.request import guidance_pair, resolve_task
+from chitu_diffusion.sampling.library import SamplerState
 from chitu_diffusion.sampling.noise import initial_noise
-from chitu_diffusion.sampling.solvers import SamplerState
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 _PIECE = 2**18

@@ -10,7 +10,7 @@ from torch import Tensor
 from chitu_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
-    from chitu_diffusion.ops.vae_conv import Sum
+    from chitu_diffusion.ops.vae_sum import Sum
 
 try:
     import triton

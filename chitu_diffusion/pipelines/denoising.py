@@ -28,7 +28,7 @@ from chitu_diffusion.models.wan.transformer import BlockInputs, SharedCfgPrefix,
 from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
 from chitu_diffusion.pipelines.guidance import active_branches, apply_cfg, expert_at
-from chitu_diffusion.sampling.solvers import SamplerState
+from chitu_diffusion.sampling.library import SamplerState
 from chitu_diffusion.task import Conditioning
 
 _BATCH_UP_TO = 4096

@@ -31,8 +31,8 @@ from chitu_diffusion.pipelines.page_inputs import (
     read_guidance,
     require_integer,
 )
+from chitu_diffusion.sampling.library import SamplerState
 from chitu_diffusion.sampling.noise import initial_noise, upsample_latent
-from chitu_diffusion.sampling.solvers import SamplerState
 from chitu_diffusion.task.params import LEAST_STRENGTH, MAX_SEED, check_frames
 
 REFINE_STRENGTH = 0.5

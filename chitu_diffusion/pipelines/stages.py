@@ -33,8 +33,8 @@ from chitu_diffusion.pipelines.recipe import recipe_of
 from chitu_diffusion.pipelines.registry import pipeline_of
 from chitu_diffusion.pipelines.request import guidance_pair, resolve_task, stages_of
 from chitu_diffusion.pipelines.text_to_video import TextToVideo
+from chitu_diffusion.sampling.library import SamplerState
 from chitu_diffusion.sampling.noise import initial_noise, pad_latent, upsample_latent
-from chitu_diffusion.sampling.solvers import SamplerState
 from chitu_diffusion.task import (
     CascadeStage,
     DiffusionTask,

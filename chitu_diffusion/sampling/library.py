@@ -8,7 +8,7 @@ itself gives, for these solvers are linear. Knows tensors and a checkpoint's `sc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +17,11 @@ from torch import Tensor
 from chitu_diffusion.errors import CheckpointError, UsageError
 from chitu_diffusion.sampling.registry import LibraryScheduler
 
-if TYPE_CHECKING:
-    from chitu_diffusion.sampling.solvers import SamplerState
+SamplerState = dict[str, Any]
+"""sampler: its name, and whether it runs on a list; schedule: number of steps in the whole schedule; index:
+the step that comes next; timesteps [schedule]; sigmas [schedule + 1]; seed, stream: of fresh noise; history:
+what the solver remembers (tensors, numbers, lists of tensors)."""
+
 
 Weights = tuple[float, ...]
 

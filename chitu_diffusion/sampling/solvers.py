@@ -19,15 +19,10 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.errors import UsageError, nearest
-from chitu_diffusion.sampling.library import LibrarySolver, shift_of
+from chitu_diffusion.sampling.library import LibrarySolver, SamplerState, shift_of
 from chitu_diffusion.sampling.noise import step_noise
 from chitu_diffusion.sampling.noise_levels import NoiseLevels, whole_steps
 from chitu_diffusion.sampling.registry import SOLVERS, Update
-
-SamplerState = dict[str, Any]
-"""sampler: its name, and whether it runs on a list; schedule: number of steps in the whole schedule; index:
-the step that comes next; timesteps [schedule]; sigmas [schedule + 1]; seed, stream: of fresh noise; history:
-what the solver remembers (tensors, numbers, lists of tensors)."""
 
 
 class Solver(Protocol):

@@ -17,7 +17,21 @@ NAMES = ("cat.npy", "cat.mp4", "cat.gif", "frames/")
 
 
 def make(chitu: Chitu, folder: Path, name: str, *more: object) -> None:
-    chitu("generate", "a red cat", "--model", folder, "--seed", 4, "-o", name, "--device", "cpu", *more)
+    chitu(
+        "generate",
+        "a red cat",
+        "--model",
+        folder,
+        "--seed",
+        4,
+        "-o",
+        name,
+        "--device",
+        "cpu",
+        "--size",
+        "64x64",
+        *more,
+    )
 
 
 def reports(out: str) -> dict:

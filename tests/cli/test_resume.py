@@ -132,7 +132,7 @@ def test_the_same_command_goes_on(
 
 def test_two_ranks_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHITU_CACHE_DIR", str(tmp_path / "cache"))
-    words = ["generate", "a cat", "--seed", "7", "--steps", "32", "--size", "64x64", "--frames", "5"]
+    words = ["generate", "a cat", "--seed", "7", "--steps", "20", "--size", "32x32", "--frames", "5"]
     words += ["--cache", "taylorseer", "--device", "cpu", "--gpus", "2", "--parallel", "u2"]
     command = [sys.executable, "-m", "chitu_diffusion", *words, "--set", "checkpoint.every_s=0"]
 
@@ -141,7 +141,7 @@ def test_two_ranks_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return subprocess.Popen([*command, "-o", path], cwd=tmp_path, text=True, **pipes)
 
     launcher = start("a.npy")
-    wait_for_step(tmp_path, 10)
+    wait_for_step(tmp_path, 6)
     launcher.kill()
     launcher.communicate(timeout=ENOUGH)
     last = start("a.npy")

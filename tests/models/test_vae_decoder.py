@@ -29,13 +29,13 @@ from chitu_diffusion.ops import vae_norm_triton as vae_triton
 from chitu_diffusion.ops.vae_conv import (
     CONVOLUTIONS,
     NORMS,
-    Sum,
     phased_weight,
     upsample_nearest,
     upsample_phased,
     weight_for,
 )
 from chitu_diffusion.ops.vae_conv_gemm import flat_conv, flat_weight, suits_flat
+from chitu_diffusion.ops.vae_sum import Sum
 
 # Wan2.1's four stages of three residual blocks, and wan-tiny's three with patches; narrow, so that two cores
 # suffice

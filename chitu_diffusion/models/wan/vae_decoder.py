@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from chitu_diffusion.ops.vae_conv import (
     CONVOLUTIONS,
     NORMS,
-    Sum,
     phased_weight,
     upsample_nearest,
     upsample_phased,
@@ -31,6 +30,7 @@ from chitu_diffusion.ops.vae_conv import (
 )
 from chitu_diffusion.ops.vae_conv_gemm import flat_conv, flat_weight, suits_flat
 from chitu_diffusion.ops.vae_norm_triton import has_triton
+from chitu_diffusion.ops.vae_sum import Sum
 
 _REMEMBERED = 2  # frames that a causal convolution of length 3 in time needs from before
 _WIDEST_HEAD = 256  # channels a head, up to which attention kernels are made for
