@@ -86,7 +86,7 @@ def test_a_file_of_other_length(chitu: Chitu, tiny_folder: Path) -> None:
     make(chitu, tiny_folder, "cat.npy")
     write_video(read_frames("cat.npy")[:3], "cat.npy", fps=8, recipe=read_recipe("cat.npy"))
     code, out, _ = chitu("reproduce", "cat.npy", "--model", tiny_folder, "--check")
-    assert code == NOT_THE_SAME and "[3, 32, 32, 3] in the file, [5, 32, 32, 3] here" in out
+    assert code == NOT_THE_SAME and "[3, 64, 64, 3] in the file, [5, 64, 64, 3] here" in out
 
 
 def test_a_kernel_that_does_not_run_here(chitu: Chitu, tiny_folder: Path) -> None:
