@@ -63,6 +63,8 @@ PRIVATE_WORDS = {
     "wires": "PeerMemory",
 }
 """Words that this project once made up, and the field's for what they meant."""
+FIELDS_WORDS = {"moments"}
+"""Forms of these that the field has, too: second moments of a distribution."""
 
 # getattr with a default, where the object is not ours and may really lack the name: "file: name".
 FOREIGN_ATTRIBUTES: frozenset[str] = frozenset()
@@ -118,11 +120,40 @@ def test_names_are_the_fields_words() -> None:
     found = set()
     for name, tree, _ in ours():
         for node in ast.walk(tree):
-            for word in words_of(identifier(node)) & PRIVATE_WORDS.keys():
-                found.add(f"{name} {identifier(node)}: say {PRIVATE_WORDS[word]}")
-        for word in words_of(name.removesuffix(".py")) & PRIVATE_WORDS.keys():
-            found.add(f"{name}: say {PRIVATE_WORDS[word]}")
+            found |= {f"{name} {identifier(node)}: say {said}" for said in private_in(identifier(node))}
+        found |= {f"{name}: say {said}" for said in private_in(name.removesuffix(".py"))}
     report(sorted(found), "use the field's word")
+
+
+def private_in(identifier: str) -> set[str]:
+    """The field's words for those of an identifier that are private, in whichever form."""
+    words = words_of(identifier) - FIELDS_WORDS
+    return {said for word, said in PRIVATE_WORDS.items() if words & forms_of(word)}
+
+
+def forms_of(word: str) -> set[str]:
+    """`crew` -> crew, crews, crewed, crewing; `accuse` -> accuse, accuses, accused, accusing."""
+    stem = word.removesuffix("e")
+    return {word, word + "s", stem + "ed", stem + "ing"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "class Crews: ...",
+        "def laying(): ...",
+        "accused = 1",
+        "import os as crew",
+        "from os import path as wires",
+        "self.old_landing = 1",
+        "def f(*, crew_size): ...",
+        "class RemoteCrew: ...",
+    ],
+)
+def test_private_words_are_found_in_every_form(line: str) -> None:
+    names = [identifier(node) for node in ast.walk(ast.parse(line))]
+    assert any(private_in(name) for name in names), names
+    assert not private_in("layer_orderly_peer_wire")
 
 
 def identifier(node: ast.AST) -> str:
@@ -132,6 +163,8 @@ def identifier(node: ast.AST) -> str:
         return node.id
     if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
         return node.attr
+    if isinstance(node, ast.alias):
+        return node.asname or ""
     return node.arg if isinstance(node, ast.arg) else ""
 
 
@@ -203,17 +236,29 @@ PAGES_SCHEDULER = "chitu_diffusion/sampling/scheduler.py"
 
 
 def test_there_is_one_loop_and_one_resolve() -> None:
-    for call in ("sampler.step(", "resolve_request("):
+    for function in ("sampler.step", "resolve_request"):
         places = [
-            f"{name}:{number}"
-            for name, _, text in ours()
-            for number, line in enumerate(text.splitlines(), start=1)
-            if call in line and "def " not in line and name != PAGES_SCHEDULER
+            f"{name}:{line}"
+            for name, tree, _ in ours()
+            for line in uses_of(function, tree)
+            if name != PAGES_SCHEDULER
         ]
-        assert len(places) == 1, f"{call} stands in {places}: call the function that does it already"
+        assert len(places) == 1, f"{function} stands in {places}: call the function that does it already"
     loops = (ast.For, ast.While, ast.comprehension)
     tree = next(tree for name, tree, _ in ours() if name == PAGES_SCHEDULER)
     assert not [node for node in ast.walk(tree) if isinstance(node, loops)], f"{PAGES_SCHEDULER} loops"
+
+
+def uses_of(function: str, tree: ast.AST) -> list[int]:
+    """The lines that name a function, called or not: under another name it would be called elsewhere."""
+    names = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute | ast.Name))
+    return [node.lineno for node in names if re.search(rf"\b_?{re.escape(function)}$", ast.unparse(node))]
+
+
+def test_a_loop_under_another_name_is_found() -> None:
+    for line in ("advance = backend.sampler.step", "self._sampler.step(1)", "map(sampler.step, states)"):
+        assert uses_of("sampler.step", ast.parse(line)) == [1], line
+    assert not uses_of("sampler.step", ast.parse("sampler.steps(); solver.step()"))
 
 
 def test_the_page_s_generator_is_thin() -> None:
