@@ -13,9 +13,10 @@ import re
 import tomllib
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
 ENVIRONMENT_PREFIX = "CHITU_"
 _RENAMED = {"up": "ulysses_degree", "lost_after": "heartbeat_timeout"}
+_NOUNS = MappingProxyType(
+    {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
+)
+"""What a setting must be, by how pydantic's name for the mistake begins."""
 Origins = dict[str, str]
 
 
@@ -260,8 +265,29 @@ def usage_error(branch: type[BaseModel], error: ValidationError) -> UsageError:
         if _RENAMED.get(path[-1]) in owner.model_fields:
             return UsageError(f"setting '{name}' is called '{_RENAMED[path[-1]]}' now", field=name)
         return UsageError(f"unknown setting '{name}'.{nearest(path[-1], owner.model_fields)}", field=name)
-    said = first["msg"].removeprefix("Value error, ")  # pydantic's, before what a check of ours says
-    return UsageError(f"{name} = {first['input']!r}: {said}", field=name)
+    return UsageError(f"{name} = {first['input']!r}: {_what_to_use(branch, error)}", field=name)
+
+
+def _what_to_use(branch: type[BaseModel], error: ValidationError) -> str:
+    """The choices, or the kind of value and its range; what a check of ours says stands as it is."""
+    first = error.errors()[0]
+    kind = first["type"]
+    if kind == "literal_error":
+        return f"use {first['ctx']['expected']}"
+    *path, last = (str(part) for part in first["loc"])
+    for part in path:
+        branch = _branch_of(branch, part) or branch
+    limits: dict[str, Any] = {}
+    for limit in branch.model_fields[last].metadata if last in branch.model_fields else ():
+        limits |= asdict(limit) if is_dataclass(limit) and not isinstance(limit, type) else {}
+    low = f"more than {limits['gt']}" if "gt" in limits else f"{limits.get('ge', '')}"
+    values = f"{low} to {limits['le']}" if "le" in limits else f"{low} or more" if "ge" in limits else low
+    if kind.startswith(("greater_than", "less_than")):
+        return f"use {values}"
+    noun = next((noun for start, noun in _NOUNS.items() if kind.startswith(start)), None)
+    if noun is None:
+        return first["msg"].removeprefix("Value error, ")  # pydantic's, before what a check of ours says
+    return f"use {noun}{', ' if values else ''}{values}"
 
 
 def _branch_of(owner: type[BaseModel], name: str) -> type[BaseModel] | None:

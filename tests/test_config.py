@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from chitu_diffusion.config import EngineConfig, load_config
+from chitu_diffusion.config import EngineConfig, leaves, load_config
 from chitu_diffusion.errors import UsageError
 
 RENAMED = [
@@ -43,3 +44,31 @@ def test_what_is_named_last_counts() -> None:
     assert config.infer.diffusion.ulysses_degree == 2
     assert config.ranks.heartbeat_timeout == 6
     assert origins["ranks.heartbeat_timeout"] == "flag"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("infer.diffusion.low_mem_level", -1, "= -1: use 0 to 4"),
+        ("infer.diffusion.low_mem_level", 5, "= 5: use 0 to 4"),
+        ("infer.diffusion.low_mem_level", "much", "= 'much': use a whole number, 0 to 4"),
+        ("checkpoint.every_s", -1, "= -1: use 0"),
+        ("ranks.timeout", 0, "= 0: use more than 0"),
+        ("ranks.timeout", "long", "= 'long': use a number, more than 0"),
+        ("ranks.heartbeat_timeout", 0, "= 0: use 1"),
+        ("ranks.copies", "perhaps", "= 'perhaps': use true or false"),
+        ("checkpoint.resume", "maybe", "= 'maybe': use 'any', 'exact' or 'never'"),
+        ("output.dir", 3, "= 3: use text"),
+    ],
+)
+def test_a_bad_value_says_what_to_use(name: str, value: object, said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"{name} {said}")) as raised:
+        load_config(flags={name: value}, environment={})
+    assert raised.value.field == name and "Input" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in leaves()])
+def test_no_setting_answers_in_pydantic_s_words(name: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        load_config(flags={name: object()}, environment={})
+    assert "use " in str(raised.value) and "Input" not in str(raised.value)
