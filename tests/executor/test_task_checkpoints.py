@@ -6,6 +6,7 @@ import dataclasses
 import secrets
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,21 +138,10 @@ def test_what_can_name_no_folder_is_refused(tiny_folder, make_config: MakeConfig
         assert not len(engine.pool) and engine.step() is None
 
 
-class SlowPath:
-    """Its name takes a moment, as one that is read from somewhere."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.asked = threading.Event()
-
-    def __fspath__(self) -> str:
-        self.asked.set()
-        time.sleep(0.3)
-        return str(self.path)
-
-
-def test_a_task_is_either_cancelled_or_not_here_yet(tiny_folder, make_config: MakeConfig, tmp_path) -> None:
-    """It once came back to life by its checkpoint, cancelled while `submit` was at its path."""
+def test_a_task_that_is_cancelled_while_it_is_taken_in_stays_so(
+    tiny_folder, make_config: MakeConfig, tmp_path, monkeypatch
+) -> None:
+    """In the pool, and its command not in the inbox yet: its checkpoint once brought it back to life."""
     config = make_config(tiny_folder, checkpoint__every_s=0)
     asked = DiffusionUserParams(prompt="A cat", num_inference_steps=4, seed=1, task_id="a")
     with Engine(config) as engine:
@@ -159,16 +149,23 @@ def test_a_task_is_either_cancelled_or_not_here_yet(tiny_folder, make_config: Ma
         for _ in range(3):
             engine.step()
     with Engine(config) as engine:
-        path = SlowPath(tmp_path / "kept")
-        thread = threading.Thread(target=engine.submit, args=(asked,), kwargs={"checkpoints": path})
+        add = engine.pool.add
+        added = threading.Event()
+
+        def slowly(task: DiffusionTask) -> None:
+            add(task)
+            added.set()
+            time.sleep(0.3)
+
+        monkeypatch.setattr(engine.pool, "add", slowly)
+        submit = partial(engine.submit, asked, checkpoints=tmp_path / "kept")
+        thread = threading.Thread(target=submit)
         thread.start()
-        path.asked.wait()
-        known = engine.cancel("a")
+        added.wait()
+        assert engine.cancel("a")
         thread.join()
         task = engine.pool.get("a")
-        assert task is not None and task.resumed is not None
-        assert known == (task.status is TaskStatus.CANCELLED)
-        assert engine.cancel("a") is (not known) and task.status is TaskStatus.CANCELLED
+        assert task is not None and task.status is TaskStatus.CANCELLED
         assert engine.step() is None and task.status is TaskStatus.CANCELLED
 
 
