@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _MOST_BYTES = 256 * 2**20
 _MOST_PIXELS = 100_000_000
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""What Pillow decodes by itself: for some others, such as EPS, it starts another program."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,12 @@ class InputImage:
     def to_mapping(self) -> dict[str, Any]:
         """Plain JSON values: not the pixels."""
         return {"path": self.path, "sha256": self.sha256, "width": self.width, "height": self.height}
+
+    def stretched(self, height: int, width: int) -> str | None:
+        """In words, that its shape is another than a size's; None where they agree to 2 %."""
+        if abs(self.width * height / (self.height * width) - 1) <= 0.02:
+            return None
+        return f"image of {self.width}x{self.height} is stretched to {width}x{height}"
 
     def resized(self, height: int, width: int) -> NDArray[np.float32]:
         """[height, width, 3] float32 in [0, 1], stretched by Lanczos, as diffusers' `VideoProcessor` does.
@@ -143,7 +151,7 @@ def _decoded(name: str, path: str, data: bytes) -> NDArray[np.uint8]:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             return _upright(name, image)
     except UsageError:
         raise

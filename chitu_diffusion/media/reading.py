@@ -83,7 +83,7 @@ def _read(path: str | os.PathLike[str], readers: Mapping[str, Callable[[Path], _
 def _mp4_recipe(file: Path) -> str | None:
     import av
 
-    with av.open(_local(file)) as container:
+    with av.open(_local(file), format="mp4") as container:
         return container.metadata.get("comment")
 
 
@@ -92,7 +92,7 @@ def _image(file: Path) -> Iterator[Any]:
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=("GIF", "PNG")) as image:
             yield image
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
@@ -118,7 +118,7 @@ def _mp4_frames(file: Path) -> list[Frames]:
     import av
     import numpy as np
 
-    with av.open(_local(file)) as container:
+    with av.open(_local(file), format="mp4") as container:
         arrays = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return [np.asarray(array, dtype=np.uint8) for array in arrays]
 

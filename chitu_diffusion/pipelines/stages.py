@@ -150,7 +150,11 @@ class Stages:
             buffer=replace(task.buffer, conditioning=conditioning, cache=cache),
             status=self._pipeline.after(TaskStatus.ENCODING),
         )
-        return f"seed {task.seed}" if task.params.seed is None else None
+        notes = [f"seed {task.seed}"] if task.params.seed is None else []
+        for image in (resolved.image, resolved.last_image):
+            note = image and image.stretched(resolved.height, resolved.width)
+            notes += [note] if note else []
+        return "; ".join(notes) or None
 
     def _denoise(self, task: DiffusionTask) -> str | None:
         backend = self._backend

@@ -384,3 +384,21 @@ def test_png_carries_the_recipe_itself(tmp_path: Path) -> None:
     path = write_video(moving_square(), f"{tmp_path}/f/", fps=8, recipe=RECIPE)
     with Image.open(path / "00000.png") as image:
         assert json.loads(image.text["recipe"]) == RECIPE
+
+
+@pytest.mark.parametrize("name", ["list.mp4", "post.gif", "frames"])
+def test_a_file_is_read_as_what_its_name_says(tmp_path: Path, name: str) -> None:
+    """A playlist would have FFmpeg open what it names, and Pillow gives PostScript to another program."""
+    from PIL import Image
+
+    place = tmp_path / name
+    if name == "list.mp4":
+        (tmp_path / "other.mp4").write_bytes(b"")
+        place.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n")
+    else:
+        if name == "frames":
+            place.mkdir()
+            place = place / "00000.png"
+        Image.new("RGB", (8, 8)).save(place, format="EPS")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_frames(tmp_path / name)

@@ -263,3 +263,23 @@ def test_two_ranks_make_the_same_video(image_folder, tmp_path, make_config):
     for number in range(2):
         # the layouts round apart by a bit of float32, and a frame by one of its 256 steps at the most
         assert np.abs(read_frames(tmp_path / f"{number}.npy") - alone).max() <= 1
+
+
+def test_a_picture_that_is_stretched_is_said(backend):
+    said = [run_first(backend, height, width).notes for height, width in ((48, 48), (40, 56))]
+    assert "image of 70x50 is stretched to 48x48" in said[0][0] and said[1] == []
+
+
+def run_first(backend, height, width):
+    task = task_for(image=picture(), height=height, width=width, num_frames=5, num_inference_steps=1)
+    Generator(backend).generate_step(task)
+    assert task.error is None, task.error_message
+    return task
+
+
+def test_only_formats_that_are_decoded_here_are_read(tmp_path):
+    """Pillow gives EPS to Ghostscript, which runs what stands in it."""
+    file = tmp_path / "first.png"
+    picture().save(file, format="EPS")
+    with pytest.raises(UsageError, match="cannot be read as a picture"):
+        DiffusionUserParams(prompt="a cat", image=file)
