@@ -33,7 +33,7 @@ if __name__ == "__main__":
                 print(f"{name}: is there already")
                 continue
             request = DiffusionUserParams(
-                prompt=prompt, seed=7, num_inference_steps=20, num_frames=17, save_path=str(path)
+                prompt=prompt, seed=7, num_inference_steps=12, num_frames=17, save_path=str(path)
             )
             tasks[name] = engine.submit(request, checkpoints=folder / f".{name}.checkpoint")
         try:

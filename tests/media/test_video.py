@@ -387,14 +387,22 @@ def test_png_carries_the_recipe_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["list.mp4", "post.gif", "frames"])
-def test_a_file_is_read_as_what_its_name_says(tmp_path: Path, name: str) -> None:
-    """A playlist would have FFmpeg open what it names, and Pillow gives PostScript to another program."""
-    from PIL import Image
+def test_a_file_is_read_as_what_its_name_says(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list of files would have FFmpeg open what it names, and Pillow gives PostScript to another
+    program.
+    """
+    from PIL import EpsImagePlugin, Image
 
+    def ghostscript(*_: object, **__: object) -> None:
+        raise AssertionError("another program would run")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
     place = tmp_path / name
     if name == "list.mp4":
-        (tmp_path / "other.mp4").write_bytes(b"")
-        place.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n")
+        write_video(np.zeros((5, 32, 32, 3), np.uint8), tmp_path / "other.mp4", fps=8)
+        place.write_text("ffconcat version 1.0\nfile other.mp4\n")
     else:
         if name == "frames":
             place.mkdir()

@@ -166,7 +166,8 @@ def test_trained_network_in_8_bits() -> None:
     for time in (torch.tensor([950.0]), torch.tensor([300.0])):
         error = relative_error(lossy(latent, text, time), exact(latent, text, time))
         print("relative error of one forward", float(time), error)
-        assert 1e-4 < error < 0.15
+        # 300 draws lie between 0.066 and 0.19; a scale that is wrong gives 1 and more
+        assert 1e-4 < error < 0.3
     set_float8(layers_of(lossy), False)
     assert torch.equal(lossy(latent, text, time), exact(latent, text, time))
 

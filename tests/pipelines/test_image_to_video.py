@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from ranks import run_ranks
 from running import config_for, latent_and_video, psnr, relative_error, run_to_end, task_for
 from test_pipeline_parity import diffusers_run
@@ -277,9 +277,12 @@ def run_first(backend, height, width):
     return task
 
 
-def test_only_formats_that_are_decoded_here_are_read(tmp_path):
+def test_only_formats_that_are_decoded_here_are_read(tmp_path, monkeypatch):
     """Pillow gives EPS to Ghostscript, which runs what stands in it."""
+    asked = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **more: asked.append(given))
     file = tmp_path / "first.png"
     picture().save(file, format="EPS")
     with pytest.raises(UsageError, match="cannot be read as a picture"):
         DiffusionUserParams(prompt="a cat", image=file)
+    assert not asked
