@@ -294,15 +294,21 @@ class Engine:
             self._drain()  # the task may have come since the unit began, and the other ranks must know it
             if not task.is_finished():
                 break
-        with self._unit():
+        self._unit_thread = threading.get_ident()
+        try:
             event = run_unit(self._executor, self.backend, task)
+        finally:
+            self._unit_thread = None
         self._save_if_due(task)
         return task, event
 
     def _serve(self) -> tuple[DiffusionTask, Progress] | None:
         """On a worker: the next unit that rank 0 asks for."""
-        with self._unit():
+        self._unit_thread = threading.get_ident()
+        try:
             event = self._executor.execute_next()
+        finally:
+            self._unit_thread = None  # by no context manager: Ctrl+C on the way out of one would leave it set
         task = None if event is None else self.pool.get(event.task_id)
         return None if task is None or event is None else (task, event)
 
@@ -429,14 +435,6 @@ class Engine:
             yield
             self._feed.close_ended()
         self._deliver()
-
-    @contextmanager
-    def _unit(self) -> Iterator[None]:
-        self._unit_thread = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._unit_thread = None
 
     def _require_between_units(self) -> None:
         """What would begin a unit inside a unit, or wait for its end there."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
+import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -57,6 +60,9 @@ def wait_for(ranks: Sequence[BaseProcess], seconds: float) -> float:
     for process in ranks:
         process.join(max(0.1, began + seconds - time.monotonic()))
     late = [index for index, process in enumerate(ranks) if process.is_alive()]
+    for index in late:
+        os.kill(ranks[index].pid or 0, signal.SIGUSR1)  # each tells on stderr where its threads are
+    time.sleep(0.5 if late else 0)
     for process in ranks:
         process.kill()
     assert not late, f"ranks {late} hang after {seconds} s"
@@ -65,6 +71,7 @@ def wait_for(ranks: Sequence[BaseProcess], seconds: float) -> float:
 
 def _rank(work: Work, rank: int, world: int, port: int, errors: str, given: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1)
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
         work(rank, world, store, *given)

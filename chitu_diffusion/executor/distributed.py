@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from enum import Enum, auto
 from pathlib import Path
@@ -221,6 +222,8 @@ class DistributedExecutor:
         """
         if self._state is _State.CLOSED:
             return
+        if isinstance(sys.exception(), KeyboardInterrupt):
+            self._enter(_State.INTERRUPTED)  # it came between two units, and this rank closes over it
         known = self._monitor.lost is not None
         lost = None
         in_order = self.is_driver

@@ -23,6 +23,7 @@ def deferred_interrupts() -> Iterator[AtOnce]:
         yield nullcontext
         return
     came: list[int] = []
+    raised: list[int] = []
     held = [True]
     before = {each: handler for each in _INTERRUPTS if callable(handler := signal.getsignal(each))}
 
@@ -30,7 +31,9 @@ def deferred_interrupts() -> Iterator[AtOnce]:
         if came:
             number = signal.Signals(came[0])
             came.clear()
+            raised[:] = [number]
             before[number](number, None)
+            raised.clear()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         came.append(number)
@@ -43,14 +46,19 @@ def deferred_interrupts() -> Iterator[AtOnce]:
         try:
             raise_first()
             yield
+        except BaseException:
+            raised.clear()
+            raise
         finally:
             held[0] = True
+            came.extend(raised)  # Python drops what is raised in a finalizer or a weakref's callback
 
     for each in before:
         signal.signal(each, on_signal)
     try:
         yield at_once
     finally:
+        held[0] = False  # one that comes now is raised at once, by a handler that is not put back yet, too
         for each, handler in before.items():
             signal.signal(each, handler)
         raise_first()

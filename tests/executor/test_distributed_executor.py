@@ -364,6 +364,28 @@ def test_ctrl_c_ends_all_ranks(model: Path, tmp_path: Path, interrupted: tuple[i
         assert sent_home or "KeyboardInterrupt" in (tmp_path / f"{rank}.txt").read_text()
 
 
+def interrupted_between_units(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
+    engine = engine_on(rank, store, folder, out)
+    try:
+        if rank == 0:
+            engine.submit(params(num_inference_steps=1000))
+        while engine.has_work():
+            event = engine.step()
+            if rank == 1 and event is not None and event.step == 3:
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        engine.close()
+
+
+def test_ctrl_c_in_a_workers_own_script_ends_all_ranks(model: Path, tmp_path: Path) -> None:
+    """No unit is running on that rank: nothing but its close knows."""
+    store = new_store()
+    ranks = start_ranks(2, interrupted_between_units, str(model), str(tmp_path), store=store, errors=tmp_path)
+    wait_for(ranks, ENDS_WITHIN)
+    assert "KeyboardInterrupt: on rank 1" in (tmp_path / "0.txt").read_text()
+    assert "KeyboardInterrupt" in (tmp_path / "1.txt").read_text()
+
+
 def wait_until_begun(out: Path, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while len(list(out.glob("begun-*"))) < 2:
