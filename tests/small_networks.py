@@ -59,3 +59,43 @@ class EverySite:
 
     def at(self, site: Site, compute: Callable[[], Tensor], inputs: SiteInputs) -> Tensor:
         return compute()
+
+
+def inputs(
+    batch: int, frames: int, rows: int, columns: int, config: WanConfig = CONFIG
+) -> tuple[Tensor, Tensor, Tensor]:
+    latent = torch.randn(batch, config.in_channels, frames, rows, columns)
+    timestep = torch.rand(batch) * 1000
+    return latent, torch.randn(batch, 7, config.text_dim), timestep
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def official_names(layers: int, image: bool = False) -> set[str]:
+    """What the official transformer's files hold, written down from its own code (wan/modules/model.py)."""
+    top = ["patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2"]
+    linear = [*top, "time_projection.1", "head.head"]
+    names = {f"{place}.{kind}" for place in linear for kind in ("weight", "bias")} | {"head.modulation"}
+    attention = [f"{part}.{kind}" for part in "qkvo" for kind in ("weight", "bias")] + [
+        "norm_q.weight",
+        "norm_k.weight",
+    ]
+    rest = [
+        "modulation",
+        "norm3.weight",
+        "norm3.bias",
+        "ffn.0.weight",
+        "ffn.0.bias",
+        "ffn.2.weight",
+        "ffn.2.bias",
+    ]
+    block = [f"{place}.{name}" for place in ("self_attn", "cross_attn") for name in attention] + rest
+    if image:
+        image_layers = [f"img_emb.proj.{place}" for place in (0, 1, 3, 4)]
+        names |= {f"{layer}.{kind}" for layer in image_layers for kind in ("weight", "bias")}
+        names |= {"img_emb.emb_pos"}
+        block += [f"cross_attn.{part}_img.{kind}" for part in "kv" for kind in ("weight", "bias")]
+        block += ["cross_attn.norm_k_img.weight"]
+    return names | {f"blocks.{i}.{name}" for i in range(layers) for name in block}

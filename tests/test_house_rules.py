@@ -31,7 +31,7 @@ BUDGETS = {
     "flexcache": 2700,
     "media": 760,
     "memory": 570,
-    "models": 3660,
+    "models": 3780,
     "ops": 1815,
     "pipelines": 2580,
     "sampling": 850,

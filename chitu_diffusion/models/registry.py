@@ -134,6 +134,14 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
         for role in EXPERT_ROLES
         if role in folder.components
     )
+    if any(config.image_dim is not None for config in transformers):
+        raise CheckpointError(
+            "its transformer attends to an image encoder's rows, and image encoders are not read yet",
+            file=folder.path / "transformer" / "config.json",
+            key="image_dim",
+            expected="null, as in Wan2.2",
+            found=transformers[0].image_dim,
+        )
     if len(transformers) == 2 and folder.boundary_ratio is None:
         raise CheckpointError(
             "two transformers, but nothing says where the second takes over",

@@ -26,8 +26,10 @@ class PreparedConditioning:
             conditioning = Conditioning(conditioning)
         embeddings = conditioning.text.to(device)
         concat = conditioning.concat_latents
+        image = conditioning.image
         self.embeddings = embeddings
         self._concat = None if concat is None else concat.to(device)
+        self._image = None if image is None else image.to(device)
         self._rows = rows_that_differ(embeddings)
         self._kv: dict[tuple[object, ...], TextKVCache] = {}
 
@@ -54,5 +56,5 @@ class PreparedConditioning:
         place = (expert, branches, batch, autocast)
         if place not in self._kv:
             text = self.embeddings[list(branches)].repeat_interleave(batch, dim=0)
-            self._kv[place] = network.make_text_kv(text, self._rows)
+            self._kv[place] = network.make_text_kv(text, self._rows, self._image)
         return self._kv[place]

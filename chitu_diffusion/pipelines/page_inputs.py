@@ -18,7 +18,7 @@ from torch import Tensor
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.models.spec import ModelSpec
-from chitu_diffusion.models.wan.forward_inputs import read_timestep, require_floats
+from chitu_diffusion.models.wan.forward_inputs import read_timestep, require_floats, require_image
 from chitu_diffusion.models.wan.transformer import WanTransformer
 from chitu_diffusion.pipelines.encoding import encode_text
 from chitu_diffusion.pipelines.guidance import expert_at
@@ -184,6 +184,7 @@ def check_embeddings(given: Embeddings, spec: ModelSpec, latent: Tensor | None =
             "and columns",
             field="embeddings",
         )
+    require_image(conditioning.image, spec.transformers[0], 1)
     return conditioning
 
 

@@ -144,6 +144,8 @@ class Stages:
         FiniteCheck(conditioning.text, "text embeddings").require()
         if conditioning.concat_latents is not None:
             FiniteCheck(conditioning.concat_latents, "image latents").require()
+        if conditioning.image is not None:
+            FiniteCheck(conditioning.image, "image embeddings").require()
         task.commit(
             resolved=resolved,
             num_inference_steps=resolved.num_inference_steps or 0,

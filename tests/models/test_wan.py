@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from small_networks import CONFIG, reference, twin
+from small_networks import CONFIG, inputs, official_names, reference, relative_error, twin
 from torch import Tensor, nn
 
 from chitu_diffusion.attention import KERNELS, attention_kernel, math, sdpa
@@ -27,18 +27,6 @@ def fresh_numbers() -> None:
     seed = secrets.randbelow(2**31)
     print("torch seed", seed)  # shown when a test fails
     torch.manual_seed(seed)
-
-
-def inputs(
-    batch: int, frames: int, rows: int, columns: int, config: WanConfig = CONFIG
-) -> tuple[Tensor, Tensor, Tensor]:
-    latent = torch.randn(batch, config.in_channels, frames, rows, columns)
-    timestep = torch.rand(batch) * 1000
-    return latent, torch.randn(batch, 7, config.text_dim), timestep
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 6, 10), (1, 5, 14, 6), (2, 2, 2, 18)])
@@ -99,28 +87,6 @@ def test_full_size_names_and_shapes(name: str) -> None:
         more = config.dim * config.patch_values * (config.in_channels - 16)  # of the patch embedding
         assert count - more == (1_418_996_800 if name == "Wan2.1-T2V-1.3B" else 14_288_491_584)
         assert {official_transformer_name(key) for key in shapes} == official_names(config.num_layers)
-
-
-def official_names(layers: int) -> set[str]:
-    """What the official transformer's files hold, written down from its own code (wan/modules/model.py)."""
-    top = ["patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2"]
-    linear = [*top, "time_projection.1", "head.head"]
-    names = {f"{place}.{kind}" for place in linear for kind in ("weight", "bias")} | {"head.modulation"}
-    attention = [f"{part}.{kind}" for part in "qkvo" for kind in ("weight", "bias")] + [
-        "norm_q.weight",
-        "norm_k.weight",
-    ]
-    rest = [
-        "modulation",
-        "norm3.weight",
-        "norm3.bias",
-        "ffn.0.weight",
-        "ffn.0.bias",
-        "ffn.2.weight",
-        "ffn.2.bias",
-    ]
-    block = [f"{place}.{name}" for place in ("self_attn", "cross_attn") for name in attention] + rest
-    return names | {f"blocks.{i}.{name}" for i in range(layers) for name in block}
 
 
 class Asked:
@@ -439,6 +405,7 @@ def test_config_refuses_other_models() -> None:
     for key, value in (
         ("image_dim", 1280),
         ("added_kv_proj_dim", 5120),
+        ("pos_embed_seq_len", 0),
         ("qk_norm", "layer"),
         ("colour", "red"),
         ("freq_dim", 33),

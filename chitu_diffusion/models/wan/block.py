@@ -48,9 +48,11 @@ class Float32LayerNorm(nn.LayerNorm):
 
 
 class WanAttention(nn.Module):
-    """Attention with RMS-normalised queries and keys; of tokens among themselves or over the text."""
+    """Attention with RMS-normalised queries and keys; of tokens among themselves, or over the text and, with
+    `image`, over an image's rows as well: the two add up.
+    """
 
-    def __init__(self, dim: int, heads: int, eps: float) -> None:
+    def __init__(self, dim: int, heads: int, eps: float, image: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.head_dim = dim // heads
@@ -60,6 +62,10 @@ class WanAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q = nn.RMSNorm(dim, eps=eps)
         self.norm_k = nn.RMSNorm(dim, eps=eps)
+        if image:
+            self.add_k_proj = nn.Linear(dim, dim)
+            self.add_v_proj = nn.Linear(dim, dim)
+            self.norm_added_k = nn.RMSNorm(dim, eps=eps)
 
     def project(self, x: Activation, rope: RotaryTable, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of x [B, S, dim], each [B, S, heads, head_dim]: q and k normed over all heads and turned by
@@ -78,13 +84,24 @@ class WanAttention(nn.Module):
         # many rows that all differ are left to torch, whose kernels are made for them
         fused = fused and (text.bias is not None or text.k.shape[1] <= _FEW_ROWS)
         fused = fused and has_fused_cross_attention(text.v.dtype, text.v.device, self.head_dim)
-        eps = cast(float, self.norm_q.eps)
-        return self.out(cross_attention(self.to_q(x), self.norm_q.weight, eps, *text, fused=fused))
+        query = (self.to_q(x), self.norm_q.weight, cast(float, self.norm_q.eps))
+        attended = cross_attention(*query, text.k, text.v, text.bias, fused=fused)
+        if text.image_k is not None and text.image_v is not None:
+            attended = attended + cross_attention(*query, text.image_k, text.image_v, None, fused=False)
+        return self.out(attended)
 
     def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised keys (in the norm's dtype) and values of x [B, L, dim], each [B, L, heads, head_dim]."""
-        k = self.norm_k(self.to_k(x).to(self.norm_k.weight.dtype))
-        return k.unflatten(2, (self.heads, -1)), self.to_v(x).unflatten(2, (self.heads, -1))
+        """Normalised keys and values of x [B, L, dim], each [B, L, heads, head_dim] in one dtype."""
+        return self._keys(x, self.to_k, self.norm_k, self.to_v)
+
+    def image_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`keys` of an image's rows."""
+        return self._keys(x, self.add_k_proj, self.norm_added_k, self.add_v_proj)
+
+    def _keys(self, x: Tensor, to_k: nn.Module, norm_k: nn.RMSNorm, to_v: nn.Module) -> tuple[Tensor, Tensor]:
+        k = norm_k(to_k(x).to(norm_k.weight.dtype)).unflatten(2, (self.heads, -1))
+        v = to_v(x).unflatten(2, (self.heads, -1))
+        return k.to(v.dtype), v
 
     def out(self, attended: Tensor) -> Tensor:
         """attended [B, S, heads, head_dim] -> [B, S, dim]."""
@@ -142,7 +159,7 @@ class WanBlock(nn.Module):
         self.eps = eps
         self.norm1 = Float32LayerNorm(dim, eps, elementwise_affine=False)
         self.attn1 = WanAttention(dim, heads, eps)
-        self.attn2 = WanAttention(dim, heads, eps)
+        self.attn2 = WanAttention(dim, heads, eps, image=config.image_dim is not None)
         self.norm2 = Float32LayerNorm(dim, eps) if config.cross_attn_norm else nn.Identity()
         self.ffn = FeedForward(dim, config.ffn_dim)
         self.norm3 = Float32LayerNorm(dim, eps, elementwise_affine=False)
@@ -207,14 +224,14 @@ class WanBlock(nn.Module):
         added = ask("ffn", lambda: self.feed_forward(crossed, modulation, dtype), crossed)
         return add_gated(crossed, added, shifts[5], fused=fused)
 
-    def text_keys(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def text_keys(self, rows: Tensor, image: Tensor | None = None) -> tuple[Tensor, ...]:
         """k, v of the cross-attention for projected text rows [B, L, dim], each [B, L, heads, head_dim] in
-        one dtype.
+        one dtype, and the same of an image's rows where there are any.
 
-        They depend on the text alone: `TextKVCache` asks once for all steps.
+        They depend on the prompt and the image alone: `TextKVCache` asks once for all steps.
         """
-        k, v = self.attn2.keys(rows)
-        return k.to(v.dtype), v
+        text = self.attn2.keys(rows)
+        return text if image is None else (*text, *self.attn2.image_keys(image))
 
     def takes_bias(self, tokens: Tensor, dtype: torch.dtype) -> bool:
         """Whether the attention of `tokens` to a text of `dtype` takes rows with a bias, where else they are

@@ -16,6 +16,11 @@ _TRANSFORMER = (
     ("condition_embedder.time_proj", "time_projection.1"),
     ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
     ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
+    ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
+    ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
+    ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
+    ("condition_embedder.image_embedder", "img_emb"),
     ("proj_out", "head.head"),
 )
 _BLOCK = (
@@ -25,6 +30,9 @@ _BLOCK = (
     ("to_out.0", "o"),
     ("norm_q", "norm_q"),
     ("norm_k", "norm_k"),
+    ("add_k_proj", "k_img"),
+    ("add_v_proj", "v_img"),
+    ("norm_added_k", "norm_k_img"),
 )
 _TEXT_LAYER = {
     "layer.0.layer_norm": "norm1",
@@ -68,7 +76,7 @@ def official_transformer_name(name: str) -> str:
         return "head.modulation"
     for ours, theirs in _TRANSFORMER:
         if name.startswith(ours + "."):
-            return theirs + name[len(ours) :]
+            return (theirs + name[len(ours) :]).replace("img_emb.pos_embed", "img_emb.emb_pos")
     match = re.fullmatch(r"(blocks\.\d+)\.(.+)", name)
     return name if match is None else f"{match[1]}.{_official_block_name(match[2])}"
 

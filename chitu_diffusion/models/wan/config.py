@@ -12,11 +12,11 @@ TRAINED_STEPS = 1000
 
 _QK_NORM = "rms_norm_across_heads"
 _NO_SIZES = ("patch_size", "cross_attn_norm", "qk_norm", "eps")
+_IMAGE_FIELDS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 
-# Fields of diffusers' config.json that belong to other Wan models (Wan2.1's image-to-video, VACE, animate).
-# None (or False) is what the others say there; anything else means parts that `WanTransformer` does
-# not have.
-_FOREIGN_FIELDS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "add_img_emb", "vace_layers")
+# Fields of diffusers' config.json that belong to other Wan models (VACE, animate). None (or False) is what
+# the others say there; anything else means parts that `WanTransformer` does not have.
+_FOREIGN_FIELDS = ("add_img_emb", "vace_layers")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class WanConfig:
         in_channels: of the latent, and of what is concatenated to it.
         rope_max_seq_len: the longest grid axis, in tokens, that rotary positions exist for.
         qk_norm: always "rms_norm_across_heads": RMSNorm of q and k over all heads together.
+        image_dim: of an image encoder's rows, which every block attends to beside the text (Wan2.1's image to
+            video); None: there is none.
+        added_kv_proj_dim: width of these rows in the blocks, `dim`; None where `image_dim` is.
+        pos_embed_seq_len: how many rows have learned positions; None: they have none.
 
     Raises:
         UsageError: a value that no such network can have.
@@ -46,6 +50,9 @@ class WanConfig:
     qk_norm: str = _QK_NORM
     eps: float = 1e-6
     rope_max_seq_len: int = 1024
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    pos_embed_seq_len: int | None = None
 
     def __post_init__(self) -> None:
         """Checks what the network's arithmetic relies on."""
@@ -56,6 +63,8 @@ class WanConfig:
         sizes = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NO_SIZES}
         sizes |= {f"patch_size[{axis}]": value for axis, value in enumerate(self.patch_size)}
         for name, value in sizes.items():
+            if name in _IMAGE_FIELDS and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} must be a whole number from 1, not {value!r}")
         if isinstance(self.eps, bool) or not isinstance(self.eps, int | float) or not 0 < self.eps < 1:
@@ -64,6 +73,12 @@ class WanConfig:
             raise UsageError(
                 "attention_head_dim and freq_dim must be even (rotary pairs, cosine-sine pairs); they are "
                 f"{self.attention_head_dim} and {self.freq_dim}"
+            )
+        if self.added_kv_proj_dim != (None if self.image_dim is None else self.dim):
+            raise UsageError(
+                f"added_kv_proj_dim must be {self.dim} (heads x head size) with an image_dim, and null "
+                "without; "
+                f"image_dim is {self.image_dim}, added_kv_proj_dim {self.added_kv_proj_dim}"
             )
         if self.qk_norm != _QK_NORM:
             raise UsageError(f"qk_norm {self.qk_norm!r} is not supported; Wan models use {_QK_NORM!r}")
@@ -114,10 +129,4 @@ class WanConfig:
         """The fields as diffusers writes them into `transformer/config.json`."""
         data = dataclasses.asdict(self)
         data["patch_size"] = list(self.patch_size)
-        return {
-            "_class_name": "WanTransformer3DModel",
-            **data,
-            "added_kv_proj_dim": None,
-            "image_dim": None,
-            "pos_embed_seq_len": None,
-        }
+        return {"_class_name": "WanTransformer3DModel", **data}

@@ -76,6 +76,32 @@ def text_copies(text: object, batch: int, config: WanConfig, device: torch.devic
     return rows.shape[0] // batch
 
 
+def require_image(image: object, config: WanConfig, batch: int) -> None:
+    """An image encoder's rows where, and only where, the network attends to them.
+
+    Raises:
+        UsageError: none, one too many, or not [1 or batch, I, image_dim].
+    """
+    width = config.image_dim
+    if width is None and image is None:
+        return
+    if width is None:
+        raise UsageError("this network attends to no image; leave image out", field="image")
+    rows = config.pos_embed_seq_len
+    shape = f"[1 or {batch}, {rows or 'I'}, {width}]"
+    if image is None:
+        raise UsageError(
+            f"this network attends to an image, too; use make_text_kv(text, image=...) with rows {shape} of "
+            "its "
+            "image encoder",
+            field="image",
+        )
+    image = require_floats(image, "image", shape)
+    fits = image.ndim == 3 and image.shape[0] in (1, batch) and image.shape[2] == width
+    if not fits or image.shape[1] != (rows or max(1, image.shape[1])):
+        raise UsageError(f"image is {list(image.shape)}; use {shape}", field="image")
+
+
 def read_timestep(timestep: object, batch: int, device: torch.device) -> Tensor:
     """Times as [batch] or [1] on a device; those that lie on a GPU are not looked at.
 

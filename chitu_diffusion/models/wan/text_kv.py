@@ -32,11 +32,14 @@ class TextKV(NamedTuple):
         k, v: [B, L, heads, head_dim]; k is normalised. Their dtype is the one in which the block multiplies.
         bias: [B, L] or [1, L] float32, added to the scores, or None. Log n makes a row weigh as much as n
             equal ones.
+        image_k, image_v: the same of an image's rows, which are attended to by themselves; None: no image.
     """
 
     k: Tensor
     v: Tensor
     bias: Tensor | None = None
+    image_k: Tensor | None = None
+    image_v: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -50,40 +53,44 @@ class TextKVCache:
             would.
         keep: whether a block's keys stay for the next forward. They hold for as long as the network's weights
             and the autocast setting do.
+        image: [B, I, dim], projected rows of an image, for a network that takes them.
     """
 
     rows: Tensor
     positions: int
     bias: Tensor | None = None
     keep: bool = False
-    _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    image: Tensor | None = None
+    _kept: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
-    def keys(
-        self, block: int, make: Callable[[Tensor], tuple[Tensor, Tensor]], weighted: bool = False
-    ) -> TextKV:
+    def keys(self, block: int, make: Callable[..., tuple[Tensor, ...]], weighted: bool = False) -> TextKV:
         """The keys of a block, made when they are first asked for: that is when a streamed block's weights
         are there.
 
         Args:
             block: its index.
-            make: rows [B, L, dim] -> k, v, each [B, L, heads, head_dim].
+            make: rows [B, L, dim] and, where there are any, an image's -> k, v, each [B, L, heads,
+                head_dim], and the image's.
             weighted: whether the attention takes a bias; else rows that stand for many are copied.
         """
-        k, v = self._kept.get(block) or make(self.rows)
+        made = self._kept.get(block) or make(self.rows, *(() if self.image is None else (self.image,)))
         if self.keep:
-            self._kept[block] = (k, v)
+            self._kept[block] = made
+        k, v, *image = made
         missing = self.positions - k.shape[1]
         if not missing or (weighted and self.bias is not None):
-            return TextKV(k, v, self.bias)
-        return TextKV(*(torch.cat([x, x[:, -1:].expand(-1, missing, -1, -1)], dim=1) for x in (k, v)))
+            return TextKV(k, v, self.bias, *image)
+        k, v = (torch.cat([x, x[:, -1:].expand(-1, missing, -1, -1)], dim=1) for x in (k, v))
+        return TextKV(k, v, None, *image)
 
     @property
     def bytes(self) -> int:
         """Memory held, on the network's device: 2 x dim x L numbers a block and branch. At 14B in bfloat16
         0.8 MiB a row, so some 25 MiB for a prompt of 30 tokens and 100 MiB for Wan's negative prompt, where
         512 rows would be 400 MiB."""
-        kept = [tensor for pair in self._kept.values() for tensor in pair]
-        return sum(tensor.numel() * tensor.element_size() for tensor in [self.rows, *kept])
+        kept = [tensor for made in self._kept.values() for tensor in made]
+        rows = [self.rows] if self.image is None else [self.rows, self.image]
+        return sum(tensor.numel() * tensor.element_size() for tensor in [*rows, *kept])
 
 
 def rows_that_differ(text: Tensor) -> int:

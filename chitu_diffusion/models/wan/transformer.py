@@ -20,7 +20,6 @@ from types import MethodType
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,8 +27,9 @@ from chitu_diffusion.attention.kernels import AttentionContext, AttentionFn, sdp
 from chitu_diffusion.flexcache.interface import MODULE_LEVELS, NO_CACHE, Level, Site, SiteInputs, StepCache
 from chitu_diffusion.models.wan.block import Float32LayerNorm, RotaryTable, WanBlock
 from chitu_diffusion.models.wan.config import WanConfig
-from chitu_diffusion.models.wan.forward_inputs import latent_grid, read_timestep, text_copies
-from chitu_diffusion.models.wan.positions import Grid, rope_table, sinusoids
+from chitu_diffusion.models.wan.embeddings import PatchEmbedding, TimeTextEmbedding
+from chitu_diffusion.models.wan.forward_inputs import latent_grid, read_timestep, require_image, text_copies
+from chitu_diffusion.models.wan.positions import Grid, rope_table
 from chitu_diffusion.models.wan.text_kv import TextKVCache, dedup_padding
 from chitu_diffusion.ops.compile import compiled, let_length_vary
 from chitu_diffusion.ops.float8_linear import Float8Linear
@@ -118,60 +118,6 @@ class WanVelocity(Tensor):
 
     intermediate_features: WanFeatures
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-
-class PatchEmbedding(nn.Conv3d):
-    """Turns a latent [B, C, T, H, W] into tokens [B, S, dim].
-
-    The kernel equals the stride, so the convolution is a matrix product over patches; written as one, it
-    needs no convolution library and rounds like every other product here. Only the weight's shape is that of
-    a convolution.
-    """
-
-    def forward(self, latent: Tensor) -> Tensor:
-        """Embeds; the latent's axes must be multiples of the patch."""
-        batch, channels, frames, rows, columns = latent.shape
-        p_t, p_h, p_w = self.kernel_size
-        patches = latent.reshape(batch, channels, frames // p_t, p_t, rows // p_h, p_h, columns // p_w, p_w)
-        # [B, t, h, w, C, p_t, p_h, p_w] -> [B, S, C * p_t * p_h * p_w]
-        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, -1, self.weight[0].numel())
-        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
-
-
-class MLPEmbedding(nn.Module):
-    """Linear, activation, linear: the time embedder (SiLU) and the text projection (tanh-GELU)."""
-
-    def __init__(self, dim_in: int, dim: int, activation: nn.Module) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(dim_in, dim)
-        self.activation = activation
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., dim_in] -> [..., dim], computed in the weights' dtype."""
-        return cast(Tensor, self.linear_2(self.activation(self.linear_1(x.to(self.linear_1.weight.dtype)))))
-
-
-class TimeTextEmbedding(nn.Module):
-    """Projects time and text to the width of the stream."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        self.freq_dim = config.freq_dim
-        self.time_embedder = MLPEmbedding(config.freq_dim, config.dim, nn.SiLU())
-        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
-        self.text_embedder = MLPEmbedding(config.text_dim, config.dim, nn.GELU(approximate="tanh"))
-
-    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """timestep [B] -> (time [B, dim], modulation [B, 6, dim]), in `time_proj`'s dtype.
-
-        Sinusoids as in "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239), cosines first. Autocast
-        is off: timesteps reach 1000, and what a few bits lose here every block would feel.
-        """
-        with torch.autocast(device_type=timestep.device.type, enabled=False):
-            time = self.time_embedder(sinusoids(timestep, self.freq_dim)).to(self.time_proj.weight.dtype)
-            modulation = self.time_proj(F.silu(time)).unflatten(1, (6, -1))
-        return time, modulation
 
 
 class WanTransformer(nn.Module):
@@ -271,14 +217,22 @@ class WanTransformer(nn.Module):
         tokens = embedded.tokens + cached_features.residual
         return self.unpatchify(self.final_layer(tokens, embedded.time), embedded.grid)
 
-    def make_text_kv(self, text: Tensor, rows: int | None = None) -> TextKVCache:
+    def make_text_kv(self, text: Tensor, rows: int | None = None, image: Tensor | None = None) -> TextKVCache:
         """A padded text [B, N, text_dim] for any number of forwards with these weights; see `text_kv`.
 
         Args:
             rows: of `rows_that_differ`; None looks, which on a GPU waits for the device.
+            image: an image encoder's rows [1 or B, I, image_dim], for a network that attends to them.
+
+        Raises:
+            ValueError: an image for a network that takes none, none for one that does, or another shape.
         """
+        require_image(image, self.config, len(text))
         folded, positions, bias = dedup_padding(text, rows)
-        return TextKVCache(self.condition_embedder.text_embedder(folded), positions, bias, keep=True)
+        prepared = TextKVCache(self.condition_embedder.text_embedder(folded), positions, bias, keep=True)
+        if image is not None:
+            prepared.image = self.condition_embedder.image_embedder(image).expand(len(text), -1, -1)
+        return prepared
 
     def embed(self, latent: Tensor, text: Tensor | TextKVCache, timestep: Tensor | float) -> BlockInputs:
         """Everything before the blocks: tokens, projected text, time embedding and positions.
@@ -302,6 +256,7 @@ class WanTransformer(nn.Module):
             time = time.repeat(copies, 1)
             modulation = modulation.repeat(copies, 1, 1)
         if isinstance(text, Tensor):
+            require_image(None, self.config, len(text))
             text = TextKVCache(self.condition_embedder.text_embedder(text), text.shape[1])
         # autocast gives 16 bits here; the stream keeps the weights' dtype
         tokens = self.patch_embedding(latent).to(self.patch_embedding.weight.dtype)
