@@ -18,6 +18,7 @@ from chitu_diffusion.attention import AttentionKernel, attention_kernel
 from chitu_diffusion.attention.autotune import KernelAutotuner, Shape
 from chitu_diffusion.attention.scheduled import scheduled
 from chitu_diffusion.config import AttnSchedule, EngineConfig, cache_dir, keep_compiled_code
+from chitu_diffusion.distributed.host import usable_cores
 from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.calibration import Calibration
@@ -147,6 +148,8 @@ class DiffusionBackend:
         self.flexcache_manager = FlexCacheManager(self.groups.all_reduce_max)
         if self.args.infer.threads is not None:
             torch.set_num_threads(self.args.infer.threads)
+        elif usable_cores() < torch.get_num_threads():  # torch knows no container's quota
+            torch.set_num_threads(usable_cores())
         self._watch: CompileWatch | None = None
         _check_quant(self.args, self.device, self.dtype)
 

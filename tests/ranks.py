@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -71,6 +72,7 @@ def wait_for(ranks: Sequence[BaseProcess], seconds: float) -> float:
 
 def _rank(work: Work, rank: int, world: int, port: int, errors: str, given: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what the fork brought stays: closing an engine looks at the rest alone
     faulthandler.register(signal.SIGUSR1)
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)

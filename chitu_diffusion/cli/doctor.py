@@ -19,6 +19,7 @@ from typing import Literal
 from chitu_diffusion.cli.console import emit_document, say, size, table
 from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.info import Document
+from chitu_diffusion.distributed.host import usable_cores
 from chitu_diffusion.errors import ChituError
 
 Status = Literal["ok", "note", "lack"]
@@ -102,8 +103,7 @@ def _memory() -> Iterator[Finding]:
     enough = total >= TINY_NEEDS
     remedy = "" if enough else f"wan-tiny needs {size(TINY_NEEDS)}; use a machine or container with more"
     yield Finding("main memory", "ok" if enough else "lack", size(total), remedy)
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    yield Finding("cpu", "ok", f"{cores} cores")
+    yield Finding("cpu", "ok", f"{usable_cores()} cores")
 
 
 def _disk() -> Iterator[Finding]:

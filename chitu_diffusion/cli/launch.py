@@ -7,12 +7,12 @@ CPU.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from chitu_diffusion.distributed.host import usable_cores
 from chitu_diffusion.errors import RankLostError, UsageError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def launch(words: Sequence[str], gpus: int, config: EngineConfig) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     command = ["-m", "chitu_diffusion", *without_gpus(words)]
     if config.infer.threads is None and not torch.cuda.is_available():
-        command += ["--set", f"infer.threads={max(1, (os.cpu_count() or 1) // gpus)}"]
+        command += ["--set", f"infer.threads={max(1, usable_cores() // gpus)}"]
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -6,6 +6,7 @@ to a reporter. Does not know flags or files of rows.
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,7 @@ def run_jobs(
         from chitu_diffusion.config import cache_dir, rank_place
         from chitu_diffusion.engine import Engine
 
+        gc.freeze()  # what was imported stays: letting go of memory looks at the rest alone
         place = rank_place()
         own_key = key if place is None or place.rank == 0 else None  # rank 0 tells the others its folder
 

@@ -1,9 +1,14 @@
-"""Which machine this process is on, containers that look like it told apart, and which others run there."""
+"""Which machine this process is on, containers that look like it told apart, which others run there, and how
+many cores it may use.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def machine_id() -> str | None:
@@ -25,3 +30,25 @@ def is_gone(process: int) -> bool:
         return Path("/proc/self/stat").exists()
     except OSError:
         return False
+
+
+def usable_cores(cgroup: Path = _CGROUP) -> int:
+    """Cores that this process may run on: the machine's, its affinity's, or what its container's quota comes
+    to.
+
+    Args:
+        cgroup: where control groups are mounted, of version 1 or 2.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    try:
+        if (cgroup / "cpu.max").exists():
+            quota, period = (cgroup / "cpu.max").read_text().split()
+        else:
+            quota, period = (
+                (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+            )
+        share = float(quota) / float(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return cores  # no group, or one without a limit ("max")
+    return min(cores, max(1, math.ceil(share))) if share > 0 else cores

@@ -20,6 +20,7 @@ import torch
 
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig
+from chitu_diffusion.distributed.host import usable_cores
 from chitu_diffusion.errors import ChituError, TaskError
 
 Work = Callable[..., Any]
@@ -50,7 +51,7 @@ class Workers:
             self._work = context.Queue()
             self._results = context.Queue()
             plain = config.model_dump()
-            threads = max(1, (os.cpu_count() or 1) // count)
+            threads = max(1, usable_cores() // count)
             for _ in range(count):
                 process = context.Process(
                     target=_serve, args=(plain, threads, self._work, self._results), daemon=True
