@@ -7,6 +7,7 @@ itself gives, for these solvers are linear. Knows tensors and a checkpoint's `sc
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -89,6 +90,7 @@ class LibrarySolver:
             )
         self._train_timesteps = _train_timesteps(config)
         self._settings = self._settings_from(config)
+        self._made: dict[int, Any] = {}  # of the number of steps that was last asked for
         try:
             self._scheduler(2)
         except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
@@ -162,6 +164,18 @@ class LibrarySolver:
         return tuple(moved[0].tolist()), _exchanged(kept, Tensor, lambda row: tuple(row[0].tolist()))
 
     def _scheduler(self, steps: int) -> Any:
+        """One that has taken no step. Schedulers set their fields anew, and change only lists in place: a
+        copy of one that was made costs a hundredth of another.
+        """
+        made = self._made.get(steps) or self._new_scheduler(steps)
+        self._made = {steps: made}
+        scheduler = copy.copy(made)
+        for name, value in vars(scheduler).items():
+            if isinstance(value, list):
+                setattr(scheduler, name, list(value))
+        return scheduler
+
+    def _new_scheduler(self, steps: int) -> Any:
         import diffusers
 
         scheduler = getattr(diffusers, self._kind.class_name).from_config(self._settings)
