@@ -384,6 +384,7 @@ def test_ended_tasks_leave(tiny_folder, make_config, monkeypatch):
     """
     monkeypatch.setattr(stages, "write_video", lambda frames, path, **_: path)
     with Engine(make_config(tiny_folder, scheduler__keep_ended=5)) as engine:
+        monkeypatch.setattr(engine.backend.vae, "decode", lambda latent: torch.zeros(1, 1, 3, 8, 8))
         sizes = []
         looks = []
         for _ in range(4):

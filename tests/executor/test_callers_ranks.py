@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks, wait_for
+from ranks import CONTEXT, run_ranks, wait_for
 from running import CAT, config_for
 
 from chitu_diffusion.config import RankPlace
@@ -43,9 +42,8 @@ def test_a_store_of_the_callers_own(tiny_folder: Path, tmp_path: Path, monkeypat
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    spawn = multiprocessing.get_context("spawn")
     ranks = [
-        spawn.Process(target=live, args=(rank, store.port, str(tiny_folder), str(tmp_path)))
+        CONTEXT.Process(target=live, args=(rank, store.port, str(tiny_folder), str(tmp_path)))
         for rank in range(2)
     ]
     for process in ranks:
