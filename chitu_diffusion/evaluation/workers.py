@@ -11,7 +11,7 @@ import queue
 import traceback
 from collections import deque
 from collections.abc import Callable
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from threading import Thread
 from types import TracebackType
 from typing import Any
@@ -47,7 +47,9 @@ class Workers:
         self._backend: DiffusionBackend | None = None
         self._processes: list[Any] = []
         if count > 1:
-            context = get_context("spawn")
+            # forks of one process that has imported everything and touched no device
+            context: Any = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+            context.set_forkserver_preload([__name__])
             self._work = context.Queue()
             self._results = context.Queue()
             plain = config.model_dump()
