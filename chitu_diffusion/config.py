@@ -403,12 +403,19 @@ class RankPlace:
     store: dist.Store | None = None
 
     def __post_init__(self) -> None:
-        for name, place, count in (
-            ("rank", self.rank, self.world),
-            ("local_rank", self.local_rank or 0, self.local_world or self.world),
-        ):
+        for name in ("rank", "world", "local_rank", "local_world"):
+            value = vars(self)[name]
+            if type(value) is not int and (value is not None or name in ("rank", "world")):
+                raise UsageError(f"{name} = {value!r}: use a whole number", field=name)
+        local_world = self.world if self.local_world is None else self.local_world
+        local_rank = self.rank if self.local_rank is None else self.local_rank
+        for name, count, most in (("world", self.world, None), ("local_world", local_world, self.world)):
+            if count < 1 or (most is not None and count > most):
+                use = "1 or more" if most is None else f"1 to {most}"
+                raise UsageError(f"{name} = {count}: use {use}", field=name)
+        for name, place, count in (("rank", self.rank, self.world), ("local_rank", local_rank, local_world)):
             if not 0 <= place < count:
-                raise UsageError(f"{name} = {place} of {count}: use 0 to {max(count - 1, 0)}", field=name)
+                raise UsageError(f"{name} = {place} of {count}: use 0 to {count - 1}", field=name)
 
 
 def rank_place(environment: Mapping[str, str] | None = None) -> RankPlace | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, names_checked, require_kind
 from chitu_diffusion.pipelines import page_inputs, stages
 from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.pipelines.denoising import Probe, cached_predictor, denoise, predict_velocity, predictor
@@ -22,6 +22,7 @@ from chitu_diffusion.pipelines.page_inputs import Embeddings, Guidance, ModelCho
 from chitu_diffusion.task import DiffusionTask, Progress, TaskStatus
 
 
+@names_checked
 class Generator:
     """Runs tasks on a backend's networks; make as many as you like.
 
@@ -31,8 +32,7 @@ class Generator:
     """
 
     def __init__(self, backend: DiffusionBackend, probe: Probe | None = None) -> None:
-        if not isinstance(backend, DiffusionBackend):
-            raise UsageError(f"backend is a {type(backend).__name__}; use DiffusionBackend(args)")
+        require_kind("backend", backend, DiffusionBackend, "DiffusionBackend(args)")
         self.backend = backend
         self.stages = stages.Stages(backend, probe)
 

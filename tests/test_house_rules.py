@@ -27,7 +27,7 @@ BUDGETS = {
     "cli": 2810,
     "distributed": 1850,
     "evaluation": 2110,
-    "executor": 1490,
+    "executor": 1510,
     "flexcache": 2700,
     "media": 800,
     "memory": 570,

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from chitu_diffusion.backend import pick_device
-from chitu_diffusion.config import EngineConfig, RankPlace, set_nccl_defaults
+from chitu_diffusion.config import EngineConfig, RankPlace, rank_place, set_nccl_defaults
 from chitu_diffusion.distributed.plan import ParallelPlan, plan_for
 from chitu_diffusion.distributed.process_groups import ProcessGroups
+from chitu_diffusion.errors import UsageError, require_kind
 from chitu_diffusion.executor.control_channel import ControlChannel
 from chitu_diffusion.executor.heartbeat import HeartbeatMonitor
 from chitu_diffusion.models.spec import ModelSpec
@@ -30,6 +31,14 @@ def join_ranks(args: EngineConfig, spec: ModelSpec, place: RankPlace | None) -> 
     """
     if place is None or place.world == 1:
         return None
+    if place.store is not None:
+        require_kind("store", place.store, dist.Store, "torch.distributed.TCPStore(...)")
+    elif rank_place() is None:
+        raise UsageError(
+            f"rank {place.rank} of {place.world} has no store to meet the others in; use RankPlace(rank, "
+            "world, store=torch.distributed.TCPStore(...)), or start with torchrun",
+            field="store",
+        )
     asked = args.infer.diffusion
     plan = plan_for(
         place.world,

@@ -12,10 +12,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, names_checked
 from chitu_diffusion.sampling.solvers import Sampler
 
 
+@names_checked
 class NoiseScheduler:
     """The steps of one latent, or one batch of them, in order.
 

@@ -63,11 +63,30 @@ def test_a_store_of_the_callers_own(tiny_folder: Path, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize(
     ("place", "said"),
-    [((2, 2), "rank = 2 of 2"), ((-1, 2), "rank = -1"), ((0, 2, 1, 1), "local_rank = 1 of 1")],
+    [
+        ((2, 2), "rank = 2 of 2"),
+        ((-1, 2), "rank = -1"),
+        ((0, 2, 1, 1), "local_rank = 1 of 1"),
+        ((1, 2, None, 1), "local_rank = 1 of 1"),
+        ((0, 2, 0, 3), "local_world = 3: use 1 to 2"),
+        ((0, 0), "world = 0: use 1 or more"),
+        (("0", 2), "rank = '0': use a whole number"),
+        ((0, None), "world = None: use a whole number"),
+        ((0.0, 2), "rank = 0.0"),
+        ((True, 2), "rank = True"),
+    ],
 )
 def test_a_place_that_cannot_be(place: tuple[int, ...], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         RankPlace(*place)
+
+
+@pytest.mark.parametrize(("store", "said"), [(None, "rank 0 of 2 has no store"), (5, "store is a int; use")])
+def test_a_place_without_a_store(tiny_folder: Path, tmp_path: Path, monkeypatch, store, said: str) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match=said):
+        Engine(config_for(tiny_folder, tmp_path), place=RankPlace(0, 2, store=store))
 
 
 def test_a_world_of_one_is_no_group(tiny_folder: Path, tmp_path: Path) -> None:
@@ -95,9 +114,16 @@ def same_script(rank: int, world: int, store: dist.Store, folder: str, out: str)
     def changes(own, step, timestep, given):
         return {"latents": given["latents"] + 1}
 
+    def changes_in_place(own, step, timestep, given):
+        given["latents"] += 1
+        return given
+
     # the rank that failed has its own error, the others its words
-    with pytest.raises(StageError if driver else TaskError, match="one of 2 ranks"):
-        engine.generate(CAT, callback_on_step_end=changes)
+    for hook in (changes, changes_in_place):
+        with pytest.raises(StageError if driver else TaskError, match="one of 2 ranks"):
+            engine.generate(CAT, callback_on_step_end=hook)
+    looked = engine.generate(CAT, seed=1, callback_on_step_end=lambda *given: given[3])
+    assert np.array_equal(looked.frames, engine.generate(CAT, seed=1).frames)
 
     cancelled = engine.generate(CAT, callback_on_step_end=lambda *given: given[3]["task"].cancel() and None)
     assert cancelled.task.status is TaskStatus.CANCELLED and len(cancelled.frames) == 0
