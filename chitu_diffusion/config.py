@@ -14,6 +14,7 @@ import tomllib
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
@@ -87,6 +88,13 @@ class AttnSchedule:
                 "fa3_fp8) or fa3_fp8@25%"
             )
         return cls(found["kernel"], after, of_share)
+
+    @classmethod
+    def from_recipe(cls, said: Mapping[str, Any]) -> str:
+        """The setting's text, from what a recipe says of it; a share as the decimal number that it was."""
+        if "after_share" not in said:
+            return f"{said.get('kernel')}@{said.get('after_steps', 0):.0f}"
+        return f"{said.get('kernel')}@{Decimal(str(said['after_share'])) * 100:f}%"
 
     def begins(self, num_steps: int | None) -> int | None:
         """The kernel's first step, from 0, in a task of so many; None for a share of a number not known."""
