@@ -26,6 +26,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from numbers import Integral, Real
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -158,6 +159,17 @@ def require_kind(name: str, value: object, kind: type | tuple[type, ...], use: s
     """
     if not isinstance(value, kind):
         raise UsageError(f"{name} is a {type(value).__name__}; use {use}", field=name)
+
+
+def plain_number(value: Any) -> Any:
+    """A number of numpy's or another library's as Python's own, each in a tuple or list; anything else as it
+    is.
+    """
+    if isinstance(value, tuple | list):
+        return type(value)(map(plain_number, value)) if type(value) in (tuple, list) else value
+    if isinstance(value, int | float):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
 
 
 def require_callable(name: str, value: object) -> None:

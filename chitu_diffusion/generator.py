@@ -100,7 +100,7 @@ class Generator:
 
     def decode_vae_tiled(self, latent: Tensor, tile_size: int = 8) -> Tensor:
         """`decode_vae` in tiles of `tile_size` latent pixels, equal up to rounding; less memory, slower."""
-        page_inputs.require_integer("tile_size", tile_size, 1, 1024)
+        tile_size = page_inputs.require_integer("tile_size", tile_size, 1, 1024)
         self.check_nan(page_inputs.check_latent(latent, self.backend.spec), "latent")
         return stages.decode_tiled(self.backend, latent, tile_size)
 
@@ -194,6 +194,6 @@ class Generator:
             model: as for `denoise_loop`.
         """
         latent, text, at, expert = forward_inputs(self.backend, latent, embeddings, timestep, model)
-        prepared = PreparedConditioning(text, self.backend.device)
-        predict = cached_predictor(self.backend, prepared, step_idx)
-        return predict(latent, at, expert, tuple(range(len(prepared))))
+        ready = PreparedConditioning(text, self.backend.device)
+        predict = cached_predictor(self.backend, ready, step_idx, self.backend.flexcache_manager.num_steps)
+        return predict(latent, at, expert, tuple(range(len(ready))))

@@ -34,8 +34,8 @@ BUDGETS = {
     "models": 3660,
     "ops": 1815,
     "pipelines": 2580,
-    "sampling": 850,
-    "task": 800,
+    "sampling": 870,
+    "task": 830,
     "weights": 640,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
