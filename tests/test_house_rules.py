@@ -27,7 +27,7 @@ BUDGETS = {
     "cli": 2840,
     "distributed": 1850,
     "evaluation": 2110,
-    "executor": 1510,
+    "executor": 1555,
     "flexcache": 2700,
     "media": 800,
     "memory": 570,

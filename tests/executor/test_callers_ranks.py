@@ -18,7 +18,7 @@ from running import CAT, config_for
 
 from chitu_diffusion.config import RankPlace
 from chitu_diffusion.engine import Engine
-from chitu_diffusion.errors import StageError, TaskError, UsageError
+from chitu_diffusion.errors import RankLostError, StageError, TaskError, UsageError
 from chitu_diffusion.task import TaskStatus
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -146,6 +146,36 @@ def test_the_same_script_on_both_ranks(tiny_folder: Path, tmp_path: Path) -> Non
     mine, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert mine == other
     assert not list(tmp_path.glob("*.npy"))
+
+
+def at_odds(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
+    """Two ranks that were told different things: both say so."""
+
+    def meet(case: str, mine: int, count: int = 2, **settings: object) -> None:
+        config = config_for(Path(folder), Path(out))
+        config.ranks.timeout = 3 if case == "twice" else 30
+        for name, value in settings.items():
+            branch = config.infer.diffusion if name in ("cfg_size", "cp_size") else config.infer
+            setattr(branch, name, value)
+        Engine(config, place=RankPlace(mine, count, store=dist.PrefixStore(case, store)))
+
+    for case, told in (
+        ("dtype", {"dtype": "bfloat16"}),
+        ("attn_schedule", {"attn_schedule": "sdpa@1"}),
+        ("diffusion", {"cp_size": 2}),
+    ):
+        with pytest.raises((RankLostError, UsageError), match=f"{case} = .* on rank 1, .* on rank 0"):
+            meet(case, rank, **(told if rank else {}))
+    with pytest.raises((RankLostError, UsageError), match="world = 3 on rank 1, 2 on rank 0"):
+        meet("world", rank, 2 + rank)
+    with pytest.raises(
+        (UsageError, RankLostError, RuntimeError), match="has come to this store|did not come"
+    ):
+        meet("twice", 0)
+
+
+def test_ranks_that_are_at_odds_say_so(tiny_folder: Path, tmp_path: Path) -> None:
+    run_ranks(2, at_odds, str(tiny_folder), str(tmp_path), errors=tmp_path, seconds=90)
 
 
 def frames_on_the_driver(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
