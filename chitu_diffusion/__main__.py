@@ -7,8 +7,6 @@ import os
 import sys
 from pathlib import Path
 
-_OPENMP_WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-
 
 def main() -> None:
     """Run the command line and leave the process with its exit code."""
@@ -17,14 +15,12 @@ def main() -> None:
     sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     # what imports make stays: to look through it again and again for rubbish is a fifth of the start
     gc.set_threshold(100_000, 20, 50)
-    # before torch is imported: threads that wait for others give their core away after a short while, so that
-    # a busy neighbour costs its share alone
-    if not any(name in os.environ for name in _OPENMP_WAITING):
-        os.environ["GOMP_SPINCOUNT"] = "10000"
     try:
         # inside, so that Ctrl+C during the import is as quiet as later
         from chitu_diffusion.cli.app import run
+        from chitu_diffusion.config import set_openmp_defaults
 
+        set_openmp_defaults()  # before torch is imported
         code = run()
     except KeyboardInterrupt:
         code = 130

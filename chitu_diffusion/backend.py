@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
+from types import NoneType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from chitu_diffusion.attention.scheduled import scheduled
 from chitu_diffusion.config import AttnSchedule, EngineConfig, cache_dir, keep_compiled_code
 from chitu_diffusion.distributed.host import usable_cores
 from chitu_diffusion.distributed.process_groups import ProcessGroups
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, names_checked, require_kind
 from chitu_diffusion.flexcache.calibration import Calibration
 from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.memory.device import empty_cache
@@ -58,6 +59,7 @@ class BackendState(IntEnum):
     TERMINATED = 3
 
 
+@names_checked
 class DiffusionBackend:
     """Loads the model that the settings name, on the device and in the dtype that they name.
 
@@ -84,6 +86,8 @@ class DiffusionBackend:
         model: FoundModel | None = None,
     ) -> None:
         args = _checked_args(args)
+        require_kind("groups", groups, (ProcessGroups, NoneType), "ProcessGroups(...), or leave it out")
+        require_kind("model", model, (FoundModel, NoneType), "EngineConfig(models={'name': ...})")
         model = model or resolve_model(args.models.name, args.models.ckpt_dir)
         self._begin(args, model.spec, logging_level, groups)
         encodes = self.groups.rank == 0
@@ -254,6 +258,7 @@ class DiffusionBackend:
     @low_mem_level.setter
     def low_mem_level(self, level: int) -> None:
         self.require_alive()
+        require_kind("low_mem_level", level, int, "0 to 4")
         self.offload.set_level(level)
 
     def scheduler(self, num_steps: int | None = None, seed: int = 0) -> NoiseScheduler:
@@ -377,12 +382,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _checked_args(args: EngineConfig | None) -> EngineConfig:
-    if args is not None and not isinstance(args, EngineConfig):
-        raise UsageError(
-            f"args is a {type(args).__name__}; use EngineConfig(infer={{...}}, ...), which checks names and "
-            "values, or nothing for the shipped model",
-            field="args",
-        )
+    use = "EngineConfig(infer={...}, ...), which checks names and values, or nothing for the shipped model"
+    require_kind("args", args, (EngineConfig, NoneType), use)
     return args or EngineConfig()
 
 

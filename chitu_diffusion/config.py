@@ -14,6 +14,7 @@ import tomllib
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
@@ -87,6 +88,13 @@ class AttnSchedule:
                 "fa3_fp8) or fa3_fp8@25%"
             )
         return cls(found["kernel"], after, of_share)
+
+    @classmethod
+    def from_recipe(cls, said: Mapping[str, Any]) -> str:
+        """The setting's text, from what a recipe says of it; a share as the decimal number that it was."""
+        if "after_share" not in said:
+            return f"{said.get('kernel')}@{said.get('after_steps', 0):.0f}"
+        return f"{said.get('kernel')}@{Decimal(str(said['after_share'])) * 100:f}%"
 
     def begins(self, num_steps: int | None) -> int | None:
         """The kernel's first step, from 0, in a task of so many; None for a share of a number not known."""
@@ -403,12 +411,19 @@ class RankPlace:
     store: dist.Store | None = None
 
     def __post_init__(self) -> None:
-        for name, place, count in (
-            ("rank", self.rank, self.world),
-            ("local_rank", self.local_rank or 0, self.local_world or self.world),
-        ):
+        for name in ("rank", "world", "local_rank", "local_world"):
+            value = vars(self)[name]
+            if type(value) is not int and (value is not None or name in ("rank", "world")):
+                raise UsageError(f"{name} = {value!r}: use a whole number", field=name)
+        local_world = self.world if self.local_world is None else self.local_world
+        local_rank = self.rank if self.local_rank is None else self.local_rank
+        for name, count, most in (("world", self.world, None), ("local_world", local_world, self.world)):
+            if count < 1 or (most is not None and count > most):
+                use = "1 or more" if most is None else f"1 to {most}"
+                raise UsageError(f"{name} = {count}: use {use}", field=name)
+        for name, place, count in (("rank", self.rank, self.world), ("local_rank", local_rank, local_world)):
             if not 0 <= place < count:
-                raise UsageError(f"{name} = {place} of {count}: use 0 to {max(count - 1, 0)}", field=name)
+                raise UsageError(f"{name} = {place} of {count}: use 0 to {count - 1}", field=name)
 
 
 def rank_place(environment: Mapping[str, str] | None = None) -> RankPlace | None:
@@ -435,6 +450,14 @@ _NCCL_DEFAULTS = {
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_HIGH_PRIORITY": "1",
 }
+
+
+def set_openmp_defaults() -> None:
+    """Threads that wait for others give their core away after a short while, so that a busy neighbour costs
+    its share alone; unless the environment says how they wait. Has an effect before torch is imported only.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 def set_nccl_defaults() -> None:

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any, overload
 
 from chitu_diffusion.backend import BackendState, DiffusionBackend
 from chitu_diffusion.config import EngineConfig, RankPlace, rank_place
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, names_checked, require_callable, require_kind
 from chitu_diffusion.executor.distributed import DistributedExecutor
 from chitu_diffusion.executor.interrupts import deferred_interrupts
 from chitu_diffusion.executor.local import Executor, LocalExecutor
@@ -39,6 +40,7 @@ from chitu_diffusion.task.following import TaskFeed
 Prompts = list[str] | list[DiffusionUserParams] | tuple[str | DiffusionUserParams, ...]
 
 
+@names_checked
 class Engine:
     """Runs many requests on one model.
 
@@ -56,7 +58,7 @@ class Engine:
         place: this process among the ranks that share the work, from a caller that started them; None asks
             torchrun, if it started this process. Rank 0 decides and saves; the other ranks' `step` does what
             rank 0 says, so that the same loop is right on every rank, and `run_worker` is all of it.
-        workers: the ranks, where they have met already.
+        workers: the ranks, where they have met already. Ranks and model of a `backend` are its own.
 
     Raises:
         ModelError, UsageError: as `DiffusionBackend`.
@@ -75,10 +77,18 @@ class Engine:
         place: RankPlace | None = None,
         workers: WorkerGroup | None = None,
     ) -> None:
-        args = args or (backend.args if backend is not None else EngineConfig())
-        self.pool = DiffusionTaskPool(keep_ended=args.scheduler.keep_ended)
-        self.scheduler = scheduler or DiffusionScheduler(args.scheduler.policy)
         try:
+            require_kind("args", args, (EngineConfig, NoneType), "EngineConfig(...)")
+            require_kind("scheduler", scheduler, (DiffusionScheduler, NoneType), "DiffusionScheduler(...)")
+            require_kind("backend", backend, (DiffusionBackend, NoneType), "DiffusionBackend(...)")
+            require_kind("model", model, (FoundModel, NoneType), "EngineConfig(models={'name': ...})")
+            require_kind("place", place, (RankPlace, NoneType), "RankPlace(rank, world, store=...)")
+            require_callable("on_event", on_event)
+            if backend is not None and (model is not None or place is not None):
+                raise UsageError("backend has its model and ranks: leave model and place out")
+            args = args or (backend.args if backend is not None else EngineConfig())
+            self.pool = DiffusionTaskPool(keep_ended=args.scheduler.keep_ended)
+            self.scheduler = scheduler or DiffusionScheduler(args.scheduler.policy)
             if backend is None:
                 model = model or resolve_model(args.models.name, args.models.ckpt_dir)
                 workers = workers or join_ranks(args, model.spec, place or rank_place())
@@ -176,9 +186,9 @@ class Engine:
                 goes on from there (`task.resumed` says how); from then on one is written every
                 `checkpoint.every_s` seconds and by `save_tasks`, and all are gone when the video stands.
             callback_on_step_end: called on rank 0 after each denoising step with (engine, step from 0,
-                timestep, {"latents": [1, C, T, H, W], "task": task}). It may call `task.cancel()`, and
-                on one rank give back {"latents": tensor} for the next step to start from. What it raises
-                fails the task.
+                timestep, {"latents": [1, C, T, H, W], a copy, "task": task}). It may `task.cancel()`, and on
+                one rank give back {"latents": tensor} for the next step to start from. What it raises fails
+                the task.
             fields: of `DiffusionUserParams`, beside a text or in place of a request's own.
 
         Returns:
@@ -203,6 +213,7 @@ class Engine:
         checkpoints: str | Path | None = None,
     ) -> DiffusionTask:
         self._require_open()
+        require_callable("callback_on_step_end", callback)
         folder = checkpoint_folder(checkpoints)
         self._feed.require_free(task)
         if task.status is not TaskStatus.PENDING and self.backend.groups.plan.world > 1:
@@ -370,6 +381,7 @@ class Engine:
             False if the task is unknown or has ended. True: it will end as cancelled, unless the unit that
             is running is its last.
         """
+        require_kind("task_id", task_id, str, "its task_id, or task.cancel()")
         with self._admitting:
             task = self.pool.get(task_id)
             if task is None or task.is_finished():

@@ -23,7 +23,14 @@ rest of the package, so that anything may import it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from numbers import Integral, Real
+from types import FunctionType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class ChituError(Exception):
@@ -139,6 +146,63 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else f" There are: {', '.join(known)}."
+
+
+def require_kind(name: str, value: object, kind: type | tuple[type, ...], use: str) -> None:
+    """An argument must be of a class.
+
+    Args:
+        use: what to use, in words.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not isinstance(value, kind):
+        raise UsageError(f"{name} is a {type(value).__name__}; use {use}", field=name)
+
+
+def plain_number(value: Any) -> Any:
+    """A number of numpy's or another library's as Python's own, each in a tuple or list; anything else as it
+    is.
+    """
+    if isinstance(value, tuple | list):
+        return type(value)(map(plain_number, value)) if type(value) in (tuple, list) else value
+    if isinstance(value, int | float):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
+
+
+def require_callable(name: str, value: object) -> None:
+    """A function to call back, or None. Raises UsageError for anything else."""
+    if value is not None and not callable(value):
+        raise UsageError(f"{name} is a {type(value).__name__}; use a function", field=name)
+
+
+def names_checked(kind: type[T]) -> type[T]:
+    """Has a class's public methods refuse an unknown argument's name with the nearest (UsageError), where
+    Python's TypeError names none.
+    """
+    for name, method in list(vars(kind).items()):
+        if isinstance(method, FunctionType) and (name == "__init__" or not name.startswith("_")):
+            setattr(kind, name, _with_names_checked(method))
+    return kind
+
+
+def _with_names_checked(method: FunctionType) -> Callable[..., Any]:
+    _, *parameters = inspect.signature(method).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return method
+    names = {parameter.name for parameter in parameters}
+
+    @functools.wraps(method)
+    def checked(*values: Any, **fields: Any) -> Any:
+        for name in fields:
+            if name not in names:
+                said = nearest(name, names) if names else " It takes no arguments by name."
+                raise UsageError(f"{method.__qualname__} takes no '{name}'.{said}", field=name)
+        return method(*values, **fields)
+
+    return checked
 
 
 def without_frames(error: BaseException) -> BaseException:

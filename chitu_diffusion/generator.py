@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, names_checked, require_kind
 from chitu_diffusion.pipelines import page_inputs, stages
 from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.pipelines.denoising import Probe, cached_predictor, denoise, predict_velocity, predictor
@@ -22,6 +22,7 @@ from chitu_diffusion.pipelines.page_inputs import Embeddings, Guidance, ModelCho
 from chitu_diffusion.task import DiffusionTask, Progress, TaskStatus
 
 
+@names_checked
 class Generator:
     """Runs tasks on a backend's networks; make as many as you like.
 
@@ -31,8 +32,7 @@ class Generator:
     """
 
     def __init__(self, backend: DiffusionBackend, probe: Probe | None = None) -> None:
-        if not isinstance(backend, DiffusionBackend):
-            raise UsageError(f"backend is a {type(backend).__name__}; use DiffusionBackend(args)")
+        require_kind("backend", backend, DiffusionBackend, "DiffusionBackend(args)")
         self.backend = backend
         self.stages = stages.Stages(backend, probe)
 
@@ -100,7 +100,7 @@ class Generator:
 
     def decode_vae_tiled(self, latent: Tensor, tile_size: int = 8) -> Tensor:
         """`decode_vae` in tiles of `tile_size` latent pixels, equal up to rounding; less memory, slower."""
-        page_inputs.require_integer("tile_size", tile_size, 1, 1024)
+        tile_size = page_inputs.require_integer("tile_size", tile_size, 1, 1024)
         self.check_nan(page_inputs.check_latent(latent, self.backend.spec), "latent")
         return stages.decode_tiled(self.backend, latent, tile_size)
 
@@ -194,6 +194,6 @@ class Generator:
             model: as for `denoise_loop`.
         """
         latent, text, at, expert = forward_inputs(self.backend, latent, embeddings, timestep, model)
-        prepared = PreparedConditioning(text, self.backend.device)
-        predict = cached_predictor(self.backend, prepared, step_idx)
-        return predict(latent, at, expert, tuple(range(len(prepared))))
+        ready = PreparedConditioning(text, self.backend.device)
+        predict = cached_predictor(self.backend, ready, step_idx, self.backend.flexcache_manager.num_steps)
+        return predict(latent, at, expert, tuple(range(len(ready))))

@@ -17,6 +17,8 @@ import pytest
 import torch
 from running import CAT, task_for
 
+from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.config import RankPlace
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.errors import StageError, UsageError
 from chitu_diffusion.media.reading import read_frames, read_recipe
@@ -84,6 +86,20 @@ def test_a_list_gives_a_list_in_order_each_with_a_seed_of_its_own(engine):
     assert [result.task.params.prompt for result in results] == [CAT, "a red fish", CAT]
     assert results[1].seed == 9 and results[0].seed != results[2].seed
     assert engine.generate([]) == []
+
+
+@pytest.mark.parametrize(
+    "path", [5, None, b"cat.mp4", "", "cat.avi", "a\0.mp4", ".mp4", ["cat.mp4"]], ids=str
+)
+def test_a_path_that_no_video_can_have(engine, path):
+    with pytest.raises(UsageError, match="save_path = "):
+        engine.generate(CAT, num_inference_steps=1).save(path)
+
+
+@pytest.mark.parametrize("quality", [11, -1, "8", 5.5, True, np.nan], ids=str)
+def test_a_quality_that_cannot_be(engine, tmp_path, quality):
+    with pytest.raises(UsageError, match="quality = "):
+        engine.generate(CAT, num_inference_steps=1).save(tmp_path / "cat.npy", quality=quality)
 
 
 @pytest.mark.parametrize("name", ["cat.npy", "cat.mp4", "cat.gif", "frames/"])
@@ -193,6 +209,10 @@ def test_latents_that_the_hook_gives_are_gone_on_with(engine):
     [
         ({"latents": torch.zeros(2)}, "of shape"),
         (3, "gave int"),
+        (torch.zeros(1, 4, 2, 4, 4, dtype=torch.int64), "gave torch.int64"),
+        ({"latents": torch.zeros(1, 4, 2, 4, 4).to_sparse()}, "return None, or"),
+        ({"latents": torch.zeros(1, 4, 2, 4, 4, device="meta")}, "return None, or"),
+        ({"latents": np.zeros((1, 4, 2, 4, 4))}, "gave ndarray"),
         ({"latents": torch.full((1, 4, 2, 4, 4), float("nan"))}, "NaN"),
     ],
 )
@@ -200,6 +220,50 @@ def test_a_hook_that_gives_nonsense_fails_its_task(engine, answer, said):
     with pytest.raises(StageError, match=said) as caught:
         engine.generate(CAT, callback_on_step_end=lambda *_: answer)
     assert (caught.value.stage, caught.value.step) == ("denoising", 0)
+
+
+def test_latents_of_every_make_are_gone_on_with_and_stay_the_callers(engine, tmp_path):
+    """Views, gradients and other dtypes; a buffer that is written over; a checkpoint of what was given."""
+    start = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(4))
+    buffer = start.clone()
+    makes = (
+        lambda: start.clone().requires_grad_(),
+        lambda: start.double(),
+        lambda: start.transpose(-1, -2).contiguous().transpose(-1, -2),
+        lambda: buffer.copy_(start),
+    )
+    results = []
+    for number, make in enumerate(makes):
+
+        def hook(own, step, timestep, values, make=make):
+            buffer.fill_(torch.nan)
+            return {"latents": make()} if step == 1 else None
+
+        task = engine.submit(
+            CAT,
+            seed=1,
+            callback_on_step_end=hook,
+            checkpoints=tmp_path / str(number),
+            save_path=str(tmp_path / f"{number}.npy"),
+        )
+        for event in task.events():
+            if event.step == 2:
+                assert not task.buffer.latent.requires_grad and task.buffer.latent.is_contiguous()
+                assert engine.save_tasks() == [task]
+        assert task.error is None, task.error_message
+        results.append(read_frames(task.buffer.save_path))
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
+def test_what_is_done_to_the_latents_counts_where_they_are_given_back(engine):
+    for gives_back in (False, True):
+
+        def changes(own, step, timestep, values, gives_back=gives_back):
+            values["latents"].mul_(0.5)
+            return values if gives_back else None
+
+        changed = engine.generate(CAT, seed=1, callback_on_step_end=changes)
+        assert np.array_equal(changed.frames, engine.generate(CAT, seed=1).frames) != gives_back
 
 
 def test_a_hook_may_cancel_and_submit_but_not_step(engine):
@@ -220,10 +284,53 @@ def test_a_hook_may_cancel_and_submit_but_not_step(engine):
     assert len(more) == 1 and more[0].wait()
 
 
+def test_what_is_no_function_is_refused_before_anything_runs(engine, make_config, tiny_folder):
+    for call in (engine.generate, engine.submit):
+        with pytest.raises(UsageError, match="callback_on_step_end is a str; use a function"):
+            call(CAT, callback_on_step_end="look")
+    with pytest.raises(UsageError, match="on_event is a int; use a function"):
+        Engine(make_config(tiny_folder), on_event=5)
+    assert len(engine.pool) == 0
+
+
 def test_nothing_is_kept_of_a_hook(engine):
     engine.generate([CAT, CAT], num_inference_steps=1, callback_on_step_end=lambda *_: None)
     engine.step()
     assert len(engine.generator.stages.hooks) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda own, task: own.cancel(task), "task_id is a DiffusionTask; use its task_id, or task.cancel"),
+        (lambda own, task: own.cancel(None), "task_id is a NoneType"),
+        *((lambda own, task, s=s: task.wait(s), "timeout = .*use a number") for s in ("5", np.nan, True, [])),
+        (lambda own, task: task.wait(timout=5), r"wait takes no 'timout'. Did you mean 'timeout'"),
+        (lambda own, task: task.cancel(now=True), "cancel takes no 'now'"),
+        (lambda own, task: own.run_until_idle(raise_on_fail=True), "Did you mean 'raise_on_failure'"),
+        (lambda own, task: own.generator.denoise_loop(num_inference_steps=4), "Did you mean 'num_steps'"),
+        (lambda own, task: own.generator.decode_vae_tiled(0, tilesize=4), "Did you mean 'tile_size'"),
+        (lambda own, task: own.backend.scheduler(num_step=4), "Did you mean 'num_steps'"),
+        (lambda own, task: Engine(on_events=print), "Engine.__init__ takes no 'on_events'.*'on_event'"),
+        (lambda own, task: Engine({"models": {}}), r"args is a dict; use EngineConfig"),
+        (lambda own, task: Engine("wan-tiny"), "args is a str"),
+        (
+            lambda own, task: Engine(own.backend.args, scheduler="fair"),
+            "scheduler is a str; use DiffusionScheduler",
+        ),
+        (lambda own, task: Engine(backend=own.backend.args), "backend is a EngineConfig; use"),
+        (lambda own, task: Engine(model="wan-tiny"), "model is a str; use EngineConfig"),
+        (lambda own, task: Engine(place=(0, 2)), "place is a tuple; use RankPlace"),
+        (lambda own, task: Engine(backend=own.backend, place=RankPlace(0, 2)), "leave model and place out"),
+        (lambda own, task: DiffusionBackend(model="wan-tiny"), "model is a str"),
+        (lambda own, task: DiffusionBackend(groups=2), "groups is a int"),
+    ],
+)
+def test_wrong_kinds_and_names_are_answered_in_words(engine, call, said):
+    task = engine.submit(CAT)
+    with pytest.raises(UsageError, match=said):
+        call(engine, task)
+    assert task.status is TaskStatus.PENDING
 
 
 # -- waiting

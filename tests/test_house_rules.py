@@ -24,18 +24,18 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
     "": 2270,
     "attention": 2060,
-    "cli": 2810,
+    "cli": 2840,
     "distributed": 1850,
     "evaluation": 2110,
-    "executor": 1490,
+    "executor": 1555,
     "flexcache": 2700,
-    "media": 760,
+    "media": 800,
     "memory": 570,
     "models": 3780,
     "ops": 1815,
     "pipelines": 2580,
-    "sampling": 850,
-    "task": 800,
+    "sampling": 875,
+    "task": 830,
     "weights": 640,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the

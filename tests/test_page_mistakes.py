@@ -4,10 +4,12 @@ before any network runs.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from running import CAT, config_for, task_for
@@ -17,7 +19,7 @@ from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.manager import parse_flexcache
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.task import DiffusionTask
+from chitu_diffusion.task import CascadeStage, Conditioning, DiffusionTask, DiffusionUserParams
 
 LATENT = torch.zeros(1, 4, 2, 4, 4)
 TEXT = torch.zeros(1, 512, 32)
@@ -112,6 +114,8 @@ WRONG: list[tuple[Callable[[Lent], object], str]] = [
     (loop(embeddings=TEXT[:, :0]), r"embeddings are \[1, 0, 32\]"),
     (loop(embeddings=TEXT[:, :7]), "embeddings have 7 rows, the model's negative prompt 512"),
     (loop(embeddings=CAT), "embeddings is a str; use a tensor"),
+    (loop(embeddings=Conditioning(TEXT, [1.0])), "concat_latents is a list; use a tensor"),
+    (loop(embeddings=Conditioning(TEXT, META)), "concat_latents is on meta"),
     (loop(embeddings=TEXT + math.inf), "Inf detected in embeddings"),
     *(
         (loop(num_steps=steps), "num_steps = .*whole number from 1 to 1000")
@@ -239,6 +243,43 @@ def test_a_terminated_backend_says_so(tiny_folder, make_config):
             call()
 
 
+def test_numbers_of_numpy_are_numbers(lent):
+    """As they come out of arrays and tables; what is stored of them are Python's."""
+    generator = lent.generator
+    text = generator.encode_text([CAT, ""])
+    own = generator.denoise_loop(None, text, 2, 3.0, resolution=(24, 40), num_frames=5, seed=7)
+    number = np.int64
+    size = (np.int32(24), np.uint16(40))
+    again = generator.denoise_loop(
+        None, text, number(2), np.float32(3), resolution=size, num_frames=number(5), seed=number(7)
+    )
+    assert torch.equal(own, again)
+    for time in (np.float32(500), np.int64(500), np.float64(500)):
+        forward = generator.forward_with_cp(own.repeat(1, 1, 1, 2, 2), text, time)
+        assert torch.equal(forward, generator.forward_with_cp(own.repeat(1, 1, 1, 2, 2), text, 500))
+    generator.decode_vae_tiled(own, number(8))
+    generator.upsample(own, number(2))
+    generator.forward_with_cache(LATENT, text, 500, number(0))
+    params = DiffusionUserParams(
+        CAT,
+        seed=number(5),
+        num_frames=np.int32(5),
+        guidance_scale=np.float32(2.5),
+        cascade=[CascadeStage(number(32), number(32), number(1), np.float32(1))],
+    )
+    assert json.loads(json.dumps(params.to_mapping())) == json.loads(
+        json.dumps(
+            DiffusionUserParams(
+                CAT, seed=5, num_frames=5, guidance_scale=2.5, cascade=[CascadeStage(32, 32, 1)]
+            ).to_mapping()
+        )
+    )
+    with pytest.raises(UsageError, match="must be a whole number"):
+        DiffusionUserParams(CAT, seed=np.float64(5))
+    with pytest.raises(UsageError, match="must be a whole number"):
+        DiffusionUserParams(CAT, seed=np.bool_(True))
+
+
 def test_odd_but_right_calls_run(lent):
     """The empty prompt, other float dtypes, strides that are not contiguous, times of every kind."""
     generator = lent.generator
@@ -260,3 +301,4 @@ def test_odd_but_right_calls_run(lent):
         assert torch.equal(generator.forward_with_cp(latent, text, time), expected)
     assert generator.denoise_loop(latent, text, 2, guidance_scale=None).shape == latent.shape
     generator.check_nan(torch.arange(3), "whole numbers")
+    generator.check_nan(torch.ones(3).to(torch.float8_e4m3fn), "8 bits")

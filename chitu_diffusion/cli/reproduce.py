@@ -42,7 +42,7 @@ _SETTINGS = {
     "quant.originals": "infer.quant_originals",
 }
 """What a recipe says, and the setting that it was."""
-_OWN = ("seconds", "params.save_path", "params.task_id")
+_OWN = ("seconds", "params.save_path", "params.task_id", "params.image.path", "params.last_image.path")
 """What a run has for itself."""
 
 
@@ -63,7 +63,11 @@ def reproduce(
     frames = read_frames(file)
     target = _target(file, args)
     config, _ = args.load_config(_settings_of(recipe))
-    params = _request_of(recipe)
+    with flags_named():
+        params = _request_of(recipe, args.request_fields())
+        for name, image in (("image", params.image), ("last_image", params.last_image)):
+            if image is not None:
+                image.reread(name)  # before anything is loaded
     model = find_model(config)
     with flags_named():
         result = _make(_runnable(config, recipe), model, params, as_json=args["json"])
@@ -97,33 +101,47 @@ def _target(file: Path, args: Args) -> str | None:
 
 def _settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a recipe names, by dotted name. A GPU of another name is as good as any."""
+    from chitu_diffusion.config import AttnSchedule
+
     said = dict(_leaves(recipe))
     settings = {setting: said[name] for name, setting in _SETTINGS.items() if said.get(name) is not None}
+    if isinstance(late := recipe.get("attn_schedule"), Mapping):
+        settings["infer.attn_schedule"] = AttnSchedule.from_recipe(late)
     return settings | ({"infer.device": "cpu"} if said.get("device") == "cpu" else {})
 
 
-def _request_of(recipe: Mapping[str, Any]) -> DiffusionUserParams:
+def _request_of(recipe: Mapping[str, Any], typed: Mapping[str, Any]) -> DiffusionUserParams:
     from chitu_diffusion.task import DiffusionUserParams
 
     params = recipe.get("params")
     if not isinstance(params, dict):
         raise UsageError("its recipe has no 'params': another program has changed it", field="file")
     own = {"seed": recipe.get("seed"), "save_path": None, "task_id": "again"}
-    return DiffusionUserParams.from_mapping({**params, **own})
+    return DiffusionUserParams.from_mapping({**params, **own, **typed})
 
 
 def _runnable(config: EngineConfig, recipe: Mapping[str, Any]) -> EngineConfig:
-    """The settings, with another attention kernel where the recipe's does not run here."""
+    """The settings, with another attention kernel where the recipe's does not run here; one that should have
+    taken over late is left out there.
+    """
     from chitu_diffusion.attention import attention_kernel
     from chitu_diffusion.backend import pick_device
+    from chitu_diffusion.config import AttnSchedule
 
-    name = config.infer.attn_type
-    if name == recipe.get("attention"):
+    infer = config.infer
+    late = AttnSchedule.from_text(infer.attn_schedule)
+    said = _settings_of(recipe)
+    for setting, name, other in (
+        ("attn_type", infer.attn_type, "auto"),
+        ("attn_schedule", late.kernel if late else None, None),
+    ):
+        if name is None or vars(infer)[setting] != said.get(f"infer.{setting}"):
+            continue
         try:
-            attention_kernel(name, device=pick_device(config.infer.device))
+            attention_kernel(name, device=pick_device(infer.device))
         except UsageError as error:
             say(f"attention kernel {name} cannot run here, the best one is taken: {printable(str(error))}")
-            config.infer.attn_type = "auto"
+            setattr(infer, setting, other)
     return config
 
 

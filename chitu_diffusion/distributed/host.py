@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -39,8 +40,7 @@ def usable_cores(cgroup: Path = _CGROUP) -> int:
     Args:
         cgroup: where control groups are mounted, of version 1 or 2.
     """
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     try:
         if (cgroup / "cpu.max").exists():
             quota, period = (cgroup / "cpu.max").read_text().split()

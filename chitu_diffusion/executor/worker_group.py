@@ -6,19 +6,35 @@ processes; no network, no task.
 
 from __future__ import annotations
 
+import itertools
+import json
 import signal
 import threading
+import time
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from chitu_diffusion.backend import pick_device
-from chitu_diffusion.config import EngineConfig, RankPlace, set_nccl_defaults
+from chitu_diffusion.config import EngineConfig, RankPlace, rank_place, set_nccl_defaults
 from chitu_diffusion.distributed.plan import ParallelPlan, plan_for
 from chitu_diffusion.distributed.process_groups import ProcessGroups
+from chitu_diffusion.errors import UsageError, require_kind
 from chitu_diffusion.executor.control_channel import ControlChannel
 from chitu_diffusion.executor.heartbeat import HeartbeatMonitor
 from chitu_diffusion.models.spec import ModelSpec
+
+_GLANCE = 0.05
+"""Seconds between two looks for ranks that have not come."""
+_OWN_SETTINGS: Mapping[str, Any] = {
+    "device": True,
+    "threads": True,
+    "diffusion": {"low_mem_level", "cache_memory_gb"},
+}
+"""Of `infer`: what each rank may have for itself, or takes from rank 0."""
 
 
 def join_ranks(args: EngineConfig, spec: ModelSpec, place: RankPlace | None) -> WorkerGroup | None:
@@ -30,6 +46,14 @@ def join_ranks(args: EngineConfig, spec: ModelSpec, place: RankPlace | None) -> 
     """
     if place is None or place.world == 1:
         return None
+    if place.store is not None:
+        require_kind("store", place.store, dist.Store, "torch.distributed.TCPStore(...)")
+    elif rank_place() is None:
+        raise UsageError(
+            f"rank {place.rank} of {place.world} has no store to meet the others in; use RankPlace(rank, "
+            "world, store=torch.distributed.TCPStore(...)), or start with torchrun",
+            field="store",
+        )
     asked = args.infer.diffusion
     plan = plan_for(
         place.world,
@@ -51,6 +75,7 @@ def join_ranks(args: EngineConfig, spec: ModelSpec, place: RankPlace | None) -> 
         timeout=args.ranks.timeout,
         heartbeat_timeout=args.ranks.heartbeat_timeout,
         copies=args.ranks.copies,
+        settings=args.infer.model_dump(exclude=dict(_OWN_SETTINGS)) | {"world": place.world},
     )
 
 
@@ -65,8 +90,10 @@ class WorkerGroup:
         timeout: seconds without progress after which an exchange is given up.
         heartbeat_timeout: seconds of silence after which a rank is lost.
         copies: see `ProcessGroups`.
+        settings: what every rank must say alike, for else they would go apart; JSON values.
 
     Raises:
+        UsageError: another process has this rank, or another rank has other settings.
         RankLostError: another rank was lost meanwhile.
         RuntimeError: the others did not come.
     """
@@ -81,6 +108,7 @@ class WorkerGroup:
         timeout: float = 60.0,
         heartbeat_timeout: float = 8.0,
         copies: bool = True,
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.rank = rank
         self.size = plan.world
@@ -88,6 +116,12 @@ class WorkerGroup:
         meeting = dist.PrefixStore(
             "chitu", store if store is not None else next(iter(dist.rendezvous("env://")))[0]
         )
+        if meeting.add(f"comes/{rank}", 1) > 1:
+            raise UsageError(
+                f"rank {rank} of {plan.world} has come to this store before; give each process a rank of its "
+                "own, and each engine a store: torch.distributed.PrefixStore(NAME, store)",
+                field="rank",
+            )
         self.groups = ProcessGroups(plan, rank, device, meeting, timeout, copies=copies)
         self.monitor = HeartbeatMonitor(
             rank,
@@ -107,12 +141,38 @@ class WorkerGroup:
             signal.signal(signal.SIGTERM, self.monitor.on_sigterm)
         try:
             with self.monitor.critical("meeting the other ranks"):
+                self._meet(meeting, dict(settings))
                 self.groups.open()
         except BaseException as error:
             self.monitor.leave(f"{type(error).__name__}: {error}")
             self.monitor.raise_if_lost()
             raise
         self.monitor.set_status("starting")
+
+    def _meet(self, meeting: dist.Store, settings: Mapping[str, Any]) -> None:
+        """Wait until every rank has said its settings, and compare them: ranks at odds would hang."""
+        meeting.set(f"settings/{self.rank}", json.dumps(settings))
+        deadline = time.monotonic() + self.timeout
+        late = list(range(self.size))
+        said: dict[int, dict[str, Any]] = {}
+        while late and time.monotonic() < deadline:
+            came = [rank for rank in late if meeting.check([f"settings/{rank}"])]
+            said |= {rank: json.loads(meeting.get(f"settings/{rank}")) for rank in came}
+            late = [rank for rank in late if rank not in said]
+            for rank, name in itertools.product(said if 0 in said else (), settings):
+                if said[rank].get(name) != said[0].get(name):
+                    raise UsageError(
+                        f"{name} = {said[rank].get(name)!r} on rank {rank}, {said[0].get(name)!r} on rank 0: "
+                        "give all ranks the same settings",
+                        field=name,
+                    )
+            self.monitor.raise_if_lost()
+            if late:
+                time.sleep(_GLANCE)
+        if late:
+            raise RuntimeError(
+                f"the process groups were not made: ranks {late} did not come within {self.timeout:g} s"
+            )
 
     def abort_exchanges(self) -> None:
         """Give up the exchanges under way and wake whoever waits in them. The groups can be opened again."""

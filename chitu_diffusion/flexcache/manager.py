@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, plain_number
 from chitu_diffusion.flexcache.interface import (
     NO_CACHE,
     AllReduceMax,
@@ -78,6 +78,11 @@ class FlexCacheManager:
     def strategy(self) -> str | None:
         """Name of the bound task's strategy."""
         return None if self._state is None else str(self._state["strategy"])
+
+    @property
+    def num_steps(self) -> int | None:
+        """Of the bound task."""
+        return None if self._state is None else int(self._state["num_steps"])
 
     def bind(self, state: CacheState | None, key: object = None, schedule: Schedule | None = None) -> None:
         """Turn to a task.
@@ -175,6 +180,7 @@ class FlexCacheManager:
 
     def _checked_step(self, step: int) -> int:
         last = None if self._state is None else self._state["num_steps"] - 1
+        step = plain_number(step)
         if type(step) is not int or step < 0 or (last is not None and step > last):
             steps = "0 on" if last is None else f"0 to {last}, as the bound task has"
             raise UsageError(f"step_idx = {step!r}: use a whole number from {steps}", field="step_idx")

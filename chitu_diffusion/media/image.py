@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,8 @@ class InputImage:
         Args:
             name: of the field, for errors.
             value: a file's name; a PIL image; an array [H, W, 3] or [H, W] or a tensor [3, H, W] or
-                [1, 3, H, W], uint8 or floats in [0, 1]; or what `to_mapping` gave.
+                [1, 3, H, W], uint8 or floats in [0, 1]; or what `to_mapping` gave. Grey of 16 bits keeps its
+                upper 8.
 
         Raises:
             UsageError: something else, or a file that cannot be read.
@@ -59,7 +61,7 @@ class InputImage:
             return value
         if isinstance(value, Mapping):
             return _from_mapping(name, value)
-        if isinstance(value, str | Path):
+        if isinstance(value, str) or (isinstance(value, os.PathLike) and isinstance(os.fspath(value), str)):
             return _from_file(name, Path(value))
         pixels = _pixels_of(name, value)
         height, width = pixels.shape[:2]
@@ -77,8 +79,11 @@ class InputImage:
             return None
         return f"image of {self.width}x{self.height} is stretched to {width}x{height}"
 
-    def resized(self, height: int, width: int) -> NDArray[np.float32]:
+    def resized(self, height: int, width: int, name: str = "image") -> NDArray[np.float32]:
         """[height, width, 3] float32 in [0, 1], stretched by Lanczos, as diffusers' `VideoProcessor` does.
+
+        Args:
+            name: of the field, for errors.
 
         Raises:
             UsageError: its file is not there any more or has changed, or it was in another process's memory.
@@ -86,7 +91,7 @@ class InputImage:
         import numpy as np
         from PIL import Image
 
-        pixels = self.pixels if self.pixels is not None else self._reread()
+        pixels: NDArray[Any] = self.pixels if self.pixels is not None else self.reread(name)
         if pixels.dtype == np.uint8:
             if pixels.shape[:2] != (height, width):
                 image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
@@ -99,17 +104,22 @@ class InputImage:
         larger = [np.asarray(each.resize(size, Image.Resampling.LANCZOS)) for each in channels]
         return np.stack(larger, axis=-1).clip(0, 1)
 
-    def _reread(self) -> NDArray[Any]:
+    def reread(self, name: str) -> NDArray[np.uint8]:
+        """[H, W, 3] from its file.
+
+        Raises:
+            UsageError: as `resized`.
+        """
         if self.path is None:
             raise UsageError(
-                "image: it was given in memory, and only its hash is kept; give it again", field="image"
+                f"{name}: it was given in memory, and only its hash is kept; give it again", field=name
             )
-        data = _bytes_of("image", Path(self.path))
+        data = _bytes_of(name, Path(self.path))
         if hashlib.sha256(data).hexdigest() != self.sha256:
             raise UsageError(
-                f"image = {self.path!r}: the file has changed since the request; give it again", field="image"
+                f"{name} = {self.path!r}: the file has changed since the request; give it again", field=name
             )
-        return _decoded("image", self.path, data)
+        return _decoded(name, data, repr(self.path))
 
 
 def _from_mapping(name: str, values: Mapping[str, Any]) -> InputImage:
@@ -125,7 +135,7 @@ def _from_file(name: str, path: Path) -> InputImage:
     except RuntimeError:  # no such user's home
         raise UsageError(f"{name} = {str(path)!r}: there is no such file", field=name) from None
     data = _bytes_of(name, path)
-    height, width = _decoded(name, str(path), data).shape[:2]
+    height, width = _decoded(name, data, repr(str(path))).shape[:2]
     return InputImage(str(path), hashlib.sha256(data).hexdigest(), width, height)
 
 
@@ -146,29 +156,42 @@ def _bytes_of(name: str, path: Path) -> bytes:
         raise UsageError(f"{name} = {str(path)!r}: it cannot be read: {error}", field=name) from error
 
 
-def _decoded(name: str, path: str, data: bytes) -> NDArray[np.uint8]:
+def _decoded(name: str, data: bytes, source: str) -> NDArray[np.uint8]:
     """[H, W, 3]; of a moving picture the first frame."""
     from PIL import Image
 
+    def opened() -> Image.Image:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+
+    return _upright(name, opened, source)
+
+
+def _upright(name: str, opened: Callable[[], Image.Image], source: str) -> NDArray[np.uint8]:
+    """[H, W, 3] as it is shown; Pillow reads the pixels when they are asked for, and may fail only then."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            return _upright(name, image)
+        image = opened()
+        _check_size(name, image.height, image.width)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # Pillow's own conversion would cut at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise UsageError(
+                f"{name}: its pixels have mode {image.mode}, whose white nobody knows; use mode RGB, L or "
+                "I;16, or an array of floats from 0 to 1",
+                field=name,
+            )
+        return np.array(image.convert("RGB"))
     except UsageError:
         raise
     except Exception as error:  # Pillow has many words for a file that is no picture
         raise UsageError(
-            f"{name} = {path!r}: it cannot be read as a picture ({type(error).__name__}); use a PNG, JPEG or "
+            f"{name} = {source}: it cannot be read as a picture ({type(error).__name__}); use a PNG, JPEG or "
             "WebP file",
             field=name,
         ) from error
-
-
-def _upright(name: str, image: Image.Image) -> NDArray[np.uint8]:
-    import numpy as np
-    from PIL import ImageOps
-
-    _check_size(name, image.height, image.width)
-    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def _check_size(name: str, height: int, width: int) -> None:
@@ -184,29 +207,40 @@ def _pixels_of(name: str, value: Any) -> NDArray[Any]:
     from PIL import Image
 
     if isinstance(value, Image.Image):
-        return _upright(name, value)
+        return _upright(name, lambda: value, f"the {type(value).__name__}")
     torch = sys.modules.get("torch")
-    given = "array"
+    given = "an array"
+    expected = "[H, W, 3] or [H, W]"
     if torch is not None and isinstance(value, torch.Tensor):
-        given = "tensor"
+        given = "a tensor"
+        expected = "[3, H, W] or [H, W]"
+        if value.is_meta or value.layout != torch.strided:
+            raise UsageError(f"{name} is a tensor on meta, or not dense; use one with values", field=name)
         value = value.detach().cpu()
+        value = (value.float() if value.is_floating_point() else value).numpy()
+        found = list(value.shape)
         value = value[0] if value.ndim == 4 and len(value) == 1 else value
-        value = value.float() if value.is_floating_point() else value
-        value = value.permute(1, 2, 0).numpy() if value.ndim == 3 else value.numpy()
-    if not isinstance(value, np.ndarray):
+        value = np.moveaxis(value, 0, -1) if value.ndim == 3 else value
+    elif isinstance(value, np.ndarray):
+        value = np.asarray(value)  # of whichever subclass
+        found = list(value.shape)
+    else:
         raise UsageError(
             f"{name} is a {type(value).__name__}: use a file's name, a PIL image, an array or a tensor",
             field=name,
         )
     value = np.repeat(value[..., None], 3, axis=-1) if value.ndim == 2 else value
     if value.ndim != 3 or value.shape[-1] != 3:
-        expected = "[3, H, W]" if given == "tensor" else "[H, W, 3]"
-        raise UsageError(f"{name} is a {given} of {list(value.shape)}; expected {expected}", field=name)
+        raise UsageError(f"{name} is {given} of {found}; expected {expected}", field=name)
     _check_size(name, *value.shape[:2])
     if value.dtype == np.uint8:
         return value.copy()
-    if not np.issubdtype(value.dtype, np.floating) or not ((value >= 0) & (value <= 1)).all():
+    if not np.issubdtype(value.dtype, np.floating):
+        raise UsageError(f"{name} is {given} of {value.dtype}: use uint8, or floats from 0 to 1", field=name)
+    if not ((value >= 0) & (value <= 1)).all():
         raise UsageError(
-            f"{name} is a {given} of {value.dtype}: use uint8, or floats from 0 to 1", field=name
+            f"{name} is {given} with values from {value.min():g} to {value.max():g}: use floats from 0 to 1, "
+            "or uint8",
+            field=name,
         )
     return value.astype(np.float32)

@@ -82,8 +82,8 @@ def _refused(path: object, why: str) -> UsageError:
 
 
 def _kind(path: str | os.PathLike[str]) -> str:
-    text = os.fspath(path)
-    if not text or "\0" in text:
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else ""
+    if not isinstance(text, str) or not text or "\0" in text:
         raise _refused(path, "must be a file or folder name")
     name = Path(text).name
     try:
@@ -163,8 +163,8 @@ def write_video(
     _check_frames(frames)
     if not 0 < fps <= 1000:
         raise UsageError(f"fps = {fps!r}: must be above 0 and at most 1000", field="fps")
-    if not 0 <= quality <= 10:
-        raise UsageError(f"quality = {quality!r}: must be from 0 to 10", field="quality")
+    if type(quality) is not int or not 0 <= quality <= 10:
+        raise UsageError(f"quality = {quality!r}: must be a whole number from 0 to 10", field="quality")
     target = _place(kind, Path(path))
     part = _part(target)
     text = json.dumps(dict(recipe), default=str) if recipe is not None else None

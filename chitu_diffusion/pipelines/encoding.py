@@ -47,14 +47,15 @@ def encode_keyframes(backend: DiffusionBackend, request: DiffusionUserParams) ->
     frames = request.num_frames or 1
     _, *cells = backend.spec.latent_shape(frames, request.height or 0, request.width or 0)
     stride, rows, columns = backend.spec.geometry.stride
-    known = {0: request.image} | ({frames - 1: request.last_image} if request.last_image else {})
+    known = {0: "image"} | ({frames - 1: "last_image"} if request.last_image else {})
 
     def encode() -> Tensor:
         backend.offload.use("vae")
         device = backend.device
         video = torch.full((1, frames, 3, cells[1] * rows, cells[2] * columns), 0.5, device=device)
-        for frame, image in known.items():
-            pixels = torch.from_numpy(image.resized(request.height, request.width)).permute(2, 0, 1)
+        for frame, name in known.items():
+            image = vars(request)[name].resized(request.height, request.width, name)
+            pixels = torch.from_numpy(image).permute(2, 0, 1)
             border = (0, video.shape[-1] - pixels.shape[-1], 0, video.shape[-2] - pixels.shape[-2])
             video[:, frame] = torch.nn.functional.pad(pixels[None], border, mode="replicate").to(device)
         mask = torch.zeros(frames, device=device)

@@ -21,6 +21,8 @@ class FiniteCheck:
 
     def __init__(self, tensor: Tensor, name: str) -> None:
         self._name = name
+        if tensor.is_floating_point() and tensor.itemsize == 1:
+            tensor = tensor.float()  # 8 bits, of which torch asks nothing
         found = torch.stack([torch.isnan(tensor).any(), torch.isinf(tensor).any()])
         self._arrival: torch.cuda.Event | None = None
         if tensor.device.type == "cuda":

@@ -28,7 +28,8 @@ class TaskHooks:
     """What to call.
 
     Attributes:
-        on_step_end: (step, timestep, {"latents": ..., "task": ...}) after each denoising step.
+        on_step_end: (step, timestep, {"latents": ..., "task": ...}) after each denoising step. The latents
+            are a copy: what is done to them counts where they are given back.
         on_video: (frames uint8 [T, H, W, 3], recipe) on rank 0, once the video is decoded. Where it is there,
             a task without a path writes no file.
     """
@@ -52,16 +53,19 @@ class TaskHooks:
         """
         if self.on_step_end is None:
             return latent
-        answer = self.on_step_end(step, timestep, {"latents": latent, "task": task})
+        shown = latent.clone()
+        answer = self.on_step_end(step, timestep, {"latents": shown, "task": task})
         if answer is None:
             return latent
-        given = answer.get("latents", latent) if isinstance(answer, Mapping) else answer
-        if given is latent:
+        given = answer.get("latents", shown) if isinstance(answer, Mapping) else answer
+        if given is shown and torch.equal(shown, latent):
             return latent
-        if not isinstance(given, Tensor) or given.shape != latent.shape:
-            what = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        floats = isinstance(given, Tensor) and given.is_floating_point() and given.layout == torch.strided
+        if not floats or given.is_meta or given.shape != latent.shape:
+            tensor = isinstance(given, Tensor)
+            what = f"{given.dtype} {list(given.shape)}" if tensor else type(given).__name__
             raise UsageError(
-                f"callback_on_step_end gave {what}: return None, or {{'latents': tensor}} of shape "
+                f"callback_on_step_end gave {what}: return None, or {{'latents': floats}} of shape "
                 f"{list(latent.shape)}",
                 field="callback_on_step_end",
             )
@@ -71,4 +75,7 @@ class TaskHooks:
                 "return None, or run on one rank",
                 field="callback_on_step_end",
             )
-        return given.to(latent.device, torch.float32)
+        # a copy, for the caller's own may change or be a view of something large
+        return given.detach().to(
+            latent.device, torch.float32, copy=True, memory_format=torch.contiguous_format
+        )

@@ -8,13 +8,13 @@ where it is a clean one, with its last cells, and what was asked for is cut out 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, plain_number
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.pipelines.encoding import encode_text
@@ -56,6 +56,10 @@ class Beginning:
     num_frames: int | None
     strength: float | None
     seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "num_frames", "strength"):
+            object.__setattr__(self, name, plain_number(vars(self)[name]))
 
 
 @dataclass(frozen=True)
@@ -99,12 +103,15 @@ def start_of_loop(
         NonFiniteError: a latent or a text with NaN or Inf.
     """
     spec = backend.spec
-    require_integer("num_steps", num_steps, 1, 1000)
-    require_integer("seed", asked.seed, 0, MAX_SEED)
+    num_steps = require_integer("num_steps", num_steps, 1, 1000)
+    asked = replace(asked, seed=require_integer("seed", asked.seed, 0, MAX_SEED))
     scales = read_guidance(guidance_scale, spec)
     expert = None if model is None else expert_index(model, backend)
     if embeddings is not None:
-        FiniteCheck(check_embeddings(embeddings, spec).text, "embeddings").require()
+        told = check_embeddings(embeddings, spec)
+        FiniteCheck(told.text, "embeddings").require()
+        if told.concat_latents is not None:
+            FiniteCheck(told.concat_latents, "concat_latents").require()
     cells = _cells(asked, spec)
     stream = 0 if asked.init_latent is None else 1
     state = backend.sampler.begin(num_steps, _strength(asked), seed=asked.seed, stream=stream)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, plain_number
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.forward_inputs import read_timestep, require_floats, require_image
 from chitu_diffusion.models.wan.transformer import WanTransformer
@@ -96,6 +96,7 @@ def upsampled(latent: Tensor, scale: float, spec: ModelSpec) -> Tensor:
         UsageError: another shape, or a scale that leaves no cell or more than there may be.
     """
     latent = check_latent(latent, spec)
+    scale = plain_number(scale)
     most = MOST_PIXELS // min(spec.geometry.stride[1:])
     number = isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
     rows, columns = (round(size * scale) if number else 0 for size in latent.shape[-2:])
@@ -167,6 +168,8 @@ def check_embeddings(given: Embeddings, spec: ModelSpec, latent: Tensor | None =
         )
     channels = spec.transformers[0].in_channels - spec.geometry.channels
     found = conditioning.concat_latents
+    if found is not None:
+        check_values(require_floats(found, "concat_latents", f"[1, {channels}, T, H, W]"), "concat_latents")
     if (found is not None or channels) and (found is None or found.shape[:2] != (1, channels)):
         raise UsageError(
             f"{spec.name} takes {channels} channels behind the latent's, and embeddings bring "
@@ -201,6 +204,7 @@ def read_guidance(scale: Guidance, spec: ModelSpec) -> tuple[float, float]:
     Raises:
         UsageError: a value that no scale can have, or more scales than the model has transformers.
     """
+    scale = plain_number(scale)
     check_guidance(scale)
     return guidance_pair(resolve_guidance(scale, spec))
 
@@ -220,8 +224,10 @@ def expert_index(model: WanTransformer | int, backend: DiffusionBackend) -> int:
     )
 
 
-def require_integer(name: str, value: object, low: int, high: int) -> None:
-    """Raises UsageError for what is no whole number from `low` to `high`, None among it."""
-    if value is None:
+def require_integer(name: str, value: Any, low: int, high: int) -> int:
+    """The number; raises UsageError for what is no whole one from `low` to `high`, None among it."""
+    number: int | None = plain_number(value)
+    if number is None:
         raise UsageError(f"{name} = None: must be a whole number from {low} to {high}", field=name)
-    check_integer(name, value, low, high)
+    check_integer(name, number, low, high)
+    return number

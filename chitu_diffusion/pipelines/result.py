@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, names_checked
 from chitu_diffusion.media.video import write_video
 from chitu_diffusion.task import DiffusionTask
 
@@ -25,6 +25,7 @@ _PREVIEW_SIDE = 512
 _PREVIEW_QUALITY = 5
 
 
+@names_checked
 class VideoResult:
     """A video, and all that is known of it.
 

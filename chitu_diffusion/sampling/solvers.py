@@ -18,11 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from chitu_diffusion.errors import UsageError, nearest
+from chitu_diffusion.errors import UsageError, nearest, plain_number
 from chitu_diffusion.sampling.library import LibrarySolver, SamplerState, shift_of
 from chitu_diffusion.sampling.noise import step_noise
 from chitu_diffusion.sampling.noise_levels import NoiseLevels, whole_steps
 from chitu_diffusion.sampling.registry import SOLVERS, Update
+
+MOST_STEPS = 1000
 
 
 class Solver(Protocol):
@@ -128,8 +130,12 @@ class Sampler:
         Raises:
             UsageError: no steps, a strength outside (0, 1], or steps that do not fit an explicit list.
         """
-        if steps < 1:
-            raise UsageError(f"num_inference_steps = {steps}: use at least 1", field="num_inference_steps")
+        steps = plain_number(steps)
+        if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+            raise UsageError(
+                f"num_inference_steps = {steps!r}: use at least 1 and at most {MOST_STEPS}, a whole number",
+                field="num_inference_steps",
+            )
         if not 0 < strength <= 1:
             raise UsageError(f"strength = {strength}: must be in (0, 1]", field="cascade")
         if self.levels is not None:

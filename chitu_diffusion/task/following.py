@@ -9,6 +9,7 @@ engine and no tensors.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 import weakref
@@ -16,13 +17,14 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, names_checked
 from chitu_diffusion.task.events import END_STATES, Progress, TaskStatus
 
 _GLANCE = 0.05
 """Seconds after which whoever waits looks whether the engine is free to be driven."""
 
 
+@names_checked
 class FollowedTask:
     """What can be asked of a task beside its data.
 
@@ -49,9 +51,15 @@ class FollowedTask:
             whether it has ended: well or not, which `status` and `error` tell.
 
         Raises:
-            UsageError: the task was given to no engine, or this is inside a unit of it (a callback).
+            UsageError: the task was given to no engine, or this is inside a unit of it (a callback); or a
+                timeout that is no number.
             RankLostError: another rank died or froze.
         """
+        number = (
+            isinstance(timeout, int | float) and not isinstance(timeout, bool) and not math.isnan(timeout)
+        )
+        if timeout is not None and not number:
+            raise UsageError(f"timeout = {timeout!r}: use a number of seconds, or None", field="timeout")
         return self.is_finished() or self._require_feed().wait(self, timeout, threading.Event())
 
     def cancel(self) -> bool:

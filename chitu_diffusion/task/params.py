@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
-from chitu_diffusion.errors import UsageError, nearest
+from chitu_diffusion.errors import UsageError, nearest, plain_number
 from chitu_diffusion.media.image import InputImage
 
 MAX_SEED = 2**63 - 1
@@ -24,6 +24,9 @@ LEAST_STRENGTH = 0.01
 """Of a cascade's stage: its whole schedule has steps / strength steps."""
 FRAME_STEP = 4
 """The VAE's stride in time: a video has 4n + 1 frames."""
+_NUMBERS = (
+    "height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale", "seed", "priority",
+)  # fmt: skip
 _DIFFUSERS_NAMES = MappingProxyType(
     {
         "output_type": "use result.frames or result.to_pil()",
@@ -36,9 +39,23 @@ _DIFFUSERS_NAMES = MappingProxyType(
         "guidance_scale_2": "use guidance_scale=(high noise, low noise)",
         "callback_on_step_end": "hand it to engine.generate or engine.submit, beside the request",
         "callback_on_step_end_tensor_inputs": "callback_on_step_end is given the latents",
+        "callback": "use callback_on_step_end of engine.generate and engine.submit",
+        "callback_steps": "callback_on_step_end is called after each step",
+        "num_images_per_prompt": "use a list of prompts, engine.generate([prompt] * 2), or a seed for each",
+        "image_embeds": "hand over the picture, image=",
+        "sigmas": "the model says them, in `defaults` of its chitu.json",
+        "timesteps": "the model says them, in `defaults` of its chitu.json",
+        "max_sequence_length": "it is the model's",
+        "attention_kwargs": "use the setting infer.attn_type",
+        "steps": "use num_inference_steps",
+        "cfg_scale": "use guidance_scale",
+        "image_path": "use image, which takes a file's name too",
+        "end_image": "use last_image",
+        "checkpoints": "hand it to engine.submit, beside the request",
+        "on_event": "hand it to Engine",
     }
 )
-"""What diffusers' pipelines call it, and what it is here."""
+"""What diffusers' pipelines and others call it, or what is asked elsewhere, and what it is here."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,10 @@ class CascadeStage:
     num_inference_steps: int
     strength: float = 1.0
     expert: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, plain_number(value))
 
 
 @dataclass(frozen=True)
@@ -112,6 +133,8 @@ class DiffusionUserParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            object.__setattr__(self, name, plain_number(vars(self)[name]))
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise UsageError(f"prompt = {self.prompt!r}: must be a sentence", field="prompt")
         for name in ("prompt", "negative_prompt"):

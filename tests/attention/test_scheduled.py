@@ -24,6 +24,7 @@ from chitu_diffusion.distributed.plan import parse_layout, plan_for
 from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.errors import CannotResumeError, UsageError
+from chitu_diffusion.flexcache.manager import parse_flexcache
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.media.reading import read_recipe
 from chitu_diffusion.pipelines.checkpoint import load_task, save_task
@@ -285,3 +286,20 @@ def test_a_batch_makes_again_what_another_schedule_made(chitu, model, tmp_path: 
     assert read_recipe(video)["attn_schedule"] is None
     assert chitu(*words, *later)[0] == 0
     assert read_recipe(video)["attn_schedule"]["kernel"] == "math"
+
+
+def test_a_forward_by_hand_knows_the_steps_of_the_bound_task(flat, model, tmp_path) -> None:
+    """Half of the steps are a number only where somebody knows how many there are."""
+    backend = DiffusionBackend(scheduled_config(model, tmp_path, "flat@50%"))
+    generator = Generator(backend)
+    latent = torch.zeros(1, 4, 2, 4, 4)
+    text = generator.encode_text("a cat")
+    flat.clear()
+    for step in range(4):
+        backend.flexcache_manager.bind(parse_flexcache("interval", 4))
+        generator.forward_with_cache(latent, text, 500, step)
+    assert by_step(flat) == ["sdpa", "sdpa", "flat", "flat"]
+    backend.flexcache_manager.release()
+    flat.clear()
+    generator.forward_with_cache(latent, text, 500, 3)
+    assert by_step(flat) == ["sdpa"]

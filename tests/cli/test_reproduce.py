@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import Chitu
+from PIL import Image
 
+from chitu_diffusion.attention import KERNELS, sdpa
+from chitu_diffusion.attention.kernels import dense, math_with_lse
 from chitu_diffusion.cli.reproduce import NOT_THE_SAME, compare_frames, differences
 from chitu_diffusion.media.reading import read_frames, read_recipe
 from chitu_diffusion.media.video import write_video
@@ -96,6 +100,49 @@ def test_a_kernel_that_does_not_run_here(chitu: Chitu, tiny_folder: Path) -> Non
     code, out, err = chitu("reproduce", "cat.npy", "--model", tiny_folder, "--device", "cpu", "--check")
     assert code == 0 and "fa3 cannot run here" in err
     assert "attention: fa3 in the file" in out and "device: NVIDIA H100 in the file, cpu here" in out
+
+
+@pytest.mark.parametrize("schedule", ["flat@2", "flat@28%", "flat@0.5%"])
+def test_a_kernel_that_took_over_late_does_so_again(
+    chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    """28 % of 25 steps are 7, and not 8, as the nearest float would have it."""
+    flat = replace(sdpa, name="flat", exact=False, run=dense(lambda q, k, v: math_with_lse(0.5 * q, k, v)[0]))
+    monkeypatch.setitem(KERNELS, "flat", flat)
+    late = ("--set", f"infer.attn_schedule={schedule}")
+    make(chitu, tiny_folder, "cat.npy", "--steps", 25 if "28" in schedule else 3, *late)
+    code, out, err = chitu("reproduce", "cat.npy", "--model", tiny_folder, "--check")
+    assert (code, len(out.splitlines())) == (0, 1), out + err
+    monkeypatch.delitem(KERNELS, "flat")
+    code, out, err = chitu("reproduce", "cat.npy", "--model", tiny_folder, "--check")
+    assert code == NOT_THE_SAME and "flat cannot run here" in err
+    assert "attn_schedule.kernel: flat in the file, None here" in out
+
+
+def test_a_picture_that_is_not_there_is_missed_before_the_model_loads(
+    chitu: Chitu, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(name)
+    make(chitu, image_folder, "cat.npy", "--image", "a.png", "--last-image", "b.png")
+    code, out, err = chitu("reproduce", "cat.npy", "--model", image_folder, "--check")
+    assert code == 0, out + err
+    Path("b.png").rename("moved.png")
+    moved = ("reproduce", "cat.npy", "--model", image_folder, "--last-image", "moved.png", "--check")
+    code, out, err = chitu(*moved)
+    assert (code, len(out.splitlines())) == (0, 1), out + err
+    monkeypatch.setattr("chitu_diffusion.cli.reproduce._make", None)
+    Path("b.png").write_bytes(b"another")
+    code, _, err = chitu("reproduce", "cat.npy", "--model", image_folder, "--check")
+    assert code == 2 and "--last-image" in err and "b.png': the file has changed" in err
+    Path("b.png").unlink()
+    code, _, err = chitu("reproduce", "cat.npy", "--model", image_folder, "--check")
+    assert code == 2 and "b.png': there is no such file" in err
+    recipe = read_recipe("cat.npy")
+    recipe["params"]["image"]["path"] = None
+    write_video(read_frames("cat.npy"), "cat.npy", fps=8, recipe=recipe)
+    code, _, err = chitu("reproduce", "cat.npy", "--model", image_folder, "--check")
+    assert code == 2 and "it was given in memory" in err
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from running import CAT, config_for
 
 from chitu_diffusion.config import RankPlace
 from chitu_diffusion.engine import Engine
-from chitu_diffusion.errors import StageError, TaskError, UsageError
+from chitu_diffusion.errors import RankLostError, StageError, TaskError, UsageError
 from chitu_diffusion.task import TaskStatus
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -61,11 +61,30 @@ def test_a_store_of_the_callers_own(tiny_folder: Path, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize(
     ("place", "said"),
-    [((2, 2), "rank = 2 of 2"), ((-1, 2), "rank = -1"), ((0, 2, 1, 1), "local_rank = 1 of 1")],
+    [
+        ((2, 2), "rank = 2 of 2"),
+        ((-1, 2), "rank = -1"),
+        ((0, 2, 1, 1), "local_rank = 1 of 1"),
+        ((1, 2, None, 1), "local_rank = 1 of 1"),
+        ((0, 2, 0, 3), "local_world = 3: use 1 to 2"),
+        ((0, 0), "world = 0: use 1 or more"),
+        (("0", 2), "rank = '0': use a whole number"),
+        ((0, None), "world = None: use a whole number"),
+        ((0.0, 2), "rank = 0.0"),
+        ((True, 2), "rank = True"),
+    ],
 )
 def test_a_place_that_cannot_be(place: tuple[int, ...], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         RankPlace(*place)
+
+
+@pytest.mark.parametrize(("store", "said"), [(None, "rank 0 of 2 has no store"), (5, "store is a int; use")])
+def test_a_place_without_a_store(tiny_folder: Path, tmp_path: Path, monkeypatch, store, said: str) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match=said):
+        Engine(config_for(tiny_folder, tmp_path), place=RankPlace(0, 2, store=store))
 
 
 def test_a_world_of_one_is_no_group(tiny_folder: Path, tmp_path: Path) -> None:
@@ -93,9 +112,16 @@ def same_script(rank: int, world: int, store: dist.Store, folder: str, out: str)
     def changes(own, step, timestep, given):
         return {"latents": given["latents"] + 1}
 
+    def changes_in_place(own, step, timestep, given):
+        given["latents"] += 1
+        return given
+
     # the rank that failed has its own error, the others its words
-    with pytest.raises(StageError if driver else TaskError, match="one of 2 ranks"):
-        engine.generate(CAT, callback_on_step_end=changes)
+    for hook in (changes, changes_in_place):
+        with pytest.raises(StageError if driver else TaskError, match="one of 2 ranks"):
+            engine.generate(CAT, callback_on_step_end=hook)
+    looked = engine.generate(CAT, seed=1, callback_on_step_end=lambda *given: given[3])
+    assert np.array_equal(looked.frames, engine.generate(CAT, seed=1).frames)
 
     cancelled = engine.generate(CAT, callback_on_step_end=lambda *given: given[3]["task"].cancel() and None)
     assert cancelled.task.status is TaskStatus.CANCELLED and len(cancelled.frames) == 0
@@ -118,6 +144,36 @@ def test_the_same_script_on_both_ranks(tiny_folder: Path, tmp_path: Path) -> Non
     mine, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert mine == other
     assert not list(tmp_path.glob("*.npy"))
+
+
+def at_odds(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:
+    """Two ranks that were told different things: both say so."""
+
+    def meet(case: str, mine: int, count: int = 2, **settings: object) -> None:
+        config = config_for(Path(folder), Path(out))
+        config.ranks.timeout = 3 if case == "twice" else 30
+        for name, value in settings.items():
+            branch = config.infer.diffusion if name in ("cfg_size", "cp_size") else config.infer
+            setattr(branch, name, value)
+        Engine(config, place=RankPlace(mine, count, store=dist.PrefixStore(case, store)))
+
+    for case, told in (
+        ("dtype", {"dtype": "bfloat16"}),
+        ("attn_schedule", {"attn_schedule": "sdpa@1"}),
+        ("diffusion", {"cp_size": 2}),
+    ):
+        with pytest.raises((RankLostError, UsageError), match=f"{case} = .* on rank 1, .* on rank 0"):
+            meet(case, rank, **(told if rank else {}))
+    with pytest.raises((RankLostError, UsageError), match="world = 3 on rank 1, 2 on rank 0"):
+        meet("world", rank, 2 + rank)
+    with pytest.raises(
+        (UsageError, RankLostError, RuntimeError), match="has come to this store|did not come"
+    ):
+        meet("twice", 0)
+
+
+def test_ranks_that_are_at_odds_say_so(tiny_folder: Path, tmp_path: Path) -> None:
+    run_ranks(2, at_odds, str(tiny_folder), str(tmp_path), errors=tmp_path, seconds=90)
 
 
 def frames_on_the_driver(rank: int, world: int, store: dist.Store, folder: str, out: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,6 +106,43 @@ def test_a_step_out_of_order_is_refused_and_takes_nothing(backend):
         latent = scheduler.step(latent, timestep.reshape(1), latent)
     with pytest.raises(ValueError, match="all 3 steps are taken; call set_timesteps"):
         scheduler.step(latent, times[-1], latent)
-    for steps in (0, -1):
+    for steps in (0, -1, 1001, 10**9, 2.5, "4", True):
         with pytest.raises(ValueError, match="use at least 1"):
             backend.scheduler(steps)
+
+
+STEP = torch.zeros(SHAPE)
+WRONG = {
+    "noise_pred is a ndarray": (STEP.numpy(), None, STEP),
+    "latent is a list": (STEP, None, STEP.tolist()),
+    "noise_pred is a NoneType": (None, None, STEP),
+    "noise_pred is torch.int64": (STEP.long(), None, STEP),
+    "latent is torch.complex64": (STEP, None, STEP.to(torch.complex64)),
+    "latent is torch.float32, torch.sparse_coo": (STEP, None, STEP.to_sparse()),
+    "noise_pred is .* on meta": (STEP.to("meta"), None, STEP),
+    "timestep = 999": (STEP, "999", STEP),
+    r"timestep = \[\]": (STEP, [], STEP),
+    "timestep = torch.float32 .* on meta": (STEP, torch.empty((), device="meta"), STEP),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_what_is_no_step_is_refused_in_words(backend, said):
+    scheduler = backend.scheduler(3)
+    velocity, timestep, latent = WRONG[said]
+    timestep = scheduler.timestep if timestep is None else timestep
+    with pytest.raises(ValueError, match=said):
+        scheduler.step(velocity, timestep, latent)
+    assert scheduler.step(STEP, scheduler.timestep, STEP).shape == SHAPE
+    with pytest.raises(ValueError, match=r"latent is \[1, 4, 2, 4, 2\], at the step before it was \[1, 4"):
+        scheduler.step(STEP[..., :2], scheduler.timestep, STEP[..., :2])
+    for seed in ("x", -1, 2**63, 1.5):
+        with pytest.raises(ValueError, match="seed = .*whole number"):
+            backend.scheduler(3, seed)
+
+
+def test_numbers_of_numpy_are_numbers(backend):
+    scheduler = backend.scheduler(np.int64(3), np.int32(SEED))
+    first = scheduler.step(STEP, np.float32(scheduler.timestep), STEP)
+    own = backend.scheduler(3, SEED)
+    assert torch.equal(first, own.step(STEP, own.timestep, STEP))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, plain_number
 from chitu_diffusion.models.wan.config import TRAINED_STEPS, WanConfig
 from chitu_diffusion.models.wan.positions import Grid
 from chitu_diffusion.models.wan.text_kv import TextKVCache
@@ -112,6 +112,7 @@ def read_timestep(timestep: object, batch: int, device: torch.device) -> Tensor:
         UsageError: anything else, or a time outside 0 to 1000.
     """
     times = []
+    timestep = plain_number(timestep)
     if isinstance(timestep, Tensor):
         real = timestep.dtype != torch.bool and not timestep.is_complex()
         if timestep.ndim > 1 or timestep.numel() not in (1, batch) or not real:
