@@ -158,6 +158,19 @@ def test_every_command_has_help(chitu: Chitu, words: list[str]) -> None:
     assert f"Usage: chitu {' '.join(words)}" in out
 
 
+@pytest.mark.parametrize("group", [(), ("models",), ("config",), ("eval",)])
+def test_summaries_are_shown_whole(
+    chitu: Chitu, monkeypatch: pytest.MonkeyPatch, group: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = chitu(*group, "--help")[1].partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
+    assert max(map(len, lines)) <= 80
+    listed = " ".join(" ".join(lines).split())
+    for name in (line.split()[0] for line in lines if line[:3].strip()):
+        text = chitu(*group, name, "--help")[1].partition("\n\n")[2].partition("\n\n")[0]
+        assert " ".join([name, *text.split()]) in listed
+
+
 def test_a_bare_command_shows_help(chitu: Chitu) -> None:
     code, _, err = chitu()
     assert code == 2
