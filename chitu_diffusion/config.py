@@ -375,7 +375,19 @@ def load_config(
         if value is not None:
             _put(tree, name, _from_text(value, kinds.get(name)) if isinstance(value, str) else value)
             origins[name] = "flag"
-    return EngineConfig(**tree), origins
+    try:
+        return EngineConfig(**tree), origins
+    except UsageError as error:
+        raise with_origin(error, origins) from error.__cause__
+
+
+def with_origin(error: UsageError, origins: Origins) -> UsageError:
+    """An error about a setting, beginning with the file or variable that its value came from."""
+    about = str(error.field)
+    found = (origin for name, origin in origins.items() if name == about or name.startswith(f"{about}."))
+    origin = next(found, "")
+    named = origin.startswith(("file ", "env "))
+    return UsageError(f"{origin}: {error}", field=error.field) if named else error
 
 
 @dataclass(frozen=True)

@@ -97,15 +97,18 @@ def batch(
     guidance_scale, seed, save_path, image, last_image, flexcache, role and priority. The flags fill in what a
     row leaves out.
     """
+    from chitu_diffusion.task import DiffusionUserParams
+
     config, _ = args.load_config()
-    model = find_model(config)
+    model = find_model(config, args)
     gpus = args["gpus"]
     as_json = args["json"]
     if gpus:
         check_layout(config, model.spec, gpus)
-    rows = read_rows(
-        file, args["output"], args.request_fields(), lambda params: task_for(model, config, params)
-    )
+    asked = args.request_fields()
+    with args.named():
+        DiffusionUserParams(**{"prompt": "-", **asked})  # what is wrong with a flag is no row's fault
+    rows = read_rows(file, args["output"], asked, lambda params: task_for(model, config, params))
     todo = [row for row in rows if not is_done(row, model.spec, config)]
     left = {row.line for row in todo}
     done = len(rows) - len(todo)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from chitu_diffusion.cli import options
 from chitu_diffusion.cli.console import emit, say
 from chitu_diffusion.cli.dry_run import find_model
-from chitu_diffusion.cli.flags import Args, flags_named, takes_flags
+from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.errors import UsageError
 
 PROMPTS = (
@@ -33,7 +33,7 @@ def calibrate(args: Args) -> None:
     the weights.
     """
     config, _ = args.load_config()
-    folder = find_model(config).required().path
+    folder = find_model(config, args).required().path
     output = args["output"]
     options.make_folder("-o", output)
     from chitu_diffusion.evaluation.cache_table import read_prompts
@@ -50,7 +50,7 @@ def calibrate(args: Args) -> None:
     fitted_on = [Job(prompt, seed) for seed in seeds for prompt in sentences[:-kept]]
     checked_on = [Job(prompt, max(seeds) + 1) for prompt in sentences[-kept:]]
     say(f"{config.models.name}: {len(fitted_on)} runs to fit on, {len(checked_on)} to check on")
-    with flags_named():
+    with args.named():
         found = measure(
             config,
             fitted_on,

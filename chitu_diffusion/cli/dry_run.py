@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.cli.console import emit, quoted, say
-from chitu_diffusion.cli.flags import flags_named
 
 if TYPE_CHECKING:
+    from chitu_diffusion.cli.flags import Args
     from chitu_diffusion.config import EngineConfig
     from chitu_diffusion.models.registry import FoundModel
     from chitu_diffusion.models.spec import ModelSpec
     from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 
-def find_model(config: EngineConfig) -> FoundModel:
+def find_model(config: EngineConfig, args: Args) -> FoundModel:
     """The model that the settings name, sampled as they say, which must be on this machine.
 
     Raises:
@@ -29,7 +29,7 @@ def find_model(config: EngineConfig) -> FoundModel:
     """
     from chitu_diffusion.models.registry import resolve_model
 
-    with flags_named():
+    with args.named():
         model = resolve_model(config.models.name, config.models.ckpt_dir)
     model.required()
     return model._replace(spec=model.spec.with_sampler(config.infer.sampler))

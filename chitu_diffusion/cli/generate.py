@@ -15,7 +15,7 @@ import typer
 from chitu_diffusion.cli import options
 from chitu_diffusion.cli.console import say
 from chitu_diffusion.cli.dry_run import find_model, print_plan, task_for
-from chitu_diffusion.cli.flags import Args, flags_named, takes_flags
+from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.cli.resume import VideoJob, job_key, run_key
 from chitu_diffusion.errors import UsageError
@@ -39,12 +39,13 @@ def generate(
     """
     config, _ = args.load_config()
     asked = {"prompt": prompt, **args.request_fields()}
-    requests = requests_for_seeds(asked, config.output.dir)
-    model = find_model(config)
+    with args.named():
+        requests = requests_for_seeds(asked, config.output.dir)
+    model = find_model(config, args)
     if args["fidelity"] is not None or args["speedup"] is not None:
         flexcache = picked_cache(model.spec, config.models.name, args)
         requests = [replace(request, flexcache=flexcache) for request in requests]
-    with flags_named():
+    with args.named():
         tasks = [task_for(model, config, params) for params in requests]
     gpus = args["gpus"]
     if gpus:
@@ -123,7 +124,7 @@ def requests_for_seeds(asked: dict[str, Any], folder: str) -> list[DiffusionUser
         folder: for files without a name.
 
     Raises:
-        UsageError: a bad value or a name that cannot be written, naming the flag.
+        UsageError: a bad value or a name that cannot be written.
     """
     from chitu_diffusion.media.video import check_save_path
     from chitu_diffusion.task import DiffusionUserParams, draw_seed
@@ -131,14 +132,13 @@ def requests_for_seeds(asked: dict[str, Any], folder: str) -> list[DiffusionUser
     seeds = asked.get("seed") or [draw_seed()]
     output = asked.get("save_path")
     requests = []
-    with flags_named():
-        for seed in seeds:
-            path = output if output is not None else options.default_path(folder, seed)
-            if output is not None and len(seeds) > 1:
-                check_save_path(output)
-                path = options.path_for_seed(output, seed)
-            requests.append(DiffusionUserParams(**{**asked, "seed": seed, "save_path": path}))
-            check_save_path(path)
+    for seed in seeds:
+        path = output if output is not None else options.default_path(folder, seed)
+        if output is not None and len(seeds) > 1:
+            check_save_path(output)
+            path = options.path_for_seed(output, seed)
+        requests.append(DiffusionUserParams(**{**asked, "seed": seed, "save_path": path}))
+        check_save_path(path)
     return requests
 
 

@@ -15,7 +15,7 @@ import typer
 
 from chitu_diffusion.cli.console import emit, printable, say
 from chitu_diffusion.cli.dry_run import find_model
-from chitu_diffusion.cli.flags import Args, flags_named, takes_flags
+from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ def reproduce(
     target = _target(file, args)
     config, _ = args.load_config(_settings_of(recipe))
     params = _request_of(recipe)
-    model = find_model(config)
-    with flags_named():
+    model = find_model(config, args)
+    with args.named():
         result = _make(_runnable(config, recipe), model, params, as_json=args["json"])
     again = _as_stored(result, file)
     found = compare_frames(frames, again)
@@ -90,7 +90,7 @@ def _target(file: Path, args: Args) -> str | None:
     target = file.with_name(f"{file.stem}-again{file.suffix}") if asked is None else asked
     if target.absolute() == file.absolute():
         raise UsageError(f"-o {target}: that is the video itself; use another name", field="save_path")
-    with flags_named():
+    with args.named():
         check_save_path(target)
     return str(target)
 
