@@ -19,7 +19,7 @@ import typer
 
 from chitu_diffusion.cli import options
 from chitu_diffusion.cli.console import duration, emit, printable, say, table
-from chitu_diffusion.cli.dry_run import find_model, task_for
+from chitu_diffusion.cli.dry_run import find_model, picked_cache, say_layout, task_for
 from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.cli.resume import VideoJob, job_key, run_key
@@ -103,16 +103,16 @@ def batch(
     model = find_model(config, args)
     gpus = args["gpus"]
     as_json = args["json"]
-    if gpus:
-        check_layout(config, model.spec, gpus)
-    asked = args.request_fields()
+    asked = {**args.request_fields(), **picked_cache(model.spec, args)}
     with args.named():
+        layout = check_layout(config, model.spec, gpus)
         DiffusionUserParams(**{"prompt": "-", **asked})  # what is wrong with a flag is no row's fault
-    rows = read_rows(file, args["output"], asked, lambda params: task_for(model, config, params))
+    rows = read_rows(file, args["output"], asked, lambda params: task_for(model, config, params, layout))
     todo = [row for row in rows if not is_done(row, model.spec, config)]
     left = {row.line for row in todo}
     done = len(rows) - len(todo)
     if args["dry_run"] or not todo:
+        say_layout(layout)
         say(f"{len(rows)} rows: {done} done already, {len(todo)} to make")
         _summary(rows, left, {}, as_json=as_json)
         return 0

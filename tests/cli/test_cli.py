@@ -252,6 +252,16 @@ def test_dry_run_makes_nothing(chitu: Chitu, tiny_folder: Path, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_dry_run_tells_cache_and_kernels_as_they_are_typed(chitu: Chitu) -> None:
+    words = ("--attn-schedule", "math@50%", "--gpus", 2, "--dry-run")
+    err = chitu("generate", "cat", "--cache", "teacache:threshold=0.25", *words)[2]
+    assert "cache teacache:threshold=0.25, math attention after 25 of 50 steps" in err
+    assert "ranks   2: cfg 2 x ulysses 1 x ring 1" in err and "{" not in err
+    (plan,) = events(chitu("generate", "cat", *words, "--json")[1])
+    assert plan["ranks"] == {"cfg": 2, "ulysses": 1, "ring": 1}
+
+
 @pytest.mark.parametrize("words", [("generate", "cat", "--seed", "1..2"), ("batch", "p.txt", "-o", "many")])
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
 def test_a_folder_is_read_and_a_request_resolved_once(

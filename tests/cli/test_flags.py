@@ -128,3 +128,12 @@ def test_an_error_names_where_the_value_came_from(
 def test_a_bad_flag_is_no_rows_fault(chitu: Chitu) -> None:
     Path("p.txt").write_text("a cat\na dog\n")
     assert chitu("batch", "p.txt", "--frames", "32")[2].startswith("error: --frames 32: ")
+
+
+def test_a_batch_takes_what_a_video_takes() -> None:
+    """But for a trace, which is of one video."""
+
+    def names(command: str) -> set[str]:
+        return {flag.key for flag in FLAGS if command in flag.commands.split()}
+
+    assert names("generate") - names("batch") == {"profile"}
