@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chitu_diffusion.cli.console import emit, printable, say
-from chitu_diffusion.cli.dry_run import find_model
+from chitu_diffusion.cli.dry_run import find_model, task_for
 from chitu_diffusion.cli.flags import Args, takes_flags
+from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def reproduce(
         Path, typer.Argument(help="A video that chitu wrote: .mp4, .gif, .npy or a folder of frames.")
     ],
     args: Args,
+    context: typer.Context,
 ) -> int:
     """Make the video in a file again from its recipe, and say whether it is the same: exit code 0, else 5.
 
@@ -65,6 +67,11 @@ def reproduce(
     config, _ = args.load_config(_settings_of(recipe))
     params = _request_of(recipe)
     model = find_model(config, args)
+    gpus = args["gpus"]
+    with args.named():
+        task_for(model, config, params, check_layout(config, model.spec, gpus))
+    if gpus and gpus > 1:
+        return launch(context.find_root().obj, gpus, config)
     with args.named():
         result = _make(_runnable(config, recipe), model, params, as_json=args["json"])
     again = _as_stored(result, file)
@@ -99,6 +106,11 @@ def _settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a recipe names, by dotted name. A GPU of another name is as good as any."""
     said = dict(_leaves(recipe))
     settings = {setting: said[name] for name, setting in _SETTINGS.items() if said.get(name) is not None}
+    kernel = said.get("attn_schedule.kernel")
+    if kernel is not None:
+        share = said.get("attn_schedule.after_share")
+        after = f"{100 * share:g}%" if share is not None else f"{said['attn_schedule.after_steps']:g}"
+        settings["infer.attn_schedule"] = f"{kernel}@{after}"
     return settings | ({"infer.device": "cpu"} if said.get("device") == "cpu" else {})
 
 
