@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -119,11 +120,17 @@ def batch(
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, config)
     if done and not as_json:
-        say(f"{done} of {len(rows)} rows are done already and are skipped")
+        lines = ", ".join(str(row.line) for row in rows if row.line not in left)
+        named = textwrap.shorten(lines, 60, placeholder=" ...")
+        say(f"{done} of {len(rows)} rows are done already and are skipped: line {named}")
     from chitu_diffusion.cli.progress import make_reporter
     from chitu_diffusion.cli.runner import run_jobs
 
-    jobs = [VideoJob(row.task, job_key(row.params, (), config)) for row in todo]
+    jobs = [
+        VideoJob(row.task, job_key(row.params, (), config), place=(number, len(rows)))
+        for number, row in enumerate(rows, start=1)
+        if row.line in left
+    ]
     places = [str(path.absolute()) for path in (file, args["output"])]
     key = run_key(places)
     tasks = run_jobs(config, model, jobs, make_reporter(as_json=as_json), key=key)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -147,6 +148,7 @@ def _make(
 
     reporter = make_reporter(as_json=as_json)
     reporter.loading(config.models.name)
+    began = time.monotonic()
     try:
         from chitu_diffusion.engine import Engine
 
@@ -154,6 +156,7 @@ def _make(
             if not engine.is_driver:
                 engine.run_worker()
                 raise typer.Exit(0)
+            reporter.loaded(time.monotonic() - began)
             reporter.begin(DiffusionTask.from_user_request(params), 1, 1)
             result = engine.generate(params)
             reporter.end(result.task)

@@ -37,7 +37,8 @@ def test_batch_makes_skips_and_remakes(chitu: Chitu, tiny_folder: Path) -> None:
     Path("p.txt").write_text("a red cat\na green dog\n", encoding="utf-8")
     code, _, err = chitu(*words)
     assert code == 0
-    assert "1 of 2 rows are done already" in err
+    assert "1 of 2 rows are done already and are skipped: line 1\n" in err
+    assert '[2/2] "a green dog"' in err and "[1/" not in err
     assert read_recipe("out/0002.mp4")["prompt"] == "a green dog"
     assert Path("out/0001.mp4").stat().st_mtime_ns == made
 

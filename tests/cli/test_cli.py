@@ -187,7 +187,7 @@ def test_generate_makes_a_video(chitu: Chitu, tiny_folder: Path) -> None:
     assert code == 0, err
     assert out == "new/cat.mp4\n"
     assert err.startswith("loading ")
-    for said in ("seed 3", "step 4 of 4", "s/step", "decoding", "done in", "[bold]cat[/bold]"):
+    for said in ("seed 3", "step 4 of 4", "s/step", "decoding", "loaded in", "done in", "[bold]cat[/bold]"):
         assert said in err
     assert read_frames("new/cat.mp4").shape == (5, 32, 32, 3)
     recipe = read_recipe("new/cat.mp4")
@@ -232,8 +232,9 @@ def test_json_tells_the_whole_story(chitu: Chitu, tiny_folder: Path) -> None:
     code, out, _ = chitu("generate", "cat", "--json", "--model", tiny_folder, "--seed", 1, "-o", "frames/")
     told = events(out)
     assert code == 0
-    assert [event["event"] for event in told] == ["loading", "begin", *["progress"] * (len(told) - 3), "end"]
-    assert told[1]["seed"] == 1
+    names = ["loading", "loaded", "begin", *["progress"] * (len(told) - 4), "end"]
+    assert [event["event"] for event in told] == names
+    assert told[2]["seed"] == 1
     steps = [event["step"] for event in told if event.get("stage") == "denoising"]
     assert steps == [1, 2, 3, 4]
     assert told[-1]["path"] == "frames"
