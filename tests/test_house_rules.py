@@ -29,7 +29,7 @@ BUDGETS = {
     "evaluation": 2110,
     "executor": 1490,
     "flexcache": 2700,
-    "media": 760,
+    "media": 770,
     "memory": 570,
     "models": 3660,
     "ops": 1815,
