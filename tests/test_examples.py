@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,24 @@ def run(name: str, *words: str, folder: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [("text_to_video.py", "denoising"), ("batch.py", "refused"), ("step_caches.py", "no cache")],
+)
+def test_ctrl_c_ends_in_words(tmp_path: Path, name: str, after: str) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CHITU_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, str(EXAMPLES / name)]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert any(line.startswith(after) for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read()
+    assert process.returncode == 130, told
+    assert "interrupted; the same command" in told and "Traceback" not in told
 
 
 def test_every_example_is_run_here() -> None:
