@@ -30,7 +30,7 @@ install: $(STAMP)
 # torch comes first and alone: so pip takes the pinned build, and does not search for another one later
 # (compat: a path, where the default is a hook that type checkers and editors do not run)
 $(STAMP): pyproject.toml constraints.txt Makefile
-	@echo "setting up $(VENV) (once; a few minutes) ..."
+	@echo "setting up $(VENV) (once; some minutes, by network and disk) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install "$(TORCH)" -c constraints.txt
 	@$(PIP) install -e ".[dev]" --config-settings editable_mode=compat -c constraints.txt

@@ -18,7 +18,8 @@ import torch
 from chitu_diffusion.attention import AttentionKernel, attention_kernel
 from chitu_diffusion.attention.autotune import KernelAutotuner, Shape
 from chitu_diffusion.attention.scheduled import scheduled
-from chitu_diffusion.config import AttnSchedule, EngineConfig, cache_dir, keep_compiled_code
+from chitu_diffusion.attn_schedule import AttnSchedule
+from chitu_diffusion.config import EngineConfig, cache_dir, keep_compiled_code
 from chitu_diffusion.distributed.host import usable_cores
 from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.errors import UsageError, names_checked, require_kind

@@ -22,7 +22,9 @@ PROMPTS = {
     "robot": "a purple robot standing under the stars",
 }
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Makes what is missing."""
     config = EngineConfig()
     config.scheduler.policy = "fair"  # a step of each task in turn; "fifo" finishes one after the other
     with Engine(config) as engine:
@@ -40,7 +42,19 @@ if __name__ == "__main__":
             engine.submit(DiffusionUserParams(prompt="a cat", num_frames=32))
         except UsageError as error:
             print(f"refused: {error}")
-        engine.run_until_idle(raise_on_failure=False)  # each is told below
+        try:
+            engine.run_until_idle(raise_on_failure=False)  # each is told below
+        except KeyboardInterrupt:
+            engine.save_tasks()
+            raise
     for name, task in tasks.items():
         print(f"{name}: {task.status} {task.error_message or task.buffer.save_path}")
     raise SystemExit(any(task.error is not None for task in tasks.values()))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        raise SystemExit(130) from None

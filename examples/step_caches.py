@@ -8,6 +8,8 @@ A step cache leaves out forwards, so it changes the video; it is off unless a re
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 
 from chitu_diffusion import DiffusionUserParams, Engine, EngineConfig
@@ -19,7 +21,9 @@ CACHES = {
     "taylorseer": {"strategy": "taylorseer"},
 }
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Compares them."""
     frames = {}
     with Engine(EngineConfig()) as engine:
         for name, cache in CACHES.items():
@@ -40,3 +44,11 @@ if __name__ == "__main__":
             error = np.mean((frames[name] - frames["no cache"]) ** 2)
             psnr = 10 * np.log10(255**2 / error) if error else float("inf")
             print(f"{name}: {task.get_elapsed_time():.1f} s, {psnr:.1f} dB from no cache")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; the same command starts again", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import torch
@@ -26,6 +27,11 @@ if not torch.cuda.is_available():
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WAN_TINY = Path(__file__).parent.parent / "chitu_diffusion" / "assets" / "wan-tiny"
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Functions by name: their addresses are other ones in each worker."""
+    return val.__name__ if isinstance(val, FunctionType) else None
 
 
 def pytest_collection_finish() -> None:

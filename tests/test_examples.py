@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import sys
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,14 @@ from chitu_diffusion.media.reading import read_frames
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name: str, *words: str, folder: Path) -> str:
+def start(name: str, *words: str, folder: Path) -> BaseProcess:
     process = CONTEXT.Process(target=example, args=(name, words, str(folder)))
     process.start()
+    return process
+
+
+def run(name: str, *words: str, folder: Path) -> str:
+    process = start(name, *words, folder=folder)
     process.join(300)
     assert process.exitcode == 0, (folder / "err").read_text()
     return (folder / "out").read_text()
@@ -30,8 +38,26 @@ def example(name: str, words: tuple[str, ...], folder: str) -> None:
     os.environ["CHITU_CACHE_DIR"] = str(Path("cache").absolute())
     torch.set_num_threads(1)
     sys.argv = [name, *words]
-    with Path("out").open("w") as sys.stdout, Path("err").open("w") as sys.stderr:
+    with Path("out").open("w", buffering=1) as sys.stdout, Path("err").open("w") as sys.stderr:
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [("text_to_video.py", "denoising"), ("batch.py", "refused"), ("step_caches.py", "no cache")],
+)
+def test_ctrl_c_ends_in_words(tmp_path: Path, name: str, after: str) -> None:
+    process = start(name, folder=tmp_path)
+    deadline = time.monotonic() + 120
+    while not ((tmp_path / "out").exists() and f"\n{after}" in "\n" + (tmp_path / "out").read_text()):
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.02)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    told = (tmp_path / "err").read_text()
+    assert process.exitcode == 130, told
+    assert "interrupted; the same command" in told and "Traceback" not in told
 
 
 def test_every_example_is_run_here() -> None:

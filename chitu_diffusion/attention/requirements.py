@@ -93,7 +93,7 @@ class Requirements:
         self, device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None
     ) -> Unmet | None:
         """The first thing that is missing, or None; what is not known yet (None) is taken to be right."""
-        unmet = self._unmet_by_device(device)
+        unmet = self.unmet_by_device(device)
         if unmet is None and self.package is not None:
             unmet = self.package.unmet()
         if unmet is None and dtype is not None and dtype not in self.dtypes:
@@ -112,7 +112,8 @@ class Requirements:
             self.head_dim_most is None or head_dim <= self.head_dim_most
         )
 
-    def _unmet_by_device(self, device: torch.device) -> Unmet | None:
+    def unmet_by_device(self, device: torch.device) -> Unmet | None:
+        """Why the device itself cannot run it: nothing that could be installed would help."""
         if device.type not in self.devices:
             able = " or ".join("an NVIDIA GPU" if each == "cuda" else each for each in self.devices)
             return Unmet(

@@ -8,6 +8,7 @@ Knows every command group and nothing of what they do.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import traceback
@@ -52,7 +53,18 @@ def build() -> typer.Typer:
     app.command()(doctor)
     app.add_typer(config_app, name="config")
     app.add_typer(evaluation_app, name="eval")
+    _summarise(app)
     return app
+
+
+def _summarise(app: typer.Typer) -> None:
+    """Lists of commands show each one's first paragraph, wrapped; by itself typer cuts it to one line."""
+    for command in app.registered_commands:
+        command.short_help = (inspect.getdoc(command.callback) or "").partition("\n\n")[0]
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            group.short_help = group.typer_instance.info.help
+            _summarise(group.typer_instance)
 
 
 def _print_version(wanted: bool) -> None:

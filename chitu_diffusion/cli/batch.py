@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,7 @@ import typer
 
 from chitu_diffusion.cli import options
 from chitu_diffusion.cli.console import duration, emit, printable, say, table
-from chitu_diffusion.cli.dry_run import find_model, task_for
+from chitu_diffusion.cli.dry_run import find_model, picked_cache, say_layout, task_for
 from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.cli.resume import VideoJob, job_key, run_key
@@ -97,30 +98,39 @@ def batch(
     guidance_scale, seed, save_path, image, last_image, flexcache, role and priority. The flags fill in what a
     row leaves out.
     """
+    from chitu_diffusion.task import DiffusionUserParams
+
     config, _ = args.load_config()
-    model = find_model(config)
+    model = find_model(config, args)
     gpus = args["gpus"]
     as_json = args["json"]
-    if gpus:
-        check_layout(config, model.spec, gpus)
-    rows = read_rows(
-        file, args["output"], args.request_fields(), lambda params: task_for(model, config, params)
-    )
+    asked = {**args.request_fields(), **picked_cache(model.spec, args)}
+    with args.named():
+        layout = check_layout(config, model.spec, gpus)
+        DiffusionUserParams(**{"prompt": "-", **asked})  # what is wrong with a flag is no row's fault
+    rows = read_rows(file, args["output"], asked, lambda params: task_for(model, config, params, layout))
     todo = [row for row in rows if not is_done(row, model.spec, config)]
     left = {row.line for row in todo}
     done = len(rows) - len(todo)
     if args["dry_run"] or not todo:
+        say_layout(layout)
         say(f"{len(rows)} rows: {done} done already, {len(todo)} to make")
         _summary(rows, left, {}, as_json=as_json)
         return 0
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, config)
     if done and not as_json:
-        say(f"{done} of {len(rows)} rows are done already and are skipped")
+        lines = ", ".join(str(row.line) for row in rows if row.line not in left)
+        named = textwrap.shorten(lines, 60, placeholder=" ...")
+        say(f"{done} of {len(rows)} rows are done already and are skipped: line {named}")
     from chitu_diffusion.cli.progress import make_reporter
     from chitu_diffusion.cli.runner import run_jobs
 
-    jobs = [VideoJob(row.task, job_key(row.params, (), config)) for row in todo]
+    jobs = [
+        VideoJob(row.task, job_key(row.params, (), config), place=(number, len(rows)))
+        for number, row in enumerate(rows, start=1)
+        if row.line in left
+    ]
     places = [str(path.absolute()) for path in (file, args["output"])]
     key = run_key(places)
     tasks = run_jobs(config, model, jobs, make_reporter(as_json=as_json), key=key)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from chitu_diffusion.cli import options
 from chitu_diffusion.cli.console import emit, say
-from chitu_diffusion.cli.dry_run import find_model
-from chitu_diffusion.cli.flags import Args, flags_named, takes_flags
+from chitu_diffusion.cli.dry_run import find_model, task_for
+from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.errors import UsageError
 
 PROMPTS = (
@@ -32,9 +32,14 @@ def calibrate(args: Args) -> None:
     The last quarter of the prompts, with another seed, is for the check. The result is flexcache.json beside
     the weights.
     """
+    from chitu_diffusion.task import DiffusionUserParams
+
     config, _ = args.load_config()
-    folder = find_model(config).required().path
+    model = find_model(config, args)
     output = args["output"]
+    asked = args.request_fields()
+    with args.named():
+        task_for(model, config, DiffusionUserParams(**{"prompt": "-", **asked}))
     options.make_folder("-o", output)
     from chitu_diffusion.evaluation.cache_table import read_prompts
     from chitu_diffusion.evaluation.calibrate import Job
@@ -50,16 +55,9 @@ def calibrate(args: Args) -> None:
     fitted_on = [Job(prompt, seed) for seed in seeds for prompt in sentences[:-kept]]
     checked_on = [Job(prompt, max(seeds) + 1) for prompt in sentences[-kept:]]
     say(f"{config.models.name}: {len(fitted_on)} runs to fit on, {len(checked_on)} to check on")
-    with flags_named():
-        found = measure(
-            config,
-            fitted_on,
-            checked_on,
-            settings=args.request_fields(),
-            workers=args["workers"],
-            on_line=say,
-        )
-    path = write_calibration(found, output or folder)
+    with args.named():
+        found = measure(config, fitted_on, checked_on, settings=asked, workers=args["workers"], on_line=say)
+    path = write_calibration(found, output or model.required().path)
     if args["json"]:
         emit("calibration", path=path, table=[dict(vars(row)) for row in found.table])
         return

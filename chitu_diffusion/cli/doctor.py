@@ -37,7 +37,7 @@ class Finding:
         name: what.
         status: "ok"; "note" where something optional is absent; "lack" where nothing can be generated.
         found: what there is.
-        remedy: what to do about it; empty when there is nothing to do.
+        remedy: what to do about it; empty when there is nothing to do, or nothing that would help here.
     """
 
     name: str
@@ -125,11 +125,8 @@ def _devices() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
-        remedy = (
-            "the driver does not answer: see nvidia-smi"
-            if built
-            else "this torch is a CPU build; with an NVIDIA GPU, install torch's CUDA build"
-        )
+        ask = "see why its driver does not answer (nvidia-smi)" if built else "install torch's CUDA build"
+        remedy = f"none needed without one; with an NVIDIA GPU, {ask}"
         yield Finding("gpu", "note", "none that torch can use; the CPU runs wan-tiny", remedy)
         return
     for index in range(torch.cuda.device_count()):
@@ -156,7 +153,9 @@ def _attention() -> Iterator[Finding]:
         if unmet is None:
             yield Finding(f"attention {name}", "ok", about)
         else:
-            yield Finding(f"attention {name}", "note", f"{about}; not here: {unmet.reason}", unmet.remedy)
+            found = f"{about}; not here: {unmet.reason}"
+            remedy = "" if kernel.requires.unmet_by_device(device) else unmet.remedy
+            yield Finding(f"attention {name}", "note", found, remedy)
 
 
 def _video() -> Iterator[Finding]:
@@ -175,6 +174,8 @@ def _video() -> Iterator[Finding]:
 
 
 def _models(args: Args) -> Iterator[Finding]:
+    import torch
+
     from chitu_diffusion.models.registry import resolve_model
     from chitu_diffusion.models.wan.presets import FULL_SIZE
 
@@ -189,10 +190,11 @@ def _models(args: Args) -> Iterator[Finding]:
         yield Finding(f"model {name}", "lack", "not on this machine", f"chitu models pull {spec.name}")
     else:
         yield Finding(f"model {name}", "ok", str(folder.path))
+    slow = "" if torch.cuda.is_available() else ", very slow without a GPU"
     for other in FULL_SIZE.values():
         if other.name != spec.name:
             _, place = resolve_model(other.name)
-            remedy = "" if place else f"optional: chitu models pull {other.name}"
+            remedy = "" if place else f"optional{slow}: chitu models pull {other.name}"
             yield Finding(
                 f"model {other.name}",
                 "ok" if place else "note",

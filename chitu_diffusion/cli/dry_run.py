@@ -6,20 +6,23 @@ Knows models by their configs only; torch is not imported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.cli.console import emit, quoted, say
-from chitu_diffusion.cli.flags import flags_named
+from chitu_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
+    from chitu_diffusion.cli.flags import Args
     from chitu_diffusion.config import EngineConfig
+    from chitu_diffusion.distributed.plan import ParallelPlan
     from chitu_diffusion.models.registry import FoundModel
     from chitu_diffusion.models.spec import ModelSpec
     from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 
-def find_model(config: EngineConfig) -> FoundModel:
+def find_model(config: EngineConfig, args: Args) -> FoundModel:
     """The model that the settings name, sampled as they say, which must be on this machine.
 
     Raises:
@@ -29,19 +32,76 @@ def find_model(config: EngineConfig) -> FoundModel:
     """
     from chitu_diffusion.models.registry import resolve_model
 
-    with flags_named():
+    with args.named():
         model = resolve_model(config.models.name, config.models.ckpt_dir)
     model.required()
     return model._replace(spec=model.spec.with_sampler(config.infer.sampler))
 
 
-def task_for(model: FoundModel, config: EngineConfig, params: DiffusionUserParams) -> DiffusionTask:
-    """A request's task, with the model's own values in place of None.
+def picked_cache(spec: ModelSpec, args: Args) -> dict[str, Any]:
+    """The request's cache by `--fidelity` or `--speedup`, as {"flexcache": ...}; {} where neither was typed.
+
+    Says which it is and what to expect.
 
     Raises:
-        UsageError: what this model cannot do, naming the field.
+        UsageError: both, or a cache besides, or a model that was not calibrated, or more than it was found to
+            keep.
     """
-    from chitu_diffusion.pipelines.request import check_cache, resolve_task
+    fidelity = args["fidelity"]
+    speedup = args["speedup"]
+    if fidelity is speedup is None:
+        return {}
+    if args["cache"] is not None or None not in (fidelity, speedup):
+        raise UsageError("--cache, --fidelity and --speedup: use one of them", field="flexcache")
+    if spec.calibration is None:
+        raise UsageError(
+            f"{'--speedup' if fidelity is None else '--fidelity'}: {spec.name} was not calibrated; 'chitu "
+            f"calibrate --model {args['model'] or spec.name}' does that",
+            field="flexcache",
+        )
+    expected: float | None
+    if fidelity is not None:
+        row = spec.calibration.for_fidelity(fidelity)
+        flexcache = dict(row.flexcache)
+        expected = row.psnr[0]
+        speedup = row.speedup
+    else:
+        flexcache, expected = spec.calibration.for_speedup(speedup)
+    kept = "beyond what was checked" if expected is None else f"{expected:.1f} dB to expect"
+    steps, guidance = (spec.calibration.about.get(name) for name in ("steps", "guidance"))
+    videos = max((row.videos for row in spec.calibration.table), default=0)
+    say(
+        f"cache {setting_text(flexcache)}: {speedup:.3g} times fewer forwards, {kept} (PSNR against full "
+        f"compute, mean over {videos} checked video(s) at {steps} steps, guidance "
+        f"{guidance[0] if guidance else '-'})"
+    )
+    return {"flexcache": flexcache}
+
+
+def setting_text(flexcache: str | Mapping[str, Any] | None) -> str:
+    """A cache as `--cache` takes it; "none" for none."""
+    if flexcache is None or isinstance(flexcache, str):
+        return flexcache or "none"
+    more = ",".join(
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in flexcache.items()
+        if key != "strategy"
+    )
+    return f"{flexcache['strategy']}:{more}".removesuffix(":")
+
+
+def task_for(
+    model: FoundModel, config: EngineConfig, params: DiffusionUserParams, layout: ParallelPlan | None = None
+) -> DiffusionTask:
+    """A request's task, with the model's own values in place of None.
+
+    Args:
+        layout: of the ranks that share it; None where they check it themselves.
+
+    Raises:
+        UsageError: what this model or layout cannot do, naming the field.
+    """
+    from chitu_diffusion.pipelines.request import check_cache, check_tokens, resolve_task
     from chitu_diffusion.task import DiffusionTask
 
     task = DiffusionTask.from_user_request(params)
@@ -50,6 +110,7 @@ def task_for(model: FoundModel, config: EngineConfig, params: DiffusionUserParam
     # request in
     item = 4 if config.infer.dtype == "float32" else 2
     check_cache(task.resolved, model.spec, item, config.infer.diffusion.cache_memory_gb)
+    check_tokens(task.resolved, model.spec, 1 if layout is None else layout.sequence)
     return task
 
 
@@ -65,10 +126,15 @@ def plan_of(spec: ModelSpec, resolved: DiffusionUserParams) -> dict[str, Any]:
 
 
 def print_plan(
-    config: EngineConfig, model: FoundModel, tasks: Sequence[DiffusionTask], *, as_json: bool
+    config: EngineConfig,
+    model: FoundModel,
+    tasks: Sequence[DiffusionTask],
+    layout: ParallelPlan | None,
+    *,
+    as_json: bool,
 ) -> int:
     """Print what would be made of resolved tasks, and make nothing."""
-    from chitu_diffusion.config import AttnSchedule
+    from chitu_diffusion.attn_schedule import AttnSchedule
 
     spec = model.spec
     folder = model.required().path
@@ -79,13 +145,15 @@ def print_plan(
     device = config.infer.device
     if as_json:
         about = {"model": spec.name, "folder": folder, "device": device, "low_mem_level": level}
-        emit("plan", **about, quant=quant, attn_schedule=config.infer.attn_schedule, tasks=plans)
+        ranks = None if layout is None else asdict(layout)
+        emit("plan", **about, ranks=ranks, quant=quant, attn_schedule=config.infer.attn_schedule, tasks=plans)
         return 0
     say(f"model   {spec.name} in {folder}")
     say(
         f"device  {device}, dtype {config.infer.dtype}, memory level {level}, attention "
         f"{config.infer.attn_type}"
     )
+    say_layout(layout)
     if quant != "none":
         share = f"{config.infer.quant_from:.0%}"
         kept = config.infer.quant_keep or "none"
@@ -98,8 +166,14 @@ def print_plan(
             f"({plan['seconds_of_video']:g} s), {plan['tokens']} tokens\n"
             f"        {plan['num_inference_steps']} steps, guidance {plan['guidance_scale']}, seed "
             f"{plan['seed']}, "
-            f"cache {plan['flexcache'] or 'none'}{late}\n"
+            f"cache {setting_text(plan['flexcache'])}{late}\n"
             f"        to {plan['save_path']}"
         )
     say("nothing was made (--dry-run)")
     return 0
+
+
+def say_layout(layout: ParallelPlan | None) -> None:
+    """How the ranks share the work, where there are several."""
+    if layout is not None and layout.world > 1:
+        say(f"ranks   {layout.world}: {layout}")

@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -94,9 +94,9 @@ FLAGS = (
          complete=completion.models),
     Flag("--prompts", "calibrate", "One prompt a line, twelve or so.", Path, metavar="FILE"),
     Flag("--negative-prompt", "generate batch", "What the video should not be.", field="negative_prompt"),
-    Flag("--image", "generate batch reproduce", "The first frame, for an image-to-video model.",
+    Flag("--image", "generate batch calibrate reproduce", "The first frame, for an image-to-video model.",
          field="image", metavar="FILE"),
-    Flag("--last-image", "generate batch reproduce", "The last frame, likewise.",
+    Flag("--last-image", "generate batch calibrate reproduce", "The last frame, likewise.",
          field="last_image", metavar="FILE"),
     Flag("--size", "generate batch calibrate", "Pixels, multiples of 8: 832x480.",
          field="width height", parse=options.parse_size, metavar="WxH"),
@@ -118,9 +118,11 @@ FLAGS = (
          complete=completion.caches),
     Flag("--attention", "generate batch", "The attention kernel; auto is the fastest exact one.",
          setting="infer.attn_type", metavar="KERNEL", complete=completion.kernels),
-    Flag("--fidelity", "generate", "The fastest calibrated plan that keeps this PSNR: 35dB.",
+    Flag("--attn-schedule", "generate batch", "Another kernel for the later steps: fa3_fp8@50%, sage@10.",
+         setting="infer.attn_schedule", metavar="KERNEL@AFTER"),
+    Flag("--fidelity", "generate batch", "The fastest calibrated plan that keeps this PSNR: 35dB.",
          parse=options.parse_fidelity, metavar="DB"),
-    Flag("--speedup", "generate", "The calibrated plan of this speed: 2.", float, metavar="X"),
+    Flag("--speedup", "generate batch", "The calibrated plan of this speed: 2.", float, metavar="X"),
     Flag("--low-mem-level", "generate batch reproduce",
          "0 all resident .. 4 blocks streamed; each level needs less memory.", int,
          setting="infer.diffusion.low_mem_level"),
@@ -133,8 +135,10 @@ FLAGS = (
     Flag("--quality", "generate batch", "Of the mp4: 0 smallest .. 10 no visible loss.", int,
          setting="output.quality"),
     Flag("--workers", "calibrate", "Processes that share the device.", int, default=1, min=1, max=64),
-    Flag("--gpus", "generate batch", "Share the work over N local processes.", int, min=1, metavar="N"),
-    Flag("--parallel", "generate batch", "auto, or cfg2, u4, r2, cfg2u2r2 (CFG x Ulysses x ring).",
+    Flag("--gpus", "generate batch reproduce", "Share the work over N local processes.", int,
+         min=1, metavar="N"),
+    Flag("--parallel", "generate batch reproduce",
+         "auto, or cfg2, u4, r2, cfg2u2r2 (CFG x Ulysses x ring).",
          setting="*", parse=options.parse_parallel, metavar="LAYOUT"),
     Flag("--config", "generate batch doctor config_show reproduce", "Settings from a TOML file.", Path,
          metavar="FILE"),
@@ -159,10 +163,12 @@ class Args:
     Attributes:
         flags: the command's rows.
         values: by the rows' keys.
+        origins: of the settings, once they are loaded.
     """
 
     flags: Sequence[Flag]
     values: Mapping[str, Any]
+    origins: Origins = field(default_factory=dict)
 
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
@@ -183,6 +189,11 @@ class Args:
                 fields |= zip(names, value if len(names) > 1 else [value], strict=True)
         return fields
 
+    def _settings(self, flag: Flag) -> dict[str, Any]:
+        """The settings that a flag fills, by dotted name."""
+        value = self[flag.key]
+        return value if flag.setting == "*" else {flag.setting: value} if flag.setting else {}
+
     def load_config(self, recorded: Mapping[str, Any] | None = None) -> tuple[EngineConfig, Origins]:
         """Settings from all four places, and where each came from.
 
@@ -195,13 +206,39 @@ class Args:
         from chitu_diffusion.config import load_config
 
         settings: dict[str, Any] = dict(recorded or {})
-        for flag, value in self._typed():
-            if flag.setting:
-                settings |= value if flag.setting == "*" else {flag.setting: value}
+        for flag, _ in self._typed():
+            settings |= self._settings(flag)
         if self.values.get("no_resume"):
             settings["checkpoint.resume"] = "never"
-        with flags_named():
-            return load_config(self.values.get("config"), settings)
+        with self.named():
+            config, origins = load_config(self.values.get("config"), settings)
+        self.origins.update(origins)
+        return config, origins
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """An error about a field names the flag that was typed, or the file or variable of its value."""
+        from chitu_diffusion.config import with_origin
+
+        try:
+            yield
+        except UsageError as error:
+            message = str(error)
+            name = self._name_of(error.field or "")
+            if name is None:
+                raise with_origin(error, self.origins) from error.__cause__
+            text = message.removeprefix(f"{error.field} = ")
+            raise UsageError(f"{name}{' ' if text != message else ': '}{text}", field=error.field) from error
+
+    def _name_of(self, name: str) -> str | None:
+        """The flag that filled a field or a setting; None where none was typed."""
+        found = "PROMPT" if name == "prompt" else None
+        for flag, _ in self._typed():
+            filled = [*flag.field.split(), *self._settings(flag)]
+            if name in filled:  # the last one stands
+                typed = flag.names.split()[0]
+                found = f"{typed} {name}" if len(flag.field.split()) > 1 or flag.key == "set" else typed
+        return found
 
 
 def takes_flags(function: Callable[..., Result], flags: Sequence[Flag] = FLAGS) -> Callable[..., Result]:
@@ -226,30 +263,3 @@ def takes_flags(function: Callable[..., Result], flags: Sequence[Flag] = FLAGS) 
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
     return command
-
-
-def _flag_of_field(flags: Sequence[Flag]) -> Iterator[tuple[str, str]]:
-    for flag in flags:
-        name = flag.names.split()[0]
-        fields = (flag.field or flag.setting).split()
-        for field in fields:
-            yield field, f"{name} {field}" if len(fields) > 1 else name
-
-
-FLAG_OF_FIELD = {"prompt": "PROMPT", **dict(_flag_of_field(FLAGS))}
-
-
-@contextmanager
-def flags_named() -> Iterator[None]:
-    """An error about a field names the flag that was typed instead."""
-    try:
-        yield
-    except UsageError as error:
-        flag = FLAG_OF_FIELD.get(error.field or "")
-        message = str(error)
-        start = f"{error.field} = "
-        if flag is None:
-            raise
-        text = message.removeprefix(start)
-        joint = " " if text is not message and message.startswith(start) else ": "
-        raise UsageError(f"{flag}{joint}{text}", field=error.field) from error

@@ -13,17 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chitu_diffusion.cli import options
-from chitu_diffusion.cli.console import say
-from chitu_diffusion.cli.dry_run import find_model, print_plan, task_for
-from chitu_diffusion.cli.flags import Args, flags_named, takes_flags
+from chitu_diffusion.cli.dry_run import find_model, picked_cache, print_plan, task_for
+from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.cli.resume import VideoJob, job_key, run_key
-from chitu_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
     from chitu_diffusion.models.registry import FoundModel
-    from chitu_diffusion.models.spec import ModelSpec
     from chitu_diffusion.task import DiffusionUserParams
 
 
@@ -39,18 +36,16 @@ def generate(
     """
     config, _ = args.load_config()
     asked = {"prompt": prompt, **args.request_fields()}
-    requests = requests_for_seeds(asked, config.output.dir)
-    model = find_model(config)
-    if args["fidelity"] is not None or args["speedup"] is not None:
-        flexcache = picked_cache(model.spec, config.models.name, args)
-        requests = [replace(request, flexcache=flexcache) for request in requests]
-    with flags_named():
-        tasks = [task_for(model, config, params) for params in requests]
+    with args.named():
+        requests = requests_for_seeds(asked, config.output.dir)
+    model = find_model(config, args)
+    cache = picked_cache(model.spec, args)
     gpus = args["gpus"]
-    if gpus:
-        check_layout(config, model.spec, gpus)
+    with args.named():
+        layout = check_layout(config, model.spec, gpus)
+        tasks = [task_for(model, config, replace(params, **cache), layout) for params in requests]
     if args["dry_run"]:
-        return print_plan(config, model, tasks, as_json=args["json"])
+        return print_plan(config, model, tasks, layout, as_json=args["json"])
     options.make_folder("--profile", args["profile"])
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, config)
@@ -64,56 +59,6 @@ def generate(
     return make_videos(config, model, jobs, key, profile=args["profile"], as_json=args["json"])
 
 
-def picked_cache(spec: ModelSpec, model: str, args: Args) -> dict[str, Any]:
-    """The calibrated setting for `--fidelity` or `--speedup`; says which it is and what to expect.
-
-    Args:
-        spec: the model.
-        model: its name as the settings have it.
-        args: with one of the two flags.
-
-    Raises:
-        UsageError: both, or a cache besides, or a model that was not calibrated, or more than it was found to
-            keep.
-    """
-    fidelity = args["fidelity"]
-    speedup = args["speedup"]
-    if args["cache"] is not None or None not in (fidelity, speedup):
-        raise UsageError("--cache, --fidelity and --speedup: use one of them", field="flexcache")
-    if spec.calibration is None:
-        raise UsageError(
-            f"{'--speedup' if fidelity is None else '--fidelity'}: {spec.name} was not calibrated; 'chitu "
-            f"calibrate --model {model}' does that",
-            field="flexcache",
-        )
-    expected: float | None
-    if fidelity is not None:
-        row = spec.calibration.for_fidelity(fidelity)
-        flexcache = dict(row.flexcache)
-        expected = row.psnr[0]
-        speedup = row.speedup
-    else:
-        flexcache, expected = spec.calibration.for_speedup(speedup)
-    kept = "beyond what was checked" if expected is None else f"{expected:.1f} dB to expect"
-    steps, guidance = (spec.calibration.about.get(name) for name in ("steps", "guidance"))
-    videos = max((row.videos for row in spec.calibration.table), default=0)
-    say(
-        f"cache {setting_text(flexcache)}: {speedup:.3g} times fewer forwards, {kept} (PSNR against full "
-        f"compute, mean over {videos} checked video(s) at {steps} steps, guidance "
-        f"{guidance[0] if guidance else '-'})"
-    )
-    return flexcache
-
-
-def setting_text(flexcache: dict[str, Any]) -> str:
-    """As `--cache` takes it."""
-    more = ",".join(
-        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
-        for key, value in flexcache.items()
-    )
-    return f"{flexcache['strategy']}:{more.partition(',')[2]}".removesuffix(":")
-
-
 def requests_for_seeds(asked: dict[str, Any], folder: str) -> list[DiffusionUserParams]:
     """One checked request for each seed, each with a file name of its own.
 
@@ -123,7 +68,7 @@ def requests_for_seeds(asked: dict[str, Any], folder: str) -> list[DiffusionUser
         folder: for files without a name.
 
     Raises:
-        UsageError: a bad value or a name that cannot be written, naming the flag.
+        UsageError: a bad value or a name that cannot be written.
     """
     from chitu_diffusion.media.video import check_save_path
     from chitu_diffusion.task import DiffusionUserParams, draw_seed
@@ -131,14 +76,13 @@ def requests_for_seeds(asked: dict[str, Any], folder: str) -> list[DiffusionUser
     seeds = asked.get("seed") or [draw_seed()]
     output = asked.get("save_path")
     requests = []
-    with flags_named():
-        for seed in seeds:
-            path = output if output is not None else options.default_path(folder, seed)
-            if output is not None and len(seeds) > 1:
-                check_save_path(output)
-                path = options.path_for_seed(output, seed)
-            requests.append(DiffusionUserParams(**{**asked, "seed": seed, "save_path": path}))
-            check_save_path(path)
+    for seed in seeds:
+        path = output if output is not None else options.default_path(folder, seed)
+        if output is not None and len(seeds) > 1:
+            check_save_path(output)
+            path = options.path_for_seed(output, seed)
+        requests.append(DiffusionUserParams(**{**asked, "seed": seed, "save_path": path}))
+        check_save_path(path)
     return requests
 
 

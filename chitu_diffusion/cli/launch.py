@@ -17,28 +17,34 @@ from chitu_diffusion.errors import RankLostError, UsageError
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
+    from chitu_diffusion.distributed.plan import ParallelPlan
     from chitu_diffusion.models.spec import ModelSpec
 
 INTERRUPTED = 130
 
 
-def check_layout(config: EngineConfig, spec: ModelSpec, gpus: int) -> None:
-    """Raise if the settings' layout does not fit that many workers, or the machine has not that many GPUs.
+def check_layout(config: EngineConfig, spec: ModelSpec, asked_gpus: int | None) -> ParallelPlan | None:
+    """The layout that `--gpus` and the settings make; None for one of many ranks, which agree on it later.
 
     Raises:
-        UsageError: naming what to use.
+        UsageError: it does not fit the model, or the machine has not that many GPUs; naming what to use.
     """
+    from chitu_diffusion.config import rank_place
     from chitu_diffusion.distributed.plan import plan_for
 
+    if asked_gpus is None and rank_place() is not None:
+        return None
+    gpus = asked_gpus or 1
     asked = config.infer.diffusion
     heads = spec.transformers[0].num_attention_heads
-    plan_for(gpus, heads, cfg=asked.cfg_size, cp=asked.cp_size, ulysses=asked.ulysses_degree)
-    if config.infer.device != "cpu":
+    plan = plan_for(gpus, heads, cfg=asked.cfg_size, cp=asked.cp_size, ulysses=asked.ulysses_degree)
+    if gpus > 1 and config.infer.device != "cpu":
         import torch
 
         count = torch.cuda.device_count()
         if 0 < count < gpus:
             raise UsageError(f"--gpus {gpus}: this machine has {count}; use at most {count}", field="gpus")
+    return plan
 
 
 def launch(words: Sequence[str], gpus: int, config: EngineConfig) -> int:

@@ -25,6 +25,9 @@ class Reporter:
     def loading(self, model: str) -> None:
         """The model is about to be loaded: the first sign of life."""
 
+    def loaded(self, seconds: float) -> None:
+        """The model is there; a task's own time, which its end tells, begins after this."""
+
     def begin(self, task: DiffusionTask, number: int, total: int) -> None:
         """A task is `number` of `total`; its first unit comes next."""
 
@@ -78,6 +81,10 @@ class Pace:
         return "" if seconds is None else f"{seconds:.3g} s/step"
 
 
+def _loaded(seconds: float) -> str:
+    return f"loaded in {duration(seconds)}, which the videos' times leave out"
+
+
 def _ending(task: DiffusionTask) -> str:
     spent = duration(task.get_elapsed_time())
     if task.status is TaskStatus.FINISHED:
@@ -119,6 +126,9 @@ class LineReporter(Reporter):
 
     def loading(self, model: str) -> None:
         say(f"loading {model} ...")
+
+    def loaded(self, seconds: float) -> None:
+        say(_loaded(seconds))
 
     def begin(self, task: DiffusionTask, number: int, total: int) -> None:
         self._pace = Pace()
@@ -176,6 +186,9 @@ class BarReporter(Reporter):
         self._bars.start()
         self._bars.update(self._row, description=f"loading {model}", visible=True)
 
+    def loaded(self, seconds: float) -> None:
+        self._note(_loaded(seconds))
+
     def begin(self, task: DiffusionTask, number: int, total: int) -> None:
         self._pace = Pace()
         self._note(_opening(task, number, total))
@@ -213,6 +226,9 @@ class JsonReporter(Reporter):
 
     def loading(self, model: str) -> None:
         emit("loading", model=model)
+
+    def loaded(self, seconds: float) -> None:
+        emit("loaded", seconds=round(seconds, 3))
 
     def begin(self, task: DiffusionTask, number: int, total: int) -> None:
         emit(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chitu_diffusion.cli.console import emit, printable, say
-from chitu_diffusion.cli.dry_run import find_model
-from chitu_diffusion.cli.flags import Args, flags_named, takes_flags
+from chitu_diffusion.cli.dry_run import find_model, task_for
+from chitu_diffusion.cli.flags import Args, takes_flags
+from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def reproduce(
         Path, typer.Argument(help="A video that chitu wrote: .mp4, .gif, .npy or a folder of frames.")
     ],
     args: Args,
+    context: typer.Context,
 ) -> int:
     """Make the video in a file again from its recipe, and say whether it is the same: exit code 0, else 5.
 
@@ -63,13 +66,18 @@ def reproduce(
     frames = read_frames(file)
     target = _target(file, args)
     config, _ = args.load_config(_settings_of(recipe))
-    with flags_named():
+    with args.named():
         params = _request_of(recipe, args.request_fields())
         for name, image in (("image", params.image), ("last_image", params.last_image)):
             if image is not None:
                 image.reread(name)  # before anything is loaded
-    model = find_model(config)
-    with flags_named():
+    model = find_model(config, args)
+    gpus = args["gpus"]
+    with args.named():
+        task_for(model, config, params, check_layout(config, model.spec, gpus))
+    if gpus and gpus > 1:
+        return launch(context.find_root().obj, gpus, config)
+    with args.named():
         result = _make(_runnable(config, recipe), model, params, as_json=args["json"])
     again = _as_stored(result, file)
     found = compare_frames(frames, again)
@@ -94,14 +102,14 @@ def _target(file: Path, args: Args) -> str | None:
     target = file.with_name(f"{file.stem}-again{file.suffix}") if asked is None else asked
     if target.absolute() == file.absolute():
         raise UsageError(f"-o {target}: that is the video itself; use another name", field="save_path")
-    with flags_named():
+    with args.named():
         check_save_path(target)
     return str(target)
 
 
 def _settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a recipe names, by dotted name. A GPU of another name is as good as any."""
-    from chitu_diffusion.config import AttnSchedule
+    from chitu_diffusion.attn_schedule import AttnSchedule
 
     said = dict(_leaves(recipe))
     settings = {setting: said[name] for name, setting in _SETTINGS.items() if said.get(name) is not None}
@@ -125,8 +133,8 @@ def _runnable(config: EngineConfig, recipe: Mapping[str, Any]) -> EngineConfig:
     taken over late is left out there.
     """
     from chitu_diffusion.attention import attention_kernel
+    from chitu_diffusion.attn_schedule import AttnSchedule
     from chitu_diffusion.backend import pick_device
-    from chitu_diffusion.config import AttnSchedule
 
     infer = config.infer
     late = AttnSchedule.from_text(infer.attn_schedule)
@@ -153,6 +161,7 @@ def _make(
 
     reporter = make_reporter(as_json=as_json)
     reporter.loading(config.models.name)
+    began = time.monotonic()
     try:
         from chitu_diffusion.engine import Engine
 
@@ -160,6 +169,7 @@ def _make(
             if not engine.is_driver:
                 engine.run_worker()
                 raise typer.Exit(0)
+            reporter.loaded(time.monotonic() - began)
             reporter.begin(DiffusionTask.from_user_request(params), 1, 1)
             result = engine.generate(params)
             reporter.end(result.task)

@@ -30,11 +30,18 @@ _MOST_RUNS = 64
 
 @dataclass(frozen=True)
 class VideoJob:
-    """A task, the name of its checkpoints, and the folder for a file named by its seed, if it is."""
+    """A task and what the command knows of it.
+
+    Attributes:
+        key: the name of its checkpoints.
+        named_in: the folder for a file that is named by its seed; None for one that has a name.
+        place: its number among all that were asked for, done ones too, and of how many; None: of this run.
+    """
 
     task: DiffusionTask
     key: str
     named_in: str | None = None
+    place: tuple[int, int] | None = None
 
 
 def job_key(params: DiffusionUserParams, drawn: Sequence[str], config: EngineConfig) -> str:

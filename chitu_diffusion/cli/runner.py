@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -59,6 +60,7 @@ def run_jobs(
         KeyboardInterrupt: after every task was saved and cancelled and the engine closed.
     """
     reporter.loading(config.models.name)
+    began = time.monotonic()
     tasks = [job.task for job in jobs]
     try:
         from chitu_diffusion.config import cache_dir, rank_place
@@ -76,10 +78,11 @@ def run_jobs(
             if not engine.is_driver:
                 engine.run_worker()
                 raise typer.Exit(0)
+            reporter.loaded(time.monotonic() - began)
             for job in jobs:
                 _submit(engine, job, None if root is None else root / job.key)
             stack.enter_context(_profiling(profile))
-            _drive(engine, tasks, reporter)
+            _drive(engine, jobs, reporter)
     finally:
         reporter.close()
     return tasks
@@ -96,15 +99,16 @@ def _submit(engine: Engine, job: VideoJob, folder: Path | None) -> None:
         task.resolved = replace(task.resolved, save_path=default_path(job.named_in, task.seed))
 
 
-def _drive(engine: Engine, tasks: list[DiffusionTask], reporter: Reporter) -> None:
-    numbers = {task.task_id: number for number, task in enumerate(tasks, start=1)}
+def _drive(engine: Engine, jobs: Sequence[VideoJob], reporter: Reporter) -> None:
+    places = {job.task.task_id: job.place or (n, len(jobs)) for n, job in enumerate(jobs, start=1)}
+    tasks = [job.task for job in jobs]
     by_id = {task.task_id: task for task in tasks}
     begun: set[str] = set()
 
     def begin(task: DiffusionTask) -> None:
         if task.task_id not in begun:
             begun.add(task.task_id)
-            reporter.begin(task, numbers[task.task_id], len(tasks))
+            reporter.begin(task, *places[task.task_id])
 
     for task in tasks:
         if task.is_finished():

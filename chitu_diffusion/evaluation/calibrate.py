@@ -81,7 +81,8 @@ def calibrate(
         steps = int(about["steps"])
         if steps < 4:
             raise UsageError(
-                f"--steps {steps}: use at least 4; a cache has nothing to skip", field="num_inference_steps"
+                f"num_inference_steps = {steps}: use at least 4; a cache has nothing to skip",
+                field="num_inference_steps",
             )
         probes = sorted({min(max(2, round(share * steps)), steps - 1) for share in _PROBED})
         for number, job in enumerate(fitted_on):

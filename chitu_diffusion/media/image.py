@@ -36,6 +36,7 @@ class InputImage:
         sha256: of the file's bytes; from memory, of the pixels.
         width, height: pixels, as it is shown (a camera's note of its orientation is followed).
         pixels: [H, W, 3], uint8, or float32 in [0, 1]; None where it is in the file, or on another machine.
+        transparent: some of it was; the colours that are stored there are taken, as diffusers does.
     """
 
     path: str | None
@@ -43,6 +44,7 @@ class InputImage:
     width: int
     height: int
     pixels: NDArray[Any] | None = field(default=None, compare=False, repr=False)
+    transparent: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, name: str, value: Any) -> InputImage | None:
@@ -63,21 +65,27 @@ class InputImage:
             return _from_mapping(name, value)
         if isinstance(value, str) or (isinstance(value, os.PathLike) and isinstance(os.fspath(value), str)):
             return _from_file(name, Path(value))
-        pixels = _pixels_of(name, value)
+        pixels, transparent = _pixels_of(name, value)
         height, width = pixels.shape[:2]
         digest = hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode())
         digest.update(pixels.tobytes())
-        return cls(None, digest.hexdigest(), width, height, pixels)
+        return cls(None, digest.hexdigest(), width, height, pixels, transparent)
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain JSON values: not the pixels."""
         return {"path": self.path, "sha256": self.sha256, "width": self.width, "height": self.height}
 
-    def stretched(self, height: int, width: int) -> str | None:
-        """In words, that its shape is another than a size's; None where they agree to 2 %."""
-        if abs(self.width * height / (self.height * width) - 1) <= 0.02:
-            return None
-        return f"image of {self.width}x{self.height} is stretched to {width}x{height}"
+    def notes(self, height: int, width: int) -> list[str]:
+        """In words, that its shape is another than a size's (by over 2 %), and that it was transparent."""
+        notes = []
+        if abs(self.width * height / (self.height * width) - 1) > 0.02:
+            notes.append(f"image of {self.width}x{self.height} is stretched to {width}x{height}")
+        if self.transparent:
+            notes.append(
+                "image has transparent pixels: the colours stored in them are taken, and no background; for "
+                "another one, save it on that"
+            )
+        return notes
 
     def resized(self, height: int, width: int, name: str = "image") -> NDArray[np.float32]:
         """[height, width, 3] float32 in [0, 1], stretched by Lanczos, as diffusers' `VideoProcessor` does.
@@ -119,7 +127,7 @@ class InputImage:
             raise UsageError(
                 f"{name} = {self.path!r}: the file has changed since the request; give it again", field=name
             )
-        return _decoded(name, data, repr(self.path))
+        return _decoded(name, data, repr(self.path))[0]
 
 
 def _from_mapping(name: str, values: Mapping[str, Any]) -> InputImage:
@@ -135,8 +143,10 @@ def _from_file(name: str, path: Path) -> InputImage:
     except RuntimeError:  # no such user's home
         raise UsageError(f"{name} = {str(path)!r}: there is no such file", field=name) from None
     data = _bytes_of(name, path)
-    height, width = _decoded(name, data, repr(str(path))).shape[:2]
-    return InputImage(str(path), hashlib.sha256(data).hexdigest(), width, height)
+    pixels, transparent = _decoded(name, data, repr(str(path)))
+    height, width = pixels.shape[:2]
+    digest = hashlib.sha256(data).hexdigest()
+    return InputImage(str(path), digest, width, height, transparent=transparent)
 
 
 def _bytes_of(name: str, path: Path) -> bytes:
@@ -156,8 +166,8 @@ def _bytes_of(name: str, path: Path) -> bytes:
         raise UsageError(f"{name} = {str(path)!r}: it cannot be read: {error}", field=name) from error
 
 
-def _decoded(name: str, data: bytes, source: str) -> NDArray[np.uint8]:
-    """[H, W, 3]; of a moving picture the first frame."""
+def _decoded(name: str, data: bytes, source: str) -> tuple[NDArray[np.uint8], bool]:
+    """[H, W, 3], and whether some of it is transparent; of a moving picture the first frame."""
     from PIL import Image
 
     def opened() -> Image.Image:
@@ -166,8 +176,10 @@ def _decoded(name: str, data: bytes, source: str) -> NDArray[np.uint8]:
     return _upright(name, opened, source)
 
 
-def _upright(name: str, opened: Callable[[], Image.Image], source: str) -> NDArray[np.uint8]:
-    """[H, W, 3] as it is shown; Pillow reads the pixels when they are asked for, and may fail only then."""
+def _upright(name: str, opened: Callable[[], Image.Image], source: str) -> tuple[NDArray[np.uint8], bool]:
+    """[H, W, 3] as it is shown, and whether some of it is transparent; Pillow reads the pixels when they are
+    asked for, and may fail only then.
+    """
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -183,7 +195,8 @@ def _upright(name: str, opened: Callable[[], Image.Image], source: str) -> NDArr
                 "I;16, or an array of floats from 0 to 1",
                 field=name,
             )
-        return np.array(image.convert("RGB"))
+        transparent = image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255
+        return np.array(image.convert("RGB")), bool(transparent)
     except UsageError:
         raise
     except Exception as error:  # Pillow has many words for a file that is no picture
@@ -201,8 +214,8 @@ def _check_size(name: str, height: int, width: int) -> None:
         )
 
 
-def _pixels_of(name: str, value: Any) -> NDArray[Any]:
-    """A picture in memory as [H, W, 3]: a copy."""
+def _pixels_of(name: str, value: Any) -> tuple[NDArray[Any], bool]:
+    """A picture in memory as [H, W, 3], a copy, and whether some of it is transparent."""
     import numpy as np
     from PIL import Image
 
@@ -234,7 +247,7 @@ def _pixels_of(name: str, value: Any) -> NDArray[Any]:
         raise UsageError(f"{name} is {given} of {found}; expected {expected}", field=name)
     _check_size(name, *value.shape[:2])
     if value.dtype == np.uint8:
-        return value.copy()
+        return value.copy(), False
     if not np.issubdtype(value.dtype, np.floating):
         raise UsageError(f"{name} is {given} of {value.dtype}: use uint8, or floats from 0 to 1", field=name)
     if not ((value >= 0) & (value <= 1)).all():
@@ -243,4 +256,4 @@ def _pixels_of(name: str, value: Any) -> NDArray[Any]:
             "or uint8",
             field=name,
         )
-    return value.astype(np.float32)
+    return value.astype(np.float32), False

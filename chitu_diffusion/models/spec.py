@@ -138,5 +138,6 @@ class ModelSpec:
 
     def tokens(self, num_frames: int, height: int, width: int) -> int:
         """Length of the sequence that the transformer sees."""
-        latent = math.prod(self.latent_shape(num_frames, height, width)[1:])
-        return latent // self.transformers[0].patch_values
+        latent = self.latent_shape(num_frames, height, width)[1:]
+        patch = self.transformers[0].patch_size
+        return math.prod(-(-cells // size) for cells, size in zip(latent, patch, strict=True))

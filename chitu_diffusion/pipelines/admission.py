@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 
+from chitu_diffusion.attn_schedule import AttnSchedule
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.config import AttnSchedule
 from chitu_diffusion.errors import WillNotFitError
 from chitu_diffusion.media.video import check_save_path
 from chitu_diffusion.memory.device import total_memory
 from chitu_diffusion.memory.offload import TOP_LEVEL
-from chitu_diffusion.pipelines.request import check_cache, resolve_task, stages_of
+from chitu_diffusion.pipelines.request import check_cache, check_tokens, resolve_task, stages_of
 from chitu_diffusion.task import DiffusionTask
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class Admission:
         self._estimate = backend.memory_estimate()
         self._device = backend.device
         self._item = backend.dtype.itemsize
+        self._sharing = backend.groups.plan.sequence
         self._output_dir = backend.args.output.dir
         self._schedule = AttnSchedule.from_text(backend.args.infer.attn_schedule)
         self._cache_limit = backend.args.infer.diffusion.cache_memory_gb
@@ -47,6 +48,7 @@ class Admission:
             WillNotFitError: more memory than there is, at every memory level.
         """
         resolved = resolve_task(task, self._spec, None if in_memory else self._output_dir)
+        check_tokens(resolved, self._spec, self._sharing)
         cache = check_cache(resolved, self._spec, self._item, self._cache_limit)
         if resolved.save_path is not None:
             check_save_path(resolved.save_path)

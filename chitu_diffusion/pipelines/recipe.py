@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from chitu_diffusion.attention import attention_kernel
+from chitu_diffusion.attn_schedule import AttnSchedule
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.config import AttnSchedule, EngineConfig
+from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.sampling.noise_levels import levels_as_lists
 from chitu_diffusion.task import DiffusionTask
 

@@ -117,6 +117,27 @@ def check_cache(resolved: DiffusionUserParams, spec: ModelSpec, item: int, limit
     return cache_bytes(resolved.flexcache, cache_shapes(resolved, spec, item), limit_gb)
 
 
+def check_tokens(resolved: DiffusionUserParams, spec: ModelSpec, ranks: int) -> None:
+    """Whether a resolved request has a token for each rank that shares its sequence.
+
+    Raises:
+        UsageError: a stage has fewer, naming the smallest sizes that have enough.
+    """
+    frames = resolved.num_frames or 1
+    for stage in stages_of(resolved):
+        height = stage.height
+        width = stage.width
+        while spec.tokens(frames, height, width) < ranks:
+            height, width = (height, 2 * width) if width <= height else (2 * height, width)
+        if (height, width) != (stage.height, stage.width):
+            tokens = spec.tokens(frames, stage.height, stage.width)
+            raise UsageError(
+                f"{stage.width}x{stage.height} with {frames} frame(s): {tokens} token(s) cannot be shared by "
+                f"{ranks} ranks; use {width}x{height} or larger, or at most {tokens} for a sequence",
+                field="width",
+            )
+
+
 def cache_shapes(resolved: DiffusionUserParams, spec: ModelSpec, item: int) -> Shapes:
     """What the memory of a resolved request's cache is computed from.
 

@@ -154,8 +154,7 @@ class Stages:
         )
         notes = [f"seed {task.seed}"] if task.params.seed is None else []
         for image in (resolved.image, resolved.last_image):
-            note = image and image.stretched(resolved.height, resolved.width)
-            notes += [note] if note else []
+            notes += image.notes(resolved.height, resolved.width) if image else []
         return "; ".join(notes) or None
 
     def _denoise(self, task: DiffusionTask) -> str | None:

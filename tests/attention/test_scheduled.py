@@ -18,8 +18,9 @@ from torch import Tensor
 from chitu_diffusion.attention import KERNELS, AttentionKernel, sdpa
 from chitu_diffusion.attention.kernels import dense, math_with_lse
 from chitu_diffusion.attention.requirements import Requirements
+from chitu_diffusion.attn_schedule import AttnSchedule
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.config import AttnSchedule, EngineConfig
+from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.distributed.plan import parse_layout, plan_for
 from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.engine import Engine

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 from conftest import Chitu
 
+from chitu_diffusion.cli import dry_run
+from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import OutputError
 from chitu_diffusion.media.reading import read_frames, read_recipe
+from chitu_diffusion.models.registry import FoundModel
+from chitu_diffusion.task import DiffusionUserParams
 
 
 def last_event(text: str) -> dict[str, object]:
@@ -33,7 +37,8 @@ def test_batch_makes_skips_and_remakes(chitu: Chitu, tiny_folder: Path) -> None:
     Path("p.txt").write_text("a red cat\na green dog\n", encoding="utf-8")
     code, _, err = chitu(*words)
     assert code == 0
-    assert "1 of 2 rows are done already" in err
+    assert "1 of 2 rows are done already and are skipped: line 1\n" in err
+    assert '[2/2] "a green dog"' in err and "[1/" not in err
     assert read_recipe("out/0002.mp4")["prompt"] == "a green dog"
     assert Path("out/0001.mp4").stat().st_mtime_ns == made
 
@@ -208,3 +213,22 @@ def test_a_dry_run_tells_stale_rows_from_done_ones(chitu: Chitu, tiny_folder: Pa
     Path("p.txt").write_text("one\nthree\n")
     rows = last_event(chitu(*words, "--dry-run", "--json")[1])["rows"]
     assert [row["status"] for row in rows] == ["done before", "to make"]
+
+
+@pytest.mark.parametrize("flag", [("--speedup", "2"), ("--fidelity", "40dB")])
+def test_a_calibrated_plan_is_for_rows_that_name_no_cache(
+    chitu: Chitu, monkeypatch: pytest.MonkeyPatch, flag: tuple[str, str]
+) -> None:
+    seen: list[object] = []
+
+    def task_for(model: FoundModel, config: EngineConfig, params: DiffusionUserParams, *more: object):
+        seen.append(params.flexcache)
+        return dry_run.task_for(model, config, params)
+
+    monkeypatch.setattr("chitu_diffusion.cli.batch.task_for", task_for)
+    Path("p.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two", "flexcache": "teacache"}\n')
+    code, _, err = chitu("batch", "p.jsonl", *flag, "--dry-run")
+    assert code == 0 and "dB to expect" in err, err
+    assert seen[0]["strategy"] == "plan" and seen[1] == "teacache"
+    code, _, err = chitu("batch", "p.jsonl", *flag, "--cache", "teacache", "--dry-run")
+    assert code == 2 and "use one of them" in err

@@ -158,6 +158,19 @@ def test_every_command_has_help(chitu: Chitu, words: list[str]) -> None:
     assert f"Usage: chitu {' '.join(words)}" in out
 
 
+@pytest.mark.parametrize("group", [(), ("models",), ("config",), ("eval",)])
+def test_summaries_are_shown_whole(
+    chitu: Chitu, monkeypatch: pytest.MonkeyPatch, group: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = chitu(*group, "--help")[1].partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
+    assert max(map(len, lines)) <= 80
+    listed = " ".join(" ".join(lines).split())
+    for name in (line.split()[0] for line in lines if line[:3].strip()):
+        text = chitu(*group, name, "--help")[1].partition("\n\n")[2].partition("\n\n")[0]
+        assert " ".join([name, *text.split()]) in listed
+
+
 def test_a_bare_command_shows_help(chitu: Chitu) -> None:
     code, _, err = chitu()
     assert code == 2
@@ -174,7 +187,7 @@ def test_generate_makes_a_video(chitu: Chitu, tiny_folder: Path) -> None:
     assert code == 0, err
     assert out == "new/cat.mp4\n"
     assert err.startswith("loading ")
-    for said in ("seed 3", "step 4 of 4", "s/step", "decoding", "done in", "[bold]cat[/bold]"):
+    for said in ("seed 3", "step 4 of 4", "s/step", "decoding", "loaded in", "done in", "[bold]cat[/bold]"):
         assert said in err
     assert read_frames("new/cat.mp4").shape == (5, 32, 32, 3)
     recipe = read_recipe("new/cat.mp4")
@@ -219,8 +232,9 @@ def test_json_tells_the_whole_story(chitu: Chitu, tiny_folder: Path) -> None:
     code, out, _ = chitu("generate", "cat", "--json", "--model", tiny_folder, "--seed", 1, "-o", "frames/")
     told = events(out)
     assert code == 0
-    assert [event["event"] for event in told] == ["loading", "begin", *["progress"] * (len(told) - 3), "end"]
-    assert told[1]["seed"] == 1
+    names = ["loading", "loaded", "begin", *["progress"] * (len(told) - 4), "end"]
+    assert [event["event"] for event in told] == names
+    assert told[2]["seed"] == 1
     steps = [event["step"] for event in told if event.get("stage") == "denoising"]
     assert steps == [1, 2, 3, 4]
     assert told[-1]["path"] == "frames"
@@ -237,6 +251,16 @@ def test_dry_run_makes_nothing(chitu: Chitu, tiny_folder: Path, tmp_path: Path) 
     (plan,) = events(out)
     assert plan["tasks"][0]["num_inference_steps"] == 4
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_dry_run_tells_cache_and_kernels_as_they_are_typed(chitu: Chitu) -> None:
+    words = ("--attn-schedule", "math@50%", "--gpus", 2, "--dry-run")
+    err = chitu("generate", "cat", "--cache", "teacache:threshold=0.25", *words)[2]
+    assert "cache teacache:threshold=0.25, math attention after 25 of 50 steps" in err
+    assert "ranks   2: cfg 2 x ulysses 1 x ring 1" in err and "{" not in err
+    (plan,) = events(chitu("generate", "cat", *words, "--json")[1])
+    assert plan["ranks"] == {"cfg": 2, "ulysses": 1, "ring": 1}
 
 
 @pytest.mark.parametrize("words", [("generate", "cat", "--seed", "1..2"), ("batch", "p.txt", "-o", "many")])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -93,3 +95,45 @@ def test_help_shows_every_row_of_the_command_in_order(chitu: Chitu, command: str
     places = [shown.index(f" {flag.names.replace(' ', ', ')} ") for flag in rows]
     assert places == sorted(places)
     assert all(flag.help in shown for flag in rows)
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize(
+    ("setting", "bad", "flag"),
+    [
+        ("infer.dtype", "fp8", "--dtype"),
+        ("output.quality", "11", "--quality"),
+        ("models.name", "x", "--model"),
+    ],
+)
+def test_an_error_names_where_the_value_came_from(
+    chitu: Chitu, monkeypatch: pytest.MonkeyPatch, setting: str, bad: str, flag: str
+) -> None:
+    def told(*words: str) -> str:
+        code, _, err = chitu("generate", "cat", *words)
+        assert code == 2
+        return err
+
+    branch, name = setting.split(".")
+    Path("c.toml").write_text(f"[{branch}]\n{name} = {json.dumps(int(bad) if bad.isdigit() else bad)}\n")
+    assert told("--config", "c.toml").startswith(f"error: file c.toml: {setting} = ")
+    assert told("--config", "c.toml", flag, bad).startswith(f"error: {flag} ")
+    assert told("--set", f"{setting}={bad}").startswith(f"error: --set {setting} ")
+    variable = f"CHITU_{branch}__{name}".upper()
+    monkeypatch.setenv(variable, bad)
+    assert told("--config", "c.toml").startswith(f"error: env {variable}: {setting} = ")
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_bad_flag_is_no_rows_fault(chitu: Chitu) -> None:
+    Path("p.txt").write_text("a cat\na dog\n")
+    assert chitu("batch", "p.txt", "--frames", "32")[2].startswith("error: --frames 32: ")
+
+
+def test_a_batch_takes_what_a_video_takes() -> None:
+    """But for a trace, which is of one video."""
+
+    def names(command: str) -> set[str]:
+        return {flag.key for flag in FLAGS if command in flag.commands.split()}
+
+    assert names("generate") - names("batch") == {"profile"}

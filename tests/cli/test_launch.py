@@ -101,6 +101,19 @@ def test_a_layout_that_cannot_be_is_refused_at_once(
     assert code == 2 and "cfg2u2r2" in err
 
 
+def test_a_size_with_fewer_tokens_than_ranks_is_refused_at_once(
+    chitu: Chitu, tiny_folder: Path, nothing_loads: None
+) -> None:
+    words = ("--model", tiny_folder, "--frames", 1, "--gpus", 2, "--dry-run")
+    Path("p.txt").write_text("a cat\n")
+    for command in (("generate", "a cat"), ("batch", "p.txt")):
+        code, _, err = chitu(*command, *words, "--size", "16x16", "--parallel", "u2")
+        assert code == 2 and "cannot be shared by 2 ranks; use 32x16 or larger" in err, err
+        assert chitu(*command, *words, "--size", "32x16", "--parallel", "u2")[0] == 0
+        code, _, err = chitu(*command, *words, "--size", "16x16")  # a branch each
+        assert code == 0 and "ranks   2: cfg 2 x ulysses 1 x ring 1" in err
+
+
 def test_workers_get_the_same_words() -> None:
     assert without_gpus(["generate", "cat", "--gpus", "2", "--gpus=3", "-o", "x.mp4"]) == [
         "generate",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +57,29 @@ def test_the_same_video_again(chitu: Chitu, tiny_folder: Path, name: str) -> Non
     assert code == 0 and again.name == Path(name).stem + "-again" + Path(name).suffix
     assert np.array_equal(read_frames(again), read_frames(name))
     assert read_recipe(again)["sampler"]["name"] == "euler"
+
+
+@pytest.mark.parametrize("after", ["50%", "2"])
+def test_a_later_kernel_is_taken_from_the_recipe(chitu: Chitu, tiny_folder: Path, after: str) -> None:
+    make(chitu, tiny_folder, "cat.npy", "--attn-schedule", f"math@{after}")
+    code, out, err = chitu("reproduce", "cat.npy", "--model", tiny_folder, "--check")
+    assert code == 0 and "attn_schedule" not in out, err
+
+
+def test_two_workers_make_it_again(chitu: Chitu, tiny_folder: Path) -> None:
+    make(chitu, tiny_folder, "cat.npy", "--dtype", "float32")
+    words = ["reproduce", "cat.npy", "--model", str(tiny_folder), "--device", "cpu", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "chitu_diffusion", *words, "--gpus", "2"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    told = reports(done.stdout)
+    assert done.returncode == (0 if told["same"] else NOT_THE_SAME), done.stderr
+    assert told["same"] or told["psnr"] > 40, "a rank's share of the sums rounds otherwise"
+    assert len(read_frames("cat-again.npy")) == 5
 
 
 def test_another_video_is_told_with_its_reason(chitu: Chitu, tiny_folder: Path) -> None:
@@ -134,7 +160,7 @@ def test_a_picture_that_is_not_there_is_missed_before_the_model_loads(
     monkeypatch.setattr("chitu_diffusion.cli.reproduce._make", None)
     Path("b.png").write_bytes(b"another")
     code, _, err = chitu("reproduce", "cat.npy", "--model", image_folder, "--check")
-    assert code == 2 and "--last-image" in err and "b.png': the file has changed" in err
+    assert code == 2 and "last_image = " in err and "b.png': the file has changed" in err
     Path("b.png").unlink()
     code, _, err = chitu("reproduce", "cat.npy", "--model", image_folder, "--check")
     assert code == 2 and "b.png': there is no such file" in err

@@ -206,7 +206,7 @@ def test_a_batch_goes_on_in_the_middle_of_a_row(begin, tmp_path: Path) -> None:
     run.send("SIGINT")
     assert run.end()[0] == 130
     said = begin(*words).end()[1]
-    assert "1 of 3 rows are done already" in said and '[1/2] "a dog"' in said and "going on at step" in said
+    assert "1 of 3 rows are done already" in said and '[2/3] "a dog"' in said and "going on at step" in said
     assert sorted(file.name for file in (tmp_path / "many").iterdir()) == ["0001.mp4", "0002.mp4", "0003.mp4"]
     assert not list(tmp_path.glob("cache/checkpoints/*"))
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from running import config_for, latent_and_video, psnr, task_for
 
 from chitu_diffusion.backend import DiffusionBackend
@@ -289,3 +291,13 @@ def test_calibrate_refuses(chitu, tiny_folder, tmp_path, flags, said) -> None:
     (tmp_path / "one.txt").write_text("a cat\n")
     code, _, err = chitu("calibrate", "--model", tiny_folder, "--device", "cpu", *flags)
     assert code == 2 and said in err, err
+
+
+def test_calibrate_wants_a_picture_where_the_model_does(chitu, image_folder, tmp_path) -> None:
+    words = ("calibrate", "--model", image_folder, "--device", "cpu", "--steps", 4, "--size", "16x16")
+    (tmp_path / "two.txt").write_text("a cat\na dog\n")
+    code, _, err = chitu(*words)
+    assert code == 2 and "use --image FILE" in err and "loading" not in err, err
+    Image.new("RGB", (16, 16), "red").save("red.png")
+    code, out, err = chitu(*words, "--image", "red.png", "--prompts", "two.txt", "-o", "found")
+    assert code == 0 and Path(out.strip()).is_file(), err

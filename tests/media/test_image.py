@@ -80,7 +80,6 @@ def truncated(folder: Path) -> Image.Image:
         (lambda _: DEEP, "an array of uint16"),
         (lambda _: RGB.tobytes(), "is a bytes: use a file's name"),
     ],
-    ids=str,
 )
 def test_what_is_no_picture_is_refused_in_words(tmp_path: Path, make, said: str) -> None:
     with pytest.raises(UsageError, match=said) as caught:

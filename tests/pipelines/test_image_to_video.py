@@ -270,8 +270,26 @@ def test_a_picture_that_is_stretched_is_said(backend):
     assert "image of 70x50 is stretched to 48x48" in said[0][0] and said[1] == []
 
 
-def run_first(backend, height, width):
-    task = task_for(image=picture(), height=height, width=width, num_frames=5, num_inference_steps=1)
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_that_is_left_out_is_said(backend, tmp_path, mode):
+    def notes_of(image):
+        return " ".join(run_first(backend, 40, 56, image).notes)
+
+    image = picture().convert("L" if mode == "LA" else "RGB")
+    image.putalpha(255)
+    opaque = image.copy()
+    image.putpixel((3, 3), (*image.getpixel((3, 3))[:-1], 0))
+    image = image.convert(mode) if mode != "P" else image.quantize()
+    image.save(tmp_path / "first.png")
+    for given in (image, str(tmp_path / "first.png")):
+        assert notes_of(given).count("transparent pixels") == 1
+        pixels = InputImage.of("image", given).resized(50, 70)
+        assert np.array_equal(pixels, np.float32(image.convert("RGB")) / np.float32(255))
+    assert "transparent" not in notes_of(opaque) + notes_of(picture())
+
+
+def run_first(backend, height, width, image=None):
+    task = task_for(image=image or picture(), height=height, width=width, num_frames=5, num_inference_steps=1)
     Generator(backend).generate_step(task)
     assert task.error is None, task.error_message
     return task
