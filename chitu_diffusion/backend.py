@@ -37,7 +37,6 @@ from chitu_diffusion.ops.float8_linear import float8_begins, has_float8_products
 from chitu_diffusion.ops.fused import HAS_TRITON
 from chitu_diffusion.sampling.scheduler import NoiseScheduler
 from chitu_diffusion.sampling.solvers import Sampler
-from chitu_diffusion.weights.loader import WeightsHash
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +187,6 @@ class DiffusionBackend:
             for expert in networks.experts:
                 expert.enable_gradient_checkpointing()
         self._networks: Networks | None = networks
-        self._weights_hash = None if networks.folder is None else WeightsHash(networks.folder, cache_dir())
         self.state = BackendState.INITIALIZED
 
     @property
@@ -305,6 +303,8 @@ class DiffusionBackend:
                 self._watch.close()
             self.offload.close()
             del self.offload
+            if self._networks.loaded is not None:
+                self._networks.loaded.close()
             self._networks = None
             empty_cache(self.device)
         self.state = BackendState.TERMINATED
@@ -324,13 +324,16 @@ class DiffusionBackend:
         )
 
     def weights_sha256(self) -> str | None:
-        """SHA-256 over the checkpoint's files, remembered between runs; None for networks made in memory."""
-        self.require_alive()
-        return None if self._weights_hash is None else self._weights_hash.value()
+        """SHA-256 over the weights that were loaded; waits, and says so, where it is not known yet. None for
+        networks made in memory, and for files that were written into before anybody could hash them.
+        """
+        loaded = self._alive().loaded
+        return None if loaded is None else loaded.sha256()
 
     def weights_are_hashed(self) -> bool:
         """Whether `weights_sha256` would not wait."""
-        return self._weights_hash is None or self._weights_hash.is_known
+        loaded = self._alive().loaded
+        return loaded is None or loaded.is_known
 
     def _alive(self) -> Networks:
         if self.state is BackendState.UNINITIALIZED or self._networks is None:

@@ -31,12 +31,12 @@ BUDGETS = {
     "flexcache": 2700,
     "media": 760,
     "memory": 570,
-    "models": 3660,
+    "models": 3760,
     "ops": 1815,
     "pipelines": 2580,
     "sampling": 850,
     "task": 800,
-    "weights": 640,
+    "weights": 1120,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""
