@@ -269,12 +269,17 @@ class DiffusionBackend:
         networks = self._alive()
         self._networks = replace(networks, spec=replace(networks.spec, calibration=calibration))
 
-    def set_precision(self, expert: int, timestep: float) -> bool:
-        """Ready an expert's layers for a step: 8 bits from where the settings say, 16 before. True for 8."""
+    def set_precision(self, expert: int, timestep: float, shift: float | None = None) -> bool:
+        """Ready an expert's layers for a step: 8 bits from where the settings say, 16 before. True for 8.
+
+        Args:
+            shift: of the task's noise schedule; None is the model's own.
+        """
         layers = self._float8[expert]
         share = self.args.infer.quant_from
         levels = self.sampler.levels
-        begins = float8_begins(share, self.sampler.shift) if levels is None else levels.time_after(share)
+        shift = self.sampler.shift if shift is None else shift
+        begins = float8_begins(share, shift) if levels is None else levels.time_after(share)
         in_float8 = bool(layers) and timestep <= begins
         set_float8(layers, in_float8, self.device)
         return in_float8
@@ -303,8 +308,8 @@ class DiffusionBackend:
                 self._watch.close()
             self.offload.close()
             del self.offload
-            if self._networks.loaded is not None:
-                self._networks.loaded.close()
+            if self._networks.folder is not None:
+                self._networks.folder.close()
             self._networks = None
             empty_cache(self.device)
         self.state = BackendState.TERMINATED
@@ -327,12 +332,12 @@ class DiffusionBackend:
         """SHA-256 over the weights that were loaded; waits, and says so, where it is not known yet. None for
         networks made in memory, and for files that were written into before anybody could hash them.
         """
-        loaded = self._alive().loaded
+        loaded = self._alive().folder
         return None if loaded is None else loaded.sha256()
 
     def weights_are_hashed(self) -> bool:
         """Whether `weights_sha256` would not wait."""
-        loaded = self._alive().loaded
+        loaded = self._alive().folder
         return loaded is None or loaded.is_known
 
     def _alive(self) -> Networks:
@@ -416,8 +421,9 @@ def _check_quant(args: EngineConfig, device: torch.device, dtype: torch.dtype) -
 
 
 def _with_shift(scheduler: Mapping[str, Any], shift: float | None) -> Mapping[str, Any]:
-    """The checkpoint's scheduler config, with the model's own shift where it says none."""
-    if shift is None or scheduler.get("flow_shift") is not None or scheduler.get("shift") is not None:
+    """The checkpoint's scheduler config with the model's shift, for `chitu.json` may name another."""
+    if shift is None:
         return scheduler
     key = "shift" if scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler" else "flow_shift"
-    return {**scheduler, key: shift}
+    rest = {name: value for name, value in scheduler.items() if name not in ("shift", "flow_shift")}
+    return {**rest, key: shift}

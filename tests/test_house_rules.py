@@ -24,7 +24,7 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
     "": 2270,
     "attention": 2060,
-    "cli": 2810,
+    "cli": 2830,
     "distributed": 1850,
     "evaluation": 2110,
     "executor": 1490,
@@ -35,7 +35,7 @@ BUDGETS = {
     "ops": 1815,
     "pipelines": 2580,
     "sampling": 850,
-    "task": 800,
+    "task": 805,
     "weights": 1120,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the

@@ -94,8 +94,8 @@ def batch(
     """Make a video for each row of a file; rows that are done already are skipped.
 
     A row may hold prompt, negative_prompt, height, width, num_frames, fps, num_inference_steps,
-    guidance_scale, seed, save_path, image, last_image, flexcache, role and priority. The flags fill in what a
-    row leaves out.
+    guidance_scale, shift, seed, save_path, image, last_image, flexcache, role and priority. The flags fill in
+    what a row leaves out.
     """
     config, _ = args.load_config()
     model = find_model(config)
@@ -302,6 +302,11 @@ def _cell(name: str, text: str) -> Any:
             return int(text)
         except ValueError:
             raise ValueError(f"{name} = {text!r}: must be a whole number") from None
+    if name == "shift":
+        try:
+            return float(text)
+        except ValueError:
+            raise ValueError(f"shift = {text!r}: must be a number") from None
     if name == "guidance_scale":
         return options.parse_guidance(text)
     return options.parse_cache(text) if name == "flexcache" else text

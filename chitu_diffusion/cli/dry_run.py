@@ -78,7 +78,13 @@ def print_plan(
     schedule = AttnSchedule.from_text(config.infer.attn_schedule)
     device = config.infer.device
     if as_json:
-        about = {"model": spec.name, "folder": folder, "device": device, "low_mem_level": level}
+        about: dict[str, Any] = {
+            "model": spec.name,
+            "folder": folder,
+            "device": device,
+            "low_mem_level": level,
+        }
+        about |= {"sampler": spec.defaults.sampler, "authors_shift": spec.authors_shift}
         emit("plan", **about, quant=quant, attn_schedule=config.infer.attn_schedule, tasks=plans)
         return 0
     say(f"model   {spec.name} in {folder}")
@@ -91,6 +97,7 @@ def print_plan(
         kept = config.infer.quant_keep or "none"
         say(f"quant   {quant} linear layers after {share} of the steps (kept in 16 bits: {kept}); lossy")
     for plan in plans:
+        sampled = "on its list of noise levels" if spec.defaults.levels else f"shift {plan['shift'] or 1:g}"
         late = "" if schedule is None else f", {schedule.describe(plan['num_inference_steps'])}"
         say(
             f"video   {quoted(plan['prompt'])}\n"
@@ -99,7 +106,10 @@ def print_plan(
             f"        {plan['num_inference_steps']} steps, guidance {plan['guidance_scale']}, seed "
             f"{plan['seed']}, "
             f"cache {plan['flexcache'] or 'none'}{late}\n"
+            f"        sampler {spec.defaults.sampler}, {sampled}\n"
             f"        to {plan['save_path']}"
         )
+        if note := spec.shift_note(plan["shift"]):
+            say(f"note    {note}")
     say("nothing was made (--dry-run)")
     return 0

@@ -125,7 +125,7 @@ def describe(backend: DiffusionBackend, settings: dict[str, Any]) -> dict[str, A
         "model": backend.spec.name,
         "weights_sha256": backend.weights_sha256(),
         "sampler": backend.sampler.name,
-        "shift": backend.sampler.shift,
+        "shift": resolved.shift or backend.sampler.shift,
         "steps": resolved.num_inference_steps,
         "guidance": list(guidance_pair(resolved.guidance_scale)),
         "size": [resolved.width, resolved.height, resolved.num_frames],

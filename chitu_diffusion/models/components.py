@@ -22,7 +22,7 @@ from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.models.wan.transformer import WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE
 from chitu_diffusion.ops.float8_linear import Float8Plan
-from chitu_diffusion.weights.manifest import LoadedWeights
+from chitu_diffusion.weights.manifest import LoadedFolder
 
 _HOME = torch.device("cpu")
 _NOWHERE = torch.device("meta")
@@ -36,13 +36,13 @@ class Networks:
         spec: the model without its weights.
         parts: by role.
         scheduler: the checkpoint's `scheduler_config.json`.
-        loaded: which bytes the weights are; None for networks made in memory.
+        folder: where the weights came from, and which bytes they are; None for networks made in memory.
     """
 
     spec: ModelSpec
     parts: Mapping[Role, nn.Module]
     scheduler: Mapping[str, Any]
-    loaded: LoadedWeights | None = None
+    folder: LoadedFolder | None = None
 
     @property
     def experts(self) -> Sequence[WanTransformer]:
@@ -94,7 +94,7 @@ def load_networks(
         "decoder": device,
     }
     text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
-    loaded = LoadedWeights(folder.path, weight_files(folder), cache_dir())
+    loaded = LoadedFolder(folder.path, weight_files(folder), cache_dir())
     try:
         parts = {
             role: load_part(

@@ -38,7 +38,7 @@ from chitu_diffusion.task import (
     TaskStatus,
 )
 
-FORMAT = 2
+FORMAT = 3
 ENDING = ".safetensors"
 _KEPT = 2
 _MOST_TRIES = 3

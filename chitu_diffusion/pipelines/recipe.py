@@ -36,7 +36,8 @@ def recipe_of(task: DiffusionTask, backend: DiffusionBackend) -> dict[str, Any]:
         "low_mem_level": backend.low_mem_level,
         "sampler": {
             "name": backend.sampler.name,
-            "shift": backend.sampler.shift,
+            "shift": backend.sampler.shift if params["shift"] is None else params["shift"],
+            "authors_shift": backend.spec.authors_shift,
             **levels_as_lists(backend.sampler.levels),
         },
         "quality": backend.args.output.quality,

@@ -151,6 +151,7 @@ class Stages:
             status=self._pipeline.after(TaskStatus.ENCODING),
         )
         notes = [f"seed {task.seed}"] if task.params.seed is None else []
+        notes += [note for note in (backend.spec.shift_note(resolved.shift),) if note]
         for image in (resolved.image, resolved.last_image):
             note = image and image.stretched(resolved.height, resolved.width)
             notes += [note] if note else []
@@ -223,7 +224,7 @@ class Stages:
     ) -> Predict:
         """A predictor through the cache manager, which is bound to a task's cache for this step."""
         backend = self._backend
-        cached = cached_predictor(backend, text, step_idx, num_steps, self._probe)
+        cached = cached_predictor(backend, text, step_idx, num_steps, self._probe, state["shift"])
         unplanned = cache is not None and cache["plan"] is None
         schedule = schedule_of(backend, state, scales) if unplanned else None
 
@@ -253,7 +254,11 @@ class Stages:
         if task.buffer.sampler is not None:
             return _present(task.buffer.latent).to(device), task.buffer.sampler
         state = sampler.begin(
-            stage.num_inference_steps, stage.strength, seed=task.seed, stream=task.cascade_stage
+            stage.num_inference_steps,
+            stage.strength,
+            seed=task.seed,
+            stream=task.cascade_stage,
+            shift=_resolved(task).shift,
         )
         spec = self._backend.spec
         frames = _resolved(task).num_frames or 1

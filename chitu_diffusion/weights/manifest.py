@@ -132,7 +132,7 @@ def listed_files(folder: Path) -> list[Path]:
     )
 
 
-class LoadedWeights:
+class LoadedFolder:
     """Which bytes the weights of a loaded model are: hashed from when they were opened, compared with the
     folder's manifest, which is written where there is none.
 
