@@ -335,6 +335,11 @@ class DiffusionBackend:
         loaded = self._alive().folder
         return None if loaded is None else loaded.sha256()
 
+    @property
+    def config_sha256(self) -> str | None:
+        """SHA-256 over configs and tokenizer; None for networks made in memory."""
+        return self._alive().config_sha256
+
     def weights_are_hashed(self) -> bool:
         """Whether `weights_sha256` would not wait."""
         loaded = self._alive().folder

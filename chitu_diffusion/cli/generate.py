@@ -6,6 +6,7 @@ imported. The work itself is `runner.py`'s.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,6 +103,13 @@ def picked_cache(spec: ModelSpec, model: str, args: Args) -> dict[str, Any]:
         f"compute, mean over {videos} checked video(s) at {steps} steps, guidance "
         f"{guidance[0] if guidance else '-'})"
     )
+    made = spec.calibration.about.get("sampler")
+    here = {"name": spec.defaults.sampler, "shift": args["shift"] or spec.defaults.shift}
+    if isinstance(made, Mapping) and any(made.get(name) != value for name, value in here.items()):
+        say(
+            f"it was checked with sampler {made.get('name')} at shift {made.get('shift')}, and this is "
+            f"{here['name']} at {here['shift']}: another PSNR may follow; 'chitu calibrate' measures it"
+        )
     return flexcache
 
 

@@ -37,12 +37,14 @@ class Networks:
         parts: by role.
         scheduler: the checkpoint's `scheduler_config.json`.
         folder: where the weights came from, and which bytes they are; None for networks made in memory.
+        config_sha256: of configs and tokenizer, likewise.
     """
 
     spec: ModelSpec
     parts: Mapping[Role, nn.Module]
     scheduler: Mapping[str, Any]
     folder: LoadedFolder | None = None
+    config_sha256: str | None = None
 
     @property
     def experts(self) -> Sequence[WanTransformer]:
@@ -110,4 +112,4 @@ def load_networks(
     except BaseException:
         loaded.close()
         raise
-    return Networks(model.spec, parts, folder.scheduler, loaded)
+    return Networks(model.spec, parts, folder.scheduler, loaded, folder.config_sha256())

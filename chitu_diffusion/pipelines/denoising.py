@@ -26,6 +26,7 @@ from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.models.kinds import EXPERT_ROLES
 from chitu_diffusion.models.wan.transformer import BlockInputs, SharedCfgPrefix, WanTransformer
 from chitu_diffusion.pipelines.conditioning import PreparedConditioning
+from chitu_diffusion.pipelines.fingerprint import identity_of
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
 from chitu_diffusion.pipelines.guidance import active_branches, apply_cfg, expert_at
 from chitu_diffusion.sampling.library import SamplerState
@@ -263,7 +264,7 @@ def schedule_of(
         sampler=backend.sampler.name,
         response=partial(backend.sampler.response, state),
         calibration=backend.spec.calibration,
-        weights_sha256=backend.weights_sha256,
+        identity=partial(identity_of, backend),
     )
 
 
