@@ -31,12 +31,12 @@ BUDGETS = {
     "flexcache": 2700,
     "media": 760,
     "memory": 570,
-    "models": 3760,
+    "models": 3770,
     "ops": 1815,
     "pipelines": 2690,
     "sampling": 850,
     "task": 805,
-    "weights": 1120,
+    "weights": 1125,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

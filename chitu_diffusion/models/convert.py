@@ -74,7 +74,9 @@ def verify(path: str | Path, deep: bool = False) -> list[PartCheck]:
         return [PartCheck("manifest", folder.path, False, str(error))]
     said = f"{spec.name}, {folder.layout} layout, "
     said += (
-        f"SHA-256 from {manifest.origin}" if manifest else "without a manifest: no SHA-256 to compare with"
+        f"SHA-256 by {manifest.place.name} ({manifest.origin})"
+        if manifest
+        else "without a manifest: no SHA-256 to compare with"
     )
 
     def checked(part: str, place: Path, look: Callable[[], str]) -> PartCheck:

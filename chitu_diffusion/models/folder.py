@@ -33,7 +33,6 @@ from chitu_diffusion.models.kinds import (
     Role,
     kind_named,
 )
-from chitu_diffusion.weights.hashing import hashes_of
 
 Layout = Literal["diffusers", "official"]
 
@@ -151,9 +150,16 @@ class ModelFolder:
         }
         place = self.tokenizer
         files = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else []
-        tokenizer = {file.name: value for file, value in hashes_of(files).items()} if files else {}
+        tokenizer = {file.name: _sha256(file) for file in files}
         text = json.dumps([said, tokenizer, self.boundary_ratio], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"a file cannot be read: {error}", file=file) from error
 
 
 def read_folder(path: str | Path) -> ModelFolder:

@@ -24,7 +24,8 @@ MANIFEST_FILE = "manifest.json"
 Origin = Literal["shipped", "pull", "convert", "first use"]
 _FORMAT = 1
 _WEIGHTS = (".safetensors", ".pth")
-_LISTED = (*_WEIGHTS, ".json", ".model", ".txt")
+_OTHERS = (".json", ".model")
+_LARGEST_OTHER = 64 * 2**20
 _OWN = frozenset({MANIFEST_FILE, "chitu.json", "flexcache.json"})
 """What its owner may change."""
 _BY_FIRST_USE = "first use"
@@ -91,7 +92,12 @@ def write_manifest(
         CheckpointError: a file cannot be read.
     """
     known = {file: value for file, value in (known or {}).items() if file.is_relative_to(folder)}
-    others = [file for file in listed_files(folder) if file not in known]
+    others = [
+        file
+        for file in listed_files(folder)
+        # of whatever weights lie about, those that were used
+        if file not in known and (origin != _BY_FIRST_USE or file.suffix not in _WEIGHTS)
+    ]
     found = {**known, **(hashes_of(others) if others else {})}
     files = {_name(folder, file): value for file, value in sorted(found.items())}
     own = folder / MANIFEST_FILE
@@ -125,10 +131,11 @@ def listed_files(folder: Path) -> list[Path]:
     return sorted(
         file
         for file in folder.rglob("*")
-        if file.suffix in _LISTED
+        if file.suffix in (*_WEIGHTS, *_OTHERS)
         and not (file.parent == folder and file.name in _OWN)
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
         and file.is_file()
+        and (file.suffix in _WEIGHTS or file.stat().st_size <= _LARGEST_OTHER)
     )
 
 

@@ -229,9 +229,12 @@ def test_a_flipped_bit_in_the_shipped_weights_is_refused_at_loading(shipped, cac
 
 
 def test_first_use_writes_a_manifest_and_later_changes_are_told(model, cache, tmp_path, caplog) -> None:
+    (model / "stray.safetensors").write_bytes(b"of somebody else")
     DiffusionBackend(config_for(model, tmp_path))
     manifest = read_manifest(model)
     assert manifest is not None and manifest.origin == "first use" and not bad_parts(model)
+    assert "stray.safetensors" not in manifest.files and "tokenizer/tokenizer.json" in manifest.files
+    (model / "stray.safetensors").unlink()
     assert not [file for file in model.rglob("*") if "part" in file.name]
     flip(model / "vae" / "diffusion_pytorch_model.safetensors", -1)
     assert bad_parts(model) == ["vae"] and not caplog.text
