@@ -40,7 +40,6 @@ from chitu_diffusion.ops.float8_linear import float8_begins, has_float8_products
 from chitu_diffusion.ops.fused import HAS_TRITON
 from chitu_diffusion.sampling.scheduler import NoiseScheduler
 from chitu_diffusion.sampling.solvers import Sampler
-from chitu_diffusion.weights.loader import WeightsHash
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +195,6 @@ class DiffusionBackend:
             for expert in networks.experts:
                 expert.enable_gradient_checkpointing()
         self._networks: Networks | None = networks
-        self._weights_hash = None if networks.folder is None else WeightsHash(networks.folder, cache_dir())
         self.state = BackendState.INITIALIZED
 
     @property
@@ -280,12 +278,17 @@ class DiffusionBackend:
         networks = self._alive()
         self._networks = replace(networks, spec=replace(networks.spec, calibration=calibration))
 
-    def set_precision(self, expert: int, timestep: float) -> bool:
-        """Ready an expert's layers for a step: 8 bits from where the settings say, 16 before. True for 8."""
+    def set_precision(self, expert: int, timestep: float, shift: float | None = None) -> bool:
+        """Ready an expert's layers for a step: 8 bits from where the settings say, 16 before. True for 8.
+
+        Args:
+            shift: of the task's noise schedule; None is the model's own.
+        """
         layers = self._float8[expert]
         share = self.args.infer.quant_from
         levels = self.sampler.levels
-        begins = float8_begins(share, self.sampler.shift) if levels is None else levels.time_after(share)
+        shift = self.sampler.shift if shift is None else shift
+        begins = float8_begins(share, shift) if levels is None else levels.time_after(share)
         in_float8 = bool(layers) and timestep <= begins
         set_float8(layers, in_float8, self.device)
         return in_float8
@@ -314,6 +317,8 @@ class DiffusionBackend:
                 self._watch.close()
             self.offload.close()
             del self.offload
+            if self._networks.folder is not None:
+                self._networks.folder.close()
             self._networks = None
             empty_cache(self.device)
         self.state = BackendState.TERMINATED
@@ -333,13 +338,21 @@ class DiffusionBackend:
         )
 
     def weights_sha256(self) -> str | None:
-        """SHA-256 over the checkpoint's files, remembered between runs; None for networks made in memory."""
-        self.require_alive()
-        return None if self._weights_hash is None else self._weights_hash.value()
+        """SHA-256 over the weights that were loaded; waits, and says so, where it is not known yet. None for
+        networks made in memory, and for files that were written into before anybody could hash them.
+        """
+        loaded = self._alive().folder
+        return None if loaded is None else loaded.sha256()
+
+    @property
+    def config_sha256(self) -> str | None:
+        """SHA-256 over configs and tokenizer; None for networks made in memory."""
+        return self._alive().config_sha256
 
     def weights_are_hashed(self) -> bool:
         """Whether `weights_sha256` would not wait."""
-        return self._weights_hash is None or self._weights_hash.is_known
+        loaded = self._alive().folder
+        return loaded is None or loaded.is_known
 
     def _alive(self) -> Networks:
         if self.state is BackendState.UNINITIALIZED or self._networks is None:
@@ -418,8 +431,9 @@ def _check_quant(args: EngineConfig, device: torch.device, dtype: torch.dtype) -
 
 
 def _with_shift(scheduler: Mapping[str, Any], shift: float | None) -> Mapping[str, Any]:
-    """The checkpoint's scheduler config, with the model's own shift where it says none."""
-    if shift is None or scheduler.get("flow_shift") is not None or scheduler.get("shift") is not None:
+    """The checkpoint's scheduler config with the model's shift, for `chitu.json` may name another."""
+    if shift is None:
         return scheduler
     key = "shift" if scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler" else "flow_shift"
-    return {**scheduler, key: shift}
+    rest = {name: value for name, value in scheduler.items() if name not in ("shift", "flow_shift")}
+    return {**rest, key: shift}

@@ -24,19 +24,19 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
     "": 2270,
     "attention": 2060,
-    "cli": 2915,
+    "cli": 2945,
     "distributed": 1850,
     "evaluation": 2110,
     "executor": 1555,
     "flexcache": 2700,
     "media": 815,
     "memory": 570,
-    "models": 3780,
+    "models": 3890,
     "ops": 1815,
-    "pipelines": 2590,
-    "sampling": 875,
-    "task": 830,
-    "weights": 640,
+    "pipelines": 2745,
+    "sampling": 880,
+    "task": 840,
+    "weights": 1125,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

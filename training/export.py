@@ -18,6 +18,7 @@ from torch import Tensor
 
 from chitu_diffusion.models.registry import write_metadata
 from chitu_diffusion.models.spec import Defaults
+from chitu_diffusion.weights.manifest import write_manifest
 from training import autoencoder, denoiser, latents, text
 
 SHARD_BYTES = 12 * 2**20
@@ -120,6 +121,7 @@ def export(run: Path, target: Path) -> None:
         "transformer_2": [None, None], "vae": ["diffusers", "AutoencoderKLWan"],
     })  # fmt: skip
     write_metadata(part, "wan-tiny", DEFAULTS)
+    write_manifest(part, "shipped")
     if target.exists():
         for kept in ("README.md", "LICENSE"):
             if (target / kept).exists():

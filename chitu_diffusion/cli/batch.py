@@ -13,6 +13,7 @@ import json
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,8 +28,6 @@ from chitu_diffusion.cli.resume import VideoJob, job_key, run_key
 from chitu_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
-    from chitu_diffusion.config import EngineConfig
-    from chitu_diffusion.models.spec import ModelSpec
     from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 MakeTask = Callable[["DiffusionUserParams"], "DiffusionTask"]
@@ -95,8 +94,8 @@ def batch(
     """Make a video for each row of a file; rows that are done already are skipped.
 
     A row may hold prompt, negative_prompt, height, width, num_frames, fps, num_inference_steps,
-    guidance_scale, seed, save_path, image, last_image, flexcache, role and priority. The flags fill in what a
-    row leaves out.
+    guidance_scale, shift, seed, save_path, image, last_image, flexcache, role and priority. The flags fill in
+    what a row leaves out.
     """
     from chitu_diffusion.task import DiffusionUserParams
 
@@ -109,7 +108,15 @@ def batch(
         layout = check_layout(config, model.spec, gpus)
         DiffusionUserParams(**{"prompt": "-", **asked})  # what is wrong with a flag is no row's fault
     rows = read_rows(file, args["output"], asked, lambda params: task_for(model, config, params, layout))
-    todo = [row for row in rows if not is_done(row, model.spec, config)]
+
+    @cache
+    def fingerprint() -> Mapping[str, Any]:
+        from chitu_diffusion.config import cache_dir
+        from chitu_diffusion.pipelines.fingerprint import fingerprint_before_loading
+
+        return fingerprint_before_loading(config, model, cache_dir())
+
+    todo = [row for row in rows if not is_done(row, model.spec.name, fingerprint)]
     left = {row.line for row in todo}
     done = len(rows) - len(todo)
     if args["dry_run"] or not todo:
@@ -166,11 +173,15 @@ def _summary(rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask]
     return 1 if failed else 0
 
 
-def is_done(row: Row, spec: ModelSpec, config: EngineConfig) -> bool:
-    """Whether the row's file is there, of the same model, and its recipe agrees with row and settings."""
+def is_done(row: Row, model: str, fingerprint: Callable[[], Mapping[str, Any]]) -> bool:
+    """Whether the row's file is there and its recipe says the row.
+
+    Args:
+        model: its name.
+        fingerprint: of the model as it would be loaded; asked for only where there is a recipe to compare.
+    """
     from chitu_diffusion.media.reading import read_recipe
-    from chitu_diffusion.pipelines.recipe import attn_schedule_of, quant_of
-    from chitu_diffusion.sampling.noise_levels import levels_as_lists
+    from chitu_diffusion.pipelines.fingerprint import differences
 
     if not Path(row.path).exists():
         return False
@@ -179,24 +190,16 @@ def is_done(row: Row, spec: ModelSpec, config: EngineConfig) -> bool:
     except UsageError:
         return False
     made = recipe.get("params")
-    if not isinstance(made, dict) or recipe.get("model") != spec.name:
+    if not isinstance(made, dict) or recipe.get("model") != model:
         return False
-    # settings that make another video; "auto" attention is exact, and which exact kernel it was is no matter
-    sampler = recipe.get("sampler")
-    asked = {"name": spec.defaults.sampler, **levels_as_lists(spec.defaults.levels)}
-    kernel = config.infer.attn_type
-    if (
-        recipe.get("quant") != quant_of(config)
-        or recipe.get("attn_schedule") != attn_schedule_of(config)
-        or not isinstance(sampler, dict)
-        or any(sampler.get(key) != value for key, value in asked.items())
-    ):
-        return False
-    if kernel != "auto" and recipe.get("attention") != kernel:
-        return False
-    mine = json.loads(json.dumps((row.task.resolved or row.params).to_mapping(), default=str))
+    resolved = row.task.resolved or row.params
+    mine = json.loads(json.dumps(resolved.to_mapping(), default=str))
     ignored = {"save_path", "task_id", "role", "priority"} | ({"seed"} if row.params.seed is None else set())
-    return all(made.get(name) == value for name, value in mine.items() if name not in ignored)
+    if any(made.get(name) != value for name, value in mine.items() if name not in ignored):
+        return False
+    here = fingerprint()
+    sampler = {**here["sampler"], "shift": resolved.shift or here["sampler"]["shift"]}
+    return not differences(recipe, {**here, "sampler": sampler})
 
 
 def read_rows(file: Path, folder: Path, defaults: Mapping[str, Any], make_task: MakeTask) -> list[Row]:
@@ -312,6 +315,11 @@ def _cell(name: str, text: str) -> Any:
             return int(text)
         except ValueError:
             raise ValueError(f"{name} = {text!r}: must be a whole number") from None
+    if name == "shift":
+        try:
+            return float(text)
+        except ValueError:
+            raise ValueError(f"shift = {text!r}: must be a number") from None
     if name == "guidance_scale":
         return options.parse_guidance(text)
     return options.parse_cache(text) if name == "flexcache" else text

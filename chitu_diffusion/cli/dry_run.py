@@ -75,6 +75,13 @@ def picked_cache(spec: ModelSpec, args: Args) -> dict[str, Any]:
         f"compute, mean over {videos} checked video(s) at {steps} steps, guidance "
         f"{guidance[0] if guidance else '-'})"
     )
+    made = spec.calibration.about.get("sampler")
+    here = {"name": spec.defaults.sampler, "shift": args["shift"] or spec.defaults.shift}
+    if isinstance(made, Mapping) and any(made.get(name) != value for name, value in here.items()):
+        say(
+            f"it was checked with sampler {made.get('name')} at shift {made.get('shift')}, and this is "
+            f"{here['name']} at {here['shift']}: another PSNR may follow; 'chitu calibrate' measures it"
+        )
     return {"flexcache": flexcache}
 
 
@@ -145,6 +152,7 @@ def print_plan(
     device = config.infer.device
     if as_json:
         about = {"model": spec.name, "folder": folder, "device": device, "low_mem_level": level}
+        about |= {"sampler": spec.defaults.sampler, "authors_shift": spec.authors_shift}
         ranks = None if layout is None else asdict(layout)
         emit("plan", **about, ranks=ranks, quant=quant, attn_schedule=config.infer.attn_schedule, tasks=plans)
         return 0
@@ -159,6 +167,7 @@ def print_plan(
         kept = config.infer.quant_keep or "none"
         say(f"quant   {quant} linear layers after {share} of the steps (kept in 16 bits: {kept}); lossy")
     for plan in plans:
+        sampled = "on its list of noise levels" if spec.defaults.levels else f"shift {plan['shift'] or 1:g}"
         late = "" if schedule is None else f", {schedule.describe(plan['num_inference_steps'])}"
         say(
             f"video   {quoted(plan['prompt'])}\n"
@@ -167,8 +176,11 @@ def print_plan(
             f"        {plan['num_inference_steps']} steps, guidance {plan['guidance_scale']}, seed "
             f"{plan['seed']}, "
             f"cache {setting_text(plan['flexcache'])}{late}\n"
+            f"        sampler {spec.defaults.sampler}, {sampled}\n"
             f"        to {plan['save_path']}"
         )
+        if note := spec.shift_note(plan["shift"]):
+            say(f"note    {note}")
     say("nothing was made (--dry-run)")
     return 0
 

@@ -108,6 +108,8 @@ FLAGS = (
     Flag("--guidance-scale", "generate batch calibrate",
          "Weight of the prompt: 5; or HIGH,LOW for two experts.",
          field="guidance_scale", parse=options.parse_guidance, metavar="G"),
+    Flag("--shift", "generate batch calibrate", "Of the noise schedule; 3 to 12 is usual.", float,
+         field="shift", metavar="S"),
     Flag("--seed", "generate", "One seed, or one video for each.",
          field="seed", parse=options.parse_seeds, metavar="N | A..B"),
     Flag("--seed", "batch", "For every row that names none.", int, field="seed"),

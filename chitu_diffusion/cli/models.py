@@ -98,7 +98,12 @@ def models_pull(
         folder = snapshot_download(hub_id, local_dir=to)
     except Exception as error:
         raise _cannot_fetch(hub_id, error) from error
-    say("fetched; 'chitu models verify' checks every tensor")
+    if to is not None:
+        from chitu_diffusion.weights.manifest import downloaded, write_manifest
+
+        say("hashing what was fetched ...")
+        write_manifest(Path(folder), "pull", downloaded(Path(folder)))
+    say("fetched; 'chitu models verify' checks every tensor and every file's SHA-256")
     print(folder)
     return 0
 
@@ -118,7 +123,9 @@ def models_verify(
     ] = False,
     json_: Document = False,
 ) -> int:
-    """Check a model: configs, each file's size, every tensor's name and shape. Exit 4 if it is not whole."""
+    """Check a model: configs, each file's size and SHA-256, each tensor's name and shape. Exit 4 if not
+    whole.
+    """
     folder = folder_of(model)
     from chitu_diffusion.models.convert import verify
 

@@ -24,6 +24,7 @@ from chitu_diffusion.evaluation.videos import make_video
 from chitu_diffusion.evaluation.workers import Workers
 from chitu_diffusion.flexcache.calibration import Calibration, Verified, triangle
 from chitu_diffusion.flexcache.plan_search import Array
+from chitu_diffusion.pipelines.fingerprint import fingerprint_of
 from chitu_diffusion.pipelines.recipe import device_name
 
 if TYPE_CHECKING:
@@ -124,15 +125,11 @@ def describe(backend: DiffusionBackend, settings: dict[str, Any]) -> dict[str, A
     resolved = resolve_task(task, backend.spec, output_dir="")
     return {
         "model": backend.spec.name,
-        "weights_sha256": backend.weights_sha256(),
-        "sampler": backend.sampler.name,
-        "shift": backend.sampler.shift,
+        **fingerprint_of(backend, resolved.shift),
         "steps": resolved.num_inference_steps,
         "guidance": list(guidance_pair(resolved.guidance_scale)),
         "size": [resolved.width, resolved.height, resolved.num_frames],
-        "dtype": str(backend.dtype).removeprefix("torch."),
         "device": device_name(backend.device),
-        "attention": backend.attn_backend.name,
         "versions": {name: version(name) for name in ("torch", "diffusers")},
     }
 

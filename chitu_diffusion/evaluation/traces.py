@@ -117,7 +117,9 @@ class _Run:
         task = DiffusionTask.from_user_request(DiffusionUserParams(**params))
         resolved = resolve_task(task, backend.spec, output_dir="")
         self.scales = guidance_pair(resolved.guidance_scale)
-        self.state = backend.sampler.begin(resolved.num_inference_steps or 1, seed=task.seed)
+        self.state = backend.sampler.begin(
+            resolved.num_inference_steps or 1, seed=task.seed, shift=resolved.shift
+        )
         frames = resolved.num_frames or 1
         shape = backend.spec.latent_shape(frames, resolved.height or 0, resolved.width or 0)
         self.noise = initial_noise((1, *shape), task.seed).to(backend.device)

@@ -80,9 +80,10 @@ def make_video(backend: DiffusionBackend, *, kernel: str | None = None, **params
 def _plan(backend: DiffusionBackend, task: DiffusionTask) -> None:
     """Calculate a plan that the model keeps: only the first task of a process would pay for it."""
     steps = task.num_inference_steps
-    guidance = guidance_pair(task.resolved.guidance_scale if task.resolved else None)
+    resolved = task.resolved or task.params
+    guidance = guidance_pair(resolved.guidance_scale)
     if task.buffer.cache is not None:
-        schedule = schedule_of(backend, backend.sampler.begin(steps), guidance)
+        schedule = schedule_of(backend, backend.sampler.begin(steps, shift=resolved.shift), guidance)
         strategy_of(task.buffer.cache).build_plan(schedule)
 
 

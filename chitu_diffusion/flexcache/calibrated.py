@@ -9,7 +9,7 @@ agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -150,7 +150,7 @@ class CalibratedPlan(Strategy):
 
 
 def _calibration_for(schedule: Schedule) -> Calibration:
-    """What the schedule's model was calibrated to, if it was with these weights.
+    """What was measured on the schedule's model.
 
     Raises:
         UsageError: it was not.
@@ -162,15 +162,29 @@ def _calibration_for(schedule: Schedule) -> Calibration:
             f"flexcache plan: {schedule.model} was not calibrated; {remedy} does that; meancache needs none",
             field="flexcache",
         )
-    found = calibration.about.get("weights_sha256")
-    here = schedule.weights_sha256()
-    if None not in (found, here) and found != here:
-        raise UsageError(
-            f"flexcache plan: {schedule.model} was calibrated with other weights (sha256 {str(found)[:12]}, "
-            f"here {str(here)[:12]}); {remedy} measures these",
-            field="flexcache",
-        )
+    require_same_model(calibration, schedule.identity(), schedule.model)
     return calibration
+
+
+def require_same_model(calibration: Calibration, here: Mapping[str, Any], model: str) -> None:
+    """What was measured holds for this model.
+
+    Args:
+        here: see `Schedule.identity`. What is None here or there is left for later.
+        model: its name.
+
+    Raises:
+        UsageError: it was another.
+    """
+    for name, value in here.items():
+        found = calibration.about.get(name)
+        if None not in (found, value) and found != value:
+            what = name.removesuffix("_sha256").replace("config", "configs or tokenizer")
+            raise UsageError(
+                f"flexcache plan: {model} was calibrated with other {what} ({str(found)[:12]}, here "
+                f"{str(value)[:12]}); 'chitu calibrate --model {model}' measures these",
+                field="flexcache",
+            )
 
 
 def _calculated(

@@ -49,8 +49,8 @@ class Calibration:
     """See the file's docstring.
 
     Attributes:
-        about: what it was measured on: weights_sha256, sampler, shift, steps, guidance, size, prompts, seeds,
-            versions.
+        about: what it was measured on: the fingerprint (weights_sha256, sampler, dtype ...), steps, guidance,
+            size, prompts, versions.
         sigmas: noise levels of the runs, [steps + 1].
         moments: rows of the lower triangle of the mean inner products, see `planning.Traces`.
         gain: of an error at each step, [steps].

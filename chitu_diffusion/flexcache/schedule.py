@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,8 @@ class Schedule:
         response: gives d(last latent) / d(velocity) of each step, the sampler's own weights; None where no
             sampler is at hand.
         calibration: full-compute runs of this model (`chitu calibrate`), or None.
-        weights_sha256: gives the weights' fingerprint, or None for weights made in memory.
+        identity: gives what tells the model from others, by name, as in a calibration's `about`; None where
+            something is not known, or not yet.
     """
 
     timesteps: tuple[float, ...]
@@ -53,7 +54,7 @@ class Schedule:
     sampler: str = ""
     response: Callable[[], tuple[float, ...]] | None = None
     calibration: Calibration | None = None
-    weights_sha256: Callable[[], str | None] = lambda: None
+    identity: Callable[[], Mapping[str, Any]] = dict
 
     @classmethod
     def bare(cls, num_steps: int) -> Schedule:

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from chitu_diffusion.config import EngineConfig
+from chitu_diffusion.config import EngineConfig, cache_dir
 from chitu_diffusion.models.kinds import EXPERT_ROLES, PARTS, PartKind, Role
-from chitu_diffusion.models.loading import load_part
+from chitu_diffusion.models.loading import load_part, weight_files
 from chitu_diffusion.models.registry import FoundModel
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.models.wan.transformer import WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE
 from chitu_diffusion.ops.float8_linear import Float8Plan
+from chitu_diffusion.weights.manifest import LoadedFolder
 
 _HOME = torch.device("cpu")
 _NOWHERE = torch.device("meta")
@@ -36,13 +36,15 @@ class Networks:
         spec: the model without its weights.
         parts: by role.
         scheduler: the checkpoint's `scheduler_config.json`.
-        folder: where the weights came from; None for networks made in memory.
+        folder: where the weights came from, and which bytes they are; None for networks made in memory.
+        config_sha256: of configs and tokenizer, likewise.
     """
 
     spec: ModelSpec
     parts: Mapping[Role, nn.Module]
     scheduler: Mapping[str, Any]
-    folder: Path | None = None
+    folder: LoadedFolder | None = None
+    config_sha256: str | None = None
 
     @property
     def experts(self) -> Sequence[WanTransformer]:
@@ -94,14 +96,20 @@ def load_networks(
         "decoder": device,
     }
     text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
-    parts = {
-        role: load_part(
-            folder,
-            role,
-            device=place[PARTS[role].kind],
-            dtype=text_dtype if role == "text_encoder" else dtype,
-            float8=float8_plan(args),
-        )
-        for role in folder.components
-    }
-    return Networks(model.spec, parts, folder.scheduler, folder.path)
+    loaded = LoadedFolder(folder.path, weight_files(folder), cache_dir())
+    try:
+        parts = {
+            role: load_part(
+                folder,
+                role,
+                device=place[PARTS[role].kind],
+                dtype=text_dtype if role == "text_encoder" else dtype,
+                float8=float8_plan(args),
+            )
+            for role in folder.components
+        }
+        loaded.settle()
+    except BaseException:
+        loaded.close()
+        raise
+    return Networks(model.spec, parts, folder.scheduler, loaded, folder.config_sha256())

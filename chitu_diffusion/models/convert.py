@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from chitu_diffusion.errors import ChituError, UsageError
+from chitu_diffusion.config import cache_dir
+from chitu_diffusion.errors import CheckpointError, ChituError, UsageError
 from chitu_diffusion.models.folder import (
     EXPERT_FOLDERS,
     METADATA_FILE,
@@ -25,9 +27,12 @@ from chitu_diffusion.models.folder import (
 from chitu_diffusion.models.kinds import OPTIONAL_ROLES, PARTS, Role
 from chitu_diffusion.models.loading import blueprint, open_weights
 from chitu_diffusion.models.registry import spec_of_folder
+from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.text_encoder import load_tokenizer
 from chitu_diffusion.sampling.solvers import Sampler
-from chitu_diffusion.weights.loader import match_names, save_weights, write_json
+from chitu_diffusion.weights.hashing import write_json
+from chitu_diffusion.weights.loader import match_names, save_weights
+from chitu_diffusion.weights.manifest import Manifest, problem_with, read_manifest, write_manifest
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class PartCheck:
 
 
 def verify(path: str | Path, deep: bool = False) -> list[PartCheck]:
-    """Checks a model's folder: configs, each file's size, every tensor's name, shape and dtype.
+    """Checks a model's folder: configs, each file's size, every tensor's name, shape and dtype, and all
+    files' SHA-256 where a manifest, or the hub's cache, says what they should be.
 
     Args:
         path: the folder, in either layout.
@@ -62,18 +68,34 @@ def verify(path: str | Path, deep: bool = False) -> list[PartCheck]:
         spec = spec_of_folder(folder)
     except ChituError as error:
         return [PartCheck("folder", Path(path), False, str(error))]
-    findings = [PartCheck("folder", folder.path, True, f"{spec.name}, {folder.layout} layout")]
-    findings += [_verified(folder, role, deep) for role in folder.components]
     try:
-        size = len(load_tokenizer(folder.tokenizer))
-        findings.append(PartCheck("tokenizer", folder.tokenizer, True, f"{size} pieces"))
+        manifest = read_manifest(folder.path, cache_dir())
     except ChituError as error:
-        findings.append(PartCheck("tokenizer", folder.tokenizer, False, str(error)))
-    try:
-        sampler = Sampler(spec.defaults.sampler, folder.scheduler, spec.defaults.levels)
-        findings.append(PartCheck("scheduler", folder.path / "scheduler", True, f"shift {sampler.shift:g}"))
-    except ChituError as error:
-        findings.append(PartCheck("scheduler", folder.path / "scheduler", False, str(error)))
+        return [PartCheck("manifest", folder.path, False, str(error))]
+    said = f"{spec.name}, {folder.layout} layout, "
+    said += (
+        f"SHA-256 by {manifest.place.name} ({manifest.origin})"
+        if manifest
+        else "without a manifest: no SHA-256 to compare with"
+    )
+
+    def checked(part: str, place: Path, look: Callable[[], str]) -> PartCheck:
+        """`look` says what is there, or raises; then each file's bytes."""
+        try:
+            message = look()
+            problem = None if manifest is None else _bytes_of(folder, part, manifest)
+        except ChituError as error:
+            problem = str(error)
+        return PartCheck(part, place, problem is None, problem or message)
+
+    findings = [checked("folder", folder.path, lambda: said)]
+    for role, component in folder.components.items():
+        findings.append(checked(role, component.weights, partial(_verified, folder, role, deep)))
+    findings.append(
+        checked("tokenizer", folder.tokenizer, lambda: f"{len(load_tokenizer(folder.tokenizer))} pieces")
+    )
+    place = folder.path / "scheduler"
+    findings.append(checked("scheduler", place, lambda: f"shift {_sampler_of(folder, spec).shift:g}"))
     return findings
 
 
@@ -121,6 +143,7 @@ def convert(
         (part / "scheduler").mkdir()
         write_json(part / "scheduler" / "scheduler_config.json", dict(folder.scheduler))
     _write_metadata(folder, part, layout)
+    write_manifest(part, "convert")
     part.rename(target)
     return read_folder(target)
 
@@ -145,23 +168,46 @@ def write_model_index(place: Path, folder: ModelFolder) -> None:
     write_json(place / "model_index.json", index)
 
 
-def _verified(folder: ModelFolder, role: Role, deep: bool) -> PartCheck:
-    component = folder.components[role]
-    try:
-        weights = open_weights(folder, role)
-        plan = blueprint(folder, role)
-        names = match_names(plan.shapes(), weights, names=plan.names(folder.layout), ties=plan.ties)
-        kinds = sorted({str(stored.dtype).removeprefix("torch.") for stored in weights.entries.values()})
-        total = sum(stored.bytes for stored in weights.entries.values())
-        if deep:
-            for key in names.values():
-                if not torch.isfinite(weights.read(key)).all():
-                    return PartCheck(role, weights.entries[key].file, False, f"{key} holds NaN or Inf")
-    except ChituError as error:
-        return PartCheck(role, component.weights, False, str(error))
-    return PartCheck(
-        role, component.weights, True, f"{len(names)} tensors, {total / 2**30:.2f} GiB, {'/'.join(kinds)}"
-    )
+def _sampler_of(folder: ModelFolder, spec: ModelSpec) -> Sampler:
+    return Sampler(spec.defaults.sampler, folder.scheduler, spec.defaults.levels)
+
+
+def _bytes_of(folder: ModelFolder, part: str, manifest: Manifest) -> str | None:
+    """What is wrong with a part's files by the manifest, None for nothing."""
+    names = [name for name in manifest.files if _part_of(folder, folder.path / name) == part]
+    return problem_with(folder.path, names, manifest)
+
+
+def _part_of(folder: ModelFolder, file: Path) -> str:
+    """The part that a file belongs to; in the official layout several lie side by side."""
+    for role, component in folder.components.items():
+        shared = component.weights == folder.path
+        inside = file.parent == component.weights
+        if file == component.weights or (
+            inside and (not shared or file.name.startswith(component.part.stem) or file.name == "config.json")
+        ):
+            return role
+    if file.parent == folder.tokenizer:
+        return "tokenizer"
+    return "scheduler" if file.parent.name == "scheduler" else "folder"
+
+
+def _verified(folder: ModelFolder, role: Role, deep: bool) -> str:
+    """What a part holds.
+
+    Raises:
+        CheckpointError: it is not whole.
+    """
+    weights = open_weights(folder, role)
+    plan = blueprint(folder, role)
+    names = match_names(plan.shapes(), weights, names=plan.names(folder.layout), ties=plan.ties)
+    kinds = sorted({str(stored.dtype).removeprefix("torch.") for stored in weights.entries.values()})
+    total = sum(stored.bytes for stored in weights.entries.values())
+    if deep:
+        for key in names.values():
+            if not torch.isfinite(weights.read(key)).all():
+                raise CheckpointError("NaN or Inf", file=weights.entries[key].file, key=key)
+    return f"{len(names)} tensors, {total / 2**30:.2f} GiB, {'/'.join(kinds)}"
 
 
 def _write_component(

@@ -15,6 +15,7 @@ full-size models unless a `chitu.json` says otherwise, which `convert` writes fo
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -132,6 +133,33 @@ class ModelFolder:
     scheduler: Mapping[str, Any]
     boundary_ratio: float | None
     metadata: Mapping[str, Any]
+
+    def config_sha256(self) -> str:
+        """SHA-256 over what the configs say and the tokenizer's files hold, without the shift and what tools
+        note about themselves ("_diffusers_version").
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        left_out = ("_", "shift", "flow_shift")
+        configs: dict[str, Mapping[str, Any]] = {"scheduler": self.scheduler}
+        configs |= {role: component.config for role, component in self.components.items()}
+        said = {
+            part: {name: value for name, value in config.items() if not name.startswith(left_out)}
+            for part, config in configs.items()
+        }
+        place = self.tokenizer
+        files = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else []
+        tokenizer = {file.name: _sha256(file) for file in files}
+        text = json.dumps([said, tokenizer, self.boundary_ratio], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"a file cannot be read: {error}", file=file) from error
 
 
 def read_folder(path: str | Path) -> ModelFolder:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_enco
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanConfig, WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE, build_vae
 from chitu_diffusion.ops.float8_linear import Float8Plan, float8_weights, to_float8
+from chitu_diffusion.weights.files import weight_paths
 from chitu_diffusion.weights.loader import LoadProgress, Transform, WeightFiles, load_into
 
 Device = torch.device | str
@@ -168,6 +170,16 @@ def open_weights(folder: ModelFolder, role: Role) -> WeightFiles:
     """
     component = folder.components[role]
     return WeightFiles(component.weights, component.part.stem)
+
+
+def weight_files(folder: ModelFolder) -> list[Path]:
+    """The files with the weights of all parts.
+
+    Raises:
+        CheckpointError: a part has none, or not all.
+    """
+    parts = folder.components.values()
+    return [file for part in parts for file in weight_paths(part.weights, part.part.stem)]
 
 
 def _blueprint(

@@ -82,7 +82,7 @@ def resolve_model(name: str, ckpt_dir: str | Path | None = None) -> FoundModel:
         return _checked_against(spec, _found(path))
     if spec is not None:
         cached = _in_hub_cache(spec)
-        return FoundModel(spec, None if cached is None else read_folder(cached))
+        return FoundModel(spec, None) if cached is None else _checked_against(spec, _found(cached))
     path = ASSETS / TINY if name.lower() == TINY else folder_named(name)
     if path is not None:
         return _found(path)
@@ -162,6 +162,7 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
         defaults=_folder_defaults(folder, twin.defaults if twin else SMALL_DEFAULTS, len(transformers)),
         measured=measured if calibration is None else MappingProxyType({**measured, **calibration.measured}),
         calibration=calibration,
+        authors_shift=twin.defaults.shift if twin else None,
     )
 
 

@@ -95,6 +95,7 @@ class ModelSpec:
         text_tokens, text_dim: shape of the text embeddings.
         measured: on this model, for caches that rest on it.
         calibration: what `chitu calibrate` left in its folder, or None.
+        authors_shift: the shift that the authors of these networks sample with; None where nobody knows.
     """
 
     name: str
@@ -107,6 +108,7 @@ class ModelSpec:
     text_tokens: int = 512
     measured: Measured = field(default_factory=lambda: NOTHING_MEASURED)
     calibration: Calibration | None = None
+    authors_shift: float | None = None
 
     @property
     def text_dim(self) -> int:
@@ -135,6 +137,16 @@ class ModelSpec:
         if not SOLVERS[name].takes_list:
             own = replace(own, sigmas=None, timesteps=None)
         return replace(self, defaults=own)
+
+    def shift_note(self, shift: float | None) -> str | None:
+        """What to say of a task's shift that is the folder's and not its authors'; None for nothing."""
+        own = self.defaults.shift
+        if shift is None or shift != own or self.authors_shift in (None, own):
+            return None
+        authors = f"{self.authors_shift:g}"
+        return (
+            f"shift {shift:g} as the folder says; the authors of {self.name} use {authors}: --shift {authors}"
+        )
 
     def tokens(self, num_frames: int, height: int, width: int) -> int:
         """Length of the sequence that the transformer sees."""

@@ -26,9 +26,9 @@ from torch import Tensor
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import CannotResumeError
 from chitu_diffusion.flexcache.registry import emptied
+from chitu_diffusion.pipelines.fingerprint import differences, fingerprint_of, is_exact
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
-from chitu_diffusion.pipelines.recipe import attn_schedule_of, device_name, quant_of
-from chitu_diffusion.sampling.noise_levels import levels_as_lists
+from chitu_diffusion.pipelines.recipe import device_name
 from chitu_diffusion.task import (
     Conditioning,
     DiffusionTask,
@@ -38,7 +38,7 @@ from chitu_diffusion.task import (
     TaskStatus,
 )
 
-FORMAT = 2
+FORMAT = 3
 ENDING = ".safetensors"
 _KEPT = 2
 _MOST_TRIES = 3
@@ -52,7 +52,6 @@ often one was gone on from.
 """
 _NOT_OF_THE_VIDEO = ("save_path", "task_id", "role", "priority")
 """Fields of a request: who asks, and where it goes."""
-_LONGEST_SAID = 60
 _UNREADABLE = (
     OSError,
     SafetensorError,
@@ -96,7 +95,7 @@ def save_task(task: DiffusionTask, path: str | Path, backend: DiffusionBackend) 
     written = _Writer()
     values = {
         "format": FORMAT,
-        "fingerprint": fingerprint_of(backend),
+        "valid_for": _valid_for(backend, task),
         "kernel": backend.attn_backend.name,
         "status": str(status),
         "params": task.params.to_mapping(),
@@ -135,9 +134,9 @@ def _path_as_text(value: Any) -> str:
 def load_task(path: str | Path, backend: DiffusionBackend) -> DiffusionTask:
     """The task in a file, ready to go on where it was, with `task.resumed` saying how.
 
-    What must agree is the weights, the sampler with its shift or list, dtype, quantisation and, for a cache,
-    the layout of ranks; the rest (device, kernels, versions, threads) changes results by rounding:
-    `resumed.exact` is then false.
+    What must agree is the fingerprint (weights, sampler with its shift or list, dtype, quantisation, a lossy
+    kernel) and, for a cache, the layout of ranks; the rest (device, kernels, versions, threads) changes
+    results by rounding: `resumed.exact` is then false.
 
     Raises:
         CannotResumeError: a file that is missing, damaged, or was made by something else; says what.
@@ -158,22 +157,15 @@ def load_task(path: str | Path, backend: DiffusionBackend) -> DiffusionTask:
     return _compared(task, values, backend)
 
 
-def fingerprint_of(backend: DiffusionBackend) -> dict[str, dict[str, Any]]:
+def _valid_for(backend: DiffusionBackend, task: DiffusionTask) -> dict[str, dict[str, Any]]:
     """What a saved task is valid for: "must" agree, or the task starts over; where "should" differs, what
     follows may differ by rounding.
     """
     infer = backend.args.infer
     plan = backend.groups.plan
+    made = fingerprint_of(backend, task.params.shift)
     return {
-        "must": {
-            "weights": backend.weights_sha256(),
-            "sampler": backend.sampler.name,
-            "shift": backend.sampler.shift,
-            **levels_as_lists(backend.sampler.levels),
-            "dtype": str(backend.dtype).removeprefix("torch."),
-            "quant": quant_of(backend.args),
-            "attention schedule": attn_schedule_of(backend.args),
-        },
+        "must": {**made, "attention": "auto" if is_exact(made["attention"]) else made["attention"]},
         "should": {
             "device": device_name(backend.device),
             "torch": str(torch.__version__),
@@ -192,10 +184,10 @@ def _compared(task: DiffusionTask, values: Mapping[str, Any], backend: Diffusion
     Raises:
         CannotResumeError: it was made by other weights, or whatever else must agree.
     """
-    saved = values["fingerprint"]
-    here = fingerprint_of(backend)
-    broken = list(_differences(saved["must"], here["must"]))
-    bent = list(_differences(saved["should"], here["should"]))
+    saved = values["valid_for"]
+    here = _valid_for(backend, task)
+    broken = differences(saved["must"], here["must"])
+    bent = differences(saved["should"], here["should"])
     if task.buffer.cache is not None and task.buffer.cache["records"]:
         broken += [said for said in bent if said.startswith("layout ")]
     if broken:
@@ -204,19 +196,6 @@ def _compared(task: DiffusionTask, values: Mapping[str, Any], backend: Diffusion
         bent.append("its cache was too large to keep and begins empty")
     task.resumed = Resumed(task.current_step, not bent, tuple(bent), values["kernel"])
     return task
-
-
-def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    for name in here:
-        if saved.get(name) != here[name]:
-            yield f"{name} {_short(saved.get(name))}, here {_short(here[name])}"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    if len(text) == 64:
-        return text[:12]
-    return text if len(text) <= _LONGEST_SAID else f"{text[: _LONGEST_SAID - 3]}..."
 
 
 def _video_of(task: DiffusionTask) -> dict[str, Any]:
@@ -425,7 +404,7 @@ class CheckpointFolder:
         here = _video_of(asked)
         if asked.params.seed is None:
             here["seed"] = task.seed
-        if other := list(_differences(saved, here)):
+        if other := differences(saved, here):
             raise CannotResumeError(f"it is of another video: {'; '.join(other)}")
         if len(_count_of(self._tries(file))) >= _MOST_TRIES:
             raise CannotResumeError(f"the run ended {_MOST_TRIES} times after it went on from {file.name}")

@@ -26,6 +26,7 @@ from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.models.kinds import EXPERT_ROLES
 from chitu_diffusion.models.wan.transformer import BlockInputs, SharedCfgPrefix, WanTransformer
 from chitu_diffusion.pipelines.conditioning import PreparedConditioning
+from chitu_diffusion.pipelines.fingerprint import identity_of
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
 from chitu_diffusion.pipelines.guidance import active_branches, apply_cfg, expert_at
 from chitu_diffusion.sampling.library import SamplerState
@@ -142,6 +143,7 @@ def cached_predictor(
     step_idx: int,
     num_steps: int | None = None,
     probe: Probe | None = None,
+    shift: float | None = None,
 ) -> Predict:
     """What `denoise` asks at one step of the task that the cache manager is bound to.
 
@@ -149,6 +151,7 @@ def cached_predictor(
         step_idx: of the task, from 0.
         num_steps: of the task; None where nobody knows.
         probe: is told of every forward.
+        shift: of the task's noise schedule; None is the model's own.
     """
     manager = backend.flexcache_manager
 
@@ -169,6 +172,7 @@ def cached_predictor(
                     cache_for=cache_for,
                     step=step_idx,
                     num_steps=num_steps,
+                    shift=shift,
                 )
 
         return manager.velocity(step_idx, latent, branches, compute)
@@ -192,6 +196,7 @@ def predict_velocity(
     cache_for: CacheFor = uncached,
     step: int | None = None,
     num_steps: int | None = None,
+    shift: float | None = None,
 ) -> Tensor:
     """The velocities of some guidance branches, [branches * B, C, T, H, W], branch by branch, the same on
     every rank.
@@ -206,6 +211,7 @@ def predict_velocity(
         cache_for: see `CacheFor`.
         step, num_steps: the task's step, from 0, and how many it has, for the attention; None where nobody
             knows.
+        shift: as for `cached_predictor`.
     """
     text = text if isinstance(text, PreparedConditioning) else PreparedConditioning(text, backend.device)
     # here, where no rank is without a branch to run
@@ -215,7 +221,7 @@ def predict_velocity(
     own = own_branches(asked, group)
     backend.offload.use(EXPERT_ROLES[expert])
     model = backend.model_pool[expert]
-    backend.set_precision(expert, float(timestep))
+    backend.set_precision(expert, float(timestep), shift)
     # filled in place: a copy from the CPU would wait for all that the device still has to do
     time = torch.full((1,), float(timestep), device=backend.device)
     start = SharedCfgPrefix() if len(own) > 1 else None
@@ -258,7 +264,7 @@ def schedule_of(
         sampler=backend.sampler.name,
         response=partial(backend.sampler.response, state),
         calibration=backend.spec.calibration,
-        weights_sha256=backend.weights_sha256,
+        identity=partial(identity_of, backend),
     )
 
 

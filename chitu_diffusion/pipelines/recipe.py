@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 
-from chitu_diffusion.attention import attention_kernel
-from chitu_diffusion.attn_schedule import AttnSchedule
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.config import EngineConfig
-from chitu_diffusion.sampling.noise_levels import levels_as_lists
+from chitu_diffusion.pipelines.fingerprint import fingerprint_of
 from chitu_diffusion.task import DiffusionTask
 
 _PACKAGES = ("chitu-diffusion", "torch", "diffusers", "transformers")
@@ -21,26 +18,19 @@ _PACKAGES = ("chitu-diffusion", "torch", "diffusers", "transformers")
 def recipe_of(task: DiffusionTask, backend: DiffusionBackend) -> dict[str, Any]:
     """The recipe stored in a video: the request with every value filled in, the model, the machine."""
     params = (task.resolved or task.params).to_mapping()
+    made = fingerprint_of(backend, params["shift"])
     return {
         "prompt": params["prompt"],
         "seed": task.seed,
         "params": params,
         "model": backend.spec.name,
-        "weights_sha256": backend.weights_sha256(),
+        **made,
+        "sampler": {**made["sampler"], "authors_shift": backend.spec.authors_shift},
         "versions": {name: _version(name) for name in _PACKAGES},
-        "dtype": str(backend.dtype).removeprefix("torch."),
         "device": device_name(backend.device),
-        "attention": backend.attn_backend.name,
-        "attn_schedule": attn_schedule_of(backend.args),
         "fused": backend.args.infer.fused,
         "compile": backend.args.infer.compile,
-        "quant": quant_of(backend.args),
         "low_mem_level": backend.low_mem_level,
-        "sampler": {
-            "name": backend.sampler.name,
-            "shift": backend.sampler.shift,
-            **levels_as_lists(backend.sampler.levels),
-        },
         "quality": backend.args.output.quality,
         "seconds": {stage: round(seconds, 3) for stage, seconds in task.seconds.items()},
         **_resumed(task, backend),
@@ -59,31 +49,6 @@ def _resumed(task: DiffusionTask, backend: DiffusionBackend) -> dict[str, Any]:
         *([f"attention kernel {found.kernel}, here {kernel}"] if found.kernel != kernel else []),
     ]
     return {} if exact else {"resumed": {"step": found.step, "exact": False, "differs": differs}}
-
-
-def quant_of(args: EngineConfig) -> dict[str, Any] | None:
-    """How linear layers were rounded; None for not at all. It is lossy, so a video says it."""
-    infer = args.infer
-    if infer.quant == "none":
-        return None
-    kept = infer.quant_keep
-    begins = infer.quant_from
-    originals = infer.quant_originals
-    return {"name": infer.quant, "lossy": True, "keep": kept, "from": begins, "originals": originals}
-
-
-def attn_schedule_of(args: EngineConfig) -> dict[str, Any] | None:
-    """Which attention kernel took over after how many steps, or which share of them; None for none.
-
-    Raises:
-        UsageError: no kernel has that name.
-    """
-    schedule = AttnSchedule.from_text(args.infer.attn_schedule)
-    if schedule is None:
-        return None
-    lossy = not attention_kernel(schedule.kernel, setting="infer.attn_schedule").exact
-    unit = "share" if schedule.of_share else "steps"
-    return {"kernel": schedule.kernel, "lossy": lossy, f"after_{unit}": float(schedule.after)}
 
 
 def device_name(device: torch.device) -> str:

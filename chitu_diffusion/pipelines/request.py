@@ -65,6 +65,7 @@ def resolve_request(
         fps=params.fps or defaults.fps,
         num_inference_steps=params.num_inference_steps or defaults.steps,
         guidance_scale=resolve_guidance(params.guidance_scale, spec),
+        shift=_shift(params, spec),
         seed=seed,
         save_path=_path(params, task_id, output_dir),
     )
@@ -75,6 +76,17 @@ def resolve_request(
         _check_size(spec, height or 0, width or 0, resolved.num_frames or 0)
     _check_solver(spec, resolved)
     return resolved
+
+
+def _shift(params: DiffusionUserParams, spec: ModelSpec) -> float | None:
+    own = spec.defaults.shift
+    if params.shift not in (None, own) and spec.defaults.levels is not None:
+        raise UsageError(
+            f"shift = {params.shift:g}: {spec.name} is sampled on a list of noise levels, which has none; "
+            "leave it out",
+            field="shift",
+        )
+    return own if params.shift is None else float(params.shift)
 
 
 def _path(params: DiffusionUserParams, task_id: str, output_dir: str | None) -> str | None:

@@ -21,12 +21,14 @@ from torch import Tensor
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.sharding import gather_strips
 from chitu_diffusion.errors import StageError, TaskError, without_frames
+from chitu_diffusion.flexcache.calibrated import require_same_model
 from chitu_diffusion.flexcache.manager import fork
-from chitu_diffusion.flexcache.registry import CacheState, parse_flexcache
+from chitu_diffusion.flexcache.registry import CacheState, parse_flexcache, parse_strategy
 from chitu_diffusion.media.video import write_video
 from chitu_diffusion.memory.device import is_out_of_memory
 from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.pipelines.denoising import Predict, Probe, cached_predictor, denoise, schedule_of
+from chitu_diffusion.pipelines.fingerprint import identity_of
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
 from chitu_diffusion.pipelines.hooks import TaskHooks
 from chitu_diffusion.pipelines.recipe import recipe_of
@@ -153,6 +155,7 @@ class Stages:
             status=self._pipeline.after(TaskStatus.ENCODING),
         )
         notes = [f"seed {task.seed}"] if task.params.seed is None else []
+        notes += [note for note in (backend.spec.shift_note(resolved.shift),) if note]
         for image in (resolved.image, resolved.last_image):
             notes += image.notes(resolved.height, resolved.width) if image else []
         return "; ".join(notes) or None
@@ -166,6 +169,7 @@ class Stages:
         scales = guidance_pair(resolved.guidance_scale)
         latent, state = self._position(task, stage)
         derived = self._derived_from(task)
+        self._require_calibrated(task)
         # the manager writes into a copy, which becomes the task's only when the unit is done
         cache = None if buffer.cache is None else fork(buffer.cache)
         step = next(
@@ -204,6 +208,13 @@ class Stages:
         self.prune()
         return "; ".join(notes) or None
 
+    def _require_calibrated(self, task: DiffusionTask) -> None:
+        """A plan of steps was measured on this model: asked at each step, for hashing goes on meanwhile."""
+        spec = self._backend.spec
+        asked = _resolved(task).flexcache
+        if asked and spec.calibration is not None and parse_strategy(asked)[0] == "plan":
+            require_same_model(spec.calibration, identity_of(self._backend), spec.name)
+
     def _latent_after(self, task: DiffusionTask, timestep: float, latent: Tensor) -> Tensor:
         """A step's latent, or what the task's hook has put into its place."""
         hooks = self.hooks.get(task, TaskHooks())
@@ -224,7 +235,7 @@ class Stages:
     ) -> Predict:
         """A predictor through the cache manager, which is bound to a task's cache for this step."""
         backend = self._backend
-        cached = cached_predictor(backend, text, step_idx, num_steps, self._probe)
+        cached = cached_predictor(backend, text, step_idx, num_steps, self._probe, state["shift"])
         unplanned = cache is not None and cache["plan"] is None
         schedule = schedule_of(backend, state, scales) if unplanned else None
 
@@ -254,7 +265,11 @@ class Stages:
         if task.buffer.sampler is not None:
             return _present(task.buffer.latent).to(device), task.buffer.sampler
         state = sampler.begin(
-            stage.num_inference_steps, stage.strength, seed=task.seed, stream=task.cascade_stage
+            stage.num_inference_steps,
+            stage.strength,
+            seed=task.seed,
+            stream=task.cascade_stage,
+            shift=_resolved(task).shift,
         )
         spec = self._backend.spec
         frames = _resolved(task).num_frames or 1
@@ -296,6 +311,7 @@ class Stages:
             return None
         frames = to_frames(_present(task.buffer.video))
         recipe = recipe_of(task, backend)
+        self._require_calibrated(task)
         hooks = self.hooks.get(task, TaskHooks())
         if hooks.on_video is not None:
             hooks.on_video(frames, recipe)

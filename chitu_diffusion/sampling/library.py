@@ -20,8 +20,8 @@ from chitu_diffusion.sampling.registry import LibraryScheduler
 
 SamplerState = dict[str, Any]
 """sampler: its name, and whether it runs on a list; schedule: number of steps in the whole schedule; index:
-the step that comes next; timesteps [schedule]; sigmas [schedule + 1]; seed, stream: of fresh noise; history:
-what the solver remembers (tensors, numbers, lists of tensors)."""
+the step that comes next; shift: of the schedule; timesteps [schedule]; sigmas [schedule + 1]; seed, stream:
+of fresh noise; history: what the solver remembers (tensors, numbers, lists of tensors)."""
 
 
 Weights = tuple[float, ...]
@@ -90,9 +90,9 @@ class LibrarySolver:
             )
         self._train_timesteps = _train_timesteps(config)
         self._settings = self._settings_from(config)
-        self._made: dict[int, Any] = {}  # of the number of steps that was last asked for
+        self._made: dict[tuple[int, float], Any] = {}  # of the steps and the shift that were last asked for
         try:
-            self._scheduler(2)
+            self._scheduler(2, shift_of(config))
         except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
             raise CheckpointError(
                 f"the scheduler's config cannot be used: {error}", file=SCHEDULER_FILE
@@ -106,9 +106,9 @@ class LibrarySolver:
         own = {key: value for key, value in config.items() if not key.startswith("_")}
         return flow | own | {key: value for key, value in carried.items() if own.get(key) is None}
 
-    def schedule(self, steps: int) -> tuple[Tensor, Tensor]:
+    def schedule(self, steps: int, shift: float) -> tuple[Tensor, Tensor]:
         """Timesteps [steps] and sigmas [steps + 1], on the CPU."""
-        scheduler = self._scheduler(steps)
+        scheduler = self._scheduler(steps, shift)
         return scheduler.timesteps.clone(), scheduler.sigmas.clone()
 
     def step(
@@ -120,7 +120,7 @@ class LibrarySolver:
 
     def _solved(self, state: SamplerState, velocity: Tensor, latent: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The library's own step: the next latent, and what the solver remembers then."""
-        scheduler = self._scheduler(state["schedule"])
+        scheduler = self._scheduler(state["schedule"], state["shift"])
         scheduler.set_begin_index(state["index"])
         for name, value in state["history"].items():
             setattr(scheduler, name, list(value) if isinstance(value, list) else value)
@@ -163,22 +163,23 @@ class LibrarySolver:
         moved, kept = self._solved({**state, "history": history}, units[id(velocity)], units[id(latent)])
         return tuple(moved[0].tolist()), _exchanged(kept, Tensor, lambda row: tuple(row[0].tolist()))
 
-    def _scheduler(self, steps: int) -> Any:
+    def _scheduler(self, steps: int, shift: float) -> Any:
         """One that has taken no step. Schedulers set their fields anew, and change only lists in place: a
         copy of one that was made costs a hundredth of another.
         """
-        made = self._made.get(steps) or self._new_scheduler(steps)
-        self._made = {steps: made}
+        made = self._made.get((steps, shift)) or self._new_scheduler(steps, shift)
+        self._made = {(steps, shift): made}
         scheduler = copy.copy(made)
         for name, value in vars(scheduler).items():
             if isinstance(value, list):
                 setattr(scheduler, name, list(value))
         return scheduler
 
-    def _new_scheduler(self, steps: int) -> Any:
+    def _new_scheduler(self, steps: int, shift: float) -> Any:
         import diffusers
 
-        scheduler = getattr(diffusers, self._kind.class_name).from_config(self._settings)
+        settings = {**self._settings, self._kind.shift_key: shift}
+        scheduler = getattr(diffusers, self._kind.class_name).from_config(settings)
         if self._kind.class_name == "FlowMatchEulerDiscreteScheduler" and not self._own:
             # the flow schedule that the multistep solvers use, so that all solvers pass through the same
             # noise levels; left to itself this class would apply the shift a second time at the low end

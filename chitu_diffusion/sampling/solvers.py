@@ -30,7 +30,7 @@ MOST_STEPS = 1000
 class Solver(Protocol):
     """A schedule, and a rule for one step. What it remembers between steps is plain data."""
 
-    def schedule(self, steps: int) -> tuple[Tensor, Tensor]:
+    def schedule(self, steps: int, shift: float) -> tuple[Tensor, Tensor]:
         """Timesteps [steps] and sigmas [steps + 1], on the CPU."""
         ...
 
@@ -53,16 +53,14 @@ class UpdateSolver:
     Attributes:
         update: of a step.
         levels: an explicit schedule; None is even steps, shifted.
-        shift: of these.
     """
 
     update: Update
     levels: NoiseLevels | None
-    shift: float
 
-    def schedule(self, steps: int) -> tuple[Tensor, Tensor]:
+    def schedule(self, steps: int, shift: float) -> tuple[Tensor, Tensor]:
         """Timesteps [steps] and sigmas [steps + 1], float32 on the CPU."""
-        levels = self.levels or NoiseLevels.even(steps, self.shift)
+        levels = self.levels or NoiseLevels.even(steps, shift)
         return torch.tensor(levels.timesteps), torch.tensor([*levels.sigmas, 0.0])
 
     def step(
@@ -83,6 +81,7 @@ class Sampler:
         levels: an explicit schedule; None is the solver's own, by number of steps and the config's shift.
 
     Attributes:
+        shift: the config's, for tasks that ask for none.
         linear: see `SolverKind`.
 
     Raises:
@@ -108,7 +107,7 @@ class Sampler:
         if kind.library is not None and levels is None:
             self._solver = LibrarySolver(kind.library, config)
         elif kind.update is not None:
-            self._solver = UpdateSolver(kind.update, levels, self.shift)
+            self._solver = UpdateSolver(kind.update, levels)
         else:
             able = " or ".join(other for other, its in SOLVERS.items() if its.takes_list)
             raise UsageError(
@@ -116,7 +115,9 @@ class Sampler:
             )
         self._begun_by = name if levels is None else f"{name} on a list"
 
-    def begin(self, steps: int, strength: float = 1.0, *, seed: int = 0, stream: int = 0) -> SamplerState:
+    def begin(
+        self, steps: int, strength: float = 1.0, *, seed: int = 0, stream: int = 0, shift: float | None = None
+    ) -> SamplerState:
         """The state before the first step.
 
         Args:
@@ -126,6 +127,7 @@ class Sampler:
                 arXiv:2108.01073).
             seed: of the task; of interest where a step takes fresh noise.
             stream: its cascade stage, likewise.
+            shift: of the noise schedule; None is the checkpoint's. An explicit list stands as it is.
 
         Raises:
             UsageError: no steps, a strength outside (0, 1], or steps that do not fit an explicit list.
@@ -141,10 +143,12 @@ class Sampler:
         if self.levels is not None:
             self.levels.require_steps(steps, strength)
         whole = whole_steps(steps, strength)
-        timesteps, sigmas = self._solver.schedule(whole)
+        shift = self.shift if shift is None else shift
+        timesteps, sigmas = self._solver.schedule(whole, shift)
         return {
             "sampler": self._begun_by,
             "schedule": whole,
+            "shift": shift,
             "index": whole - steps,
             "timesteps": timesteps,
             "sigmas": sigmas,

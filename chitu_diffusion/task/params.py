@@ -21,6 +21,8 @@ MAX_PROMPT = 20_000
 SIZE_STEP = 8
 """Pixels: the VAE's stride."""
 LEAST_STRENGTH = 0.01
+LEAST_SHIFT = 0.01
+MOST_SHIFT = 100
 """Of a cascade's stage: its whole schedule has steps / strength steps."""
 FRAME_STEP = 4
 """The VAE's stride in time: a video has 4n + 1 frames."""
@@ -104,6 +106,8 @@ class DiffusionUserParams:
         image: the first frame: a file's name, or in memory, see `InputImage.of`. It is stretched to the size.
         last_image: the last frame, likewise.
         cascade: stages of rising resolution in place of a single denoising; see `CascadeStage`.
+        shift: of the noise schedule, as Wan's authors call it: a larger one spends more steps on much noise;
+            None is the model's own.
         task_id: a label of the caller's own; letters, digits, '.', '_', '-' only.
 
     Raises:
@@ -127,6 +131,7 @@ class DiffusionUserParams:
     last_image: Any = None
     cascade: tuple[CascadeStage, ...] | None = None
     task_id: str | None = None
+    shift: float | None = None
 
     def __new__(cls, *values: Any, **fields: Any) -> Self:
         _check_names(cls, fields)
@@ -149,6 +154,7 @@ class DiffusionUserParams:
         check_integer("seed", self.seed, 0, MAX_SEED)
         check_integer("priority", self.priority, -(2**31), 2**31)
         check_guidance(self.guidance_scale)
+        _check_shift(self.shift)
         _check_save_path(self.save_path)
         _check_label("task_id", self.task_id)
         if not isinstance(self.role, str) or not self.role:
@@ -256,6 +262,15 @@ def check_guidance(value: object) -> None:
                 f"guidance_scale = {scale!r}: must be a number from 0 to 100; 3 to 7.5 is usual",
                 field="guidance_scale",
             )
+
+
+def _check_shift(value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and (not number or not LEAST_SHIFT <= value <= MOST_SHIFT):  # NaN is refused, too
+        raise UsageError(
+            f"shift = {value!r}: must be a number from {LEAST_SHIFT} to {MOST_SHIFT}; 3 to 12 is usual",
+            field="shift",
+        )
 
 
 def _check_save_path(value: object) -> None:

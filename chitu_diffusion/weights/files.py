@@ -131,6 +131,15 @@ class WeightFiles:
             raise CheckpointError(f"a tensor cannot be read: {error}", file=stored.file, key=key) from error
 
 
+def weight_paths(path: Path, stem: str) -> list[Path]:
+    """The files that hold a network's tensors, none of them opened; see `WeightFiles`.
+
+    Raises:
+        CheckpointError: there are none, or not all.
+    """
+    return _locate(path, stem)[0]
+
+
 def _locate(path: Path, stem: str) -> tuple[list[Path], dict[str, str] | None]:
     """The files to open, and an index's {key: file name} if there is one."""
     if path.is_dir():

@@ -7,14 +7,9 @@ fault of a checkpoint is a `CheckpointError` that names file, key, what was expe
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import os
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,10 +17,9 @@ from torch import Tensor, nn
 
 from chitu_diffusion.errors import CheckpointError
 from chitu_diffusion.weights.files import INDEX_ENDING, Stored, WeightFiles, few
+from chitu_diffusion.weights.hashing import write_json
 
-__all__ = ["WeightFiles", "fingerprint", "load_into", "match_names", "save_weights", "write_json"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["WeightFiles", "load_into", "match_names", "save_weights"]
 
 LoadProgress = Callable[[int, int], None]  # (bytes read, bytes in all)
 Transform = Callable[[str, Tensor], Mapping[str, Tensor]]
@@ -214,99 +208,6 @@ def save_weights(
         if old not in written:
             old.unlink()
     return written
-
-
-def write_json(file: Path, data: Mapping[str, Any]) -> Path:
-    """Writes an object as JSON, through `.part` and a rename; returns the file."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, file)
-    return file
-
-
-def fingerprint(folder: str | Path, cache_dir: str | Path | None = None) -> str:
-    """SHA-256 of all weights in a folder: over "relative/path sha256-of-file" lines of its `.safetensors` and
-    `.pth`.
-
-    Args:
-        folder: a model's folder.
-        cache_dir: remembers each file's hash by path, size and time of change; None: hash everything anew.
-
-    Raises:
-        CheckpointError: there are no weights in the folder.
-    """
-    folder = Path(folder)
-    files = sorted(f for f in folder.rglob("*") if f.suffix in (".safetensors", ".pth") and f.is_file())
-    if not files:
-        raise CheckpointError("there are no weights", file=folder)
-    memory = Path(cache_dir) / "weights-sha256.json" if cache_dir is not None else None
-    known = _recall(memory) if memory is not None else {}
-    digest = hashlib.sha256()
-    fresh = False
-    for file in files:
-        state = file.stat()
-        key = str(file.resolve())
-        stamp = [state.st_size, state.st_mtime_ns]
-        if known.get(key, [None])[:2] != stamp:
-            with file.open("rb") as stream:
-                known[key] = [*stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
-            fresh = True
-        digest.update(f"{file.relative_to(folder).as_posix()} {known[key][2]}\n".encode())
-    if fresh and memory is not None:
-        _remember(memory, known)
-    return digest.hexdigest()
-
-
-class WeightsHash:
-    """The `fingerprint` of a folder, found in the background: nobody waits for it before it is asked for.
-
-    Args:
-        folder, cache_dir: see `fingerprint`.
-    """
-
-    def __init__(self, folder: str | Path, cache_dir: str | Path | None) -> None:
-        self._found: str | None = None
-        self._thread = threading.Thread(
-            target=self._find, args=(folder, cache_dir), name="chitu-weights-hash", daemon=True
-        )
-        self._thread.start()
-
-    @property
-    def is_known(self) -> bool:
-        """Whether `value` would not wait."""
-        return not self._thread.is_alive()
-
-    def value(self) -> str | None:
-        """The hash; None where the files could not be read, which a warning has told."""
-        self._thread.join()
-        return self._found
-
-    def _find(self, folder: str | Path, cache_dir: str | Path | None) -> None:
-        try:
-            self._found = fingerprint(folder, cache_dir)
-        except (OSError, CheckpointError) as error:
-            logger.warning("the weights in %s could not be hashed: %s", folder, error)
-
-
-def _remember(memory: Path, known: Mapping[str, Any]) -> None:
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_json(memory, known)
-    except OSError as error:
-        # the next run hashes them once more
-        logger.debug("cannot remember the weights' hashes in %s: %s", memory, error)
-
-
-def _recall(memory: Path) -> dict[str, list[Any]]:
-    try:
-        data = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # a spoilt memory costs one more hashing, nothing else
-    return (
-        {key: value for key, value in data.items() if isinstance(value, list) and len(value) == 3}
-        if isinstance(data, dict)
-        else {}
-    )
 
 
 def _check_double(weights: WeightFiles, first: str, second: str) -> None:

@@ -24,7 +24,7 @@ from chitu_diffusion.models.loading import load_text_encoder, load_transformer, 
 from chitu_diffusion.models.registry import TINY, model_names, resolve_model, spec_of_folder
 from chitu_diffusion.models.wan.presets import FULL_SIZE
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32
-from chitu_diffusion.weights.loader import WeightFiles, fingerprint, load_into, save_weights
+from chitu_diffusion.weights.loader import WeightFiles, load_into, save_weights
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
@@ -398,27 +398,7 @@ def test_faults_of_folders(experts: Path, official: Path, tmp_path: Path) -> Non
         convert(experts, official, "official")
 
 
-# -- fingerprints and names
-
-
-def test_fingerprint_follows_the_weights_and_is_remembered(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    cache = tmp_path / "cache"
-    save_weights(tensors(), folder / "vae")
-    first = fingerprint(folder, cache)
-    assert first == fingerprint(folder) and len(first) == 64
-    (folder / "vae" / "config.json").write_text("{}")  # not a weight
-    assert fingerprint(folder, cache) == first
-    memory = cache / "weights-sha256.json"
-    data = json.loads(memory.read_text())
-    memory.write_text(json.dumps({key: [*value[:2], "0" * 64] for key, value in data.items()}))
-    assert fingerprint(folder, cache) != first  # the memory was believed
-    memory.write_text("spoilt")
-    assert fingerprint(folder, cache) == first
-    save_weights(tensors(), folder / "vae")
-    assert fingerprint(folder, cache) != first
-    with pytest.raises(CheckpointError, match="no weights"):
-        fingerprint(cache)
+# -- names
 
 
 def test_names_ids_and_folders(experts: Path) -> None:
