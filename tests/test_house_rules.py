@@ -24,10 +24,10 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
     "": 2270,
     "attention": 2060,
-    "cli": 2810,
-    "distributed": 1850,
+    "cli": 2975,
+    "distributed": 2115,
     "evaluation": 2110,
-    "executor": 1490,
+    "executor": 1780,
     "flexcache": 2700,
     "media": 760,
     "memory": 570,

@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import Chitu
 from tiny_model import write_tiny_model
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from benchmarks.faults import fault
-from chitu_diffusion.cli.launch import launch, without_gpus
-from chitu_diffusion.config import EngineConfig
+from chitu_diffusion.cli.launch import RankEnd, exit_code, without_gpus
 from chitu_diffusion.errors import RankLostError
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +110,7 @@ def test_workers_get_the_same_words() -> None:
 
 @pytest.mark.parametrize(("kind", "rank"), [("SIGKILL", 0), ("SIGKILL", 1), ("SIGTERM", 1)])
 def test_the_command_says_what_became_of_a_rank(kind: str, rank: int, tmp_path: Path) -> None:
-    """torch's launcher ends the other ranks at once when one has ended; they tell of it first."""
+    """The launcher ends the other ranks at once when one has ended; they tell of it first."""
     found = fault("cpu", "u2", kind, rank, tmp_path)
     assert found["seconds"] is not None and found["seconds"] < 15, found
     assert found["left behind"] == []
@@ -125,29 +123,24 @@ def test_the_command_says_what_became_of_a_rank(kind: str, rank: int, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("ends", "said"),
+    ("ends", "asked", "said"),
     [
-        ({1: -9, 0: 130}, "rank 1 of 2 (process 71) was ended by SIGKILL"),
-        ({1: -9, 0: 1}, 1),
-        ({0: 130, 1: 130}, 130),
+        ({1: -9, 0: 130}, False, "rank 1 of 2 (process 71) was ended by SIGKILL"),
+        ({1: -9, 0: -15}, False, "rank 1 of 2 (process 71) was ended by SIGKILL"),
+        ({1: -9, 0: 1}, False, 1),
+        ({0: 130, 1: 130}, False, 130),
+        ({0: 130, 1: -9}, True, 130),
+        ({0: 0, 1: 0}, True, 0),
     ],
 )
 def test_a_rank_that_was_ended_is_told_of_when_the_others_could_not(
-    ends: dict[int, int], said: str | int, monkeypatch: pytest.MonkeyPatch
+    ends: dict[int, int], asked: bool, said: str | int
 ) -> None:
     """Before its first sign of life the others only know that they were to end, too."""
-    failures = {rank: ProcessFailure(rank, 70 + rank, code, "") for rank, code in ends.items()}
-
-    def ended(*given: object) -> object:
-        def run(*words: str) -> None:
-            raise ChildFailedError("chitu", failures)
-
-        return run
-
-    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", ended)
+    found = {rank: RankEnd(70 + rank, code) for rank, code in ends.items()}
     if isinstance(said, int):
-        assert launch(["generate", "cat"], 2, EngineConfig()) == said
+        assert exit_code(found, asked=asked) == said
         return
     with pytest.raises(RankLostError) as caught:
-        launch(["generate", "cat"], 2, EngineConfig())
+        exit_code(found, asked=asked)
     assert str(caught.value).startswith(said)
