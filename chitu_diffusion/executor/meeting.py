@@ -49,11 +49,15 @@ def launchers_store(place: RankPlace, settings: RankSettings) -> tuple[dist.Stor
     """
     found = rank_variables()
     if "CHITU_RANKS_SOCKET" in found:
-        connection = socket.socket(fileno=os.dup(int(found["CHITU_RANKS_SOCKET"])))
+        try:
+            connection = socket.socket(fileno=os.dup(int(found["CHITU_RANKS_SOCKET"])))
+        except (OSError, ValueError):
+            told = "CHITU_RANKS_SOCKET is another process's"
+            raise UsageError(f"{told}: 'unset CHITU_RANKS_SOCKET'; {LEFTOVER_HINT}", field="RANK") from None
         store = SocketStore(connection, settings.heartbeat_timeout)
         return store, store.secret()
     where = (found.get("MASTER_ADDR", ""), found.get("MASTER_PORT", ""))
-    if not where[0] or not where[1].isdecimal():
+    if not where[0] or not where[1].isdecimal() or int(where[1]) > 65535:
         raise UsageError(
             f"rank {place.rank} of {place.world}: MASTER_ADDR and MASTER_PORT must say where the ranks meet; "
             f"{LEFTOVER_HINT}",
@@ -181,7 +185,7 @@ def _wait(missing: Callable[[], str], rank: int, timeout: float) -> None:
 def _listens(host: str, port: int) -> bool:
     try:
         socket.create_connection((host, port), timeout=1).close()
-    except OSError:
+    except (OSError, ValueError):
         return False
     return True
 
