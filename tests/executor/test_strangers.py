@@ -302,3 +302,35 @@ def test_a_heartbeat_that_cannot_be_read_is_told_of(words: str) -> None:
 def test_texts_of_other_ranks_steer_no_terminal() -> None:
     told = without_controls(["a\x1b[31m\nb\r\x07\u202e", {"c": "\x9bd", "e": 1}, None])
     assert told == ["a [31m\nb   ", {"c": " d", "e": 1}, None]
+
+
+def make_on_two_machines(
+    rank: int, world: int, store: dist.Store, folder: str, out: str, secrets: tuple[str, ...]
+) -> None:
+    os.environ["CHITU_RANKS_SECRET"] = secrets[rank]
+    config = config_for(Path(folder), Path(out))
+    config.ranks.timeout = 3.0
+    engine = Engine(config, place=RankPlace(rank, world, 0, 1, store=store))
+    if rank == 0:
+        engine.submit(CAT, seed=3, num_inference_steps=2, save_path=f"{out}/two.npy")
+        engine.run_until_idle()
+        engine.close()
+    else:
+        engine.run_worker()
+
+
+@pytest.mark.parametrize(
+    "secrets", [("the secret of all of us",) * 2, ("the secret of rank 0", "another of rank 1")]
+)
+def test_ranks_of_several_machines_meet_by_their_secret(tiny_folder: Path, tmp_path: Path, secrets) -> None:
+    store = new_store()
+    ranks = start_ranks(
+        2, make_on_two_machines, str(tiny_folder), str(tmp_path), secrets, store=store, errors=tmp_path
+    )
+    wait_for(ranks, 60)
+    told = [file.read_text() for file in sorted(tmp_path.glob("*.txt"))]
+    if len(set(secrets)) == 1:
+        assert not told and (tmp_path / "two.npy").exists()
+    else:
+        assert len(told) == 2 and "rank 0 has waited 3 s for rank 1 of 2" in told[0]
+        assert not (tmp_path / "two.npy").exists()
