@@ -208,12 +208,13 @@ def _serve(
             _send(processes, signal.SIGKILL if asked else signal.SIGINT)
             asked = True
             deadline = time.monotonic() + _PATIENCE
-        for process in _ended(processes) if came or not ready else ():
-            processes.remove(process.process)
-            ends[ranks[process.process]] = process
-            if process.code != 0 and deadline is None:
-                _send(processes, signal.SIGTERM)
-                deadline = time.monotonic() + _PATIENCE
+        ended = _ended(processes) if came or not ready else []
+        for end in ended:
+            processes.remove(end.process)  # buried: its number may be anybody's from now on
+            ends[ranks[end.process]] = end
+        if deadline is None and any(end.code != 0 for end in ended):
+            _send(processes, signal.SIGTERM)
+            deadline = time.monotonic() + _PATIENCE
         if deadline is not None and time.monotonic() > deadline:
             _send(processes, signal.SIGKILL)
     return ends, asked

@@ -19,7 +19,8 @@ from listening import ports_of
 from tiny_model import write_tiny_model
 
 from benchmarks.faults import Lines, alive, fault, ranks_of, steps_of, waits_for
-from chitu_diffusion.cli.launch import RankEnd, exit_code, without_gpus
+from chitu_diffusion.cli.launch import RankEnd, _serve, _signals, exit_code, without_gpus
+from chitu_diffusion.distributed.stores import StoreServer
 from chitu_diffusion.errors import RankLostError
 
 ROOT = Path(__file__).parents[2]
@@ -148,6 +149,22 @@ def test_a_rank_that_was_ended_is_told_of_when_the_others_could_not(
     with pytest.raises(RankLostError) as caught:
         exit_code(found, asked=asked)
     assert str(caught.value).startswith(said)
+
+
+def test_ranks_that_end_at_once_get_no_signals() -> None:
+    """Their numbers may be anybody's once they are buried."""
+    processes = []
+    for code in (3, 4):
+        process = os.fork()
+        if process == 0:
+            os._exit(code)
+        processes.append(process)
+    time.sleep(0.2)
+    left = list(processes)
+    with _signals() as signals:
+        ends, asked = _serve(StoreServer(), left, signals)
+    assert [end.code for end in ends.values()] == [3, 4] and not asked and not left
+    assert [end.process for end in ends.values()] == processes
 
 
 def leftover(**more: str) -> dict[str, str]:
