@@ -275,3 +275,33 @@ def test_ranks_end_with_their_launcher_and_listen_to_nobody_else(
         assert waits_for(
             lambda: any('"saved"' in line or "saved" in line for line in said.lines + told.lines)
         )
+
+
+def test_ranks_begin_anew_where_cuda_was_asked_before_the_fork(tiny_folder: Path, tmp_path: Path) -> None:
+    text = (
+        "import sys, torch\n"
+        "torch.cuda._is_in_bad_fork = lambda: True\n"  # as torch says it in such a fork
+        "from chitu_diffusion.cli.app import run\n"
+        "sys.exit(run(sys.argv[1:]))\n"
+    )
+    words = [
+        "generate",
+        "a cat",
+        "--model",
+        str(tiny_folder),
+        "--gpus",
+        "2",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
+    done = subprocess.run(
+        [sys.executable, "-c", text, *words, "-o", str(tmp_path / "cat.npy")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
+    assert done.returncode == 0 and (tmp_path / "cat.npy").exists(), done.stderr
