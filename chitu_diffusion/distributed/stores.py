@@ -126,13 +126,15 @@ class _PolledStore(dist.Store):
     def _wait(self, keys: list[str], seconds: float) -> list[bytes]:
         deadline = time.monotonic() + seconds
         pause = _SHORTEST
+        found: dict[str, bytes] = {}
         while True:
-            found = [self.peek(key) for key in keys]
-            there = [value for value in found if value is not None]
-            if len(there) == len(keys):
-                return there
+            for key in keys:
+                if key not in found and (value := self.peek(key)) is not None:
+                    found[key] = value
+            missing = [key for key in keys if key not in found]
+            if not missing:
+                return [found[key] for key in keys]
             if time.monotonic() > deadline:
-                missing = [key for key, value in zip(keys, found, strict=True) if value is None]
                 raise dist.DistStoreError(f"nobody has set {missing[0]} within {seconds:g} s")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST)

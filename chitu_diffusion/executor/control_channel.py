@@ -99,7 +99,8 @@ class ControlChannel:
     def _wait(self, keys: list[str], patience: float | None) -> bool:
         began = time.monotonic()
         pause = _SHORTEST
-        while not self._ask(self._store.check, keys):
+        # one by one: a stranger may write over one while we wait for another
+        while keys := [key for key in keys if not self._ask(self._store.check, [key])]:
             self._monitor.raise_if_lost()
             if patience is not None and time.monotonic() - began >= patience:
                 return False

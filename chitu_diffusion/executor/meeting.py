@@ -135,6 +135,7 @@ def meet(rank: int, size: int, store: dist.Store, secret: bytes | None, timeout:
         RankLostError: not all came.
     """
     own = secrets.token_bytes(32)
+    nonces = {rank: own}
     signed = None if secret is None else SignedStore(store, secret)
     folder = None
     if signed is None and rank == 0:
@@ -153,7 +154,10 @@ def meet(rank: int, size: int, store: dist.Store, secret: bytes | None, timeout:
                 return f"rank 0 of {size}"
             signed.set(f"nonce/{rank}", own)
         signed.mend()
-        late = [str(other) for other in range(size) if signed.peek(f"nonce/{other}") is None]
+        for other in range(size):
+            if other not in nonces and (nonce := signed.peek(f"nonce/{other}")) is not None:
+                nonces[other] = nonce  # kept: a stranger may write over it at once
+        late = [str(other) for other in range(size) if other not in nonces]
         return f"rank{'s' if len(late) > 1 else ''} {', '.join(late)} of {size}" if late else ""
 
     try:
@@ -162,7 +166,7 @@ def meet(rank: int, size: int, store: dist.Store, secret: bytes | None, timeout:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
     assert signed is not None
-    signed.bind(b"".join(signed.get(f"nonce/{other}") for other in range(size)))
+    signed.bind(b"".join(nonces[other] for other in range(size)))
     return signed
 
 
