@@ -123,12 +123,11 @@ def ranks_of(launcher: int) -> dict[int, int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            variables = (folder / "environ").read_bytes().split(b"\0")
+            name = (folder / "comm").read_text().strip()
         except OSError:
             continue
-        rank = [text.partition(b"=")[2] for text in variables if text.startswith(b"RANK=")]
-        if parent == launcher and rank:
-            found[int(rank[0])] = int(folder.name)
+        if parent == launcher and name.startswith("chitu-rank-"):
+            found[int(name.rpartition("-")[2])] = int(folder.name)
     return found
 
 

@@ -8,6 +8,7 @@ loads no tensors. Order of precedence, weakest first: defaults, a TOML file, `CH
 from __future__ import annotations
 
 import os
+import sys
 import tomllib
 import types
 from collections.abc import Iterator, Mapping
@@ -344,18 +345,17 @@ def with_origin(error: UsageError, origins: Origins) -> UsageError:
 class RankPlace:
     """This process among those that share the work.
 
-    torchrun, and `--gpus`, tell it by the environment. Whoever starts the processes himself (Ray, a test)
-    makes one in each of them, and hands it to `Engine(args, place=...)`.
+    Launchers tell it by the environment. Whoever starts the processes himself (Ray, a test) makes one in each
+    of them, and hands it to `Engine(args, place=...)`.
 
     Args:
         rank, world: its number, from 0, and their number.
-        local_rank, local_world: both within its machine; None: all are on one. The GPU of `device` "cuda" is
-            that of `local_rank`.
+        local_rank, local_world: within its machine; None: all are on one. `local_rank`'s GPU is "cuda".
         store: where they meet, such as `torch.distributed.TCPStore(host, port, is_master=rank == 0)`; None
-            takes torchrun's.
+            takes the launcher's.
+        launched: torchrun, or `--gpus`, started this process and watches it.
 
-    Raises:
-        UsageError: numbers that cannot be.
+    Numbers that cannot be are a UsageError.
     """
 
     rank: int
@@ -363,6 +363,7 @@ class RankPlace:
     local_rank: int | None = None
     local_world: int | None = None
     store: dist.Store | None = None
+    launched: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rank", "world", "local_rank", "local_world"):
@@ -380,22 +381,40 @@ class RankPlace:
                 raise UsageError(f"{name} = {place} of {count}: use 0 to {count - 1}", field=name)
 
 
-def rank_place(environment: Mapping[str, str] | None = None) -> RankPlace | None:
-    """Where torchrun put this process; None for a process that was started alone.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LEFTOVER_HINT = f"if another tool left its variables over: 'unset {' '.join(RANK_VARIABLES)}'"
+_MORE = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
+_OURS = ("CHITU_RANKS_SOCKET", "CHITU_RANKS_SECRET", "CHITU_RANKS_SECRET_FILE")
 
-    Raises:
-        UsageError: variables that are not numbers.
-    """
-    environment = os.environ if environment is None else environment
-    if "RANK" not in environment or environment.get("WORLD_SIZE", "1") == "1":
+
+def rank_variables(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What the environment says of ranks: torchrun, our launcher, and the secret."""
+    given = os.environ if environment is None else environment
+    return {name: given[name] for name in (*RANK_VARIABLES, *_MORE, *_OURS) if name in given}
+
+
+def set_rank_variables(values: Mapping[str, object]) -> None:
+    """These, and nothing that another tool said of ranks."""
+    for name in rank_variables():
+        del os.environ[name]
+    os.environ.update({name: str(value) for name, value in values.items()})
+
+
+def rank_place(environment: Mapping[str, str] | None = None) -> RankPlace | None:
+    """Where a launcher put this process; None for one that was started alone. Variables that cannot be are a
+    UsageError, which names those to unset."""
+    found = rank_variables(environment)
+    if "RANK" not in found or found.get("WORLD_SIZE", "1") == "1":
         return None
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    texts = [environment.get(name, "") for name in names]
-    if not all(text.isdigit() for text in texts):
-        found = ", ".join(f"{name}={text!r}" for name, text in zip(names, texts, strict=True))
-        raise UsageError(f"{found}: all four must be numbers, as torchrun sets them", field="RANK")
-    rank, world, local_rank, local_world = (int(text) for text in texts)
-    return RankPlace(rank, world, local_rank, local_world)
+    texts = [found.get(name, "") for name in RANK_VARIABLES[:4]]
+    launched = "TORCHELASTIC_RUN_ID" in found or "CHITU_RANKS_SOCKET" in found
+    try:
+        return RankPlace(*map(int, texts), launched=launched)  # type: ignore[arg-type, misc]
+    except ValueError:  # a UsageError is one, too
+        told = (
+            f"{', '.join(RANK_VARIABLES[:4])} = {', '.join(texts)}: torchrun sets four numbers, ranks below"
+        )
+        raise UsageError(f"{told} their counts; {LEFTOVER_HINT}", field="RANK") from None
 
 
 _NCCL_DEFAULTS = {
@@ -407,23 +426,24 @@ _NCCL_DEFAULTS = {
 
 
 def set_openmp_defaults() -> None:
-    """Threads that wait for others give their core away after a short while, so that a busy neighbour costs
-    its share alone; unless the environment says how they wait. Has an effect before torch is imported only.
+    """Before torch is imported: threads that wait give their core away soon, unless the environment
+    decides.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
-def set_nccl_defaults() -> None:
-    """What torch's NCCL groups shall do, unless the environment says otherwise; to be called before the first
-    is made.
+def set_nccl_defaults(*, one_machine: bool = False) -> None:
+    """What torch's groups shall do, unless the environment says otherwise; to be called before the first is
+    made. On one machine they meet on loopback alone.
 
-    Errors are not handled there: its watchdog and its monitor would end the process, where
-    `executor.heartbeat` ends a task or names the rank. Exchanges get high priority, so that one that runs
-    beside a kernel need not wait for its last wave.
+    Errors are not handled there: its watchdog and monitor would end the process, where `executor.heartbeat`
+    ends a task or names the rank. Exchanges of high priority need not wait for a kernel's last wave.
     """
     for name, value in _NCCL_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    for library in ("GLOO", "NCCL") if one_machine and sys.platform == "linux" else ():
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -24,10 +24,10 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
     "": 2270,
     "attention": 2060,
-    "cli": 2945,
-    "distributed": 1850,
+    "cli": 3120,
+    "distributed": 2140,
     "evaluation": 2110,
-    "executor": 1555,
+    "executor": 1865,
     "flexcache": 2700,
     "media": 815,
     "memory": 570,

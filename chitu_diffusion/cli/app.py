@@ -24,6 +24,7 @@ from chitu_diffusion.cli.console import emit_error, exit_code_of, printable, say
 from chitu_diffusion.cli.doctor import doctor
 from chitu_diffusion.cli.generate import generate
 from chitu_diffusion.cli.info import config_app, info
+from chitu_diffusion.cli.launch import CommandLine
 from chitu_diffusion.cli.models import models_app
 from chitu_diffusion.cli.reproduce import reproduce
 from chitu_diffusion.errors import ChituError, UsageError
@@ -100,7 +101,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in options
     app = build()
     try:
-        code = app(args=words, obj=words, prog_name="chitu", standalone_mode=False)
+        code = app(args=words, obj=CommandLine(words, run), prog_name="chitu", standalone_mode=False)
         if code == INTERRUPTED:
             say("interrupted; give the same command again to go on")
         return int(code or 0)
@@ -140,9 +141,12 @@ def _usage(message: str, words: Sequence[str]) -> str:
 def _report(error: Exception, message: str, exit_code: int, as_json: bool) -> int:
     from chitu_diffusion.config import rank_place
 
-    place = rank_place()
+    try:
+        place = rank_place()
+    except UsageError:
+        place = None  # which is most likely the error itself
     if place is not None and place.rank > 0:
-        if isinstance(error, UsageError | typer.TyperException):
+        if place.launched and isinstance(error, UsageError | typer.TyperException):
             return exit_code  # every rank finds the same, and the first tells it
         message = f"rank {place.rank}: {message}"
     if as_json:

@@ -146,14 +146,13 @@ class ProcessGroups:
             self.broken, self._in_flight, self._opening = None, InFlightTimer(self.device), True
         try:
             self._store.set(f"opens/{self._generation}/{self.rank}", "")
-            keys = [f"opens/{self._generation}/{rank}" for rank in range(self.plan.world)]
+            late = list(range(self.plan.world))
             began = time.monotonic()
             patience = self._timeout.total_seconds()
-            while not self._store.check(keys):
+            while late := [r for r in late if not self._store.check([f"opens/{self._generation}/{r}"])]:
                 if self.broken is not None:
                     raise RuntimeError(f"the process groups were not made: {self.broken}")
                 if time.monotonic() - began > patience:
-                    late = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
                     raise RuntimeError(
                         f"the process groups were not made: ranks {late} did not come within {patience:g} s"
                     )

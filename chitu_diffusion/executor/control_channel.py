@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from chitu_diffusion.executor.heartbeat import HeartbeatMonitor
+from chitu_diffusion.executor.messages import without_controls
 
 Values = dict[str, Any]
 _SHORTEST = 0.0002
@@ -81,7 +82,7 @@ class ControlChannel:
             silent = next(rank for rank, key in enumerate(keys) if not self._store.check([key]))
             self._monitor.mark_failed(silent, f"the others have waited {patience:g} s for it")
             self._monitor.raise_if_lost()
-        found = [json.loads(self._ask(self._store.get, key)) for key in keys]
+        found = [without_controls(json.loads(self._ask(self._store.get, key))) for key in keys]
         for rank, (other, _) in enumerate(found):
             if other != kind:
                 self._monitor.mark_failed(
@@ -98,7 +99,8 @@ class ControlChannel:
     def _wait(self, keys: list[str], patience: float | None) -> bool:
         began = time.monotonic()
         pause = _SHORTEST
-        while not self._ask(self._store.check, keys):
+        # one by one: a stranger may write over one while we wait for another
+        while keys := [key for key in keys if not self._ask(self._store.check, [key])]:
             self._monitor.raise_if_lost()
             if patience is not None and time.monotonic() - began >= patience:
                 return False

@@ -4,8 +4,8 @@ Two threads: one talks to the store, the other only looks at the clock, for the 
 the rank it lies in. A lost rank is first an error that the main thread can raise; a main thread that cannot
 (it hangs in an exchange with the lost one) is ended, with its stack on stderr. A rank that raised in the
 middle of a unit has aborted: it lives, but the others' exchanges with it are cut short, for on a GPU nothing
-else would wake them; so are exchanges that do not move. Knows ranks and their status in words; no task, no
-tensors.
+else would wake them; so are exchanges that do not move. A process is only ended by a descriptor that was
+taken while the rank in it gave signs of life. Knows ranks and their status in words; no task, no tensors.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from chitu_diffusion.distributed.host import is_gone, machine_id
+from chitu_diffusion.distributed.host import Process, machine_id
+from chitu_diffusion.distributed.stores import SignedStore
 from chitu_diffusion.errors import RankLostError
+from chitu_diffusion.executor.messages import without_controls
 
 INTERVAL = 1.0
 """Seconds between two heartbeats."""
@@ -41,7 +44,8 @@ class HeartbeatMonitor:
 
     Args:
         rank, size: ours, and how many there are.
-        store: where the ranks meet; a connection of the monitor's own is made.
+        store: where the ranks meet; a connection of the monitor's own is made, and what strangers write over
+            is mended.
         heartbeat_timeout: seconds of silence after which a rank is lost.
         timeout: seconds after which an exchange that does not move is cut short.
         cancel: (why, generation or None) cuts short the exchanges of that generation, or all; from another
@@ -67,6 +71,7 @@ class HeartbeatMonitor:
         self.host = socket.gethostname()
         self.lost: RankLostError | None = None
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
+        self._store.set_timeout(timedelta(seconds=INTERVAL))  # only ever asked for what is there
         self._heartbeat_timeout = heartbeat_timeout
         self._timeout = timeout
         self._cancel = cancel
@@ -79,6 +84,8 @@ class HeartbeatMonitor:
         now = time.monotonic()
         self._seen = dict.fromkeys((other for other in range(size) if other != rank), now)
         self._heartbeats: dict[int, dict[str, Any]] = {}
+        self._processes: dict[int, _HeldProcess] = {}
+        self._number = 0
         self._heard = now
         self._stop = threading.Event()
         self._wake = threading.Event()
@@ -169,14 +176,17 @@ class HeartbeatMonitor:
             while True:
                 self._wake.clear()
                 leaving = self._stop.is_set()
+                if isinstance(self._store, SignedStore):
+                    self._store.mend()
                 self._store.set(f"heartbeat/{self.rank}", json.dumps(self._heartbeat()))
                 if leaving:
                     return
+                unheard = [other for other in self._seen if not self._read_heartbeat(other)]
                 for other in self._seen:
-                    self._read_heartbeat(other)
                     self._check_process(other)
                 self._heard = time.monotonic()
-                self._wake.wait(INTERVAL)
+                # oftener, both ways, where a stranger writes over them
+                self._wake.wait(_GLANCE / 5 if unheard else INTERVAL)
         except RuntimeError as error:
             # the store went away with whoever had it: rank 0, or the launcher
             if not self._stop.is_set() and self.lost is None:
@@ -187,25 +197,46 @@ class HeartbeatMonitor:
         frame = sys._current_frames().get(self._main)
         if frame is not None and time.monotonic() - self._status_since > _STACK_AFTER:
             stack = "".join(traceback.format_stack(frame)[-_STACK_LINES:])
-        now = time.monotonic()
+        self._number += 1
         facts = {"host": self.host, "pid": os.getpid(), "machine": machine_id(), "aborted": self._aborted}
         facts |= {"reason": self._reason, "leaving": self._stop.is_set()}
-        return {**facts, "time": now, "status": self._status, "stack": stack}
+        return {**facts, "number": self._number, "status": self._status, "stack": stack}
 
-    def _read_heartbeat(self, other: int) -> None:
-        if not self._store.check([f"heartbeat/{other}"]):
-            return
-        heartbeat = json.loads(self._store.get(f"heartbeat/{other}"))
+    def _read_heartbeat(self, other: int) -> bool:
+        """Whether there is one, new or not."""
         before = self._heartbeats.get(other)
+        try:
+            if not self._store.check([f"heartbeat/{other}"]):
+                return False
+            heartbeat = without_controls(json.loads(self._store.get(f"heartbeat/{other}")))
+            if before is not None and heartbeat["number"] <= before["number"]:
+                return True  # the same, or one that somebody has put back
+            if heartbeat["aborted"] is not None and (
+                before is None or before["aborted"] != heartbeat["aborted"]
+            ):
+                self._cancel_exchanges(
+                    f"{self.describe(other)} gave up in {heartbeat['status']}", heartbeat["aborted"]
+                )
+            reason = heartbeat["reason"]
+            self._hold_process(other, heartbeat)
+        except dist.DistStoreError:
+            return False  # a stranger has written over it meanwhile
+        except (ValueError, TypeError, KeyError) as error:
+            self._mark_lost(other, f"its heartbeat cannot be read ({error}); use one version on all ranks")
+            return True
         self._heartbeats[other] = heartbeat
-        if before is None or before["time"] != heartbeat["time"]:
-            self._seen[other] = time.monotonic()
-        if heartbeat["aborted"] is not None and (before is None or before["aborted"] != heartbeat["aborted"]):
-            self._cancel_exchanges(
-                f"{self.describe(other)} gave up in {heartbeat['status']}", heartbeat["aborted"]
-            )
-        if heartbeat["reason"] is not None and self.lost is None:
-            self._mark_lost(other, f"it left: {heartbeat['reason']}")
+        self._seen[other] = time.monotonic()
+        if reason is not None and self.lost is None:
+            self._mark_lost(other, f"it left: {reason}")
+        return True
+
+    def _hold_process(self, other: int, heartbeat: dict[str, Any]) -> None:
+        """A rank that was heard before a descriptor was taken, and after, is the process behind it."""
+        held = self._processes.get(other)
+        if held is not None:
+            held.verified = held.verified or held.number == heartbeat["pid"]
+        elif heartbeat["machine"] is not None and heartbeat["machine"] == machine_id():
+            self._processes[other] = _HeldProcess(heartbeat["pid"])
 
     def _check_process(self, other: int) -> None:
         """A rank of this machine whose process has ended, not in peace, need not be waited for."""
@@ -213,11 +244,7 @@ class HeartbeatMonitor:
             heartbeat = self._heartbeats.get(other)
             if heartbeat is None or heartbeat["leaving"] or self.lost is not None:
                 return
-            if (
-                heartbeat["machine"] is None
-                or heartbeat["machine"] != machine_id()
-                or not is_gone(heartbeat["pid"])
-            ):
+            if other not in self._processes or not self._processes[other].is_gone():
                 return
             self._read_heartbeat(other)
         self._mark_lost(other, "its process has ended")
@@ -267,9 +294,10 @@ class HeartbeatMonitor:
             )
             self.lost = RankLostError(self._report(who, why, stack))
         self._cancel_exchanges(str(self.lost))
-        if frozen:
-            # not before `lost` says why: its launcher now ends this rank, too, see `on_sigterm`
-            _kill_frozen(heartbeat)
+        if frozen and other in self._processes:
+            # it would keep its launcher waiting, and its memory; not before `lost` says why: its launcher now
+            # ends this rank, too, see `on_sigterm`
+            self._processes[other].kill_verified()
         deadline = time.monotonic() + _GRACE
         while self._in_critical and time.monotonic() < deadline:
             time.sleep(_GLANCE / 5)
@@ -287,10 +315,29 @@ class HeartbeatMonitor:
         )
 
 
-def _kill_frozen(heartbeat: dict[str, Any]) -> None:
-    """A rank that is frozen on this machine would keep its launcher waiting, and its memory."""
-    if heartbeat and heartbeat["machine"] is not None and heartbeat["machine"] == machine_id():
+class _HeldProcess:
+    """A rank's process on this machine.
+
+    Attributes:
+        number: its process number, as the rank says.
+        verified: that rank was heard of since the descriptor was taken, so it is this process.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.verified = False
+        self._process: Process | None = None
+        self._ended = False
         try:
-            os.kill(heartbeat["pid"], signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            return
+            self._process = Process(number)
+        except ProcessLookupError:
+            self._ended = True
+        except OSError:
+            return  # no descriptors here: silence tells
+
+    def is_gone(self) -> bool:
+        return self._ended if self._process is None else self._process.is_gone()
+
+    def kill_verified(self) -> None:
+        if self.verified and self._process is not None:
+            self._process.kill()

@@ -74,6 +74,17 @@ def from_json(values: Mapping[str, Any]) -> Message:
     return _KINDS[values["kind"]](**{name: value for name, value in values.items() if name != "kind"})
 
 
+def without_controls(value: Any) -> Any:
+    """JSON values of another rank, without what could steer a terminal in their texts; line ends stay."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() or c == "\n" else " " for c in value)
+    if isinstance(value, list):
+        return [without_controls(each) for each in value]
+    if isinstance(value, dict):
+        return {name: without_controls(each) for name, each in value.items()}
+    return value
+
+
 class Outcome(StrEnum):
     """How a work unit went on one rank."""
 

@@ -1,7 +1,6 @@
 """The ranks of a run together: where they meet, their process groups, heartbeats and control channel.
 
-They meet in a store: torchrun's own, on one node or many, or one that whoever started them hands over. Knows
-processes; no network, no task.
+Knows processes, and how they are laid out; not how they meet (`meeting`), no network, no task.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.errors import UsageError, require_kind
 from chitu_diffusion.executor.control_channel import ControlChannel
 from chitu_diffusion.executor.heartbeat import HeartbeatMonitor
+from chitu_diffusion.executor.meeting import check_secret, launchers_store, meet, ranks_secret
 from chitu_diffusion.models.spec import ModelSpec
 
 _GLANCE = 0.05
@@ -41,7 +41,7 @@ def join_ranks(args: EngineConfig, spec: ModelSpec, place: RankPlace | None) -> 
     """The ranks of a run, laid out as the settings say; None for a process that works by itself.
 
     Raises:
-        UsageError: a layout that cannot be; names one that would fit.
+        UsageError: a layout that cannot be; names one that would fit. Several machines without a secret.
         RankLostError: another rank did not come.
     """
     if place is None or place.world == 1:
@@ -54,6 +54,8 @@ def join_ranks(args: EngineConfig, spec: ModelSpec, place: RankPlace | None) -> 
             "world, store=torch.distributed.TCPStore(...)), or start with torchrun",
             field="store",
         )
+    secret = ranks_secret()
+    check_secret(place, secret)
     asked = args.infer.diffusion
     plan = plan_for(
         place.world,
@@ -66,16 +68,22 @@ def join_ranks(args: EngineConfig, spec: ModelSpec, place: RankPlace | None) -> 
     device = pick_device(args.infer.device)
     local_rank = place.rank if place.local_rank is None else place.local_rank
     device = pick_device(f"cuda:{local_rank}") if device.type == "cuda" else device
-    set_nccl_defaults()
+    set_nccl_defaults(one_machine=place.local_world in (None, place.world))
+    store = place.store
+    if store is None:
+        store, given = launchers_store(place, args.ranks)
+        secret = given or secret
     return WorkerGroup(
         plan,
         place.rank,
-        place.store,
+        store,
         device=device,
         timeout=args.ranks.timeout,
         heartbeat_timeout=args.ranks.heartbeat_timeout,
         copies=args.ranks.copies,
-        settings=args.infer.model_dump(exclude=dict(_OWN_SETTINGS)) | {"world": place.world},
+        settings=args.infer.model_dump(exclude=dict(_OWN_SETTINGS)),
+        secret=secret,
+        launched=place.launched,
     )
 
 
@@ -85,43 +93,39 @@ class WorkerGroup:
     Args:
         plan: the layout.
         rank: ours.
-        store: where all meet; None takes torchrun's.
+        store: where all meet; strangers may write into it.
         device: of the networks.
         timeout: seconds without progress after which an exchange is given up.
         heartbeat_timeout: seconds of silence after which a rank is lost.
         copies: see `ProcessGroups`.
         settings: what every rank must say alike, for else they would go apart; JSON values.
+        secret: of the ranks; None: all are on one machine, and make one.
+        launched: the store lies with a launcher, not with rank 0.
 
     Raises:
         UsageError: another process has this rank, or another rank has other settings.
-        RankLostError: another rank was lost meanwhile.
-        RuntimeError: the others did not come.
+        RankLostError: another rank did not come, or was lost meanwhile.
+        RuntimeError: the groups could not be made.
     """
 
     def __init__(
         self,
         plan: ParallelPlan,
         rank: int,
-        store: dist.Store | None = None,
+        store: dist.Store,
         *,
         device: torch.device,
         timeout: float = 60.0,
         heartbeat_timeout: float = 8.0,
         copies: bool = True,
         settings: Mapping[str, Any] = MappingProxyType({}),
+        secret: bytes | None = None,
+        launched: bool = False,
     ) -> None:
         self.rank = rank
         self.size = plan.world
         self.timeout = timeout
-        meeting = dist.PrefixStore(
-            "chitu", store if store is not None else next(iter(dist.rendezvous("env://")))[0]
-        )
-        if meeting.add(f"comes/{rank}", 1) > 1:
-            raise UsageError(
-                f"rank {rank} of {plan.world} has come to this store before; give each process a rank of its "
-                "own, and each engine a store: torch.distributed.PrefixStore(NAME, store)",
-                field="rank",
-            )
+        meeting = meet(rank, plan.world, store, secret, timeout)
         self.groups = ProcessGroups(plan, rank, device, meeting, timeout, copies=copies)
         self.monitor = HeartbeatMonitor(
             rank,
@@ -131,7 +135,7 @@ class WorkerGroup:
             timeout=timeout,
             cancel=self.groups.cancel,
             waiting=self.groups.waiting,
-            launched=store is None and dist.is_torchelastic_launched(),
+            launched=launched,
         )
         self.channel = ControlChannel(meeting, self.monitor)
         self._ends_on_term = threading.current_thread() is threading.main_thread() and (

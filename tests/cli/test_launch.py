@@ -6,18 +6,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import Chitu
+from listening import ports_of
 from tiny_model import write_tiny_model
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from benchmarks.faults import fault
-from chitu_diffusion.cli.launch import launch, without_gpus
-from chitu_diffusion.config import EngineConfig
+from benchmarks.faults import Lines, alive, fault, ranks_of, steps_of, waits_for
+from chitu_diffusion.cli.launch import RankEnd, _serve, _signals, exit_code, without_gpus
+from chitu_diffusion.distributed.stores import StoreServer
 from chitu_diffusion.errors import RankLostError
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +128,7 @@ def test_workers_get_the_same_words() -> None:
 
 @pytest.mark.parametrize(("kind", "rank"), [("SIGKILL", 0), ("SIGKILL", 1), ("SIGTERM", 1)])
 def test_the_command_says_what_became_of_a_rank(kind: str, rank: int, tmp_path: Path) -> None:
-    """torch's launcher ends the other ranks at once when one has ended; they tell of it first."""
+    """The launcher ends the other ranks at once when one has ended; they tell of it first."""
     found = fault("cpu", "u2", kind, rank, tmp_path)
     assert found["seconds"] is not None and found["seconds"] < 15, found
     assert found["left behind"] == []
@@ -138,29 +141,180 @@ def test_the_command_says_what_became_of_a_rank(kind: str, rank: int, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("ends", "said"),
+    ("ends", "asked", "said"),
     [
-        ({1: -9, 0: 130}, "rank 1 of 2 (process 71) was ended by SIGKILL"),
-        ({1: -9, 0: 1}, 1),
-        ({0: 130, 1: 130}, 130),
+        ({1: -9, 0: 130}, False, "rank 1 of 2 (process 71) was ended by SIGKILL"),
+        ({1: -9, 0: -15}, False, "rank 1 of 2 (process 71) was ended by SIGKILL"),
+        ({1: -9, 0: 1}, False, 1),
+        ({0: 130, 1: 130}, False, 130),
+        ({0: 130, 1: -9}, True, 130),
+        ({0: 0, 1: 0}, True, 0),
     ],
 )
 def test_a_rank_that_was_ended_is_told_of_when_the_others_could_not(
-    ends: dict[int, int], said: str | int, monkeypatch: pytest.MonkeyPatch
+    ends: dict[int, int], asked: bool, said: str | int
 ) -> None:
     """Before its first sign of life the others only know that they were to end, too."""
-    failures = {rank: ProcessFailure(rank, 70 + rank, code, "") for rank, code in ends.items()}
-
-    def ended(*given: object) -> object:
-        def run(*words: str) -> None:
-            raise ChildFailedError("chitu", failures)
-
-        return run
-
-    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", ended)
+    found = {rank: RankEnd(70 + rank, code) for rank, code in ends.items()}
     if isinstance(said, int):
-        assert launch(["generate", "cat"], 2, EngineConfig()) == said
+        assert exit_code(found, asked=asked) == said
         return
     with pytest.raises(RankLostError) as caught:
-        launch(["generate", "cat"], 2, EngineConfig())
+        exit_code(found, asked=asked)
     assert str(caught.value).startswith(said)
+
+
+def test_ranks_that_end_at_once_get_no_signals() -> None:
+    """Their numbers may be anybody's once they are buried."""
+    processes = []
+    for code in (3, 4):
+        process = os.fork()
+        if process == 0:
+            os._exit(code)
+        processes.append(process)
+    time.sleep(0.2)
+    left = list(processes)
+    with _signals() as signals:
+        ends, asked = _serve(StoreServer(), left, signals)
+    assert [end.code for end in ends.values()] == [3, 4] and not asked and not left
+    assert [end.process for end in ends.values()] == processes
+
+
+def leftover(**more: str) -> dict[str, str]:
+    return {"RANK": "0", "WORLD_SIZE": "2", **more}
+
+
+UNSET = "'unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT'"
+ONE_MACHINE = leftover(LOCAL_RANK="0", LOCAL_WORLD_SIZE="2")
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "said"),
+    [
+        (leftover(), 2, ("RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE = 0, 2, , :",)),
+        (leftover(LOCAL_RANK="x", LOCAL_WORLD_SIZE="2"), 2, ("0, 2, x, 2:",)),
+        (leftover(RANK="7", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2"), 2, ("7, 2, 0, 2:",)),
+        (ONE_MACHINE, 2, ("MASTER_ADDR and MASTER_PORT must say",)),
+        (ONE_MACHINE | {"MASTER_ADDR": "localhost", "MASTER_PORT": "99999"}, 2, ("MASTER_PORT must say",)),
+        (ONE_MACHINE | {"CHITU_RANKS_SOCKET": "77"}, 2, ("unset CHITU_RANKS_SOCKET",)),
+        (ONE_MACHINE | {"MASTER_ADDR": "127.0.0.1"}, 1, ("has waited 0.5 s for rank 1 of 2",)),
+        (
+            ONE_MACHINE | {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"},
+            1,
+            ("rank 1: ", "has waited 0.5 s for rank 0 of 2 at 127.0.0.1:"),
+        ),
+        (
+            leftover(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1"),
+            2,
+            ("need a secret", "CHITU_RANKS_SECRET_FILE=ranks.secret torchrun"),
+        ),
+    ],
+    ids=str,
+)
+def test_variables_of_another_tool_are_named(
+    variables: dict[str, str],
+    code: int,
+    said: tuple[str, ...],
+    chitu: Chitu,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    if "MASTER_ADDR" in variables:
+        variables = {"MASTER_PORT": str(port), **variables}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    words = ("generate", "a cat", "--model", tiny_folder, "--device", "cpu", "--set", "ranks.timeout=0.5")
+    found, _, err = chitu(*words)
+    assert found == code and "Traceback" not in err, err
+    assert all(words in err for words in (*said, UNSET)), err
+
+
+def test_a_mistake_is_told_by_a_process_that_nobody_launched(
+    chitu: Chitu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = chitu("generate", "a cat", "--frames", "6")
+    assert code == 2 and "--frames" in err
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert chitu("generate", "a cat", "--frames", "6") == (2, "", "")
+
+
+@pytest.mark.parametrize("kind", ["SIGTERM", "SIGINT", "SIGHUP", "SIGKILL"])
+def test_ranks_end_with_their_launcher_and_listen_to_nobody_else(
+    kind: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    words = ["generate", "a cat", "--model", str(tiny_folder), "--gpus", "2", "--parallel", "u2", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "chitu_diffusion",
+        *words,
+        "--steps",
+        "1000",
+        "-o",
+        str(tmp_path / "x.npy"),
+    ]
+    environment = {**os.environ, "CHITU_CACHE_DIR": str(tmp_path), "RANK": "3", "WORLD_SIZE": "9"}
+    launcher = subprocess.Popen(
+        [*command, "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    said = Lines(launcher.stdout)
+    told = Lines(launcher.stderr)
+    assert waits_for(lambda: any(steps_of(line) >= 2 for line in said.lines)), told.lines
+    ranks = ranks_of(launcher.pid)
+    assert sorted(ranks) == [0, 1]
+    assert not ports_of([launcher.pid])
+    ports = ports_of(ranks.values())
+    assert {host for host, _ in ports} == {"127.0.0.1"}  # gloo's
+    for rank in ranks.values():
+        words_of = Path(f"/proc/{rank}/cmdline").read_bytes() + Path(f"/proc/{rank}/environ").read_bytes()
+        assert b"SECRET" not in words_of
+    began = time.monotonic()
+    launcher.send_signal(getattr(signal, kind))
+    assert waits_for(lambda: launcher.poll() is not None and not any(alive(rank) for rank in ranks.values()))
+    assert time.monotonic() - began < 20
+    if kind == "SIGKILL":
+        assert waits_for(lambda: any("the launcher is lost" in line for line in said.lines + told.lines))
+    else:
+        assert launcher.returncode == 130
+        assert waits_for(
+            lambda: any('"saved"' in line or "saved" in line for line in said.lines + told.lines)
+        )
+
+
+def test_ranks_begin_anew_where_cuda_was_asked_before_the_fork(tiny_folder: Path, tmp_path: Path) -> None:
+    text = (
+        "import sys, torch\n"
+        "torch.cuda._is_in_bad_fork = lambda: True\n"  # as torch says it in such a fork
+        "from chitu_diffusion.cli.app import run\n"
+        "sys.exit(run(sys.argv[1:]))\n"
+    )
+    words = [
+        "generate",
+        "a cat",
+        "--model",
+        str(tiny_folder),
+        "--gpus",
+        "2",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
+    done = subprocess.run(
+        [sys.executable, "-c", text, *words, "-o", str(tmp_path / "cat.npy")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
+    assert done.returncode == 0 and (tmp_path / "cat.npy").exists(), done.stderr
