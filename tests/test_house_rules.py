@@ -22,21 +22,21 @@ LONGEST_CELL = 200
 MOST_TOP_MODULES = 10
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
-    "": 2270,
+    "": 2290,
     "attention": 2060,
     "cli": 2810,
     "distributed": 1850,
     "evaluation": 2110,
     "executor": 1490,
     "flexcache": 2700,
-    "media": 760,
+    "media": 860,
     "memory": 570,
     "models": 3660,
     "ops": 1815,
     "pipelines": 2580,
     "sampling": 850,
     "task": 800,
-    "weights": 640,
+    "weights": 665,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""
@@ -328,6 +328,22 @@ def test_environment_is_read_in_one_place() -> None:
             if reads and name != "chitu_diffusion/config.py":
                 found.append(f"{name}:{node.lineno}")
     report(found, "add a setting to config.py, and take it from there")
+
+
+def test_files_are_written_in_one_place() -> None:
+    found = []
+    for name, tree, _ in ours():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            writes = node.func.attr in {"write_text", "write_bytes"}
+            writes |= node.func.attr == "open" and any("'w" in ast.unparse(value) for value in node.args)
+            renames = ast.unparse(node.func) in {"os.replace", "os.rename"}
+            of = ast.unparse(node.func.value)
+            inside = of in ("part", "av", "Path(os.devnull)") or of.startswith("part / ")
+            if (renames or (writes and not inside)) and not name.endswith("/atomic_files.py"):
+                found.append(f"{name}:{node.lineno} {ast.unparse(node.func)}")
+    report(found, "use atomic_files.write_text, or fill the 'part' that new_file and new_folder give")
 
 
 def test_we_know_what_our_objects_have() -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from chitu_diffusion.atomic_files import write_text
 from chitu_diffusion.cli.console import exit_code_of, say
 from chitu_diffusion.cli.options import default_path
 from chitu_diffusion.cli.progress import Reporter
@@ -182,7 +183,7 @@ def _profiling(folder: Path | None) -> Iterator[None]:
     ops = profiler.key_averages().table(sort_by=order, row_limit=OPS_SHOWN)
     try:
         profiler.export_chrome_trace(str(folder / "trace.json"))
-        (folder / "ops.txt").write_text(ops + "\n", encoding="utf-8")
+        write_text(folder / "ops.txt", ops + "\n")
     except OSError as error:
         raise OutputError(
             f"cannot write the profile into '{folder}': {error.strerror or error}; free some space"

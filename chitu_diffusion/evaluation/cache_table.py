@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from chitu_diffusion.atomic_files import write_text
 from chitu_diffusion.attention import attention_kernel
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.errors import TaskError, UsageError
@@ -284,12 +285,12 @@ def write_results(lines: Sequence[Line], about: Mapping[str, Any], folder: Path)
 
     folder.mkdir(parents=True, exist_ok=True)
     said = {**about, "lines": [asdict(line) | {"fewer": line.fewer} for line in lines]}
-    (folder / "cache.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "cache.json", json.dumps(said, indent=1) + "\n")
     size = "x".join(map(str, about["size"]))
     title = (
         f"{about['model']}, {about['steps']} steps, guidance {about['guidance'][0]:g}, {size}, "
         f"{lines[0].videos} videos"
     )
     where = f"{about['device']}, {about['dtype']}, timed with {about['workers']} process(es) on the device"
-    (folder / "cache.md").write_text(f"{title}; {where}.\n\n{table(lines)}\n", encoding="utf-8")
+    write_text(folder / "cache.md", f"{title}; {where}.\n\n{table(lines)}\n")
     draw(lines, title, folder / "cache.png")

@@ -1,9 +1,8 @@
 """Finished frames in, a file out; `reading` is the way back.
 
-Knows file formats, and that nothing half-written may ever be seen under the final name. Does
-not know prompts, models or tasks: the recipe that it stores beside the frames is any JSON
-mapping. PyAV, Pillow and numpy are imported when they are needed, so that a name can be checked
-(`check_save_path`) before anything else happens.
+Knows file formats, what a name may be, and how much a video takes on the disk. Does not know prompts, models
+or tasks: the recipe that it stores beside the frames is any JSON mapping. PyAV, Pillow and numpy are imported
+when they are needed, so that a name can be checked (`check_save_path`) before anything else happens.
 """
 
 from __future__ import annotations
@@ -13,12 +12,14 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chitu_diffusion.atomic_files import is_in_progress, new_file, new_folder
 from chitu_diffusion.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -31,10 +32,16 @@ Recipe = Mapping[str, Any]
 
 FORMATS = (".mp4", ".gif", ".npy")
 FOLDER = "folder"
-PART = ".part"
 RECIPE_FILE = "recipe.json"
 RECIPE_KEY = "recipe"
+NPY_RECIPE = b"CHITU-RECIPE"
+"""Ends an array's file: before it the recipe, UTF-8, and its length, 8 bytes, little-endian. numpy reads the
+array and no further."""
 _OUR_FRAME = re.compile(r"\d{5,}\.png")
+_STEERING = ("Cc", "Zl", "Zp")
+"""Unicode's categories of what steers a terminal or breaks a line."""
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""What turns the direction of the text after it."""
 _LONGEST_NAME = 240
 """Bytes; file systems allow 255, and the endings for a name in progress need room."""
 
@@ -71,9 +78,6 @@ def _check_place(kind: str, target: Path) -> None:
         )
     elif kind != FOLDER and target.is_dir():
         raise _refused(target, "a folder of that name is here already; choose another name")
-    for beside in _beside(kind, _place(kind, target)):
-        if beside.is_dir():
-            _check_ours(beside)  # it would be swept as a leftover of ours
     _check_parent(target)
 
 
@@ -92,6 +96,10 @@ def _kind(path: str | os.PathLike[str]) -> str:
         raise _refused(path, f"is not valid text: {error.reason}") from None
     if length > _LONGEST_NAME:
         raise _refused(name[:40] + "...", f"the name is too long: use at most {_LONGEST_NAME} bytes")
+    if any(unicodedata.category(c) in _STEERING or c in _TURNING for c in text):
+        raise _refused(path, "holds a control character; use letters, digits and plain signs")
+    if is_in_progress(name):
+        raise _refused(path, "such names are for files in progress; use another")
     if name in ("", ".."):
         raise _refused(path, "name a new folder inside it, or a file that ends in .mp4")
     if text.endswith(("/", os.sep)):
@@ -140,7 +148,7 @@ def write_video(
 ) -> Path:
     """Write frames so that the final name appears only when the file is whole.
 
-    The data goes to NAME.part, is synced to the disk, and is then renamed over NAME. Missing folders are
+    Until then what stood there stays (`atomic_files`); a link to a folder stays, too. Missing folders are
     made. H.264 needs even sizes: an odd row or column is doubled at the edge. Pillow merges neighbouring gif
     frames that are equal, and holds them longer.
 
@@ -150,7 +158,7 @@ def write_video(
         fps: frames per second.
         quality: of H.264, 0 (smallest) to 10 (no visible loss); the other formats do not use it.
         recipe: JSON values stored in the file: the container's comment (.mp4), the comment (.gif),
-            NAME.npy.json beside it (.npy), the first frame's text chunk and recipe.json (folder).
+            what follows the array (.npy), the first frame's text chunk and recipe.json (folder).
 
     Returns:
         the final path.
@@ -165,43 +173,17 @@ def write_video(
         raise UsageError(f"fps = {fps!r}: must be above 0 and at most 1000", field="fps")
     if not 0 <= quality <= 10:
         raise UsageError(f"quality = {quality!r}: must be from 0 to 10", field="quality")
-    target = _place(kind, Path(path))
-    part = _part(target)
+    # a link to a folder stays and its folder is replaced; a link to a file is replaced
+    target = Path(os.path.realpath(path)) if kind == FOLDER else Path(path)
     text = json.dumps(dict(recipe), default=str) if recipe is not None else None
     with _errors_in_words(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # what an interrupted run left behind, and never through a link of that name
-            _sweep(kind, target)
-            if kind == FOLDER:
+        if kind == FOLDER:
+            with new_folder(target) as part:
                 _write_folder(part, frames, text)
-                with _stepped_aside(target):  # a folder cannot be renamed over a full one
-                    os.replace(part, target)
-            else:
+        else:
+            with new_file(target) as part:
                 _write_file(kind, part, frames, fps, quality, text)
-                _replace_file(kind, part, target, text)
-            _sync(target.parent)
-        except BaseException:
-            _sweep(kind, target)
-            raise
     return Path(path)
-
-
-def _place(kind: str, target: Path) -> Path:
-    """Where the data goes: a link to a folder stays, its folder is replaced; a link to a file is replaced."""
-    return Path(os.path.realpath(target)) if kind == FOLDER else target
-
-
-def _beside(kind: str, target: Path) -> tuple[Path, ...]:
-    """Every name that a write uses for a while beside the final one."""
-    sidecar = _sidecar(target)
-    more = {FOLDER: (_old(target),), ".npy": (_part(sidecar), _old(sidecar))}
-    return _part(target), *more.get(kind, ())
-
-
-def _sweep(kind: str, target: Path) -> None:
-    for path in _beside(kind, target):
-        _remove(path)
 
 
 def _check_frames(frames: Frames) -> None:
@@ -248,8 +230,7 @@ def _write_file(kind: str, part: Path, frames: Frames, fps: float, quality: int,
     elif kind == ".gif":
         _write_gif(part, frames, fps, text)
     else:
-        _write_npy(part, frames)
-    _sync(part)
+        _write_npy(part, frames, text)
 
 
 def _write_mp4(part: Path, frames: Frames, fps: float, quality: int, text: str | None) -> None:
@@ -288,12 +269,17 @@ def _local(file: Path) -> str:
     return str(file.absolute())
 
 
+def gif_durations(count: int, fps: float) -> list[int]:
+    """Milliseconds of each frame. Gif counts in hundredths of a second: the remainder is spread, so that the
+    length stays right.
+    """
+    ticks = [round(index * 100 / fps) for index in range(count + 1)]
+    return [10 * max(after - before, 1) for before, after in zip(ticks, ticks[1:], strict=False)]
+
+
 def _write_gif(part: Path, frames: Frames, fps: float, text: str | None) -> None:
     from PIL import Image
 
-    # gif counts in hundredths of a second: spread the remainder, so that the length stays right
-    ticks = [round(index * 100 / fps) for index in range(len(frames) + 1)]
-    durations = [10 * max(after - before, 1) for before, after in zip(ticks, ticks[1:], strict=False)]
     images = [Image.fromarray(frame).quantize(256) for frame in frames]
     comment = {"comment": text.encode()} if text is not None else {}
     with part.open("wb") as file:
@@ -302,14 +288,14 @@ def _write_gif(part: Path, frames: Frames, fps: float, text: str | None) -> None
             format="GIF",
             save_all=True,
             append_images=images[1:],
-            duration=durations,
+            duration=gif_durations(len(frames), fps),
             loop=0,
             disposal=1,
             **comment,
         )
 
 
-def _write_npy(part: Path, frames: Frames) -> None:
+def _write_npy(part: Path, frames: Frames, text: str | None) -> None:
     import numpy as np
 
     whole = np.ascontiguousarray(frames)
@@ -317,79 +303,19 @@ def _write_npy(part: Path, frames: Frames) -> None:
         # not np.save: its error on a full disk does not say that the disk is full
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(whole))
         file.write(whole.data)
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + PART)
-
-
-def _old(path: Path) -> Path:
-    return path.with_name(path.name + ".old" + PART)
-
-
-def _sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
-
-
-def _replace_file(kind: str, part: Path, target: Path, text: str | None) -> None:
-    """A recipe beside its frames leaves before the frames change and comes after: it tells of no others."""
-    if kind != ".npy":
-        os.replace(part, target)
-        return
-    sidecar = _sidecar(target)
-    if text is not None:
-        _part(sidecar).write_text(text, encoding="utf-8")
-        _sync(_part(sidecar))
-    with _stepped_aside(sidecar):
-        os.replace(part, target)
-    if text is not None:
-        os.replace(_part(sidecar), sidecar)
-
-
-@contextmanager
-def _stepped_aside(path: Path) -> Iterator[None]:
-    """What stands at a name has another one inside the block; then it is gone, or back if that fails."""
-    old = _old(path)
-    there = os.path.lexists(path)
-    if there:
-        os.replace(path, old)
-    try:
-        yield
-    except BaseException:
-        if there:
-            os.replace(old, path)
-        raise
-    _remove(old)
+        if text is not None:
+            data = text.encode()
+            file.write(data + len(data).to_bytes(8, "little") + NPY_RECIPE)
 
 
 def _write_folder(part: Path, frames: Frames, text: str | None) -> None:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    part.mkdir()
     for index, frame in enumerate(frames):
         info = PngInfo()
         if text is not None and index == 0:
             info.add_text(RECIPE_KEY, text)
-        file = part / f"{index:05d}.png"
-        Image.fromarray(frame).save(file, pnginfo=info)
-        _sync(file)
+        Image.fromarray(frame).save(part / f"{index:05d}.png", pnginfo=info)
     if text is not None:
         (part / RECIPE_FILE).write_text(text, encoding="utf-8")
-        _sync(part / RECIPE_FILE)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Everything of a file (or a folder's list of names) is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chitu_diffusion.atomic_files import new_folder
 from chitu_diffusion.errors import ChituError, UsageError
 from chitu_diffusion.models.folder import (
     EXPERT_FOLDERS,
@@ -87,7 +88,7 @@ def convert(
 ) -> ModelFolder:
     """Writes a model anew in a layout.
 
-    The new folder appears whole or not at all: it grows beside its place as NAME.part. A `chitu.json` in it
+    The new folder appears whole or not at all, and after an error nothing of it is left. A `chitu.json` in it
     keeps what its layout has no room for, so that turning a model round and back loses nothing.
 
     Args:
@@ -109,19 +110,16 @@ def convert(
         raise UsageError(f"{target} exists already; name a folder that does not", field="target")
     folder = read_folder(source)
     spec_of_folder(folder)
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
-    part.mkdir(parents=True)
-    for role in folder.components:
-        _write_component(folder, role, part, layout, dtype, max_shard_bytes)
-    place = part / ("tokenizer" if layout == "diffusers" else TOKENIZER_FOLDER)
-    shutil.copytree(folder.tokenizer, place)
-    if layout == "diffusers":
-        write_model_index(part, folder)
-        (part / "scheduler").mkdir()
-        write_json(part / "scheduler" / "scheduler_config.json", dict(folder.scheduler))
-    _write_metadata(folder, part, layout)
-    part.rename(target)
+    with new_folder(target) as part:
+        for role in folder.components:
+            _write_component(folder, role, part, layout, dtype, max_shard_bytes)
+        place = part / ("tokenizer" if layout == "diffusers" else TOKENIZER_FOLDER)
+        shutil.copytree(folder.tokenizer, place)
+        if layout == "diffusers":
+            write_model_index(part, folder)
+            (part / "scheduler").mkdir()
+            write_json(part / "scheduler" / "scheduler_config.json", dict(folder.scheduler))
+        _write_metadata(folder, part, layout)
     return read_folder(target)
 
 
@@ -175,13 +173,17 @@ def _write_component(
     part = PARTS[role]
     config = dict(folder.components[role].config)
     plan = blueprint(folder, role)
-    weights = open_weights(folder, role)
+    weights = open_weights(folder, role, mapped=False)  # which may change under a long work
     stored = match_names(plan.shapes(), weights, names=plan.names(folder.layout), ties=plan.ties)
     new_names = plan.official if layout == "official" else {name: name for name in stored}
-    tensors = {new_names[name]: weights.read(key) for name, key in stored.items()}  # backed by the files
+    keys = {new_names[name]: key for name, key in stored.items()}
+
+    def read(name: str) -> Tensor:
+        return weights.read(keys[name])
+
     keep = {new_names[name] for name in stored if not set(name.split(".")).isdisjoint(plan.keep_float32)}
     if layout == "official" and part.official_file is not None:
-        _write_torch_file(place / part.official_file, tensors, dtype)
+        _write_torch_file(place / part.official_file, {name: read(name) for name in keys}, dtype)
         return
     if layout == "official":
         two = "transformer_2" in folder.components
@@ -191,7 +193,11 @@ def _write_component(
         home = place / role
         said = {"model_type": "umt5"} if part.library == "transformers" else {"_class_name": part.class_name}
         config = {**said, **config}
-    save_weights(tensors, home, part.stem, dtype=dtype, keep_float32=keep, max_shard_bytes=max_shard_bytes)
+    entries = {name: weights.entries[key] for name, key in keys.items()}
+    tensors = {name: torch.empty(e.shape, dtype=e.dtype, device="meta") for name, e in entries.items()}
+    save_weights(
+        tensors, home, part.stem, dtype=dtype, keep_float32=keep, max_shard_bytes=max_shard_bytes, read=read
+    )
     write_json(home / "config.json", config)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from chitu_diffusion.atomic_files import write_text
 from chitu_diffusion.errors import CheckpointError, ModelMissingError, UsageError, nearest
 from chitu_diffusion.flexcache.calibration import Calibration, read_calibration
 from chitu_diffusion.flexcache.schedule import NOTHING_MEASURED, Measured
@@ -169,9 +170,7 @@ def _calibration_of(folder: Path) -> Calibration | None:
 def write_metadata(path: str | Path, name: str, defaults: Defaults, **more: Any) -> None:
     """Writes a folder's `chitu.json`: the model's name and defaults, and whatever else `more` says."""
     metadata = {"name": name, "defaults": dataclasses.asdict(defaults), **more}
-    Path(path, METADATA_FILE).write_text(
-        json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_text(Path(path, METADATA_FILE), json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
 
 
 def _folder_defaults(folder: ModelFolder, base: Defaults, experts: int) -> Defaults:

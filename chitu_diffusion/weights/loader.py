@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from chitu_diffusion.atomic_files import new_file, write_text
 from chitu_diffusion.errors import CheckpointError
 from chitu_diffusion.weights.files import INDEX_ENDING, Stored, WeightFiles, few
 
@@ -163,11 +163,12 @@ def save_weights(
     dtype: torch.dtype | None = None,
     keep_float32: Collection[str] = (),
     max_shard_bytes: int = 5 * 2**30,
+    read: Callable[[str], Tensor] | None = None,
 ) -> list[Path]:
     """Writes a network's tensors as safetensors: one file, or numbered shards with an index.
 
-    Each file is written as `.part` and renamed, the index last; older files of the same stem are removed
-    after that. At most one shard is held in memory beside `tensors`, which may be backed by files.
+    Each file appears whole, the index last; older files of the same stem are removed after that. At most one
+    shard is held in memory beside `tensors`, which may be backed by files.
 
     Args:
         tensors: by name.
@@ -176,6 +177,7 @@ def save_weights(
         dtype: stored floats; None keeps each tensor's own.
         keep_float32: parts of dotted names that are stored in float32 whatever `dtype` says.
         max_shard_bytes: of one file's values.
+        read: gives the values by name, where `tensors` are on the meta device.
 
     Returns:
         The files, the index among them.
@@ -197,11 +199,14 @@ def save_weights(
         )
         # clones, since safetensors refuses tensors that share memory, as views of one file do
         values = {
-            name: tensors[name].detach().to("cpu", kinds[name], copy=True).contiguous() for name in shard
+            name: (read(name) if read else tensors[name])
+            .detach()
+            .to("cpu", kinds[name], copy=True)
+            .contiguous()
+            for name in shard
         }
-        part = file.with_name(file.name + ".part")
-        save_file(values, str(part), metadata={"format": "pt"})
-        os.replace(part, file)
+        with new_file(file) as part:
+            save_file(values, str(part), metadata={"format": "pt"})
         written.append(file)
         weight_map.update(dict.fromkeys(shard, file.name))
     if len(shards) > 1:
@@ -217,11 +222,8 @@ def save_weights(
 
 
 def write_json(file: Path, data: Mapping[str, Any]) -> Path:
-    """Writes an object as JSON, through `.part` and a rename; returns the file."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, file)
-    return file
+    """Writes an object as JSON; returns the file."""
+    return write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def fingerprint(folder: str | Path, cache_dir: str | Path | None = None) -> str:
