@@ -59,7 +59,7 @@ def plan_of(spec: ModelSpec, resolved: DiffusionUserParams) -> dict[str, Any]:
     fps = resolved.fps or 1
     return {
         **resolved.to_mapping(),
-        "seconds_of_video": round(frames / fps, 3),
+        "seconds_of_video": round(float(frames / fps), 3),
         "tokens": spec.tokens(frames, resolved.height or 0, resolved.width or 0),
     }
 

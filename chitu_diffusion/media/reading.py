@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.media.frame_rate import Rate
 from chitu_diffusion.media.video import _OUR_FRAME, FOLDER, NPY_RECIPE, RECIPE_FILE, _local, gif_durations
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def read_frames(path: str | os.PathLike[str]) -> Frames:
     return result
 
 
-def is_whole(path: str | os.PathLike[str], count: int, fps: float) -> bool:
+def is_whole(path: str | os.PathLike[str], count: int, fps: Rate) -> bool:
     """Whether a file or folder holds all of a video, without decoding it.
 
     Args:

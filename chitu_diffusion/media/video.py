@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.atomic_files import is_in_progress, new_file, new_folder
 from chitu_diffusion.errors import OutputError, UsageError
+from chitu_diffusion.media.frame_rate import Rate, frame_rate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,12 +140,7 @@ def _check_parent(target: Path) -> None:
 
 
 def write_video(
-    frames: Frames,
-    path: str | os.PathLike[str],
-    *,
-    fps: float,
-    quality: int = 8,
-    recipe: Recipe | None = None,
+    frames: Frames, path: str | os.PathLike[str], *, fps: Rate, quality: int = 8, recipe: Recipe | None = None
 ) -> Path:
     """Write frames so that the final name appears only when the file is whole.
 
@@ -155,7 +151,7 @@ def write_video(
     Args:
         frames: uint8 [T, H, W, 3], RGB.
         path: see `check_save_path`.
-        fps: frames per second.
+        fps: frames per second; 23.976 and its like mean 24000/1001, see `frame_rate`.
         quality: of H.264, 0 (smallest) to 10 (no visible loss); the other formats do not use it.
         recipe: JSON values stored in the file: the container's comment (.mp4), the comment (.gif),
             what follows the array (.npy), the first frame's text chunk and recipe.json (folder).
@@ -169,7 +165,8 @@ def write_video(
     """
     kind = check_save_path(path)
     _check_frames(frames)
-    if not 0 < fps <= 1000:
+    rate = Fraction(frame_rate(fps)) if 0 < fps <= 1000 else None
+    if rate is None:
         raise UsageError(f"fps = {fps!r}: must be above 0 and at most 1000", field="fps")
     if not 0 <= quality <= 10:
         raise UsageError(f"quality = {quality!r}: must be from 0 to 10", field="quality")
@@ -182,7 +179,7 @@ def write_video(
                 _write_folder(part, frames, text)
         else:
             with new_file(target) as part:
-                _write_file(kind, part, frames, fps, quality, text)
+                _write_file(kind, part, frames, rate, quality, text)
     return Path(path)
 
 
@@ -224,7 +221,7 @@ def _free_space(folder: Path) -> str:
         return "unknown space"
 
 
-def _write_file(kind: str, part: Path, frames: Frames, fps: float, quality: int, text: str | None) -> None:
+def _write_file(kind: str, part: Path, frames: Frames, fps: Fraction, quality: int, text: str | None) -> None:
     if kind == ".mp4":
         _write_mp4(part, frames, fps, quality, text)
     elif kind == ".gif":
@@ -233,7 +230,7 @@ def _write_file(kind: str, part: Path, frames: Frames, fps: float, quality: int,
         _write_npy(part, frames, text)
 
 
-def _write_mp4(part: Path, frames: Frames, fps: float, quality: int, text: str | None) -> None:
+def _write_mp4(part: Path, frames: Frames, fps: Fraction, quality: int, text: str | None) -> None:
     """H.264, yuv420p, BT.709, index first, so that browsers and phones play it."""
     import av
     import numpy as np
@@ -246,11 +243,10 @@ def _write_mp4(part: Path, frames: Frames, fps: float, quality: int, text: str |
         with av.open(_local(part), "w", format="mp4", options=options) as container:
             if text is not None:
                 container.metadata["comment"] = text
-            rate = Fraction(fps).limit_denominator(1001)
             # without its macroblock tree the encoder gives the same bytes each time, with it 996 times in
             # 1,000
             options = {"crf": str(34 - 2 * quality), "preset": "medium", "x264-params": "mbtree=0"}
-            stream = container.add_stream("libx264", rate=rate, options=options)
+            stream = container.add_stream("libx264", rate=fps, options=options)
             stream.height, stream.width = padded.shape[1:3]
             stream.pix_fmt = "yuv420p"
             context = stream.codec_context
@@ -269,7 +265,7 @@ def _local(file: Path) -> str:
     return str(file.absolute())
 
 
-def gif_durations(count: int, fps: float) -> list[int]:
+def gif_durations(count: int, fps: Rate) -> list[int]:
     """Milliseconds of each frame. Gif counts in hundredths of a second: the remainder is spread, so that the
     length stays right.
     """
@@ -277,7 +273,7 @@ def gif_durations(count: int, fps: float) -> list[int]:
     return [10 * max(after - before, 1) for before, after in zip(ticks, ticks[1:], strict=False)]
 
 
-def _write_gif(part: Path, frames: Frames, fps: float, text: str | None) -> None:
+def _write_gif(part: Path, frames: Frames, fps: Fraction, text: str | None) -> None:
     from PIL import Image
 
     images = [Image.fromarray(frame).quantize(256) for frame in frames]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from chitu_diffusion.errors import OutputError, UsageError
 from chitu_diffusion.media.reading import is_whole, read_frames, read_recipe
 from chitu_diffusion.media.video import NPY_RECIPE, check_save_path, write_video
+from chitu_diffusion.task import DiffusionUserParams
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {"prompt": '猫 "walks"\non grass 😀 \x00', "seed": 7, "params": {"guidance_scale": [4.0, 3.0]}}
@@ -99,6 +101,52 @@ def test_gif_lasts_as_long_as_the_video(tmp_path: Path) -> None:
     with Image.open(path) as image:
         milliseconds = sum(frame.info["duration"] for frame in ImageSequence.Iterator(image))
     assert abs(milliseconds - 17 / 16 * 1000) <= 10
+
+
+@pytest.mark.parametrize(
+    ("written", "exact"),
+    [
+        (23.976, Fraction(24000, 1001)),
+        ("23.98", Fraction(24000, 1001)),
+        (np.float32(29.97), Fraction(30000, 1001)),
+        ("60000/1001", Fraction(60000, 1001)),
+        (12.5, Fraction(25, 2)),
+        (24.0, 24),
+        (np.int64(25), 25),
+    ],
+)
+def test_frames_per_second_are_exact_in_request_file_and_recipe(
+    tmp_path: Path, written: object, exact: Fraction
+) -> None:
+    import av
+
+    params = DiffusionUserParams("a cat", fps=written)
+    assert params.fps == exact and isinstance(params.fps, int | Fraction)
+    plain = json.loads(json.dumps(params.to_mapping()))
+    assert plain["fps"] == (str(exact) if isinstance(exact, Fraction) else exact)
+    assert DiffusionUserParams.from_mapping(plain) == params
+    with av.open(str(write_video(moving_square(5), tmp_path / "a.mp4", fps=params.fps))) as container:
+        assert container.streams.video[0].average_rate == exact
+
+
+@pytest.mark.parametrize(
+    "written", [0, -1, 241, 0.5, "fast", "1e3", "25,0", "1/0", True, float("nan"), float("inf"), "9" * 99]
+)
+def test_frames_per_second_that_cannot_be(written: object) -> None:
+    with pytest.raises(UsageError, match="number from 1 to 240"):
+        DiffusionUserParams("a cat", fps=written)
+
+
+def test_numbers_of_numpy_and_pandas_are_taken() -> None:
+    given = {"seed": np.int64(3), "num_frames": 5.0, "height": np.float64(64), "priority": np.uint8(1)}
+    params = DiffusionUserParams("a cat", guidance_scale=np.float32(2.5), **given)
+    assert [type(value) for value in (params.seed, params.num_frames, params.height, params.priority)] == (
+        [int] * 4
+    )
+    assert params.guidance_scale == 2.5 and type(params.guidance_scale) is float
+    for seed in (-1, 2**64, 3.5, True, float("nan"), 2.0**53 * 3):
+        with pytest.raises(UsageError, match=f"from 0 to {2**63 - 1}"):
+            DiffusionUserParams("a cat", seed=seed)
 
 
 def test_same_frames_same_bytes(tmp_path: Path) -> None:
