@@ -74,6 +74,18 @@ def write_text(target: str | os.PathLike[str], text: str) -> Path:
     return Path(target)
 
 
+def free_space(place: str | os.PathLike[str]) -> tuple[int, Path, int]:
+    """Bytes free where a file or folder would be made, the folder that is there, and its device's number.
+
+    Raises:
+        OSError: it cannot be asked.
+    """
+    folder = Path(place).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free, folder, folder.stat().st_dev
+
+
 def is_in_progress(name: str) -> bool:
     """Whether a name is one of those that only this module gives."""
     return _IN_PROGRESS.fullmatch(name) is not None

@@ -143,6 +143,8 @@ FLAGS = (
          list[str], setting="*", parse=options.parse_settings, metavar="A.B=C", complete=completion.settings),
     Flag("--profile", "generate", "Write a Chrome trace, show top ops.", Path, metavar="DIR"),
     Flag("--no-resume", "generate batch", "Start over, though a run of this command was cut short.", bool),
+    Flag("--overwrite", "batch", "Replace videos that show something else than their row.", bool),
+    Flag("--skip-bad", "batch", "Leave out rows that cannot be, and make the others.", bool),
     Flag("--dry-run", "generate batch", "Check everything, print the plan, make nothing.", bool),
     Flag("--check", "reproduce", "Compare only: write nothing.", bool),
     Flag("--json", "generate batch calibrate reproduce", "One JSON event a line on stdout.", bool),

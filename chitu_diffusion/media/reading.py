@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chitu_diffusion.errors import UsageError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _PNG_END = b"IEND\xaeB`\x82"
+_MAGIC = MappingProxyType({".mp4": (4, b"ftyp"), ".gif": (0, b"GIF8"), ".npy": (0, b"\x93NUMPY")})
+"""What files begin with, and at which byte."""
 _MOST_LOOKS = 100
 """At a folder that is replaced again and again."""
 _MOST_RECIPE = 2**24
@@ -86,6 +89,28 @@ def is_whole(path: str | os.PathLike[str], count: int, fps: Rate) -> bool:
             FOLDER: lambda file: _whole_pngs(file) == count,
         },
     )
+
+
+def is_cut(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as a video of its kind and cannot be opened: what a broken copy leaves. So does
+    an empty folder.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    file = Path(path)
+    if file.is_dir():
+        return not any(file.iterdir())
+    with file.open("rb") as stream:
+        head = stream.read(16)
+    start, magic = _MAGIC.get(file.suffix.lower(), (0, b""))
+    if not magic.startswith(head[start : start + len(magic)]):
+        return False
+    try:
+        _read(path, {".mp4": _mp4_recipe, ".gif": _gif_recipe, ".npy": _npy_length})
+    except UsageError:
+        return True
+    return False
 
 
 def _read(path: str | os.PathLike[str], readers: Mapping[str, Callable[[Path], _T]]) -> _T:

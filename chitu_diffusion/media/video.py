@@ -13,13 +13,13 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chitu_diffusion.atomic_files import is_in_progress, new_file, new_folder
+from chitu_diffusion.atomic_files import free_space, is_in_progress, new_file, new_folder
 from chitu_diffusion.errors import OutputError, UsageError
 from chitu_diffusion.media.frame_rate import Rate, frame_rate
 
@@ -43,6 +43,9 @@ _STEERING = ("Cc", "Zl", "Zp")
 """Unicode's categories of what steers a terminal or breaks a line."""
 _TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """What turns the direction of the text after it."""
+_MP4_BYTES = 0.15
+"""Of a pixel at quality 8, of usual videos; three steps of quality double it, as x264's crf does."""
+_RECIPE_BYTES = 16_384
 _LONGEST_NAME = 240
 """Bytes; file systems allow 255, and the endings for a name in progress need room."""
 
@@ -137,6 +140,38 @@ def _check_parent(target: Path) -> None:
         raise _refused(target, f"'{parent}' is a file or a broken link, not a folder; choose another place")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise _refused(target, f"no permission to write into '{parent}'; choose another place")
+
+
+def check_space(videos: Iterable[tuple[str, int, int, int]], quality: int) -> None:
+    """Whether the disks have twice the room that videos are expected to take, before any work is done.
+
+    Args:
+        videos: path, frames, height and width of each.
+        quality: of mp4, see `write_video`.
+
+    Raises:
+        UsageError: a disk that has not.
+    """
+    needed: dict[int, int] = {}
+    for path, frames, height, width in videos:
+        try:
+            free, folder, disk = free_space(Path(path).absolute().parent)
+        except OSError:
+            continue  # the disk does not tell; a full one is told when writing
+        needed[disk] = needed.get(disk, 0) + 2 * forecast_bytes(path, frames, height, width, quality)
+        if needed[disk] > free:
+            raise _refused(
+                path,
+                f"{needed[disk] / 2**20:.1f} MiB are needed so far (twice the forecast), and '{folder}' has "
+                f"{free / 2**20:.1f} MiB free; free some space, or choose another disk with '-o'",
+            )
+
+
+def forecast_bytes(path: str, frames: int, height: int, width: int, quality: int) -> int:
+    """What a video will take on the disk, recipe included, by its kind."""
+    kind = _kind(path)
+    share = _MP4_BYTES * 2 ** ((quality - 8) / 3) if kind == ".mp4" else 1 if kind == ".gif" else 3
+    return round(frames * height * width * share) + _RECIPE_BYTES
 
 
 def write_video(
