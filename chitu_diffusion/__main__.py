@@ -14,9 +14,12 @@ def main() -> None:
     sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:
         # inside, so that Ctrl+C during the import is as quiet as later
+        from chitu_diffusion.cli.streams import exit_code, open_streams
+
+        open_streams()
         from chitu_diffusion.cli.app import run
 
-        code = run()
+        code = exit_code(run())
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chitu_diffusion.cli.console import duration, emit, printable, say, table
-from chitu_diffusion.cli.dry_run import find_model, task_for
+from chitu_diffusion.cli.dry_run import check_room, find_model, task_for
 from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.cli.resume import VideoJob, job_key, run_key
@@ -100,8 +100,6 @@ def batch(
     guidance_scale, seed, save_path, image, last_image, flexcache, role and priority. The flags fill in what a
     row leaves out. Its file is called after its id, or else by what the row asks for.
     """
-    from chitu_diffusion.media.video import check_space
-
     config, _ = args.load_config()
     model = find_model(config)
     gpus = args["gpus"]
@@ -113,7 +111,7 @@ def batch(
     )
     rows, todo = look_at(rows, bad, model, config, overwrite=args["overwrite"])
     refuse(file, bad, skip=args["skip_bad"])
-    check_space([space_of(row) for row in todo], config.output.quality)
+    check_room([row.task for row in todo], config)
     left = {row.line for row in todo}
     done = len(rows) - len(todo)
     if args["dry_run"] or not todo:
@@ -305,12 +303,6 @@ def _other_video(
     except UsageError:
         whole = False
     return None if whole else []
-
-
-def space_of(row: Row) -> tuple[str, int, int, int]:
-    """Path, frames, height and width of a row's video."""
-    resolved = row.task.resolved or row.params
-    return row.path, resolved.num_frames or 1, resolved.height or 0, resolved.width or 0
 
 
 def refuse(file: Path, bad: Mapping[int, str], *, skip: bool) -> None:

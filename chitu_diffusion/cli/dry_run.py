@@ -53,6 +53,21 @@ def task_for(model: FoundModel, config: EngineConfig, params: DiffusionUserParam
     return task
 
 
+def check_room(tasks: Sequence[DiffusionTask], config: EngineConfig) -> None:
+    """Whether the disks have room for the videos of resolved tasks, all together.
+
+    Raises:
+        UsageError: see `check_space`.
+    """
+    from chitu_diffusion.media.video import check_space
+
+    requests = [task.resolved or task.params for task in tasks]
+    videos = [
+        (str(each.save_path), each.num_frames or 1, each.height or 0, each.width or 0) for each in requests
+    ]
+    check_space(videos, config.output.quality)
+
+
 def plan_of(spec: ModelSpec, resolved: DiffusionUserParams) -> dict[str, Any]:
     """A resolved request as plain JSON values, with what follows from it."""
     frames = resolved.num_frames or 1

@@ -14,7 +14,7 @@ import typer
 
 from chitu_diffusion.cli import options
 from chitu_diffusion.cli.console import say
-from chitu_diffusion.cli.dry_run import find_model, print_plan, task_for
+from chitu_diffusion.cli.dry_run import check_room, find_model, print_plan, task_for
 from chitu_diffusion.cli.flags import Args, flags_named, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.cli.resume import VideoJob, job_key, run_key
@@ -46,6 +46,7 @@ def generate(
         requests = [replace(request, flexcache=flexcache) for request in requests]
     with flags_named():
         tasks = [task_for(model, config, params) for params in requests]
+        check_room(tasks, config)
     gpus = args["gpus"]
     if gpus:
         check_layout(config, model.spec, gpus)

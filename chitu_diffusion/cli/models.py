@@ -5,13 +5,13 @@ Knows names and folders; what a checkpoint must hold is known by `models/` and `
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from chitu_diffusion.atomic_files import free_space
 from chitu_diffusion.cli import completion
 from chitu_diffusion.cli.console import emit_document, say, size, table
 from chitu_diffusion.cli.info import Document
@@ -150,6 +150,7 @@ def models_convert(
     say(f"converting {folder} ...")
     import torch
 
+    from chitu_diffusion.cli.runner import signals_as_ctrl_c
     from chitu_diffusion.models.convert import convert
     from chitu_diffusion.models.folder import read_folder
 
@@ -158,7 +159,8 @@ def models_convert(
     )
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     try:
-        written = convert(folder, target, layout or other, dtype=dtypes[dtype] if dtype else None)
+        with signals_as_ctrl_c():
+            written = convert(folder, target, layout or other, dtype=dtypes[dtype] if dtype else None)
     except OSError as error:
         raise OutputError(
             f"cannot write {target}: {error.strerror or error}; choose another place"
@@ -210,10 +212,7 @@ def _check_room(hub_id: str, to: Path | None) -> None:
     except Exception as error:
         raise _cannot_fetch(hub_id, error) from error
     needed = sum(file.size or 0 for file in files)
-    place = (to or Path(HF_HUB_CACHE)).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free, place, _ = free_space(to or HF_HUB_CACHE)
     say(f"{size(needed)} in {len(files)} files; {size(free)} free in {place}")
     if needed > free:
         raise WillNotFitError(

@@ -68,7 +68,7 @@ def run_jobs(
         own_key = key if place is None or place.rank == 0 else None  # rank 0 tells the others its folder
 
         with ExitStack() as stack:
-            stack.enter_context(_signals_as_ctrl_c())
+            stack.enter_context(signals_as_ctrl_c())
             root = stack.enter_context(checkpoint_root(own_key, cache_dir()))
             engine = Engine(config, model=model)
             stack.callback(engine.close)
@@ -132,7 +132,7 @@ def _drive(engine: Engine, tasks: list[DiffusionTask], reporter: Reporter) -> No
 
 
 @contextmanager
-def _signals_as_ctrl_c() -> Iterator[None]:
+def signals_as_ctrl_c() -> Iterator[None]:
     """SIGTERM and SIGHUP end a run as Ctrl+C does: what is computed is saved. An ignored one stays so."""
     from chitu_diffusion.config import rank_place
 

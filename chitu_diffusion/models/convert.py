@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chitu_diffusion.atomic_files import new_folder
+from chitu_diffusion.atomic_files import free_space, new_folder
 from chitu_diffusion.errors import ChituError, UsageError
 from chitu_diffusion.models.folder import (
     EXPERT_FOLDERS,
@@ -110,6 +110,7 @@ def convert(
         raise UsageError(f"{target} exists already; name a folder that does not", field="target")
     folder = read_folder(source)
     spec_of_folder(folder)
+    _check_room(folder, target, dtype)
     with new_folder(target) as part:
         for role in folder.components:
             _write_component(folder, role, part, layout, dtype, max_shard_bytes)
@@ -121,6 +122,25 @@ def convert(
             write_json(part / "scheduler" / "scheduler_config.json", dict(folder.scheduler))
         _write_metadata(folder, part, layout)
     return read_folder(target)
+
+
+def _check_room(folder: ModelFolder, target: Path, dtype: torch.dtype | None) -> None:
+    """Whether the disk holds what will be written, whose size is known but for the tokenizer and configs.
+
+    Raises:
+        UsageError: it does not.
+    """
+    stored = [tensor for role in folder.components for tensor in open_weights(folder, role).entries.values()]
+    needed = sum(
+        tensor.bytes * (dtype or tensor.dtype).itemsize // tensor.dtype.itemsize for tensor in stored
+    )
+    free, place, _ = free_space(target.absolute().parent)
+    if needed > free:
+        raise UsageError(
+            f"{target} will take {needed / 2**30:.2f} GiB, and '{place}' has {free / 2**30:.2f} GiB free; "
+            "free some space, or choose another disk",
+            field="target",
+        )
 
 
 def write_model_index(place: Path, folder: ModelFolder) -> None:
