@@ -13,8 +13,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 _IN_PROGRESS = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(part|old)", re.DOTALL)
@@ -26,7 +26,9 @@ _RENAME_EXCHANGE = 2
 
 
 @contextmanager
-def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
+def new_file(
+    target: str | os.PathLike[str], *, around: Callable[[Path], AbstractContextManager[None]] | None = None
+) -> Iterator[Path]:
     """A file to fill, which takes the target's name when the block ends well.
 
     Until then what stands at that name stays, and after an error nothing else is left. Missing folders are
@@ -34,6 +36,7 @@ def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         target: the final name.
+        around: is entered with the filled file before it takes its name, and left after.
 
     Raises:
         OSError: it cannot be written.
@@ -42,7 +45,8 @@ def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     with _in_progress(target, folder=False) as part:
         yield part
         _sync(part)
-        os.replace(part, target)
+        with around(part) if around else nullcontext():
+            os.replace(part, target)
         _sync_names(target.parent)
 
 
@@ -72,6 +76,18 @@ def write_text(target: str | os.PathLike[str], text: str) -> Path:
     with new_file(target) as part:
         part.write_text(text, encoding="utf-8")
     return Path(target)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Alone among those who ask for the same, where the file system has locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def free_space(place: str | os.PathLike[str]) -> tuple[int, Path, int]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.media.frame_rate import Rate
-from chitu_diffusion.media.video import _OUR_FRAME, FOLDER, NPY_RECIPE, RECIPE_FILE, _local, gif_durations
+from chitu_diffusion.media.video import _OUR_FRAME, FOLDER, RECIPE_FILE, _local, gif_durations, recipe_beside
 
 if TYPE_CHECKING:
     from chitu_diffusion.media.video import Frames
@@ -25,8 +25,6 @@ _MAGIC = MappingProxyType({".mp4": (4, b"ftyp"), ".gif": (0, b"GIF8"), ".npy": (
 """What files begin with, and at which byte."""
 _MOST_LOOKS = 100
 """At a folder that is replaced again and again."""
-_MOST_RECIPE = 2**24
-"""Bytes."""
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -161,16 +159,7 @@ def _gif_recipe(file: Path) -> str | None:
 
 
 def _npy_recipe(file: Path) -> str | None:
-    end = 8 + len(NPY_RECIPE)
-    with file.open("rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(max(size - end, 0))
-        tail = stream.read()
-        length = int.from_bytes(tail[:8], "little")
-        if tail[8:] != NPY_RECIPE or length > min(size - end, _MOST_RECIPE):
-            return None
-        stream.seek(size - end - length)
-        return stream.read(length).decode("utf-8")
+    return json.dumps(recipe_beside(file))
 
 
 def _folder_recipe(folder: Path) -> str | None:

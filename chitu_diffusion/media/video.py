@@ -8,6 +8,7 @@ when they are needed, so that a name can be checked (`check_save_path`) before a
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -16,10 +17,18 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chitu_diffusion.atomic_files import free_space, is_in_progress, new_file, new_folder
+from chitu_diffusion.atomic_files import (
+    folder_lock,
+    free_space,
+    is_in_progress,
+    new_file,
+    new_folder,
+    write_text,
+)
 from chitu_diffusion.errors import OutputError, UsageError
 from chitu_diffusion.media.frame_rate import Rate, frame_rate
 
@@ -35,9 +44,8 @@ FORMATS = (".mp4", ".gif", ".npy")
 FOLDER = "folder"
 RECIPE_FILE = "recipe.json"
 RECIPE_KEY = "recipe"
-NPY_RECIPE = b"CHITU-RECIPE"
-"""Ends an array's file: before it the recipe, UTF-8, and its length, 8 bytes, little-endian. numpy reads the
-array and no further."""
+BY_HASH = "recipes by SHA-256"
+"""In the file beside an array while it is being replaced: the recipes of the older and the newer."""
 _OUR_FRAME = re.compile(r"\d{5,}\.png")
 _STEERING = ("Cc", "Zl", "Zp")
 """Unicode's categories of what steers a terminal or breaks a line."""
@@ -82,6 +90,8 @@ def _check_place(kind: str, target: Path) -> None:
         )
     elif kind != FOLDER and target.is_dir():
         raise _refused(target, "a folder of that name is here already; choose another name")
+    elif kind == ".npy" and sidecar_of(target).is_dir():
+        raise _refused(target, f"its recipe goes to '{sidecar_of(target)}', a folder; choose another name")
     _check_parent(target)
 
 
@@ -189,7 +199,7 @@ def write_video(
         fps: frames per second; 23.976 and its like mean 24000/1001, see `frame_rate`.
         quality: of H.264, 0 (smallest) to 10 (no visible loss); the other formats do not use it.
         recipe: JSON values stored in the file: the container's comment (.mp4), the comment (.gif),
-            what follows the array (.npy), the first frame's text chunk and recipe.json (folder).
+            NAME.npy.json beside it (.npy), the first frame's text chunk and recipe.json (folder).
 
     Returns:
         the final path.
@@ -213,7 +223,8 @@ def write_video(
             with new_folder(target) as part:
                 _write_folder(part, frames, text)
         else:
-            with new_file(target) as part:
+            around = partial(_recipe_beside, target, recipe) if kind == ".npy" else None
+            with new_file(target, around=around) as part:
                 _write_file(kind, part, frames, rate, quality, text)
     return Path(path)
 
@@ -262,7 +273,7 @@ def _write_file(kind: str, part: Path, frames: Frames, fps: Fraction, quality: i
     elif kind == ".gif":
         _write_gif(part, frames, fps, text)
     else:
-        _write_npy(part, frames, text)
+        _write_npy(part, frames)
 
 
 def _write_mp4(part: Path, frames: Frames, fps: Fraction, quality: int, text: str | None) -> None:
@@ -326,7 +337,7 @@ def _write_gif(part: Path, frames: Frames, fps: Fraction, text: str | None) -> N
         )
 
 
-def _write_npy(part: Path, frames: Frames, text: str | None) -> None:
+def _write_npy(part: Path, frames: Frames) -> None:
     import numpy as np
 
     whole = np.ascontiguousarray(frames)
@@ -334,9 +345,60 @@ def _write_npy(part: Path, frames: Frames, text: str | None) -> None:
         # not np.save: its error on a full disk does not say that the disk is full
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(whole))
         file.write(whole.data)
-        if text is not None:
-            data = text.encode()
-            file.write(data + len(data).to_bytes(8, "little") + NPY_RECIPE)
+
+
+def sidecar_of(array: Path) -> Path:
+    """Where the recipe of an array lies."""
+    return array.with_name(array.name + ".json")
+
+
+@contextmanager
+def _recipe_beside(target: Path, recipe: Recipe | None, part: Path) -> Iterator[None]:
+    """While an array is renamed, both recipes lie beside it, by what they are of: each look finds the one
+    that belongs to the array. Writers of one folder take turns.
+    """
+    sidecar = sidecar_of(target)
+    with folder_lock(target.parent):
+        both: dict[str, Any] = {} if recipe is None else {file_sha256(part): dict(recipe)}
+        older = recipe_beside(target)
+        if older is not None:
+            both.setdefault(file_sha256(target), older)
+        if both:
+            write_text(sidecar, json.dumps({BY_HASH: both}, default=str))
+        try:
+            yield
+        except BaseException:
+            _put_recipe(sidecar, older)
+            raise
+        _put_recipe(sidecar, recipe)
+
+
+def _put_recipe(sidecar: Path, recipe: Recipe | None) -> None:
+    if recipe is None:
+        sidecar.unlink(missing_ok=True)
+    else:
+        write_text(sidecar, json.dumps(dict(recipe), default=str))
+
+
+def recipe_beside(array: Path) -> dict[str, Any] | None:
+    """The recipe of an array; None where there is none that can be read.
+
+    Raises:
+        OSError: the file beside it is there and cannot be read.
+    """
+    try:
+        recipe = json.loads(sidecar_of(array).read_text(encoding="utf-8"))
+        if isinstance(recipe, dict) and set(recipe) == {BY_HASH}:
+            recipe = recipe[BY_HASH].get(file_sha256(array))
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError, AttributeError):
+        return None
+    return recipe if isinstance(recipe, dict) else None
+
+
+def file_sha256(file: Path) -> str:
+    """Of all its bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _write_folder(part: Path, frames: Frames, text: str | None) -> None:
