@@ -17,11 +17,14 @@ def main() -> None:
     gc.set_threshold(100_000, 20, 50)
     try:
         # inside, so that Ctrl+C during the import is as quiet as later
+        from chitu_diffusion.cli.streams import exit_code, open_streams
+
+        open_streams()
         from chitu_diffusion.cli.app import run
         from chitu_diffusion.config import set_openmp_defaults
 
         set_openmp_defaults()  # before torch is imported
-        code = run()
+        code = exit_code(run())
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

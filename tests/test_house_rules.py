@@ -22,21 +22,22 @@ LONGEST_CELL = 200
 MOST_TOP_MODULES = 10
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
-    "": 2270,
+    "": 2320,
     "attention": 2060,
-    "cli": 3120,
+    "cli": 3375,
     "distributed": 2140,
     "evaluation": 2110,
     "executor": 1865,
+    "files": 260,
     "flexcache": 2700,
-    "media": 815,
+    "media": 980,
     "memory": 570,
-    "models": 3890,
+    "models": 3915,
     "ops": 1815,
-    "pipelines": 2745,
+    "pipelines": 2790,
     "sampling": 880,
-    "task": 840,
-    "weights": 1125,
+    "task": 875,
+    "weights": 1145,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""
@@ -328,6 +329,22 @@ def test_environment_is_read_in_one_place() -> None:
             if reads and name != "chitu_diffusion/config.py":
                 found.append(f"{name}:{node.lineno}")
     report(found, "add a setting to config.py, and take it from there")
+
+
+def test_files_are_written_in_one_place() -> None:
+    found = []
+    for name, tree, _ in ours():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            writes = node.func.attr in {"write_text", "write_bytes"}
+            writes |= node.func.attr == "open" and any("'w" in ast.unparse(value) for value in node.args)
+            renames = ast.unparse(node.func) in {"os.replace", "os.rename"}
+            of = ast.unparse(node.func.value)
+            inside = of in ("part", "av", "Path(os.devnull)") or of.startswith("part / ")
+            if (renames or (writes and not inside)) and not name.endswith("/files/atomic.py"):
+                found.append(f"{name}:{node.lineno} {ast.unparse(node.func)}")
+    report(found, "use files.atomic.write_text, or fill the 'part' that new_file and new_folder give")
 
 
 def test_we_know_what_our_objects_have() -> None:

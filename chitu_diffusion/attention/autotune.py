@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 
 from chitu_diffusion.attention import KERNELS, attention_kernel, candidates
 from chitu_diffusion.attention.kernels import AttentionKernel
+from chitu_diffusion.files.atomic import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -221,17 +221,14 @@ def recall(folder: Path | None) -> dict[str, Any]:
 
 
 def remember(folder: Path | None, machine: str, bucket: str, answer: dict[str, Any]) -> None:
-    """Add an answer to the file: written aside and renamed, so that no reader sees half of it."""
+    """Add an answer to the file."""
     if folder is None:
         return
     data = recall(folder)
     kept = data.get(machine)
     data[machine] = {**(kept if isinstance(kept, dict) else {}), bucket: answer}
-    part = folder / f"{FILE}.{os.getpid()}.part"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(data, indent=1), encoding="utf-8")
-        part.replace(folder / FILE)
+        write_text(folder / FILE, json.dumps(data, indent=1))
     except OSError as error:
         # the next run times once more
         logger.debug("cannot remember the fastest attention in %s: %s", folder, error)

@@ -9,7 +9,6 @@ Knows every command group and nothing of what they do.
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -109,9 +108,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         say("interrupted; give the same command again to go on")
         return INTERRUPTED
     except BrokenPipeError:
-        # nobody reads on; without this, Python complains once more when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1  # nobody reads on
     except typer.TyperException as error:
         return _report(error, _usage(error.format_message(), options), error.exit_code, as_json)
     except ChituError as error:

@@ -1,39 +1,43 @@
 """`chitu batch`: a file of sentences, a folder of videos.
 
-Knows three row formats and when a row is done already (its file is there and the recipe inside
-says the same as the row). All rows are checked before anything is loaded. A row names its file by
-its number, or by a plain `save_path` inside the output folder; a prompt never becomes a path.
+Knows when a row is done already (its file is whole, and the recipe inside is the one that it would get) and
+that a file which shows something else stays. All rows are checked before anything is loaded. A row names its
+file by a plain `save_path` inside the output folder, by its `id` or `task_id`, or by a hash of what it asks
+for; a prompt never becomes a path. How rows are written is known by `rows`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import functools
+import hashlib
 import json
+import os
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
-from functools import cache
+from collections import Counter
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chitu_diffusion.cli import options
 from chitu_diffusion.cli.console import duration, emit, printable, say, table
-from chitu_diffusion.cli.dry_run import find_model, picked_cache, say_layout, task_for
+from chitu_diffusion.cli.dry_run import check_room, find_model, picked_cache, say_layout, task_for
 from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.cli.resume import VideoJob, job_key, run_key
+from chitu_diffusion.cli.rows import read_values
 from chitu_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
+    from chitu_diffusion.config import EngineConfig
+    from chitu_diffusion.models.registry import FoundModel
     from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 MakeTask = Callable[["DiffusionUserParams"], "DiffusionTask"]
-_TOO_MANY = "\n"
-"""Where csv puts cells beyond the header's; no header has this name."""
-WHOLE_NUMBERS = ("height", "width", "num_frames", "fps", "num_inference_steps", "seed", "priority")
+_NAME_LENGTH = 12
+"""Hexadecimal digits of a file's name that stands for what a row asks for."""
+_NOT_IN_NAMES = ("role", "priority")
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def batch(
 
     A row may hold prompt, negative_prompt, height, width, num_frames, fps, num_inference_steps,
     guidance_scale, shift, seed, save_path, image, last_image, flexcache, role and priority. The flags fill in
-    what a row leaves out.
+    what a row leaves out. Its file is called after its id, or else by what the row asks for.
     """
     from chitu_diffusion.task import DiffusionUserParams
 
@@ -107,23 +111,16 @@ def batch(
     with args.named():
         layout = check_layout(config, model.spec, gpus)
         DiffusionUserParams(**{"prompt": "-", **asked})  # what is wrong with a flag is no row's fault
-    rows = read_rows(file, args["output"], asked, lambda params: task_for(model, config, params, layout))
-
-    @cache
-    def fingerprint() -> Mapping[str, Any]:
-        from chitu_diffusion.config import cache_dir
-        from chitu_diffusion.pipelines.fingerprint import fingerprint_before_loading
-
-        return fingerprint_before_loading(config, model, cache_dir())
-
-    todo = [row for row in rows if not is_done(row, model.spec.name, fingerprint)]
+    rows, bad = read_rows(file, args["output"], asked, lambda params: task_for(model, config, params, layout))
+    rows, todo = look_at(rows, bad, model, config, overwrite=args["overwrite"])
+    refuse(file, bad, skip=args["skip_bad"])
+    check_room([row.task for row in todo], config)
     left = {row.line for row in todo}
     done = len(rows) - len(todo)
     if args["dry_run"] or not todo:
         say_layout(layout)
         say(f"{len(rows)} rows: {done} done already, {len(todo)} to make")
-        _summary(rows, left, {}, as_json=as_json)
-        return 0
+        return _summary(rows, left, {}, bad, as_json=as_json)
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, config)
     if done and not as_json:
@@ -141,15 +138,21 @@ def batch(
     places = [str(path.absolute()) for path in (file, args["output"])]
     key = run_key(places)
     tasks = run_jobs(config, model, jobs, make_reporter(as_json=as_json), key=key)
-    return _summary(
-        rows, left, {row.line: task for row, task in zip(todo, tasks, strict=True)}, as_json=as_json
-    )
+    made = {row.line: task for row, task in zip(todo, tasks, strict=True)}
+    return _summary(rows, left, made, bad, as_json=as_json)
 
 
-def _summary(rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask], *, as_json: bool) -> int:
-    """The closing table; 1 if a row failed."""
-    lines = []
-    failed = 0
+def _summary(
+    rows: list[Row],
+    left: Set[int],
+    tasks: Mapping[int, DiffusionTask],
+    bad: Mapping[int, str],
+    *,
+    as_json: bool,
+) -> int:
+    """The closing table; 1 if a row failed or was bad."""
+    lines: list[tuple[object, ...]] = [(line, "bad row", "", "", why) for line, why in bad.items()]
+    failed = len(bad)
     for row in rows:
         task = tasks.get(row.line)
         if task is None:
@@ -165,6 +168,7 @@ def _summary(rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask]
             seed = task.seed
             result = row.path if good else task.error_message or ""
         lines.append((row.line, status, "" if seed is None else seed, spent, result))
+    lines.sort(key=lambda line: str(line[0]).zfill(9))
     if as_json:
         names = ("line", "status", "seed", "seconds", "result")
         emit("summary", failed=failed, rows=[dict(zip(names, line, strict=True)) for line in lines])
@@ -173,36 +177,9 @@ def _summary(rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask]
     return 1 if failed else 0
 
 
-def is_done(row: Row, model: str, fingerprint: Callable[[], Mapping[str, Any]]) -> bool:
-    """Whether the row's file is there and its recipe says the row.
-
-    Args:
-        model: its name.
-        fingerprint: of the model as it would be loaded; asked for only where there is a recipe to compare.
-    """
-    from chitu_diffusion.media.reading import read_recipe
-    from chitu_diffusion.pipelines.fingerprint import differences
-
-    if not Path(row.path).exists():
-        return False
-    try:
-        recipe = read_recipe(row.path)
-    except UsageError:
-        return False
-    made = recipe.get("params")
-    if not isinstance(made, dict) or recipe.get("model") != model:
-        return False
-    resolved = row.task.resolved or row.params
-    mine = json.loads(json.dumps(resolved.to_mapping(), default=str))
-    ignored = {"save_path", "task_id", "role", "priority"} | ({"seed"} if row.params.seed is None else set())
-    if any(made.get(name) != value for name, value in mine.items() if name not in ignored):
-        return False
-    here = fingerprint()
-    sampler = {**here["sampler"], "shift": resolved.shift or here["sampler"]["shift"]}
-    return not differences(recipe, {**here, "sampler": sampler})
-
-
-def read_rows(file: Path, folder: Path, defaults: Mapping[str, Any], make_task: MakeTask) -> list[Row]:
+def read_rows(
+    file: Path, folder: Path, defaults: Mapping[str, Any], make_task: MakeTask
+) -> tuple[list[Row], dict[int, str]]:
     """Every row of the file, checked.
 
     Args:
@@ -211,52 +188,54 @@ def read_rows(file: Path, folder: Path, defaults: Mapping[str, Any], make_task: 
         defaults: fields for rows that leave them out.
         make_task: fills in the model's own values, and refuses what the model cannot do.
 
-    Raises:
-        UsageError: an unreadable file, no rows, or bad rows: all of them are listed by line number.
-    """
-    from chitu_diffusion.media.video import check_save_path
+    Returns:
+        the good rows, and what is wrong with the others, by line number.
 
-    readers: Mapping[str, Callable[[str], Iterator[tuple[int, Any]]]] = {
-        ".txt": _txt,
-        ".jsonl": _jsonl,
-        ".csv": _csv,
-    }
-    reader = readers.get(file.suffix.lower())
-    if reader is None:
-        raise UsageError(f"'{file}': use .txt, .jsonl or .csv", field="file")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read '{file}': {error}", field="file") from error
+    Raises:
+        UsageError: an unreadable file, or no rows.
+    """
+    from chitu_diffusion.config import rank_place
+    from chitu_diffusion.media.video import check_save_path
+    from chitu_diffusion.task import DiffusionUserParams
+
+    place = rank_place()
+    known = {"id", *(f.name for f in fields(DiffusionUserParams))}
+    note = say if place is None or place.rank == 0 else lambda text: None
     rows: list[Row] = []
-    problems: list[str] = []
+    bad: dict[int, str] = {}
     taken = Taken()
-    for number, (line, values) in enumerate(reader(text), start=1):
+    named: Counter[str] = Counter()
+    for line, values in read_values(file, known, note):
         try:
-            params = _request(number, values, folder, defaults)
+            params = _request(values, folder, defaults, named)
             row = Row(line, params, make_task(params))
             check_save_path(row.path)
             taken.claim(row)
             rows.append(row)
         except UsageError as error:
-            problems.append(f"line {line}: {printable(str(error))}")
-    if problems:
-        raise UsageError(
-            f"{len(problems)} bad rows in '{file}', nothing was made:\n  " + "\n  ".join(problems),
-            field="file",
-        )
-    if not rows:
+            bad[line] = printable(str(error))
+    if not rows and not bad:
         raise UsageError(f"'{file}' has no rows", field="file")
-    return rows
+    return rows, bad
 
 
-def _request(number: int, values: Any, folder: Path, defaults: Mapping[str, Any]) -> DiffusionUserParams:
+def _request(
+    values: Any, folder: Path, defaults: Mapping[str, Any], named: Counter[str]
+) -> DiffusionUserParams:
     from chitu_diffusion.task import DiffusionUserParams
 
     if isinstance(values, UsageError):
         raise values
     given = {name: value for name, value in values.items() if value is not None}
-    name = given.pop("save_path", f"{number:04d}.mp4")
+    own = given.pop("id", None)
+    own = given.get("task_id") if own is None else own
+    name = given.pop("save_path", None)
+    if name is None and own is None:
+        name = _name_of(DiffusionUserParams.from_mapping({**given}), given, named)
+    elif name is None:
+        name = f"{own}.mp4"
+        if not isinstance(own, str | int) or isinstance(own, bool) or "/" in name:
+            raise UsageError(f"id = {own!r}: use a plain name, without '/'", field="id")
     plain = isinstance(name, str) and name and "\\" not in name and not PurePosixPath(name).is_absolute()
     if not plain or ".." in PurePosixPath(name).parts:
         raise UsageError(
@@ -266,60 +245,87 @@ def _request(number: int, values: Any, folder: Path, defaults: Mapping[str, Any]
     return DiffusionUserParams.from_mapping({**defaults, **given, "save_path": path})
 
 
-def _txt(text: str) -> Iterator[tuple[int, Any]]:
-    for line, content in enumerate(text.split("\n"), start=1):  # splitlines() would cut at form feeds too
-        if content.strip() and not content.lstrip().startswith("#"):
-            yield line, {"prompt": content.strip()}
+def _name_of(params: DiffusionUserParams, given: Mapping[str, Any], named: Counter[str]) -> str:
+    """A file's name by what a row asks for, wherever in the list it stands; flags have no part in it."""
+    asked = {name: value for name, value in params.to_mapping().items() if name in given}
+    for name in _NOT_IN_NAMES:
+        asked.pop(name, None)
+    name = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:_NAME_LENGTH]
+    named[name] += 1
+    return f"{name}.mp4" if named[name] == 1 else f"{name}-{named[name]}.mp4"
 
 
-def _jsonl(text: str) -> Iterator[tuple[int, Any]]:
-    for line, content in enumerate(text.split("\n"), start=1):
-        if not content.strip():
+def look_at(
+    rows: list[Row], bad: dict[int, str], model: FoundModel, config: EngineConfig, *, overwrite: bool
+) -> tuple[list[Row], list[Row]]:
+    """All rows that can be, and those of them that are to be made.
+
+    Args:
+        bad: gets the rows whose place has a file that shows something else.
+        overwrite: such a file may be replaced.
+    """
+    from chitu_diffusion.config import cache_dir
+    from chitu_diffusion.pipelines.fingerprint import fingerprint_before_loading
+
+    here = functools.cache(lambda: fingerprint_before_loading(config, model, cache_dir()))
+    todo = []
+    for row in rows:
+        other = _other_video(row, model.spec.name, config.output.quality, here)
+        if other is None:
             continue
+        if other and not overwrite:
+            bad[row.line] = (
+                f"'{printable(row.path)}' shows something else ({printable('; '.join(other[:4]))}); name "
+                "another file or folder, or add --overwrite"
+            )
+        else:
+            todo.append(row)
+    return [row for row in rows if row.line not in bad], todo
+
+
+def _other_video(
+    row: Row, model: str, quality: int, here: Callable[[], Mapping[str, Any]]
+) -> list[str] | None:
+    """None where the row's video stands, whole; [] where nothing does that is worth keeping; else in what the
+    file there is another.
+    """
+    from chitu_diffusion.media.reading import is_cut, is_whole, read_recipe
+    from chitu_diffusion.pipelines.same_recipe import same_recipe
+
+    place = Path(row.path)
+    if not os.path.lexists(place):
+        return []
+    if not place.is_file() and not place.is_dir():
+        return ["neither a file nor a folder"]
+    try:
+        recipe = read_recipe(row.path)
+    except UsageError as error:
         try:
-            values = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            yield line, UsageError(f"not JSON: {error}")
-            continue
-        yield (
-            line,
-            values if isinstance(values, dict) else UsageError('use an object such as {"prompt": "..."}'),
+            return [] if is_cut(row.path) else [str(error)]
+        except OSError:
+            return [str(error)]
+    if other := same_recipe(recipe, row.task, model, quality, here):
+        return other
+    resolved = row.task.resolved or row.params
+    try:
+        whole = is_whole(row.path, resolved.num_frames or 1, resolved.fps or 1)
+    except UsageError:
+        whole = False
+    return None if whole else []
+
+
+def refuse(file: Path, bad: Mapping[int, str], *, skip: bool) -> None:
+    """Tell of bad rows.
+
+    Raises:
+        UsageError: there are some, and they are not to be skipped.
+    """
+    if not bad:
+        return
+    lines = "\n  ".join(f"line {line}: {why}" for line, why in sorted(bad.items()))
+    if not skip:
+        raise UsageError(
+            f"{len(bad)} bad rows in '{file}', nothing was made (--skip-bad makes the others):\n  {lines}",
+            field="file",
         )
-
-
-def _csv(text: str) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(io.StringIO(text), restkey=_TOO_MANY)
-    try:
-        names = list(reader.fieldnames or ())
-        if len(set(names)) < len(names):
-            yield 1, UsageError("the header has a name twice")
-            return
-        for record in reader:
-            yield reader.line_num, _record(record)
-    except csv.Error as error:
-        yield reader.line_num, UsageError(f"not CSV: {error}")
-
-
-def _record(record: Mapping[str, str]) -> Any:
-    if _TOO_MANY in record:
-        return UsageError("more cells than the header has names")
-    try:
-        return {name: _cell(name, cell) for name, cell in record.items() if cell}
-    except ValueError as error:
-        return UsageError(str(error))
-
-
-def _cell(name: str, text: str) -> Any:
-    if name in WHOLE_NUMBERS:
-        try:
-            return int(text)
-        except ValueError:
-            raise ValueError(f"{name} = {text!r}: must be a whole number") from None
-    if name == "shift":
-        try:
-            return float(text)
-        except ValueError:
-            raise ValueError(f"shift = {text!r}: must be a number") from None
-    if name == "guidance_scale":
-        return options.parse_guidance(text)
-    return options.parse_cache(text) if name == "flexcache" else text
+    say(f"{len(bad)} bad rows are left out:\n  {lines}")

@@ -121,13 +121,28 @@ def task_for(
     return task
 
 
+def check_room(tasks: Sequence[DiffusionTask], config: EngineConfig) -> None:
+    """Whether the disks have room for the videos of resolved tasks, all together.
+
+    Raises:
+        UsageError: see `check_space`.
+    """
+    from chitu_diffusion.media.video import check_space
+
+    requests = [task.resolved or task.params for task in tasks]
+    videos = [
+        (str(each.save_path), each.num_frames or 1, each.height or 0, each.width or 0) for each in requests
+    ]
+    check_space(videos, config.output.quality)
+
+
 def plan_of(spec: ModelSpec, resolved: DiffusionUserParams) -> dict[str, Any]:
     """A resolved request as plain JSON values, with what follows from it."""
     frames = resolved.num_frames or 1
     fps = resolved.fps or 1
     return {
         **resolved.to_mapping(),
-        "seconds_of_video": round(frames / fps, 3),
+        "seconds_of_video": round(float(frames / fps), 3),
         "tokens": spec.tokens(frames, resolved.height or 0, resolved.width or 0),
     }
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chitu_diffusion.cli import options
-from chitu_diffusion.cli.dry_run import find_model, picked_cache, print_plan, task_for
+from chitu_diffusion.cli.dry_run import check_room, find_model, picked_cache, print_plan, task_for
 from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.cli.resume import VideoJob, job_key, run_key
@@ -44,6 +44,7 @@ def generate(
     with args.named():
         layout = check_layout(config, model.spec, gpus)
         tasks = [task_for(model, config, replace(params, **cache), layout) for params in requests]
+        check_room(tasks, config)
     if args["dry_run"]:
         return print_plan(config, model, tasks, layout, as_json=args["json"])
     options.make_folder("--profile", args["profile"])

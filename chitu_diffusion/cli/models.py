@@ -5,7 +5,6 @@ Knows names and folders; what a checkpoint must hold is known by `models/` and `
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +22,7 @@ from chitu_diffusion.errors import (
     UsageError,
     WillNotFitError,
 )
+from chitu_diffusion.files.atomic import free_space
 
 models_app = typer.Typer(no_args_is_help=True, help="The models: list, fetch, check, convert.")
 ModelName = Annotated[
@@ -157,6 +157,7 @@ def models_convert(
     say(f"converting {folder} ...")
     import torch
 
+    from chitu_diffusion.cli.runner import signals_as_ctrl_c
     from chitu_diffusion.models.convert import convert
     from chitu_diffusion.models.folder import read_folder
 
@@ -165,7 +166,8 @@ def models_convert(
     )
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     try:
-        written = convert(folder, target, layout or other, dtype=dtypes[dtype] if dtype else None)
+        with signals_as_ctrl_c():
+            written = convert(folder, target, layout or other, dtype=dtypes[dtype] if dtype else None)
     except OSError as error:
         raise OutputError(
             f"cannot write {target}: {error.strerror or error}; choose another place"
@@ -217,10 +219,7 @@ def _check_room(hub_id: str, to: Path | None) -> None:
     except Exception as error:
         raise _cannot_fetch(hub_id, error) from error
     needed = sum(file.size or 0 for file in files)
-    place = (to or Path(HF_HUB_CACHE)).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free, place, _ = free_space(to or HF_HUB_CACHE)
     say(f"{size(needed)} in {len(files)} files; {size(free)} free in {place}")
     if needed > free:
         raise WillNotFitError(

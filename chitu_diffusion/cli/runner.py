@@ -23,6 +23,7 @@ from chitu_diffusion.cli.options import default_path
 from chitu_diffusion.cli.progress import Reporter
 from chitu_diffusion.cli.resume import VideoJob, checkpoint_root
 from chitu_diffusion.errors import ChituError, OutputError
+from chitu_diffusion.files.atomic import write_text
 from chitu_diffusion.task import DiffusionTask, TaskStatus
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def run_jobs(
         own_key = key if place is None or place.rank == 0 else None  # rank 0 tells the others its folder
 
         with ExitStack() as stack:
-            stack.enter_context(_signals_as_ctrl_c())
+            stack.enter_context(signals_as_ctrl_c())
             root = stack.enter_context(checkpoint_root(own_key, cache_dir()))
             engine = Engine(config, model=model)
             stack.callback(engine.close)
@@ -137,7 +138,7 @@ def _drive(engine: Engine, jobs: Sequence[VideoJob], reporter: Reporter) -> None
 
 
 @contextmanager
-def _signals_as_ctrl_c() -> Iterator[None]:
+def signals_as_ctrl_c() -> Iterator[None]:
     """SIGTERM and SIGHUP end a run as Ctrl+C does: what is computed is saved. An ignored one stays so."""
     from chitu_diffusion.config import rank_place
 
@@ -188,7 +189,7 @@ def _profiling(folder: Path | None) -> Iterator[None]:
     ops = profiler.key_averages().table(sort_by=order, row_limit=OPS_SHOWN)
     try:
         profiler.export_chrome_trace(str(folder / "trace.json"))
-        (folder / "ops.txt").write_text(ops + "\n", encoding="utf-8")
+        write_text(folder / "ops.txt", ops + "\n")
     except OSError as error:
         raise OutputError(
             f"cannot write the profile into '{folder}': {error.strerror or error}; free some space"

@@ -20,6 +20,7 @@ from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.evaluation.judge import CLASSES, Judge, judge_accuracy, load_judge, name_parts
 from chitu_diffusion.evaluation.prompts import Words, held_out_prompts
+from chitu_diffusion.files.atomic import write_text
 from chitu_diffusion.media.reading import read_frames
 from chitu_diffusion.task import DiffusionUserParams
 
@@ -141,5 +142,5 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
 
 def write_scores(scores: Scores, folder: Path) -> None:
     """`adherence.json` and `adherence.md` in a folder."""
-    (folder / "adherence.json").write_text(json.dumps(scores.to_mapping(), indent=1) + "\n", encoding="utf-8")
-    (folder / "adherence.md").write_text(scores.table() + "\n", encoding="utf-8")
+    write_text(folder / "adherence.json", json.dumps(scores.to_mapping(), indent=1) + "\n")
+    write_text(folder / "adherence.md", scores.table() + "\n")

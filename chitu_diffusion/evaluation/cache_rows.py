@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,6 +23,7 @@ from chitu_diffusion.errors import ChituError
 from chitu_diffusion.evaluation.compare import compare
 from chitu_diffusion.evaluation.judge import Judge, load_judge, name_parts
 from chitu_diffusion.evaluation.videos import Made, make_video
+from chitu_diffusion.files.atomic import new_file, write_text
 from chitu_diffusion.flexcache.registry import parse_setting
 
 FULL = "full"
@@ -112,7 +112,7 @@ def make_row(
         row = _row(setting, video, _made(backend, setting, video, settings), place, backend.device)
     except (ChituError, RuntimeError, ValueError) as error:
         row = VideoRow(setting, video.prompt, video.seed, error=f"{type(error).__name__}: {error}")
-    _write(place.row(setting, video), json.dumps(asdict(row)).encode())
+    write_text(place.row(setting, video), json.dumps(asdict(row)))
     return row
 
 
@@ -145,9 +145,8 @@ def _row(setting: str, video: Video, made: Made, place: Place, device: torch.dev
         right=_share_right(made, video),
     )
     if setting == FULL:
-        part = place.frames(video).with_suffix(".part.npy")
-        np.save(part, made.frames)
-        os.replace(part, place.frames(video))
+        with new_file(place.frames(video)) as part, part.open("wb") as file:
+            np.save(file, made.frames)
         return row
     near = compare(np.load(place.frames(video)), made.frames, device)
     return VideoRow(
@@ -171,9 +170,3 @@ def _share_right(made: Made, video: Video) -> float | None:
 @cache
 def _judge() -> Judge:
     return load_judge()
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)

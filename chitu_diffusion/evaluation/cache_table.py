@@ -23,6 +23,7 @@ from chitu_diffusion.evaluation.calibrate import describe
 from chitu_diffusion.evaluation.compare import mean_interval
 from chitu_diffusion.evaluation.prompts import held_out_prompts
 from chitu_diffusion.evaluation.workers import Workers
+from chitu_diffusion.files.atomic import write_text
 from chitu_diffusion.flexcache.registry import parse_setting, parse_strategy
 from chitu_diffusion.models.registry import resolve_model
 from chitu_diffusion.pipelines.request import parse_seeds
@@ -284,12 +285,12 @@ def write_results(lines: Sequence[Line], about: Mapping[str, Any], folder: Path)
 
     folder.mkdir(parents=True, exist_ok=True)
     said = {**about, "lines": [asdict(line) | {"fewer": line.fewer} for line in lines]}
-    (folder / "cache.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "cache.json", json.dumps(said, indent=1) + "\n")
     size = "x".join(map(str, about["size"]))
     title = (
         f"{about['model']}, {about['steps']} steps, guidance {about['guidance'][0]:g}, {size}, "
         f"{lines[0].videos} videos"
     )
     where = f"{about['device']}, {about['dtype']}, timed with {about['workers']} process(es) on the device"
-    (folder / "cache.md").write_text(f"{title}; {where}.\n\n{table(lines)}\n", encoding="utf-8")
+    write_text(folder / "cache.md", f"{title}; {where}.\n\n{table(lines)}\n")
     draw(lines, title, folder / "cache.png")

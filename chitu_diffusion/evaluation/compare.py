@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.files.atomic import write_text
 from chitu_diffusion.media.reading import read_frames
 from chitu_diffusion.media.video import write_video
 
@@ -200,8 +201,8 @@ def compare_files(a: Path, b: Path, folder: Path, *, fps: float = 16) -> Compari
     found = compare(first, second)
     folder.mkdir(parents=True, exist_ok=True)
     said = {"a": str(a), "b": str(b), **found.to_mapping()}
-    (folder / "compare.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-    (folder / "compare.md").write_text(found.table() + "\n", encoding="utf-8")
+    write_text(folder / "compare.json", json.dumps(said, indent=1) + "\n")
+    write_text(folder / "compare.md", found.table() + "\n")
     Image.fromarray(contact_sheet(first, second)).save(folder / "contact.png")
     write_video(np.concatenate([first, second], axis=2), folder / "side_by_side.mp4", fps=fps)
     return found

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.errors import CheckpointError, UsageError
+from chitu_diffusion.files.atomic import write_text
 
 if TYPE_CHECKING:
     from chitu_diffusion.flexcache.plan_search import Traces
@@ -141,11 +141,9 @@ def write_calibration(calibration: Calibration, folder: str | Path) -> Path:
         UsageError: the folder cannot be written to.
     """
     path = Path(folder) / CALIBRATION_FILE
-    part = path.with_name(path.name + ".part")
     try:
         said = {name: value for name, value in asdict(calibration).items() if name != "plans"}
-        part.write_text(json.dumps({"format": _FORMAT, **said}) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        write_text(path, json.dumps({"format": _FORMAT, **said}) + "\n")
     except OSError as error:
         raise UsageError(
             f"cannot write {path}: {error.strerror or error}; copy the model to a folder of your own",

@@ -1,4 +1,6 @@
-"""Frames and recipes out of files that `media.video` has written. Knows file formats; no task."""
+"""Frames and recipes out of files that `media.video` has written, and whether those are whole. Knows file
+formats; no task.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,22 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.media.video import _OUR_FRAME, FOLDER, RECIPE_FILE, _local, _sidecar
+from chitu_diffusion.media.frame_rate import Rate
+from chitu_diffusion.media.video import _OUR_FRAME, FOLDER, RECIPE_FILE, _local, gif_durations, recipe_beside
 
 if TYPE_CHECKING:
     from chitu_diffusion.media.video import Frames
 
 _T = TypeVar("_T")
+_PNG_END = b"IEND\xaeB`\x82"
+_MAGIC = MappingProxyType({".mp4": (4, b"ftyp"), ".gif": (0, b"GIF8"), ".npy": (0, b"\x93NUMPY")})
+"""What files begin with, and at which byte."""
+_MOST_LOOKS = 100
+"""At a folder that is replaced again and again."""
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -58,6 +67,50 @@ def read_frames(path: str | os.PathLike[str]) -> Frames:
     return result
 
 
+def is_whole(path: str | os.PathLike[str], count: int, fps: Rate) -> bool:
+    """Whether a file or folder holds all of a video, without decoding it.
+
+    Args:
+        path: of the video.
+        count: its frames.
+        fps: frames per second; a gif tells only how long it lasts.
+
+    Raises:
+        UsageError: nothing of that name, or an unreadable file.
+    """
+    return _read(
+        path,
+        {
+            ".mp4": lambda file: _mp4_packets(file) == count,
+            ".gif": lambda file: _gif_length(file) == sum(gif_durations(count, fps)),
+            ".npy": lambda file: _npy_length(file) == count,
+            FOLDER: lambda file: _whole_pngs(file) == count,
+        },
+    )
+
+
+def is_cut(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as a video of its kind and cannot be opened: what a broken copy leaves. So does
+    an empty folder.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    file = Path(path)
+    if file.is_dir():
+        return not any(file.iterdir())
+    with file.open("rb") as stream:
+        head = stream.read(16)
+    start, magic = _MAGIC.get(file.suffix.lower(), (0, b""))
+    if not magic.startswith(head[start : start + len(magic)]):
+        return False
+    try:
+        _read(path, {".mp4": _mp4_recipe, ".gif": _gif_recipe, ".npy": _npy_length})
+    except UsageError:
+        return True
+    return False
+
+
 def _read(path: str | os.PathLike[str], readers: Mapping[str, Callable[[Path], _T]]) -> _T:
     file = Path(path)
     if not os.path.lexists(file):
@@ -76,7 +129,8 @@ def _read(path: str | os.PathLike[str], readers: Mapping[str, Callable[[Path], _
         ValueError,
         SyntaxError,
         IndexError,
-    ) as error:  # PyAV's errors are kinds of OSError or ValueError
+        EOFError,
+    ) as error:  # PyAV's errors are kinds of OSError, ValueError or EOFError
         raise UsageError(f"'{path}' cannot be read: {error}", field="file") from error
 
 
@@ -105,8 +159,7 @@ def _gif_recipe(file: Path) -> str | None:
 
 
 def _npy_recipe(file: Path) -> str | None:
-    sidecar = _sidecar(file)
-    return sidecar.read_text(encoding="utf-8") if sidecar.exists() else None
+    return json.dumps(recipe_beside(file))
 
 
 def _folder_recipe(folder: Path) -> str | None:
@@ -121,6 +174,46 @@ def _mp4_frames(file: Path) -> list[Frames]:
     with av.open(_local(file), format="mp4") as container:
         arrays = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return [np.asarray(array, dtype=np.uint8) for array in arrays]
+
+
+def _mp4_packets(file: Path) -> int:
+    """Packets that are there to their last byte."""
+    import av
+
+    size = file.stat().st_size
+    with av.open(_local(file), format="mp4") as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        return sum((packet.pos or 0) + packet.size <= size and not packet.is_corrupt for packet in packets)
+
+
+def _gif_length(file: Path) -> int:
+    """Milliseconds; 0 where the end is missing."""
+    from PIL import ImageSequence
+
+    with file.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        if stream.read() != b";":
+            return 0
+    with _image(file) as image:
+        return sum(frame.info.get("duration", 0) for frame in ImageSequence.Iterator(image))
+
+
+def _npy_length(file: Path) -> int:
+    import numpy as np
+
+    return len(np.load(file, mmap_mode="r", allow_pickle=False))
+
+
+def _whole_pngs(folder: Path) -> int:
+    """Frames from 00000.png on, as far as each is there to its end."""
+    count = 0
+    while (file := folder / f"{count:05d}.png").exists():
+        with file.open("rb") as stream:
+            stream.seek(-min(len(_PNG_END), file.stat().st_size), os.SEEK_END)
+            if stream.read() != _PNG_END:
+                break
+        count += 1
+    return count
 
 
 def _gif_frames(file: Path) -> list[Frames]:
@@ -138,6 +231,24 @@ def _npy_frames(file: Path) -> Frames:
 
 
 def _folder_frames(folder: Path) -> list[Frames]:
+    """Of one folder, though another takes its place meanwhile."""
+    for _ in range(_MOST_LOOKS):
+        before = _identity(folder)
+        try:
+            frames = _frames_in(folder)
+        except FileNotFoundError:
+            continue
+        if _identity(folder) == before:
+            return frames
+    raise OSError("it changes while it is being read")
+
+
+def _identity(folder: Path) -> tuple[int, int, int]:
+    state = folder.stat()
+    return state.st_dev, state.st_ino, state.st_mtime_ns
+
+
+def _frames_in(folder: Path) -> list[Frames]:
     import numpy as np
 
     files = sorted(entry for entry in folder.iterdir() if _OUR_FRAME.fullmatch(entry.name))

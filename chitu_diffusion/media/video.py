@@ -1,25 +1,36 @@
 """Finished frames in, a file out; `reading` is the way back.
 
-Knows file formats, and that nothing half-written may ever be seen under the final name. Does
-not know prompts, models or tasks: the recipe that it stores beside the frames is any JSON
-mapping. PyAV, Pillow and numpy are imported when they are needed, so that a name can be checked
-(`check_save_path`) before anything else happens.
+Knows file formats, what a name may be, and how much a video takes on the disk. Does not know prompts, models
+or tasks: the recipe that it stores beside the frames is any JSON mapping. PyAV, Pillow and numpy are imported
+when they are needed, so that a name can be checked (`check_save_path`) before anything else happens.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.errors import OutputError, UsageError
+from chitu_diffusion.files.atomic import (
+    folder_lock,
+    free_space,
+    is_in_progress,
+    new_file,
+    new_folder,
+    write_text,
+)
+from chitu_diffusion.media.frame_rate import Rate, frame_rate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,10 +42,18 @@ Recipe = Mapping[str, Any]
 
 FORMATS = (".mp4", ".gif", ".npy")
 FOLDER = "folder"
-PART = ".part"
 RECIPE_FILE = "recipe.json"
 RECIPE_KEY = "recipe"
+BY_HASH = "recipes by SHA-256"
+"""In the file beside an array while it is being replaced: the recipes of the older and the newer."""
 _OUR_FRAME = re.compile(r"\d{5,}\.png")
+_STEERING = ("Cc", "Zl", "Zp")
+"""Unicode's categories of what steers a terminal or breaks a line."""
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""What turns the direction of the text after it."""
+_MP4_BYTES = 0.15
+"""Of a pixel at quality 8, of usual videos; three steps of quality double it, as x264's crf does."""
+_RECIPE_BYTES = 16_384
 _LONGEST_NAME = 240
 """Bytes; file systems allow 255, and the endings for a name in progress need room."""
 
@@ -71,9 +90,8 @@ def _check_place(kind: str, target: Path) -> None:
         )
     elif kind != FOLDER and target.is_dir():
         raise _refused(target, "a folder of that name is here already; choose another name")
-    for beside in _beside(kind, _place(kind, target)):
-        if beside.is_dir():
-            _check_ours(beside)  # it would be swept as a leftover of ours
+    elif kind == ".npy" and sidecar_of(target).is_dir():
+        raise _refused(target, f"its recipe goes to '{sidecar_of(target)}', a folder; choose another name")
     _check_parent(target)
 
 
@@ -92,6 +110,10 @@ def _kind(path: str | os.PathLike[str]) -> str:
         raise _refused(path, f"is not valid text: {error.reason}") from None
     if length > _LONGEST_NAME:
         raise _refused(name[:40] + "...", f"the name is too long: use at most {_LONGEST_NAME} bytes")
+    if any(unicodedata.category(c) in _STEERING or c in _TURNING for c in text):
+        raise _refused(path, "holds a control character; use letters, digits and plain signs")
+    if is_in_progress(name):
+        raise _refused(path, "such names are for files in progress; use another")
     if name in ("", ".."):
         raise _refused(path, "name a new folder inside it, or a file that ends in .mp4")
     if text.endswith(("/", os.sep)):
@@ -130,24 +152,51 @@ def _check_parent(target: Path) -> None:
         raise _refused(target, f"no permission to write into '{parent}'; choose another place")
 
 
+def check_space(videos: Iterable[tuple[str, int, int, int]], quality: int) -> None:
+    """Whether the disks have twice the room that videos are expected to take, before any work is done.
+
+    Args:
+        videos: path, frames, height and width of each.
+        quality: of mp4, see `write_video`.
+
+    Raises:
+        UsageError: a disk that has not.
+    """
+    needed: dict[int, int] = {}
+    for path, frames, height, width in videos:
+        try:
+            free, folder, disk = free_space(Path(path).absolute().parent)
+        except OSError:
+            continue  # the disk does not tell; a full one is told when writing
+        needed[disk] = needed.get(disk, 0) + 2 * forecast_bytes(path, frames, height, width, quality)
+        if needed[disk] > free:
+            raise _refused(
+                path,
+                f"{needed[disk] / 2**20:.1f} MiB are needed so far (twice the forecast), and '{folder}' has "
+                f"{free / 2**20:.1f} MiB free; free some space, or choose another disk with '-o'",
+            )
+
+
+def forecast_bytes(path: str, frames: int, height: int, width: int, quality: int) -> int:
+    """What a video will take on the disk, recipe included, by its kind."""
+    kind = _kind(path)
+    share = _MP4_BYTES * 2 ** ((quality - 8) / 3) if kind == ".mp4" else 1 if kind == ".gif" else 3
+    return round(frames * height * width * share) + _RECIPE_BYTES
+
+
 def write_video(
-    frames: Frames,
-    path: str | os.PathLike[str],
-    *,
-    fps: float,
-    quality: int = 8,
-    recipe: Recipe | None = None,
+    frames: Frames, path: str | os.PathLike[str], *, fps: Rate, quality: int = 8, recipe: Recipe | None = None
 ) -> Path:
     """Write frames so that the final name appears only when the file is whole.
 
-    The data goes to NAME.part, is synced to the disk, and is then renamed over NAME. Missing folders are
+    Until then what stood there stays (`files.atomic`); a link to a folder stays, too. Missing folders are
     made. H.264 needs even sizes: an odd row or column is doubled at the edge. Pillow merges neighbouring gif
     frames that are equal, and holds them longer.
 
     Args:
         frames: uint8 [T, H, W, 3], RGB.
         path: see `check_save_path`.
-        fps: frames per second.
+        fps: frames per second; 23.976 and its like mean 24000/1001, see `frame_rate`.
         quality: of H.264, 0 (smallest) to 10 (no visible loss); the other formats do not use it.
         recipe: JSON values stored in the file: the container's comment (.mp4), the comment (.gif),
             NAME.npy.json beside it (.npy), the first frame's text chunk and recipe.json (folder).
@@ -161,47 +210,23 @@ def write_video(
     """
     kind = check_save_path(path)
     _check_frames(frames)
-    if not 0 < fps <= 1000:
+    rate = Fraction(frame_rate(fps)) if 0 < fps <= 1000 else None
+    if rate is None:
         raise UsageError(f"fps = {fps!r}: must be above 0 and at most 1000", field="fps")
     if type(quality) is not int or not 0 <= quality <= 10:
         raise UsageError(f"quality = {quality!r}: must be a whole number from 0 to 10", field="quality")
-    target = _place(kind, Path(path))
-    part = _part(target)
+    # a link to a folder stays and its folder is replaced; a link to a file is replaced
+    target = Path(os.path.realpath(path)) if kind == FOLDER else Path(path)
     text = json.dumps(dict(recipe), default=str) if recipe is not None else None
     with _errors_in_words(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # what an interrupted run left behind, and never through a link of that name
-            _sweep(kind, target)
-            if kind == FOLDER:
+        if kind == FOLDER:
+            with new_folder(target) as part:
                 _write_folder(part, frames, text)
-                with _stepped_aside(target):  # a folder cannot be renamed over a full one
-                    os.replace(part, target)
-            else:
-                _write_file(kind, part, frames, fps, quality, text)
-                _replace_file(kind, part, target, text)
-            _sync(target.parent)
-        except BaseException:
-            _sweep(kind, target)
-            raise
+        else:
+            around = partial(_recipe_beside, target, recipe) if kind == ".npy" else None
+            with new_file(target, around=around) as part:
+                _write_file(kind, part, frames, rate, quality, text)
     return Path(path)
-
-
-def _place(kind: str, target: Path) -> Path:
-    """Where the data goes: a link to a folder stays, its folder is replaced; a link to a file is replaced."""
-    return Path(os.path.realpath(target)) if kind == FOLDER else target
-
-
-def _beside(kind: str, target: Path) -> tuple[Path, ...]:
-    """Every name that a write uses for a while beside the final one."""
-    sidecar = _sidecar(target)
-    more = {FOLDER: (_old(target),), ".npy": (_part(sidecar), _old(sidecar))}
-    return _part(target), *more.get(kind, ())
-
-
-def _sweep(kind: str, target: Path) -> None:
-    for path in _beside(kind, target):
-        _remove(path)
 
 
 def _check_frames(frames: Frames) -> None:
@@ -242,17 +267,16 @@ def _free_space(folder: Path) -> str:
         return "unknown space"
 
 
-def _write_file(kind: str, part: Path, frames: Frames, fps: float, quality: int, text: str | None) -> None:
+def _write_file(kind: str, part: Path, frames: Frames, fps: Fraction, quality: int, text: str | None) -> None:
     if kind == ".mp4":
         _write_mp4(part, frames, fps, quality, text)
     elif kind == ".gif":
         _write_gif(part, frames, fps, text)
     else:
         _write_npy(part, frames)
-    _sync(part)
 
 
-def _write_mp4(part: Path, frames: Frames, fps: float, quality: int, text: str | None) -> None:
+def _write_mp4(part: Path, frames: Frames, fps: Fraction, quality: int, text: str | None) -> None:
     """H.264, yuv420p, BT.709, index first, so that browsers and phones play it."""
     import av
     import numpy as np
@@ -265,11 +289,10 @@ def _write_mp4(part: Path, frames: Frames, fps: float, quality: int, text: str |
         with av.open(_local(part), "w", format="mp4", options=options) as container:
             if text is not None:
                 container.metadata["comment"] = text
-            rate = Fraction(fps).limit_denominator(1001)
             # without its macroblock tree the encoder gives the same bytes each time, with it 996 times in
             # 1,000
             options = {"crf": str(34 - 2 * quality), "preset": "medium", "x264-params": "mbtree=0"}
-            stream = container.add_stream("libx264", rate=rate, options=options)
+            stream = container.add_stream("libx264", rate=fps, options=options)
             stream.height, stream.width = padded.shape[1:3]
             stream.pix_fmt = "yuv420p"
             context = stream.codec_context
@@ -288,12 +311,17 @@ def _local(file: Path) -> str:
     return str(file.absolute())
 
 
-def _write_gif(part: Path, frames: Frames, fps: float, text: str | None) -> None:
+def gif_durations(count: int, fps: Rate) -> list[int]:
+    """Milliseconds of each frame. Gif counts in hundredths of a second: the remainder is spread, so that the
+    length stays right.
+    """
+    ticks = [round(index * 100 / fps) for index in range(count + 1)]
+    return [10 * max(after - before, 1) for before, after in zip(ticks, ticks[1:], strict=False)]
+
+
+def _write_gif(part: Path, frames: Frames, fps: Fraction, text: str | None) -> None:
     from PIL import Image
 
-    # gif counts in hundredths of a second: spread the remainder, so that the length stays right
-    ticks = [round(index * 100 / fps) for index in range(len(frames) + 1)]
-    durations = [10 * max(after - before, 1) for before, after in zip(ticks, ticks[1:], strict=False)]
     images = [Image.fromarray(frame).quantize(256) for frame in frames]
     comment = {"comment": text.encode()} if text is not None else {}
     with part.open("wb") as file:
@@ -302,7 +330,7 @@ def _write_gif(part: Path, frames: Frames, fps: float, text: str | None) -> None
             format="GIF",
             save_all=True,
             append_images=images[1:],
-            duration=durations,
+            duration=gif_durations(len(frames), fps),
             loop=0,
             disposal=1,
             **comment,
@@ -319,77 +347,68 @@ def _write_npy(part: Path, frames: Frames) -> None:
         file.write(whole.data)
 
 
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + PART)
-
-
-def _old(path: Path) -> Path:
-    return path.with_name(path.name + ".old" + PART)
-
-
-def _sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
-
-
-def _replace_file(kind: str, part: Path, target: Path, text: str | None) -> None:
-    """A recipe beside its frames leaves before the frames change and comes after: it tells of no others."""
-    if kind != ".npy":
-        os.replace(part, target)
-        return
-    sidecar = _sidecar(target)
-    if text is not None:
-        _part(sidecar).write_text(text, encoding="utf-8")
-        _sync(_part(sidecar))
-    with _stepped_aside(sidecar):
-        os.replace(part, target)
-    if text is not None:
-        os.replace(_part(sidecar), sidecar)
+def sidecar_of(array: Path) -> Path:
+    """Where the recipe of an array lies."""
+    return array.with_name(array.name + ".json")
 
 
 @contextmanager
-def _stepped_aside(path: Path) -> Iterator[None]:
-    """What stands at a name has another one inside the block; then it is gone, or back if that fails."""
-    old = _old(path)
-    there = os.path.lexists(path)
-    if there:
-        os.replace(path, old)
+def _recipe_beside(target: Path, recipe: Recipe | None, part: Path) -> Iterator[None]:
+    """While an array is renamed, both recipes lie beside it, by what they are of: each look finds the one
+    that belongs to the array. Writers of one folder take turns.
+    """
+    sidecar = sidecar_of(target)
+    with folder_lock(target.parent):
+        both: dict[str, Any] = {} if recipe is None else {file_sha256(part): dict(recipe)}
+        older = recipe_beside(target)
+        if older is not None:
+            both.setdefault(file_sha256(target), older)
+        if both:
+            write_text(sidecar, json.dumps({BY_HASH: both}, default=str))
+        try:
+            yield
+        except BaseException:
+            _put_recipe(sidecar, older)
+            raise
+        _put_recipe(sidecar, recipe)
+
+
+def _put_recipe(sidecar: Path, recipe: Recipe | None) -> None:
+    if recipe is None:
+        sidecar.unlink(missing_ok=True)
+    else:
+        write_text(sidecar, json.dumps(dict(recipe), default=str))
+
+
+def recipe_beside(array: Path) -> dict[str, Any] | None:
+    """The recipe of an array; None where there is none that can be read.
+
+    Raises:
+        OSError: the file beside it is there and cannot be read.
+    """
     try:
-        yield
-    except BaseException:
-        if there:
-            os.replace(old, path)
-        raise
-    _remove(old)
+        recipe = json.loads(sidecar_of(array).read_text(encoding="utf-8"))
+        if isinstance(recipe, dict) and set(recipe) == {BY_HASH}:
+            recipe = recipe[BY_HASH].get(file_sha256(array))
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError, AttributeError):
+        return None
+    return recipe if isinstance(recipe, dict) else None
+
+
+def file_sha256(file: Path) -> str:
+    """Of all its bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _write_folder(part: Path, frames: Frames, text: str | None) -> None:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    part.mkdir()
     for index, frame in enumerate(frames):
         info = PngInfo()
         if text is not None and index == 0:
             info.add_text(RECIPE_KEY, text)
-        file = part / f"{index:05d}.png"
-        Image.fromarray(frame).save(file, pnginfo=info)
-        _sync(file)
+        Image.fromarray(frame).save(part / f"{index:05d}.png", pnginfo=info)
     if text is not None:
         (part / RECIPE_FILE).write_text(text, encoding="utf-8")
-        _sync(part / RECIPE_FILE)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Everything of a file (or a folder's list of names) is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from chitu_diffusion.config import cache_dir
 from chitu_diffusion.errors import CheckpointError, ChituError, UsageError
+from chitu_diffusion.files.atomic import free_space, new_folder
 from chitu_diffusion.models.folder import (
     EXPERT_FOLDERS,
     METADATA_FILE,
@@ -109,7 +110,7 @@ def convert(
 ) -> ModelFolder:
     """Writes a model anew in a layout.
 
-    The new folder appears whole or not at all: it grows beside its place as NAME.part. A `chitu.json` in it
+    The new folder appears whole or not at all, and after an error nothing of it is left. A `chitu.json` in it
     keeps what its layout has no room for, so that turning a model round and back loses nothing.
 
     Args:
@@ -131,21 +132,38 @@ def convert(
         raise UsageError(f"{target} exists already; name a folder that does not", field="target")
     folder = read_folder(source)
     spec_of_folder(folder)
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
-    part.mkdir(parents=True)
-    for role in folder.components:
-        _write_component(folder, role, part, layout, dtype, max_shard_bytes)
-    place = part / ("tokenizer" if layout == "diffusers" else TOKENIZER_FOLDER)
-    shutil.copytree(folder.tokenizer, place)
-    if layout == "diffusers":
-        write_model_index(part, folder)
-        (part / "scheduler").mkdir()
-        write_json(part / "scheduler" / "scheduler_config.json", dict(folder.scheduler))
-    _write_metadata(folder, part, layout)
-    write_manifest(part, "convert")
-    part.rename(target)
+    _check_room(folder, target, dtype)
+    with new_folder(target) as part:
+        for role in folder.components:
+            _write_component(folder, role, part, layout, dtype, max_shard_bytes)
+        place = part / ("tokenizer" if layout == "diffusers" else TOKENIZER_FOLDER)
+        shutil.copytree(folder.tokenizer, place)
+        if layout == "diffusers":
+            write_model_index(part, folder)
+            (part / "scheduler").mkdir()
+            write_json(part / "scheduler" / "scheduler_config.json", dict(folder.scheduler))
+        _write_metadata(folder, part, layout)
+        write_manifest(part, "convert")
     return read_folder(target)
+
+
+def _check_room(folder: ModelFolder, target: Path, dtype: torch.dtype | None) -> None:
+    """Whether the disk holds what will be written, whose size is known but for the tokenizer and configs.
+
+    Raises:
+        UsageError: it does not.
+    """
+    stored = [tensor for role in folder.components for tensor in open_weights(folder, role).entries.values()]
+    needed = sum(
+        tensor.bytes * (dtype or tensor.dtype).itemsize // tensor.dtype.itemsize for tensor in stored
+    )
+    free, place, _ = free_space(target.absolute().parent)
+    if needed > free:
+        raise UsageError(
+            f"{target} will take {needed / 2**30:.2f} GiB, and '{place}' has {free / 2**30:.2f} GiB free; "
+            "free some space, or choose another disk",
+            field="target",
+        )
 
 
 def write_model_index(place: Path, folder: ModelFolder) -> None:
@@ -221,13 +239,17 @@ def _write_component(
     part = PARTS[role]
     config = dict(folder.components[role].config)
     plan = blueprint(folder, role)
-    weights = open_weights(folder, role)
+    weights = open_weights(folder, role, mapped=False)  # which may change under a long work
     stored = match_names(plan.shapes(), weights, names=plan.names(folder.layout), ties=plan.ties)
     new_names = plan.official if layout == "official" else {name: name for name in stored}
-    tensors = {new_names[name]: weights.read(key) for name, key in stored.items()}  # backed by the files
+    keys = {new_names[name]: key for name, key in stored.items()}
+
+    def read(name: str) -> Tensor:
+        return weights.read(keys[name])
+
     keep = {new_names[name] for name in stored if not set(name.split(".")).isdisjoint(plan.keep_float32)}
     if layout == "official" and part.official_file is not None:
-        _write_torch_file(place / part.official_file, tensors, dtype)
+        _write_torch_file(place / part.official_file, {name: read(name) for name in keys}, dtype)
         return
     if layout == "official":
         two = "transformer_2" in folder.components
@@ -237,7 +259,11 @@ def _write_component(
         home = place / role
         said = {"model_type": "umt5"} if part.library == "transformers" else {"_class_name": part.class_name}
         config = {**said, **config}
-    save_weights(tensors, home, part.stem, dtype=dtype, keep_float32=keep, max_shard_bytes=max_shard_bytes)
+    entries = {name: weights.entries[key] for name, key in keys.items()}
+    tensors = {name: torch.empty(e.shape, dtype=e.dtype, device="meta") for name, e in entries.items()}
+    save_weights(
+        tensors, home, part.stem, dtype=dtype, keep_float32=keep, max_shard_bytes=max_shard_bytes, read=read
+    )
     write_json(home / "config.json", config)
 
 

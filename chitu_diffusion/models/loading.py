@@ -162,14 +162,14 @@ def load_text_encoder(folder: ModelFolder, **options: Any) -> TextEncoder:
     return encoder
 
 
-def open_weights(folder: ModelFolder, role: Role) -> WeightFiles:
-    """The weights' files of one part, headers checked.
+def open_weights(folder: ModelFolder, role: Role, *, mapped: bool = True) -> WeightFiles:
+    """The weights' files of one part, headers checked; `mapped` as in `WeightFiles`.
 
     Raises:
         CheckpointError: missing or damaged files.
     """
     component = folder.components[role]
-    return WeightFiles(component.weights, component.part.stem)
+    return WeightFiles(component.weights, component.part.stem, mapped=mapped)
 
 
 def weight_files(folder: ModelFolder) -> list[Path]:

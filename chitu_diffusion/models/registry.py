@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from chitu_diffusion.errors import CheckpointError, ModelMissingError, UsageError, nearest
+from chitu_diffusion.files.atomic import write_text
 from chitu_diffusion.flexcache.calibration import Calibration, read_calibration
 from chitu_diffusion.flexcache.schedule import NOTHING_MEASURED, Measured
 from chitu_diffusion.models.folder import METADATA_FILE, ModelFolder, read_folder
@@ -178,9 +179,7 @@ def _calibration_of(folder: Path) -> Calibration | None:
 def write_metadata(path: str | Path, name: str, defaults: Defaults, **more: Any) -> None:
     """Writes a folder's `chitu.json`: the model's name and defaults, and whatever else `more` says."""
     metadata = {"name": name, "defaults": dataclasses.asdict(defaults), **more}
-    Path(path, METADATA_FILE).write_text(
-        json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_text(Path(path, METADATA_FILE), json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
 
 
 def _folder_defaults(folder: ModelFolder, base: Defaults, experts: int) -> Defaults:

@@ -11,7 +11,7 @@ import logging
 from chitu_diffusion.attn_schedule import AttnSchedule
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import WillNotFitError
-from chitu_diffusion.media.video import check_save_path
+from chitu_diffusion.media.video import check_save_path, check_space
 from chitu_diffusion.memory.device import total_memory
 from chitu_diffusion.memory.offload import TOP_LEVEL
 from chitu_diffusion.pipelines.request import check_cache, check_tokens, resolve_task, stages_of
@@ -35,6 +35,7 @@ class Admission:
         self._sharing = backend.groups.plan.sequence
         self._output_dir = backend.args.output.dir
         self._schedule = AttnSchedule.from_text(backend.args.infer.attn_schedule)
+        self._quality = backend.args.output.quality
         self._cache_limit = backend.args.infer.diffusion.cache_memory_gb
 
     def admit(self, task: DiffusionTask, *, in_memory: bool = False) -> None:
@@ -52,6 +53,8 @@ class Admission:
         cache = check_cache(resolved, self._spec, self._item, self._cache_limit)
         if resolved.save_path is not None:
             check_save_path(resolved.save_path)
+            place = (resolved.save_path, resolved.num_frames or 1, resolved.height or 0, resolved.width or 0)
+            check_space([place], self._quality)
         for stage in stages_of(resolved):
             self._check_memory(resolved.num_frames or 1, stage.height, stage.width, cache, resolved.flexcache)
         task.resolved = resolved

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import CannotResumeError
+from chitu_diffusion.files.atomic import new_file
 from chitu_diffusion.flexcache.registry import emptied
 from chitu_diffusion.pipelines.fingerprint import differences, fingerprint_of, is_exact
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
@@ -46,7 +46,7 @@ _MOST_TRIES = 3
 process.
 """
 _PLAIN = ("task_id", "seed", "num_inference_steps", "current_step", "cascade_stage", "expert", "created_at")
-_OWN_FILE = re.compile(r"\.?rank(\d+)-(\d+)-step\d+\.(safetensors|safetensors\.\d+\.part|tries\d+)")
+_OWN_FILE = re.compile(r"\.?rank(\d+)-(\d+)-step\d+\.(safetensors|safetensors\.[0-9a-f]{8}\.part|tries\d+)")
 """What a folder's files are called: rank, number, and whether it is a checkpoint, half of one, or counts how
 often one was gone on from.
 """
@@ -112,16 +112,11 @@ def save_task(task: DiffusionTask, path: str | Path, backend: DiffusionBackend) 
     }
     text = json.dumps(values, default=_path_as_text)
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(written.tensors, part, {"task": text, "sha256": _digest(text, written.tensors)})
-        _sync(part)
-        os.replace(part, path)
+        with new_file(path) as part:
+            save_file(written.tensors, part, {"task": text, "sha256": _digest(text, written.tensors)})
     except SafetensorError as error:
         raise OSError(str(error)) from error  # its word for a full disk
-    finally:
-        part.unlink(missing_ok=True)
-    _sync(path.parent)
     return path.stat().st_size
 
 
@@ -322,14 +317,6 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from chitu_diffusion.flexcache.schedule import Shapes
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.sampling.registry import SOLVERS
 from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams
+from chitu_diffusion.task.params import MAX_SEED
 
 
 def request_of(prompt: str | DiffusionUserParams, fields: Mapping[str, Any]) -> DiffusionUserParams:
@@ -314,9 +315,11 @@ def parse_seeds(text: str | None) -> list[int] | None:
         if low <= high < low + 1000:
             return list(range(low, high + 1))
     raise UsageError(
-        f"--seed {text}: use a whole number (42) or a rising range of at most 1000 (42..45)", field="seed"
+        f"--seed {text}: use a whole number from 0 to {MAX_SEED} (42), or a rising range of at most 1000 "
+        "(42..45)",
+        field="seed",
     )
 
 
 def _is_seed(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 20
+    return text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= MAX_SEED

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chitu_diffusion.errors import UsageError, names_checked
+from chitu_diffusion.media.frame_rate import Rate
 from chitu_diffusion.media.video import write_video
 from chitu_diffusion.task import DiffusionTask
 
@@ -48,7 +49,7 @@ class VideoResult:
         return self.task.seed
 
     @property
-    def fps(self) -> int:
+    def fps(self) -> Rate:
         """Frames per second."""
         return (self.task.resolved or self.task.params).fps or 1
 

@@ -9,17 +9,23 @@ import math
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
 from chitu_diffusion.errors import UsageError, nearest, plain_number
+from chitu_diffusion.media.frame_rate import Rate, frame_rate
 from chitu_diffusion.media.image import InputImage
 
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 20_000
 SIZE_STEP = 8
 """Pixels: the VAE's stride."""
+_WHOLE = ("height", "width", "num_frames", "num_inference_steps", "seed", "priority")
+_EXACT = 2**53
+"""Below it a float holds every whole number."""
 LEAST_STRENGTH = 0.01
 LEAST_SHIFT = 0.01
 MOST_SHIFT = 100
@@ -94,7 +100,8 @@ class DiffusionUserParams:
         height, width: pixels, multiples of 8. With an image and neither, as many as the model's own, in the
             image's shape.
         num_frames: 4n + 1.
-        fps: frames per second of the written file.
+        fps: frames per second of the written file, 1 to 240: 24, 23.976 or "24000/1001"; kept whole or as a
+            Fraction, see `frame_rate`.
         num_inference_steps: denoising steps.
         guidance_scale: weight of classifier-free guidance (arXiv:2207.12598); at most 1 runs the
             prompt's branch alone. For a two-expert model a pair (high noise, low noise) may stand.
@@ -110,6 +117,8 @@ class DiffusionUserParams:
             None is the model's own.
         task_id: a label of the caller's own; letters, digits, '.', '_', '-' only.
 
+    Numbers may be numpy's, and whole ones floats without a fraction, as pandas gives them.
+
     Raises:
         UsageError (a ValueError): naming the field, the value, and what to use.
     """
@@ -119,7 +128,7 @@ class DiffusionUserParams:
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
-    fps: int | None = None
+    fps: Rate | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | tuple[float, float] | None = None
     seed: int | None = None
@@ -146,12 +155,15 @@ class DiffusionUserParams:
             text = getattr(self, name)
             if text is not None:
                 check_text(name, text)
+        for name in _WHOLE:
+            object.__setattr__(self, name, _whole(getattr(self, name)))
+        object.__setattr__(self, "fps", frame_rate(self.fps))
         for name in ("height", "width"):
             _check_size(name, getattr(self, name))
         check_frames(self.num_frames)
-        check_integer("fps", self.fps, 1, 240)
+        _check_fps(self.fps)
         check_integer("num_inference_steps", self.num_inference_steps, 1, 1000)
-        check_integer("seed", self.seed, 0, MAX_SEED)
+        check_integer("seed", self.seed, 0, MAX_SEED, "; leave it out to have one drawn")
         check_integer("priority", self.priority, -(2**31), 2**31)
         check_guidance(self.guidance_scale)
         _check_shift(self.shift)
@@ -160,7 +172,7 @@ class DiffusionUserParams:
         if not isinstance(self.role, str) or not self.role:
             raise UsageError(f"role = {self.role!r}: must be a name", field="role")
         check_text("role", self.role)
-        _check_cascade(self.cascade)
+        object.__setattr__(self, "cascade", _checked_cascade(self.cascade))
         for name in ("image", "last_image"):
             # read now: what is asked for does not change with the file
             object.__setattr__(self, name, InputImage.of(name, getattr(self, name)))
@@ -185,7 +197,8 @@ class DiffusionUserParams:
         """Plain JSON values, for the recipe in the file; of an image its name, size and hash."""
         plain = dataclasses.replace(self, image=None, last_image=None)
         images = {"image": self.image, "last_image": self.last_image}
-        return dataclasses.asdict(plain) | {
+        fps = str(self.fps) if isinstance(self.fps, Fraction) else self.fps
+        return {**dataclasses.asdict(plain), "fps": fps} | {
             name: None if image is None else image.to_mapping() for name, image in images.items()
         }
 
@@ -213,12 +226,30 @@ def check_text(name: str, text: object) -> None:
         ) from None
 
 
-def check_integer(name: str, value: object, low: int, high: int) -> None:
+def _whole(value: Any) -> Any:
+    """numpy's whole numbers, and floats without a fraction, as int; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    number = float(value)
+    return int(number) if abs(number) < _EXACT and number.is_integer() else value
+
+
+def _check_fps(value: object) -> None:
+    if value is None or (isinstance(value, int | Fraction) and value is not True and 1 <= value <= 240):
+        return
+    raise UsageError(
+        f"fps = {value!r}: must be a number from 1 to 240, such as 24, 23.976 or 24000/1001", field="fps"
+    )
+
+
+def check_integer(name: str, value: object, low: int, high: int, more: str = "") -> None:
     """Raises UsageError for what is neither None nor a whole number from `low` to `high`."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UsageError(f"{name} = {value!r}: must be a whole number from {low} to {high}", field=name)
+        raise UsageError(f"{name} = {value!r}: must be a whole number from {low} to {high}{more}", field=name)
 
 
 def _check_size(name: str, value: int | None) -> None:
@@ -313,16 +344,22 @@ def _cascade_stage(value: Any) -> Any:
     return CascadeStage(**value)
 
 
-def _check_cascade(stages: object) -> None:
+def _checked_cascade(stages: Any) -> Any:
     if stages is None:
-        return
+        return None
     if not isinstance(stages, list | tuple) or not all(isinstance(stage, CascadeStage) for stage in stages):
         raise UsageError(
             f"cascade = {stages!r}: use stages, each with height, width and num_inference_steps",
             field="cascade",
         )
+    numbers = ("height", "width", "num_inference_steps", "expert")
+    stages = tuple(
+        dataclasses.replace(stage, **{name: _whole(getattr(stage, name)) for name in numbers})
+        for stage in stages
+    )
     for stage in stages:
         _check_cascade_stage(stage)
+    return stages
 
 
 def _check_cascade_stage(stage: CascadeStage) -> None:

@@ -57,25 +57,36 @@ class _TensorFile(Protocol):
 class _SafetensorsFile:
     """One `.safetensors` file; its header is read at once, its tensors when asked for."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mapped: bool) -> None:
         self.path = path
-        self.entries = _safetensors_entries(path)
+        self.entries, self._start = _safetensors_entries(path)
+        self._mapped = mapped
         try:
             self._handle = safe_open(str(path), framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"a weights file cannot be read: {error}", file=path) from error
 
     def read(self, key: str) -> Tensor:
-        """The tensor, on the CPU; backed by the file where the platform can map it."""
-        return cast(Tensor, self._handle.get_tensor(key))
+        """The tensor, on the CPU; if mapped, backed by the file where the platform can do that."""
+        if self._mapped:
+            return cast(Tensor, self._handle.get_tensor(key))
+        stored = self.entries[key]
+        data = bytearray(stored.bytes)
+        with self.path.open("rb") as stream:
+            stream.seek(self._start + stored.position)
+            if stream.readinto(data) < len(data):
+                raise OSError("the file has become shorter since it was opened")
+        if not data:
+            return torch.empty(stored.shape, dtype=stored.dtype)
+        return torch.frombuffer(data, dtype=stored.dtype).reshape(stored.shape)
 
 
 class _TorchFile:
     """One file of torch.save that holds a flat {name: tensor}; mapped, not read, where its format allows."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mapped: bool) -> None:
         self.path = path
-        self._tensors = _torch_tensors(path)
+        self._tensors = _torch_tensors(path, mapped)
         self.entries = {
             key: Stored(
                 path, tuple(tensor.shape), _checked_float(path, key, str(tensor.dtype), tensor.dtype), place
@@ -94,6 +105,8 @@ class WeightFiles:
     Args:
         path: a `.safetensors` file, an index of shards, a `.pth` file, or a folder that holds them.
         stem: in a folder, how the files begin ("diffusion_pytorch_model", "model").
+        mapped: tensors may be backed by their files, which is quick; but one that becomes shorter meanwhile
+            ends the process by SIGBUS. Else it is an error, and a `.pth` is in memory as a whole.
 
     Attributes:
         entries: name -> where and what. Names are the files' own.
@@ -102,10 +115,12 @@ class WeightFiles:
         CheckpointError: a file is missing, truncated or mislabelled, or holds numbers that are not floats.
     """
 
-    def __init__(self, path: str | Path, stem: str = "diffusion_pytorch_model") -> None:
+    def __init__(
+        self, path: str | Path, stem: str = "diffusion_pytorch_model", *, mapped: bool = True
+    ) -> None:
         self.path = Path(path)
         paths, weight_map = _locate(self.path, stem)
-        self._files: dict[Path, _TensorFile] = {file: _open(file) for file in paths}
+        self._files: dict[Path, _TensorFile] = {file: _open(file, mapped) for file in paths}
         if weight_map is not None:
             _check_index(self.path, weight_map, self._files)
         self.entries: dict[str, Stored] = {}
@@ -214,19 +229,19 @@ def _check_index(path: Path, weight_map: Mapping[str, str], files: Mapping[Path,
             )
 
 
-def _open(path: Path) -> _TensorFile:
+def _open(path: Path, mapped: bool) -> _TensorFile:
     if path.suffix == ".safetensors":
-        return _SafetensorsFile(path)
+        return _SafetensorsFile(path, mapped)
     if path.suffix in _TORCH_ENDINGS:
-        return _TorchFile(path)
+        return _TorchFile(path, mapped)
     raise CheckpointError(
         "not a weights file", file=path, expected=f".safetensors or {', '.join(_TORCH_ENDINGS)}"
     )
 
 
-def _safetensors_entries(path: Path) -> dict[str, Stored]:
+def _safetensors_entries(path: Path) -> tuple[dict[str, Stored], int]:
     """Reads a header: 8 bytes of its length (little endian), then JSON {name: {dtype, shape,
-    data_offsets}}.
+    data_offsets}}; and where it ends.
     """
     size = -1
     try:
@@ -254,13 +269,14 @@ def _safetensors_entries(path: Path) -> dict[str, Stored]:
         raise CheckpointError(
             f"a weights file is {word}", file=path, expected=f"{expected} bytes", found=f"{size} bytes"
         )
-    return {
+    entries = {
         key: Stored(path, shape, _checked_float(path, key, kind, FLOAT_TYPES.get(kind)), start)
         for key, (kind, shape, start) in found.items()
     }
+    return entries, 8 + length
 
 
-def _torch_tensors(path: Path) -> dict[str, Tensor]:
+def _torch_tensors(path: Path, mapped: bool) -> dict[str, Tensor]:
     release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if release < _SAFE_PICKLE:
         raise CheckpointError(
@@ -271,7 +287,9 @@ def _torch_tensors(path: Path) -> dict[str, Tensor]:
             remedy="update torch, or convert the file to safetensors elsewhere",
         )
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        data = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path)
+        )
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(

@@ -14,7 +14,6 @@ import os
 import re
 import stat
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from chitu_diffusion.errors import CheckpointError
+from chitu_diffusion.files.atomic import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -268,14 +268,8 @@ def read_small_json(file: Path) -> Any:
 
 
 def write_json(file: Path, data: Mapping[str, Any]) -> Path:
-    """Writes an object as JSON, through a name of its own and a rename; returns the file."""
-    part = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}-{time.monotonic_ns()}.part")
-    try:
-        part.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-    return file
+    """Writes an object as JSON; returns the file."""
+    return write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def _without_waiting(path: str, flags: int) -> int:

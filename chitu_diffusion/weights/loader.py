@@ -7,7 +7,6 @@ fault of a checkpoint is a `CheckpointError` that names file, key, what was expe
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from chitu_diffusion.errors import CheckpointError
+from chitu_diffusion.files.atomic import new_file
 from chitu_diffusion.weights.files import INDEX_ENDING, Stored, WeightFiles, few
 from chitu_diffusion.weights.hashing import write_json
 
@@ -157,11 +157,12 @@ def save_weights(
     dtype: torch.dtype | None = None,
     keep_float32: Collection[str] = (),
     max_shard_bytes: int = 5 * 2**30,
+    read: Callable[[str], Tensor] | None = None,
 ) -> list[Path]:
     """Writes a network's tensors as safetensors: one file, or numbered shards with an index.
 
-    Each file is written as `.part` and renamed, the index last; older files of the same stem are removed
-    after that. At most one shard is held in memory beside `tensors`, which may be backed by files.
+    Each file appears whole, the index last; older files of the same stem are removed after that. At most one
+    shard is held in memory beside `tensors`, which may be backed by files.
 
     Args:
         tensors: by name.
@@ -170,6 +171,7 @@ def save_weights(
         dtype: stored floats; None keeps each tensor's own.
         keep_float32: parts of dotted names that are stored in float32 whatever `dtype` says.
         max_shard_bytes: of one file's values.
+        read: gives the values by name, where `tensors` are on the meta device.
 
     Returns:
         The files, the index among them.
@@ -191,11 +193,14 @@ def save_weights(
         )
         # clones, since safetensors refuses tensors that share memory, as views of one file do
         values = {
-            name: tensors[name].detach().to("cpu", kinds[name], copy=True).contiguous() for name in shard
+            name: (read(name) if read else tensors[name])
+            .detach()
+            .to("cpu", kinds[name], copy=True)
+            .contiguous()
+            for name in shard
         }
-        part = file.with_name(file.name + ".part")
-        save_file(values, str(part), metadata={"format": "pt"})
-        os.replace(part, file)
+        with new_file(file) as part:
+            save_file(values, str(part), metadata={"format": "pt"})
         written.append(file)
         weight_map.update(dict.fromkeys(shard, file.name))
     if len(shards) > 1:

@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from chitu_diffusion.errors import OutputError, UsageError
-from chitu_diffusion.media.reading import read_frames, read_recipe
+from chitu_diffusion.media.reading import is_whole, read_frames, read_recipe
 from chitu_diffusion.media.video import check_save_path, write_video
+from chitu_diffusion.task import DiffusionUserParams
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {"prompt": '猫 "walks"\non grass 😀 \x00', "seed": 7, "params": {"guidance_scale": [4.0, 3.0]}}
@@ -100,6 +103,52 @@ def test_gif_lasts_as_long_as_the_video(tmp_path: Path) -> None:
     assert abs(milliseconds - 17 / 16 * 1000) <= 10
 
 
+@pytest.mark.parametrize(
+    ("written", "exact"),
+    [
+        (23.976, Fraction(24000, 1001)),
+        ("23.98", Fraction(24000, 1001)),
+        (np.float32(29.97), Fraction(30000, 1001)),
+        ("60000/1001", Fraction(60000, 1001)),
+        (12.5, Fraction(25, 2)),
+        (24.0, 24),
+        (np.int64(25), 25),
+    ],
+)
+def test_frames_per_second_are_exact_in_request_file_and_recipe(
+    tmp_path: Path, written: object, exact: Fraction
+) -> None:
+    import av
+
+    params = DiffusionUserParams("a cat", fps=written)
+    assert params.fps == exact and isinstance(params.fps, int | Fraction)
+    plain = json.loads(json.dumps(params.to_mapping()))
+    assert plain["fps"] == (str(exact) if isinstance(exact, Fraction) else exact)
+    assert DiffusionUserParams.from_mapping(plain) == params
+    with av.open(str(write_video(moving_square(5), tmp_path / "a.mp4", fps=params.fps))) as container:
+        assert container.streams.video[0].average_rate == exact
+
+
+@pytest.mark.parametrize(
+    "written", [0, -1, 241, 0.5, "fast", "1e3", "25,0", "1/0", True, float("nan"), float("inf"), "9" * 99]
+)
+def test_frames_per_second_that_cannot_be(written: object) -> None:
+    with pytest.raises(UsageError, match="number from 1 to 240"):
+        DiffusionUserParams("a cat", fps=written)
+
+
+def test_numbers_of_numpy_and_pandas_are_taken() -> None:
+    given = {"seed": np.int64(3), "num_frames": 5.0, "height": np.float64(64), "priority": np.uint8(1)}
+    params = DiffusionUserParams("a cat", guidance_scale=np.float32(2.5), **given)
+    assert [type(value) for value in (params.seed, params.num_frames, params.height, params.priority)] == (
+        [int] * 4
+    )
+    assert params.guidance_scale == 2.5 and type(params.guidance_scale) is float
+    for seed in (-1, 2**64, 3.5, True, float("nan"), 2.0**53 * 3):
+        with pytest.raises(UsageError, match=f"from 0 to {2**63 - 1}"):
+            DiffusionUserParams("a cat", seed=seed)
+
+
 def test_same_frames_same_bytes(tmp_path: Path) -> None:
     frames = moving_square()
     first, second = (
@@ -122,6 +171,10 @@ def test_same_frames_same_bytes(tmp_path: Path) -> None:
         ("x" * 300 + "/a.mp4", "too long"),
         ("x/" * 2500 + "a.mp4", "too long"),
         ("\ud800.mp4", "not valid text"),
+        ("a\x1b[2J.mp4", "a control character"),
+        ("a\nb/c.mp4", "a control character"),
+        ("gpj\u202e4pm.exe/", "a control character"),
+        (".a.mp4.0123abcd.part/", "files in progress"),
         ("./", "name a new folder"),
         ("x/..", "name a new folder"),
     ],
@@ -145,7 +198,9 @@ def test_kinds() -> None:
 def test_what_stands_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "d.mp4").mkdir()
+    (tmp_path / "a.npy.json").mkdir()
     for name, hint in (
+        ("a.npy", "its recipe goes to"),
         ("file", "a file or a broken link of that name"),
         ("d.mp4", "a folder of that name"),
         ("file/a.mp4", "is a file or a broken link, not a folder"),
@@ -222,16 +277,16 @@ def test_a_failed_write_leaves_the_old_file(
     path = write_video(moving_square(5), f"{tmp_path}/{name}", fps=8, recipe=RECIPE)
     before = read_frames(path)
 
-    def refuse(source: object, target: object) -> None:
+    def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("chitu_diffusion.media.video.os.replace", refuse)
+    monkeypatch.setattr("chitu_diffusion.files.atomic._sync", refuse)
     with pytest.raises(OutputError, match="no permission to write into"):
         write_video(moving_square(9), f"{tmp_path}/{name}", fps=8, recipe={"other": 1})
     monkeypatch.undo()
     assert np.array_equal(read_frames(path), before)
     assert read_recipe(path) == RECIPE
-    assert not [entry for entry in os.listdir(tmp_path) if entry.endswith(".part")]
+    assert sorted(os.listdir(tmp_path)) == sorted({path.name, *([] if name != "a.npy" else ["a.npy.json"])})
 
 
 def test_hostile_files_are_refused_in_words(tmp_path: Path) -> None:
@@ -271,14 +326,13 @@ def test_a_link_to_a_folder_of_frames_stays_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "beside"), [("a.mp4", "a.mp4.part"), ("f/", "f.part"), ("f/", "f.old.part")]
+    ("name", "beside"), [("a.mp4", "a.mp4.part"), ("f/", "f.part"), ("a.npy", "a.npy.part")]
 )
-def test_a_folder_with_the_name_of_a_leftover_is_left_alone(tmp_path: Path, name: str, beside: str) -> None:
-    write_video(moving_square(5), f"{tmp_path}/{name}", fps=8)
+def test_names_in_progress_are_nobody_s(tmp_path: Path, name: str, beside: str) -> None:
     (tmp_path / beside).mkdir()
     (tmp_path / beside / "diary.txt").write_text("dear diary")
-    with pytest.raises(UsageError, match="diary.txt"):
-        write_video(moving_square(5), f"{tmp_path}/{name}", fps=8)
+    for _ in range(2):
+        write_video(moving_square(5), f"{tmp_path}/{name}", fps=8, recipe=RECIPE)
     assert (tmp_path / beside / "diary.txt").read_text() == "dear diary"
 
 
@@ -290,50 +344,13 @@ def test_a_name_is_never_an_address(tmp_path: Path, name: str, monkeypatch: pyte
     assert read_recipe(name) == RECIPE
 
 
-@pytest.mark.parametrize("name", ["a.npy", "f/"])
-@pytest.mark.parametrize("moment", range(4))
-def test_an_interrupted_exchange_never_mixes_old_and_new(
-    tmp_path: Path, name: str, moment: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A kill between any two renames: a recipe, where one is found, is that of the frames beside it."""
-    path = write_video(moving_square(5), f"{tmp_path}/{name}", fps=8, recipe={"frames": 5})
-    left = [moment]
-    rename = os.replace
-
-    def killed(source: str, target: str) -> None:
-        left[0] -= 1
-        if left[0] == -1:
-            monkeypatch.setattr("chitu_diffusion.media.video.os.replace", dead)
-            monkeypatch.setattr("chitu_diffusion.media.video._remove", dead)
-        rename(source, target) if left[0] >= 0 else dead()
-
-    def dead(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("chitu_diffusion.media.video.os.replace", killed)
-    try:
-        write_video(moving_square(9), f"{tmp_path}/{name}", fps=8, recipe={"frames": 9})
-    except KeyboardInterrupt:
-        monkeypatch.undo()
-        recipe = "holds no recipe"
-        try:
-            recipe = read_recipe(path)
-        except UsageError:
-            assert name == "a.npy" or not path.exists()
-        if isinstance(recipe, dict):
-            assert recipe["frames"] == len(read_frames(path))
-    monkeypatch.undo()
-    write_video(moving_square(9), f"{tmp_path}/{name}", fps=8, recipe={"frames": 9})
-    assert read_recipe(path) == {"frames": 9}
-    assert not [entry for entry in os.listdir(tmp_path) if entry.endswith(".part")]
-
-
 KILLED = """
 import os, sys
 import numpy as np
-from chitu_diffusion.media import video
-video._sync = lambda path: os.kill(os.getpid(), 9)
-video.write_video(np.zeros((5, 32, 32, 3), np.uint8), sys.argv[1], fps=8)
+from chitu_diffusion.files import atomic
+from chitu_diffusion.media.video import write_video
+atomic._sync = lambda path: os.kill(os.getpid(), 9)
+write_video(np.zeros((5, 32, 32, 3), np.uint8), sys.argv[1], fps=8)
 """
 
 
@@ -343,6 +360,24 @@ def test_killed_while_writing(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / name).exists()
     path = write_video(moving_square(5), tmp_path / name, fps=8)  # the rest of the killed one is no obstacle
     assert len(read_frames(path)) == 5
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_video_cut_anywhere_is_not_whole(tmp_path: Path, name: str) -> None:
+    """Of a folder its last frame is cut."""
+    path = write_video(moving_square(), f"{tmp_path}/{name}", fps=8, recipe=RECIPE)
+    assert is_whole(path, 9, 8)
+    assert not is_whole(path, 13, 8)
+    file = max(path.glob("*.png")) if path.is_dir() else path
+    data = file.read_bytes()
+    end = len(data)
+    for length in (0, 1, min(500, end // 2), *(end * part // 100 for part in (5, 30, 60, 90, 99)), end - 1):
+        file.write_bytes(data[:length])
+        with suppress(UsageError):  # it may be that it cannot even be opened
+            assert not is_whole(path, 9, 8), length
+        with suppress(UsageError):
+            read_recipe(path)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -386,7 +386,7 @@ def test_only_checkpoints_are_cleared(begun, backends) -> None:
     for name in foreign:
         (folder.folder / name).write_text("years of work")
     (folder.folder / "rank0-000001-step1.safetensors.d").mkdir()
-    for name in ("rank1-000007-step3.safetensors", ".rank0-000006-step5.safetensors.123.part"):
+    for name in ("rank1-000007-step3.safetensors", ".rank0-000006-step5.safetensors.0123abcd.part"):
         (folder.folder / name).write_text("a run on two ranks that was cut short")
     found = next(folder.usable(backends["one"], begun[0], []))
     folder.count_try(found)

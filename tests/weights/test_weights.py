@@ -8,7 +8,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -101,6 +101,35 @@ def test_there_and_back_opens_in_diffusers(official: Path, experts: Path, tmp_pa
     assert dict(pipeline.scheduler.config) == dict(origin.scheduler.config)
     assert pipeline.tokenizer("a red fish").input_ids == origin.tokenizer("a red fish").input_ids
     assert spec_of_folder(read_folder(back.path)) == spec_of_folder(read_folder(experts))
+
+
+def test_convert_of_a_bad_source_leaves_nothing(experts: Path, official: Path, tmp_path: Path) -> None:
+    """The last part that is written is the one at fault, so that much stands already."""
+    spoilt = shutil.copytree(experts, tmp_path / "spoilt")
+    (spoilt / "text_encoder" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError):
+        convert(spoilt, tmp_path / "new" / "target", "official")
+    assert os.listdir(tmp_path) == ["spoilt"]
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "official"])
+def test_a_source_that_shrinks_under_convert_is_an_error(
+    experts: Path, tmp_path: Path, layout: Literal["diffusers", "official"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a SIGBUS: nothing is mapped."""
+    source = shutil.copytree(experts, tmp_path / "source")
+    read = WeightFiles.read
+
+    def shrinks(self: WeightFiles, key: str) -> Tensor:
+        file = self.entries[key].file
+        if "vae" in str(file):
+            os.truncate(file, 5000)
+        return read(self, key)
+
+    monkeypatch.setattr(WeightFiles, "read", shrinks)
+    with pytest.raises(CheckpointError, match="has become shorter"):
+        convert(source, tmp_path / "target", layout)
+    assert os.listdir(tmp_path) == ["source"]
 
 
 def test_verify_likes_both_layouts_and_finds_a_nan(official: Path, experts: Path, tmp_path: Path) -> None:
