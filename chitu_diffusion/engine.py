@@ -7,19 +7,21 @@ the event.
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
-from chitu_diffusion.backend import BackendState, DiffusionBackend
+from chitu_diffusion.backend import BackendState, DiffusionBackend, checked_args
 from chitu_diffusion.config import EngineConfig, RankPlace, rank_place
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import RankLostError, UsageError, raise_first
 from chitu_diffusion.executor.distributed import DistributedExecutor
 from chitu_diffusion.executor.interrupts import deferred_interrupts
 from chitu_diffusion.executor.local import Executor, LocalExecutor
@@ -29,13 +31,18 @@ from chitu_diffusion.executor.worker_group import WorkerGroup, join_ranks
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.registry import FoundModel, resolve_model
 from chitu_diffusion.pipelines.admission import Admission
-from chitu_diffusion.pipelines.hooks import StepEnd, TaskHooks
+from chitu_diffusion.pipelines.hooks import StepEnd, TaskHooks, step_hook
 from chitu_diffusion.pipelines.request import request_of
 from chitu_diffusion.pipelines.result import VideoResult
 from chitu_diffusion.scheduler import DiffusionScheduler
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskPool, DiffusionUserParams, Progress, TaskStatus
 from chitu_diffusion.task.following import TaskFeed
 
+logger = logging.getLogger(__name__)
+_CLOSED_EARLY = (
+    "cancelled, for the engine was closed before; wait with engine.run_until_idle() or task.wait(), or use "
+    "submit(..., checkpoints=FOLDER), from which a later engine goes on"
+)
 Prompts = list[str] | list[DiffusionUserParams] | tuple[str | DiffusionUserParams, ...]
 
 
@@ -75,7 +82,7 @@ class Engine:
         place: RankPlace | None = None,
         workers: WorkerGroup | None = None,
     ) -> None:
-        args = args or (backend.args if backend is not None else EngineConfig())
+        args = backend.args if backend is not None and args is None else checked_args(args, model)
         self.pool = DiffusionTaskPool(keep_ended=args.scheduler.keep_ended)
         self.scheduler = scheduler or DiffusionScheduler(args.scheduler.policy)
         try:
@@ -98,6 +105,7 @@ class Engine:
         self._unit_thread: int | None = None
         self._inbox: deque[Callable[[], None]] = deque()
         self._open = True
+        self._interrupt = False  # diffusers' callbacks set it: the task that runs is cancelled
         self._admitting = threading.RLock()  # of `_open`, and of what is in both pool and inbox, or in none
         self._admission = Admission(self.backend)
         self._feed = TaskFeed(self._step_if_free, self.cancel)
@@ -156,7 +164,7 @@ class Engine:
             for result in results:
                 result.task.cancel()
             raise
-        _raise_first([result.task.error for result in results])
+        raise_first([result.task.error for result in results])
         return results if prompts is prompt else results[0]
 
     def submit(
@@ -219,8 +227,7 @@ class Engine:
                 self._feed.add(task)
                 return task
         hooks = TaskHooks(
-            on_step_end=None if callback is None else partial(callback, self),
-            on_video=None if result is None else result.receive,
+            on_step_end=step_hook(callback, self), on_video=None if result is None else result.receive
         )
         with deferred_interrupts(), self._admitting:
             self._require_open()
@@ -333,7 +340,7 @@ class Engine:
                 break
             errors += [] if done is None else [done[0].error]
         if raise_on_failure:
-            _raise_first(errors)
+            raise_first(errors)
 
     def save_tasks(self) -> list[DiffusionTask]:
         """Write a checkpoint of every task that has begun and was submitted with a folder for them; waits for
@@ -344,7 +351,11 @@ class Engine:
         """
         self._require_between_units()
         with self._turn:
-            begun = [task for task in self.pool.unfinished() if task in self._last_saved and task.resolved]
+            begun = [
+                task
+                for task in self.pool.unfinished()
+                if task in self._last_saved and task.status is not TaskStatus.PENDING
+            ]
             for task in begun:
                 self._executor.save_task(task)
         return [task for task in begun if task.current_step or task.status is TaskStatus.DENOISING]
@@ -392,7 +403,8 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Cancel what is unfinished and let go of the model; silent the second time.
+        """Cancel what is unfinished and let go of the model; silent the second time. What was submitted with
+        a folder for checkpoints is saved first, by `save_tasks`.
 
         On ranks but the first it serves rank 0 until that one closes, as `run_worker`.
 
@@ -405,14 +417,21 @@ class Engine:
             self._open = False
         with self._turn:
             self._inbox.clear()
-            try:
-                self._executor.shutdown()
-            finally:
-                for task in self.pool.unfinished():
-                    task.end(TaskStatus.CANCELLED)
-                self._feed.close_ended()
-                self._prune()
-                self.backend.terminate()
+            with ExitStack() as ending:
+                ending.callback(self._end_tasks)
+                ending.callback(self._executor.shutdown)
+                if self.is_driver and not isinstance(sys.exception(), RankLostError):
+                    self.save_tasks()
+
+    def _end_tasks(self) -> None:
+        left = self.pool.unfinished()
+        for task in left:
+            task.end(TaskStatus.CANCELLED, message=_CLOSED_EARLY)
+        if left and self.is_driver and sys.exception() is None:
+            logger.warning("%s: %s", ", ".join(task.task_id for task in left), _CLOSED_EARLY)
+        self._feed.close_ended()
+        self._prune()
+        self.backend.terminate()
 
     def is_closed(self) -> bool:
         """Whether `close` was called."""
@@ -476,10 +495,3 @@ class Engine:
                 "this engine is closed and its model terminated; make another one with Engine(args)"
             )
         self.backend.require_alive()
-
-
-def _raise_first(errors: Sequence[Exception | None]) -> None:
-    """Raise the first of the errors that there are."""
-    for error in errors:
-        if error is not None:
-            raise error

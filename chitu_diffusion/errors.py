@@ -24,12 +24,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class ChituError(Exception):
     """Base of all errors that the package raises on purpose."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle brings back message and attributes, whatever the arguments of the class are."""
+        return _unpickled, (type(self), self.args), vars(self)
+
+
+def _unpickled(kind: type[ChituError], args: tuple[object, ...]) -> ChituError:
+    return kind.__new__(kind, *args)
 
 
 class UsageError(ChituError, ValueError):
@@ -121,6 +130,13 @@ class StageError(TaskError):
         self.step = step
         self.cause = cause
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A cause of a class that others made may not come through a pickle; what it says does."""
+        kind = type(self.cause)
+        plain = isinstance(self.cause, ChituError) or kind.__module__ == "builtins"
+        cause = self.cause if plain else RuntimeError(f"{kind.__name__}: {self.cause}")
+        return _unpickled, (type(self), self.args), {**vars(self), "cause": cause}
+
 
 class NonFiniteError(TaskError, ValueError):
     """A tensor holds NaN or Inf."""
@@ -139,6 +155,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else f" There are: {', '.join(known)}."
+
+
+def raise_first(errors: Iterable[Exception | None]) -> None:
+    """Raise the first of the errors that there are."""
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 def without_frames(error: BaseException) -> BaseException:

@@ -40,7 +40,10 @@ if __name__ == "__main__":
             engine.submit(DiffusionUserParams(prompt="a cat", num_frames=32))
         except UsageError as error:
             print(f"refused: {error}")
-        engine.run_until_idle(raise_on_failure=False)  # each is told below
+        try:
+            engine.run_until_idle(raise_on_failure=False)  # each is told below
+        except KeyboardInterrupt:
+            raise SystemExit("interrupted; the same command goes on") from None
     for name, task in tasks.items():
         print(f"{name}: {task.status} {task.error_message or task.buffer.save_path}")
     raise SystemExit(any(task.error is not None for task in tasks.values()))
