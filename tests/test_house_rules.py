@@ -28,14 +28,14 @@ BUDGETS = {
     "distributed": 1850,
     "evaluation": 2110,
     "executor": 1490,
-    "flexcache": 2700,
+    "flexcache": 2720,
     "media": 760,
     "memory": 570,
-    "models": 3780,
+    "models": 3820,
     "ops": 1815,
-    "pipelines": 2580,
+    "pipelines": 2660,
     "sampling": 850,
-    "task": 800,
+    "task": 830,
     "weights": 640,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the

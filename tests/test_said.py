@@ -12,6 +12,7 @@ from running import CAT, config_for
 
 from chitu_diffusion import errors
 from chitu_diffusion.backend import DiffusionBackend
+from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.errors import ChituError, UsageError
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
@@ -124,3 +125,58 @@ def test_leaving_with_work_left_says_so(tiny_folder, tmp_path, caplog) -> None:
     assert "run_until_idle" in task.error_message
     assert task.task_id in caplog.text
     assert "run_until_idle" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def wan_tiny():
+    with Engine(EngineConfig(infer={"device": "cpu", "dtype": "float32", "threads": 1})) as engine:
+        yield engine
+
+
+def notes_of(engine: Engine, **fields: Any) -> str:
+    asked = {"height": 128, "width": 128, "num_frames": 17, "num_inference_steps": 1, "seed": 1, **fields}
+    task = engine.submit(DiffusionUserParams(**asked))
+    engine.step()  # the encoding
+    task.cancel()
+    return "\n".join(task.notes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said", "not_said"),
+    [
+        ({"prompt": "a dragon over a Castle"}, ["dragon, castle", "cat, dog"], ["over,"]),
+        ({"prompt": "a cat, 草地上的猫"}, ["草地上的猫"], []),
+        ({"prompt": "a cat 🐉"}, ["🐉"], []),
+        ({"prompt": CAT, "negative_prompt": "blurry, ugly"}, ["negative prompt", "blurry, ugly"], []),
+        ({"prompt": CAT, "negative_prompt": "snow", "guidance_scale": 1}, ["not used"], ["does not know"]),
+        ({"prompt": "a cat " * 300}, ["1201 tokens", "reads 512"], ["does not know"]),
+        ({"prompt": CAT, "height": 64, "width": 64}, ["trained on", "128x128"], []),
+    ],
+)
+def test_what_a_model_will_not_follow_is_noted(wan_tiny, fields, said, not_said) -> None:
+    notes = notes_of(wan_tiny, **fields)
+    assert all(word in notes for word in said), notes
+    assert not any(word in notes for word in not_said), notes
+
+
+def test_what_a_model_knows_is_followed_without_a_note(wan_tiny) -> None:
+    assert not notes_of(
+        wan_tiny, prompt="A cat's kitten walking on grass, to the left", negative_prompt="snow"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "prompt = ''"),
+        ({"prompt": CAT, "seed": [3, 4]}, "seed=each"),
+        ({"prompt": CAT, "negative_prompt": ["a", "b"]}, "negative_prompt=each"),
+        ({"prompt": CAT, "sampler": "euler"}, "infer={'sampler'"),
+        ({"prompt": CAT, "steps": 20}, "num_inference_steps"),
+        ({"prompt": CAT, "guidance": 3}, "guidance_scale"),
+    ],
+)
+def test_a_field_by_another_name_is_answered_with_ours(fields, said) -> None:
+    with pytest.raises(UsageError) as caught:
+        DiffusionUserParams(**fields)
+    assert said in str(caught.value)

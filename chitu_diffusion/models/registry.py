@@ -31,6 +31,7 @@ TINY = "wan-tiny"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _METADATA_KEYS = frozenset(
     {"name", "defaults", "measured", "boundary_ratio", "vae", "text_encoder", "scheduler", "transformer"}
+    | {"words", "trained_sizes"}
 )
 """What a folder's `chitu.json` may say."""
 
@@ -162,6 +163,11 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
         defaults=_folder_defaults(folder, twin.defaults if twin else SMALL_DEFAULTS, len(transformers)),
         measured=measured if calibration is None else MappingProxyType({**measured, **calibration.measured}),
         calibration=calibration,
+        words=tuple(str(word).lower() for word in folder.metadata.get("words", ())),
+        trained_sizes=tuple(
+            (int(height), int(width), int(frames))
+            for height, width, frames in folder.metadata.get("trained_sizes", ())
+        ),
     )
 
 

@@ -95,6 +95,9 @@ class ModelSpec:
         text_tokens, text_dim: shape of the text embeddings.
         measured: on this model, for caches that rest on it.
         calibration: what `chitu calibrate` left in its folder, or None.
+        words: all that its training's captions had, lower-case, what people ask for first; none where its
+            folder does not say.
+        trained_sizes: (height, width, frames) of its training; likewise.
     """
 
     name: str
@@ -107,6 +110,8 @@ class ModelSpec:
     text_tokens: int = 512
     measured: Measured = field(default_factory=lambda: NOTHING_MEASURED)
     calibration: Calibration | None = None
+    words: tuple[str, ...] = ()
+    trained_sizes: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def text_dim(self) -> int:
