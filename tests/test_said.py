@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import multiprocessing
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 from running import CAT, config_for
 
@@ -180,3 +182,17 @@ def test_a_field_by_another_name_is_answered_with_ours(fields, said) -> None:
     with pytest.raises(UsageError) as caught:
         DiffusionUserParams(**fields)
     assert said in str(caught.value)
+
+
+def test_a_result_is_an_array_and_names_what_save_takes(engine) -> None:
+    result = engine.generate(CAT, seed=1)
+    assert np.array_equal(np.asarray(result), result.frames)
+    with pytest.raises(UsageError, match=r"result\.save\('cat\.mp4'\)"):
+        result.save(5)
+
+
+def test_events_are_followed_by_async_for(engine) -> None:
+    async def follow() -> list[TaskStatus]:
+        return [event.stage async for event in engine.submit(CAT).events()]
+
+    assert asyncio.run(follow())[::5] == [TaskStatus.ENCODING, TaskStatus.DECODING]

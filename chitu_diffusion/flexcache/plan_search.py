@@ -187,8 +187,8 @@ def gap_errors(traces: Traces, states: NDArray[np.int64], longest: int) -> Array
     mixed = drift.transpose(0, 2, 1) @ across
     product = whole - mixed - mixed.transpose(0, 2, 1) + drift.transpose(0, 2, 1) @ (among @ drift)
     # of two skipped steps' errors, [N, longest, longest]: a gap's error sums the upper left square
-    alone = np.diagonal(product, axis1=1, axis2=2)
-    errors = (2 * np.tril(product).sum(-1) - alone).cumsum(-1)
+    own = np.diagonal(product, axis1=1, axis2=2)
+    errors = (2 * np.tril(product).sum(-1) - own).cumsum(-1)
     return np.concatenate([np.zeros((count, 1)), np.maximum(errors, 0)], axis=1)
 
 
