@@ -7,9 +7,11 @@ nothing and knows no task.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -85,9 +87,8 @@ class DiffusionBackend:
         groups: ProcessGroups | None = None,
         model: FoundModel | None = None,
     ) -> None:
-        args = _checked_args(args)
+        args = checked_args(args, model)
         require_kind("groups", groups, (ProcessGroups, NoneType), "ProcessGroups(...), or leave it out")
-        require_kind("model", model, (FoundModel, NoneType), "EngineConfig(models={'name': ...})")
         model = model or resolve_model(args.models.name, args.models.ckpt_dir)
         self._begin(args, model.spec, logging_level, groups)
         encodes = self.groups.rank == 0
@@ -106,7 +107,7 @@ class DiffusionBackend:
         attended = next(
             weight.dtype for weight in networks.experts[0].blocks.parameters() if weight.ndim == 2
         )
-        backend._begin(_checked_args(args), networks.spec, None, groups, attended)
+        backend._begin(checked_args(args), networks.spec, None, groups, attended)
         backend._install(networks)
         return backend
 
@@ -119,6 +120,7 @@ class DiffusionBackend:
         attended: torch.dtype | None = None,
     ) -> None:
         self.state = BackendState.UNINITIALIZED
+        self._process = os.getpid()
         if logging_level is not None:
             logging.getLogger("chitu_diffusion").setLevel(logging_level)
         self.args = args.frozen_copy()
@@ -355,6 +357,11 @@ class DiffusionBackend:
         return loaded is None or loaded.is_known
 
     def _alive(self) -> Networks:
+        if os.getpid() != self._process:
+            raise UsageError(
+                "this process was forked from the one that loaded the model, and lacks its threads; start "
+                "it with multiprocessing.get_context('spawn'), and make the engine in it"
+            )
         if self.state is BackendState.UNINITIALIZED or self._networks is None:
             raise UsageError("this backend is terminated; make a new one with DiffusionBackend(args)")
         return self._networks
@@ -395,10 +402,31 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _checked_args(args: EngineConfig | None) -> EngineConfig:
-    use = "EngineConfig(infer={...}, ...), which checks names and values, or nothing for the shipped model"
-    require_kind("args", args, (EngineConfig, NoneType), use)
-    return args or EngineConfig()
+def checked_args(args: object, model: object = None) -> EngineConfig:
+    """The settings; None is all defaults.
+
+    Raises:
+        UsageError: something else, or a model that `resolve_model` did not find; says the line that is right.
+    """
+    if not isinstance(model, FoundModel | None):
+        raise UsageError(
+            f'model = {model!r}: choose a model by EngineConfig(models={{"name": "{model}"}})', field="model"
+        )
+    if args is None:
+        return EngineConfig()
+    if isinstance(args, EngineConfig):
+        return args
+    remedy = "EngineConfig(infer={...}, ...), or nothing for the shipped model"
+    if isinstance(args, str | Path):
+        remedy = f'a model is chosen by EngineConfig(models={{"name": "{args}"}})'
+    elif isinstance(args, Mapping):
+        remedy = (
+            "use EngineConfig(**settings), or load_config(flags={'infer.device': 'cpu'})[0] for dotted names"
+        )
+    raise UsageError(
+        f"args is a {type(args).__name__}; use EngineConfig, which checks names and values: {remedy}",
+        field="args",
+    )
 
 
 def _check_ranks(args: EngineConfig, world: int) -> None:

@@ -7,36 +7,48 @@ the event.
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
-import time
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, overload
 
-from chitu_diffusion.backend import BackendState, DiffusionBackend
+from chitu_diffusion.backend import BackendState, DiffusionBackend, checked_args
 from chitu_diffusion.config import EngineConfig, RankPlace, rank_place
-from chitu_diffusion.errors import UsageError, names_checked, require_callable, require_kind
+from chitu_diffusion.errors import (
+    RankLostError,
+    UsageError,
+    names_checked,
+    raise_first,
+    require_callable,
+    require_kind,
+)
 from chitu_diffusion.executor.distributed import DistributedExecutor
 from chitu_diffusion.executor.interrupts import deferred_interrupts
 from chitu_diffusion.executor.local import Executor, LocalExecutor
 from chitu_diffusion.executor.memory_levels import load_backend, run_unit
-from chitu_diffusion.executor.task_checkpoints import checkpoint_folder
+from chitu_diffusion.executor.task_checkpoints import SaveTimes, checkpoint_folder
 from chitu_diffusion.executor.worker_group import WorkerGroup, join_ranks
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.registry import FoundModel, resolve_model
 from chitu_diffusion.pipelines.admission import Admission
-from chitu_diffusion.pipelines.hooks import StepEnd, TaskHooks
+from chitu_diffusion.pipelines.hooks import StepEnd, TaskHooks, step_hook
 from chitu_diffusion.pipelines.request import request_of
 from chitu_diffusion.pipelines.result import VideoResult
 from chitu_diffusion.scheduler import DiffusionScheduler
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskPool, DiffusionUserParams, Progress, TaskStatus
 from chitu_diffusion.task.following import TaskFeed
 
+logger = logging.getLogger(__name__)
+_CLOSED_EARLY = (
+    "cancelled, for the engine was closed before; wait with engine.run_until_idle() or task.wait(), or use "
+    "submit(..., checkpoints=FOLDER), from which a later engine goes on"
+)
 Prompts = list[str] | list[DiffusionUserParams] | tuple[str | DiffusionUserParams, ...]
 
 
@@ -78,15 +90,13 @@ class Engine:
         workers: WorkerGroup | None = None,
     ) -> None:
         try:
-            require_kind("args", args, (EngineConfig, NoneType), "EngineConfig(...)")
             require_kind("scheduler", scheduler, (DiffusionScheduler, NoneType), "DiffusionScheduler(...)")
             require_kind("backend", backend, (DiffusionBackend, NoneType), "DiffusionBackend(...)")
-            require_kind("model", model, (FoundModel, NoneType), "EngineConfig(models={'name': ...})")
             require_kind("place", place, (RankPlace, NoneType), "RankPlace(rank, world, store=...)")
             require_callable("on_event", on_event)
             if backend is not None and (model is not None or place is not None):
                 raise UsageError("backend has its model and ranks: leave model and place out")
-            args = args or (backend.args if backend is not None else EngineConfig())
+            args = backend.args if backend is not None and args is None else checked_args(args, model)
             self.pool = DiffusionTaskPool(keep_ended=args.scheduler.keep_ended)
             self.scheduler = scheduler or DiffusionScheduler(args.scheduler.policy)
             if backend is None:
@@ -108,11 +118,11 @@ class Engine:
         self._unit_thread: int | None = None
         self._inbox: deque[Callable[[], None]] = deque()
         self._open = True
+        self._interrupt = False  # diffusers' callbacks set it: the task that runs is cancelled
         self._admitting = threading.RLock()  # of `_open`, and of what is in both pool and inbox, or in none
         self._admission = Admission(self.backend)
         self._feed = TaskFeed(self._step_if_free, self.cancel)
-        self._last_saved: weakref.WeakKeyDictionary[DiffusionTask, float] = weakref.WeakKeyDictionary()
-        self._save_seconds = 0.0
+        self._saves = SaveTimes()
 
     @property
     def is_driver(self) -> bool:
@@ -166,7 +176,7 @@ class Engine:
             for result in results:
                 result.task.cancel()
             raise
-        _raise_first([result.task.error for result in results])
+        raise_first([result.task.error for result in results])
         return results if prompts is prompt else results[0]
 
     def submit(
@@ -229,16 +239,14 @@ class Engine:
                 task = self._executor.claim_task(task)
                 self._feed.add(task)
                 return task
-        hooks = TaskHooks(
-            on_step_end=None if callback is None else partial(callback, self),
-            on_video=None if result is None else result.receive,
-        )
+        on_video = None if result is None else result.receive
+        hooks = TaskHooks(on_step_end=step_hook(callback, self), on_video=on_video)
         with deferred_interrupts(), self._admitting:
             self._require_open()
             self.pool.add(task)
             self._feed.add(task)
             if folder is not None:
-                self._last_saved[task] = time.monotonic()
+                self._saves.begin(task)
             self._inbox.append(partial(self._add, task, hooks, folder))
         self._deliver()
         return task
@@ -344,7 +352,7 @@ class Engine:
                 break
             errors += [] if done is None else [done[0].error]
         if raise_on_failure:
-            _raise_first(errors)
+            raise_first(errors)
 
     def save_tasks(self) -> list[DiffusionTask]:
         """Write a checkpoint of every task that has begun and was submitted with a folder for them; waits for
@@ -355,23 +363,17 @@ class Engine:
         """
         self._require_between_units()
         with self._turn:
-            begun = [task for task in self.pool.unfinished() if task in self._last_saved and task.resolved]
+            begun = [task for task in self.pool.unfinished() if task in self._saves and task.resolved]
             for task in begun:
                 self._executor.save_task(task)
         return [task for task in begun if task.current_step or task.status is TaskStatus.DENOISING]
 
     def _save_if_due(self, task: DiffusionTask) -> None:
         """A checkpoint, where the last one is old enough; writing takes at most a twentieth of the time."""
-        if task.is_finished():
-            self._last_saved.pop(task, None)
-        if task not in self._last_saved or not self.backend.weights_are_hashed():
-            return
-        now = time.monotonic()
         every = self.backend.args.checkpoint.every_s
-        if now - self._last_saved[task] >= (max(every, 20 * self._save_seconds) if every else 0.0):
-            self._executor.save_task(task)
-            self._last_saved[task] = time.monotonic()
-            self._save_seconds = time.monotonic() - now
+        if self._saves.is_due(task, every) and self.backend.weights_are_hashed():
+            with self._saves.timed(task):
+                self._executor.save_task(task)
 
     def cancel(self, task_id: str) -> bool:
         """End a task as cancelled: at once, or at the end of the unit that is running; waits for neither. On
@@ -404,7 +406,8 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Cancel what is unfinished and let go of the model; silent the second time.
+        """Cancel what is unfinished and let go of the model; silent the second time. What was submitted with
+        a folder for checkpoints is saved first, by `save_tasks`.
 
         On ranks but the first it serves rank 0 until that one closes, as `run_worker`.
 
@@ -417,14 +420,21 @@ class Engine:
             self._open = False
         with self._turn:
             self._inbox.clear()
-            try:
-                self._executor.shutdown()
-            finally:
-                for task in self.pool.unfinished():
-                    task.end(TaskStatus.CANCELLED)
-                self._feed.close_ended()
-                self._prune()
-                self.backend.terminate()
+            with ExitStack() as ending:
+                ending.callback(self._end_tasks)
+                ending.callback(self._executor.shutdown)
+                if self.is_driver and not isinstance(sys.exception(), RankLostError):
+                    self.save_tasks()
+
+    def _end_tasks(self) -> None:
+        left = self.pool.unfinished()
+        for task in left:
+            task.end(TaskStatus.CANCELLED, message=_CLOSED_EARLY)
+        if left and self.is_driver and sys.exception() is None:
+            logger.warning("%s: %s", ", ".join(task.task_id for task in left), _CLOSED_EARLY)
+        self._feed.close_ended()
+        self._prune()
+        self.backend.terminate()
 
     def is_closed(self) -> bool:
         """Whether `close` was called."""
@@ -488,10 +498,3 @@ class Engine:
                 "this engine is closed and its model terminated; make another one with Engine(args)"
             )
         self.backend.require_alive()
-
-
-def _raise_first(errors: Sequence[Exception | None]) -> None:
-    """Raise the first of the errors that there are."""
-    for error in errors:
-        if error is not None:
-            raise error

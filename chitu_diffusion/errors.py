@@ -38,6 +38,14 @@ class ChituError(Exception):
 
     exit_code = 1
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle brings back message and attributes, whatever the arguments of the class are."""
+        return _unpickled, (type(self), self.args), vars(self)
+
+
+def _unpickled(kind: type[ChituError], args: tuple[object, ...]) -> ChituError:
+    return kind.__new__(kind, *args)
+
 
 class UsageError(ChituError, ValueError):
     """A value that cannot be used. Raised before anything is loaded."""
@@ -128,6 +136,13 @@ class StageError(TaskError):
         self.step = step
         self.cause = cause
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A cause of a class that others made may not come through a pickle; what it says does."""
+        kind = type(self.cause)
+        plain = isinstance(self.cause, ChituError) or kind.__module__ == "builtins"
+        cause = self.cause if plain else RuntimeError(f"{kind.__name__}: {self.cause}")
+        return _unpickled, (type(self), self.args), {**vars(self), "cause": cause}
+
 
 class NonFiniteError(TaskError, ValueError):
     """A tensor holds NaN or Inf."""
@@ -203,6 +218,13 @@ def _with_names_checked(method: FunctionType) -> Callable[..., Any]:
         return method(*values, **fields)
 
     return checked
+
+
+def raise_first(errors: Iterable[Exception | None]) -> None:
+    """Raise the first of the errors that there are."""
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 def without_frames(error: BaseException) -> BaseException:

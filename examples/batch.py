@@ -42,11 +42,7 @@ def main() -> None:
             engine.submit(DiffusionUserParams(prompt="a cat", num_frames=32))
         except UsageError as error:
             print(f"refused: {error}")
-        try:
-            engine.run_until_idle(raise_on_failure=False)  # each is told below
-        except KeyboardInterrupt:
-            engine.save_tasks()
-            raise
+        engine.run_until_idle(raise_on_failure=False)  # each is told below
     for name, task in tasks.items():
         print(f"{name}: {task.status} {task.error_message or task.buffer.save_path}")
     raise SystemExit(any(task.error is not None for task in tasks.values()))

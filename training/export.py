@@ -7,6 +7,7 @@ written beside its place and renamed, so that a half-written checkpoint is never
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,15 @@ from diffusers import UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from chitu_diffusion.evaluation.prompts import ACTORS, COLOURS
 from chitu_diffusion.models.registry import write_metadata
 from chitu_diffusion.models.spec import Defaults
 from chitu_diffusion.weights.manifest import write_manifest
 from training import autoencoder, denoiser, latents, text
+from training.world import vocabulary_corpus
+
+_CAPTIONS = 60_000
+"""Of which each word that a caption may have comes some dozens of times."""
 
 SHARD_BYTES = 12 * 2**20
 FLOW_SHIFT = 3.0
@@ -84,6 +90,13 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def known_words() -> list[str]:
+    """Every word of the captions: actors and colours first, then by the alphabet."""
+    corpus = vocabulary_corpus(_CAPTIONS, seed=1)
+    words = {word for line in corpus for word in re.findall(r"[\w']+", line.lower())}
+    return [*ACTORS, *COLOURS, *sorted(words - {*ACTORS, *COLOURS})]
+
+
 def export(run: Path, target: Path) -> None:
     """The averaged networks of `run` as a checkpoint folder at `target` (replaced if it is there)."""
     device = torch.device("cpu")
@@ -120,7 +133,8 @@ def export(run: Path, target: Path) -> None:
         "WanTransformer3DModel"],
         "transformer_2": [None, None], "vae": ["diffusers", "AutoencoderKLWan"],
     })  # fmt: skip
-    write_metadata(part, "wan-tiny", DEFAULTS)
+    sizes = [list(shape) for shape in latents.SHAPES]
+    write_metadata(part, "wan-tiny", DEFAULTS, words=known_words(), trained_sizes=sizes)
     write_manifest(part, "shipped")
     if target.exists():
         for kept in ("README.md", "LICENSE"):

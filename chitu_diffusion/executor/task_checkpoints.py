@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import time
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from chitu_diffusion.backend import DiffusionBackend
@@ -22,6 +24,37 @@ _RESTORED = (
     "seconds", "created_at", "started_at",
 )  # fmt: skip
 """The rest is whose task it is, and stays."""
+
+
+class SaveTimes:
+    """When tasks that have a folder for checkpoints were saved last, and how long that took."""
+
+    def __init__(self) -> None:
+        self._last: weakref.WeakKeyDictionary[DiffusionTask, float] = weakref.WeakKeyDictionary()
+        self._seconds = 0.0
+
+    def __contains__(self, task: DiffusionTask) -> bool:
+        return task in self._last
+
+    def begin(self, task: DiffusionTask) -> None:
+        """A task that has a folder."""
+        self._last[task] = time.monotonic()
+
+    def is_due(self, task: DiffusionTask, every: float) -> bool:
+        """Whether the last one is older than `every` seconds, and than 20 times what it took."""
+        if task.is_finished():
+            self._last.pop(task, None)
+        if task not in self._last:
+            return False
+        return time.monotonic() - self._last[task] >= (max(every, 20 * self._seconds) if every else 0.0)
+
+    @contextmanager
+    def timed(self, task: DiffusionTask) -> Iterator[None]:
+        """While a task is saved."""
+        began = time.monotonic()
+        yield
+        self._last[task] = time.monotonic()
+        self._seconds = time.monotonic() - began
 
 
 class TaskCheckpoints:

@@ -65,6 +65,12 @@ class CalibratedPlan(Strategy):
     def check_steps(self, num_steps: int) -> None:
         """No more computed steps than there are."""
         super().check_steps(num_steps)
+        if not self.fresh and self.speedup > num_steps:
+            raise UsageError(
+                f"speedup = {self.speedup:g}: of {num_steps} steps at least one is computed; use at most "
+                f"{num_steps}",
+                field="flexcache",
+            )
         if self.fresh > num_steps:
             raise UsageError(
                 f"flexcache fresh = {self.fresh}: use at most the task's {num_steps} steps", field="flexcache"

@@ -37,6 +37,9 @@ _RIDGE_DIFFERENCE = 1e-3
 noisy in bfloat16, and hardly lose by it; shrinking the value itself by 1e-4 would cost 2 dB at 60 % of the
 work."""
 
+_AT_ONCE = 2048
+"""States whose gaps are weighed in one go; more of them leave the processor's cache."""
+
 
 @dataclass(frozen=True)
 class Traces:
@@ -173,18 +176,19 @@ def gap_errors(traces: Traces, states: NDArray[np.int64], longest: int) -> Array
         return np.zeros((count, 1))
     rows, targets, weights = fitted(traces, states, longest)
     steps = targets[:, :, 0]  # the first branch's rows are the steps
-    share = np.stack([traces.combination(step) for step in range(n)])[steps]  # [N, longest, B]
-    size = (traces.response * traces.gain)[steps]
-    used = rows.shape[1]
-    drift = np.zeros((count, longest, used + longest * traces.branches))
-    drift[:, :, :used] = -np.einsum("nflb,nlb->nlf", weights, share) * size[:, :, None]
-    for skipped in range(longest):
-        own = slice(used + skipped * traces.branches, used + (skipped + 1) * traces.branches)
-        drift[:, skipped, own] = share[:, skipped] * size[:, skipped, None]
-    drift = drift.cumsum(axis=1)
-    every = np.concatenate([rows, targets.reshape(count, -1)], axis=1)
-    moments = traces.moments[every[:, :, None], every[:, None, :]]
-    errors = np.einsum("nlq,nlq->nl", drift @ moments, drift)
+    guided = np.zeros((n, len(traces.moments)))  # each step's velocity, by its weight in the last latent
+    for step in range(n):
+        own = step + n * np.arange(traces.branches)
+        guided[step, own] = traces.combination(step) * (traces.response * traces.gain)[step]
+    drift = np.einsum("nflb,nlb->nfl", weights, guided[steps[:, :, None], targets])  # [N, F, longest]
+    across = (traces.moments @ guided.T)[rows[:, :, None], steps[:, None, :]]
+    among = traces.moments[rows[:, :, None], rows[:, None, :]]
+    whole = (guided @ traces.moments @ guided.T)[steps[:, :, None], steps[:, None, :]]
+    mixed = drift.transpose(0, 2, 1) @ across
+    product = whole - mixed - mixed.transpose(0, 2, 1) + drift.transpose(0, 2, 1) @ (among @ drift)
+    # of two skipped steps' errors, [N, longest, longest]: a gap's error sums the upper left square
+    own = np.diagonal(product, axis1=1, axis2=2)
+    errors = (2 * np.tril(product).sum(-1) - own).cumsum(-1)
     return np.concatenate([np.zeros((count, 1)), np.maximum(errors, 0)], axis=1)
 
 
@@ -221,10 +225,12 @@ def best_plans(
     n = traces.num_steps
     reached = _Reached(most)
     reached.offer((0,), None, np.where(np.arange(most + 1) == 1, 0.0, np.inf))
-    errors = _known_errors(traces, order, longest, switches)
+    errors = _known_errors(traces, most, order, longest, switches)
     for newest in range(n):
         for state in reached.at(newest):
             so_far = reached.errors[state]
+            if _fewest(state, n, longest) > most:
+                continue
             for skipped, added in enumerate(errors(state)):
                 following = newest + 1 + skipped
                 if following == n:
@@ -278,25 +284,36 @@ class _Reached:
         return tuple(reversed(steps))
 
 
+def _fewest(state: Fresh, steps: int, longest: int) -> int:
+    """Computed steps that a plan through a state has at the least."""
+    before = -(-state[0] // (longest + 1))
+    after = -(-(steps - state[-1]) // (longest + 1)) - 1
+    return before + len(state) + after
+
+
 def _known_errors(
-    traces: Traces, order: int, longest: int, switches: Collection[int]
+    traces: Traces, most: int, order: int, longest: int, switches: Collection[int]
 ) -> Callable[[Fresh], Array]:
-    """`gap_errors` of every possible state, in one go for each number of remembered steps."""
+    """`gap_errors` of every possible state, in one go for each number of remembered steps and some thousand
+    states.
+    """
     n = traces.num_steps
     known = {}
     states: list[Fresh] = [(0,), *((step,) for step in sorted(switches))]
     while states:
-        for state, errors in zip(
-            states, gap_errors(traces, np.array(states), min(longest, n - 1)), strict=True
-        ):
-            known[state] = errors[: n - state[-1]]
+        for begin in range(0, len(states), _AT_ONCE):
+            some = states[begin : begin + _AT_ONCE]
+            ahead = min(longest, n - 1 - some[0][-1])
+            for state, errors in zip(some, gap_errors(traces, np.array(some), ahead), strict=True):
+                known[state] = errors[: n - state[-1]]
         after = {
             (*s, k)[-order:]
             for s in states
             for k in range(s[-1] + 1, min(s[-1] + longest + 2, n))
             if k not in switches
         }
-        states = sorted(after - known.keys())
+        needed = (state for state in after - known.keys() if _fewest(state, n, longest) <= most)
+        states = sorted(needed, key=lambda state: state[::-1])  # those with the least ahead go together
     return known.__getitem__
 
 

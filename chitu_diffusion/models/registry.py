@@ -32,6 +32,7 @@ TINY = "wan-tiny"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _METADATA_KEYS = frozenset(
     {"name", "defaults", "measured", "boundary_ratio", "vae", "text_encoder", "scheduler", "transformer"}
+    | {"words", "trained_sizes"}
 )
 """What a folder's `chitu.json` may say."""
 
@@ -164,6 +165,11 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
         measured=measured if calibration is None else MappingProxyType({**measured, **calibration.measured}),
         calibration=calibration,
         authors_shift=twin.defaults.shift if twin else None,
+        words=tuple(str(word).lower() for word in folder.metadata.get("words", ())),
+        trained_sizes=tuple(
+            (int(height), int(width), int(frames))
+            for height, width, frames in folder.metadata.get("trained_sizes", ())
+        ),
     )
 
 

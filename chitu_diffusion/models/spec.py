@@ -96,6 +96,9 @@ class ModelSpec:
         measured: on this model, for caches that rest on it.
         calibration: what `chitu calibrate` left in its folder, or None.
         authors_shift: the shift that the authors of these networks sample with; None where nobody knows.
+        words: all that its training's captions had, lower-case, what people ask for first; none where its
+            folder does not say.
+        trained_sizes: (height, width, frames) of its training; likewise.
     """
 
     name: str
@@ -109,6 +112,8 @@ class ModelSpec:
     measured: Measured = field(default_factory=lambda: NOTHING_MEASURED)
     calibration: Calibration | None = None
     authors_shift: float | None = None
+    words: tuple[str, ...] = ()
+    trained_sizes: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def text_dim(self) -> int:

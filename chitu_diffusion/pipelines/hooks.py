@@ -5,9 +5,10 @@ Knows functions and what they may give back; not who keeps them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,9 +19,47 @@ from chitu_diffusion.task import DiffusionTask
 if TYPE_CHECKING:
     from chitu_diffusion.media.video import Frames
 
-StepEnd = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
-"""(engine, step from 0, timestep, {"latents": [1, C, T, H, W], "task": ...}) -> None, or {"latents": ...} for
-the next step to start from. diffusers' `callback_on_step_end`."""
+StepEnd = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | bool | None]
+"""(engine, step from 0, timestep, {"latents": [1, C, T, H, W], "task": ...}) -> None, what
+`task.cancel()` gave, or {"latents": ...} for the next step to start from; diffusers' `callback_on_step_end`.
+"""
+
+
+class Interruptible(Protocol):
+    """Where diffusers' callbacks say that they want no more steps."""
+
+    _interrupt: bool
+
+
+def step_hook(
+    callback: StepEnd | None, engine: Interruptible
+) -> Callable[[int, float, dict[str, Any]], Mapping[str, Any] | bool | None] | None:
+    """A caller's `callback_on_step_end` without its engine; where it sets the engine's `_interrupt`, as in
+    diffusers, its task is cancelled.
+
+    Raises:
+        UsageError: it cannot be called with what it will be given.
+    """
+    if callback is None:
+        return None
+    try:
+        inspect.signature(callback).bind(engine, 0, 0.0, {})
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"callback_on_step_end = {callback!r} cannot be called: {error}; use a function "
+            "(engine, step, timestep, kwargs), whose kwargs hold 'latents' and 'task'",
+            field="callback_on_step_end",
+        ) from None
+
+    def hook(step: int, timestep: float, values: dict[str, Any]) -> Mapping[str, Any] | bool | None:
+        task = values["task"]
+        answer = callback(engine, step, timestep, values)
+        if engine._interrupt:
+            engine._interrupt = False
+            task.cancel()
+        return answer
+
+    return hook
 
 
 @dataclass(frozen=True)
@@ -34,7 +73,7 @@ class TaskHooks:
             a task without a path writes no file.
     """
 
-    on_step_end: Callable[[int, float, dict[str, Any]], Mapping[str, Any] | None] | None = None
+    on_step_end: Callable[[int, float, dict[str, Any]], Mapping[str, Any] | bool | None] | None = None
     on_video: Callable[[Frames, Mapping[str, Any]], None] | None = None
 
     def latent_after(
@@ -55,7 +94,7 @@ class TaskHooks:
             return latent
         shown = latent.clone()
         answer = self.on_step_end(step, timestep, {"latents": shown, "task": task})
-        if answer is None:
+        if answer is None or isinstance(answer, bool):  # what `task.cancel()` gives
             return latent
         given = answer.get("latents", shown) if isinstance(answer, Mapping) else answer
         if given is shown and torch.equal(shown, latent):

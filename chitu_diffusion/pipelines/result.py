@@ -58,6 +58,10 @@ class VideoResult:
         self.frames = frames
         self.recipe = recipe
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Frames:
+        """`np.asarray(result)`: the frames."""
+        return np.array(self.frames, dtype=dtype, copy=True if copy else None)
+
     def to_pil(self) -> list[Image]:
         """The frames as Pillow's images, RGB."""
         from PIL import Image
@@ -83,6 +87,10 @@ class VideoResult:
                 f"task {self.task.task_id} is {self.task.status} and has no frames here to save; of several "
                 "ranks the first has them",
                 field="frames",
+            )
+        if not isinstance(path, str | os.PathLike):
+            raise UsageError(
+                f"path = {path!r}: use a file's name, such as result.save('cat.mp4')", field="path"
             )
         quality = self._quality if quality is None else quality
         return write_video(self.frames, path, fps=self.fps, quality=quality, recipe=self.recipe)

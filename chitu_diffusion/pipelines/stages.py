@@ -34,6 +34,7 @@ from chitu_diffusion.pipelines.hooks import TaskHooks
 from chitu_diffusion.pipelines.recipe import recipe_of
 from chitu_diffusion.pipelines.registry import pipeline_of
 from chitu_diffusion.pipelines.request import guidance_pair, resolve_task, stages_of
+from chitu_diffusion.pipelines.request_notes import request_notes
 from chitu_diffusion.pipelines.text_to_video import TextToVideo
 from chitu_diffusion.sampling.library import SamplerState
 from chitu_diffusion.sampling.noise import initial_noise, pad_latent, upsample_latent
@@ -158,6 +159,8 @@ class Stages:
         notes += [note for note in (backend.spec.shift_note(resolved.shift),) if note]
         for image in (resolved.image, resolved.last_image):
             notes += image.notes(resolved.height, resolved.width) if image else []
+        if backend.groups.rank == 0:
+            notes += request_notes(task.params, resolved, backend.spec, backend.text_encoder)
         return "; ".join(notes) or None
 
     def _denoise(self, task: DiffusionTask) -> str | None:

@@ -24,6 +24,25 @@ _GLANCE = 0.05
 """Seconds after which whoever waits looks whether the engine is free to be driven."""
 
 
+class TaskEvents(Iterator[Progress]):
+    """Events of a task, for `for` and for `async for`."""
+
+    def __init__(self, events: Iterator[Progress]) -> None:
+        self._events = events
+
+    def __next__(self) -> Progress:
+        return next(self._events)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Progress:
+        event = await asyncio.to_thread(next, self._events, None)
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+
 @names_checked
 class FollowedTask:
     """What can be asked of a task beside its data.
@@ -73,17 +92,17 @@ class FollowedTask:
         """
         return not self.is_finished() and self._require_feed().cancel(self.task_id)
 
-    def events(self) -> Iterator[Progress]:
+    def events(self) -> TaskEvents:
         """Every unit's event since the engine took the task in, whenever one begins to read; ends with the
-        task. Whoever reads drives, as in `wait`.
+        task. Whoever reads drives, as in `wait`; `async for` does so in a thread.
 
         Raises:
             UsageError, RankLostError: as `wait`.
         """
         feed = None if self._feed is None else self._feed()
         if feed is None and self.is_finished():
-            return iter(())
-        return self._require_feed().events(self)
+            return TaskEvents(iter(()))
+        return TaskEvents(self._require_feed().events(self))
 
     def __await__(self) -> Generator[Any, None, Self]:
         """`await task`: waits in a thread, and gives the task back.

@@ -45,6 +45,16 @@ _DIFFUSERS_NAMES = MappingProxyType(
         "prompt_embeds": "use generator.denoise_loop(latent, embeddings)",
         "negative_prompt_embeds": "use generator.denoise_loop(latent, embeddings)",
         "guidance_scale_2": "use guidance_scale=(high noise, low noise)",
+        "sampler": "it is a setting: EngineConfig(infer={'sampler': 'euler'})",
+        "scheduler": "the solver is a setting: EngineConfig(infer={'sampler': 'euler'})",
+        "device": "it is a setting: EngineConfig(infer={'device': 'cpu'})",
+        "dtype": "it is a setting: EngineConfig(infer={'dtype': 'float32'})",
+        "model": "it is a setting: EngineConfig(models={'name': 'wan-tiny'})",
+        "frames": "use num_frames",
+        "guidance": "use guidance_scale",
+        "cfg": "use guidance_scale",
+        "size": "use height and width",
+        "output": "use save_path",
         "callback_on_step_end": "hand it to engine.generate or engine.submit, beside the request",
         "callback_on_step_end_tensor_inputs": "callback_on_step_end is given the latents",
         "callback": "use callback_on_step_end of engine.generate and engine.submit",
@@ -123,7 +133,7 @@ class DiffusionUserParams:
         UsageError (a ValueError): naming the field, the value, and what to use.
     """
 
-    prompt: str
+    prompt: str = ""
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
@@ -150,7 +160,14 @@ class DiffusionUserParams:
         for name in _NUMBERS:
             object.__setattr__(self, name, plain_number(vars(self)[name]))
         if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise UsageError(f"prompt = {self.prompt!r}: must be a sentence", field="prompt")
+            raise UsageError(
+                f"prompt = {self.prompt!r}: must be a sentence, such as 'a red car'", field="prompt"
+            )
+        for name in ("seed", "negative_prompt"):
+            if isinstance(getattr(self, name), list | tuple):
+                raise UsageError(
+                    f"{name} = {getattr(self, name)!r}: {_ONE_EACH.format(name=name)}", field=name
+                )
         for name in ("prompt", "negative_prompt"):
             text = getattr(self, name)
             if text is not None:
@@ -201,6 +218,12 @@ class DiffusionUserParams:
         return {**dataclasses.asdict(plain), "fps": fps} | {
             name: None if image is None else image.to_mapping() for name, image in images.items()
         }
+
+
+_ONE_EACH = (
+    "one for each request; for several use engine.generate([DiffusionUserParams(prompt, {name}=each) for "
+    "each in ...])"
+)
 
 
 def _check_names(kind: type[DiffusionUserParams], given: Iterable[str]) -> None:

@@ -128,9 +128,17 @@ class DiffusionTask(FollowedTask):
         vars(self).update(fields)
 
     def end(
-        self, status: TaskStatus, error: Exception | None = None, *, save_path: str | None = None
+        self,
+        status: TaskStatus,
+        error: Exception | None = None,
+        *,
+        save_path: str | None = None,
+        message: str | None = None,
     ) -> None:
-        """Enter an end state and let go of every tensor; the video's path stays."""
+        """Enter an end state and let go of every tensor; the video's path stays. `message` says why, where
+        there is no error.
+        """
+        self.error_message = message
         if error is not None:
             # a traceback would keep the failed stage's tensors alive
             self.error = error.with_traceback(None)

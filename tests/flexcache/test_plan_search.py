@@ -9,8 +9,11 @@ import itertools
 import numpy as np
 import pytest
 
+from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache import plan_search as planning
+from chitu_diffusion.flexcache.manager import parse_flexcache
 from chitu_diffusion.flexcache.plan_search import Traces, best_plans, fitted, gap_errors, predictions
+from chitu_diffusion.models.registry import resolve_model
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)
 
@@ -146,3 +149,29 @@ def test_other_schedules_are_the_same_runs_between_the_steps() -> None:
     np.testing.assert_allclose(other.moments, seen @ seen.T / seen.shape[1], atol=1e-9)
     assert other.num_steps == 9 and other.branches == 2 and other.of_prompt().branches == 1
     np.testing.assert_allclose(other.of_prompt().moments[:9, :9], other.moments[:9, :9])
+
+
+def test_a_speed_beyond_the_steps_is_refused_with_the_most_that_can_be() -> None:
+    with pytest.raises(UsageError, match="use at most 20"):
+        parse_flexcache({"strategy": "plan", "speedup": 20.5}, 20)
+    assert parse_flexcache({"strategy": "plan", "speedup": 20}, 20)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_few_computed_steps_are_searched_among_few_states(monkeypatch, most) -> None:
+    """What is not looked at is no part of so short a plan: a search without a limit finds the same."""
+    traces = resolve_model("wan-tiny").spec.calibration.traces()
+    short = traces.resampled(traces.sigmas[::5], np.diff(traces.sigmas[::5]), traces.guidance[::5])
+    weighed: list[int] = []
+    weigh = planning.gap_errors
+    monkeypatch.setattr(
+        planning,
+        "gap_errors",
+        lambda t, states, ahead: weighed.append(len(states)) or weigh(t, states, ahead),
+    )
+    found = planning.best_plans(short, most, order=3, longest=9)
+    few = sum(weighed)
+    weighed.clear()
+    whole = planning.best_plans(short, 10, order=3, longest=9)
+    assert found == {count: plan for count, plan in whole.items() if count <= most}
+    assert few < sum(weighed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -112,6 +112,28 @@ class TextEncoder(nn.Module):
             return_tensors="pt",
         )
         return tokens.input_ids, tokens.attention_mask
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt as it would be read without a limit, the end mark included."""
+        return len(self.tokenizer(clean_prompt(prompt), verbose=False).input_ids)
+
+    def unknown_words(self, prompt: str, known: Collection[str] = ()) -> list[str]:
+        """Words and signs of a prompt that the tokenizer has no tokens for.
+
+        Args:
+            known: lower-case words that the model was trained on; any other word is unknown then.
+        """
+        words = dict.fromkeys(re.findall(r"[^\W_][\w']*|[^\x00-\x7f]", clean_prompt(prompt).lower()))
+        mark = self.tokenizer.unk_token_id
+        return [
+            word
+            for word in words
+            if word.isprintable()
+            and (
+                (bool(known) and word not in known and word.removesuffix("'s") not in known)
+                or mark in self.tokenizer(word, add_special_tokens=False).input_ids
+            )
+        ]
 
 
 def clean_prompt(text: str) -> str:
