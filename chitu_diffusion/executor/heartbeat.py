@@ -32,6 +32,8 @@ from chitu_diffusion.executor.messages import without_controls
 
 INTERVAL = 1.0
 """Seconds between two heartbeats."""
+_QUICK = 10
+"""So many heartbeats come quickly."""
 _GLANCE = 0.25
 _GRACE = 2.0
 _STACK_AFTER = 3.0
@@ -185,8 +187,8 @@ class HeartbeatMonitor:
                 for other in self._seen:
                     self._check_process(other)
                 self._heard = time.monotonic()
-                # oftener, both ways, where a stranger writes over them
-                self._wake.wait(_GLANCE / 5 if unheard else INTERVAL)
+                # oftener at first, for two make a process known, and where a stranger writes over them
+                self._wake.wait(_GLANCE / 5 if unheard or self._number < _QUICK else INTERVAL)
         except RuntimeError as error:
             # the store went away with whoever had it: rank 0, or the launcher
             if not self._stop.is_set() and self.lost is None:

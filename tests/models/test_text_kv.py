@@ -357,7 +357,7 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
         model_pool=[network],
         attention=sdpa,
         choose_attention=lambda tokens, expert: None,
-        set_precision=lambda expert, timestep: False,
+        set_precision=lambda expert, timestep, shift: False,
         compile_note=lambda: None,
         flexcache_manager=FlexCacheManager(),
         offload=SimpleNamespace(use=lambda name: None, prefetched_blocks=lambda name: None),

@@ -133,7 +133,7 @@ def test_ctrl_c_at_any_line_loses_no_step_and_repeats_none(backends, name, tmp_p
         except KeyboardInterrupt:
             caught += 1
             sys.settrace(None)
-            if task.resolved is not None:
+            if task.resolved is not None and not task.is_finished():
                 # as another process finds it
                 save_task(task, tmp_path / "cut.safetensors", backend)
                 task = load_task(tmp_path / "cut.safetensors", backend)
