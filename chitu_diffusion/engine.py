@@ -122,7 +122,7 @@ class Engine:
         self._admitting = threading.RLock()  # of `_open`, and of what is in both pool and inbox, or in none
         self._admission = Admission(self.backend)
         self._feed = TaskFeed(self._step_if_free, self.cancel)
-        self._saves = SaveTimes()
+        self._saves = SaveTimes(self._executor.save_task)
 
     @property
     def is_driver(self) -> bool:
@@ -223,7 +223,6 @@ class Engine:
         checkpoints: str | Path | None = None,
     ) -> DiffusionTask:
         self._require_open()
-        require_callable("callback_on_step_end", callback)
         folder = checkpoint_folder(checkpoints)
         self._feed.require_free(task)
         if task.status is not TaskStatus.PENDING and self.backend.groups.plan.world > 1:
@@ -365,15 +364,15 @@ class Engine:
         with self._turn:
             begun = [task for task in self.pool.unfinished() if task in self._saves and task.resolved]
             for task in begun:
-                self._executor.save_task(task)
+                if not self._saves.is_saved(task):
+                    self._saves.save(task)
         return [task for task in begun if task.current_step or task.status is TaskStatus.DENOISING]
 
     def _save_if_due(self, task: DiffusionTask) -> None:
         """A checkpoint, where the last one is old enough; writing takes at most a twentieth of the time."""
         every = self.backend.args.checkpoint.every_s
         if self._saves.is_due(task, every) and self.backend.weights_are_hashed():
-            with self._saves.timed(task):
-                self._executor.save_task(task)
+            self._saves.save(task)
 
     def cancel(self, task_id: str) -> bool:
         """End a task as cancelled: at once, or at the end of the unit that is running; waits for neither. On

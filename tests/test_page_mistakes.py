@@ -275,7 +275,7 @@ def test_numbers_of_numpy_are_numbers(lent):
         )
     )
     with pytest.raises(UsageError, match="must be a whole number"):
-        DiffusionUserParams(CAT, seed=np.float64(5))
+        DiffusionUserParams(CAT, seed=np.float64(5.5))
     with pytest.raises(UsageError, match="must be a whole number"):
         DiffusionUserParams(CAT, seed=np.bool_(True))
 

@@ -7,8 +7,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from chitu_diffusion.backend import DiffusionBackend
@@ -27,10 +26,18 @@ _RESTORED = (
 
 
 class SaveTimes:
-    """When tasks that have a folder for checkpoints were saved last, and how long that took."""
+    """When tasks that have a folder for checkpoints were saved last, and how long that took.
 
-    def __init__(self) -> None:
+    Args:
+        write: the checkpoint of a task.
+    """
+
+    def __init__(self, write: Callable[[DiffusionTask], None]) -> None:
+        self._write = write
         self._last: weakref.WeakKeyDictionary[DiffusionTask, float] = weakref.WeakKeyDictionary()
+        self._places: weakref.WeakKeyDictionary[DiffusionTask, tuple[object, ...]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._seconds = 0.0
 
     def __contains__(self, task: DiffusionTask) -> bool:
@@ -48,13 +55,21 @@ class SaveTimes:
             return False
         return time.monotonic() - self._last[task] >= (max(every, 20 * self._seconds) if every else 0.0)
 
-    @contextmanager
-    def timed(self, task: DiffusionTask) -> Iterator[None]:
-        """While a task is saved."""
+    def is_saved(self, task: DiffusionTask) -> bool:
+        """Whether its last checkpoint is of the step where it is."""
+        return self._places.get(task) == _place_of(task)
+
+    def save(self, task: DiffusionTask) -> None:
+        """Now."""
         began = time.monotonic()
-        yield
+        self._write(task)
+        self._places[task] = _place_of(task)
         self._last[task] = time.monotonic()
         self._seconds = time.monotonic() - began
+
+
+def _place_of(task: DiffusionTask) -> tuple[object, ...]:
+    return task.status, task.cascade_stage, task.current_step
 
 
 class TaskCheckpoints:

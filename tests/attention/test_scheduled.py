@@ -285,7 +285,8 @@ def test_a_batch_makes_again_what_another_schedule_made(chitu, model, tmp_path: 
     assert chitu(*words)[0] == 0
     (video,) = file.glob("*.mp4")
     assert read_recipe(video)["attn_schedule"] is None
-    assert chitu(*words, *later)[0] == 0
+    assert chitu(*words, *later)[0] == 2  # it shows something else
+    assert chitu(*words, *later, "--overwrite")[0] == 0
     assert read_recipe(video)["attn_schedule"]["kernel"] == "math"
 
 

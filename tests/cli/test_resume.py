@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -195,11 +196,12 @@ def test_without_a_seed_it_is_the_same_video_all_the_same(begin, tmp_path: Path)
 
 
 def test_a_batch_goes_on_in_the_middle_of_a_row(begin, tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("a cat\na dog\na fish\n")
-    words = ("batch", "p.txt", "-o", "many", "--steps", "6", "--seed", "3")
+    rows = [{"prompt": f"a {name}", "id": name} for name in ("cat", "dog", "fish")]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ("batch", "p.jsonl", "-o", "many", "--steps", "6", "--seed", "3")
     run = begin(*words)
     deadline = time.monotonic() + ENOUGH
-    first = tmp_path / "many" / "0001.mp4"
+    first = tmp_path / "many" / "cat.mp4"
     while not (first.exists() and steps_saved(tmp_path, after=first.stat().st_mtime) >= 2):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -207,7 +209,7 @@ def test_a_batch_goes_on_in_the_middle_of_a_row(begin, tmp_path: Path) -> None:
     assert run.end()[0] == 130
     said = begin(*words).end()[1]
     assert "1 of 3 rows are done already" in said and '[2/3] "a dog"' in said and "going on at step" in said
-    assert sorted(file.name for file in (tmp_path / "many").iterdir()) == ["0001.mp4", "0002.mp4", "0003.mp4"]
+    assert sorted(file.name for file in (tmp_path / "many").iterdir()) == ["cat.mp4", "dog.mp4", "fish.mp4"]
     assert not list(tmp_path.glob("cache/checkpoints/*"))
 
 

@@ -130,7 +130,9 @@ def test_a_batch_is_done_only_by_the_same_model_and_settings(chitu, model, tmp_p
             for word in ("--set", f"infer.{name}={vars(config.infer)[name]}")
         ]
         words = [word for word in words if change != "dtype" or word not in ("--dtype", "float32")]
-    assert "0 done already, 1 to make" in chitu(*words, "--dry-run")[2]
+    code, _, said = chitu(*words, "--dry-run")
+    assert code == 2 and "shows something else" in said
+    assert "0 done already, 1 to make" in chitu(*words, "--dry-run", "--overwrite")[2]
 
 
 def test_a_plan_of_other_weights_waits_for_no_hash_and_is_refused_once_it_is_known(

@@ -251,7 +251,7 @@ def test_a_batch_row_of_another_list_is_made_again(chitu: Chitu, folders, tmp_pa
     Path("p.txt").write_text("a cat\n", encoding="utf-8")
     other = with_defaults(folders["tiny euler"], tmp_path / "other", timesteps=[1000, 900, 500, 250])
     for folder, done in ((folders["tiny euler"], False), (folders["tiny euler"], True), (other, False)):
-        code, _, err = chitu("batch", "p.txt", "-o", "out", "--model", folder)
+        code, _, err = chitu("batch", "p.txt", "-o", "out", "--model", folder, "--overwrite")
         assert code == 0 and ("done already" in err) is done, err
 
 
