@@ -29,14 +29,14 @@ BUDGETS = {
     "evaluation": 2110,
     "executor": 1925,
     "files": 260,
-    "flexcache": 2720,
+    "flexcache": 2730,
     "media": 980,
     "memory": 570,
     "models": 3945,
     "ops": 1815,
-    "pipelines": 2905,
+    "pipelines": 3320,
     "sampling": 880,
-    "task": 925,
+    "task": 935,
     "weights": 1145,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
