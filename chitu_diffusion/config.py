@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from chitu_diffusion.errors import UsageError, nearest
+from chitu_diffusion.files.reading import cause, read_text
 from chitu_diffusion.sampling.registry import AUTO, SAMPLER_HELP, SOLVERS
 
 if TYPE_CHECKING:
@@ -451,9 +452,9 @@ def set_nccl_defaults() -> None:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"cannot read the settings file {path}: {error}") from error
+        return tomllib.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"cannot read the settings file {path}: {cause(error)}") from error
 
 
 def keep_compiled_code() -> None:

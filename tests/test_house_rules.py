@@ -28,15 +28,16 @@ BUDGETS = {
     "distributed": 1850,
     "evaluation": 2110,
     "executor": 1490,
+    "files": 170,
     "flexcache": 2700,
-    "media": 760,
+    "media": 785,
     "memory": 570,
-    "models": 3660,
+    "models": 4010,
     "ops": 1815,
     "pipelines": 2580,
     "sampling": 850,
     "task": 800,
-    "weights": 640,
+    "weights": 670,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

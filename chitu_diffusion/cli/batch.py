@@ -24,6 +24,7 @@ from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.cli.resume import VideoJob, job_key, run_key
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.files.reading import cause, parse_json, read_text
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
@@ -212,9 +213,9 @@ def read_rows(file: Path, folder: Path, defaults: Mapping[str, Any], make_task: 
     if reader is None:
         raise UsageError(f"'{file}': use .txt, .jsonl or .csv", field="file")
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read '{file}': {error}", field="file") from error
+        text = read_text(file, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read '{file}': {cause(error)}", field="file") from error
     rows: list[Row] = []
     problems: list[str] = []
     taken = Taken()
@@ -264,8 +265,8 @@ def _jsonl(text: str) -> Iterator[tuple[int, Any]]:
         if not content.strip():
             continue
         try:
-            values = json.loads(content)
-        except (ValueError, RecursionError) as error:
+            values = parse_json(content)
+        except ValueError as error:
             yield line, UsageError(f"not JSON: {error}")
             continue
         yield (

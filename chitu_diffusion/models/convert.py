@@ -23,10 +23,10 @@ from chitu_diffusion.models.folder import (
     read_json,
 )
 from chitu_diffusion.models.kinds import OPTIONAL_ROLES, PARTS, Role
-from chitu_diffusion.models.loading import blueprint, open_weights
+from chitu_diffusion.models.loading import blueprint, open_weights, tokenizer_of
 from chitu_diffusion.models.registry import spec_of_folder
-from chitu_diffusion.models.wan.text_encoder import load_tokenizer
 from chitu_diffusion.sampling.solvers import Sampler
+from chitu_diffusion.weights.files import few
 from chitu_diffusion.weights.loader import match_names, save_weights, write_json
 
 
@@ -65,7 +65,7 @@ def verify(path: str | Path, deep: bool = False) -> list[PartCheck]:
     findings = [PartCheck("folder", folder.path, True, f"{spec.name}, {folder.layout} layout")]
     findings += [_verified(folder, role, deep) for role in folder.components]
     try:
-        size = len(load_tokenizer(folder.tokenizer))
+        size = len(tokenizer_of(folder))
         findings.append(PartCheck("tokenizer", folder.tokenizer, True, f"{size} pieces"))
     except ChituError as error:
         findings.append(PartCheck("tokenizer", folder.tokenizer, False, str(error)))
@@ -159,9 +159,10 @@ def _verified(folder: ModelFolder, role: Role, deep: bool) -> PartCheck:
                     return PartCheck(role, weights.entries[key].file, False, f"{key} holds NaN or Inf")
     except ChituError as error:
         return PartCheck(role, component.weights, False, str(error))
-    return PartCheck(
-        role, component.weights, True, f"{len(names)} tensors, {total / 2**30:.2f} GiB, {'/'.join(kinds)}"
-    )
+    message = f"{len(names)} tensors, {total / 2**30:.2f} GiB, {'/'.join(kinds)}"
+    if spare := weights.unused():
+        message += f"; not read, by diffusers neither: {few([file.name for file in spare])}"
+    return PartCheck(role, component.weights, True, message)
 
 
 def _write_component(

@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from chitu_diffusion.errors import CheckpointError
+from chitu_diffusion.errors import CheckpointError, UsageError
+from chitu_diffusion.files.reading import foreign_data
 from chitu_diffusion.models.folder import ModelFolder
 from chitu_diffusion.models.kinds import Role
 from chitu_diffusion.models.wan.checkpoint_names import (
@@ -71,11 +73,15 @@ def blueprint(folder: ModelFolder, role: Role, dtype: torch.dtype | None = None)
     if role not in folder.components:
         raise CheckpointError(f"the model has no {role}", file=folder.path)
     try:
-        return _BLUEPRINTS[role](folder.components[role].config, dtype)
-    except Exception as error:  # diffusers and transformers have many words for a config that cannot be
-        raise CheckpointError(
-            f"the config of the {role} cannot be used: {error}", file=folder.path / role
-        ) from error
+        # diffusers and transformers have many words for a config that cannot be
+        with foreign_data(lambda cause: _unusable(folder, role, cause)):
+            return _BLUEPRINTS[role](folder.components[role].config, dtype)
+    except UsageError as error:
+        raise _unusable(folder, role, str(error)) from error
+
+
+def _unusable(folder: ModelFolder, role: Role, cause: str) -> CheckpointError:
+    return CheckpointError(f"the config of the {role} cannot be used: {cause}", file=folder.path / role)
 
 
 def _vae(config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:
@@ -96,7 +102,17 @@ def _transformer(config: Mapping[str, Any], dtype: torch.dtype | None) -> Bluepr
 
 
 def _with_tokenizer(network: nn.Module, folder: ModelFolder) -> nn.Module:
-    return TextEncoder(network, load_tokenizer(folder.tokenizer))
+    return TextEncoder(network, tokenizer_of(folder))
+
+
+def tokenizer_of(folder: ModelFolder) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, which fits its text encoder.
+
+    Raises:
+        CheckpointError: it is missing, cannot be read, or belongs to another encoder.
+    """
+    known = folder.components["text_encoder"].config.get("vocab_size")
+    return load_tokenizer(folder.tokenizer, known)
 
 
 _BLUEPRINTS: Mapping[Role, Callable[[Mapping[str, Any], torch.dtype | None], Blueprint]] = MappingProxyType(
@@ -167,7 +183,8 @@ def open_weights(folder: ModelFolder, role: Role) -> WeightFiles:
         CheckpointError: missing or damaged files.
     """
     component = folder.components[role]
-    return WeightFiles(component.weights, component.part.stem)
+    part = component.part
+    return WeightFiles(component.weights, part.stem, shards_first=part.library == "diffusers")
 
 
 def _blueprint(

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from chitu_diffusion.errors import CheckpointError
+from chitu_diffusion.files.reading import read_json
 from chitu_diffusion.weights.files import INDEX_ENDING, Stored, WeightFiles, few
 
 __all__ = ["WeightFiles", "fingerprint", "load_into", "match_names", "save_weights", "write_json"]
@@ -299,7 +300,7 @@ def _remember(memory: Path, known: Mapping[str, Any]) -> None:
 
 def _recall(memory: Path) -> dict[str, list[Any]]:
     try:
-        data = json.loads(memory.read_text(encoding="utf-8"))
+        data = read_json(memory)
     except (OSError, ValueError):
         return {}  # a spoilt memory costs one more hashing, nothing else
     return (

@@ -1,0 +1,1 @@
+"""Files as data: whoever wrote them."""
