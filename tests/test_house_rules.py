@@ -28,16 +28,16 @@ BUDGETS = {
     "distributed": 1850,
     "evaluation": 2110,
     "executor": 1490,
-    "files": 170,
+    "files": 180,
     "flexcache": 2700,
     "media": 785,
     "memory": 570,
-    "models": 4010,
+    "models": 4045,
     "ops": 1815,
     "pipelines": 2580,
     "sampling": 850,
     "task": 800,
-    "weights": 670,
+    "weights": 700,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

@@ -265,7 +265,7 @@ def _jsonl(text: str) -> Iterator[tuple[int, Any]]:
         if not content.strip():
             continue
         try:
-            values = parse_json(content)
+            values = parse_json(content, checks_text=False)
         except ValueError as error:
             yield line, UsageError(f"not JSON: {error}")
             continue

@@ -160,8 +160,9 @@ def _verified(folder: ModelFolder, role: Role, deep: bool) -> PartCheck:
     except ChituError as error:
         return PartCheck(role, component.weights, False, str(error))
     message = f"{len(names)} tensors, {total / 2**30:.2f} GiB, {'/'.join(kinds)}"
-    if spare := weights.unused():
-        message += f"; not read, by diffusers neither: {few([file.name for file in spare])}"
+    others = {part.official_file for part in PARTS.values()}
+    if spare := [file.name for file in weights.unused() if file.name not in others]:
+        message += f"; not read, by diffusers neither: {few(spare)}"
     return PartCheck(role, component.weights, True, message)
 
 

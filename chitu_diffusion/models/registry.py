@@ -90,6 +90,14 @@ def resolve_model(name: str, ckpt_dir: str | Path | None = None) -> FoundModel:
     path = ASSETS / TINY if name.lower() == TINY else folder_named(name)
     if path is not None:
         return _found(path)
+    if is_file(name):
+        from chitu_diffusion.weights.files import describe_file
+
+        raise UsageError(
+            f"models.name = {name!r} is {describe_file(Path(name).expanduser())}. A model is a folder with "
+            "its transformer, VAE, text encoder and tokenizer: name that folder",
+            field="models.name",
+        )
     known = [*model_names(), *(hub for full in FULL_SIZE.values() for hub in full.hub_ids)]
     raise UsageError(
         f"models.name = {name!r}: no such model or folder.{nearest(name, known)}", field="models.name"
@@ -103,6 +111,14 @@ def folder_named(name: str | Path) -> Path | None:
         return folder if folder.is_dir() else None
     except (OSError, RuntimeError):  # no such user's home, or a name that no file system takes
         return None
+
+
+def is_file(name: str | Path) -> bool:
+    """Whether a name means a file, not a folder."""
+    try:
+        return Path(name).expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def _found(path: Path) -> FoundModel:

@@ -20,7 +20,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from chitu_diffusion.errors import CheckpointError
-from chitu_diffusion.files.reading import MOST_BYTES, foreign_data, parse_json, read_json, require_regular
+from chitu_diffusion.files.reading import (
+    MOST_BYTES,
+    cause,
+    foreign_data,
+    parse_json,
+    read_json,
+    require_regular,
+)
 
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX_ENDING = ".safetensors.index.json"
@@ -160,7 +167,7 @@ def locate(path: Path, stem: str, shards_first: bool) -> tuple[list[Path], dict[
             "there are no weights",
             file=path,
             expected=f"{stem}.safetensors, or shards of it",
-            found="neither",
+            found=few(sorted(file.name for file in path.iterdir() if file.suffix in _ENDINGS)) or "neither",
         )
     if not path.exists():
         raise CheckpointError("a weights file is missing", file=path)
@@ -297,12 +304,39 @@ def _torch_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _checked_float(path: Path, key: str, found: str, dtype: torch.dtype | None) -> torch.dtype:
+    if found.upper().startswith(("F8_", "TORCH.FLOAT8")):
+        raise CheckpointError(
+            "these are weights in 8-bit floats (fp8), which are not opened yet",
+            file=path,
+            key=key,
+            expected=" or ".join(FLOAT_TYPES),
+            found=found,
+            remedy="use the model's 16-bit files; --quant fp8 rounds them while loading",
+        )
     if dtype not in FLOAT_TYPES.values():
         raise CheckpointError(
             "a tensor is not of floats", file=path, key=key, expected=" or ".join(FLOAT_TYPES), found=found
         )
     assert dtype is not None
     return dtype
+
+
+def describe_file(path: Path) -> str:
+    """What a single file of weights is, in words, by its first bytes and its tensors' names."""
+    try:
+        require_regular(path)
+        with path.open("rb") as stream:
+            if stream.read(4) == b"GGUF":
+                return "a GGUF file: quantised weights, which are not opened yet"
+        names = list(_open(path).entries)
+    except (OSError, ValueError) as error:
+        return f"a file that cannot be read: {cause(error)}"
+    except CheckpointError as error:
+        return f"a file of weights that are not opened: {error}"
+    ours = "blocks.0.self_attn.q.weight"
+    if any(name.endswith(ours) and name != ours for name in names):
+        return "a Wan transformer alone, each name behind a prefix as ComfyUI has it"
+    return "a Wan transformer alone" if ours in names else f"a single file of {len(names)} tensors"
 
 
 def few(names: Iterable[str]) -> str:
