@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from chitu_diffusion.attn_schedule import AttnSchedule
 from chitu_diffusion.errors import UsageError, nearest
+from chitu_diffusion.files.reading import cause, read_text
 from chitu_diffusion.sampling.registry import AUTO, SAMPLER_HELP, SOLVERS
 
 if TYPE_CHECKING:
@@ -448,9 +449,9 @@ def set_nccl_defaults(*, one_machine: bool = False) -> None:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"cannot read the settings file {path}: {error}") from error
+        return tomllib.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"cannot read the settings file {path}: {cause(error)}") from error
 
 
 def keep_compiled_code() -> None:

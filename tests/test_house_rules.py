@@ -24,20 +24,20 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
     "": 2320,
     "attention": 2060,
-    "cli": 3385,
+    "cli": 3400,
     "distributed": 2140,
     "evaluation": 2110,
     "executor": 1925,
-    "files": 260,
+    "files": 430,
     "flexcache": 2730,
-    "media": 980,
+    "media": 990,
     "memory": 570,
-    "models": 3945,
+    "models": 4340,
     "ops": 1815,
     "pipelines": 3320,
     "sampling": 880,
     "task": 935,
-    "weights": 1145,
+    "weights": 1170,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

@@ -193,11 +193,11 @@ def _models(args: Args) -> Iterator[Finding]:
     slow = "" if torch.cuda.is_available() else ", very slow without a GPU"
     for other in FULL_SIZE.values():
         if other.name != spec.name:
-            _, place = resolve_model(other.name)
+            try:
+                _, place = resolve_model(other.name)
+                what = str(place.path if place else "not on this machine")
+            except ChituError as error:
+                place = None
+                what = str(error)
             remedy = "" if place else f"optional{slow}: chitu models pull {other.name}"
-            yield Finding(
-                f"model {other.name}",
-                "ok" if place else "note",
-                str(place.path if place else "not on this machine"),
-                remedy,
-            )
+            yield Finding(f"model {other.name}", "ok" if place else "note", what, remedy)

@@ -93,7 +93,14 @@ def models_pull(
 
     hub_id = _hub_id(name)
     say(f"fetching {hub_id} ...")
-    _check_room(hub_id, to)
+    try:
+        _check_room(hub_id, to)
+    except ModelMissingError:
+        if to is None and (here := _whole_in_cache(hub_id)) is not None:
+            say("the hub cannot be reached, but the model is already here, whole")
+            print(here)
+            return 0
+        raise
     try:
         folder = snapshot_download(hub_id, local_dir=to)
     except Exception as error:
@@ -197,16 +204,26 @@ def _hub_id(name: str) -> str:
     Raises:
         UsageError: the model is shipped, is a folder, or nobody knows it.
     """
-    from chitu_diffusion.models.registry import TINY, resolve_model
+    from chitu_diffusion.models.registry import TINY, full_size_named, resolve_model
 
     if name.lower() == TINY:
         raise UsageError(f"{TINY} is shipped with chitu_diffusion; there is nothing to fetch", field="name")
-    spec, _ = resolve_model(name)
+    spec = full_size_named(name) or resolve_model(name).spec
     if not spec.hub_ids or Path(name).is_dir():
         raise UsageError(
             f"'{name}' is a folder on this machine; 'chitu models verify {name}' checks it", field="name"
         )
     return next((hub_id for hub_id in spec.hub_ids if hub_id.lower() == name.lower()), spec.hub_ids[0])
+
+
+def _whole_in_cache(hub_id: str) -> Path | None:
+    from chitu_diffusion.models.hub_cache import cached_folder, read_whole
+
+    place = cached_folder((hub_id,))
+    try:
+        return None if place is None else read_whole(place, hub_id).path
+    except ModelError:
+        return None
 
 
 def _check_room(hub_id: str, to: Path | None) -> None:

@@ -30,6 +30,7 @@ from chitu_diffusion.files.atomic import (
     new_folder,
     write_text,
 )
+from chitu_diffusion.files.reading import read_json
 from chitu_diffusion.media.frame_rate import Rate, frame_rate
 
 if TYPE_CHECKING:
@@ -387,10 +388,10 @@ def recipe_beside(array: Path) -> dict[str, Any] | None:
         OSError: the file beside it is there and cannot be read.
     """
     try:
-        recipe = json.loads(sidecar_of(array).read_text(encoding="utf-8"))
+        recipe = read_json(sidecar_of(array))
         if isinstance(recipe, dict) and set(recipe) == {BY_HASH}:
             recipe = recipe[BY_HASH].get(file_sha256(array))
-    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError, AttributeError):
+    except (FileNotFoundError, IsADirectoryError, ValueError, AttributeError):
         return None
     return recipe if isinstance(recipe, dict) else None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from chitu_diffusion.files.atomic import write_text
+from chitu_diffusion.files.reading import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -114,10 +115,8 @@ class Paces:
 def _read(file: Path | None) -> dict[str, Any]:
     """What the file holds, by setup; nothing where it cannot be read."""
     try:
-        if file is None or not file.is_file() or file.stat().st_size > _LARGEST_FILE:
-            return {}
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = {} if file is None else read_json(file, _LARGEST_FILE)
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -82,7 +82,7 @@ def test_bad_values_are_refused(chitu: Chitu, tiny_folder: Path, words: list[str
 
 @pytest.mark.usefixtures("nothing_loads")
 def test_missing_model_is_4_and_says_how_to_get_it(chitu: Chitu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chitu_diffusion.models.registry._in_hub_cache", lambda spec: None)
+    monkeypatch.setattr("chitu_diffusion.models.registry.cached_folder", lambda spec: None)
     code, _, err = chitu("generate", "a cat", "--model", "Wan2.1-T2V-14B")
     assert code == 4
     assert "chitu models pull Wan2.1-T2V-14B" in err
