@@ -19,7 +19,7 @@ import typer
 
 from chitu_diffusion.cli.batch import batch
 from chitu_diffusion.cli.calibrate import calibrate
-from chitu_diffusion.cli.console import emit_error, exit_code_of, printable, say
+from chitu_diffusion.cli.console import complain, emit_error, exit_code_of, one_command, printable
 from chitu_diffusion.cli.doctor import doctor
 from chitu_diffusion.cli.generate import generate
 from chitu_diffusion.cli.info import config_app, info
@@ -100,12 +100,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in options
     app = build()
     try:
-        code = app(args=words, obj=CommandLine(words, run), prog_name="chitu", standalone_mode=False)
+        with one_command():
+            code = app(args=words, obj=CommandLine(words, run), prog_name="chitu", standalone_mode=False)
         if code == INTERRUPTED:
-            say("interrupted; give the same command again to go on")
+            complain("interrupted; give the same command again to go on")
         return int(code or 0)
     except KeyboardInterrupt:
-        say("interrupted; give the same command again to go on")
+        complain("interrupted; give the same command again to go on")
         return INTERRUPTED
     except BrokenPipeError:
         return 1  # nobody reads on
@@ -150,5 +151,5 @@ def _report(error: Exception, message: str, exit_code: int, as_json: bool) -> in
         emit_error(error, message, exit_code)
     else:
         lines = [printable(line) for line in message.splitlines()]
-        say(("" if message.startswith("Usage:") else "error: ") + "\n".join(lines))
+        complain(("" if message.startswith("Usage:") else "error: ") + "\n".join(lines))
     return exit_code

@@ -21,8 +21,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chitu_diffusion.cli.console import duration, emit, printable, say, table
-from chitu_diffusion.cli.dry_run import check_room, find_model, picked_cache, say_layout, task_for
+from chitu_diffusion.cli.console import complain, duration, emit, printable, say, table
+from chitu_diffusion.cli.dry_run import (
+    check_room,
+    find_model,
+    forecast,
+    forecast_text,
+    picked_cache,
+    say_layout,
+    task_for,
+)
 from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.cli.resume import VideoJob, job_key, run_key
@@ -119,8 +127,9 @@ def batch(
     done = len(rows) - len(todo)
     if args["dry_run"] or not todo:
         say_layout(layout)
-        say(f"{len(rows)} rows: {done} done already, {len(todo)} to make")
-        return _summary(rows, left, {}, bad, as_json=as_json)
+        time = forecast_text(*forecast(config, model.spec, [row.task for row in todo], layout))
+        say(f"{len(rows)} rows: {done} done already, {len(todo)} to make" + (f", {time}" if todo else ""))
+        return _summary(rows, left, {}, bad, args)
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, config)
     if done and not as_json:
@@ -139,41 +148,47 @@ def batch(
     key = run_key(places)
     tasks = run_jobs(config, model, jobs, make_reporter(as_json=as_json), key=key)
     made = {row.line: task for row, task in zip(todo, tasks, strict=True)}
-    return _summary(rows, left, made, bad, as_json=as_json)
+    return _summary(rows, left, made, bad, args)
 
 
 def _summary(
-    rows: list[Row],
-    left: Set[int],
-    tasks: Mapping[int, DiffusionTask],
-    bad: Mapping[int, str],
-    *,
-    as_json: bool,
+    rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask], bad: Mapping[int, str], args: Args
 ) -> int:
-    """The closing table; 1 if a row failed or was bad."""
-    lines: list[tuple[object, ...]] = [(line, "bad row", "", "", why) for line, why in bad.items()]
+    """The closing table, or after `--quiet` the files that stand, made now or before; 1 if a row failed or
+    was bad."""
+    lines: list[tuple[int, str, int | None, float | None, str]] = [
+        (line, "bad row", None, None, why) for line, why in bad.items()
+    ]
     failed = len(bad)
     for row in rows:
         task = tasks.get(row.line)
         if task is None:
             status = "to make" if row.line in left else "done before"
-            spent = ""
+            spent = None
             seed = row.params.seed
             result = row.path
         else:
             good = task.status == "finished"
             failed += not good
             status = str(task.status)
-            spent = duration(task.get_elapsed_time())
+            spent = round(task.get_elapsed_time(), 3)
             seed = task.seed
             result = row.path if good else task.error_message or ""
-        lines.append((row.line, status, "" if seed is None else seed, spent, result))
-    lines.sort(key=lambda line: str(line[0]).zfill(9))
-    if as_json:
+        lines.append((row.line, status, seed, spent, result))
+    lines.sort(key=lambda line: line[0])
+    if args["json"]:
         names = ("line", "status", "seed", "seconds", "result")
         emit("summary", failed=failed, rows=[dict(zip(names, line, strict=True)) for line in lines])
+    elif not args["quiet"]:
+        shown = [
+            (line, status, "" if seed is None else seed, "" if spent is None else duration(spent), result)
+            for line, status, seed, spent, result in lines
+        ]
+        table(("line", "status", "seed", "time", "file or error"), shown)
     else:
-        table(("line", "status", "seed", "time", "file or error"), lines)
+        for line in lines:
+            if line[1] in ("finished", "done before"):
+                print(line[-1], flush=True)
     return 1 if failed else 0
 
 
@@ -328,4 +343,4 @@ def refuse(file: Path, bad: Mapping[int, str], *, skip: bool) -> None:
             f"{len(bad)} bad rows in '{file}', nothing was made (--skip-bad makes the others):\n  {lines}",
             field="file",
         )
-    say(f"{len(bad)} bad rows are left out:\n  {lines}")
+    complain(f"{len(bad)} bad rows are left out:\n  {lines}")

@@ -69,4 +69,5 @@ def calibrate(args: Args) -> None:
             f"| {1 - 1 / row.speedup:.1%} | {row.speedup:.2f} | {psnr[0]:.1f} ({psnr[1]:.1f} to "
             f"{psnr[2]:.1f}) | {ssim[0]:.4f} ({ssim[1]:.4f} to {ssim[2]:.4f}) |"
         )
-    print(path)
+    if not args["quiet"]:
+        print(path)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 from chitu_diffusion.cli import completion, options
+from chitu_diffusion.cli.console import be_quiet
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.sampling.registry import AUTO, SAMPLER_HELP
 
@@ -155,6 +156,8 @@ FLAGS = (
     Flag("--dry-run", "generate batch", "Check everything, print the plan, make nothing.", bool),
     Flag("--check", "reproduce", "Compare only: write nothing.", bool),
     Flag("--json", "generate batch calibrate reproduce", "One JSON event a line on stdout.", bool),
+    Flag("-q --quiet", "generate batch calibrate reproduce",
+         "Tell nothing but errors, and the files that are made.", bool),
 )
 # fmt: on
 
@@ -264,6 +267,8 @@ def takes_flags(function: Callable[..., Result], flags: Sequence[Flag] = FLAGS) 
     @functools.wraps(function)
     def command(**typed: Any) -> Result:
         values = {flag.key: flag.parsed(typed.pop(flag.key)) for flag in own}
+        if values.get("quiet"):
+            be_quiet()
         return function(args=Args(own, values), **typed)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from chitu_diffusion.cli import completion
-from chitu_diffusion.cli.console import emit_document, say, size, table
+from chitu_diffusion.cli.console import be_quiet, emit_document, say, size, table
 from chitu_diffusion.cli.info import Document
 from chitu_diffusion.errors import (
     ChituError,
@@ -25,6 +25,15 @@ from chitu_diffusion.errors import (
 from chitu_diffusion.files.atomic import free_space
 
 models_app = typer.Typer(no_args_is_help=True, help="The models: list, fetch, check, convert.")
+
+
+def _quiet(wanted: bool) -> bool:
+    if wanted:
+        be_quiet()
+    return wanted
+
+
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", callback=_quiet, help="Tell nothing but errors.")]
 ModelName = Annotated[
     str,
     typer.Argument(
@@ -87,10 +96,14 @@ def models_pull(
     to: Annotated[
         Path | None, typer.Option("--to", metavar="DIR", help="A folder; else the hub's usual cache.")
     ] = None,
+    quiet: Quiet = False,
 ) -> int:
     """Fetch a model's weights from the Hugging Face hub; goes on where it was broken off."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if quiet:
+        disable_progress_bars()
     hub_id = _hub_id(name)
     say(f"fetching {hub_id} ...")
     try:
@@ -98,7 +111,8 @@ def models_pull(
     except ModelMissingError:
         if to is None and (here := _whole_in_cache(hub_id)) is not None:
             say("the hub cannot be reached, but the model is already here, whole")
-            print(here)
+            if not quiet:
+                print(here)
             return 0
         raise
     try:
@@ -111,7 +125,8 @@ def models_pull(
         say("hashing what was fetched ...")
         write_manifest(Path(folder), "pull", downloaded(Path(folder)))
     say("fetched; 'chitu models verify' checks every tensor and every file's SHA-256")
-    print(folder)
+    if not quiet:
+        print(folder)
     return 0
 
 
@@ -158,6 +173,7 @@ def models_convert(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option("--dtype", help="Of the stored weights; by default their own."),
     ] = None,
+    quiet: Quiet = False,
 ) -> int:
     """Write a model in the other layout: diffusers' folders, or the official Wan files."""
     folder = folder_of(model)
@@ -180,7 +196,8 @@ def models_convert(
             f"cannot write {target}: {error.strerror or error}; choose another place"
         ) from error
     say(f"written in {written.layout} layout; 'chitu models verify {target}' checks it")
-    print(target)
+    if not quiet:
+        print(target)
     return 0
 
 
