@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from chitu_diffusion.attn_schedule import AttnSchedule
 from chitu_diffusion.errors import UsageError, nearest
+from chitu_diffusion.files.places import expand_home
 from chitu_diffusion.files.reading import cause, read_text
 from chitu_diffusion.sampling.registry import AUTO, SAMPLER_HELP, SOLVERS
 
@@ -137,6 +138,11 @@ class OutputSettings(Settings):
 
     dir: str = Field("outputs", description="folder for videos without a save_path")
     quality: int = Field(8, ge=0, le=10, description="of H.264: 10 is visually lossless, 0 the smallest file")
+
+    @field_validator("dir")
+    @classmethod
+    def _with_home(cls, folder: str) -> str:
+        return expand_home(folder)
 
 
 class SchedulerSettings(Settings):
@@ -306,7 +312,7 @@ def load_config(
     kinds = {name: field.annotation for name, field in leaves()}
     tree: dict[str, Any] = {}
     origins: Origins = dict.fromkeys(kinds, "default")
-    file = file or environment.get("CHITU_CONFIG") or None
+    file = expand_home(file or environment.get("CHITU_CONFIG") or None)
     if file is not None:
         for name, value in _flatten(_read_toml(Path(file))):
             _put(tree, name, value)
@@ -467,7 +473,7 @@ def cache_dir(environment: Mapping[str, str] | None = None) -> Path | None:
     environment = os.environ if environment is None else environment
     own = environment.get("CHITU_CACHE_DIR")
     if own:
-        return Path(own)
+        return Path(expand_home(own))
     base = environment.get("XDG_CACHE_HOME")
     if base:
         return Path(base) / "chitu_diffusion"

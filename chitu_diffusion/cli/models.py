@@ -21,8 +21,10 @@ from chitu_diffusion.errors import (
     OutputError,
     UsageError,
     WillNotFitError,
+    counted,
 )
 from chitu_diffusion.files.atomic import free_space
+from chitu_diffusion.files.places import expand_home
 
 models_app = typer.Typer(no_args_is_help=True, help="The models: list, fetch, check, convert.")
 
@@ -104,6 +106,7 @@ def models_pull(
 
     if quiet:
         disable_progress_bars()
+    to = expand_home(to)
     hub_id = _hub_id(name)
     say(f"fetching {hub_id} ...")
     try:
@@ -177,6 +180,7 @@ def models_convert(
 ) -> int:
     """Write a model in the other layout: diffusers' folders, or the official Wan files."""
     folder = folder_of(model)
+    target = expand_home(target)
     say(f"converting {folder} ...")
     import torch
 
@@ -254,7 +258,7 @@ def _check_room(hub_id: str, to: Path | None) -> None:
         raise _cannot_fetch(hub_id, error) from error
     needed = sum(file.size or 0 for file in files)
     free, place, _ = free_space(to or HF_HUB_CACHE)
-    say(f"{size(needed)} in {len(files)} files; {size(free)} free in {place}")
+    say(f"{size(needed)} in {counted(len(files), 'file')}; {size(free)} free in {place}")
     if needed > free:
         raise WillNotFitError(
             f"{hub_id} needs {size(needed)}, but {place} has {size(free)} free; choose another disk with --to"

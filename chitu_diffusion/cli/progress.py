@@ -96,6 +96,14 @@ def _ending(task: DiffusionTask) -> str:
     return f"failed after {spent}: {task.error_message}"
 
 
+def _note(event: Progress, seed: int | None) -> str:
+    """What a unit has to say; not the seed, which the beginning told, nor an ending, which is told apart."""
+    if not event.message or event.status in (TaskStatus.FINISHED, TaskStatus.FAILED):
+        return ""
+    parts = [part for part in event.message.split("; ") if part != f"seed {seed}"]
+    return f"  note: {'; '.join(parts)}" if parts else ""
+
+
 def _opening(task: DiffusionTask, number: int, total: int) -> str:
     count = f"[{number}/{total}] " if total > 1 else ""
     return "\n".join([f"{count}{quoted(task.params.prompt)}, seed {task.seed}", *_resuming(task)])
@@ -131,6 +139,7 @@ class LineReporter(Reporter):
 
     def __init__(self) -> None:
         self._pace = Pace()
+        self._seed: int | None = None
         self._stage: TaskStatus | None = None
         self._last = 0.0
 
@@ -142,13 +151,14 @@ class LineReporter(Reporter):
 
     def begin(self, task: DiffusionTask, number: int, total: int) -> None:
         self._pace = Pace()
+        self._seed = task.seed
         self._stage = None
         say(_opening(task, number, total))
 
     def advance(self, event: Progress) -> None:
         self._pace.add(event)
-        if event.message and event.status not in (TaskStatus.FINISHED, TaskStatus.FAILED):
-            say(f"  note: {event.message}")
+        if note := _note(event, self._seed):
+            say(note)
         last_step = event.stage is TaskStatus.DENOISING and event.step == event.total_steps
         if event.stage is self._stage and not last_step and time.monotonic() - self._last < LINE_EVERY:
             return
@@ -197,6 +207,7 @@ class BarReporter(Reporter):
         self._bars = Bars(*columns, console=self._console, transient=True)
         self._row = self._bars.add_task("", total=None, facts="", end=None, visible=False)
         self._pace = Pace()
+        self._seed: int | None = None
 
     def _note(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
@@ -210,13 +221,14 @@ class BarReporter(Reporter):
 
     def begin(self, task: DiffusionTask, number: int, total: int) -> None:
         self._pace = Pace()
+        self._seed = task.seed
         self._note(_opening(task, number, total))
         self._bars.reset(self._row, total=None, description="encoding", facts="", end=None, visible=True)
 
     def advance(self, event: Progress) -> None:
         self._pace.add(event)
-        if event.message and event.status not in (TaskStatus.FINISHED, TaskStatus.FAILED):
-            self._note(f"  note: {event.message}")
+        if note := _note(event, self._seed):
+            self._note(note)
         facts = [f"step {event.step} of {event.total_steps}"] if event.total_steps else []
         facts += [str(self._pace)] if str(self._pace) else []
         self._bars.update(
@@ -272,7 +284,7 @@ class JsonReporter(Reporter):
             total_steps=event.total_steps,
             fraction=round(event.fraction, 4),
             seconds=round(event.seconds, 4),
-            eta=None if event.eta is None else round(event.eta, 2),
+            eta=None if event.eta is None else max(round(event.eta, 3), 0.001),
             message=event.message,
         )
 

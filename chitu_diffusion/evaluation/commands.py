@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.files.places import expand_home, make_folder
 
 app = typer.Typer(
     no_args_is_help=True, help="Measure videos: adherence to the prompt, fidelity to a reference."
@@ -42,6 +42,8 @@ def adherence(
     from chitu_diffusion.evaluation.adherence import Answer, write_scores
     from chitu_diffusion.evaluation.adherence import adherence as measure
 
+    output = expand_home(output)
+    make_folder("-o", output)
     config, _ = load_config(flags={"models.name": model, "infer.device": device})
     settings: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
 
@@ -67,11 +69,18 @@ def compare(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for figures and pictures.")] = Path(
         "outputs/compare"
     ),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the comparison of two other videos.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """PSNR, SSIM, LPIPS (where installed) and flicker of two videos; a contact sheet and both in one."""
-    from chitu_diffusion.evaluation.compare import compare_files
+    from chitu_diffusion.evaluation.compare import compare_files, refuse_other_comparison
 
+    output = expand_home(output)
+    if not overwrite:
+        refuse_other_comparison(a, b, output)
+    found = compare_files(a, b, output, fps=fps)
     for name in (a, b):
         if name.suffix.lower() in (".mp4", ".gif"):
             print(
@@ -79,7 +88,6 @@ def compare(
                 file=sys.stderr,
                 flush=True,
             )
-    found = compare_files(a, b, output, fps=fps)
     print(
         json.dumps(found.to_mapping())
         if json_
@@ -135,11 +143,13 @@ def cache(
         write_results,
     )
 
+    output = expand_home(output)
+    work = expand_home(work)
     videos = videos_for(prompts, seeds)
     chosen = list(dict.fromkeys(settings or SETTINGS))
     check_settings(chosen)
-    _make_folder("-o", output)
-    _make_folder("--work", work or output / "work")
+    make_folder("-o", output)
+    make_folder("--work", work or output / "work")
     config, _ = load_config(flags={"models.name": model, "infer.device": device, "infer.dtype": dtype})
     asked: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
 
@@ -160,13 +170,3 @@ def cache(
         if json_
         else f"{table(lines)}\n{output}/cache.json, .md, .png"
     )
-
-
-def _make_folder(flag: str, folder: Path) -> None:
-    """Before any work is done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"{flag} {folder}: {error.strerror or error}; use another folder", field="output"
-        ) from error

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.files.places import expand_home
 from chitu_diffusion.files.reading import foreign_data, parse_json, read_text, require_regular
 from chitu_diffusion.media.frame_rate import Rate
 from chitu_diffusion.media.video import _OUR_FRAME, FOLDER, RECIPE_FILE, _local, gif_durations, recipe_beside
@@ -100,7 +101,7 @@ def is_cut(path: str | os.PathLike[str]) -> bool:
     Raises:
         OSError: it cannot be looked at.
     """
-    file = Path(path)
+    file = Path(expand_home(path))
     if file.is_dir():
         return not any(file.iterdir())
     with file.open("rb") as stream:
@@ -116,7 +117,7 @@ def is_cut(path: str | os.PathLike[str]) -> bool:
 
 
 def _read(path: str | os.PathLike[str], readers: Mapping[str, Callable[[Path], _T]]) -> _T:
-    file = Path(path)
+    file = Path(expand_home(path))
     if not os.path.lexists(file):
         raise UsageError(f"there is no file '{path}'", field="file")
     kind = FOLDER if file.is_dir() else file.suffix.lower()

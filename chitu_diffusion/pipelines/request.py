@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,22 @@ def request_of(prompt: str | DiffusionUserParams, fields: Mapping[str, Any]) -> 
             field="prompt",
         )
     return DiffusionUserParams.from_mapping({"prompt": prompt, **fields})
+
+
+def require_own_paths(requests: Sequence[DiffusionUserParams]) -> None:
+    """Requests that are made together write a file each.
+
+    Raises:
+        UsageError: two of them write the same.
+    """
+    paths = [os.path.abspath(request.save_path) for request in requests if request.save_path is not None]
+    for path, count in Counter(paths).items():
+        if count > 1:
+            raise UsageError(
+                f"save_path = {path!r} for {count} videos, of which one would be left: hand over a request "
+                "for each, DiffusionUserParams(prompt, save_path=...), or result.save(...) each",
+                field="save_path",
+            )
 
 
 def resolve_request(

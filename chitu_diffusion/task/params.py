@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from chitu_diffusion.errors import UsageError, nearest, plain_number
+from chitu_diffusion.files.places import expand_home
 from chitu_diffusion.media.frame_rate import Rate, frame_rate
 from chitu_diffusion.media.image import InputImage
 
@@ -183,6 +184,7 @@ class DiffusionUserParams:
         check_integer("priority", self.priority, -(2**31), 2**31)
         check_guidance(self.guidance_scale)
         _check_shift(self.shift)
+        object.__setattr__(self, "save_path", expand_home(self.save_path))
         _check_save_path(self.save_path)
         _check_label("task_id", self.task_id)
         if not isinstance(self.role, str) or not self.role:
