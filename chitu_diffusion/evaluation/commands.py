@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 
 from chitu_diffusion.files.places import expand_home, make_folder
 
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Tell nothing but errors and the result.")]
 app = typer.Typer(
     no_args_is_help=True, help="Measure videos: adherence to the prompt, fidelity to a reference."
 )
@@ -36,6 +38,7 @@ def adherence(
         "outputs/adherence"
     ),
     json_: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Score the model on prompts whose combinations it has never seen. Goes on where it stopped."""
     from chitu_diffusion.config import load_config
@@ -50,9 +53,10 @@ def adherence(
     def report(done: int, total: int, answer: Answer) -> None:
         wrong = [part for part in ("actor", "colour", "scene", "motion") if not answer.right(part)]
         found = f"not as asked: {', '.join(wrong)} ({answer.found})" if wrong else "as asked"
-        print(f"[{done}/{total}] {answer.prompt!r}, seed {answer.seed}: {found}", file=sys.stderr, flush=True)
+        say(f"[{done}/{total}] {answer.prompt!r}, seed {answer.seed}: {found}")
 
-    print(f"loading {model} ...", file=sys.stderr, flush=True)
+    say = _teller(quiet)
+    say(f"loading {model} ...")
     scores = measure(config, output, prompts=prompts, seeds=seeds, settings=settings, on_video=report)
     write_scores(scores, output)
     summary = f"{scores.table()}\n{len(scores.answers)} videos, {output}/adherence.json"
@@ -130,6 +134,7 @@ def cache(
         Path | None, typer.Option("--work", help="Folder for rows and frames; OUTPUT/work by default.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Caches x settings against full compute: speed, fidelity, adherence. Goes on where it stopped."""
     from chitu_diffusion.config import load_config
@@ -155,12 +160,9 @@ def cache(
 
     def report(done: int, total: int, row: VideoRow) -> None:
         near = row.error or ("" if row.psnr is None else f"{row.psnr:.1f} dB")
-        print(
-            f"[{done}/{total}] {row.setting}, {row.prompt!r}, seed {row.seed}: {near}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"[{done}/{total}] {row.setting}, {row.prompt!r}, seed {row.seed}: {near}")
 
+    say = _teller(quiet)
     lines, about = evaluate(
         config, videos, work or output / "work", chosen=chosen, settings=asked, workers=workers, on_row=report
     )
@@ -170,3 +172,8 @@ def cache(
         if json_
         else f"{table(lines)}\n{output}/cache.json, .md, .png"
     )
+
+
+def _teller(quiet: bool) -> Callable[[str], None]:
+    """Tells progress on stderr, or nothing."""
+    return lambda text: None if quiet else print(text, file=sys.stderr, flush=True)

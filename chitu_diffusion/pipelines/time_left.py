@@ -1,7 +1,8 @@
 """What a task has still to do, unit by unit, and how long that takes on this machine.
 
 In this order counts what is known of a unit: others of its kind in this task (but the first, which compiles
-and warms up), the paces that this machine remembers, the task's steps of other kinds, a first guess. Knows
+and warms up), the paces that this machine remembers of its size, the task's steps of other kinds and sizes,
+paces of other sizes, a first guess. Knows
 requests, models by their configs, and plans of step caches; no networks. Imports no torch, so that
 `--dry-run` can ask it.
 """
@@ -156,8 +157,8 @@ class TaskTimes:
         return sum(count * self._seconds(unit) for unit, count in Counter([*waiting, *units]).items())
 
     def is_measured(self, units: Sequence[Unit]) -> bool:
-        """Whether this machine remembers units of each kind."""
-        return all(self._paces.seconds(unit) is not None for unit in set(units))
+        """Whether this machine remembers units of each kind and about this size."""
+        return all(self._paces.seconds_near(unit) is not None for unit in set(units))
 
     def remember(self) -> None:
         """Tell the paces what was measured, and keep them."""
@@ -169,8 +170,7 @@ class TaskTimes:
         taken = self._taken.get(unit, [])
         if len(taken) > 1:
             return _mean(taken[1:])
-        remembered = self._paces.seconds(unit)
-        if remembered is not None:
+        if (remembered := self._paces.seconds_near(unit)) is not None:
             return remembered * self._slower(self._paces.seconds_near)
         steady = {each: found[1:] for each, found in self._taken.items() if found[1:]}
         alike = {each: found for each, found in steady.items() if each.kind == unit.kind}
@@ -184,7 +184,8 @@ class TaskTimes:
         if steps:
             work = sum(len(found) * each.work * each.share for each, found in steps.items())
             return sum(map(sum, steps.values())) / work * unit.work * unit.share
-        return self._guessed(unit) * self._slower(self._guessed)
+        remembered = self._paces.seconds(unit)  # of another size
+        return self._guessed(unit) * self._slower(self._guessed) if remembered is None else remembered
 
     def _guessed(self, unit: Unit) -> float:
         return self._guess[unit.stage] * unit.work * unit.share
@@ -212,6 +213,7 @@ class TimeLeft:
         self._backend = backend
         self._paces: Paces | None = None
         self._tasks: weakref.WeakKeyDictionary[DiffusionTask, TaskTimes] = weakref.WeakKeyDictionary()
+        self._units: weakref.WeakKeyDictionary[DiffusionTask, list[Unit]] = weakref.WeakKeyDictionary()
 
     def after(
         self, task: DiffusionTask, stage: TaskStatus, step: int, seconds: float, *, is_pending: bool
@@ -225,7 +227,9 @@ class TimeLeft:
         """
         if task.resolved is None or task.status in (TaskStatus.FAILED, TaskStatus.CANCELLED):
             return None
-        units = self._units_of(task, task.resolved)
+        if task not in self._units or task.status is TaskStatus.DENOISING:
+            self._units[task] = self._units_of(task, task.resolved)
+        units = self._units[task]
         places = {
             TaskStatus.ENCODING: 0,
             TaskStatus.DENOISING: 1 + step,

@@ -194,6 +194,16 @@ def test_decoding_and_saving_are_in_it_from_the_first_step_on(make_config, tiny_
     assert told[-2].eta is not None and told[-2].eta > 5
 
 
+def test_the_last_step_is_of_the_kind_that_its_plan_says(make_config, tiny_folder, kept: Path) -> None:
+    """Its cache is gone once it is done; here it is the only one that is saved at the end."""
+    backend = DiffusionBackend(make_config(tiny_folder))
+    cache = {"strategy": "interval", "level": "velocity", "warmup": 1, "cooldown": 0, "interval": 4}
+    list(run_to_end(Generator(backend), task_for(flexcache=cache)))
+    (known,) = json.loads((kept / "paces.json").read_text()).values()
+    assert {"denoising", "denoising velocity=reuse", "saving .mp4"} <= known.keys()
+    assert not any("predict" in kind for kind in known)
+
+
 # -- the memory
 
 
