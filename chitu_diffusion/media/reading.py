@@ -5,12 +5,13 @@ formats; no task.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.files.reading import foreign_data, parse_json, read_text, require_regular
@@ -208,9 +209,24 @@ def _gif_length(file: Path) -> int:
 
 
 def _npy_length(file: Path) -> int:
+    with file.open("rb") as stream:
+        return _npy_shape(stream)[0]
+
+
+def _npy_shape(stream: BinaryIO) -> tuple[int, ...]:
+    """What an array's header says, if the file has as many bytes: none is read or made room for before."""
     import numpy as np
 
-    return len(np.load(file, mmap_mode="r", allow_pickle=False))
+    version = np.lib.format.read_magic(stream)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"an array file of version {version}")
+    shape, _, dtype = readers[version](stream)
+    if not shape or dtype != np.uint8 or min(shape) < 0:
+        raise ValueError(f"it holds {dtype} {list(shape)}, not uint8 [T, H, W, 3]")
+    if os.fstat(stream.fileno()).st_size - stream.tell() < math.prod(shape):
+        raise ValueError("it ends before its last frame")
+    return shape
 
 
 def _whole_pngs(folder: Path) -> int:
@@ -240,8 +256,10 @@ def _gif_frames(file: Path) -> list[Frames]:
 def _npy_frames(file: Path) -> Frames:
     import numpy as np
 
-    # mapped: a header that claims more than the file has is refused before any memory is taken
-    return np.array(np.load(file, mmap_mode="r", allow_pickle=False))
+    with file.open("rb") as stream:  # one descriptor: another file may take its place meanwhile
+        _npy_shape(stream)
+        stream.seek(0)
+        return np.asarray(np.load(stream, allow_pickle=False))
 
 
 def _folder_frames(folder: Path) -> list[Frames]:
