@@ -27,7 +27,7 @@ BUDGETS = {
     "cli": 3400,
     "distributed": 2140,
     "evaluation": 2110,
-    "executor": 1925,
+    "executor": 1940,
     "files": 430,
     "flexcache": 2750,
     "media": 1010,

@@ -9,12 +9,9 @@ Knows every command group and nothing of what they do.
 from __future__ import annotations
 
 import inspect
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
@@ -31,6 +28,7 @@ from chitu_diffusion.cli.models import models_app
 from chitu_diffusion.cli.reproduce import reproduce
 from chitu_diffusion.errors import ChituError, UsageError
 from chitu_diffusion.evaluation.commands import app as evaluation_app
+from chitu_diffusion.executor.interrupts import signals_as_ctrl_c
 
 INTERRUPTED = 130
 GROUPS = ("models", "config", "eval")
@@ -103,7 +101,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in options
     app = build()
     try:
-        with _signals_as_ctrl_c():
+        with signals_as_ctrl_c():
             code = app(args=words, obj=CommandLine(words, run), prog_name="chitu", standalone_mode=False)
         if code == INTERRUPTED:
             say("interrupted; give the same command again to go on")
@@ -127,33 +125,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
             f"unexpected {type(error).__name__}: {error}. 'chitu --debug ...' shows where; please report it"
         )
         return _report(error, message, 1, as_json)
-
-
-@contextmanager
-def _signals_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl+C does: what is computed is saved, nothing half-written stays.
-    An ignored one stays so.
-    """
-    from chitu_diffusion.config import rank_place
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    # among ranks SIGTERM has a meaning of its own: another rank may have ended, see
-    # `HeartbeatMonitor.on_sigterm`
-    own = (signal.SIGHUP,) if rank_place() is not None else (signal.SIGTERM, signal.SIGHUP)
-    before = {each: signal.getsignal(each) for each in own}
-    for each, handler in before.items():
-        if handler is signal.SIG_DFL:
-            signal.signal(each, interrupt)
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def _usage(message: str, words: Sequence[str]) -> str:
