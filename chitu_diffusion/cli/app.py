@@ -29,6 +29,7 @@ from chitu_diffusion.cli.models import models_app
 from chitu_diffusion.cli.reproduce import reproduce
 from chitu_diffusion.errors import ChituError, UsageError
 from chitu_diffusion.evaluation.commands import app as evaluation_app
+from chitu_diffusion.executor.interrupts import signals_as_ctrl_c
 from chitu_diffusion.files.reading import cause
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in options
     app = build()
     try:
-        with one_command():
+        with one_command(), signals_as_ctrl_c():
             code = app(args=words, obj=CommandLine(words, run), prog_name="chitu", standalone_mode=False)
         if code == INTERRUPTED:
             complain(_interrupted(words))

@@ -184,7 +184,6 @@ def models_convert(
     say(f"converting {folder} ...")
     import torch
 
-    from chitu_diffusion.cli.runner import signals_as_ctrl_c
     from chitu_diffusion.models.convert import convert
     from chitu_diffusion.models.folder import read_folder
 
@@ -193,8 +192,7 @@ def models_convert(
     )
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     try:
-        with signals_as_ctrl_c():
-            written = convert(folder, target, layout or other, dtype=dtypes[dtype] if dtype else None)
+        written = convert(folder, target, layout or other, dtype=dtypes[dtype] if dtype else None)
     except OSError as error:
         raise OutputError(
             f"cannot write {target}: {error.strerror or error}; choose another place"

@@ -162,6 +162,16 @@ class Strategy:
                 field="flexcache",
             )
 
+    def check_measured(self, schedule: Schedule) -> None:
+        """Checks that what was measured on the model is enough.
+
+        Args:
+            schedule: of its fields `num_steps`, `measured`, `calibration` and `model` alone are looked at.
+
+        Raises:
+            UsageError: something was not measured; says how to have it.
+        """
+
     def computed(self, schedule: Schedule) -> Sequence[bool]:
         """For each step, whether it must be computed, protected steps aside."""
         raise NotImplementedError

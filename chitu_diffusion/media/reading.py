@@ -5,12 +5,13 @@ formats; no task.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.files.places import expand_home
@@ -19,6 +20,8 @@ from chitu_diffusion.media.frame_rate import Rate
 from chitu_diffusion.media.video import _OUR_FRAME, FOLDER, RECIPE_FILE, _local, gif_durations, recipe_beside
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from chitu_diffusion.media.video import Frames
 
 _T = TypeVar("_T")
@@ -110,7 +113,7 @@ def is_cut(path: str | os.PathLike[str]) -> bool:
     if not magic.startswith(head[start : start + len(magic)]):
         return False
     try:
-        _read(path, {".mp4": _mp4_recipe, ".gif": _gif_recipe, ".npy": _npy_length})
+        _read(path, {".mp4": _mp4_recipe, ".gif": _gif_recipe, ".npy": _npy_opens})
     except UsageError:
         return True
     return False
@@ -209,9 +212,36 @@ def _gif_length(file: Path) -> int:
 
 
 def _npy_length(file: Path) -> int:
+    with file.open("rb") as stream:
+        return _npy_shape(stream)[0]
+
+
+def _npy_shape(stream: BinaryIO) -> tuple[int, ...]:
+    """What an array's header says, if the file has as many bytes: none is read or made room for before."""
+    shape, dtype = _npy_header(stream)
+    if not shape or str(dtype) != "uint8" or min(shape) < 0:
+        raise ValueError(f"it holds {dtype} {list(shape)}, not uint8 [T, H, W, 3]")
+    return shape
+
+
+def _npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and kind of any array that is not cut."""
     import numpy as np
 
-    return len(np.load(file, mmap_mode="r", allow_pickle=False))
+    version = np.lib.format.read_magic(stream)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        return (), np.dtype("O")  # somebody else's
+    shape, _, dtype = readers[version](stream)
+    left = os.fstat(stream.fileno()).st_size - stream.tell()
+    if not dtype.hasobject and left < math.prod(shape) * dtype.itemsize:
+        raise ValueError("it ends before its last frame")
+    return shape, dtype
+
+
+def _npy_opens(file: Path) -> None:
+    with file.open("rb") as stream:
+        _npy_header(stream)
 
 
 def _whole_pngs(folder: Path) -> int:
@@ -241,8 +271,10 @@ def _gif_frames(file: Path) -> list[Frames]:
 def _npy_frames(file: Path) -> Frames:
     import numpy as np
 
-    # mapped: a header that claims more than the file has is refused before any memory is taken
-    return np.array(np.load(file, mmap_mode="r", allow_pickle=False))
+    with file.open("rb") as stream:  # one descriptor: another file may take its place meanwhile
+        _npy_shape(stream)
+        stream.seek(0)
+        return np.asarray(np.load(stream, allow_pickle=False))
 
 
 def _folder_frames(folder: Path) -> list[Frames]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache, parse_strategy
-from chitu_diffusion.flexcache.schedule import Shapes
+from chitu_diffusion.flexcache.schedule import Schedule, Shapes
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.sampling.registry import SOLVERS
 from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams
@@ -142,9 +142,15 @@ def check_cache(resolved: DiffusionUserParams, spec: ModelSpec, item: int, limit
         limit_gb: see `cache_bytes`.
 
     Raises:
-        UsageError: a cache that cannot be, or keeps more than the limit.
+        UsageError: a cache that cannot be, needs what was not measured, or keeps more than the limit.
     """
-    parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 0)
+    steps = resolved.num_inference_steps or 0
+    parse_flexcache(resolved.flexcache, steps)
+    if resolved.flexcache is not None:
+        known = dataclasses.replace(
+            Schedule.bare(steps), measured=spec.measured, calibration=spec.calibration, model=spec.name
+        )
+        parse_strategy(resolved.flexcache)[1].check_measured(known)
     return cache_bytes(resolved.flexcache, cache_shapes(resolved, spec, item), limit_gb)
 
 

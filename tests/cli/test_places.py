@@ -55,12 +55,15 @@ def test_a_video_that_shows_something_else_stays(generate, name: str) -> None:
 def test_a_file_of_something_else_stays_and_a_cut_one_goes(generate) -> None:
     Path("a.mp4").write_text("my notes")
     np.save("b.npy", np.arange(5))
-    for name in ("a.mp4", "b.npy"):
-        assert generate("-o", name)[0] == 2
+    np.save("c.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    np.save("d.npy", FRAMES)
+    for name in ("a.mp4", "b.npy", "c.npy", "d.npy"):
+        assert generate("-o", name)[0] == 2, name
     assert Path("a.mp4").read_text() == "my notes"
-    generate("-o", "c.mp4", "--seed", 1)
-    Path("c.mp4").write_bytes(Path("c.mp4").read_bytes()[:500])
-    assert generate("-o", "c.mp4", "--seed", 2)[0] == 0
+    for name, seed in (("cut.mp4", 2), ("cut.npy", 1)):  # an array's recipe lies beside it, and still counts
+        generate("-o", name, "--seed", 1)
+        Path(name).write_bytes(Path(name).read_bytes()[:500])
+        assert generate("-o", name, "--seed", seed)[0] == 0
 
 
 def test_reproduce_replaces_nothing_else(chitu: Chitu, generate, tiny_folder: Path) -> None:
