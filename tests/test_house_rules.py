@@ -26,7 +26,7 @@ BUDGETS = {
     "attention": 2060,
     "cli": 3650,
     "distributed": 2140,
-    "evaluation": 2110,
+    "evaluation": 2120,
     "executor": 1940,
     "files": 475,
     "flexcache": 2770,

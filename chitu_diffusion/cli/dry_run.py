@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.cli.console import duration, emit, quoted, say
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from chitu_diffusion.cli.flags import Args
@@ -224,11 +224,13 @@ def print_plan(
     for plan in plans:
         sampled = "on its list of noise levels" if spec.defaults.levels else f"shift {plan['shift'] or 1:g}"
         late = "" if schedule is None else f", {schedule.describe(plan['num_inference_steps'])}"
+        frames = counted(plan["num_frames"], "frame")
+        steps = counted(plan["num_inference_steps"], "step")
         say(
             f"video   {quoted(plan['prompt'])}\n"
-            f"        {plan['width']}x{plan['height']}, {plan['num_frames']} frames at {plan['fps']} fps "
-            f"({plan['seconds_of_video']:g} s), {plan['tokens']} tokens\n"
-            f"        {plan['num_inference_steps']} steps, guidance {plan['guidance_scale']}, seed "
+            f"        {plan['width']}x{plan['height']}, {frames} at {plan['fps']} fps "
+            f"({plan['seconds_of_video']:g} s), {counted(plan['tokens'], 'token')}\n"
+            f"        {steps}, guidance {plan['guidance_scale']}, seed "
             f"{plan['seed']}, "
             f"cache {setting_text(plan['flexcache'])}{late}\n"
             f"        sampler {spec.defaults.sampler}, {sampled}\n"

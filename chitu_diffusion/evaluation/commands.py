@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from chitu_diffusion.errors import counted
 from chitu_diffusion.files.places import expand_home, make_folder
 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Tell nothing but errors and the result.")]
@@ -59,7 +60,7 @@ def adherence(
     say(f"loading {model} ...")
     scores = measure(config, output, prompts=prompts, seeds=seeds, settings=settings, on_video=report)
     write_scores(scores, output)
-    summary = f"{scores.table()}\n{len(scores.answers)} videos, {output}/adherence.json"
+    summary = f"{scores.table()}\n{counted(len(scores.answers), 'video')}, {output}/adherence.json"
     print(json.dumps(scores.to_mapping()) if json_ else summary)
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _FIRST_GUESS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
-        "cpu": {"encoding": 2.6e-11, "denoising": 2.6e-11, "decoding": 9e-5, "saving": 1.5e-7},
+        "cpu": {"encoding": 2.6e-11, "denoising": 2.6e-11, "decoding": 9e-5, "saving": 2e-7},
         "cuda": {"encoding": 1e-14, "denoising": 3.5e-15, "decoding": 2.5e-8, "saving": 1e-7},
     }
 )
