@@ -30,7 +30,7 @@ from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.memory.device import empty_cache
 from chitu_diffusion.memory.estimate import MemoryEstimate
 from chitu_diffusion.memory.offload import OffloadManager, OffloadPart
-from chitu_diffusion.models.components import Networks, float8_plan, load_networks
+from chitu_diffusion.models.components import Networks, float8_plan, load_networks, networks_without_weights
 from chitu_diffusion.models.kinds import PARTS
 from chitu_diffusion.models.registry import FoundModel, resolve_model
 from chitu_diffusion.models.spec import ModelSpec
@@ -97,6 +97,20 @@ class DiffusionBackend:
         except BaseException:
             empty_cache(self.device)
             raise
+
+    @classmethod
+    def without_weights(
+        cls, args: EngineConfig, model: FoundModel, groups: ProcessGroups | None = None
+    ) -> DiffusionBackend:
+        """A backend that can do nothing: its settings are checked, and its networks' sizes known.
+
+        Raises:
+            ModelError, UsageError: as the backend itself would, but for what the weights' files hold.
+        """
+        backend = cls.__new__(cls)
+        backend._begin(args, model.spec, None, groups)
+        backend._install(networks_without_weights(backend.args, model, backend.dtype))
+        return backend
 
     @classmethod
     def from_networks(

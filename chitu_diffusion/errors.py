@@ -74,6 +74,10 @@ class ModelError(ChituError):
 class ModelMissingError(ModelError):
     """No model of that name is on this machine; the message tells how to get it."""
 
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
 
 class CheckpointError(ModelError):
     """A checkpoint file is missing, truncated, misshapen or mislabelled.

@@ -114,8 +114,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         complain(_interrupted(words))
         return INTERRUPTED
-    except BrokenPipeError:
-        return 1  # nobody reads on
     except typer.TyperException as error:
         return _report(error, _usage(error.format_message(), options), error.exit_code, as_json)
     except ChituError as error:

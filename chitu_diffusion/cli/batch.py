@@ -25,6 +25,7 @@ from chitu_diffusion.cli.dry_run import (
     find_model,
     forecast,
     forecast_text,
+    look_ahead,
     picked_cache,
     say_layout,
     task_for,
@@ -39,6 +40,7 @@ from chitu_diffusion.files.places import expand_home
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
+    from chitu_diffusion.distributed.plan import ParallelPlan
     from chitu_diffusion.models.registry import FoundModel
     from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
@@ -130,9 +132,12 @@ def batch(
         say_layout(layout)
         time = forecast_text(*forecast(config, model.spec, [row.task for row in todo], layout))
         say(f"{counted(len(rows), 'row')}: {done} done already, {len(todo)} to make")
+        made = {row.line: row.task for row in todo if args["dry_run"]}
+        with args.named():
+            _look_ahead(config, model, made, layout)
         if todo:
             say(time)
-        return _summary(rows, left, {}, bad, args)
+        return _summary(rows, left, made, bad, args)
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, config)
     if done and not as_json:
@@ -159,6 +164,24 @@ def batch(
     return _summary(rows, left, made, bad, args)
 
 
+def _look_ahead(
+    config: EngineConfig, model: FoundModel, tasks: Mapping[int, DiffusionTask], layout: ParallelPlan | None
+) -> None:
+    """Say what the run would, of tasks by their lines; those that it would refuse have failed then."""
+    from chitu_diffusion.task import TaskStatus
+
+    if not tasks:
+        return
+    found = look_ahead(config, model, list(tasks.values()), layout)
+    say(f"device {found.device}, dtype {found.dtype}, attention {found.attention}")
+    for line, task in tasks.items():
+        outlook = found.outlooks[task.task_id]
+        for note in outlook.notes:
+            say(f"line {line}: {note}")
+        if outlook.problem is not None:
+            task.end(TaskStatus.FAILED, outlook.problem)
+
+
 def _summary(
     rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask], bad: Mapping[int, str], args: Args
 ) -> int:
@@ -170,7 +193,7 @@ def _summary(
     failed = len(bad)
     for row in rows:
         task = tasks.get(row.line)
-        if task is None:
+        if task is None or not task.is_finished():
             status = "to make" if row.line in left else "done before"
             spent = None
             seed = row.params.seed

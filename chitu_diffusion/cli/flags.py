@@ -19,7 +19,7 @@ import typer
 
 from chitu_diffusion.cli import completion, options
 from chitu_diffusion.cli.console import be_quiet
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import ModelMissingError, UsageError
 from chitu_diffusion.files.places import expand_home
 from chitu_diffusion.sampling.registry import AUTO, SAMPLER_HELP
 
@@ -96,7 +96,8 @@ FLAGS = (
          "A name ('chitu models ls'), a Hugging Face id, or a folder.", setting="models.name",
          complete=completion.models),
     Flag("--prompts", "calibrate", "One prompt a line, twelve or so.", Path, metavar="FILE"),
-    Flag("--negative-prompt", "generate batch", "What the video should not be.", field="negative_prompt"),
+    Flag("--negative-prompt", "generate batch", "What the video should not be.", field="negative_prompt",
+         parse=options.parse_text),
     Flag("--image", "generate batch calibrate reproduce", "The first frame, for an image-to-video model.",
          field="image", metavar="FILE"),
     Flag("--last-image", "generate batch calibrate reproduce", "The last frame, likewise.",
@@ -232,14 +233,15 @@ class Args:
 
         try:
             yield
-        except UsageError as error:
+        except (UsageError, ModelMissingError) as error:
             message = str(error)
             name = self._name_of(error.field or "")
             if name is None:
                 raise with_origin(error, self.origins) from error.__cause__
             value = message.removeprefix(f"{error.field} = ")
+            value = value.removeprefix(f"{str(error.field).rpartition('.')[2]} = ")
             text = f" {value}" if value != message else f": {message.removeprefix(f'{error.field}: ')}"
-            raise UsageError(f"{name}{text}", field=error.field) from error
+            raise type(error)(f"{name}{text}", field=error.field) from error
 
     def _name_of(self, name: str) -> str | None:
         """The flag that filled a field or a setting; None where none was typed."""

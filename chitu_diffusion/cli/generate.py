@@ -37,7 +37,7 @@ def generate(
     Example: chitu generate "A cat walking on grass" -o cat.mp4 --seed 42
     """
     config, _ = args.load_config()
-    asked = {"prompt": prompt, **args.request_fields()}
+    asked = {"prompt": options.parse_text(prompt), **args.request_fields()}
     with args.named():
         requests = requests_for_seeds(asked, config.output.dir)
     model = find_model(config, args)
@@ -50,7 +50,8 @@ def generate(
             refuse_others(tasks, model, config)
         check_room(tasks, config)
     if args["dry_run"]:
-        return print_plan(config, model, tasks, layout, as_json=args["json"])
+        with args.named():
+            return print_plan(config, model, tasks, layout, as_json=args["json"])
     make_folder("--profile", args["profile"])
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, config)
@@ -61,7 +62,8 @@ def generate(
     folder = config.output.dir if "save_path" in drawn else None
     jobs = [VideoJob(task, job_key(task.params, drawn, config), folder) for task in tasks]
     key = run_key([job.key for job in jobs])
-    return make_videos(config, model, jobs, key, profile=args["profile"], as_json=args["json"])
+    with args.named():
+        return make_videos(config, model, jobs, key, profile=args["profile"], as_json=args["json"])
 
 
 def requests_for_seeds(asked: dict[str, Any], folder: str) -> list[DiffusionUserParams]:

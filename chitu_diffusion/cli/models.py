@@ -68,6 +68,10 @@ def _described(name: str) -> dict[str, Any]:
 
     try:
         spec, folder = resolve_model(name)
+        if folder is not None:
+            from chitu_diffusion.models.loading import check_folder
+
+            check_folder(folder)
     except ChituError as error:
         return {
             "name": name,
@@ -207,8 +211,7 @@ def folder_of(model: str) -> Path:
     """Where a model's weights lie on this machine.
 
     Raises:
-        UsageError: no model has that name; the nearest is named.
-        ModelMissingError: it is known, but not here.
+        ModelMissingError: no model has that name, or it is known, but not here.
     """
     from chitu_diffusion.models.registry import folder_named, resolve_model
 
@@ -221,7 +224,8 @@ def _hub_id(name: str) -> str:
     """The hub's name for a model.
 
     Raises:
-        UsageError: the model is shipped, is a folder, or nobody knows it.
+        UsageError: the model is shipped, or is a folder.
+        ModelMissingError: nobody knows it.
     """
     from chitu_diffusion.models.registry import TINY, full_size_named, resolve_model
 

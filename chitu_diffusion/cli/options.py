@@ -7,11 +7,20 @@ there are is known by `flags.py`.
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from chitu_diffusion.errors import UsageError
+
+
+def parse_text(text: str) -> str:
+    """What was typed, read as UTF-8 where the locale's own encoding lacks it (LC_ALL=C)."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text  # no text in either; the request says so
 
 
 def parse_seeds(text: str) -> list[int] | None:

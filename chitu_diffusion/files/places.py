@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.files.atomic import new_file
 
 Place = TypeVar("Place")
+_PROBE_BYTES = 4096
 
 
 def expand_home(place: Place) -> Place:
@@ -46,3 +49,33 @@ def make_folder(flag: str, folder: Path | None) -> None:
         raise UsageError(
             f"{flag} {folder}: {error.strerror or error}; use another folder", field=flag
         ) from error
+
+
+class _Enough(Exception):
+    """A file could be written, and is not wanted."""
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Why no file can be made in a folder, which may be made for it; None where one can. Nothing stays."""
+    try:
+        with suppress(_Enough), new_file(folder / "probe") as part:
+            part.write_bytes(bytes(_PROBE_BYTES))
+            raise _Enough
+    except (OSError, ValueError) as error:
+        return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return None
+
+
+def made_folder(folder: Path) -> Path | None:
+    """A folder, made if need be; None where it cannot."""
+    with suppress(OSError, ValueError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder if folder.is_dir() else None
+
+
+def temporary_folder() -> Path | None:
+    """Where files lie that nobody keeps; None where there is no such place, as in a read-only container."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        return None

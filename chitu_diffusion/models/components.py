@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from chitu_diffusion.config import EngineConfig, cache_dir
+from chitu_diffusion.models.folder import ModelFolder
 from chitu_diffusion.models.kinds import EXPERT_ROLES, PARTS, PartKind, Role
 from chitu_diffusion.models.loading import load_part, weight_files
 from chitu_diffusion.models.registry import FoundModel
@@ -95,21 +96,32 @@ def load_networks(
         "denoiser": _HOME if level >= 3 else device,
         "decoder": device,
     }
-    text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     loaded = LoadedFolder(folder.path, weight_files(folder), cache_dir())
     try:
         parts = {
-            role: load_part(
-                folder,
-                role,
-                device=place[PARTS[role].kind],
-                dtype=text_dtype if role == "text_encoder" else dtype,
-                float8=float8_plan(args),
-            )
-            for role in folder.components
+            role: _part(args, folder, role, place[PARTS[role].kind], dtype) for role in folder.components
         }
         loaded.settle()
     except BaseException:
         loaded.close()
         raise
     return Networks(model.spec, parts, folder.scheduler, loaded, folder.config_sha256())
+
+
+def networks_without_weights(args: EngineConfig, model: FoundModel, dtype: torch.dtype) -> Networks:
+    """What `load_networks` gives, on the meta device: every size, no values. Reads configs and tokenizer.
+
+    Raises:
+        ModelError, UsageError: as `load_networks`, but for what the weights' files hold.
+    """
+    folder = model.required()
+    parts = {role: _part(args, folder, role, _NOWHERE, dtype) for role in folder.components}
+    return Networks(model.spec, parts, folder.scheduler)
+
+
+def _part(
+    args: EngineConfig, folder: ModelFolder, role: Role, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    if role == "text_encoder" and dtype == torch.float16:
+        dtype = torch.bfloat16
+    return load_part(folder, role, device=device, dtype=dtype, float8=float8_plan(args))

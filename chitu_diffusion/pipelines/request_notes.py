@@ -26,7 +26,9 @@ def request_notes(
         encoder: the model's; its tokenizer is asked.
     """
     texts = {"prompt": resolved.prompt}
-    notes = []
+    notes = [note for note in (spec.shift_note(resolved.shift),) if note]
+    for image in (resolved.image, resolved.last_image):
+        notes += image.notes(resolved.height or 0, resolved.width or 0) if image else []
     if max(guidance_pair(resolved.guidance_scale)) > 1:
         texts["negative prompt"] = resolved.negative_prompt or ""
     elif asked.negative_prompt:

@@ -164,9 +164,6 @@ class Stages:
             status=self._pipeline.after(TaskStatus.ENCODING),
         )
         notes = [f"seed {task.seed}"] if task.params.seed is None else []
-        notes += [note for note in (backend.spec.shift_note(resolved.shift),) if note]
-        for image in (resolved.image, resolved.last_image):
-            notes += image.notes(resolved.height, resolved.width) if image else []
         if backend.groups.rank == 0:
             notes += request_notes(task.params, resolved, backend.spec, backend.text_encoder)
         return "; ".join(notes) or None
