@@ -26,7 +26,7 @@ BUDGETS = {
     "attention": 2060,
     "cli": 3765,
     "distributed": 2145,
-    "evaluation": 2120,
+    "evaluation": 2125,
     "executor": 1940,
     "files": 505,
     "flexcache": 2770,
