@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from chitu_diffusion.attn_schedule import AttnSchedule
 from chitu_diffusion.errors import UsageError, nearest
+from chitu_diffusion.files.places import expand_home
+from chitu_diffusion.files.reading import cause, read_text
 from chitu_diffusion.sampling.registry import AUTO, SAMPLER_HELP, SOLVERS
 
 if TYPE_CHECKING:
@@ -136,6 +138,11 @@ class OutputSettings(Settings):
 
     dir: str = Field("outputs", description="folder for videos without a save_path")
     quality: int = Field(8, ge=0, le=10, description="of H.264: 10 is visually lossless, 0 the smallest file")
+
+    @field_validator("dir")
+    @classmethod
+    def _with_home(cls, folder: str) -> str:
+        return expand_home(folder)
 
 
 class SchedulerSettings(Settings):
@@ -305,7 +312,7 @@ def load_config(
     kinds = {name: field.annotation for name, field in leaves()}
     tree: dict[str, Any] = {}
     origins: Origins = dict.fromkeys(kinds, "default")
-    file = file or environment.get("CHITU_CONFIG") or None
+    file = expand_home(file or environment.get("CHITU_CONFIG") or None)
     if file is not None:
         for name, value in _flatten(_read_toml(Path(file))):
             _put(tree, name, value)
@@ -448,9 +455,9 @@ def set_nccl_defaults(*, one_machine: bool = False) -> None:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"cannot read the settings file {path}: {error}") from error
+        return tomllib.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"cannot read the settings file {path}: {cause(error)}") from error
 
 
 def keep_compiled_code() -> None:
@@ -466,7 +473,7 @@ def cache_dir(environment: Mapping[str, str] | None = None) -> Path | None:
     environment = os.environ if environment is None else environment
     own = environment.get("CHITU_CACHE_DIR")
     if own:
-        return Path(own)
+        return Path(expand_home(own))
     base = environment.get("XDG_CACHE_HOME")
     if base:
         return Path(base) / "chitu_diffusion"

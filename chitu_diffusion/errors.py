@@ -32,6 +32,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_LONGEST_VALUE = 1000
+
 
 class ChituError(Exception):
     """Base of all errors that the package raises on purpose."""
@@ -99,7 +101,7 @@ class CheckpointError(ModelError):
     ) -> None:
         parts = [problem]
         details = {"file": file, "key": key, "expected": expected, "found": found}
-        parts += [f"{name}: {value}" for name, value in details.items() if value is not None]
+        parts += [f"{name}: {_short(value)}" for name, value in details.items() if value is not None]
         parts.append(remedy)
         super().__init__("; ".join(parts))
         self.file = file
@@ -154,6 +156,17 @@ class OutputError(TaskError):
 
 class CannotResumeError(TaskError):
     """A saved task cannot go on here; the message says why."""
+
+
+def _short(value: object) -> str:
+    """A value of a file that may hold anything, on one line."""
+    text = str(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}... ({len(text)} characters)"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

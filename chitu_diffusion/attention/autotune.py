@@ -21,6 +21,7 @@ import torch
 from chitu_diffusion.attention import KERNELS, attention_kernel, candidates
 from chitu_diffusion.attention.kernels import AttentionKernel
 from chitu_diffusion.files.atomic import write_text
+from chitu_diffusion.files.reading import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +215,7 @@ def recall(folder: Path | None) -> dict[str, Any]:
     if folder is None:
         return {}
     try:
-        data = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        data = read_json(folder / FILE)
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}

@@ -20,7 +20,7 @@ from chitu_diffusion.cli.console import emit_document, say, size, table
 from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.info import Document
 from chitu_diffusion.distributed.host import usable_cores
-from chitu_diffusion.errors import ChituError
+from chitu_diffusion.errors import ChituError, counted
 
 Status = Literal["ok", "note", "lack"]
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "av", "pydantic")
@@ -73,7 +73,7 @@ def doctor(args: Args, json_: Document = False) -> int:
         return 1 if lacks else 0
     table(("what", "", "found", "remedy"), [(f.name, f.status, f.found, f.remedy) for f in findings])
     say(
-        f"{len(lacks)} things are lacking, see the remedies"
+        f"{counted(len(lacks), 'thing')} lacking, see the remedies"
         if lacks
         else 'ready: chitu generate "A cat walking on grass"'
     )
@@ -193,11 +193,11 @@ def _models(args: Args) -> Iterator[Finding]:
     slow = "" if torch.cuda.is_available() else ", very slow without a GPU"
     for other in FULL_SIZE.values():
         if other.name != spec.name:
-            _, place = resolve_model(other.name)
+            try:
+                _, place = resolve_model(other.name)
+                what = str(place.path if place else "not on this machine")
+            except ChituError as error:
+                place = None
+                what = str(error)
             remedy = "" if place else f"optional{slow}: chitu models pull {other.name}"
-            yield Finding(
-                f"model {other.name}",
-                "ok" if place else "note",
-                str(place.path if place else "not on this machine"),
-                remedy,
-            )
+            yield Finding(f"model {other.name}", "ok" if place else "note", what, remedy)

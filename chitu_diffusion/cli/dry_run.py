@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chitu_diffusion.cli.console import emit, quoted, say
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.cli.console import duration, emit, quoted, say
+from chitu_diffusion.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from chitu_diffusion.cli.flags import Args
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from chitu_diffusion.models.registry import FoundModel
     from chitu_diffusion.models.spec import ModelSpec
     from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
+
+_NVIDIA = Path("/dev/nvidiactl")
+"""Is there where NVIDIA's driver runs."""
 
 
 def find_model(config: EngineConfig, args: Args) -> FoundModel:
@@ -147,6 +151,33 @@ def plan_of(spec: ModelSpec, resolved: DiffusionUserParams) -> dict[str, Any]:
     }
 
 
+def forecast(
+    config: EngineConfig, spec: ModelSpec, tasks: Sequence[DiffusionTask], layout: ParallelPlan | None
+) -> tuple[float, bool]:
+    """Seconds that resolved tasks will take, beside loading, by the paces that this machine remembers; and
+    whether it remembers some for all of them.
+    """
+    from chitu_diffusion.config import cache_dir
+    from chitu_diffusion.pipelines.paces import Paces
+    from chitu_diffusion.pipelines.time_left import TaskTimes, setup_of, units_of
+
+    infer = config.infer
+    ranks = 1 if layout is None else layout.world
+    asked = setup_of(infer, spec.name, ranks, infer.device, infer.dtype, infer.threads)
+    # torch, which would know, takes longer to import than all of this
+    on_gpu = infer.device.startswith("cuda") or (infer.device == "auto" and _NVIDIA.exists())
+    device = "cuda" if on_gpu else "cpu"
+    times = TaskTimes(Paces.of_settings(cache_dir(), asked), device, spec.geometry.decoder_cost)
+    units = [unit for task in tasks for unit in units_of(spec, task.resolved or task.params, infer)]
+    return times.left(units), times.is_measured(units)
+
+
+def forecast_text(seconds: float, is_measured: bool) -> str:
+    """In words."""
+    how = "by what was measured here" if is_measured else "a first guess: not all of it was measured here yet"
+    return f"about {duration(seconds)} after loading ({how})"
+
+
 def print_plan(
     config: EngineConfig,
     model: FoundModel,
@@ -161,12 +192,21 @@ def print_plan(
     spec = model.spec
     folder = model.required().path
     level = config.infer.diffusion.low_mem_level
-    plans = [plan_of(spec, task.resolved or task.params) for task in tasks]
+    times = [forecast(config, spec, [task], layout) for task in tasks]
+    plans = [
+        {**plan_of(spec, task.resolved or task.params), "seconds": round(seconds, 2), "is_measured": measured}
+        for task, (seconds, measured) in zip(tasks, times, strict=True)
+    ]
     quant = config.infer.quant
     schedule = AttnSchedule.from_text(config.infer.attn_schedule)
     device = config.infer.device
     if as_json:
-        about = {"model": spec.name, "folder": folder, "device": device, "low_mem_level": level}
+        about: dict[str, Any] = {
+            "model": spec.name,
+            "folder": folder,
+            "device": device,
+            "low_mem_level": level,
+        }
         about |= {"sampler": spec.defaults.sampler, "authors_shift": spec.authors_shift}
         ranks = None if layout is None else asdict(layout)
         emit("plan", **about, ranks=ranks, quant=quant, attn_schedule=config.infer.attn_schedule, tasks=plans)
@@ -184,15 +224,18 @@ def print_plan(
     for plan in plans:
         sampled = "on its list of noise levels" if spec.defaults.levels else f"shift {plan['shift'] or 1:g}"
         late = "" if schedule is None else f", {schedule.describe(plan['num_inference_steps'])}"
+        frames = counted(plan["num_frames"], "frame")
+        steps = counted(plan["num_inference_steps"], "step")
         say(
             f"video   {quoted(plan['prompt'])}\n"
-            f"        {plan['width']}x{plan['height']}, {plan['num_frames']} frames at {plan['fps']} fps "
-            f"({plan['seconds_of_video']:g} s), {plan['tokens']} tokens\n"
-            f"        {plan['num_inference_steps']} steps, guidance {plan['guidance_scale']}, seed "
+            f"        {plan['width']}x{plan['height']}, {frames} at {plan['fps']} fps "
+            f"({plan['seconds_of_video']:g} s), {counted(plan['tokens'], 'token')}\n"
+            f"        {steps}, guidance {plan['guidance_scale']}, seed "
             f"{plan['seed']}, "
             f"cache {setting_text(plan['flexcache'])}{late}\n"
             f"        sampler {spec.defaults.sampler}, {sampled}\n"
-            f"        to {plan['save_path']}"
+            f"        to {plan['save_path']}\n"
+            f"        {forecast_text(plan['seconds'], plan['is_measured'])}"
         )
         if note := spec.shift_note(plan["shift"]):
             say(f"note    {note}")

@@ -14,9 +14,11 @@ import typer
 
 from chitu_diffusion.cli import options
 from chitu_diffusion.cli.dry_run import check_room, find_model, picked_cache, print_plan, task_for
+from chitu_diffusion.cli.existing import refuse_others
 from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.cli.resume import VideoJob, job_key, run_key
+from chitu_diffusion.files.places import make_folder
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
@@ -44,10 +46,12 @@ def generate(
     with args.named():
         layout = check_layout(config, model.spec, gpus)
         tasks = [task_for(model, config, replace(params, **cache), layout) for params in requests]
+        if not args["overwrite"]:
+            refuse_others(tasks, model, config)
         check_room(tasks, config)
     if args["dry_run"]:
         return print_plan(config, model, tasks, layout, as_json=args["json"])
-    options.make_folder("--profile", args["profile"])
+    make_folder("--profile", args["profile"])
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, config)
     drawn = [name for name in ("seed", "save_path") if asked.get(name) is None]

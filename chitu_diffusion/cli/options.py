@@ -7,7 +7,6 @@ there are is known by `flags.py`.
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -132,26 +131,6 @@ def default_path(folder: str, seed: int) -> str:
         number += 1
         path = Path(folder) / f"{stamp}-seed{seed}-{number}.mp4"
     return str(path)
-
-
-def make_folder(flag: str, folder: Path | None) -> None:
-    """The folder that a flag names, made before any work is done; None makes none.
-
-    Raises:
-        UsageError: it cannot be made or written to, naming the flag.
-    """
-    if folder is None:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"{flag} {folder}: {error.strerror or error}; use another folder", field="profile"
-        ) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"{flag} {folder}: no permission to write into it; use another folder", field="profile"
-        )
 
 
 def path_for_seed(path: str, seed: int) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from chitu_diffusion.cli import options
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.files.reading import cause, parse_json, read_bytes
 
 Rows = Iterator[tuple[int, Any]]
 """Line numbers, from 1, and a row's values by name, or what is wrong with it."""
@@ -53,11 +53,9 @@ def read_values(file: Path, known: Collection[str], note: Callable[[str], None])
 
 def _text(file: Path) -> str:
     try:
-        if not file.is_file():
-            raise UsageError(f"cannot read '{file}': there is no file of that name", field="file")
-        data = file.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read '{file}': {error.strerror or error}", field="file") from error
+        data = read_bytes(file)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read '{file}': {cause(error)}", field="file") from error
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "")
     if not encoding and b"\0" in data[:2]:
         encoding = "utf-16-le" if data[1:2] == b"\0" else "utf-16-be"
@@ -91,8 +89,8 @@ def _jsonl(text: str) -> Rows:
         if not content.strip():
             continue
         try:
-            values = json.loads(content)
-        except (ValueError, RecursionError) as error:
+            values = parse_json(content, checks_text=False)
+        except ValueError as error:
             yield line, UsageError(f"not JSON: {error}")
             continue
         yield (

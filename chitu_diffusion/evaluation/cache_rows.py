@@ -24,6 +24,7 @@ from chitu_diffusion.evaluation.compare import compare
 from chitu_diffusion.evaluation.judge import Judge, load_judge, name_parts
 from chitu_diffusion.evaluation.videos import Made, make_video
 from chitu_diffusion.files.atomic import new_file, write_text
+from chitu_diffusion.files.reading import read_json
 from chitu_diffusion.flexcache.registry import parse_setting
 
 FULL = "full"
@@ -93,7 +94,7 @@ class Place:
         if not file.exists() or (setting == FULL and not self.frames(video).exists()):
             return None
         try:
-            row = VideoRow(**json.loads(file.read_text(encoding="utf-8")))
+            row = VideoRow(**read_json(file))
         except (ValueError, TypeError):
             return None  # damaged, as by a machine that went off: made anew
         return row if row.error is None else None

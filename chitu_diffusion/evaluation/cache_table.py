@@ -24,6 +24,7 @@ from chitu_diffusion.evaluation.compare import mean_interval
 from chitu_diffusion.evaluation.prompts import held_out_prompts
 from chitu_diffusion.evaluation.workers import Workers
 from chitu_diffusion.files.atomic import write_text
+from chitu_diffusion.files.reading import cause, read_text
 from chitu_diffusion.flexcache.registry import parse_setting, parse_strategy
 from chitu_diffusion.models.registry import resolve_model
 from chitu_diffusion.pipelines.request import parse_seeds
@@ -86,10 +87,10 @@ def read_prompts(file: str | Path) -> list[str]:
         UsageError: it cannot be read, or says nothing.
     """
     try:
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        lines = [line.strip() for line in read_text(file).splitlines()]
+    except (OSError, ValueError) as error:
         raise UsageError(
-            f"--prompts {file}: {error}; use a text file with one prompt a line", field="prompts"
+            f"--prompts {file}: {cause(error)}; use a text file with one prompt a line", field="prompts"
         ) from error
     # twice the same would be one video counted twice
     found = list(dict.fromkeys(line for line in lines if line))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.errors import CheckpointError, UsageError
 from chitu_diffusion.files.atomic import write_text
+from chitu_diffusion.files.reading import cause, foreign_data, read_json
 
 if TYPE_CHECKING:
     from chitu_diffusion.flexcache.plan_search import Traces
@@ -161,12 +162,16 @@ def read_calibration(folder: str | Path) -> Calibration | None:
     path = Path(folder) / CALIBRATION_FILE
     remedy = "delete the file, or measure again with 'chitu calibrate'"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"the calibration cannot be read: {error}", file=path, remedy=remedy) from error
-    try:
+        raise CheckpointError(
+            f"the calibration cannot be read: {cause(error)}", file=path, remedy=remedy
+        ) from error
+    with foreign_data(
+        lambda why: CheckpointError(f"the calibration cannot be used: {why}", file=path, remedy=remedy)
+    ):
         if data.pop("format") != _FORMAT:
             raise ValueError("another version of chitu wrote it")
         table = tuple(
@@ -183,8 +188,6 @@ def read_calibration(folder: str | Path) -> Calibration | None:
         )
         _check(found)
         return found
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"the calibration cannot be used: {error}", file=path, remedy=remedy) from error
 
 
 def _check(found: Calibration) -> None:

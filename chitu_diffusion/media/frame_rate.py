@@ -25,10 +25,14 @@ def frame_rate(value: Any) -> Any:
         if not _TEXT.fullmatch(value.strip()):
             return value
         exact = Fraction(value.strip())
-    elif isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    elif isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    elif isinstance(value, Rational):
+        exact = Fraction(value)
+    elif not math.isfinite(value):
         return value
     else:
-        exact = Fraction(value) if isinstance(value, Rational) else Fraction(float(value))
+        exact = Fraction(float(value))
     if exact.denominator == 1:
         return int(exact.numerator)
     for whole in _NTSC:

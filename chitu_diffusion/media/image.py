@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.files.places import expand_home
+from chitu_diffusion.files.reading import cause, read_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +66,7 @@ class InputImage:
         if isinstance(value, Mapping):
             return _from_mapping(name, value)
         if isinstance(value, str) or (isinstance(value, os.PathLike) and isinstance(os.fspath(value), str)):
-            return _from_file(name, Path(value))
+            return _from_file(name, expand_home(Path(value)))
         pixels, transparent = _pixels_of(name, value)
         height, width = pixels.shape[:2]
         digest = hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode())
@@ -153,17 +155,11 @@ def _bytes_of(name: str, path: Path) -> bytes:
     try:
         if not path.is_file():
             raise UsageError(f"{name} = {str(path)!r}: there is no such file", field=name)
-        size = path.stat().st_size
-        if size > _MOST_BYTES:
-            most = f"{_MOST_BYTES / 2**20:.0f} MiB"
-            raise UsageError(
-                f"{name} = {str(path)!r}: the file has {size} bytes; use one of at most {most}", field=name
-            )
-        return path.read_bytes()
+        return read_bytes(path, _MOST_BYTES)
     except (OSError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"{name} = {str(path)!r}: it cannot be read: {error}", field=name) from error
+        raise UsageError(f"{name} = {str(path)!r}: it cannot be read: {cause(error)}", field=name) from error
 
 
 def _decoded(name: str, data: bytes, source: str) -> tuple[NDArray[np.uint8], bool]:

@@ -5,18 +5,23 @@ formats; no task.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.files.places import expand_home
+from chitu_diffusion.files.reading import foreign_data, parse_json, read_text, require_regular
 from chitu_diffusion.media.frame_rate import Rate
 from chitu_diffusion.media.video import _OUR_FRAME, FOLDER, RECIPE_FILE, _local, gif_durations, recipe_beside
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from chitu_diffusion.media.video import Frames
 
 _T = TypeVar("_T")
@@ -25,6 +30,9 @@ _MAGIC = MappingProxyType({".mp4": (4, b"ftyp"), ".gif": (0, b"GIF8"), ".npy": (
 """What files begin with, and at which byte."""
 _MOST_LOOKS = 100
 """At a folder that is replaced again and again."""
+_MOST_SIDE = 8192
+_MOST_PIXELS = 2**33
+"""Of a video: 24 GiB of frames; a small file may claim any number."""
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -37,8 +45,8 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         path, {".mp4": _mp4_recipe, ".gif": _gif_recipe, ".npy": _npy_recipe, FOLDER: _folder_recipe}
     )
     try:
-        recipe = json.loads(text or "null")
-    except (ValueError, RecursionError):
+        recipe = parse_json(text or "null")
+    except ValueError:
         recipe = None
     if not isinstance(recipe, dict):
         raise UsageError(
@@ -96,7 +104,7 @@ def is_cut(path: str | os.PathLike[str]) -> bool:
     Raises:
         OSError: it cannot be looked at.
     """
-    file = Path(path)
+    file = Path(expand_home(path))
     if file.is_dir():
         return not any(file.iterdir())
     with file.open("rb") as stream:
@@ -105,14 +113,14 @@ def is_cut(path: str | os.PathLike[str]) -> bool:
     if not magic.startswith(head[start : start + len(magic)]):
         return False
     try:
-        _read(path, {".mp4": _mp4_recipe, ".gif": _gif_recipe, ".npy": _npy_length})
+        _read(path, {".mp4": _mp4_recipe, ".gif": _gif_recipe, ".npy": _npy_opens})
     except UsageError:
         return True
     return False
 
 
 def _read(path: str | os.PathLike[str], readers: Mapping[str, Callable[[Path], _T]]) -> _T:
-    file = Path(path)
+    file = Path(expand_home(path))
     if not os.path.lexists(file):
         raise UsageError(f"there is no file '{path}'", field="file")
     kind = FOLDER if file.is_dir() else file.suffix.lower()
@@ -120,18 +128,18 @@ def _read(path: str | os.PathLike[str], readers: Mapping[str, Callable[[Path], _
         raise UsageError(
             f"'{path}' is not a video of ours: use .mp4, .gif, .npy or a folder of png frames", field="file"
         )
-    try:
+    with foreign_data(lambda cause: UsageError(f"'{path}' cannot be read: {cause}", field="file")):
+        if kind != FOLDER:
+            require_regular(file)
         return readers[kind](file)
-    except UsageError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        IndexError,
-        EOFError,
-    ) as error:  # PyAV's errors are kinds of OSError, ValueError or EOFError
-        raise UsageError(f"'{path}' cannot be read: {error}", field="file") from error
+
+
+def _check_size(height: int, width: int, frames: int = 1) -> None:
+    if max(height, width) > _MOST_SIDE or height * width * frames > _MOST_PIXELS:
+        raise ValueError(
+            f"{frames} frames of {width}x{height} are more than a video of ours has: {_MOST_PIXELS} pixels "
+            f"in all, {_MOST_SIDE} a side"
+        )
 
 
 def _mp4_recipe(file: Path) -> str | None:
@@ -146,7 +154,9 @@ def _image(file: Path) -> Iterator[Any]:
     from PIL import Image
 
     try:
+        require_regular(file)
         with Image.open(file, formats=("GIF", "PNG")) as image:
+            _check_size(image.height, image.width)
             yield image
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
@@ -164,7 +174,7 @@ def _npy_recipe(file: Path) -> str | None:
 
 def _folder_recipe(folder: Path) -> str | None:
     file = folder / RECIPE_FILE
-    return file.read_text(encoding="utf-8") if file.exists() else None
+    return read_text(file) if file.exists() else None
 
 
 def _mp4_frames(file: Path) -> list[Frames]:
@@ -172,8 +182,11 @@ def _mp4_frames(file: Path) -> list[Frames]:
     import numpy as np
 
     with av.open(_local(file), format="mp4") as container:
-        arrays = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return [np.asarray(array, dtype=np.uint8) for array in arrays]
+        arrays: list[Frames] = []
+        for frame in container.decode(video=0):
+            _check_size(frame.height, frame.width, len(arrays) + 1)
+            arrays.append(np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8))
+    return arrays
 
 
 def _mp4_packets(file: Path) -> int:
@@ -199,9 +212,36 @@ def _gif_length(file: Path) -> int:
 
 
 def _npy_length(file: Path) -> int:
+    with file.open("rb") as stream:
+        return _npy_shape(stream)[0]
+
+
+def _npy_shape(stream: BinaryIO) -> tuple[int, ...]:
+    """What an array's header says, if the file has as many bytes: none is read or made room for before."""
+    shape, dtype = _npy_header(stream)
+    if not shape or str(dtype) != "uint8" or min(shape) < 0:
+        raise ValueError(f"it holds {dtype} {list(shape)}, not uint8 [T, H, W, 3]")
+    return shape
+
+
+def _npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and kind of any array that is not cut."""
     import numpy as np
 
-    return len(np.load(file, mmap_mode="r", allow_pickle=False))
+    version = np.lib.format.read_magic(stream)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        return (), np.dtype("O")  # somebody else's
+    shape, _, dtype = readers[version](stream)
+    left = os.fstat(stream.fileno()).st_size - stream.tell()
+    if not dtype.hasobject and left < math.prod(shape) * dtype.itemsize:
+        raise ValueError("it ends before its last frame")
+    return shape, dtype
+
+
+def _npy_opens(file: Path) -> None:
+    with file.open("rb") as stream:
+        _npy_header(stream)
 
 
 def _whole_pngs(folder: Path) -> int:
@@ -221,13 +261,20 @@ def _gif_frames(file: Path) -> list[Frames]:
     from PIL import ImageSequence
 
     with _image(file) as image:
-        return [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+        frames: list[Frames] = []
+        for frame in ImageSequence.Iterator(image):
+            _check_size(frame.height, frame.width, len(frames) + 1)
+            frames.append(np.asarray(frame.convert("RGB")))
+        return frames
 
 
 def _npy_frames(file: Path) -> Frames:
     import numpy as np
 
-    return np.asarray(np.load(file, allow_pickle=False))
+    with file.open("rb") as stream:  # one descriptor: another file may take its place meanwhile
+        _npy_shape(stream)
+        stream.seek(0)
+        return np.asarray(np.load(stream, allow_pickle=False))
 
 
 def _folder_frames(folder: Path) -> list[Frames]:

@@ -26,11 +26,11 @@ from chitu_diffusion.models.folder import (
     read_json,
 )
 from chitu_diffusion.models.kinds import OPTIONAL_ROLES, PARTS, Role
-from chitu_diffusion.models.loading import blueprint, open_weights
+from chitu_diffusion.models.loading import blueprint, open_weights, tokenizer_of
 from chitu_diffusion.models.registry import spec_of_folder
 from chitu_diffusion.models.spec import ModelSpec
-from chitu_diffusion.models.wan.text_encoder import load_tokenizer
 from chitu_diffusion.sampling.solvers import Sampler
+from chitu_diffusion.weights.files import few
 from chitu_diffusion.weights.hashing import write_json
 from chitu_diffusion.weights.loader import match_names, save_weights
 from chitu_diffusion.weights.manifest import Manifest, problem_with, read_manifest, write_manifest
@@ -92,9 +92,7 @@ def verify(path: str | Path, deep: bool = False) -> list[PartCheck]:
     findings = [checked("folder", folder.path, lambda: said)]
     for role, component in folder.components.items():
         findings.append(checked(role, component.weights, partial(_verified, folder, role, deep)))
-    findings.append(
-        checked("tokenizer", folder.tokenizer, lambda: f"{len(load_tokenizer(folder.tokenizer))} pieces")
-    )
+    findings.append(checked("tokenizer", folder.tokenizer, lambda: f"{len(tokenizer_of(folder))} pieces"))
     place = folder.path / "scheduler"
     findings.append(checked("scheduler", place, lambda: f"shift {_sampler_of(folder, spec).shift:g}"))
     return findings
@@ -225,7 +223,11 @@ def _verified(folder: ModelFolder, role: Role, deep: bool) -> str:
         for key in names.values():
             if not torch.isfinite(weights.read(key)).all():
                 raise CheckpointError("NaN or Inf", file=weights.entries[key].file, key=key)
-    return f"{len(names)} tensors, {total / 2**30:.2f} GiB, {'/'.join(kinds)}"
+    message = f"{len(names)} tensors, {total / 2**30:.2f} GiB, {'/'.join(kinds)}"
+    others = {part.official_file for part in PARTS.values()}
+    if spare := [file.name for file in weights.unused() if file.name not in others]:
+        message += f"; not read, by diffusers neither: {few(spare)}"
+    return message
 
 
 def _write_component(

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chitu_diffusion.errors import CheckpointError, ModelMissingError
+from chitu_diffusion.files import reading
+from chitu_diffusion.models import limits
 from chitu_diffusion.models.kinds import (
     EXPERT_ROLES,
     OPTIONAL_ROLES,
@@ -86,6 +88,13 @@ _OFFICIAL_FIELDS = {
     "text_dim": "text_dim",
     "patch_size": "patch_size",
     "cross_attn_norm": "cross_attn_norm",
+}
+
+_LIMITS: Mapping[Role, Mapping[str, limits.Limit]] = {
+    "transformer": limits.TRANSFORMER,
+    "transformer_2": limits.TRANSFORMER,
+    "vae": limits.VAE,
+    "text_encoder": limits.TEXT_ENCODER,
 }
 
 
@@ -159,7 +168,7 @@ def _sha256(file: Path) -> str:
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
-        raise CheckpointError(f"a file cannot be read: {error}", file=file) from error
+        raise CheckpointError(f"a file cannot be read: {reading.cause(error)}", file=file) from error
 
 
 def read_folder(path: str | Path) -> ModelFolder:
@@ -170,6 +179,13 @@ def read_folder(path: str | Path) -> ModelFolder:
         CheckpointError: a config is missing, unreadable or of another kind of model.
     """
     folder = Path(path).expanduser()
+    with reading.foreign_data(
+        lambda cause: CheckpointError(f"the folder cannot be read: {cause}", file=folder)
+    ):
+        return _read_folder(folder)
+
+
+def _read_folder(folder: Path) -> ModelFolder:
     if not folder.is_dir():
         raise ModelMissingError(
             f"there is no folder {folder}; 'chitu models ls' shows the models on this machine"
@@ -192,11 +208,11 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: missing, unreadable, or not an object.
     """
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = reading.read_json(file)
     except FileNotFoundError:
         raise CheckpointError("a config is missing", file=file) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"a config cannot be read: {error}", file=file) from error
+        raise CheckpointError(f"a config cannot be read: {reading.cause(error)}", file=file) from error
     if not isinstance(data, dict):
         raise CheckpointError(
             "a config is not an object", file=file, expected="{...}", found=type(data).__name__
@@ -222,7 +238,9 @@ def _read_diffusers(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
         config = read_json(folder / role / "config.json")
         if part.library == "diffusers":
             _expect_class(folder / role / "config.json", config, part.class_name)
+        limits.check_limits(config, _LIMITS[role], folder / role / "config.json")
         components[role] = Component(role, folder / role, config)
+    limits.check_limits(index, limits.BOUNDARY, file)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     boundary = index.get("boundary_ratio")
     return ModelFolder(
@@ -241,14 +259,29 @@ def _read_official(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
         components[role] = Component(role, place, config)
     for role, usual in (("vae", _VAE_CONFIG), ("text_encoder", _TEXT_CONFIG)):
         file = PARTS[role].official_file
-        components[role] = Component(role, folder / str(file), metadata.get(role, usual))
+        table = _table(folder, metadata, role, usual)
+        limits.check_limits(table, _LIMITS[role], folder / METADATA_FILE)
+        components[role] = Component(role, folder / str(file), table)
+    limits.check_limits(metadata, limits.BOUNDARY, folder / METADATA_FILE)
     two = len(experts) == 2
     shift = kind.flow_shift if two else 5.0  # wan/configs of Wan2.1
-    scheduler = metadata.get("scheduler", {**_SCHEDULER_CONFIG, "flow_shift": shift})
+    scheduler = _table(folder, metadata, "scheduler", {**_SCHEDULER_CONFIG, "flow_shift": shift})
     boundary = metadata.get("boundary_ratio", kind.boundary_ratio) if two else None
     return ModelFolder(
         folder, "official", kind, components, folder / TOKENIZER_FOLDER, scheduler, boundary, metadata
     )
+
+
+def _table(
+    folder: Path, metadata: Mapping[str, Any], key: str, usual: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """A part's config out of `chitu.json`, or the usual one."""
+    table = metadata.get(key, usual)
+    if not isinstance(table, Mapping):
+        raise CheckpointError(
+            "a note cannot be used", file=folder / METADATA_FILE, key=key, expected="{...}", found=repr(table)
+        )
+    return table
 
 
 def _expect_class(file: Path, config: Mapping[str, Any], expected: str) -> None:
@@ -262,10 +295,9 @@ def _transformer_config(file: Path) -> tuple[ModelKind, dict[str, Any]]:
     _expect_class(file, {"_class_name": "WanModel", **official}, "WanModel")
     kind = kind_named(official.get("model_type", "t2v"), file)
     for key in ("dim", "num_heads", "num_layers", "ffn_dim"):
-        if not isinstance(official.get(key), int) or official[key] < 1:
-            raise CheckpointError(
-                "a config lacks a size", file=file, key=key, expected="a number", found=official.get(key)
-            )
+        if key not in official:
+            raise CheckpointError("a config lacks a size", file=file, key=key, expected="a number")
+    limits.check_limits(official, limits.OFFICIAL_TRANSFORMER, file)
     config = {ours: official[theirs] for theirs, ours in _OFFICIAL_FIELDS.items() if theirs in official}
     config["attention_head_dim"] = official["dim"] // official["num_heads"]
     return kind, config

@@ -15,9 +15,11 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from chitu_diffusion.errors import CheckpointError
-from chitu_diffusion.models.folder import ModelFolder
+from chitu_diffusion.errors import CheckpointError, UsageError
+from chitu_diffusion.files.reading import foreign_data
+from chitu_diffusion.models.folder import Component, ModelFolder
 from chitu_diffusion.models.kinds import Role
 from chitu_diffusion.models.wan.checkpoint_names import (
     TEXT_TIES,
@@ -29,7 +31,7 @@ from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_enco
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanConfig, WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE, build_vae
 from chitu_diffusion.ops.float8_linear import Float8Plan, float8_weights, to_float8
-from chitu_diffusion.weights.files import weight_paths
+from chitu_diffusion.weights.files import locate
 from chitu_diffusion.weights.loader import LoadProgress, Transform, WeightFiles, load_into
 
 Device = torch.device | str
@@ -73,11 +75,15 @@ def blueprint(folder: ModelFolder, role: Role, dtype: torch.dtype | None = None)
     if role not in folder.components:
         raise CheckpointError(f"the model has no {role}", file=folder.path)
     try:
-        return _BLUEPRINTS[role](folder.components[role].config, dtype)
-    except Exception as error:  # diffusers and transformers have many words for a config that cannot be
-        raise CheckpointError(
-            f"the config of the {role} cannot be used: {error}", file=folder.path / role
-        ) from error
+        # diffusers and transformers have many words for a config that cannot be
+        with foreign_data(lambda cause: _unusable(folder, role, cause)):
+            return _BLUEPRINTS[role](folder.components[role].config, dtype)
+    except UsageError as error:
+        raise _unusable(folder, role, str(error)) from error
+
+
+def _unusable(folder: ModelFolder, role: Role, cause: str) -> CheckpointError:
+    return CheckpointError(f"the config of the {role} cannot be used: {cause}", file=folder.path / role)
 
 
 def _vae(config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:
@@ -98,7 +104,17 @@ def _transformer(config: Mapping[str, Any], dtype: torch.dtype | None) -> Bluepr
 
 
 def _with_tokenizer(network: nn.Module, folder: ModelFolder) -> nn.Module:
-    return TextEncoder(network, load_tokenizer(folder.tokenizer))
+    return TextEncoder(network, tokenizer_of(folder))
+
+
+def tokenizer_of(folder: ModelFolder) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, which fits its text encoder.
+
+    Raises:
+        CheckpointError: it is missing, cannot be read, or belongs to another encoder.
+    """
+    known = folder.components["text_encoder"].config.get("vocab_size")
+    return load_tokenizer(folder.tokenizer, known)
 
 
 _BLUEPRINTS: Mapping[Role, Callable[[Mapping[str, Any], torch.dtype | None], Blueprint]] = MappingProxyType(
@@ -169,7 +185,8 @@ def open_weights(folder: ModelFolder, role: Role, *, mapped: bool = True) -> Wei
         CheckpointError: missing or damaged files.
     """
     component = folder.components[role]
-    return WeightFiles(component.weights, component.part.stem, mapped=mapped)
+    part = component.part
+    return WeightFiles(component.weights, part.stem, shards_first=_shards_first(component), mapped=mapped)
 
 
 def weight_files(folder: ModelFolder) -> list[Path]:
@@ -178,8 +195,15 @@ def weight_files(folder: ModelFolder) -> list[Path]:
     Raises:
         CheckpointError: a part has none, or not all.
     """
-    parts = folder.components.values()
-    return [file for part in parts for file in weight_paths(part.weights, part.part.stem)]
+    files = []
+    for component in folder.components.values():
+        found, _ = locate(component.weights, component.part.stem, _shards_first(component))
+        files += found
+    return files
+
+
+def _shards_first(component: Component) -> bool:
+    return component.part.library == "diffusers"
 
 
 def _blueprint(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,12 +18,15 @@ from chitu_diffusion.files.atomic import write_text
 from chitu_diffusion.flexcache.calibration import Calibration, read_calibration
 from chitu_diffusion.flexcache.schedule import NOTHING_MEASURED, Measured
 from chitu_diffusion.models.folder import METADATA_FILE, ModelFolder, read_folder
+from chitu_diffusion.models.hub_cache import cached_folder, read_whole
 from chitu_diffusion.models.kinds import EXPERT_ROLES
+from chitu_diffusion.models.limits import MOST_MEASURED, MOST_SHIFT, Limit, check_limits
 from chitu_diffusion.models.spec import Defaults, LatentGeometry, ModelSpec
 from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.presets import FULL_SIZE, SMALL_DEFAULTS
 from chitu_diffusion.sampling.noise_levels import TRAINED_STEPS, is_falling
 from chitu_diffusion.sampling.registry import SOLVERS
+from chitu_diffusion.task.params import MAX_PROMPT
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ _METADATA_KEYS = frozenset(
     | {"words", "trained_sizes"}
 )
 """What a folder's `chitu.json` may say."""
+_LONGEST_NAME = 200
+_MEASURED = Limit(-1e9, 1e9, whole=False, most=MOST_MEASURED)
 
 
 class FoundModel(NamedTuple):
@@ -72,9 +76,9 @@ def resolve_model(name: str, ckpt_dir: str | Path | None = None) -> FoundModel:
     Raises:
         UsageError: a name that is neither; names the nearest.
         ModelMissingError, CheckpointError: the folder holds no readable model, or one of other sizes than
-            `name` has.
+            `name` has; a download that was broken off.
     """
-    spec = _by_name(name)
+    spec = full_size_named(name)
     if ckpt_dir is not None:
         path = folder_named(ckpt_dir)
         if path is None:
@@ -83,11 +87,21 @@ def resolve_model(name: str, ckpt_dir: str | Path | None = None) -> FoundModel:
             )
         return _checked_against(spec, _found(path))
     if spec is not None:
-        cached = _in_hub_cache(spec)
-        return FoundModel(spec, None) if cached is None else _checked_against(spec, _found(cached))
+        cached = cached_folder(spec.hub_ids)
+        if cached is None:
+            return FoundModel(spec, None)
+        return _checked_against(spec, _model_in(read_whole(cached, spec.name)))
     path = ASSETS / TINY if name.lower() == TINY else folder_named(name)
     if path is not None:
         return _found(path)
+    if is_file(name):
+        from chitu_diffusion.weights.files import describe_file
+
+        raise UsageError(
+            f"models.name = {name!r} is {describe_file(Path(name).expanduser())}. A model is a folder with "
+            "its transformer, VAE, text encoder and tokenizer: name that folder",
+            field="models.name",
+        )
     known = [*model_names(), *(hub for full in FULL_SIZE.values() for hub in full.hub_ids)]
     raise UsageError(
         f"models.name = {name!r}: no such model or folder.{nearest(name, known)}", field="models.name"
@@ -103,8 +117,19 @@ def folder_named(name: str | Path) -> Path | None:
         return None
 
 
+def is_file(name: str | Path) -> bool:
+    """Whether a name means a file, not a folder."""
+    try:
+        return Path(name).expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
 def _found(path: Path) -> FoundModel:
-    folder = read_folder(path)
+    return _model_in(read_folder(path))
+
+
+def _model_in(folder: ModelFolder) -> FoundModel:
     return FoundModel(spec_of_folder(folder), folder)
 
 
@@ -125,6 +150,15 @@ def spec_of_folder(folder: ModelFolder) -> ModelSpec:
 
 
 def _spec_of(folder: ModelFolder) -> ModelSpec:
+    name = folder.metadata.get("name") or ""
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME or not name.isprintable():
+        raise CheckpointError(
+            "a note cannot be used",
+            file=folder.path / METADATA_FILE,
+            key="name",
+            expected=f"a name of at most {_LONGEST_NAME} characters that can be printed",
+            found=repr(name),
+        )
     for key in folder.metadata:
         if key not in _METADATA_KEYS:
             known = sorted(_METADATA_KEYS)
@@ -155,7 +189,7 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
     calibration = _calibration_of(folder.path)
     measured = _folder_measured(folder, twin.measured if twin else NOTHING_MEASURED)
     return ModelSpec(
-        name=str(folder.metadata.get("name") or (twin.name if twin else folder.path.resolve().name)),
+        name=name or (twin.name if twin else folder.path.resolve().name),
         transformers=transformers,
         kind=folder.kind,
         boundary=folder.boundary_ratio if len(transformers) == 2 else None,
@@ -207,31 +241,37 @@ def _folder_defaults(folder: ModelFolder, base: Defaults, experts: int) -> Defau
     return dataclasses.replace(base, **said)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _within(limit: Limit) -> tuple[Callable[[Any], bool], str]:
+    return limit.allows, str(limit)
 
 
-def _is_number(value: Any, low: float = 0.0) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value < math.inf
-
-
-_COUNT = (_is_count, "a whole number above 0")
+_GUIDANCE = Limit(0, 100, whole=False)
+_MOST_STEPS = 1000
 _EXPECTED: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
     {
-        **dict.fromkeys(("height", "width", "num_frames", "fps", "steps"), _COUNT),
+        **dict.fromkeys(("height", "width"), _within(Limit(1, 8192))),
+        "num_frames": _within(Limit(1, 4001)),
+        "fps": _within(Limit(1, 240)),
+        "steps": _within(Limit(1, _MOST_STEPS)),
         "guidance": (
-            lambda value: all(map(_is_number, value if isinstance(value, tuple) and value else (value,))),
-            "a number from 0, or a list with one for each expert",
+            lambda value: (
+                0 < len(scales := value if isinstance(value, tuple) else (value,)) <= len(EXPERT_ROLES)
+                and all(map(_GUIDANCE.allows, scales))
+            ),
+            f"{_GUIDANCE}, or a list with one for each expert",
         ),
-        "shift": (lambda value: value is None or (_is_number(value) and value > 0), "a number above 0"),
-        "negative_prompt": (lambda value: isinstance(value, str), "text"),
+        "shift": _within(Limit(1e-6, MOST_SHIFT, whole=False, optional=True)),
+        "negative_prompt": (
+            lambda value: isinstance(value, str) and len(value) <= MAX_PROMPT,
+            f"text of at most {MAX_PROMPT} characters",
+        ),
         "sampler": (lambda value: value in SOLVERS, " or ".join(SOLVERS)),
         "sigmas": (
-            lambda value: value is None or is_falling(value, 1),
+            lambda value: value is None or (is_falling(value, 1) and len(value) <= _MOST_STEPS),
             "a falling list of noise levels, the first at most 1, the last above 0",
         ),
         "timesteps": (
-            lambda value: value is None or is_falling(value, TRAINED_STEPS),
+            lambda value: value is None or (is_falling(value, TRAINED_STEPS) and len(value) <= _MOST_STEPS),
             f"a falling list of numbers, the first at most {TRAINED_STEPS}, the last above 0",
         ),
     }
@@ -277,14 +317,14 @@ def _check_list(folder: ModelFolder, said: dict[str, Any], base: Defaults) -> No
 
 def _folder_measured(folder: ModelFolder, base: Measured) -> Measured:
     """What the folder's metadata says was measured on it, over what its twin's authors measured."""
-    said = {
-        str(name): tuple(float(value) for value in values)
-        for name, values in folder.metadata.get("measured", {}).items()
-    }
+    measured = folder.metadata.get("measured", {})
+    check_limits(measured, dict.fromkeys(measured, _MEASURED), folder.path / METADATA_FILE)
+    said = {str(name): tuple(float(value) for value in values) for name, values in measured.items()}
     return MappingProxyType({**base, **said})
 
 
-def _by_name(name: str) -> ModelSpec | None:
+def full_size_named(name: str) -> ModelSpec | None:
+    """The full-size model of a name or hub id, in any letter case; None for none."""
     for spec in FULL_SIZE.values():
         if name.lower() in (spec.name.lower(), *(hub.lower() for hub in spec.hub_ids)):
             return spec
@@ -292,24 +332,23 @@ def _by_name(name: str) -> ModelSpec | None:
 
 
 def _checked_against(asked: ModelSpec | None, found: FoundModel) -> FoundModel:
-    if asked is not None and asked.transformers != found.spec.transformers:
-        raise CheckpointError(
-            f"the folder does not hold {asked.name}",
-            expected=asked.transformers,
-            found=found.spec.transformers,
-        )
-    return found
-
-
-def _in_hub_cache(spec: ModelSpec) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    for hub_id in spec.hub_ids:
-        for file in ("model_index.json", "config.json", "high_noise_model/config.json"):
-            found = try_to_load_from_cache(hub_id, file)
-            if isinstance(found, str):
-                return Path(found).parents[file.count("/")]
-    return None
+    if asked is None or asked.transformers == found.spec.transformers:
+        return found
+    mine, theirs = (spec.transformers for spec in (asked, found.spec))
+    differing = {
+        name: (getattr(mine[0], name), getattr(theirs[0], name))
+        for name in (field.name for field in dataclasses.fields(WanConfig))
+        if getattr(mine[0], name) != getattr(theirs[0], name)
+    }
+    if len(mine) != len(theirs):
+        differing["transformers"] = (len(mine), len(theirs))
+    raise CheckpointError(
+        f"the folder does not hold {asked.name}",
+        file=None if found.folder is None else found.folder.path,
+        expected={name: pair[0] for name, pair in differing.items()},
+        found={name: pair[1] for name, pair in differing.items()},
+        remedy=f"name its own model, or leave out the name: it holds {found.spec.name}",
+    )
 
 
 def missing_model(spec: ModelSpec) -> ModelMissingError:

@@ -10,7 +10,7 @@ import logging
 
 from chitu_diffusion.attn_schedule import AttnSchedule
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.errors import WillNotFitError
+from chitu_diffusion.errors import WillNotFitError, counted
 from chitu_diffusion.media.video import check_save_path, check_space
 from chitu_diffusion.memory.device import total_memory
 from chitu_diffusion.memory.offload import TOP_LEVEL
@@ -85,7 +85,7 @@ class Admission:
         """The longest video of this size that the estimate lets through, or the largest size."""
         for shorter in range(frames - 4, 0, -4):
             if self._peak(shorter, height, width) <= total:
-                return f"use {shorter} frames of this size"
+                return f"use {counted(shorter, 'frame')} of this size"
         while height > 32 and width > 32:
             height = height // 32 * 16
             width = width // 32 * 16

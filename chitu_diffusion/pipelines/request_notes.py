@@ -4,6 +4,7 @@ what they seem to. Knows what a model's folder says of its training; refuses not
 
 from __future__ import annotations
 
+from chitu_diffusion.errors import counted
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.pipelines.request import guidance_pair, stages_of
@@ -62,6 +63,6 @@ def _size_notes(resolved: DiffusionUserParams, spec: ModelSpec) -> list[str]:
         return []
     height, width, frames = min(spec.trained_sizes, key=distance)
     return [
-        f"{size[1]}x{size[0]} with {size[2]} frames lies far from what {spec.name} was trained on, and may "
-        f"look worse; the nearest is {width}x{height} with {frames} frames"
+        f"{size[1]}x{size[0]} with {counted(size[2], 'frame')} lies far from what {spec.name} was trained "
+        f"on, and may look worse; the nearest is {width}x{height} with {counted(frames, 'frame')}"
     ]

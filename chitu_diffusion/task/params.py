@@ -5,7 +5,6 @@ no torch.
 from __future__ import annotations
 
 import dataclasses
-import math
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from chitu_diffusion.errors import UsageError, nearest, plain_number
+from chitu_diffusion.files.places import expand_home
 from chitu_diffusion.media.frame_rate import Rate, frame_rate
 from chitu_diffusion.media.image import InputImage
 
@@ -184,6 +184,7 @@ class DiffusionUserParams:
         check_integer("priority", self.priority, -(2**31), 2**31)
         check_guidance(self.guidance_scale)
         _check_shift(self.shift)
+        object.__setattr__(self, "save_path", expand_home(self.save_path))
         _check_save_path(self.save_path)
         _check_label("task_id", self.task_id)
         if not isinstance(self.role, str) or not self.role:
@@ -306,12 +307,7 @@ def check_guidance(value: object) -> None:
     for scale in scales:
         if scale is None and not isinstance(value, tuple):
             continue
-        if (
-            isinstance(scale, bool)
-            or not isinstance(scale, int | float)
-            or not math.isfinite(scale)
-            or not 0 <= scale <= 100
-        ):
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale <= 100:
             raise UsageError(
                 f"guidance_scale = {scale!r}: must be a number from 0 to 100; 3 to 7.5 is usual",
                 field="guidance_scale",

@@ -8,8 +8,6 @@ names file and key.
 
 from __future__ import annotations
 
-import json
-import pickle
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -18,15 +16,24 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from chitu_diffusion.errors import CheckpointError
+from chitu_diffusion.files.reading import (
+    MOST_BYTES,
+    cause,
+    foreign_data,
+    parse_json,
+    read_json,
+    require_regular,
+)
 
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX_ENDING = ".safetensors.index.json"
+_LONGEST_NAME = 255
 _TORCH_ENDINGS = (".pth", ".pt", ".bin")
-_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+_ENDINGS = (".safetensors", ".gguf", *_TORCH_ENDINGS)
 # Reading a hostile pickle through weights_only is safe from here on: CVE-2025-32434 and its relatives are
 # closed.
 _SAFE_PICKLE = (2, 10)
@@ -59,12 +66,12 @@ class _SafetensorsFile:
 
     def __init__(self, path: Path, mapped: bool) -> None:
         self.path = path
-        self.entries, self._start = _safetensors_entries(path)
-        self._mapped = mapped
-        try:
+        with foreign_data(
+            lambda cause: CheckpointError(f"a weights file cannot be read: {cause}", file=path)
+        ):
+            self.entries, self._start = _safetensors_entries(path)
+            self._mapped = mapped
             self._handle = safe_open(str(path), framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"a weights file cannot be read: {error}", file=path) from error
 
     def read(self, key: str) -> Tensor:
         """The tensor, on the CPU; if mapped, backed by the file where the platform can do that."""
@@ -105,6 +112,8 @@ class WeightFiles:
     Args:
         path: a `.safetensors` file, an index of shards, a `.pth` file, or a folder that holds them.
         stem: in a folder, how the files begin ("diffusion_pytorch_model", "model").
+        shards_first: of an index of shards and a single file side by side, whether the shards count, as for
+            diffusers, or the single file, as for transformers.
         mapped: tensors may be backed by their files, which is quick; but one that becomes shorter meanwhile
             ends the process by SIGBUS. Else it is an error, and a `.pth` is in memory as a whole.
 
@@ -116,10 +125,15 @@ class WeightFiles:
     """
 
     def __init__(
-        self, path: str | Path, stem: str = "diffusion_pytorch_model", *, mapped: bool = True
+        self,
+        path: str | Path,
+        stem: str = "diffusion_pytorch_model",
+        *,
+        shards_first: bool = True,
+        mapped: bool = True,
     ) -> None:
         self.path = Path(path)
-        paths, weight_map = _locate(self.path, stem)
+        paths, weight_map = locate(self.path, stem, shards_first)
         self._files: dict[Path, _TensorFile] = {file: _open(file, mapped) for file in paths}
         if weight_map is not None:
             _check_index(self.path, weight_map, self._files)
@@ -132,6 +146,11 @@ class WeightFiles:
                     )
                 self.entries[key] = stored
 
+    def unused(self) -> list[Path]:
+        """Weights that lie in the folder and that nobody reads."""
+        near = self.path.iterdir() if self.path.is_dir() else ()
+        return sorted(file for file in near if file.suffix in _ENDINGS and file not in self._files)
+
     @property
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
@@ -140,30 +159,26 @@ class WeightFiles:
     def read(self, key: str) -> Tensor:
         """The tensor of that name, on the CPU, in its stored dtype; do not write into it."""
         stored = self.entries[key]
-        try:
+        with foreign_data(
+            lambda cause: CheckpointError(f"a tensor cannot be read: {cause}", file=stored.file, key=key)
+        ):
             return self._files[stored.file].read(key)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"a tensor cannot be read: {error}", file=stored.file, key=key) from error
 
 
-def weight_paths(path: Path, stem: str) -> list[Path]:
-    """The files that hold a network's tensors, none of them opened; see `WeightFiles`.
+def locate(path: Path, stem: str, shards_first: bool) -> tuple[list[Path], dict[str, str] | None]:
+    """The files of a network as `WeightFiles` takes them, none of them opened, and an index's {key: file
+    name} if there is one.
 
     Raises:
-        CheckpointError: there are none, or not all.
+        CheckpointError: one is not there.
     """
-    return _locate(path, stem)[0]
-
-
-def _locate(path: Path, stem: str) -> tuple[list[Path], dict[str, str] | None]:
-    """The files to open, and an index's {key: file name} if there is one."""
     if path.is_dir():
         single = path / f"{stem}.safetensors"
         index = path / (stem + INDEX_ENDING)
+        if index.exists() and (shards_first or not single.exists()):
+            return _indexed(index)
         if single.exists():
             return [single], None
-        if index.exists():
-            return _indexed(index)
         shards = sorted(path.glob(f"{stem}-*-of-*.safetensors"))
         if shards:
             return _complete(shards), None
@@ -171,7 +186,7 @@ def _locate(path: Path, stem: str) -> tuple[list[Path], dict[str, str] | None]:
             "there are no weights",
             file=path,
             expected=f"{stem}.safetensors, or shards of it",
-            found="neither",
+            found=few(sorted(file.name for file in path.iterdir() if file.suffix in _ENDINGS)) or "neither",
         )
     if not path.exists():
         raise CheckpointError("a weights file is missing", file=path)
@@ -179,15 +194,14 @@ def _locate(path: Path, stem: str) -> tuple[list[Path], dict[str, str] | None]:
 
 
 def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    with foreign_data(
+        lambda cause: CheckpointError(f"an index of shards cannot be read: {cause}", file=index)
+    ):
+        weight_map = read_json(index)["weight_map"]
         pairs = {str(key): str(name) for key, name in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"an index of shards cannot be read: {type(error).__name__}: {error}", file=index
-        ) from error
     for key, name in pairs.items():
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        plain = Path(name).name == name and len(name.encode()) <= _LONGEST_NAME and name.isprintable()
+        if not plain or not name.endswith(".safetensors"):
             raise CheckpointError(
                 "an index names something that is no shard beside it", file=index, key=key, found=name
             )
@@ -230,6 +244,8 @@ def _check_index(path: Path, weight_map: Mapping[str, str], files: Mapping[Path,
 
 
 def _open(path: Path, mapped: bool) -> _TensorFile:
+    with foreign_data(lambda cause: CheckpointError(f"a weights file cannot be read: {cause}", file=path)):
+        require_regular(path)
     if path.suffix == ".safetensors":
         return _SafetensorsFile(path, mapped)
     if path.suffix in _TORCH_ENDINGS:
@@ -243,26 +259,25 @@ def _safetensors_entries(path: Path) -> tuple[dict[str, Stored], int]:
     """Reads a header: 8 bytes of its length (little endian), then JSON {name: {dtype, shape,
     data_offsets}}; and where it ends.
     """
-    size = -1
-    try:
-        size = path.stat().st_size
+    size = path.stat().st_size
+    with foreign_data(
+        lambda cause: CheckpointError(
+            f"a weights file has no readable header: {cause}", file=path, found=f"{size} bytes"
+        )
+    ):
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(_MAX_HEADER, size - 8):
+            if length > min(MOST_BYTES, size - 8):
                 raise CheckpointError(
                     "a weights file is truncated or no safetensors file", file=path, found=f"{size} bytes"
                 )
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length).decode("utf-8"))
         header.pop("__metadata__", None)
-        ends = [info["data_offsets"][1] for info in header.values()]
+        ends = [int(info["data_offsets"][1]) for info in header.values()]
         found = {
-            key: (info["dtype"], tuple(info["shape"]), info["data_offsets"][0])
+            key: (str(info["dtype"]), tuple(map(int, info["shape"])), int(info["data_offsets"][0]))
             for key, info in header.items()
         }
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"a weights file has no readable header: {error}", file=path, found=f"{size} bytes"
-        ) from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         word = "truncated" if size < expected else "longer than its header says"
@@ -286,29 +301,64 @@ def _torch_tensors(path: Path, mapped: bool) -> dict[str, Tensor]:
             found=torch.__version__,
             remedy="update torch, or convert the file to safetensors elsewhere",
         )
-    try:
+    with foreign_data(
+        lambda cause: CheckpointError(
+            f"a weights file cannot be read: {cause}", file=path, found=f"{path.stat().st_size} bytes"
+        )
+    ):
         data = torch.load(
             path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path)
         )
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"a weights file cannot be read: {reason}", file=path, found=f"{path.stat().st_size} bytes"
-        ) from error
     if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
         raise CheckpointError(
             "not a flat table of tensors", file=path, expected="{name: tensor}", found=type(data).__name__
         )
+    for key, value in data.items():
+        if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized:
+            raise CheckpointError(
+                "a tensor has no plain values",
+                file=path,
+                key=str(key),
+                expected="numbers on the CPU",
+                found=f"{value.device}, {value.layout}",
+            )
     return {str(key): value for key, value in data.items()}
 
 
 def _checked_float(path: Path, key: str, found: str, dtype: torch.dtype | None) -> torch.dtype:
+    if found.upper().startswith(("F8_", "TORCH.FLOAT8")):
+        raise CheckpointError(
+            "these are weights in 8-bit floats (fp8), which are not opened yet",
+            file=path,
+            key=key,
+            expected=" or ".join(FLOAT_TYPES),
+            found=found,
+            remedy="use the model's 16-bit files; --quant fp8 rounds them while loading",
+        )
     if dtype not in FLOAT_TYPES.values():
         raise CheckpointError(
             "a tensor is not of floats", file=path, key=key, expected=" or ".join(FLOAT_TYPES), found=found
         )
     assert dtype is not None
     return dtype
+
+
+def describe_file(path: Path) -> str:
+    """What a single file of weights is, in words, by its first bytes and its tensors' names."""
+    try:
+        require_regular(path)
+        with path.open("rb") as stream:
+            if stream.read(4) == b"GGUF":
+                return "a GGUF file: quantised weights, which are not opened yet"
+        names = list(_open(path, mapped=True).entries)
+    except (OSError, ValueError) as error:
+        return f"a file that cannot be read: {cause(error)}"
+    except CheckpointError as error:
+        return f"a file of weights that are not opened: {error}"
+    ours = "blocks.0.self_attn.q.weight"
+    if any(name.endswith(ours) and name != ours for name in names):
+        return "a Wan transformer alone, each name behind a prefix as ComfyUI has it"
+    return "a Wan transformer alone" if ours in names else f"a single file of {len(names)} tensors"
 
 
 def few(names: Iterable[str]) -> str:

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import stat
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 
 from chitu_diffusion.errors import CheckpointError
 from chitu_diffusion.files.atomic import write_text
+from chitu_diffusion.files.reading import cause, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,6 @@ _FIRST_WORD = 1.0
 """Seconds after which whoever waits says so."""
 _NEXT_WORD = 5.0
 _MEMORY_FILE = "weights-sha256.json"
-_LARGEST_JSON = 16 * 2**20
 
 
 @dataclass
@@ -98,7 +97,7 @@ class FileHashes:
                 self._files.append(_OpenFile(path, stream, os.fstat(stream.fileno())))
         except OSError as error:
             self.close()
-            raise CheckpointError(f"a weights file cannot be opened: {error}", file=path) from error
+            raise CheckpointError(f"a weights file cannot be opened: {cause(error)}", file=path) from error
         self._total = sum(file.state.st_size for file in self._files)
         self._is_quick = self._total <= _QUICK
         self._recall()
@@ -250,30 +249,9 @@ def hashes_of(files: Sequence[Path], cache_dir: Path | None = None) -> Mapping[P
     return found
 
 
-def read_small_json(file: Path) -> Any:
-    """The JSON in a regular file of a few megabytes at most.
-
-    Raises:
-        OSError: it is not there, cannot be read, or is something else.
-        ValueError: it is no JSON.
-    """
-    with open(file, "rb", opener=_without_waiting) as stream:
-        state = os.fstat(stream.fileno())
-        if not stat.S_ISREG(state.st_mode) or state.st_size > _LARGEST_JSON:
-            raise OSError(f"{file} is not a regular file of at most {_LARGEST_JSON // 2**20} MiB")
-        try:
-            return json.loads(stream.read(_LARGEST_JSON))
-        except RecursionError as error:
-            raise ValueError("it is nested too deep") from error
-
-
 def write_json(file: Path, data: Mapping[str, Any]) -> Path:
     """Writes an object as JSON; returns the file."""
     return write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that nobody writes into would hold us
 
 
 def _stamp(state: os.stat_result) -> list[int]:
@@ -282,7 +260,7 @@ def _stamp(state: os.stat_result) -> list[int]:
 
 def _read_memory(memory: Path) -> dict[str, Any]:
     try:
-        data = read_small_json(memory)
+        data = read_json(memory)
     except (OSError, ValueError):
         return {}  # a spoilt memory costs one more hashing, nothing else
     entries = data.items() if isinstance(data, dict) else ()

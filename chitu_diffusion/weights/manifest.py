@@ -15,8 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from chitu_diffusion.errors import CheckpointError
+from chitu_diffusion.files.reading import cause, read_json
 from chitu_diffusion.weights.files import few
-from chitu_diffusion.weights.hashing import SHA256, FileHashes, hashes_of, read_small_json, write_json
+from chitu_diffusion.weights.hashing import SHA256, FileHashes, hashes_of, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +63,11 @@ def read_manifest(folder: Path, cache_dir: Path | None = None) -> Manifest | Non
     places = [folder / MANIFEST_FILE, *([] if cache_dir is None else [_cached(folder, cache_dir)])]
     for place in places:
         try:
-            data = read_small_json(place)
+            data = read_json(place)
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise _unusable(place, str(error)) from error
+            raise _unusable(place, cause(error)) from error
         if not isinstance(data, dict) or not {"format", "origin", "files"} <= data.keys():
             continue  # somebody else's file of that name
         files = data["files"]

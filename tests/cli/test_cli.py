@@ -82,7 +82,7 @@ def test_bad_values_are_refused(chitu: Chitu, tiny_folder: Path, words: list[str
 
 @pytest.mark.usefixtures("nothing_loads")
 def test_missing_model_is_4_and_says_how_to_get_it(chitu: Chitu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chitu_diffusion.models.registry._in_hub_cache", lambda spec: None)
+    monkeypatch.setattr("chitu_diffusion.models.registry.cached_folder", lambda spec: None)
     code, _, err = chitu("generate", "a cat", "--model", "Wan2.1-T2V-14B")
     assert code == 4
     assert "chitu models pull Wan2.1-T2V-14B" in err
@@ -433,3 +433,14 @@ def test_the_shipped_model_makes_a_video(chitu: Chitu) -> None:
     frames = read_frames("cat.mp4")
     assert frames.shape[0] == 33
     assert frames.std() > 10
+
+
+@pytest.mark.parametrize("command", [("info", "x.mp4"), ("reproduce", "x.mp4")], ids=lambda words: words[0])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
+def test_every_command_hears_signals_as_ctrl_c(chitu, monkeypatch, number, command) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr(
+        "chitu_diffusion.media.reading.read_recipe", lambda path: os.kill(os.getpid(), number)
+    )
+    code, _, said = chitu(*command)
+    assert code == 130 and "interrupted" in said and signal.getsignal(number) is before

@@ -445,3 +445,18 @@ def test_a_file_is_read_as_what_its_name_says(
         Image.new("RGB", (8, 8)).save(place, format="EPS")
     with pytest.raises(UsageError, match="cannot be read"):
         read_frames(tmp_path / name)
+
+
+def test_what_a_small_file_claims_takes_no_memory(tmp_path: Path) -> None:
+    """A header of 2.7 TiB, a cut video, a pipe: refused in words, at once."""
+    write_video(moving_square(5), tmp_path / "a.npy", fps=8)
+    data = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(data.replace(b"(5, ", b"(999999999, ").replace(b"        \n", b"\n"))
+    write_video(moving_square(5), tmp_path / "a.mp4", fps=8)
+    os.truncate(tmp_path / "a.mp4", 500)
+    os.mkfifo(tmp_path / "b.mp4")
+    (tmp_path / "f").mkdir()
+    os.mkfifo(tmp_path / "f" / "00000.png")
+    for name in ("a.npy", "a.mp4", "b.mp4", "f"):
+        with pytest.raises(UsageError, match="cannot be read"):
+            read_frames(tmp_path / name)

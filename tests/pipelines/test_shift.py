@@ -152,7 +152,7 @@ def test_a_model_by_name_and_by_folder_is_one_model(model, known, monkeypatch, t
     with_default(model, steps=7, shift=OTHER)
     calibration = read_calibration(ASSETS / "wan-tiny")
     shutil.copy(ASSETS / "wan-tiny" / "flexcache.json", model)
-    monkeypatch.setattr(registry, "_in_hub_cache", lambda spec: model)
+    monkeypatch.setattr(registry, "cached_folder", lambda hub_ids: model)
     found = [resolve_model("Tiny-1B"), resolve_model("them/tiny-1b"), resolve_model("Tiny-1B", model),
              resolve_model(str(model))]  # fmt: skip
     assert all(isinstance(each, FoundModel) and each.spec == found[0].spec for each in found)

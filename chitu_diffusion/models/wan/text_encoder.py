@@ -20,8 +20,29 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from chitu_diffusion.errors import CheckpointError
+from chitu_diffusion.files.reading import foreign_data, read_json, require_regular
 
 MAX_TOKENS = 512
+_CONFIG_FIELDS = (
+    "vocab_size",
+    "d_model",
+    "d_kv",
+    "d_ff",
+    "num_layers",
+    "num_heads",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+    "dropout_rate",
+    "layer_norm_epsilon",
+    "initializer_factor",
+    "feed_forward_proj",
+    "pad_token_id",
+    "eos_token_id",
+)
+_TOKENIZER_SETTINGS = "tokenizer_config.json"
+_MOST_TOKENIZER_BYTES = 64 * 2**20
+_MOST_TOKENIZER_FILES = 100
+_MOST_PIECES = 2_000_000
 
 
 class TextEncoder(nn.Module):
@@ -80,6 +101,8 @@ class TextEncoder(nn.Module):
         if place not in self._known:
             ids, mask = self.tokenize([prompt])
             device = self.network.shared.weight.device
+            if ids.max() >= (pieces := self.network.shared.num_embeddings):
+                raise _another_encoder(self.tokenizer.name_or_path, pieces, int(ids.max()))
             with torch.autocast(device.type, enabled=False):  # T5 overflows float16
                 hidden = self.network(ids.to(device), mask.to(device)).last_hidden_state  # [1, tokens, D]
             self._known[place] = hidden[0].to("cpu", copy=True)
@@ -145,23 +168,67 @@ def clean_prompt(text: str) -> str:
 def build_text_encoder(config: Mapping[str, Any]) -> nn.Module:
     """The encoder of a transformers config, with no weights (on the meta device)."""
     with torch.device("meta"):
-        return cast(nn.Module, UMT5EncoderModel(UMT5Config.from_dict(dict(config))))
+        # what else stands there (labels, code, another attention) is none of the network's
+        used = {key: value for key, value in config.items() if key in _CONFIG_FIELDS}
+        return cast(nn.Module, UMT5EncoderModel(UMT5Config.from_dict(used)))
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder.
+def load_tokenizer(folder: Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder. No code in it is run, whatever its settings ask for.
+
+    Args:
+        vocab_size: rows of the text encoder's table; None looks at none.
 
     Raises:
-        CheckpointError: it is missing or cannot be read.
+        CheckpointError: it is missing, cannot be read, or belongs to another encoder.
     """
     if not folder.is_dir():
         raise CheckpointError("the tokenizer is missing", file=folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers has many words for a tokenizer that cannot be
-        raise CheckpointError(f"the tokenizer cannot be read: {error}", file=folder) from error
+    # transformers has many words for a tokenizer that cannot be
+    with foreign_data(lambda cause: CheckpointError(f"the tokenizer cannot be read: {cause}", file=folder)):
+        _check_tokenizer_files(folder)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        largest = max(*tokenizer("a cat").input_ids, tokenizer.pad_token_id or 0)
     if tokenizer.pad_token_id is None:
         raise CheckpointError(
             "the tokenizer has no padding token", file=folder / "tokenizer_config.json", key="pad_token"
         )
+    if vocab_size is not None and largest >= vocab_size:
+        raise _another_encoder(folder, vocab_size, largest)
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _another_encoder(place: object, vocab_size: int, found: int) -> CheckpointError:
+    return CheckpointError(
+        "the tokenizer belongs to another text encoder",
+        file=place,
+        key="vocab_size",
+        expected=f"pieces below {vocab_size}",
+        found=found,
+    )
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """transformers opens them by name, and does what their settings say."""
+    files = list(folder.iterdir())
+    if len(files) > _MOST_TOKENIZER_FILES:
+        raise ValueError(f"{len(files)} files; a tokenizer has fewer than {_MOST_TOKENIZER_FILES}")
+    for file in files:
+        if file.is_dir() and file.suffix != ".json":
+            continue  # chat templates and other people's folders
+        found = require_regular(file)
+        if found.st_size > _MOST_TOKENIZER_BYTES:
+            raise ValueError(f"{file.name} has {found.st_size} bytes, more than {_MOST_TOKENIZER_BYTES}")
+    for file in (folder / _TOKENIZER_SETTINGS, folder / "special_tokens_map.json"):
+        settings = read_json(file) if file.exists() else {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"{file.name} is not an object")
+        for key, value in settings.items():
+            is_large = isinstance(value, int) and value > _MOST_PIECES and key != "model_max_length"
+            if is_large or (key.endswith("_file") and value is not None):
+                raise CheckpointError(
+                    "the tokenizer has a setting that no tokenizer of Wan has",
+                    file=file,
+                    key=key,
+                    found=value,
+                )

@@ -1,0 +1,172 @@
+"""Files that others wrote, read as data: every small one through one door, and one boundary for what readers
+raise.
+
+A small file (JSON, CSV, TOML, text) is a regular file of bounded size; its JSON has bounded depth and
+numbers. Knows no format of ours, no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from chitu_diffusion.errors import ChituError
+
+MOST_BYTES = 16 * 2**20
+"""Of a small file. The largest that models bring, a tokenizer of 256,000 pieces, has 17 MB: it says so."""
+_MOST_DEPTH = 64
+_MOST_DIGITS = 40  # tokenizers have a length of 1e30
+_LONGEST_CAUSE = 300
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def require_regular(path: str | Path) -> os.stat_result:
+    """What the system says of a file whose reader opens it by name.
+
+    Raises:
+        OSError: it is not there, or is a pipe, a device or a folder, which a reader might wait on for ever.
+        ValueError: a name that no file can have.
+    """
+    return _regular(os.stat(path))
+
+
+def _regular(found: os.stat_result) -> os.stat_result:
+    if not stat.S_ISREG(found.st_mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(found.st_mode)), "no file")
+        raise OSError(f"it is {kind}; use a regular file")
+    return found
+
+
+def read_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
+    """The whole of a regular file.
+
+    Raises:
+        OSError: it is not there, is none, or cannot be read.
+        ValueError: it has more than `most` bytes.
+    """
+    # a pipe without a writer would hold an open without O_NONBLOCK
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        _regular(os.fstat(handle))
+        with os.fdopen(handle, "rb", closefd=False) as stream:
+            data = stream.read(most + 1)
+    finally:
+        os.close(handle)
+    if len(data) > most:
+        raise ValueError(f"it has more than {most} bytes; a file of this kind is smaller")
+    return data
+
+
+def read_text(path: str | Path, most: int = MOST_BYTES, encoding: str = "utf-8") -> str:
+    """A text file.
+
+    Raises:
+        OSError, ValueError: as `read_bytes`; not text of that encoding.
+    """
+    data = read_bytes(path, most)
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def parse_json(text: str | bytes, *, checks_text: bool = True) -> Any:
+    """A JSON text of bounded depth and numbers; its strings are text that can be written again.
+
+    Args:
+        checks_text: False where whoever asks looks at each string, and can name its field.
+
+    Raises:
+        ValueError: it is no such text; says why.
+    """
+    try:
+        value = json.loads(text, parse_int=_whole)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {_MOST_DEPTH} deep") from None
+    _check_depth(value)
+    lone = b"\\ud" if isinstance(text, bytes) else "\\ud"
+    if checks_text and lone in text.lower():  # type: ignore[operator]  # both are of one kind
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a string in it is not valid text: half of a surrogate pair") from None
+    return value
+
+
+def read_json(path: str | Path, most: int = MOST_BYTES) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        OSError, ValueError: as `read_text` and `parse_json`.
+    """
+    return parse_json(read_text(path, most))
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number in it has {len(digits)} digits; use at most {_MOST_DIGITS}")
+    return int(digits)
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_MOST_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {_MOST_DEPTH} deep")
+
+
+def cause(error: BaseException) -> str:
+    """A foreign error as one short line."""
+    text = re.sub(r"\[Errno -?\d+\] ", "", " ".join(str(error).split()))
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    elif isinstance(error, KeyError):
+        text = f"{text} is missing"
+    elif isinstance(error, RecursionError):
+        text = "it is nested too deeply"
+    elif isinstance(error, MemoryError):
+        text = "it asks for more memory than there is"
+    text = text or type(error).__name__
+    return text if len(text) <= _LONGEST_CAUSE else text[: _LONGEST_CAUSE - 3] + "..."
+
+
+@contextmanager
+def foreign_data(refused: Callable[[str], ChituError]) -> Iterator[None]:
+    """The boundary around a reader of what others wrote: whatever it raises becomes an error of ours.
+
+    Args:
+        refused: makes it from the cause in words.
+
+    Errors of ours pass unchanged.
+    """
+    try:
+        yield
+    except (ChituError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except Exception as error:
+        raise refused(cause(error)) from error
+    except BaseException as error:
+        # a panic of a library in Rust is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise refused(cause(error)) from error
