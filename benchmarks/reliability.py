@@ -244,7 +244,9 @@ def held_by(check: Check, lines: Sequence[Mapping[str, Any]]) -> tuple[str, list
     passed = sum(end == "passed" for end in ends)
     if failed or bare:
         return (
-            f"**no**: {failed} of {failed + passed} tests failed" if failed else f"**not run**: {bare[0]}",
+            f"**no**: {failed} of {failed + passed} tests failed"
+            if failed
+            else f"**not run**: tests/{bare[0]}",
             told,
         )
     return ("in part" if check.lacks else "yes") + f" ({passed} tests)", told
@@ -321,7 +323,7 @@ def card_of(lines: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str
                 "holds": held,
                 "counted": in_words(figures_of(told)),
                 "lacks": check.lacks,
-                "tests": ", ".join(f"`{name}`" for name in check.tests),
+                "tests": ", ".join(f"`tests/{name}`" for name in check.tests),
             }
         )
     bad = sum("**" in row["holds"] for row in rows)
