@@ -8,7 +8,7 @@ PIP := $(BIN)/pip -qq --disable-pip-version-check --no-input
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 WORKERS ?= 2
 
-.PHONY: demo test test-training check install clean
+.PHONY: demo test test-training card check install clean
 
 demo: $(STAMP)
 	@$(BIN)/chitu generate "A cat walking on grass" --seed 1 -o outputs/demo.mp4
@@ -18,6 +18,10 @@ test: check
 
 test-training: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) training/tests
+
+# the reliability card: docs/reliability.md, from tests with long loops (some ten minutes)
+card: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reliability
 
 check: $(STAMP)
 	@$(BIN)/ruff check .

@@ -30,6 +30,7 @@ from chitu_diffusion.files.atomic import (
     new_folder,
     write_text,
 )
+from chitu_diffusion.files.faults import hit
 from chitu_diffusion.files.places import expand_home, require_writable
 from chitu_diffusion.files.reading import read_json
 from chitu_diffusion.media.frame_rate import Rate, frame_rate
@@ -307,6 +308,7 @@ def _write_mp4(part: Path, frames: Frames, fps: Fraction, quality: int, text: st
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709
             for array in padded:
+                hit("mux.frame", part)
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
                 yuv = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
                 container.mux(stream.encode(yuv))

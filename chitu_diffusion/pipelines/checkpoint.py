@@ -25,6 +25,7 @@ from torch import Tensor
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import CannotResumeError
 from chitu_diffusion.files.atomic import new_file
+from chitu_diffusion.files.faults import hit
 from chitu_diffusion.flexcache.registry import emptied
 from chitu_diffusion.pipelines.fingerprint import differences, fingerprint_of, is_exact
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
@@ -417,6 +418,7 @@ class CheckpointFolder:
             for file in self.folder.iterdir():
                 name = _OWN_FILE.fullmatch(file.name)
                 if name is not None and self._rank in (0, int(name[1])):
+                    hit("checkpoint.clear", file)
                     file.unlink(missing_ok=True)
             self.folder.rmdir()
 

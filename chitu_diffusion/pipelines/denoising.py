@@ -21,6 +21,7 @@ from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.sharding import Shards, all_branches, own_branches, sharded_attention
+from chitu_diffusion.files.faults import hit
 from chitu_diffusion.flexcache.interface import NO_CACHE, StepCache
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.models.kinds import EXPERT_ROLES
@@ -107,6 +108,7 @@ def denoise(
         chosen = expert_at(timestep, backend.spec.boundary) if expert is None else expert
         active = active_branches(scales[chosen])[:branches]
         velocity = predict(latent, timestep, chosen, active)
+        hit("denoise.velocity", velocity)
         latent, state = sampler.step(
             state, apply_cfg(velocity, scales[chosen] if len(active) > 1 else 1.0), latent
         )

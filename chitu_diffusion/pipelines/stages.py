@@ -21,6 +21,7 @@ from torch import Tensor
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.sharding import gather_strips
 from chitu_diffusion.errors import StageError, TaskError, without_frames
+from chitu_diffusion.files.faults import hit
 from chitu_diffusion.flexcache.calibrated import require_same_model
 from chitu_diffusion.flexcache.manager import fork
 from chitu_diffusion.flexcache.registry import CacheState, parse_flexcache, parse_strategy
@@ -151,7 +152,9 @@ class Stages:
         backend = self._backend
         resolved = resolve_task(task, backend.spec, backend.args.output.dir)
         cache = parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 0)
+        hit("encode.before")
         conditioning = self._pipeline.condition(backend, resolved)
+        hit("encode.after", conditioning.text)
         FiniteCheck(conditioning.text, "text embeddings").require()
         if conditioning.concat_latents is not None:
             FiniteCheck(conditioning.concat_latents, "image latents").require()
@@ -180,6 +183,7 @@ class Stages:
         self._require_calibrated(task)
         # the manager writes into a copy, which becomes the task's only when the unit is done
         cache = None if buffer.cache is None else fork(buffer.cache)
+        hit("denoise.before", task.current_step)
         step = next(
             denoise(
                 backend,
@@ -192,6 +196,7 @@ class Stages:
                 check=self._check_of(derived, buffer.latent),
             )
         )
+        hit("denoise.after", task.current_step)
         self._derived[task] = _Derived(derived.text, step.check, weakref.ref(step.latent))
         after = self._latent_after(task, float(backend.sampler.timestep(state)), step.latent)
         notes = [f"expert {step.expert}"] if task.expert is not None and task.expert != step.expert else []
@@ -283,6 +288,7 @@ class Stages:
         frames = _resolved(task).num_frames or 1
         shape = (1, *spec.latent_shape(frames, stage.height, stage.width))
         noise = initial_noise(shape, task.seed, stream=task.cascade_stage).to(device)
+        hit("noise.after", noise)
         if task.cascade_stage == 0:
             return noise, state
         before = stages_of(_resolved(task))[task.cascade_stage - 1]
@@ -297,6 +303,7 @@ class Stages:
         resolved = _resolved(task)
         latent = _present(task.buffer.latent)
         video: Tensor | None = None
+        hit("decode.before")
         if backend.low_mem_level == 0 and backend.groups.plan.world > 1:
             video = decode_shared(backend, latent)
         elif backend.groups.rank == 0:
@@ -304,6 +311,7 @@ class Stages:
             video = decode_tiled(backend, latent, tile_size_for(latent)) if tiled else decode(backend, latent)
         if video is not None:
             video = video[..., : resolved.height, : resolved.width]  # of whole patches, what was asked for
+            hit("decode.after", video)
             FiniteCheck(video, "video").require()
         # the latent stays until the video stands, for a checkpoint of this stage
         after = self._pipeline.after(TaskStatus.DECODING)
@@ -319,6 +327,7 @@ class Stages:
             return None
         frames = to_frames(_present(task.buffer.video))
         recipe = recipe_of(task, backend)
+        hit("save.before")
         self._require_calibrated(task)
         hooks = self.hooks.get(task, TaskHooks())
         if hooks.on_video is not None:
