@@ -32,6 +32,7 @@ from chitu_diffusion.errors import UsageError
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
     from chitu_diffusion.models.registry import FoundModel
+    from chitu_diffusion.models.spec import ModelSpec
     from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 MakeTask = Callable[["DiffusionUserParams"], "DiffusionTask"]
@@ -98,8 +99,8 @@ def batch(
     """Make a video for each row of a file; rows that are done already are skipped.
 
     A row may hold prompt, negative_prompt, height, width, num_frames, fps, num_inference_steps,
-    guidance_scale, shift, seed, save_path, image, last_image, flexcache, role and priority. The flags fill in
-    what a row leaves out. Its file is called after its id, or else by what the row asks for.
+    guidance_scale, shift, sampler_recipe, seed, save_path, image, last_image, flexcache, role and priority.
+    The flags fill in what a row leaves out. Its file is called after its id, or else by what it asks for.
     """
     from chitu_diffusion.task import DiffusionUserParams
 
@@ -270,7 +271,7 @@ def look_at(
     here = functools.cache(lambda: fingerprint_before_loading(config, model, cache_dir()))
     todo = []
     for row in rows:
-        other = _other_video(row, model.spec.name, config.output.quality, here)
+        other = _other_video(row, model.spec, config.output.quality, here)
         if other is None:
             continue
         if other and not overwrite:
@@ -284,7 +285,7 @@ def look_at(
 
 
 def _other_video(
-    row: Row, model: str, quality: int, here: Callable[[], Mapping[str, Any]]
+    row: Row, spec: ModelSpec, quality: int, here: Callable[[], Mapping[str, Any]]
 ) -> list[str] | None:
     """None where the row's video stands, whole; [] where nothing does that is worth keeping; else in what the
     file there is another.
@@ -304,7 +305,7 @@ def _other_video(
             return [] if is_cut(row.path) else [str(error)]
         except OSError:
             return [str(error)]
-    if other := same_recipe(recipe, row.task, model, quality, here):
+    if other := same_recipe(recipe, row.task, spec, quality, here):
         return other
     resolved = row.task.resolved or row.params
     try:

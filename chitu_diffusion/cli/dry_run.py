@@ -157,6 +157,7 @@ def print_plan(
 ) -> int:
     """Print what would be made of resolved tasks, and make nothing."""
     from chitu_diffusion.attn_schedule import AttnSchedule
+    from chitu_diffusion.pipelines.request import guidance_pair
 
     spec = model.spec
     folder = model.required().path
@@ -182,7 +183,8 @@ def print_plan(
         kept = config.infer.quant_keep or "none"
         say(f"quant   {quant} linear layers after {share} of the steps (kept in 16 bits: {kept}); lossy")
     for plan in plans:
-        sampled = "on its list of noise levels" if spec.defaults.levels else f"shift {plan['shift'] or 1:g}"
+        own = spec.with_recipe(plan["sampler_recipe"])
+        sampled = "on its list of noise levels" if own.defaults.levels else f"shift {plan['shift'] or 1:g}"
         late = "" if schedule is None else f", {schedule.describe(plan['num_inference_steps'])}"
         say(
             f"video   {quoted(plan['prompt'])}\n"
@@ -191,11 +193,12 @@ def print_plan(
             f"        {plan['num_inference_steps']} steps, guidance {plan['guidance_scale']}, seed "
             f"{plan['seed']}, "
             f"cache {setting_text(plan['flexcache'])}{late}\n"
-            f"        sampler {spec.defaults.sampler}, {sampled}\n"
+            f"        sampler {own.defaults.sampler}, {sampled}\n"
             f"        to {plan['save_path']}"
         )
-        if note := spec.shift_note(plan["shift"]):
-            say(f"note    {note}")
+        for note in (own.shift_note(plan["shift"]), own.recipe_note(guidance_pair(plan["guidance_scale"]))):
+            if note:
+                say(f"note    {note}")
     say("nothing was made (--dry-run)")
     return 0
 

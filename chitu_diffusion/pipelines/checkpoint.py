@@ -38,7 +38,7 @@ from chitu_diffusion.task import (
     TaskStatus,
 )
 
-FORMAT = 3
+FORMAT = 4
 ENDING = ".safetensors"
 _KEPT = 2
 _MOST_TRIES = 3
@@ -158,7 +158,8 @@ def _valid_for(backend: DiffusionBackend, task: DiffusionTask) -> dict[str, dict
     """
     infer = backend.args.infer
     plan = backend.groups.plan
-    made = fingerprint_of(backend, task.params.shift)
+    asked = task.resolved or task.params
+    made = fingerprint_of(backend, task.params.shift, asked.sampler_recipe)
     return {
         "must": {**made, "attention": "auto" if is_exact(made["attention"]) else made["attention"]},
         "should": {

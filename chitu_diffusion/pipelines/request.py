@@ -52,6 +52,7 @@ def resolve_request(
     Raises:
         UsageError: what this model cannot do, naming the field, the value and what to use.
     """
+    spec = spec.with_recipe(params.sampler_recipe)
     defaults = spec.defaults
     _check_image(params, spec)
     params = _with_image_shape(_with_cascade(params, len(spec.transformers)), spec)
@@ -67,6 +68,7 @@ def resolve_request(
         num_inference_steps=params.num_inference_steps or defaults.steps,
         guidance_scale=resolve_guidance(params.guidance_scale, spec),
         shift=_shift(params, spec),
+        sampler_recipe=defaults.sampler_recipe,
         seed=seed,
         save_path=_path(params, task_id, output_dir),
     )
@@ -83,11 +85,17 @@ def _shift(params: DiffusionUserParams, spec: ModelSpec) -> float | None:
     own = spec.defaults.shift
     if params.shift not in (None, own) and spec.defaults.levels is not None:
         raise UsageError(
-            f"shift = {params.shift:g}: {spec.name} is sampled on a list of noise levels, which has none; "
-            "leave it out",
+            f"shift = {params.shift:g}: {_sampled_by(spec)} is sampled on a list of noise levels, which has "
+            "none; leave it out",
             field="shift",
         )
     return own if params.shift is None else float(params.shift)
+
+
+def _sampled_by(spec: ModelSpec) -> str:
+    """Whose list of noise levels it is."""
+    recipe = spec.defaults.sampler_recipe
+    return "this model" if recipe is None else f"sampler recipe {recipe}"
 
 
 def _path(params: DiffusionUserParams, task_id: str, output_dir: str | None) -> str | None:
@@ -286,7 +294,7 @@ def _check_solver(spec: ModelSpec, resolved: DiffusionUserParams) -> None:
     levels = spec.defaults.levels
     for stage in stages_of(resolved):
         if levels is not None:
-            levels.require_steps(stage.num_inference_steps, stage.strength)
+            levels.require_steps(stage.num_inference_steps, stage.strength, _sampled_by(spec))
     if resolved.flexcache is None or SOLVERS[spec.defaults.sampler].linear:
         return
     name, strategy = parse_strategy(resolved.flexcache)

@@ -37,7 +37,7 @@ from chitu_diffusion.pipelines.request import guidance_pair, resolve_task, stage
 from chitu_diffusion.pipelines.request_notes import request_notes
 from chitu_diffusion.pipelines.text_to_video import TextToVideo
 from chitu_diffusion.sampling.library import SamplerState
-from chitu_diffusion.sampling.noise import initial_noise, pad_latent, upsample_latent
+from chitu_diffusion.sampling.noise import pad_latent, upsample_latent
 from chitu_diffusion.task import (
     CascadeStage,
     DiffusionTask,
@@ -156,7 +156,9 @@ class Stages:
             status=self._pipeline.after(TaskStatus.ENCODING),
         )
         notes = [f"seed {task.seed}"] if task.params.seed is None else []
-        notes += [note for note in (backend.spec.shift_note(resolved.shift),) if note]
+        spec = backend.spec.with_recipe(resolved.sampler_recipe)
+        said = (spec.shift_note(resolved.shift), spec.recipe_note(guidance_pair(resolved.guidance_scale)))
+        notes += [note for note in said if note]
         for image in (resolved.image, resolved.last_image):
             notes += image.notes(resolved.height, resolved.width) if image else []
         if backend.groups.rank == 0:
@@ -188,10 +190,10 @@ class Stages:
             )
         )
         self._derived[task] = _Derived(derived.text, step.check, weakref.ref(step.latent))
-        after = self._latent_after(task, float(backend.sampler.timestep(state)), step.latent)
+        after = self._latent_after(task, float(state["timesteps"][state["index"]]), step.latent)
         notes = [f"expert {step.expert}"] if task.expert is not None and task.expert != step.expert else []
         notes += [note for note in (backend.compile_note(),) if note]
-        ended = backend.sampler.is_done(step.state)
+        ended = backend.sampler_for(state["recipe"]).is_done(step.state)
         last = ended and task.cascade_stage + 1 == len(stages)
         if last and cache is not None:
             saved = f"{cache['reused']} of {cache['num_steps']} steps"
@@ -238,7 +240,7 @@ class Stages:
     ) -> Predict:
         """A predictor through the cache manager, which is bound to a task's cache for this step."""
         backend = self._backend
-        cached = cached_predictor(backend, text, step_idx, num_steps, self._probe, state["shift"])
+        cached = cached_predictor(backend, text, step_idx, num_steps, self._probe, state)
         unplanned = cache is not None and cache["plan"] is None
         schedule = schedule_of(backend, state, scales) if unplanned else None
 
@@ -263,7 +265,7 @@ class Stages:
 
     def _position(self, task: DiffusionTask, stage: CascadeStage) -> tuple[Tensor, SamplerState]:
         """The latent and solver state before the coming step; at a stage's first step they are made."""
-        sampler = self._backend.sampler
+        sampler = self._backend.sampler_for(_resolved(task).sampler_recipe)
         device = self._backend.device
         if task.buffer.sampler is not None:
             return _present(task.buffer.latent).to(device), task.buffer.sampler
@@ -277,15 +279,14 @@ class Stages:
         spec = self._backend.spec
         frames = _resolved(task).num_frames or 1
         shape = (1, *spec.latent_shape(frames, stage.height, stage.width))
-        noise = initial_noise(shape, task.seed, stream=task.cascade_stage).to(device)
         if task.cascade_stage == 0:
-            return noise, state
+            return sampler.first_latent(state, shape).to(device), state
         before = stages_of(_resolved(task))[task.cascade_stage - 1]
         shown = spec.geometry.latent_shape(frames, before.height, before.width)
         low = _present(task.buffer.latent).to(device)[..., : shown[2], : shown[3]]
         rows, columns = spec.geometry.latent_shape(frames, stage.height, stage.width)[2:]
         larger = pad_latent(upsample_latent(low, rows, columns), shape)
-        return sampler.renoise(state, larger, noise), state
+        return sampler.renoise(state, larger), state
 
     def _decode(self, task: DiffusionTask) -> str | None:
         backend = self._backend

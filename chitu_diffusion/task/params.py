@@ -17,6 +17,7 @@ from typing import Any, Self
 from chitu_diffusion.errors import UsageError, nearest, plain_number
 from chitu_diffusion.media.frame_rate import Rate, frame_rate
 from chitu_diffusion.media.image import InputImage
+from chitu_diffusion.sampling.recipes import NO_RECIPE, recipe_named
 
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 20_000
@@ -60,8 +61,9 @@ _DIFFUSERS_NAMES = MappingProxyType(
         "callback_steps": "callback_on_step_end is called after each step",
         "num_images_per_prompt": "use a list of prompts, engine.generate([prompt] * 2), or a seed for each",
         "image_embeds": "hand over the picture, image=",
-        "sigmas": "the model says them, in `defaults` of its chitu.json",
-        "timesteps": "the model says them, in `defaults` of its chitu.json",
+        "sigmas": "the model says them, in `defaults` of its chitu.json, or sampler_recipe",
+        "timesteps": "the model says them, in `defaults` of its chitu.json, or sampler_recipe",
+        "recipe": "use sampler_recipe; 'chitu reproduce' makes a video again from its recipe",
         "max_sequence_length": "it is the model's",
         "attention_kwargs": "use the setting infer.attn_type",
         "steps": "use num_inference_steps",
@@ -124,6 +126,8 @@ class DiffusionUserParams:
         cascade: stages of rising resolution in place of a single denoising; see `CascadeStage`.
         shift: of the noise schedule, as Wan's authors call it: a larger one spends more steps on much noise;
             None is the model's own.
+        sampler_recipe: how step-distilled weights are sampled, a name of `sampling.recipes.RECIPES`; None is
+            the model's own, "none" the usual solver.
         task_id: a label of the caller's own; letters, digits, '.', '_', '-' only.
 
     Numbers may be numpy's, and whole ones floats without a fraction, as pandas gives them.
@@ -150,6 +154,7 @@ class DiffusionUserParams:
     cascade: tuple[CascadeStage, ...] | None = None
     task_id: str | None = None
     shift: float | None = None
+    sampler_recipe: str | None = None
 
     def __new__(cls, *values: Any, **fields: Any) -> Self:
         _check_names(cls, fields)
@@ -185,6 +190,7 @@ class DiffusionUserParams:
         _check_shift(self.shift)
         _check_save_path(self.save_path)
         _check_label("task_id", self.task_id)
+        _check_recipe(self.sampler_recipe)
         if not isinstance(self.role, str) or not self.role:
             raise UsageError(f"role = {self.role!r}: must be a name", field="role")
         check_text("role", self.role)
@@ -342,6 +348,11 @@ def _check_label(name: str, value: object) -> None:
         raise UsageError(
             f"{name} = {value!r}: use letters, digits, '.', '_' and '-', not starting with '.'", field=name
         )
+
+
+def _check_recipe(name: object) -> None:
+    if name not in (None, NO_RECIPE):
+        recipe_named(str(name))
 
 
 def _cascade_stage(value: Any) -> Any:
