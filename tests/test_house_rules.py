@@ -24,19 +24,19 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
     "": 2320,
     "attention": 2060,
-    "cli": 3405,
+    "cli": 3420,
     "distributed": 2140,
     "evaluation": 2110,
     "executor": 1925,
     "files": 430,
     "flexcache": 2720,
-    "media": 990,
+    "media": 1450,
     "memory": 570,
     "models": 4430,
     "ops": 1815,
-    "pipelines": 2930,
+    "pipelines": 3055,
     "sampling": 1150,
-    "task": 925,
+    "task": 955,
     "weights": 1170,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the

@@ -138,11 +138,14 @@ def check_room(tasks: Sequence[DiffusionTask], config: EngineConfig) -> None:
 
 def plan_of(spec: ModelSpec, resolved: DiffusionUserParams) -> dict[str, Any]:
     """A resolved request as plain JSON values, with what follows from it."""
+    from chitu_diffusion.pipelines.request import steps_of
+
     frames = resolved.num_frames or 1
     fps = resolved.fps or 1
     return {
         **resolved.to_mapping(),
         "seconds_of_video": round(float(frames / fps), 3),
+        "steps_taken": steps_of(resolved),
         "tokens": spec.tokens(frames, resolved.height or 0, resolved.width or 0),
     }
 
@@ -185,12 +188,15 @@ def print_plan(
     for plan in plans:
         own = spec.with_recipe(plan["sampler_recipe"])
         sampled = "on its list of noise levels" if own.defaults.levels else f"shift {plan['shift'] or 1:g}"
-        late = "" if schedule is None else f", {schedule.describe(plan['num_inference_steps'])}"
+        begins = ""
+        if plan["video"] is not None:
+            begins = f", of which the last {plan['steps_taken']} are taken (strength {plan['strength']:g})"
+        late = "" if schedule is None else f", {schedule.describe(plan['steps_taken'])}"
         say(
             f"video   {quoted(plan['prompt'])}\n"
             f"        {plan['width']}x{plan['height']}, {plan['num_frames']} frames at {plan['fps']} fps "
             f"({plan['seconds_of_video']:g} s), {plan['tokens']} tokens\n"
-            f"        {plan['num_inference_steps']} steps, guidance {plan['guidance_scale']}, seed "
+            f"        {plan['num_inference_steps']} steps{begins}, guidance {plan['guidance_scale']}, seed "
             f"{plan['seed']}, "
             f"cache {setting_text(plan['flexcache'])}{late}\n"
             f"        sampler {own.defaults.sampler}, {sampled}\n"

@@ -97,21 +97,15 @@ class InputImage:
         Raises:
             UsageError: its file is not there any more or has changed, or it was in another process's memory.
         """
-        import numpy as np
-        from PIL import Image
+        return resized(self.pixels if self.pixels is not None else self.reread(name), height, width)
 
-        pixels: NDArray[Any] = self.pixels if self.pixels is not None else self.reread(name)
-        if pixels.dtype == np.uint8:
-            if pixels.shape[:2] != (height, width):
-                image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
-                pixels = np.asarray(image)
-            return pixels.astype(np.float32) / np.float32(255)
-        if pixels.shape[:2] == (height, width):
-            return pixels
-        channels = [Image.fromarray(pixels[..., channel]) for channel in range(3)]
-        size = (width, height)
-        larger = [np.asarray(each.resize(size, Image.Resampling.LANCZOS)) for each in channels]
-        return np.stack(larger, axis=-1).clip(0, 1)
+    def require_unchanged(self, name: str) -> None:
+        """Checks that its file is there and the one that was asked for.
+
+        Raises:
+            UsageError: as `resized`.
+        """
+        self.reread(name)
 
     def reread(self, name: str) -> NDArray[np.uint8]:
         """[H, W, 3] from its file.
@@ -129,6 +123,26 @@ class InputImage:
                 f"{name} = {self.path!r}: the file has changed since the request; give it again", field=name
             )
         return _decoded(name, data, repr(self.path))[0]
+
+
+def resized(pixels: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
+    """Pixels [H, W, 3], uint8 or float32 in [0, 1], as [height, width, 3] float32 in [0, 1], stretched by
+    Lanczos.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if pixels.dtype == np.uint8:
+        if pixels.shape[:2] != (height, width):
+            image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+            pixels = np.asarray(image)
+        return pixels.astype(np.float32) / np.float32(255)
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    channels = [Image.fromarray(pixels[..., channel]) for channel in range(3)]
+    size = (width, height)
+    larger = [np.asarray(each.resize(size, Image.Resampling.LANCZOS)) for each in channels]
+    return np.stack(larger, axis=-1).clip(0, 1)
 
 
 def _from_mapping(name: str, values: Mapping[str, Any]) -> InputImage:

@@ -37,6 +37,7 @@ from chitu_diffusion.task import (
     TaskBuffer,
     TaskStatus,
 )
+from chitu_diffusion.task.params import INPUTS
 
 FORMAT = 4
 ENDING = ".safetensors"
@@ -195,9 +196,9 @@ def _compared(task: DiffusionTask, values: Mapping[str, Any], backend: Diffusion
 
 
 def _video_of(task: DiffusionTask) -> dict[str, Any]:
-    """What a task is to make, whoever asks and wherever it goes; a picture is known by its hash."""
+    """What a task is to make, whoever asks and wherever it goes; inputs are known by their hashes."""
     values = (task.resolved or task.params).to_mapping()
-    for name in ("image", "last_image"):
+    for name in INPUTS:
         values[name] = values[name] and values[name]["sha256"]
     kept = {name: value for name, value in values.items() if name not in _NOT_OF_THE_VIDEO}
     return {**json.loads(json.dumps(kept)), "seed": task.seed}

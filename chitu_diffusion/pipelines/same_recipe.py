@@ -9,6 +9,7 @@ from typing import Any
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.pipelines.fingerprint import differences, sampler_of
 from chitu_diffusion.task import DiffusionTask
+from chitu_diffusion.task.params import INPUTS
 
 _NOT_OF_THE_VIDEO = ("save_path", "task_id", "role", "priority")
 
@@ -41,7 +42,7 @@ def same_recipe(
     here = json.loads(json.dumps(resolved.to_mapping(), default=str))
     ignored = [*_NOT_OF_THE_VIDEO, *(["seed"] if task.params.seed is None else [])]
     for mapping in (params, here):
-        for name in ("image", "last_image"):
+        for name in INPUTS:
             if isinstance(mapping.get(name), Mapping):
                 mapping[name] = mapping[name].get("sha256")  # by whatever name
     about: dict[str, Any] = {"model": spec.name}

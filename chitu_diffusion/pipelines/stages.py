@@ -30,10 +30,11 @@ from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.pipelines.denoising import Predict, Probe, cached_predictor, denoise, schedule_of
 from chitu_diffusion.pipelines.fingerprint import identity_of
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
+from chitu_diffusion.pipelines.guidance import expert_at
 from chitu_diffusion.pipelines.hooks import TaskHooks
 from chitu_diffusion.pipelines.recipe import recipe_of
 from chitu_diffusion.pipelines.registry import pipeline_of
-from chitu_diffusion.pipelines.request import guidance_pair, resolve_task, stages_of
+from chitu_diffusion.pipelines.request import guidance_pair, resolve_task, stages_of, steps_of
 from chitu_diffusion.pipelines.request_notes import request_notes
 from chitu_diffusion.pipelines.text_to_video import TextToVideo
 from chitu_diffusion.sampling.library import SamplerState
@@ -142,17 +143,21 @@ class Stages:
     def _encode(self, task: DiffusionTask) -> str | None:
         backend = self._backend
         resolved = resolve_task(task, backend.spec, backend.args.output.dir)
-        cache = parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 0)
+        steps = steps_of(resolved)
+        cache = parse_flexcache(resolved.flexcache, steps)
         conditioning = self._pipeline.condition(backend, resolved)
         FiniteCheck(conditioning.text, "text embeddings").require()
+        begins = self._pipeline.begins_from(backend, resolved)
+        if begins is not None:
+            FiniteCheck(begins, "video latents").require()
         if conditioning.concat_latents is not None:
             FiniteCheck(conditioning.concat_latents, "image latents").require()
         if conditioning.image is not None:
             FiniteCheck(conditioning.image, "image embeddings").require()
         task.commit(
             resolved=resolved,
-            num_inference_steps=resolved.num_inference_steps or 0,
-            buffer=replace(task.buffer, conditioning=conditioning, cache=cache),
+            num_inference_steps=steps,
+            buffer=replace(task.buffer, conditioning=conditioning, cache=cache, latent=begins),
             status=self._pipeline.after(TaskStatus.ENCODING),
         )
         notes = [f"seed {task.seed}"] if task.params.seed is None else []
@@ -161,6 +166,9 @@ class Stages:
         notes += [note for note in said if note]
         for image in (resolved.image, resolved.last_image):
             notes += image.notes(resolved.height, resolved.width) if image else []
+        if resolved.video:
+            notes += resolved.video.notes(resolved.num_frames, resolved.height, resolved.width)
+            notes += self._strength_notes(resolved)
         if backend.groups.rank == 0:
             notes += request_notes(task.params, resolved, backend.spec, backend.text_encoder)
         return "; ".join(notes) or None
@@ -212,6 +220,19 @@ class Stages:
         )
         self.prune()
         return "; ".join(notes) or None
+
+    def _strength_notes(self, resolved: DiffusionUserParams) -> list[str]:
+        """Where a video's noise lies below the first expert's."""
+        (stage,) = stages_of(resolved)
+        sampler = self._backend.sampler_for(resolved.sampler_recipe)
+        state = sampler.begin(stage.num_inference_steps, stage.strength, shift=resolved.shift)
+        whole = f"{stage.num_inference_steps} of {resolved.num_inference_steps} steps"
+        notes = [
+            f"video: strength {resolved.strength:g} takes {whole}, from noise {sampler.sigma(state):.3g}"
+        ]
+        if sampler.boundary is not None and expert_at(sampler.timestep(state), sampler.boundary) == 1:
+            notes.append("the high-noise expert takes no step")
+        return notes
 
     def _require_calibrated(self, task: DiffusionTask) -> None:
         """A plan of steps was measured on this model: asked at each step, for hashing goes on meanwhile."""
@@ -280,7 +301,10 @@ class Stages:
         frames = _resolved(task).num_frames or 1
         shape = (1, *spec.latent_shape(frames, stage.height, stage.width))
         if task.cascade_stage == 0:
-            return sampler.first_latent(state, shape).to(device), state
+            clean = task.buffer.latent
+            if clean is None:
+                return sampler.first_latent(state, shape).to(device), state
+            return sampler.renoise(state, clean.to(device)), state
         before = stages_of(_resolved(task))[task.cascade_stage - 1]
         shown = spec.geometry.latent_shape(frames, before.height, before.width)
         low = _present(task.buffer.latent).to(device)[..., : shown[2], : shown[3]]
