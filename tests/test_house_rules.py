@@ -30,7 +30,7 @@ BUDGETS = {
     "executor": 1925,
     "files": 430,
     "flexcache": 2720,
-    "media": 1450,
+    "media": 1460,
     "memory": 570,
     "models": 4430,
     "ops": 1815,

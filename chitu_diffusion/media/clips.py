@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.files.reading import foreign_data, require_regular
+from chitu_diffusion.media.image import bytes_of, decoded
 from chitu_diffusion.media.reading import check_size, image_in, mapped_array
 from chitu_diffusion.media.video import FOLDER, local_name
 
@@ -196,14 +197,10 @@ def _pngs(folder: Path) -> list[Path]:
 
 
 def _png_facts(folder: Path) -> Facts:
-    files = _pngs(folder)
-    with image_in(files[0]) as image:
-        return len(files), image.height, image.width, None
+    height, width = next(_png_frames(folder)).shape[:2]
+    return len(_pngs(folder)), height, width, None
 
 
 def _png_frames(folder: Path) -> Iterator[NDArray[Any]]:
-    import numpy as np
-
     for file in _pngs(folder):
-        with image_in(file) as image:
-            yield np.asarray(image.convert("RGB"))
+        yield decoded("video", bytes_of("video", file), repr(str(file)))[0]

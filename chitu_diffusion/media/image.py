@@ -117,12 +117,12 @@ class InputImage:
             raise UsageError(
                 f"{name}: it was given in memory, and only its hash is kept; give it again", field=name
             )
-        data = _bytes_of(name, Path(self.path))
+        data = bytes_of(name, Path(self.path))
         if hashlib.sha256(data).hexdigest() != self.sha256:
             raise UsageError(
                 f"{name} = {self.path!r}: the file has changed since the request; give it again", field=name
             )
-        return _decoded(name, data, repr(self.path))[0]
+        return decoded(name, data, repr(self.path))[0]
 
 
 def resized(pixels: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
@@ -157,14 +157,19 @@ def _from_file(name: str, path: Path) -> InputImage:
         path = path.expanduser().absolute()
     except RuntimeError:  # no such user's home
         raise UsageError(f"{name} = {str(path)!r}: there is no such file", field=name) from None
-    data = _bytes_of(name, path)
-    pixels, transparent = _decoded(name, data, repr(str(path)))
+    data = bytes_of(name, path)
+    pixels, transparent = decoded(name, data, repr(str(path)))
     height, width = pixels.shape[:2]
     digest = hashlib.sha256(data).hexdigest()
     return InputImage(str(path), digest, width, height, transparent=transparent)
 
 
-def _bytes_of(name: str, path: Path) -> bytes:
+def bytes_of(name: str, path: Path) -> bytes:
+    """A picture's file.
+
+    Raises:
+        UsageError: it is not there, cannot be read, or is too large; begins with `name`.
+    """
     try:
         if not path.is_file():
             raise UsageError(f"{name} = {str(path)!r}: there is no such file", field=name)
@@ -175,8 +180,15 @@ def _bytes_of(name: str, path: Path) -> bytes:
         raise UsageError(f"{name} = {str(path)!r}: it cannot be read: {cause(error)}", field=name) from error
 
 
-def _decoded(name: str, data: bytes, source: str) -> tuple[NDArray[np.uint8], bool]:
-    """[H, W, 3], and whether some of it is transparent; of a moving picture the first frame."""
+def decoded(name: str, data: bytes, source: str) -> tuple[NDArray[np.uint8], bool]:
+    """[H, W, 3], and whether some of it is transparent; of a moving picture the first frame.
+
+    Args:
+        name, source: of the field and the file, for errors.
+
+    Raises:
+        UsageError: it is no picture.
+    """
     from PIL import Image
 
     def opened() -> Image.Image:

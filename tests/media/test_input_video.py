@@ -83,6 +83,12 @@ def test_pictures_of_any_name_are_a_folder(tmp_path):
         list(video.resized(1, 32, 64))
 
 
+def test_pictures_of_16_bits_keep_their_upper_8(tmp_path):
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(grey).save(tmp_path / "0.png")
+    assert np.array_equal(next(clip_frames(tmp_path))[..., 0], grey >> 8)
+
+
 def test_a_film_of_many_frames_is_counted_up_to_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(clips, "MOST_FRAMES", 4)
     assert clip_facts(encoded(tmp_path / "a.mp4", "mpeg4", film(), Fraction(10)))[0] == 4
