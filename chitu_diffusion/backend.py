@@ -13,7 +13,6 @@ from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.memory.device import empty_cache
 from chitu_diffusion.memory.estimate import MemoryEstimate
 from chitu_diffusion.memory.offload import OffloadManager, OffloadPart
-from chitu_diffusion.models.components import Networks, float8_plan, load_networks
+from chitu_diffusion.models.components import Networks, float8_plan, load_networks, networks_without_weights
 from chitu_diffusion.models.kinds import PARTS
 from chitu_diffusion.models.registry import FoundModel, resolve_model
 from chitu_diffusion.models.spec import ModelSpec
@@ -98,6 +97,20 @@ class DiffusionBackend:
         except BaseException:
             empty_cache(self.device)
             raise
+
+    @classmethod
+    def without_weights(
+        cls, args: EngineConfig, model: FoundModel, groups: ProcessGroups | None = None
+    ) -> DiffusionBackend:
+        """A backend that can do nothing: its settings are checked, and its networks' sizes known.
+
+        Raises:
+            ModelError, UsageError: as the backend itself would, but for what the weights' files hold.
+        """
+        backend = cls.__new__(cls)
+        backend._begin(args, model.spec, None, groups)
+        backend._install(networks_without_weights(backend.args, model, backend.dtype))
+        return backend
 
     @classmethod
     def from_networks(
@@ -179,7 +192,7 @@ class DiffusionBackend:
             for expert in networks.experts:
                 expert.compile_blocks()
         networks = replace(networks, spec=networks.spec.with_sampler(self.args.infer.sampler))
-        self.sampler = _sampler_of(networks, networks.spec)
+        self.sampler = networks.sampler(None)
         self._samplers: dict[str, Sampler] = {}
         self.offload = OffloadManager(
             self.device,
@@ -285,7 +298,7 @@ class DiffusionBackend:
         if recipe in (None, self.sampler.recipe):
             return self.sampler
         if recipe not in self._samplers:
-            self._samplers[recipe] = _sampler_of(self._alive(), self.spec.with_recipe(recipe))
+            self._samplers[recipe] = self._alive().sampler(recipe)
         return self._samplers[recipe]
 
     def use_calibration(self, calibration: Calibration | None) -> None:
@@ -381,13 +394,6 @@ class DiffusionBackend:
         return self._networks
 
 
-def _sampler_of(networks: Networks, spec: ModelSpec) -> Sampler:
-    """The solver of a model that is sampled as `spec` says."""
-    own = spec.defaults
-    config = _with_shift(networks.scheduler, own.shift)
-    return Sampler(own.sampler, config, own.levels, own.sampler_recipe, spec.boundary)
-
-
 def pick_device(name: str) -> torch.device:
     """The device that a setting means, with its index.
 
@@ -477,12 +483,3 @@ def _check_quant(args: EngineConfig, device: torch.device, dtype: torch.dtype) -
     elif dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         raise UsageError(f"infer.quant = fp8 with dtype {name}: use bfloat16", field="infer.quant")
-
-
-def _with_shift(scheduler: Mapping[str, Any], shift: float | None) -> Mapping[str, Any]:
-    """The checkpoint's scheduler config with the model's shift, for `chitu.json` may name another."""
-    if shift is None:
-        return scheduler
-    key = "shift" if scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler" else "flow_shift"
-    rest = {name: value for name, value in scheduler.items() if name not in ("shift", "flow_shift")}
-    return {**rest, key: shift}

@@ -9,16 +9,19 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chitu_diffusion.cli.console import emit, printable, say
+from chitu_diffusion.cli.console import complain, emit, printable, say
 from chitu_diffusion.cli.dry_run import find_model, task_for
+from chitu_diffusion.cli.existing import refuse_others
 from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, counted
+from chitu_diffusion.files.places import expand_home
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
@@ -65,6 +68,7 @@ def reproduce(
     """
     from chitu_diffusion.media.reading import read_frames, read_recipe
 
+    file = expand_home(file)
     recipe = read_recipe(file)
     frames = read_frames(file)
     target = _target(file, args)
@@ -77,6 +81,8 @@ def reproduce(
     gpus = args["gpus"]
     with args.named():
         task_for(model, config, params, check_layout(config, model.spec, gpus))
+        if target is not None and not args["overwrite"]:
+            refuse_others([task_for(model, config, replace(params, save_path=target))], model, config)
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, config)
     with args.named():
@@ -87,8 +93,10 @@ def reproduce(
     path = None if target is None else str(result.save(target))
     if args["json"]:
         emit("reproduced", **found, differs=differs, path=path)
-    else:
+    elif not args["quiet"]:
         _report(file, found, differs, path)
+    elif not found["same"]:
+        complain(_verdict(found))
     return 0 if found["same"] else NOT_THE_SAME
 
 
@@ -233,20 +241,21 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
+def _verdict(found: Mapping[str, Any]) -> str:
+    count = found["frames"][0]
+    if found["same"]:
+        return f"the same: {counted(count, 'frame')}, each identical"
+    if found["psnr"] is None:
+        before, after = found["shapes"]
+        return f"not the same: {before} in the file, {after} here"
+    first = found["first_differing_frame"]
+    return f"not the same: PSNR {found['psnr']:.2f} dB, the first frame that differs is {first} of {count}"
+
+
 def _report(
     file: Path, found: Mapping[str, Any], differs: Mapping[str, Mapping[str, Any]], path: str | None
 ) -> None:
-    count = found["frames"][0]
-    if found["same"]:
-        print(f"the same: {count} frames, each identical")
-    elif found["psnr"] is None:
-        before, after = found["shapes"]
-        print(f"not the same: {before} in the file, {after} here")
-    else:
-        first = found["first_differing_frame"]
-        print(
-            f"not the same: PSNR {found['psnr']:.2f} dB, the first frame that differs is {first} of {count}"
-        )
+    print(_verdict(found))
     for name, values in differs.items():
         print(printable(f"  {name}: {values['file']} in the file, {values['here']} here"))
     if not found["same"] and not differs and file.suffix.lower() in _LOSSY:

@@ -7,8 +7,6 @@ to a reporter. Does not know flags or files of rows.
 from __future__ import annotations
 
 import gc
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -72,7 +70,6 @@ def run_jobs(
         own_key = key if place is None or place.rank == 0 else None  # rank 0 tells the others its folder
 
         with ExitStack() as stack:
-            stack.enter_context(signals_as_ctrl_c())
             root = stack.enter_context(checkpoint_root(own_key, cache_dir()))
             engine = Engine(config, model=model)
             stack.callback(engine.close)
@@ -135,31 +132,6 @@ def _drive(engine: Engine, jobs: Sequence[VideoJob], reporter: Reporter) -> None
             if not task.is_finished():
                 engine.cancel(task.task_id)
         raise
-
-
-@contextmanager
-def signals_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a run as Ctrl+C does: what is computed is saved. An ignored one stays so."""
-    from chitu_diffusion.config import rank_place
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    # among ranks SIGTERM has a meaning of its own: another rank may have ended, see
-    # `HeartbeatMonitor.on_sigterm`
-    own = (signal.SIGHUP,) if rank_place() is not None else (signal.SIGTERM, signal.SIGHUP)
-    before = {each: signal.getsignal(each) for each in own}
-    for each, handler in before.items():
-        if handler is signal.SIG_DFL:
-            signal.signal(each, interrupt)
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def exit_code_for(tasks: Sequence[DiffusionTask]) -> int:

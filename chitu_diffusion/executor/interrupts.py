@@ -1,4 +1,4 @@
-"""Signals that end a run: when they are raised."""
+"""Signals that end a run: which they are, and when they are raised."""
 
 from __future__ import annotations
 
@@ -62,3 +62,28 @@ def deferred_interrupts() -> Iterator[AtOnce]:
         for each, handler in before.items():
             signal.signal(each, handler)
         raise_first()
+
+
+def as_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """A handler: what is computed is saved, nothing half-written stays.
+
+    Raises:
+        KeyboardInterrupt: always.
+    """
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+@contextmanager
+def signals_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what is inside as Ctrl+C does, where nobody else handles or ignores them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    own = [each for each in _INTERRUPTS if signal.getsignal(each) is signal.SIG_DFL]
+    for each in own:
+        signal.signal(each, as_ctrl_c)
+    try:
+        yield
+    finally:
+        for each in own:
+            signal.signal(each, signal.SIG_DFL)

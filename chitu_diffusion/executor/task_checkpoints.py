@@ -13,6 +13,7 @@ from pathlib import Path
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import CannotResumeError, NonFiniteError, UsageError
 from chitu_diffusion.executor.interrupts import deferred_interrupts
+from chitu_diffusion.files.places import expand_home
 from chitu_diffusion.pipelines.checkpoint import CheckpointFolder, FoundCheckpoint
 from chitu_diffusion.task import DiffusionTask, Resumed, TaskStatus
 
@@ -141,7 +142,7 @@ def checkpoint_folder(value: str | Path | None) -> Path | None:
     if value is None:
         return None
     try:
-        folder = Path(value).absolute()
+        folder = Path(expand_home(value)).absolute()
         plain = bool(os.fspath(value)) and b"\0" not in os.fsencode(folder)
     except (TypeError, ValueError, OSError):
         plain = False

@@ -24,6 +24,7 @@ from chitu_diffusion.distributed.process_groups import ProcessGroups
 from chitu_diffusion.errors import UsageError, require_kind
 from chitu_diffusion.executor.control_channel import ControlChannel
 from chitu_diffusion.executor.heartbeat import HeartbeatMonitor
+from chitu_diffusion.executor.interrupts import as_ctrl_c
 from chitu_diffusion.executor.meeting import check_secret, launchers_store, meet, ranks_secret
 from chitu_diffusion.models.spec import ModelSpec
 
@@ -138,8 +139,9 @@ class WorkerGroup:
             launched=launched,
         )
         self.channel = ControlChannel(meeting, self.monitor)
+        self._before = signal.getsignal(signal.SIGTERM)
         self._ends_on_term = threading.current_thread() is threading.main_thread() and (
-            signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            self._before in (signal.SIG_DFL, as_ctrl_c)
         )
         if self._ends_on_term:
             signal.signal(signal.SIGTERM, self.monitor.on_sigterm)
@@ -189,6 +191,6 @@ class WorkerGroup:
         ends = why is None and self.monitor.lost is None
         # otherwise this rank has something to tell, and goes when it has
         if self._ends_on_term and ends and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, self._before)
         # in peace all come; alone, a rank would wait for the others' goodbye
         self.groups.abort() if self.monitor.lost is not None or why is not None else self.groups.close()

@@ -90,6 +90,14 @@ class CalibratedPlan(Strategy):
         """The newest computed step's, float32."""
         return 4 * shapes.latent
 
+    def check_measured(self, schedule: Schedule) -> None:
+        """There is a calibration, where steps are to be skipped."""
+        if self._count(schedule.num_steps) < schedule.num_steps and schedule.calibration is None:
+            raise _uncalibrated(schedule.model)
+
+    def _count(self, num_steps: int) -> int:
+        return self.fresh or max(1, math.floor(num_steps / self.speedup + 1e-9))
+
     def plan(self, schedule: Schedule) -> Plan:
         """The plan alone."""
         return self.build_plan(schedule)[0]
@@ -100,7 +108,7 @@ class CalibratedPlan(Strategy):
         Raises:
             UsageError: the model was not calibrated, or with other weights, or no plan is that short.
         """
-        count = self.fresh or max(1, math.floor(schedule.num_steps / self.speedup + 1e-9))
+        count = self._count(schedule.num_steps)
         if count >= schedule.num_steps:
             return {"velocity": ["compute"] * schedule.num_steps}, {}
         calibration = _calibration_for(schedule)
@@ -162,14 +170,18 @@ def _calibration_for(schedule: Schedule) -> Calibration:
         UsageError: it was not.
     """
     calibration = schedule.calibration
-    remedy = f"'chitu calibrate --model {schedule.model}'"
     if calibration is None:
-        raise UsageError(
-            f"flexcache plan: {schedule.model} was not calibrated; {remedy} does that; meancache needs none",
-            field="flexcache",
-        )
+        raise _uncalibrated(schedule.model)
     require_same_model(calibration, schedule.identity(), schedule.model)
     return calibration
+
+
+def _uncalibrated(model: str) -> UsageError:
+    remedy = f"'chitu calibrate --model {model}'"
+    return UsageError(
+        f"flexcache plan: {model} was not calibrated; {remedy} does that; meancache needs none",
+        field="flexcache",
+    )
 
 
 def require_same_model(calibration: Calibration, here: Mapping[str, Any], model: str) -> None:

@@ -44,24 +44,30 @@ class MagCache(Strategy):
         check_number("retention", self.retention, 0, 1)
         check_numbers("ratios", self.ratios)
 
+    def check_measured(self, schedule: Schedule) -> None:
+        """There are ratios."""
+        if not self._ratios_for(schedule):
+            raise UsageError(
+                f"flexcache magcache: no ratios were measured on {schedule.model}; give ratios=, or use "
+                "meancache or easycache, which need none",
+                field="flexcache",
+            )
+
+    def _ratios_for(self, schedule: Schedule) -> tuple[float, ...]:
+        return self.ratios or schedule.measured.get("magcache", ())
+
     def computed(self, schedule: Schedule) -> Sequence[bool]:
         """The published rule over the model's ratios.
 
         Raises:
             UsageError: nothing was measured on this model.
         """
-        measured = self.ratios or schedule.measured.get("magcache", ())
-        if not measured:
-            raise UsageError(
-                f"flexcache magcache: no ratios were measured on {schedule.model}; give ratios=, or use "
-                "meancache or easycache, which need none",
-                field="flexcache",
-            )
+        self.check_measured(schedule)
         count = schedule.num_steps
         held = [
             guarded or step < self.retention * count for step, guarded in enumerate(self.protected(schedule))
         ]
-        return run_lengths(spread(measured, count), held, self.threshold, self.longest)
+        return run_lengths(spread(self._ratios_for(schedule), count), held, self.threshold, self.longest)
 
 
 def spread(ratios: Sequence[float], num_steps: int) -> list[float]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.files.places import expand_home
 from chitu_diffusion.files.reading import cause, read_bytes
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class InputImage:
         if isinstance(value, Mapping):
             return _from_mapping(name, value)
         if isinstance(value, str) or (isinstance(value, os.PathLike) and isinstance(os.fspath(value), str)):
-            return _from_file(name, Path(value))
+            return _from_file(name, expand_home(Path(value)))
         pixels, transparent = _pixels_of(name, value)
         height, width = pixels.shape[:2]
         digest = hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.files.places import expand_home
 from chitu_diffusion.files.reading import cause
 from chitu_diffusion.media.clips import clip_facts, clip_frames, clip_sha256
 from chitu_diffusion.media.frame_rate import Rate, frame_rate
@@ -69,7 +70,7 @@ class InputVideo:
         if isinstance(value, Mapping):
             return _from_mapping(value)
         if isinstance(value, str) or (isinstance(value, os.PathLike) and isinstance(os.fspath(value), str)):
-            return _from_file(Path(value))
+            return _from_file(Path(expand_home(value)))
         pixels = _pixels_of(value)
         count, height, width = pixels.shape[:3]
         digest = hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode())
@@ -140,10 +141,7 @@ def _from_mapping(values: Mapping[str, Any]) -> InputVideo:
 
 
 def _from_file(path: Path) -> InputVideo:
-    try:
-        path = path.expanduser().absolute()
-    except RuntimeError:  # no such user's home
-        raise UsageError(f"video = {str(path)!r}: there is no such file", field="video") from None
+    path = path.absolute()
     digest = _hashed(path)
     frames, height, width, fps = clip_facts(path)
     if not frames or not height or not width:

@@ -5,14 +5,16 @@ formats; no task.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.files.places import expand_home
 from chitu_diffusion.files.reading import foreign_data, parse_json, read_text, require_regular
 from chitu_diffusion.media.frame_rate import Rate
 from chitu_diffusion.media.video import (
@@ -25,6 +27,7 @@ from chitu_diffusion.media.video import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from chitu_diffusion.media.video import Frames
@@ -109,7 +112,7 @@ def is_cut(path: str | os.PathLike[str]) -> bool:
     Raises:
         OSError: it cannot be looked at.
     """
-    file = Path(path)
+    file = Path(expand_home(path))
     if file.is_dir():
         return not any(file.iterdir())
     with file.open("rb") as stream:
@@ -118,14 +121,14 @@ def is_cut(path: str | os.PathLike[str]) -> bool:
     if not magic.startswith(head[start : start + len(magic)]):
         return False
     try:
-        _read(path, {".mp4": _mp4_recipe, ".gif": _gif_recipe, ".npy": _npy_length})
+        _read(path, {".mp4": _mp4_recipe, ".gif": _gif_recipe, ".npy": _npy_opens})
     except UsageError:
         return True
     return False
 
 
 def _read(path: str | os.PathLike[str], readers: Mapping[str, Callable[[Path], _T]]) -> _T:
-    file = Path(path)
+    file = Path(expand_home(path))
     if not os.path.lexists(file):
         raise UsageError(f"there is no file '{path}'", field="file")
     kind = FOLDER if file.is_dir() else file.suffix.lower()
@@ -223,9 +226,36 @@ def _gif_length(file: Path) -> int:
 
 
 def _npy_length(file: Path) -> int:
+    with file.open("rb") as stream:
+        return _npy_shape(stream)[0]
+
+
+def _npy_shape(stream: BinaryIO) -> tuple[int, ...]:
+    """What an array's header says, if the file has as many bytes: none is read or made room for before."""
+    shape, dtype = _npy_header(stream)
+    if not shape or str(dtype) != "uint8" or min(shape) < 0:
+        raise ValueError(f"it holds {dtype} {list(shape)}, not uint8 [T, H, W, 3]")
+    return shape
+
+
+def _npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and kind of any array that is not cut."""
     import numpy as np
 
-    return len(np.load(file, mmap_mode="r", allow_pickle=False))
+    version = np.lib.format.read_magic(stream)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        return (), np.dtype("O")  # somebody else's
+    shape, _, dtype = readers[version](stream)
+    left = os.fstat(stream.fileno()).st_size - stream.tell()
+    if not dtype.hasobject and left < math.prod(shape) * dtype.itemsize:
+        raise ValueError("it ends before its last frame")
+    return shape, dtype
+
+
+def _npy_opens(file: Path) -> None:
+    with file.open("rb") as stream:
+        _npy_header(stream)
 
 
 def _whole_pngs(folder: Path) -> int:
@@ -255,7 +285,10 @@ def _gif_frames(file: Path) -> list[Frames]:
 def _npy_frames(file: Path) -> Frames:
     import numpy as np
 
-    return np.array(mapped_array(file))
+    with file.open("rb") as stream:  # one descriptor: another file may take its place meanwhile
+        _npy_shape(stream)
+        stream.seek(0)
+        return np.asarray(np.load(stream, allow_pickle=False))
 
 
 def mapped_array(file: Path) -> NDArray[Any]:

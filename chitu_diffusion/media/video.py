@@ -30,6 +30,7 @@ from chitu_diffusion.files.atomic import (
     new_folder,
     write_text,
 )
+from chitu_diffusion.files.places import expand_home, require_writable
 from chitu_diffusion.files.reading import read_json
 from chitu_diffusion.media.frame_rate import Rate, frame_rate
 
@@ -72,6 +73,7 @@ def check_save_path(path: str | os.PathLike[str]) -> str:
         UsageError: an unknown ending, a name that cannot be, a file where a folder should be (or the
             other way round), a folder that cannot be written to, or a folder with other things in it.
     """
+    path = expand_home(path)
     kind = _kind(path)
     try:
         _check_place(kind, Path(path))
@@ -151,6 +153,11 @@ def _check_parent(target: Path) -> None:
         raise _refused(target, f"'{parent}' is a file or a broken link, not a folder; choose another place")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise _refused(target, f"no permission to write into '{parent}'; choose another place")
+    try:
+        require_writable(parent)
+    except OSError as error:
+        why = f"nothing can be written into '{parent}' ({error.strerror or error}); choose another place"
+        raise _refused(target, why) from error
 
 
 def check_space(videos: Iterable[tuple[str, int, int, int]], quality: int) -> None:
@@ -209,6 +216,7 @@ def write_video(
         UsageError: a path, shape, fps or quality that cannot be.
         OutputError: the disk is full, the folder is gone, permission is missing.
     """
+    path = expand_home(path)
     kind = check_save_path(path)
     _check_frames(frames)
     rate = Fraction(frame_rate(fps)) if 0 < fps <= 1000 else None

@@ -178,7 +178,7 @@ def _sha256(file: Path) -> str:
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
-        raise CheckpointError(f"a file cannot be read: {error}", file=file) from error
+        raise CheckpointError(f"a file cannot be read: {reading.cause(error)}", file=file) from error
 
 
 def read_folder(path: str | Path) -> ModelFolder:

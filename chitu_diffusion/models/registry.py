@@ -75,7 +75,8 @@ def resolve_model(name: str, ckpt_dir: str | Path | None = None) -> FoundModel:
         the spec, and the folder, or None if the model is not on this machine.
 
     Raises:
-        UsageError: a name that is neither; names the nearest.
+        UsageError: the name of a single file; says what is in it.
+        ModelMissingError: a name that is none of these; names the nearest.
         ModelMissingError, CheckpointError: the folder holds no readable model, or one of other sizes than
             `name` has; a download that was broken off.
     """
@@ -104,7 +105,7 @@ def resolve_model(name: str, ckpt_dir: str | Path | None = None) -> FoundModel:
             field="models.name",
         )
     known = [*model_names(), *(hub for full in FULL_SIZE.values() for hub in full.hub_ids)]
-    raise UsageError(
+    raise ModelMissingError(
         f"models.name = {name!r}: no such model or folder.{nearest(name, known)}", field="models.name"
     )
 

@@ -33,10 +33,12 @@ class LatentGeometry:
     Attributes:
         stride: pixels a latent cell spans along (frames, rows, columns); the first frame stands alone.
         channels: of the latent.
+        decoder_cost: work of decoding a pixel, roughly, in units of Wan2.1's.
     """
 
     stride: tuple[int, int, int] = (4, 8, 8)
     channels: int = 16
+    decoder_cost: float = 1.0
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latent of a video of 4n + 1 frames."""
@@ -47,9 +49,11 @@ class LatentGeometry:
     def of_vae(cls, config: Mapping[str, Any]) -> LatentGeometry:
         """From the `config.json` of an `AutoencoderKLWan`."""
         halvings = config.get("temperal_downsample", (False, True, True))
-        spatial = 2 ** (len(config.get("dim_mult", (1, 2, 4, 4))) - 1) * (config.get("patch_size") or 1)
+        patch = config.get("patch_size") or 1
+        spatial = 2 ** (len(config.get("dim_mult", (1, 2, 4, 4))) - 1) * patch
         stride = (2 ** sum(map(bool, halvings)), spatial, spatial)
-        return cls(stride, int(config.get("z_dim", 16)))
+        width = config.get("decoder_base_dim") or config.get("base_dim", 96)
+        return cls(stride, int(config.get("z_dim", 16)), (width / 96 / patch) ** 2)
 
 
 @dataclass(frozen=True)

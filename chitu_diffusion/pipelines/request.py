@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache, parse_strategy
-from chitu_diffusion.flexcache.schedule import Shapes
+from chitu_diffusion.flexcache.schedule import Schedule, Shapes
 from chitu_diffusion.media.frame_rate import Rate
 from chitu_diffusion.media.input_video import InputVideo
 from chitu_diffusion.models.spec import ModelSpec
@@ -41,6 +43,22 @@ def request_of(prompt: str | DiffusionUserParams, fields: Mapping[str, Any]) -> 
             field="prompt",
         )
     return DiffusionUserParams.from_mapping({"prompt": prompt, **fields})
+
+
+def require_own_paths(requests: Sequence[DiffusionUserParams]) -> None:
+    """Requests that are made together write a file each.
+
+    Raises:
+        UsageError: two of them write the same.
+    """
+    paths = [os.path.abspath(request.save_path) for request in requests if request.save_path is not None]
+    for path, count in Counter(paths).items():
+        if count > 1:
+            raise UsageError(
+                f"save_path = {path!r} for {count} videos, of which one would be left: hand over a request "
+                "for each, DiffusionUserParams(prompt, save_path=...), or result.save(...) each",
+                field="save_path",
+            )
 
 
 def resolve_request(
@@ -147,9 +165,15 @@ def check_cache(resolved: DiffusionUserParams, spec: ModelSpec, item: int, limit
         limit_gb: see `cache_bytes`.
 
     Raises:
-        UsageError: a cache that cannot be, or keeps more than the limit.
+        UsageError: a cache that cannot be, needs what was not measured, or keeps more than the limit.
     """
-    parse_flexcache(resolved.flexcache, steps_of(resolved))
+    steps = steps_of(resolved)
+    parse_flexcache(resolved.flexcache, steps)
+    if resolved.flexcache is not None:
+        known = dataclasses.replace(
+            Schedule.bare(steps), measured=spec.measured, calibration=spec.calibration, model=spec.name
+        )
+        parse_strategy(resolved.flexcache)[1].check_measured(known)
     return cache_bytes(resolved.flexcache, cache_shapes(resolved, spec, item), limit_gb)
 
 

@@ -37,6 +37,7 @@ from chitu_diffusion.pipelines.registry import pipeline_of
 from chitu_diffusion.pipelines.request import guidance_pair, resolve_task, stages_of, steps_of
 from chitu_diffusion.pipelines.request_notes import request_notes
 from chitu_diffusion.pipelines.text_to_video import TextToVideo
+from chitu_diffusion.pipelines.time_left import TimeLeft
 from chitu_diffusion.sampling.library import SamplerState
 from chitu_diffusion.sampling.noise import pad_latent, upsample_latent
 from chitu_diffusion.task import (
@@ -86,6 +87,7 @@ class Stages:
         self._probe = probe
         self.hooks: weakref.WeakKeyDictionary[DiffusionTask, TaskHooks] = weakref.WeakKeyDictionary()
         self._derived: weakref.WeakKeyDictionary[DiffusionTask, _Derived] = weakref.WeakKeyDictionary()
+        self._times = TimeLeft(backend)
         self._units: dict[TaskStatus, Callable[[DiffusionTask], str | None]] = {
             TaskStatus.ENCODING: self._encode,
             TaskStatus.DENOISING: self._denoise,
@@ -100,7 +102,7 @@ class Stages:
     def advance(self, task: DiffusionTask) -> Progress:
         """One work unit; see `Generator.generate_step`."""
         if task.is_finished():
-            return _event(task, task.status, 0.0, None)
+            return _event(task, task.status, 0.0, None, None)
         self._backend.require_alive()
         if task.status is TaskStatus.PENDING:
             task.commit(status=self._pipeline.stages[0], started_at=time.time())
@@ -125,7 +127,13 @@ class Stages:
             raise out_of_memory
         seconds = time.perf_counter() - began
         task.seconds[stage] = task.seconds.get(stage, 0.0) + seconds
-        return _event(task, stage, seconds, message)
+        eta = self._times.after(task, stage, step, seconds, is_pending=self._is_pending(task))
+        return _event(task, stage, seconds, message, eta)
+
+    def _is_pending(self, task: DiffusionTask) -> bool:
+        """Whether the device still works on a task's last step."""
+        derived = self._derived.get(task)
+        return derived is not None and derived.check is not None
 
     def prune(self) -> None:
         """Let go of what is kept of tasks that do not denoise any more, and of hooks of those that ended."""
@@ -161,13 +169,7 @@ class Stages:
             status=self._pipeline.after(TaskStatus.ENCODING),
         )
         notes = [f"seed {task.seed}"] if task.params.seed is None else []
-        spec = backend.spec.with_recipe(resolved.sampler_recipe)
-        said = (spec.shift_note(resolved.shift), spec.recipe_note(guidance_pair(resolved.guidance_scale)))
-        notes += [note for note in said if note]
-        for image in (resolved.image, resolved.last_image):
-            notes += image.notes(resolved.height, resolved.width) if image else []
         if resolved.video:
-            notes += resolved.video.notes(resolved.num_frames, resolved.height, resolved.width)
             notes += self._strength_notes(resolved)
         if backend.groups.rank == 0:
             notes += request_notes(task.params, resolved, backend.spec, backend.text_encoder)
@@ -415,12 +417,10 @@ def _fail(task: DiffusionTask, stage: TaskStatus, step: int, error: Exception) -
     return str(failure)
 
 
-def _event(task: DiffusionTask, stage: TaskStatus, seconds: float, message: str | None) -> Progress:
+def _event(
+    task: DiffusionTask, stage: TaskStatus, seconds: float, message: str | None, eta: float | None
+) -> Progress:
     if message is not None:
         task.notes.append(message)
-    eta = None
-    if task.current_step and not task.is_finished():
-        pace = task.seconds.get(TaskStatus.DENOISING, 0.0) / task.current_step
-        eta = pace * (task.num_inference_steps - task.current_step)
     done = task.current_step
     return Progress(task.task_id, task.status, stage, done, task.num_inference_steps, seconds, eta, message)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.errors import CheckpointError, UsageError
+from chitu_diffusion.files.reading import foreign_data
 from chitu_diffusion.sampling.registry import LibraryScheduler
 
 SamplerState = dict[str, Any]
@@ -91,12 +92,12 @@ class LibrarySolver:
         self._train_timesteps = _train_timesteps(config)
         self._settings = self._settings_from(config)
         self._made: dict[tuple[int, float], Any] = {}  # of the steps and the shift that were last asked for
-        try:
+        with foreign_data(
+            lambda cause: CheckpointError(
+                f"the scheduler's config cannot be used: {cause}", file=SCHEDULER_FILE
+            )
+        ):
             self._scheduler(2, shift_of(config))
-        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-            raise CheckpointError(
-                f"the scheduler's config cannot be used: {error}", file=SCHEDULER_FILE
-            ) from error
 
     def _settings_from(self, config: Mapping[str, Any]) -> dict[str, Any]:
         carried = {"num_train_timesteps": self._train_timesteps, self._kind.shift_key: shift_of(config)}

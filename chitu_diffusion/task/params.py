@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from chitu_diffusion.errors import UsageError, nearest, plain_number
+from chitu_diffusion.files.places import expand_home
 from chitu_diffusion.media.frame_rate import Rate, frame_rate
 from chitu_diffusion.media.image import InputImage
 from chitu_diffusion.media.input_video import InputVideo
@@ -200,6 +201,7 @@ class DiffusionUserParams:
         check_guidance(self.guidance_scale)
         _check_shift(self.shift)
         check_strength(self.strength)
+        object.__setattr__(self, "save_path", expand_home(self.save_path))
         _check_save_path(self.save_path)
         _check_label("task_id", self.task_id)
         _check_recipe(self.sampler_recipe)

@@ -21,8 +21,10 @@ from chitu_diffusion.flexcache.manager import FlexCacheManager, parse_flexcache
 from chitu_diffusion.flexcache.registry import parse_strategy
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.generator import Generator
+from chitu_diffusion.models.registry import resolve_model
 from chitu_diffusion.models.wan.cache_coefficients import WAN_1_3B, WAN_14B
 from chitu_diffusion.pipelines import denoising
+from chitu_diffusion.pipelines.request import check_cache, resolve_task
 from chitu_diffusion.task import TaskStatus
 
 STEPS = 20
@@ -50,6 +52,15 @@ def fresh_steps(name: str, schedule: Schedule, level: str | None = None, **param
 
 def bare(steps: int) -> Schedule:
     return Schedule.bare(steps)
+
+
+@pytest.mark.parametrize("cache", ["magcache", {"strategy": "plan", "speedup": 2}], ids=["magcache", "plan"])
+def test_what_was_not_measured_is_told_before_any_work(backend, cache) -> None:
+    bare_spec = replace(backend.spec, measured={}, calibration=None)
+    resolved = resolve_task(task_for(num_inference_steps=10, flexcache=cache), bare_spec, "")
+    with pytest.raises(UsageError, match="no ratios were measured|was not calibrated"):
+        check_cache(resolved, bare_spec, 4, None)
+    check_cache(resolved, resolve_model("wan-tiny").spec, 4, None)
 
 
 # -- plans
