@@ -32,10 +32,10 @@ BUDGETS = {
     "flexcache": 2770,
     "media": 1515,
     "memory": 680,
-    "models": 4500,
+    "models": 4510,
     "ops": 1815,
     "pipelines": 3670,
-    "sampling": 1150,
+    "sampling": 1160,
     "task": 965,
     "weights": 1170,
 }

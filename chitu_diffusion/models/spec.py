@@ -179,6 +179,12 @@ class ModelSpec:
                 f"{self.solver}; leave one of them out",
                 field="sampler_recipe",
             )
+        if len(self.transformers) > 1 and not recipe.for_two:
+            raise UsageError(
+                f"sampler_recipe = {name!r}: it is of one transformer, and {self.name} has two; use "
+                "lightx2v-4step, or weights of one",
+                field="sampler_recipe",
+            )
         levels = recipe.levels
         defaults = replace(
             self.defaults,

@@ -37,6 +37,7 @@ class SamplerRecipe:
         latent: what the latent is kept in between steps. For all but float32, a step is taken in float64.
         one_generator: fresh noise goes on from the starting noise, in the latent's dtype and with frames
             before channels, in place of a stream for each step.
+        for_two: whether it holds for two experts; DMD's of two go on from the boundary by another formula.
     """
 
     source: str
@@ -47,6 +48,7 @@ class SamplerRecipe:
     guidance: float = 1.0
     latent: Literal["float32", "float64", "bfloat16"] = "float32"
     one_generator: bool = False
+    for_two: bool = True
 
     def boundary(self, boundary: float | None) -> float | None:
         """Share of the 1000 timesteps below which the second expert takes over.
@@ -137,9 +139,14 @@ RECIPES: Mapping[str, SamplerRecipe] = MappingProxyType(
             "renoise",
             latent="bfloat16",
             one_generator=True,
+            for_two=False,
         ),
         "causvid": SamplerRecipe(
-            "CausVid, bidirectional (bidirectional_inference.py)", _DMD, "renoise", latent="bfloat16"
+            "CausVid, bidirectional (bidirectional_inference.py)",
+            _DMD,
+            "renoise",
+            latent="bfloat16",
+            for_two=False,
         ),
         **{
             f"rcm{'' if steps == 4 else f'-{steps}step'}": _rcm("rCM and TurboWan2.1", 80, steps)

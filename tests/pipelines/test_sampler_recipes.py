@@ -329,6 +329,13 @@ def test_a_checkpoint_of_another_recipe_is_not_gone_on_with(backends, tiny_folde
         load_task(tmp_path / "cut.safetensors", DiffusionBackend(config_for(tiny_folder, tmp_path)))
 
 
+@pytest.mark.parametrize("name", ["fastwan", "causvid"])
+def test_a_recipe_of_one_transformer_is_refused_for_two(name):
+    with pytest.raises(UsageError, match="it is of one transformer"):
+        FULL_SIZE["Wan2.2-T2V-A14B"].with_recipe(name)
+    assert FULL_SIZE["Wan2.1-T2V-14B"].with_recipe(name).defaults.steps == 3
+
+
 def test_full_size_experts_share_the_steps_two_and_two():
     for name in ("lightx2v-4step", "lightx2v-flf2v-4step", "wan2.2-lightning", "turbowan2.2-i2v"):
         for spec in (FULL_SIZE["Wan2.2-T2V-A14B"], FULL_SIZE["Wan2.2-I2V-A14B"]):
