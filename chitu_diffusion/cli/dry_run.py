@@ -143,11 +143,14 @@ def check_room(tasks: Sequence[DiffusionTask], config: EngineConfig) -> None:
 
 def plan_of(spec: ModelSpec, resolved: DiffusionUserParams) -> dict[str, Any]:
     """A resolved request as plain JSON values, with what follows from it."""
+    from chitu_diffusion.pipelines.request import steps_of
+
     frames = resolved.num_frames or 1
     fps = resolved.fps or 1
     return {
         **resolved.to_mapping(),
         "seconds_of_video": round(float(frames / fps), 3),
+        "steps_taken": steps_of(resolved),
         "tokens": spec.tokens(frames, resolved.height or 0, resolved.width or 0),
     }
 
@@ -231,18 +234,18 @@ def print_plan(
         kept = config.infer.quant_keep or "none"
         say(f"quant   {quant} linear layers after {share} of the steps (kept in 16 bits: {kept}); lossy")
     for plan, outlook in zip(plans, outlooks, strict=True):
-        sampled = "on its list of noise levels" if spec.defaults.levels else f"shift {plan['shift'] or 1:g}"
-        late = "" if schedule is None else f", {schedule.describe(plan['num_inference_steps'])}"
+        own = spec.with_recipe(plan["sampler_recipe"]).defaults
+        sampled = "on its list of noise levels" if own.levels else f"shift {plan['shift'] or 1:g}"
+        late = "" if schedule is None else f", {schedule.describe(plan['steps_taken'])}"
         frames = counted(plan["num_frames"], "frame")
-        steps = counted(plan["num_inference_steps"], "step")
         say(
             f"video   {quoted(plan['prompt'])}\n"
             f"        {plan['width']}x{plan['height']}, {frames} at {plan['fps']} fps "
             f"({plan['seconds_of_video']:g} s), {counted(plan['tokens'], 'token')}\n"
-            f"        {steps}, guidance {plan['guidance_scale']}, seed "
+            f"        {_steps_text(plan)}, guidance {plan['guidance_scale']}, seed "
             f"{plan['seed']}, "
             f"cache {setting_text(plan['flexcache'])}{late}\n"
-            f"        sampler {spec.defaults.sampler}, {sampled}\n"
+            f"        sampler {own.sampler}, {sampled}\n"
             f"        to {plan['save_path']}\n"
             f"        {forecast_text(plan['seconds'], plan['is_measured'])}"
         )
@@ -254,6 +257,13 @@ def print_plan(
             say(f"refused {printable(str(outlook.problem))}")
     say("nothing was made (--dry-run)")
     return code
+
+
+def _steps_text(plan: Mapping[str, Any]) -> str:
+    steps = counted(plan["num_inference_steps"], "step")
+    if plan["video"] is None:
+        return steps
+    return f"{steps}, of which the last {plan['steps_taken']} are taken (strength {plan['strength']:g})"
 
 
 def look_ahead(

@@ -17,6 +17,7 @@ from chitu_diffusion.errors import UsageError
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
     from chitu_diffusion.models.registry import FoundModel
+    from chitu_diffusion.models.spec import ModelSpec
     from chitu_diffusion.task import DiffusionTask
 
 Fingerprint = Callable[[], Mapping[str, Any]]
@@ -43,7 +44,7 @@ def refuse_others(tasks: Iterable[DiffusionTask], model: FoundModel, config: Eng
     here = fingerprint_here(config, model)
     for task in tasks:
         path = str((task.resolved or task.params).save_path)
-        if other := other_video(path, task, model.spec.name, config.output.quality, here):
+        if other := other_video(path, task, model.spec, config.output.quality, here):
             raise UsageError(f"save_path = {other_text(path, other, 'name')}", field="save_path")
 
 
@@ -54,7 +55,7 @@ def other_text(path: str, other: list[str], names: str) -> str:
 
 
 def other_video(
-    path: str, task: DiffusionTask, model: str, quality: int, here: Fingerprint
+    path: str, task: DiffusionTask, spec: ModelSpec, quality: int, here: Fingerprint
 ) -> list[str] | None:
     """None where a resolved task's video stands, whole; [] where nothing does that is worth keeping; else in
     what the file there is another.
@@ -74,7 +75,7 @@ def other_video(
             return [] if is_cut(path) else [str(error)]
         except OSError:
             return [str(error)]
-    if other := same_recipe(recipe, task, model, quality, here):
+    if other := same_recipe(recipe, task, spec, quality, here):
         return other
     resolved = task.resolved or task.params
     try:

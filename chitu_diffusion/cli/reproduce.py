@@ -47,7 +47,10 @@ _SETTINGS = {
     "quant.originals": "infer.quant_originals",
 }
 """What a recipe says, and the setting that it was."""
-_OWN = ("seconds", "params.save_path", "params.task_id", "params.image.path", "params.last_image.path")
+_OWN = (
+    "seconds", "params.save_path", "params.task_id", "params.image.path", "params.last_image.path",
+    "params.video.path",
+)  # fmt: skip
 """What a run has for itself."""
 
 
@@ -72,9 +75,8 @@ def reproduce(
     config, _ = args.load_config(_settings_of(recipe))
     with args.named():
         params = _request_of(recipe, args.request_fields())
-        for name, image in (("image", params.image), ("last_image", params.last_image)):
-            if image is not None:
-                image.reread(name)  # before anything is loaded
+        for name, given in params.inputs().items():
+            given.require_unchanged(name)  # before anything is loaded
     model = find_model(config, args)
     gpus = args["gpus"]
     with args.named():

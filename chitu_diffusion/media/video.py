@@ -296,7 +296,7 @@ def _write_mp4(part: Path, frames: Frames, fps: Fraction, quality: int, text: st
     padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     options = {"movflags": "+faststart+use_metadata_tags"}
     try:
-        with av.open(_local(part), "w", format="mp4", options=options) as container:
+        with av.open(local_name(part), "w", format="mp4", options=options) as container:
             if text is not None:
                 container.metadata["comment"] = text
             # without its macroblock tree the encoder gives the same bytes each time, with it 996 times in
@@ -317,7 +317,7 @@ def _write_mp4(part: Path, frames: Frames, fps: Fraction, quality: int, text: st
         raise OSError(error.errno, f"H.264 encoding failed: {error.strerror}") from error
 
 
-def _local(file: Path) -> str:
+def local_name(file: Path) -> str:
     """A name that FFmpeg takes for a file, not for an address such as "http:x.mp4"."""
     return str(file.absolute())
 

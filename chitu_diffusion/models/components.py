@@ -23,6 +23,7 @@ from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.models.wan.transformer import WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE
 from chitu_diffusion.ops.float8_linear import Float8Plan
+from chitu_diffusion.sampling.solvers import Sampler
 from chitu_diffusion.weights.manifest import LoadedFolder
 
 _HOME = torch.device("cpu")
@@ -61,6 +62,26 @@ class Networks:
     def vae(self) -> WanVAE:
         """Latents to videos, and videos to latents."""
         return cast(WanVAE, self.parts["vae"])
+
+    def sampler(self, recipe: str | None) -> Sampler:
+        """The solver with a recipe's schedule; None is the model's own.
+
+        Raises:
+            UsageError: no such recipe, or not for this model.
+        """
+        spec = self.spec.with_recipe(recipe)
+        own = spec.defaults
+        config = _with_shift(self.scheduler, own.shift)
+        return Sampler(own.sampler, config, own.levels, own.sampler_recipe, spec.boundary)
+
+
+def _with_shift(scheduler: Mapping[str, Any], shift: float | None) -> Mapping[str, Any]:
+    """The checkpoint's scheduler config with the model's shift, for `chitu.json` may name another."""
+    if shift is None:
+        return scheduler
+    key = "shift" if scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler" else "flow_shift"
+    rest = {name: value for name, value in scheduler.items() if name not in ("shift", "flow_shift")}
+    return {**rest, key: shift}
 
 
 def float8_plan(args: EngineConfig) -> Float8Plan | None:

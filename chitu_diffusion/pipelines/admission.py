@@ -14,7 +14,7 @@ from chitu_diffusion.errors import WillNotFitError, counted
 from chitu_diffusion.media.video import check_save_path, check_space
 from chitu_diffusion.memory.device import top_useful_level, usable_memory
 from chitu_diffusion.memory.offload import TOP_LEVEL
-from chitu_diffusion.pipelines.request import check_cache, check_tokens, resolve_task, stages_of
+from chitu_diffusion.pipelines.request import check_cache, check_tokens, resolve_task, stages_of, steps_of
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Admission:
         for stage in stages_of(resolved):
             self._check_memory(resolved.num_frames or 1, stage.height, stage.width, cache, resolved.flexcache)
         task.resolved = resolved
-        steps = resolved.num_inference_steps or 0
+        steps = steps_of(resolved)
         if self._schedule is not None and (self._schedule.begins(steps) or 0) >= steps:
             logger.warning("infer.attn_schedule: %s", self._schedule.describe(steps))
 

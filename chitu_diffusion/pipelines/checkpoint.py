@@ -38,8 +38,9 @@ from chitu_diffusion.task import (
     TaskBuffer,
     TaskStatus,
 )
+from chitu_diffusion.task.params import INPUTS
 
-FORMAT = 3
+FORMAT = 4
 ENDING = ".safetensors"
 _KEPT = 2
 _MOST_TRIES = 3
@@ -159,7 +160,8 @@ def _valid_for(backend: DiffusionBackend, task: DiffusionTask) -> dict[str, dict
     """
     infer = backend.args.infer
     plan = backend.groups.plan
-    made = fingerprint_of(backend, task.params.shift)
+    asked = task.resolved or task.params
+    made = fingerprint_of(backend, task.params.shift, asked.sampler_recipe)
     return {
         "must": {**made, "attention": "auto" if is_exact(made["attention"]) else made["attention"]},
         "should": {
@@ -195,9 +197,9 @@ def _compared(task: DiffusionTask, values: Mapping[str, Any], backend: Diffusion
 
 
 def _video_of(task: DiffusionTask) -> dict[str, Any]:
-    """What a task is to make, whoever asks and wherever it goes; a picture is known by its hash."""
+    """What a task is to make, whoever asks and wherever it goes; inputs are known by their hashes."""
     values = (task.resolved or task.params).to_mapping()
-    for name in ("image", "last_image"):
+    for name in INPUTS:
         values[name] = values[name] and values[name]["sha256"]
     kept = {name: value for name, value in values.items() if name not in _NOT_OF_THE_VIDEO}
     return {**json.loads(json.dumps(kept)), "seed": task.seed}

@@ -26,9 +26,13 @@ def request_notes(
         encoder: the model's; its tokenizer is asked.
     """
     texts = {"prompt": resolved.prompt}
-    notes = [note for note in (spec.shift_note(resolved.shift),) if note]
+    sampled = spec.with_recipe(resolved.sampler_recipe)
+    said = (sampled.shift_note(resolved.shift), sampled.recipe_note(guidance_pair(resolved.guidance_scale)))
+    notes = [note for note in said if note]
     for image in (resolved.image, resolved.last_image):
         notes += image.notes(resolved.height or 0, resolved.width or 0) if image else []
+    if resolved.video:
+        notes += resolved.video.notes(resolved.num_frames or 1, resolved.height or 0, resolved.width or 0)
     if max(guidance_pair(resolved.guidance_scale)) > 1:
         texts["negative prompt"] = resolved.negative_prompt or ""
     elif asked.negative_prompt:

@@ -31,15 +31,16 @@ from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.pipelines.denoising import Predict, Probe, cached_predictor, denoise, schedule_of
 from chitu_diffusion.pipelines.fingerprint import identity_of
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
+from chitu_diffusion.pipelines.guidance import expert_at
 from chitu_diffusion.pipelines.hooks import TaskHooks
 from chitu_diffusion.pipelines.recipe import recipe_of
 from chitu_diffusion.pipelines.registry import pipeline_of
-from chitu_diffusion.pipelines.request import guidance_pair, resolve_task, stages_of
+from chitu_diffusion.pipelines.request import guidance_pair, resolve_task, stages_of, steps_of
 from chitu_diffusion.pipelines.request_notes import request_notes
 from chitu_diffusion.pipelines.text_to_video import TextToVideo
 from chitu_diffusion.pipelines.time_left import TimeLeft
 from chitu_diffusion.sampling.library import SamplerState
-from chitu_diffusion.sampling.noise import initial_noise, pad_latent, upsample_latent
+from chitu_diffusion.sampling.noise import pad_latent, upsample_latent
 from chitu_diffusion.task import (
     CascadeStage,
     DiffusionTask,
@@ -151,22 +152,28 @@ class Stages:
     def _encode(self, task: DiffusionTask) -> str | None:
         backend = self._backend
         resolved = resolve_task(task, backend.spec, backend.args.output.dir)
-        cache = parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 0)
+        steps = steps_of(resolved)
+        cache = parse_flexcache(resolved.flexcache, steps)
         hit("encode.before")
         conditioning = self._pipeline.condition(backend, resolved)
         hit("encode.after", conditioning.text)
         FiniteCheck(conditioning.text, "text embeddings").require()
+        begins = self._pipeline.begins_from(backend, resolved)
+        if begins is not None:
+            FiniteCheck(begins, "video latents").require()
         if conditioning.concat_latents is not None:
             FiniteCheck(conditioning.concat_latents, "image latents").require()
         if conditioning.image is not None:
             FiniteCheck(conditioning.image, "image embeddings").require()
         task.commit(
             resolved=resolved,
-            num_inference_steps=resolved.num_inference_steps or 0,
-            buffer=replace(task.buffer, conditioning=conditioning, cache=cache),
+            num_inference_steps=steps,
+            buffer=replace(task.buffer, conditioning=conditioning, cache=cache, latent=begins),
             status=self._pipeline.after(TaskStatus.ENCODING),
         )
         notes = [f"seed {task.seed}"] if task.params.seed is None else []
+        if resolved.video:
+            notes += self._strength_notes(resolved)
         if backend.groups.rank == 0:
             notes += request_notes(task.params, resolved, backend.spec, backend.text_encoder)
         return "; ".join(notes) or None
@@ -198,10 +205,10 @@ class Stages:
         )
         hit("denoise.after", task.current_step)
         self._derived[task] = _Derived(derived.text, step.check, weakref.ref(step.latent))
-        after = self._latent_after(task, float(backend.sampler.timestep(state)), step.latent)
+        after = self._latent_after(task, float(state["timesteps"][state["index"]]), step.latent)
         notes = [f"expert {step.expert}"] if task.expert is not None and task.expert != step.expert else []
         notes += [note for note in (backend.compile_note(),) if note]
-        ended = backend.sampler.is_done(step.state)
+        ended = backend.sampler_for(state["recipe"]).is_done(step.state)
         last = ended and task.cascade_stage + 1 == len(stages)
         if last and cache is not None:
             saved = f"{cache['reused']} of {cache['num_steps']} steps"
@@ -220,6 +227,19 @@ class Stages:
         )
         self.prune()
         return "; ".join(notes) or None
+
+    def _strength_notes(self, resolved: DiffusionUserParams) -> list[str]:
+        """Where a video's noise lies below the first expert's."""
+        (stage,) = stages_of(resolved)
+        sampler = self._backend.sampler_for(resolved.sampler_recipe)
+        state = sampler.begin(stage.num_inference_steps, stage.strength, shift=resolved.shift)
+        whole = f"{stage.num_inference_steps} of {resolved.num_inference_steps} steps"
+        notes = [
+            f"video: strength {resolved.strength:g} takes {whole}, from noise {sampler.sigma(state):.3g}"
+        ]
+        if sampler.boundary is not None and expert_at(sampler.timestep(state), sampler.boundary) == 1:
+            notes.append("the high-noise expert takes no step")
+        return notes
 
     def _require_calibrated(self, task: DiffusionTask) -> None:
         """A plan of steps was measured on this model: asked at each step, for hashing goes on meanwhile."""
@@ -248,7 +268,7 @@ class Stages:
     ) -> Predict:
         """A predictor through the cache manager, which is bound to a task's cache for this step."""
         backend = self._backend
-        cached = cached_predictor(backend, text, step_idx, num_steps, self._probe, state["shift"])
+        cached = cached_predictor(backend, text, step_idx, num_steps, self._probe, state)
         unplanned = cache is not None and cache["plan"] is None
         schedule = schedule_of(backend, state, scales) if unplanned else None
 
@@ -273,7 +293,7 @@ class Stages:
 
     def _position(self, task: DiffusionTask, stage: CascadeStage) -> tuple[Tensor, SamplerState]:
         """The latent and solver state before the coming step; at a stage's first step they are made."""
-        sampler = self._backend.sampler
+        sampler = self._backend.sampler_for(_resolved(task).sampler_recipe)
         device = self._backend.device
         if task.buffer.sampler is not None:
             return _present(task.buffer.latent).to(device), task.buffer.sampler
@@ -287,16 +307,19 @@ class Stages:
         spec = self._backend.spec
         frames = _resolved(task).num_frames or 1
         shape = (1, *spec.latent_shape(frames, stage.height, stage.width))
-        noise = initial_noise(shape, task.seed, stream=task.cascade_stage).to(device)
-        hit("noise.after", noise)
         if task.cascade_stage == 0:
-            return noise, state
+            clean = task.buffer.latent
+            if clean is None:
+                noise = sampler.first_latent(state, shape).to(device)
+                hit("noise.after", noise)
+                return noise, state
+            return sampler.renoise(state, clean.to(device)), state
         before = stages_of(_resolved(task))[task.cascade_stage - 1]
         shown = spec.geometry.latent_shape(frames, before.height, before.width)
         low = _present(task.buffer.latent).to(device)[..., : shown[2], : shown[3]]
         rows, columns = spec.geometry.latent_shape(frames, stage.height, stage.width)[2:]
         larger = pad_latent(upsample_latent(low, rows, columns), shape)
-        return sampler.renoise(state, larger, noise), state
+        return sampler.renoise(state, larger), state
 
     def _decode(self, task: DiffusionTask) -> str | None:
         backend = self._backend

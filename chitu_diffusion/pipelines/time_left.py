@@ -24,7 +24,7 @@ from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.flexcache.strategy import Plan
 from chitu_diffusion.pipelines.guidance import active_branches, expert_at
 from chitu_diffusion.pipelines.paces import Paces, Unit
-from chitu_diffusion.pipelines.request import guidance_pair, stages_of
+from chitu_diffusion.pipelines.request import guidance_pair, stages_of, steps_of
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def units_of(
         plan: of its cache, where it is known; None takes what follows from the number of steps alone.
         experts: of each step, where they are known.
     """
-    steps = resolved.num_inference_steps or 1
+    steps = steps_of(resolved)
     late = AttnSchedule.from_text(infer.attn_schedule)
     late_from = steps if late is None else late.begins(steps) or 0
     fp8_from = steps if infer.quant == "none" else round(infer.quant_from * steps)
@@ -112,7 +112,10 @@ def units_of(
 
 def _encoding(spec: ModelSpec, resolved: DiffusionUserParams) -> Unit:
     text = 2.0 * spec.text_tokens * _TEXT_LAYERS * spec.text_dim**2
-    return Unit("encoding" if resolved.image is None else "encoding image", text)
+    given = (
+        "" if resolved.image is None and resolved.video is None else " image" if resolved.image else " video"
+    )
+    return Unit(f"encoding{given}", text)
 
 
 def _operations(spec: ModelSpec, frames: int, height: int, width: int) -> float:

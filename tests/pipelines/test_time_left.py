@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -157,15 +158,18 @@ def test_every_cache_has_a_forecast(name: str) -> None:
 
 @pytest.mark.parametrize("flexcache", [None, "interval"])
 def test_wan_tiny_keeps_its_promise(make_config, kept: Path, flexcache: str | None) -> None:
-    """25 steps of the shipped model. On a machine that others use, a step may take twice as long as the one
-    before, for whole seconds: 0.15 s are allowed besides, and one of three runs must be quiet enough.
+    """25 steps of the shipped model. Beside others, a step may take twice as long as the one before: runs in
+    which this process had its core for less than 95 % of the time say nothing, and 0.15 s are allowed besides.
     """
-    best = 10.0
+    found = []
     with Engine(make_config(Path("wan-tiny"))) as engine:
-        for attempt in range(4):
+        for attempt in range(6):
             fields = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 25}
             task = engine.submit("a cat", seed=1, flexcache=flexcache, **fields)
+            began = time.perf_counter()
+            worked = time.process_time()
             told = list(task.events())
+            share = (time.process_time() - worked) / (time.perf_counter() - began)
             whole = sum(event.seconds for event in told)
             assert told[-1].eta is None
             spent = 0.0
@@ -175,8 +179,13 @@ def test_wan_tiny_keeps_its_promise(make_config, kept: Path, flexcache: str | No
                 spent += event.seconds
                 late = spent >= FROM * whole and event.step > 1
                 errors += [(abs(event.eta - (whole - spent)) - 0.15) / (whole - spent)] if late else []
-            best = min(best, max(errors)) if attempt else best  # the first one fills the memory
-    assert best < WITHIN
+            if attempt and share > 0.95:  # the first one fills the memory
+                found.append(max(errors))
+            if len(found) == 3:
+                break
+    if not found:
+        pytest.skip("this machine is too busy to hold anybody to a time")
+    assert min(found) < WITHIN
 
 
 def test_decoding_and_saving_are_in_it_from_the_first_step_on(make_config, tiny_folder, kept: Path) -> None:
