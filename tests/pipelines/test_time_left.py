@@ -159,7 +159,7 @@ def test_every_cache_has_a_forecast(name: str) -> None:
 @pytest.mark.parametrize("flexcache", [None, "interval"])
 def test_wan_tiny_keeps_its_promise(make_config, kept: Path, flexcache: str | None) -> None:
     """25 steps of the shipped model. Beside others, a step may take twice as long as the one before: runs in
-    which this process had its core for less than 95 % of the time say nothing, and 0.15 s are allowed besides.
+    which this process had its core for less than 95 % of the time say nothing; 0.15 s are allowed besides.
     """
     found = []
     with Engine(make_config(Path("wan-tiny"))) as engine:
