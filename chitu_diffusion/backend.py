@@ -11,12 +11,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import torch
 
+from chitu_diffusion.adapters.merging import AdaptedNetwork
 from chitu_diffusion.attention import AttentionKernel, attention_kernel
 from chitu_diffusion.attention.autotune import KernelAutotuner, Shape
 from chitu_diffusion.attention.scheduled import scheduled
@@ -31,7 +33,7 @@ from chitu_diffusion.memory.device import empty_cache
 from chitu_diffusion.memory.estimate import MemoryEstimate
 from chitu_diffusion.memory.offload import OffloadManager, OffloadPart
 from chitu_diffusion.models.components import Networks, float8_plan, load_networks
-from chitu_diffusion.models.kinds import PARTS
+from chitu_diffusion.models.kinds import EXPERT_ROLES, PARTS
 from chitu_diffusion.models.registry import FoundModel, resolve_model
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
@@ -42,6 +44,7 @@ from chitu_diffusion.ops.float8_linear import float8_begins, has_float8_products
 from chitu_diffusion.ops.fused import HAS_TRITON
 from chitu_diffusion.sampling.scheduler import NoiseScheduler
 from chitu_diffusion.sampling.solvers import Sampler
+from chitu_diffusion.task.lora import Lora
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +194,12 @@ class DiffusionBackend:
             level=self.args.infer.diffusion.low_mem_level,
         )
         self.offload.place()
+        self._adapted = [
+            AdaptedNetwork(
+                expert, self.device, partial(self.offload.copies, role), networks.originals.get(role), index
+            )
+            for index, (role, expert) in enumerate(zip(EXPERT_ROLES, networks.experts, strict=False))
+        ]
         if self.args.infer.diffusion.low_mem_level >= 1:
             # real in training; under inference, where nothing is kept for a backward pass, it costs and saves
             # nothing
@@ -295,6 +304,16 @@ class DiffusionBackend:
         set_float8(layers, in_float8, self.device)
         return in_float8
 
+    def use_adapters(self, loras: Sequence[Lora] | None = None) -> None:
+        """Merge these adapters into the transformers, and only these, until the next call; None is none.
+
+        Raises:
+            UsageError: as `AdaptedNetwork.use`.
+        """
+        self.require_alive()
+        for adapted in self._adapted:
+            adapted.use(loras or ())
+
     def compile_note(self) -> str | None:
         """What was compiled since the last call; None for nothing."""
         return None if self._watch is None else self._watch.take()
@@ -319,6 +338,7 @@ class DiffusionBackend:
                 self._watch.close()
             self.offload.close()
             del self.offload
+            del self._adapted
             if self._networks.folder is not None:
                 self._networks.folder.close()
             self._networks = None

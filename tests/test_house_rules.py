@@ -23,8 +23,9 @@ MOST_TOP_MODULES = 10
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
     "": 2320,
+    "adapters": 680,
     "attention": 2060,
-    "cli": 3400,
+    "cli": 3420,
     "distributed": 2140,
     "evaluation": 2110,
     "executor": 1925,
@@ -32,11 +33,11 @@ BUDGETS = {
     "flexcache": 2720,
     "media": 990,
     "memory": 570,
-    "models": 4340,
+    "models": 4355,
     "ops": 1815,
-    "pipelines": 2905,
+    "pipelines": 2930,
     "sampling": 880,
-    "task": 925,
+    "task": 1080,
     "weights": 1170,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the

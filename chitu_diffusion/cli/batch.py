@@ -98,8 +98,8 @@ def batch(
     """Make a video for each row of a file; rows that are done already are skipped.
 
     A row may hold prompt, negative_prompt, height, width, num_frames, fps, num_inference_steps,
-    guidance_scale, shift, seed, save_path, image, last_image, flexcache, role and priority. The flags fill in
-    what a row leaves out. Its file is called after its id, or else by what the row asks for.
+    guidance_scale, shift, seed, save_path, image, last_image, lora, flexcache, role and priority. The flags
+    fill in what a row leaves out. Its file is called after its id, or else by what the row asks for.
     """
     from chitu_diffusion.task import DiffusionUserParams
 

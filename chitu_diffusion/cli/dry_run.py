@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from chitu_diffusion.cli.console import emit, quoted, say
+from chitu_diffusion.cli.console import emit, printable, quoted, say
 from chitu_diffusion.errors import UsageError
 
 if TYPE_CHECKING:
@@ -118,7 +118,21 @@ def task_for(
     item = 4 if config.infer.dtype == "float32" else 2
     check_cache(task.resolved, model.spec, item, config.infer.diffusion.cache_memory_gb)
     check_tokens(task.resolved, model.spec, 1 if layout is None else layout.sequence)
+    lora_notes(model.spec, task.resolved)
     return task
+
+
+def lora_notes(spec: ModelSpec, resolved: DiffusionUserParams) -> list[str]:
+    """What of a request's adapters has no place in the model. Imports torch where there are any.
+
+    Raises:
+        UsageError: one that cannot be used.
+    """
+    if not resolved.lora:
+        return []
+    from chitu_diffusion.adapters.merging import check_adapters
+
+    return check_adapters(resolved.lora, spec.transformers)
 
 
 def check_room(tasks: Sequence[DiffusionTask], config: EngineConfig) -> None:
@@ -181,7 +195,7 @@ def print_plan(
         share = f"{config.infer.quant_from:.0%}"
         kept = config.infer.quant_keep or "none"
         say(f"quant   {quant} linear layers after {share} of the steps (kept in 16 bits: {kept}); lossy")
-    for plan in plans:
+    for plan, task in zip(plans, tasks, strict=True):
         sampled = "on its list of noise levels" if spec.defaults.levels else f"shift {plan['shift'] or 1:g}"
         late = "" if schedule is None else f", {schedule.describe(plan['num_inference_steps'])}"
         say(
@@ -194,8 +208,12 @@ def print_plan(
             f"        sampler {spec.defaults.sampler}, {sampled}\n"
             f"        to {plan['save_path']}"
         )
-        if note := spec.shift_note(plan["shift"]):
-            say(f"note    {note}")
+        resolved = task.resolved or task.params
+        if resolved.lora:
+            say(f"lora    {', '.join(map(str, resolved.lora))}")
+        for note in (spec.shift_note(plan["shift"]), *lora_notes(spec, resolved)):
+            if note:
+                say(f"note    {printable(note)}")
     say("nothing was made (--dry-run)")
     return 0
 

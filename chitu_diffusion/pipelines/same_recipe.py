@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from chitu_diffusion.pipelines.fingerprint import differences
+from chitu_diffusion.pipelines.fingerprint import adapters_of, differences
 from chitu_diffusion.task import DiffusionTask
 
 _NOT_OF_THE_VIDEO = ("save_path", "task_id", "role", "priority")
@@ -43,6 +43,7 @@ def same_recipe(
         for name in ("image", "last_image"):
             if isinstance(mapping.get(name), Mapping):
                 mapping[name] = mapping[name].get("sha256")  # by whatever name
+        mapping.pop("lora", None)  # in the fingerprint, without their names
     about: dict[str, Any] = {"model": model}
     if str(resolved.save_path).lower().endswith(".mp4"):
         about["quality"] = quality
@@ -52,4 +53,5 @@ def same_recipe(
         return differs
     loaded = fingerprint()
     shift = resolved.shift or loaded["sampler"]["shift"]
-    return differences(made, {**loaded, "sampler": {**loaded["sampler"], "shift": shift}})
+    asked = {"adapters": adapters_of(resolved.lora), "sampler": {**loaded["sampler"], "shift": shift}}
+    return differences(made, {**loaded, **asked})

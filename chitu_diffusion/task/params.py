@@ -17,6 +17,7 @@ from typing import Any, Self
 from chitu_diffusion.errors import UsageError, nearest, plain_number
 from chitu_diffusion.media.frame_rate import Rate, frame_rate
 from chitu_diffusion.media.image import InputImage
+from chitu_diffusion.task.lora import checked_loras
 
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 20_000
@@ -68,6 +69,7 @@ _DIFFUSERS_NAMES = MappingProxyType(
         "cfg_scale": "use guidance_scale",
         "image_path": "use image, which takes a file's name too",
         "end_image": "use last_image",
+        "loras": "use lora, one or a list",
         "checkpoints": "hand it to engine.submit, beside the request",
         "on_event": "hand it to Engine",
     }
@@ -121,6 +123,8 @@ class DiffusionUserParams:
         priority: larger goes first under the priority policy.
         image: the first frame: a file's name, or in memory, see `InputImage.of`. It is stretched to the size.
         last_image: the last frame, likewise.
+        lora: adapters of the transformers: "FILE", "FILE:0.8", "FILE@high:0.8", a `Lora` or a table of its
+            fields, or a list of them. Their changes add up.
         cascade: stages of rising resolution in place of a single denoising; see `CascadeStage`.
         shift: of the noise schedule, as Wan's authors call it: a larger one spends more steps on much noise;
             None is the model's own.
@@ -150,6 +154,7 @@ class DiffusionUserParams:
     cascade: tuple[CascadeStage, ...] | None = None
     task_id: str | None = None
     shift: float | None = None
+    lora: Any = None
 
     def __new__(cls, *values: Any, **fields: Any) -> Self:
         _check_names(cls, fields)
@@ -192,6 +197,7 @@ class DiffusionUserParams:
         for name in ("image", "last_image"):
             # read now: what is asked for does not change with the file
             object.__setattr__(self, name, InputImage.of(name, getattr(self, name)))
+        object.__setattr__(self, "lora", checked_loras(self.lora))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> DiffusionUserParams:
