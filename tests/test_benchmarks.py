@@ -17,7 +17,7 @@ from ranks import run_ranks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import faults, fidelity, gpu_check, kernels, simulate_scaling, vae
+from benchmarks import faults, fidelity, gpu_check, kernels, lora, simulate_scaling, vae
 from benchmarks.latency import __main__ as latency
 from benchmarks.latency import peers
 from benchmarks.latency.limits import forward_flops
@@ -44,6 +44,12 @@ def nothing_left_in_the_checkout() -> Iterator[None]:
     before = untracked()
     yield
     assert untracked() <= before
+
+
+def test_what_an_adapter_costs_is_measured(capsys) -> None:
+    assert lora.main([*SMALL, "--rank", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "a guided step with it" in said and "take it out" in said
 
 
 SMALL_RUNS = [  # command, flags, table, one of its columns, and what that may be at least and at most
