@@ -287,10 +287,16 @@ def _check_solver(spec: ModelSpec, resolved: DiffusionUserParams) -> None:
     for stage in stages_of(resolved):
         if levels is not None:
             levels.require_steps(stage.num_inference_steps, stage.strength)
-    if resolved.flexcache is None or SOLVERS[spec.defaults.sampler].linear:
+    if resolved.flexcache is None:
         return
     name, strategy = parse_strategy(resolved.flexcache)
-    if strategy.needs_linear_solver:
+    if resolved.lora and name == "plan":
+        raise UsageError(
+            "flexcache plan: it was calibrated without adapters, and lora makes the model another; use "
+            "flexcache teacache, or leave one of them out",
+            field="flexcache",
+        )
+    if strategy.needs_linear_solver and not SOLVERS[spec.defaults.sampler].linear:
         linear = " or ".join(sampler for sampler, kind in SOLVERS.items() if kind.linear)
         raise UsageError(
             f"flexcache {name} predicts along a path without fresh noise, and sampler "

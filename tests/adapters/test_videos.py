@@ -15,6 +15,7 @@ from ranks import run_ranks
 from running import CAT, config_for, model_of, relative_error
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from chitu_diffusion.adapters.placing import parameter_shapes
 from chitu_diffusion.backend import DiffusionBackend
@@ -107,11 +108,21 @@ def test_latents_are_those_of_diffusers_with_the_adapter_fused(tiny_folder, tmp_
     assert relative_error(ours, fused) < 1e-4
 
 
-def test_two_tasks_take_turns_and_none_leaves_anything_behind(tiny_folder, tmp_path) -> None:
+CACHES = [
+    None,
+    {"strategy": "teacache", "threshold": 1.2},
+    {"strategy": "easycache", "threshold": 0.6, "warmup": 1},
+    {"strategy": "pab", "low": 0.0, "high": 1000.0},
+]
+
+
+@pytest.mark.parametrize("flexcache", CACHES, ids=str)
+def test_tasks_take_turns_and_none_leaves_anything_behind(tiny_folder, tmp_path, flexcache) -> None:
     config = config_for(tiny_folder, tmp_path)
     config.scheduler.policy = "fair"
     sets = [None, f"{adapter(tiny_folder, tmp_path, 1)}", [f"{adapter(tiny_folder, tmp_path, 2, (1,))}:0.7"]]
-    solo = [latent_of(config, lora) for lora in sets]
+    more = {"flexcache": flexcache, "num_inference_steps": 6}
+    solo = [latent_of(config, lora, **more) for lora in sets]
     assert all(relative_error(a, b) > 0.01 for a, b in zip(solo, solo[1:], strict=False))
     order = []
     latents: dict[str, Tensor] = {}
@@ -131,11 +142,11 @@ def test_two_tasks_take_turns_and_none_leaves_anything_behind(tiny_folder, tmp_p
                 task_id=str(index),
                 role=str(index),
                 callback_on_step_end=keep,
-                **SHAPES,
+                **{**SHAPES, **more},
             )
         engine.run_until_idle()
-        assert [order.count(str(index)) for index in range(3)] == [3, 3, 3]
-        assert sum(a != b for a, b in zip(order, order[1:], strict=False)) > 4  # they really took turns
+        assert [order.count(str(index)) for index in range(3)] == [6, 6, 6]
+        assert sum(a != b for a, b in zip(order, order[1:], strict=False)) > 10  # they really took turns
         engine.backend.use_adapters()
         after = engine.backend.model_pool[0].state_dict()
         assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -311,6 +322,37 @@ def _on_two_ranks(
         engine.generate(CAT, seed=3, callback_on_step_end=keep, **SHAPES)
     assert relative_error(latents[2], expected) < 1e-4
     assert relative_error(latents[-1], expected) > 0.01
+
+
+def test_a_plan_of_steps_is_refused_beside_an_adapter(tiny_folder, tmp_path) -> None:
+    path = str(adapter(tiny_folder, tmp_path))
+    with (
+        Engine(config_for(tiny_folder, tmp_path)) as engine,
+        pytest.raises(UsageError, match="without adapters"),
+    ):
+        engine.generate(CAT, lora=path, flexcache={"strategy": "plan", "speedup": 2}, **SHAPES)
+
+
+@pytest.mark.usefixtures("gelu_apart")
+def test_nothing_is_compiled_again(tiny_folder, tmp_path) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    backend = DiffusionBackend(config_for(tiny_folder, tmp_path))
+    network = backend.model_pool[0]
+    latent = torch.randn(1, 4, 2, 4, 4)
+    text = torch.randn(1, 7, 32)
+    loras = [Lora(str(adapter(tiny_folder, tmp_path)))]
+    backend.use_adapters(loras)
+    expected = network(latent, text, 500.0)
+    backend.use_adapters()
+    network.compile_blocks(backend="eager")
+    network(latent, text, 500.0)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    backend.use_adapters(loras)
+    assert torch.equal(network(latent, text, 500.0), expected)
+    assert counters["stats"]["unique_graphs"] == graphs
+    torch._dynamo.reset()
 
 
 def test_two_ranks_merge_alike(tiny_folder, tmp_path) -> None:
