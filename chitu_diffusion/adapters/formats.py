@@ -10,7 +10,7 @@ arXiv:2309.14859; DoRA, arXiv:2402.09353.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from chitu_diffusion.errors import CheckpointError
-from chitu_diffusion.files.reading import foreign_data, parse_json
+from chitu_diffusion.files.reading import cause, foreign_data, parse_json
 from chitu_diffusion.weights.files import WeightFiles
 
 _NAMED = r"(?:\.(?!weight$|bias$)\w+)?"
@@ -94,13 +94,25 @@ class AdapterFile:
                 self.unknown.append(key)
                 continue
             base = key[: found.start()].replace(".processor", "")
-            self.modules.setdefault(base, ModuleChange()).keys[found.lastgroup] = key
+            keys = self.modules.setdefault(base, ModuleChange()).keys
+            if (other := keys.setdefault(found.lastgroup, key)) != key:
+                raise CheckpointError(
+                    "an adapter has two tensors for one part of a module", file=path, key=key, found=other
+                )
         said = _said_alphas(path)
         for base, change in self.modules.items():
             if "alpha" in change.keys:
-                change.alpha = float(self._weights.read(change.keys.pop("alpha")).float().sum())
+                change.alpha = self._alpha(change.keys.pop("alpha"))
             else:
                 change.alpha = said(base)
+
+    def _alpha(self, key: str) -> float:
+        value = self._weights.read(key)
+        if value.numel() != 1 or not value.isfinite():
+            raise CheckpointError(
+                "an adapter's alpha is no number", file=self._weights.path, key=key, found=list(value.shape)
+            )
+        return float(value)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Of a tensor in the file."""
@@ -255,11 +267,11 @@ def changed_weight(
         strength: the change's weight.
 
     Raises:
-        ValueError, RuntimeError: parts whose shapes do not fit each other or the weight.
+        ValueError, RuntimeError, IndexError, ZeroDivisionError: shapes that do not fit; see `misfit`.
     """
     change = kind.change(parts, alpha)
-    if change.numel() != base.numel():
-        raise ValueError(f"its change has shape {list(change.shape)}, the weight {list(base.shape)}")
+    if not _same_axes(change.shape, base.shape):
+        raise ValueError(f"shape {list(change.shape)}, here {list(base.shape)}")
     change = change.reshape(base.shape)
     if kind.replaces:
         change = change - base
@@ -274,18 +286,21 @@ def _with_magnitude(direction: Tensor, magnitude: Tensor) -> Tensor:
     by_column = magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.numel() == flat.shape[1]
     length = flat.norm(dim=0 if by_column else 1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
     if magnitude.numel() != length.numel():
-        raise ValueError(f"its magnitudes are {magnitude.numel()}, the weight has {length.numel()}")
+        raise ValueError(f"{magnitude.numel()} magnitudes, here {length.numel()}")
     return (flat / length * magnitude.reshape(length.shape)).reshape(direction.shape)
 
 
-def expected_shape(kind: Format, file: AdapterFile, change: ModuleChange) -> tuple[int, ...] | None:
-    """The shape of a format's change where headers alone say it; None where only its values do."""
-    if kind.change is not _lora:
-        key = change.keys[kind.needs[-1]]
-        return file.shape(key) if len(kind.needs) == 1 or kind.target == "bias" else None
-    up = file.shape(change.keys["up"])
-    down = file.shape(change.keys["down"])
-    mid = file.shape(change.keys["mid"]) if "mid" in change.keys else ()
-    if len(up) < 2 or len(down) < 2 or up[1] != (mid[0] if mid else down[0]) or (mid and mid[1] != down[0]):
-        return (0,)
-    return (up[0], down[1], *(mid[2:] or down[2:]))
+def misfit(kind: Format, file: AdapterFile, change: ModuleChange, shape: tuple[int, ...]) -> str | None:
+    """Why a change does not fit a weight of this shape, in words; None where it does. Reads no values."""
+    base = torch.empty(shape, device="meta")
+    parts = {part: torch.empty(file.shape(key), device="meta") for part, key in change.keys.items()}
+    try:
+        changed_weight(kind, parts, change.alpha, base.clone(), base, 1.0)
+    except (ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        return cause(error)
+    return None
+
+
+def _same_axes(found: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether shapes are equal but for axes of length 1."""
+    return [size for size in found if size != 1] == [size for size in shape if size != 1]

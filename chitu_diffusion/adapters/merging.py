@@ -128,8 +128,7 @@ class AdaptedNetwork:
         """Merge these, and only these, in their order.
 
         Raises:
-            UsageError: a file that has changed since, tensors that do not fit each other, or changes that are
-                all lost in rounding.
+            UsageError: a file that has changed since, or changes that are all lost in rounding.
         """
         wanted = tuple(each for each in loras if each.strength and each.is_for(self._expert))
         if wanted == self._merged:
@@ -143,7 +142,8 @@ class AdaptedNetwork:
             start = base.float()
             value = base.to(torch.float32, copy=True)
             for lora, file, placed in sources.get(name, ()):
-                self._add(value, start, lora, file, placed, name)
+                parts = file.parts(placed.change, self._device)
+                changed_weight(placed.kind, parts, placed.change.alpha, value, start, lora.strength)
             merged = value.to(base.dtype)
             differs = differs or not torch.equal(merged, base)
             self._write(name, merged)
@@ -178,20 +178,6 @@ class AdaptedNetwork:
         names = [name for name, _ in self._network.named_parameters()]
         dropped = sorted((self._changed | set(sources)) - set(names))
         return [name for name in names if name in self._changed or name in sources] + dropped
-
-    def _add(
-        self, value: Tensor, base: Tensor, lora: Lora, file: AdapterFile, placed: PlacedChange, name: str
-    ) -> None:
-        try:
-            parts = file.parts(placed.change, self._device)
-            changed_weight(placed.kind, parts, placed.change.alpha, value, base, lora.strength)
-        except (ValueError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            keys = few(placed.change.keys.values())
-            raise UsageError(
-                f"lora = {lora.path!r}: {keys} cannot change {name}: {error}; use another file", field="lora"
-            ) from error
 
     def _base(self, name: str) -> Tensor:
         """What a parameter was, on the device, in the dtype of its network."""

@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from chitu_diffusion.adapters.formats import FORMATS, AdapterFile, Format, ModuleChange, expected_shape
+from chitu_diffusion.adapters.formats import FORMATS, AdapterFile, Format, ModuleChange, misfit
 from chitu_diffusion.models.wan.checkpoint_names import official_transformer_name
 from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.transformer import WanTransformer
@@ -81,12 +81,10 @@ def place(file: AdapterFile, config: WanConfig, expert: int = 0) -> Placement:
             if name is None:
                 continue
             placed.update(parts)
-            found = expected_shape(kind, file, change)
-            if found is None or _fits(found, shapes[name]):
+            if (why := misfit(kind, file, change, shapes[name])) is None:
                 changes.setdefault(name, []).append(PlacedChange(kind, change))
             else:
-                said = f"{change.keys[kind.needs[-1]]} (shape {list(found)}, here {list(shapes[name])})"
-                unplaced.append(said)
+                unplaced.append(f"{change.keys[kind.needs[-1]]} ({why})")
         unplaced += [key for part, key in change.keys.items() if part not in placed]
     return Placement({name: tuple(each) for name, each in changes.items()}, tuple(unplaced))
 
@@ -137,8 +135,3 @@ def _parameter(module: str, kind: Format, shapes: Shapes) -> str | None:
         return module
     name = f"{module}.{kind.target}"
     return name if name in shapes else None
-
-
-def _fits(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether shapes are equal but for axes of length 1."""
-    return [size for size in found if size != 1] == [size for size in shape if size != 1]

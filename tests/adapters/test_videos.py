@@ -34,7 +34,12 @@ SHAPES = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3}
 
 
 def adapter(
-    folder: Path, place: Path, seed: int = 0, blocks: tuple[int, ...] = (0, 1), alpha: float | None = None
+    folder: Path,
+    place: Path,
+    seed: int = 0,
+    blocks: tuple[int, ...] = (0, 1),
+    alpha: float | None = None,
+    **style: Any,
 ) -> Path:
     """Factors for all linear layers of some blocks of the model in `folder`, under official
     names."""
@@ -46,7 +51,7 @@ def adapter(
         and len(shape) == 2
         and name.endswith(".weight")
     }
-    return lora_of(place / f"adapter-{seed}.safetensors", sizes, alpha=alpha, strength=0.2)[0]
+    return lora_of(place / f"adapter-{seed}.safetensors", sizes, alpha=alpha, strength=0.2, **style)[0]
 
 
 def settings(folder: Path, place: Path, **infer: Any) -> EngineConfig:
@@ -70,11 +75,21 @@ def latent_of(config: EngineConfig, lora: object, *, seed: int = 3, **more: Any)
     return latents[-1]
 
 
-@pytest.mark.parametrize("strength", [1.0, -0.6])
-def test_latents_are_those_of_diffusers_with_the_adapter_fused(tiny_folder, tmp_path, strength) -> None:
+@pytest.mark.parametrize(
+    ("strength", "alpha", "style"),
+    [
+        (1.0, None, {}),
+        (-0.6, 1.5, {}),
+        (0.8, 1.5, {"prefix": "lora_unet_", "underscores": True}),  # diffusers wants alpha here
+    ],
+    ids=["ComfyUI", "ComfyUI with alpha", "Kohya"],
+)
+def test_latents_are_those_of_diffusers_with_the_adapter_fused(
+    tiny_folder, tmp_path, strength, style, alpha
+) -> None:
     from diffusers import WanPipeline
 
-    path = adapter(tiny_folder, tmp_path, alpha=1.5)
+    path = adapter(tiny_folder, tmp_path, alpha=alpha, **style)
     pipe = WanPipeline.from_pretrained(tiny_folder)
     pipe.set_progress_bar_config(disable=True)
 
