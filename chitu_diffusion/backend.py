@@ -11,11 +11,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from types import NoneType
 
 import torch
 
+from chitu_diffusion.adapters.merging import AdaptedNetwork
 from chitu_diffusion.attention import AttentionKernel, attention_kernel
 from chitu_diffusion.attention.autotune import KernelAutotuner, Shape
 from chitu_diffusion.attention.scheduled import scheduled
@@ -30,7 +32,7 @@ from chitu_diffusion.memory.device import empty_cache
 from chitu_diffusion.memory.estimate import MemoryEstimate
 from chitu_diffusion.memory.offload import OffloadManager, OffloadPart
 from chitu_diffusion.models.components import Networks, float8_plan, load_networks, networks_without_weights
-from chitu_diffusion.models.kinds import PARTS
+from chitu_diffusion.models.kinds import EXPERT_ROLES, PARTS
 from chitu_diffusion.models.registry import FoundModel, resolve_model
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
@@ -42,6 +44,7 @@ from chitu_diffusion.ops.fused import HAS_TRITON
 from chitu_diffusion.sampling.library import SamplerState
 from chitu_diffusion.sampling.scheduler import NoiseScheduler
 from chitu_diffusion.sampling.solvers import Sampler
+from chitu_diffusion.task.lora import Lora
 
 logger = logging.getLogger(__name__)
 
@@ -102,11 +105,7 @@ class DiffusionBackend:
     def without_weights(
         cls, args: EngineConfig, model: FoundModel, groups: ProcessGroups | None = None
     ) -> DiffusionBackend:
-        """A backend that can do nothing: its settings are checked, and its networks' sizes known.
-
-        Raises:
-            ModelError, UsageError: as the backend itself would, but for what the weights' files hold.
-        """
+        """A backend that can do nothing: its settings are checked, and its networks' sizes known."""
         backend = cls.__new__(cls)
         backend._begin(args, model.spec, None, groups)
         backend._install(networks_without_weights(backend.args, model, backend.dtype))
@@ -205,6 +204,12 @@ class DiffusionBackend:
             level=self.args.infer.diffusion.low_mem_level,
         )
         self.offload.place()
+        self._adapted = [
+            AdaptedNetwork(
+                expert, self.device, partial(self.offload.copies, role), networks.originals.get(role), index
+            )
+            for index, (role, expert) in enumerate(zip(EXPERT_ROLES, networks.experts, strict=False))
+        ]
         if self.args.infer.diffusion.low_mem_level >= 1:
             # real in training; under inference, where nothing is kept for a backward pass, it costs and saves
             # nothing
@@ -322,6 +327,13 @@ class DiffusionBackend:
         set_float8(layers, in_float8, self.device)
         return in_float8
 
+    def use_adapters(self, loras: Sequence[Lora] | None = None) -> None:
+        """Merge these adapters into the transformers, and only these, until the next call; None is none. A
+        UsageError as `AdaptedNetwork.use`."""
+        self.require_alive()
+        for adapted in self._adapted:
+            adapted.use(loras or ())
+
     def compile_note(self) -> str | None:
         """What was compiled since the last call; None for nothing."""
         return None if self._watch is None else self._watch.take()
@@ -346,6 +358,7 @@ class DiffusionBackend:
                 self._watch.close()
             self.offload.close()
             del self.offload
+            del self._adapted
             if self._networks.folder is not None:
                 self._networks.folder.close()
             self._networks = None

@@ -18,7 +18,18 @@ from ranks import run_ranks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import faults, fidelity, gpu_check, kernels, report, resume_check, simulate_scaling, vae
+from benchmarks import (
+    faults,
+    fidelity,
+    gpu_check,
+    kernels,
+    lora,
+    reliability,
+    report,
+    resume_check,
+    simulate_scaling,
+    vae,
+)
 from benchmarks.latency import __main__ as latency
 from benchmarks.latency import peers
 from benchmarks.latency.limits import forward_flops
@@ -56,7 +67,14 @@ KEEP_RESULTS = [  # those that take a folder, with the words that they need besi
     (faults.main, []),
     (simulate_scaling.main, ["x.json"]),
 ]
-PRINT_ONLY = [gpu_check.main, resume_check.main]
+PRINT_ONLY = [gpu_check.main, lora.main, reliability.main, resume_check.main]
+
+
+def test_what_an_adapter_costs_is_measured(capsys) -> None:
+    assert lora.main([*SMALL, "--rank", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "a guided step with it" in said and "take it out" in said
+
 
 SMALL_RUNS = [  # command, flags, table, one of its columns, and what that may be at least and at most
     (latency.main, "--sections,ceilings,small-exact,cpu,--rounds,1", "Forward", "error_to_first", 0, 1e-5),

@@ -22,21 +22,22 @@ LONGEST_CELL = 200
 MOST_TOP_MODULES = 10
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
-    "": 2345,
+    "": 2355,
     "attention": 2060,
-    "cli": 3795,
+    "cli": 3830,
     "distributed": 2145,
     "evaluation": 2125,
     "executor": 1940,
     "files": 560,
     "flexcache": 2770,
-    "media": 1515,
+    "media": 1520,
     "memory": 680,
-    "models": 4510,
+    "models": 4520,
     "ops": 1815,
-    "pipelines": 3680,
+    "pipelines": 3720,
     "sampling": 1160,
-    "task": 965,
+    "task": 1130,
+    "adapters": 680,
     "weights": 1170,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the

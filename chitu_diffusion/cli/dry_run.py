@@ -16,6 +16,7 @@ from chitu_diffusion.cli.launch import layout_of
 from chitu_diffusion.errors import UsageError, counted
 
 if TYPE_CHECKING:
+    from chitu_diffusion.attn_schedule import AttnSchedule
     from chitu_diffusion.cli.flags import Args
     from chitu_diffusion.config import EngineConfig
     from chitu_diffusion.distributed.plan import ParallelPlan
@@ -123,7 +124,21 @@ def task_for(
     item = 4 if config.infer.dtype == "float32" else 2
     check_cache(task.resolved, model.spec, item, config.infer.diffusion.cache_memory_gb)
     check_tokens(task.resolved, model.spec, 1 if layout is None else layout.sequence)
+    lora_notes(model.spec, task.resolved)
     return task
+
+
+def lora_notes(spec: ModelSpec, resolved: DiffusionUserParams) -> list[str]:
+    """What of a request's adapters has no place in the model. Imports torch where there are any.
+
+    Raises:
+        UsageError: one that cannot be used.
+    """
+    if not resolved.lora:
+        return []
+    from chitu_diffusion.adapters.merging import check_adapters
+
+    return check_adapters(resolved.lora, spec.transformers)
 
 
 def check_room(tasks: Sequence[DiffusionTask], config: EngineConfig) -> None:
@@ -233,30 +248,42 @@ def print_plan(
         share = f"{config.infer.quant_from:.0%}"
         kept = config.infer.quant_keep or "none"
         say(f"quant   {quant} linear layers after {share} of the steps (kept in 16 bits: {kept}); lossy")
-    for plan, outlook in zip(plans, outlooks, strict=True):
-        own = spec.with_recipe(plan["sampler_recipe"]).defaults
-        sampled = "on its list of noise levels" if own.levels else f"shift {plan['shift'] or 1:g}"
-        late = "" if schedule is None else f", {schedule.describe(plan['steps_taken'])}"
-        frames = counted(plan["num_frames"], "frame")
-        say(
-            f"video   {quoted(plan['prompt'])}\n"
-            f"        {plan['width']}x{plan['height']}, {frames} at {plan['fps']} fps "
-            f"({plan['seconds_of_video']:g} s), {counted(plan['tokens'], 'token')}\n"
-            f"        {_steps_text(plan)}, guidance {plan['guidance_scale']}, seed "
-            f"{plan['seed']}, "
-            f"cache {setting_text(plan['flexcache'])}{late}\n"
-            f"        sampler {own.sampler}, {sampled}\n"
-            f"        to {plan['save_path']}\n"
-            f"        {forecast_text(plan['seconds'], plan['is_measured'])}"
-        )
-        if outlook.memory is not None:
-            say(f"memory  {_memory_text(outlook.memory)}")
-        for note in outlook.notes:
-            say(f"note    {note}")
-        if outlook.problem is not None:
-            say(f"refused {printable(str(outlook.problem))}")
+    for plan, outlook, task in zip(plans, outlooks, tasks, strict=True):
+        _say_video(spec, plan, task.resolved or task.params, outlook, schedule)
     say("nothing was made (--dry-run)")
     return code
+
+
+def _say_video(
+    spec: ModelSpec,
+    plan: Mapping[str, Any],
+    resolved: DiffusionUserParams,
+    outlook: Outlook,
+    schedule: AttnSchedule | None,
+) -> None:
+    own = spec.with_recipe(plan["sampler_recipe"]).defaults
+    sampled = "on its list of noise levels" if own.levels else f"shift {plan['shift'] or 1:g}"
+    late = "" if schedule is None else f", {schedule.describe(plan['steps_taken'])}"
+    frames = counted(plan["num_frames"], "frame")
+    say(
+        f"video   {quoted(plan['prompt'])}\n"
+        f"        {plan['width']}x{plan['height']}, {frames} at {plan['fps']} fps "
+        f"({plan['seconds_of_video']:g} s), {counted(plan['tokens'], 'token')}\n"
+        f"        {_steps_text(plan)}, guidance {plan['guidance_scale']}, seed "
+        f"{plan['seed']}, "
+        f"cache {setting_text(plan['flexcache'])}{late}\n"
+        f"        sampler {own.sampler}, {sampled}\n"
+        f"        to {plan['save_path']}\n"
+        f"        {forecast_text(plan['seconds'], plan['is_measured'])}"
+    )
+    if outlook.memory is not None:
+        say(f"memory  {_memory_text(outlook.memory)}")
+    if resolved.lora:
+        say(f"lora    {printable(', '.join(map(str, resolved.lora)))}")
+    for note in (*outlook.notes, *lora_notes(spec, resolved)):
+        say(f"note    {printable(note)}")
+    if outlook.problem is not None:
+        say(f"refused {printable(str(outlook.problem))}")
 
 
 def _steps_text(plan: Mapping[str, Any]) -> str:

@@ -87,6 +87,11 @@ def parse_cache(text: str) -> str | dict[str, Any] | None:
         raise UsageError(f"--cache {error}", field=error.field) from error
 
 
+def parse_loras(texts: Sequence[str]) -> list[str] | None:
+    """Each as the request takes it; none at all is None, so that what else names some stands."""
+    return list(texts) or None
+
+
 def parse_fidelity(text: str) -> float:
     """`35dB` or `35` -> 35.0.
 

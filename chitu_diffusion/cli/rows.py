@@ -157,4 +157,6 @@ def _cell(name: str, text: str, delimiter: str) -> Any:
         if delimiter == ";" and "," in text:
             raise ValueError(f"{name} = {text!r}: write 2.5 with a point; a pair of two goes into a .jsonl")
         return options.parse_guidance(text)
+    if name == "lora" and text.lstrip().startswith("["):
+        return parse_json(text)
     return options.parse_cache(text) if name == "flexcache" else text

@@ -75,6 +75,8 @@ def read_frames(path: str | os.PathLike[str]) -> Frames:
     frames = _read(
         path, {".mp4": _mp4_frames, ".gif": _gif_frames, ".npy": _npy_frames, FOLDER: _folder_frames}
     )
+    if isinstance(frames, list) and len({frame.shape for frame in frames}) > 1:
+        raise UsageError(f"'{path}' holds frames of several sizes", field="file")
     result = np.asarray(frames)
     if result.ndim != 4 or result.shape[-1] != 3 or result.dtype != np.uint8:
         raise UsageError(

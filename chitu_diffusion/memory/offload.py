@@ -11,9 +11,9 @@ highest level. It knows modules and devices; not what the modules compute, nor t
     level 4   as 3, and an expert's blocks pass through the device one by one, the next copied while one
               computes
 
-Weights never change here, so that going home is free after the first time: the copy in main memory stays and
-the one on the device is dropped. Where the device is the CPU, home and device are one and parts do not move;
-blocks are streamed all the same.
+Weights do not change here, so that going home is free after the first time: the copy in main memory stays
+and the one on the device is dropped; whoever changes one writes into all of its `copies`. Where the device is
+the CPU, home and device are one and parts do not move; blocks are streamed all the same.
 """
 
 from __future__ import annotations
@@ -363,6 +363,12 @@ class OffloadManager:
     def largest_block_bytes(self) -> int:
         """Size of the largest block."""
         return max((bytes_of(block) for blocks in self._blocks.values() for block in blocks), default=0)
+
+    def copies(self, name: str, tensor: Tensor) -> list[Tensor]:
+        """Wherever the values of a part's tensor lie between two uses: on the device, at home, or both."""
+        home = self._parts[name].home.get(tensor)
+        here = tensor.data
+        return [here] if home is None or home.data_ptr() == here.data_ptr() else [here, home]
 
     def close(self) -> None:
         """Unlock main memory and drop the slots."""

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from chitu_diffusion.errors import CheckpointError, UsageError
@@ -153,6 +153,18 @@ def load_part(
     """
     network = _loaded(folder, role, device, dtype, progress, float8)
     return _WRAPPERS[role](network, folder).eval() if role in _WRAPPERS else network
+
+
+def parameter_reader(folder: ModelFolder, role: Role) -> Callable[[str], Tensor]:
+    """Opens a part's files, and gives the stored values of one parameter by our name, on the CPU; they may be
+    read for as long as the reader is held.
+
+    Raises:
+        CheckpointError: missing or damaged files.
+    """
+    weights = open_weights(folder, role)
+    names = blueprint(folder, role).names(folder.layout)
+    return lambda name: weights.read(names.get(name, name))
 
 
 def load_transformer(

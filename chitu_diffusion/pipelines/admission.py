@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 
+from chitu_diffusion.adapters.merging import check_adapters
 from chitu_diffusion.attn_schedule import AttnSchedule
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import WillNotFitError, counted
@@ -51,6 +52,7 @@ class Admission:
             WillNotFitError: more memory than there is, at every memory level.
         """
         resolved = resolve_task(task, self._spec, None if in_memory else self._output_dir)
+        check_adapters(resolved.lora or (), self._spec.transformers)
         check_tokens(resolved, self._spec, self._sharing)
         cache = check_cache(resolved, self._spec, self._item, self._cache_limit)
         if resolved.save_path is not None:

@@ -27,7 +27,7 @@ from chitu_diffusion.errors import CannotResumeError
 from chitu_diffusion.files.atomic import new_file
 from chitu_diffusion.files.faults import hit
 from chitu_diffusion.flexcache.registry import emptied
-from chitu_diffusion.pipelines.fingerprint import differences, fingerprint_of, is_exact
+from chitu_diffusion.pipelines.fingerprint import adapters_of, differences, fingerprint_of, is_exact
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
 from chitu_diffusion.pipelines.recipe import device_name
 from chitu_diffusion.task import (
@@ -161,7 +161,7 @@ def _valid_for(backend: DiffusionBackend, task: DiffusionTask) -> dict[str, dict
     infer = backend.args.infer
     plan = backend.groups.plan
     asked = task.resolved or task.params
-    made = fingerprint_of(backend, task.params.shift, asked.sampler_recipe)
+    made = fingerprint_of(backend, task.params.shift, asked.sampler_recipe, task.params.lora)
     return {
         "must": {**made, "attention": "auto" if is_exact(made["attention"]) else made["attention"]},
         "should": {
@@ -197,10 +197,11 @@ def _compared(task: DiffusionTask, values: Mapping[str, Any], backend: Diffusion
 
 
 def _video_of(task: DiffusionTask) -> dict[str, Any]:
-    """What a task is to make, whoever asks and wherever it goes; inputs are known by their hashes."""
+    """What a task is to make, whoever asks and wherever it goes; files are known by their hashes."""
     values = (task.resolved or task.params).to_mapping()
     for name in INPUTS:
         values[name] = values[name] and values[name]["sha256"]
+    values["lora"] = adapters_of((task.resolved or task.params).lora)
     kept = {name: value for name, value in values.items() if name not in _NOT_OF_THE_VIDEO}
     return {**json.loads(json.dumps(kept)), "seed": task.seed}
 

@@ -7,7 +7,7 @@ part of it. Knows settings, models and backends; no tasks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from chitu_diffusion.models.loading import weight_files
 from chitu_diffusion.models.registry import FoundModel
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.sampling.noise_levels import levels_as_lists
+from chitu_diffusion.task.lora import Lora
 from chitu_diffusion.weights.hashing import hashes_of
 from chitu_diffusion.weights.manifest import sha256_of
 
@@ -36,13 +37,16 @@ _SAID_AS = {
 
 
 def fingerprint_of(
-    backend: DiffusionBackend, shift: float | None = None, recipe: str | None = None
+    backend: DiffusionBackend,
+    shift: float | None = None,
+    recipe: str | None = None,
+    lora: Sequence[Lora] | None = None,
 ) -> dict[str, Any]:
     """Of a loaded model, as JSON values under the names that they have in a recipe. Waits for the hash of the
     weights.
 
     Args:
-        shift, recipe: of the request; None is the model's own.
+        shift, recipe, lora: of the request; None is the model's own, and no adapter.
     """
     sampler = backend.sampler_for(recipe)
     return _fingerprint(
@@ -53,13 +57,15 @@ def fingerprint_of(
         shift=sampler.shift if shift is None else shift,
         dtype=str(backend.dtype),
         attention=backend.attn_backend.name,
+        lora=lora,
     )
 
 
 def fingerprint_before_loading(
     config: EngineConfig, model: FoundModel, cache_dir: Path | None, shift: float | None = None
 ) -> dict[str, Any]:
-    """`fingerprint_of` the model that these settings would load. Hashes its weights, unless they are known.
+    """`fingerprint_of` the model that these settings would load, without adapters. Hashes its weights, unless
+    they are known.
 
     Args:
         model: with the settings' sampler.
@@ -82,12 +88,17 @@ def fingerprint_before_loading(
     )
 
 
-def identity_of(backend: DiffusionBackend) -> dict[str, Any]:
+def identity_of(backend: DiffusionBackend, lora: Sequence[Lora] | None = None) -> dict[str, Any]:
     """What of a fingerprint is the model itself, however it is run; weights that are not hashed yet are None,
     so that no step waits for them.
     """
     weights = backend.weights_sha256() if backend.weights_are_hashed() else None
-    return {"weights_sha256": weights, "config_sha256": backend.config_sha256, "adapters": []}
+    return {"weights_sha256": weights, "config_sha256": backend.config_sha256, "adapters": adapters_of(lora)}
+
+
+def adapters_of(lora: Sequence[Lora] | None) -> list[dict[str, Any]]:
+    """A request's adapters as a fingerprint has them."""
+    return [each.about() for each in lora or ()]
 
 
 def _fingerprint(
@@ -99,11 +110,12 @@ def _fingerprint(
     shift: float,
     dtype: str,
     attention: str,
+    lora: Sequence[Lora] | None = None,
 ) -> dict[str, Any]:
     return {
         "weights_sha256": weights_sha256,
         "config_sha256": config_sha256,
-        "adapters": [],
+        "adapters": adapters_of(lora),
         "sampler": sampler_of(spec, shift),
         "dtype": dtype.removeprefix("torch."),
         "quant": quant_of(config),

@@ -103,6 +103,7 @@ def start_of_loop(
         NonFiniteError: a latent or a text with NaN or Inf.
     """
     spec = backend.spec
+    backend.use_adapters()
     num_steps = require_integer("num_steps", num_steps, 1, 1000)
     asked = replace(asked, seed=require_integer("seed", asked.seed, 0, MAX_SEED))
     scales = read_guidance(guidance_scale, spec)

@@ -61,6 +61,7 @@ def forward_inputs(
 ) -> ForwardInputs:
     """What a forward by hand is given; raises UsageError for what cannot be."""
     spec = backend.spec
+    backend.use_adapters()
     check_latent(latent, spec, whole=True)
     conditioning = check_embeddings(embeddings, spec, latent)
     at = scalar_timestep(timestep)

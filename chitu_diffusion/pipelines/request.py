@@ -20,6 +20,7 @@ from chitu_diffusion.flexcache.schedule import Schedule, Shapes
 from chitu_diffusion.media.frame_rate import Rate
 from chitu_diffusion.media.input_video import InputVideo
 from chitu_diffusion.models.spec import ModelSpec
+from chitu_diffusion.sampling.recipes import recipe_of_names
 from chitu_diffusion.sampling.registry import SOLVERS
 from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams
 from chitu_diffusion.task.params import MAX_SEED
@@ -75,7 +76,7 @@ def resolve_request(
     Raises:
         UsageError: what this model cannot do, naming the field, the value and what to use.
     """
-    spec = spec.with_recipe(params.sampler_recipe)
+    spec = spec.with_recipe(_recipe_for(params))
     defaults = spec.defaults
     _check_image(params, spec)
     _check_video(params, spec)
@@ -375,16 +376,30 @@ def _check_size(spec: ModelSpec, height: int, width: int, num_frames: int) -> No
             )
 
 
+def _recipe_for(params: DiffusionUserParams) -> str | None:
+    """The request's, or that of a step-distilled adapter whose published name it has."""
+    if params.sampler_recipe is not None or not params.lora:
+        return params.sampler_recipe
+    found = recipe_of_names(Path(each.path).name for each in params.lora)
+    return None if found is None else found[0]
+
+
 def _check_solver(spec: ModelSpec, resolved: DiffusionUserParams) -> None:
     """The steps fit the model's list of noise levels, and the cache its solver."""
     levels = spec.defaults.levels
     for stage in stages_of(resolved):
         if levels is not None:
             levels.require_steps(stage.num_inference_steps, stage.strength, _sampled_by(spec))
-    if resolved.flexcache is None or SOLVERS[spec.defaults.sampler].linear:
+    if resolved.flexcache is None:
         return
     name, strategy = parse_strategy(resolved.flexcache)
-    if strategy.needs_linear_solver:
+    if resolved.lora and name == "plan":
+        raise UsageError(
+            "flexcache plan: it was calibrated without adapters, and lora makes the model another; use "
+            "flexcache teacache, or leave one of them out",
+            field="flexcache",
+        )
+    if strategy.needs_linear_solver and not SOLVERS[spec.defaults.sampler].linear:
         linear = " or ".join(sampler for sampler, kind in SOLVERS.items() if kind.linear)
         raise UsageError(
             f"flexcache {name} predicts along a path without fresh noise, and sampler "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from chitu_diffusion.models.spec import ModelSpec
-from chitu_diffusion.pipelines.fingerprint import differences, sampler_of
+from chitu_diffusion.pipelines.fingerprint import adapters_of, differences, sampler_of
 from chitu_diffusion.task import DiffusionTask
 from chitu_diffusion.task.params import INPUTS
 
@@ -45,6 +45,7 @@ def same_recipe(
         for name in INPUTS:
             if isinstance(mapping.get(name), Mapping):
                 mapping[name] = mapping[name].get("sha256")  # by whatever name
+        mapping.pop("lora", None)  # in the fingerprint, without their names
     about: dict[str, Any] = {"model": spec.name}
     if str(resolved.save_path).lower().endswith(".mp4"):
         about["quality"] = quality
@@ -54,6 +55,5 @@ def same_recipe(
         return differs
     loaded = fingerprint()
     shift = resolved.shift or loaded["sampler"]["shift"]
-    return differences(
-        made, {**loaded, "sampler": sampler_of(spec.with_recipe(resolved.sampler_recipe), shift)}
-    )
+    sampler = sampler_of(spec.with_recipe(resolved.sampler_recipe), shift)
+    return differences(made, {**loaded, "adapters": adapters_of(resolved.lora), "sampler": sampler})

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from chitu_diffusion.adapters.merging import check_adapters
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.sharding import gather_strips
 from chitu_diffusion.errors import StageError, TaskError, without_frames
@@ -175,6 +176,7 @@ class Stages:
         if resolved.video:
             notes += self._strength_notes(resolved)
         if backend.groups.rank == 0:
+            notes += check_adapters(resolved.lora or (), backend.spec.transformers)
             notes += request_notes(task.params, resolved, backend.spec, backend.text_encoder)
         return "; ".join(notes) or None
 
@@ -185,6 +187,7 @@ class Stages:
         stages = stages_of(resolved)
         stage = stages[task.cascade_stage]
         scales = guidance_pair(resolved.guidance_scale)
+        backend.use_adapters(resolved.lora)
         latent, state = self._position(task, stage)
         derived = self._derived_from(task)
         self._require_calibrated(task)
@@ -246,7 +249,7 @@ class Stages:
         spec = self._backend.spec
         asked = _resolved(task).flexcache
         if asked and spec.calibration is not None and parse_strategy(asked)[0] == "plan":
-            require_same_model(spec.calibration, identity_of(self._backend), spec.name)
+            require_same_model(spec.calibration, identity_of(self._backend, _resolved(task).lora), spec.name)
 
     def _latent_after(self, task: DiffusionTask, timestep: float, latent: Tensor) -> Tensor:
         """A step's latent, or what the task's hook has put into its place."""

@@ -20,6 +20,7 @@ from chitu_diffusion.media.frame_rate import Rate, frame_rate
 from chitu_diffusion.media.image import InputImage
 from chitu_diffusion.media.input_video import InputVideo
 from chitu_diffusion.sampling.recipes import NO_RECIPE, recipe_named
+from chitu_diffusion.task.lora import checked_loras
 
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 20_000
@@ -76,6 +77,7 @@ _DIFFUSERS_NAMES = MappingProxyType(
         "cfg_scale": "use guidance_scale",
         "image_path": "use image, which takes a file's name too",
         "end_image": "use last_image",
+        "loras": "use lora, one or a list",
         "checkpoints": "hand it to engine.submit, beside the request",
         "on_event": "hand it to Engine",
     }
@@ -133,6 +135,8 @@ class DiffusionUserParams:
             first frames are taken as they come, as many as fit 4n + 1 and the model's own number; its shape
             and rate count where no size or fps is asked for.
         strength: share of the schedule that a video goes through after it was noised, 0.01 to 1; None: 0.8.
+        lora: adapters of the transformers: "FILE", "FILE:0.8", "FILE@high:0.8", a `Lora` or a table of its
+            fields, or a list of them. Their changes add up.
         cascade: stages of rising resolution in place of a single denoising; see `CascadeStage`.
         shift: of the noise schedule, as Wan's authors call it: a larger one spends more steps on much noise;
             None is the model's own.
@@ -167,6 +171,7 @@ class DiffusionUserParams:
     task_id: str | None = None
     shift: float | None = None
     sampler_recipe: str | None = None
+    lora: Any = None
 
     def __new__(cls, *values: Any, **fields: Any) -> Self:
         _check_names(cls, fields)
@@ -213,6 +218,7 @@ class DiffusionUserParams:
             # read now: what is asked for does not change with the file
             object.__setattr__(self, name, InputImage.of(name, getattr(self, name)))
         object.__setattr__(self, "video", InputVideo.of(self.video))
+        object.__setattr__(self, "lora", checked_loras(self.lora))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> DiffusionUserParams:
