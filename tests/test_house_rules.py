@@ -37,7 +37,7 @@ BUDGETS = {
     "pipelines": 2905,
     "sampling": 880,
     "task": 925,
-    "weights": 1170,
+    "weights": 1180,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""
