@@ -38,7 +38,7 @@ BUDGETS = {
     "sampling": 1160,
     "task": 1130,
     "adapters": 680,
-    "weights": 1170,
+    "weights": 1180,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

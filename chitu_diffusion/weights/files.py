@@ -32,6 +32,8 @@ from chitu_diffusion.files.reading import (
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX_ENDING = ".safetensors.index.json"
 _LONGEST_NAME = 255
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.", "module.")
+"""That others put before all names of one network: ComfyUI, trainers, torch's own wrappers."""
 _TORCH_ENDINGS = (".pth", ".pt", ".bin")
 _ENDINGS = (".safetensors", ".gguf", *_TORCH_ENDINGS)
 # Reading a hostile pickle through weights_only is safe from here on: CVE-2025-32434 and its relatives are
@@ -118,7 +120,7 @@ class WeightFiles:
             ends the process by SIGBUS. Else it is an error, and a `.pth` is in memory as a whole.
 
     Attributes:
-        entries: name -> where and what. Names are the files' own.
+        entries: name -> where and what. Names are the files' own, less a prefix that all of them have.
 
     Raises:
         CheckpointError: a file is missing, truncated or mislabelled, or holds numbers that are not floats.
@@ -145,6 +147,8 @@ class WeightFiles:
                         "a tensor stands in two shards", file=self.entries[key].file, key=key, found=file.path
                     )
                 self.entries[key] = stored
+        self._prefix = _common_prefix(self.entries)
+        self.entries = {key.removeprefix(self._prefix): stored for key, stored in self.entries.items()}
 
     def unused(self) -> list[Path]:
         """Weights that lie in the folder and that nobody reads."""
@@ -162,7 +166,7 @@ class WeightFiles:
         with foreign_data(
             lambda cause: CheckpointError(f"a tensor cannot be read: {cause}", file=stored.file, key=key)
         ):
-            return self._files[stored.file].read(key)
+            return self._files[stored.file].read(self._prefix + key)
 
 
 def locate(path: Path, stem: str, shards_first: bool) -> tuple[list[Path], dict[str, str] | None]:
@@ -191,6 +195,12 @@ def locate(path: Path, stem: str, shards_first: bool) -> tuple[list[Path], dict[
     if not path.exists():
         raise CheckpointError("a weights file is missing", file=path)
     return _indexed(path) if path.name.endswith(INDEX_ENDING) else ([path], None)
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """What stands before every name and belongs to none; "" for nothing."""
+    listed = list(names)
+    return next((one for one in _PREFIXES if listed and all(name.startswith(one) for name in listed)), "")
 
 
 def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
