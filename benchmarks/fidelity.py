@@ -253,12 +253,12 @@ def main(words: list[str] | None = None) -> Report:
     asked = options.parse_args(words)
     if not any(re.search(asked.ways, name) for name in WAYS if name != REFERENCE):
         raise SystemExit(f"--ways {asked.ways}: in no way's name; there are: {'; '.join(WAYS)}")
+    report = report_for("Fidelity of kernels and precisions, wan-tiny", "fidelity", asked)
     torch.backends.cudnn.allow_tf32 = False  # the reference's convolutions too are float32
     try:
         found = Fidelity(asked.device, 1 if asked.small else asked.prompts, small=asked.small)
     except UsageError as error:
         raise SystemExit(str(error)) from None
-    report = report_for("Fidelity of kernels and precisions, wan-tiny", "fidelity", asked)
     # wan-tiny's steps are short of work for a GPU: about 8 ms each by launches alone
     estimate = 0.0 if asked.small or asked.device == "cpu" else 0.7 * asked.prompts + 1
     sections = [

@@ -13,6 +13,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,13 +53,13 @@ class Report:
     Attributes:
         title: heading of the Markdown, and part of the files' names.
         facts: about the machine and the versions.
-        folder: where the files go.
+        folder: where the files go; None keeps none.
         name: the files' name without an ending.
     """
 
     title: str
     facts: Mapping[str, Any]
-    folder: Path
+    folder: Path | None
     name: str
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -78,8 +79,10 @@ class Report:
         self.notes.append(text)
         print(f"note: {text}", flush=True)
 
-    def write(self) -> tuple[Path, Path]:
+    def write(self) -> tuple[Path, ...]:
         """Rewrites both files, each in one move; returns their paths."""
+        if self.folder is None:
+            return ()
         self.folder.mkdir(parents=True, exist_ok=True)
         whole = {
             "title": self.title,
@@ -237,31 +240,52 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     found.add_argument("--small", action="store_true", help="tiny shapes: only to see that it works")
     found.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="for all of it")
-    found.add_argument("--out", type=results_folder, default=RESULTS, metavar="FOLDER")
+    found.add_argument(
+        "--out",
+        type=results_folder,
+        metavar="FOLDER",
+        help="of JSON and Markdown; benchmarks/results by default, and none for --small",
+    )
     return found
 
 
 def results_folder(text: str) -> Path:
-    """A folder that is there or can be made, which is found out before the work.
+    """A folder that is there or can be made, which is found out before the work; nothing is made yet, for the
+    command may still be refused.
 
     Raises:
         ArgumentTypeError: it cannot be made or written.
     """
     folder = Path(text)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=above):
+            pass
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error.strerror}; use another folder") from None
-    if not os.access(folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text}: not writable; use another folder")
     return folder
 
 
+def kept_in(asked: argparse.Namespace) -> Path | None:
+    """The folder of a command's results; a small run has none unless `--out` names it, for its figures mean
+    nothing.
+
+    Raises:
+        SystemExit: the folder cannot be written.
+    """
+    if asked.out is not None or asked.small:
+        return asked.out
+    try:
+        return results_folder(str(RESULTS))
+    except argparse.ArgumentTypeError as error:
+        raise SystemExit(f"{error}, by --out FOLDER") from None
+
+
 def report_for(title: str, kind: str, asked: argparse.Namespace) -> Report:
-    """An empty report in `asked.out`, named after the day, the kind and the device."""
+    """An empty report in `kept_in(asked)`, named after the day, the kind and the device."""
     facts = machine(torch.device(asked.device))
     kind = f"{kind}-small" if asked.small else kind
-    return Report(title, facts, asked.out, file_name(kind, facts["device"]))
+    return Report(title, facts, kept_in(asked), file_name(kind, facts["device"]))
 
 
 def machine(device: torch.device) -> dict[str, str]:

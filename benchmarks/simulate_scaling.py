@@ -450,8 +450,13 @@ def main(words: list[str] | None = None) -> None:
         raise SystemExit(
             f"{asked.results}: {error}; use the JSON that 'python -m benchmarks.scaling' writes"
         ) from None
+    try:
+        folder = asked.out or results_folder(str(asked.results.parent))
+    except argparse.ArgumentTypeError as error:
+        raise SystemExit(f"{error}, by --out FOLDER") from None
     study = studied(results)
-    stem = (asked.out or asked.results.parent) / f"{asked.results.stem}-simulated"
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{asked.results.stem}-simulated"
     stem.with_suffix(".json").write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
     stem.with_suffix(".md").write_text(as_markdown(study), encoding="utf-8")
     plotted(study, stem.with_suffix(".png"))

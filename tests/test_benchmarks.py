@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from ranks import run_ranks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import faults, fidelity, gpu_check, kernels, simulate_scaling, vae
+from benchmarks import faults, fidelity, gpu_check, kernels, report, resume_check, simulate_scaling, vae
 from benchmarks.latency import __main__ as latency
 from benchmarks.latency import peers
 from benchmarks.latency.limits import forward_flops
@@ -45,6 +46,17 @@ def nothing_left_in_the_checkout() -> Iterator[None]:
     yield
     assert untracked() <= before
 
+
+KEEP_RESULTS = [  # those that take a folder, with the words that they need besides
+    (latency.main, []),
+    (kernels.main, ["--small"]),
+    (vae.main, []),
+    (fidelity.main, []),
+    (scaling.main, []),
+    (faults.main, []),
+    (simulate_scaling.main, ["x.json"]),
+]
+PRINT_ONLY = [gpu_check.main, resume_check.main]
 
 SMALL_RUNS = [  # command, flags, table, one of its columns, and what that may be at least and at most
     (latency.main, "--sections,ceilings,small-exact,cpu,--rounds,1", "Forward", "error_to_first", 0, 1e-5),
@@ -121,10 +133,13 @@ def test_scaling_and_its_simulation(tmp_path: Path) -> None:
         (scaling.main, ["--layouts", "u2,u2@x"], "'u2@x': use u2@nccl, or u2@8"),
         (scaling.main, ["--layouts", "u2,ux"], "'ux': .*'auto', or parts such as"),
         *(
-            (main, ["--out", f"{__file__}/results"], "--out: .*/results: .*; use another folder")
-            for main in (latency.main, kernels.main, vae.main, fidelity.main, scaling.main, faults.main)
+            (
+                main,
+                [*words, "--out", f"{__file__}/results"],
+                "--out: .*/results: Not a directory; use another folder",
+            )
+            for main, words in KEEP_RESULTS
         ),
-        (simulate_scaling.main, ["x.json", "--out", f"{__file__}/y"], "--out: .*/y: .*; use another folder"),
     ],
 )
 def test_wrong_words_are_told_before_any_work(main, words, said, tmp_path, monkeypatch, capsys) -> None:
@@ -132,6 +147,46 @@ def test_wrong_words_are_told_before_any_work(main, words, said, tmp_path, monke
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert re.search(said, f"{ended.value} {capsys.readouterr().err}")
+
+
+def test_every_benchmark_is_tried_here() -> None:
+    folder = ROOT / "benchmarks"
+    commands = {
+        str(file.relative_to(ROOT).with_suffix("")).replace("/", ".")
+        for file in folder.rglob("*.py")
+        if '__name__ == "__main__"' in file.read_text()
+    }
+    assert {main.__module__ for main in [*PRINT_ONLY, *(main for main, _ in KEEP_RESULTS)]} == commands
+
+
+def test_a_small_run_keeps_nothing_unless_asked(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Whatever the benchmark: where its results go is asked of one function."""
+    kept = tmp_path / "kept"
+    monkeypatch.setattr(report, "RESULTS", kept)
+    found = vae.main([*SMALL, "--sections", "float32"])
+    assert not found.failed and found.folder is None and "## Decode" in capsys.readouterr().out
+    assert not kept.exists()
+    options = report.parser("")
+    small = options.parse_args([*SMALL])
+    assert report.kept_in(small) is None
+    assert report.kept_in(options.parse_args([*SMALL, "--out", str(tmp_path / "a/b")])) == tmp_path / "a/b"
+    assert report.kept_in(options.parse_args([])) == kept and not list(tmp_path.iterdir())
+    kept.write_text("no folder")
+    with pytest.raises(SystemExit, match="kept: Not a directory; use another folder, by --out FOLDER"):
+        vae.main(["--device", "cpu"])
+
+
+def test_a_simulation_asks_for_its_folder_first(tmp_path: Path, monkeypatch) -> None:
+    """Beside its input, which may lie where nothing can be written."""
+    name = "2026-11-23-scaling-h200x2.json"
+    monkeypatch.setattr(report.tempfile, "TemporaryFile", no_space)
+    monkeypatch.setattr(simulate_scaling, "studied", lambda _: pytest.fail("worked before it asked"))
+    with pytest.raises(SystemExit, match="results: No space left on device; use another folder"):
+        simulate_scaling.main([str(RESULTS / name)])
+
+
+def no_space(**_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_sections_share_a_budget_and_fail_alone(tmp_path: Path, capsys) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from chitu_diffusion.cli.options import make_folder
+from chitu_diffusion.errors import UsageError
 from training import autoencoder, denoiser, export, judging, latents, text
 
 SHARES = {"vae": 0.24, "decoder": 0.12, "judge": 0.04, "latents": 0.06, "dit": 0.54}
@@ -39,7 +41,11 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     device = torch.device(options.device)
-    options.run.mkdir(parents=True, exist_ok=True)
+    try:  # before the work
+        make_folder("--run", options.run)
+        make_folder("--out", options.out)
+    except UsageError as error:
+        raise SystemExit(f"error: {error}") from None
     if options.start is not None:
         export.start_from(options.start, options.run)
     torch.backends.cudnn.benchmark = True

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import benchmarks.scaling as package
-from benchmarks.report import file_name, machine, parser, table_of
+from benchmarks.report import file_name, kept_in, machine, parser, table_of
 from benchmarks.scaling.links import exchanges, links, rank_that_raises
 from benchmarks.scaling.model import DIFFUSERS, SIZES, ModelSections, layout_and_means, vae
 from benchmarks.scaling.ranks import Ranks, in_processes
@@ -166,6 +166,7 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> int:
     """The command line."""
     asked = parsed(words)
+    folder = kept_in(asked)
     faulthandler.enable()  # a crash inside a library says at least where it was called
     place = rank_place()
     if place is None:
@@ -177,11 +178,12 @@ def main(words: list[str] | None = None) -> int:
     else:
         torch.set_num_threads(1)
     name = f"{torch.cuda.get_device_name(device) if cuda else 'cpu'} x{place.world}"
-    out = asked.out / f"{file_name('scaling-small' if asked.small else 'scaling', name)}.json"
+    kind = "scaling-small" if asked.small else "scaling"
+    out = None if folder is None else folder / f"{file_name(kind, name)}.json"
     ranks = Ranks(place, device, out, asked.budget)
     for section, work, estimate in sections(ranks, asked):
         ranks.section(section, work, 0 if asked.small else estimate)
-        if ranks.rank == 0:
+        if ranks.rank == 0 and out is not None:
             out.with_suffix(".md").write_text(written(ranks.results), encoding="utf-8")
     broken = ranks.broken
     ranks.close()

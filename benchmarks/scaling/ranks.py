@@ -44,11 +44,11 @@ class Ranks:
     Args:
         place: where torchrun put it.
         device: of its tensors.
-        out: the results, rewritten by rank 0 after each section.
+        out: the results, rewritten by rank 0 after each section; None keeps none.
         budget: seconds from now; sections that would begin later, or not fit, are skipped.
     """
 
-    def __init__(self, place: RankPlace, device: torch.device, out: Path, budget: float) -> None:
+    def __init__(self, place: RankPlace, device: torch.device, out: Path | None, budget: float) -> None:
         set_nccl_defaults()
         self.rank = place.rank
         self.world = place.world
@@ -176,7 +176,9 @@ class Ranks:
         self.results[name] = found
         if self.rank == 0:
             print(f"{self.elapsed:6.1f} s  {name}: {json.dumps(found)[:2000]}", flush=True)
-            self.out.write_text(json.dumps(self.results, indent=1) + "\n")
+            if self.out is not None:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                self.out.write_text(json.dumps(self.results, indent=1) + "\n")
 
     def _cancel(self, why: str, generation: int | None) -> None:
         if generation in (None, self._section):

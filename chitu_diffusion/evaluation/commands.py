@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,7 @@ def adherence(
     from chitu_diffusion.evaluation.adherence import Answer, write_scores
     from chitu_diffusion.evaluation.adherence import adherence as measure
 
+    _make_folder("-o", output)
     config, _ = load_config(flags={"models.name": model, "infer.device": device})
     settings: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
 
@@ -72,6 +74,7 @@ def compare(
     """PSNR, SSIM, LPIPS (where installed) and flicker of two videos; a contact sheet and both in one."""
     from chitu_diffusion.evaluation.compare import compare_files
 
+    _make_folder("-o", output)
     for name in (a, b):
         if name.suffix.lower() in (".mp4", ".gif"):
             print(
@@ -166,6 +169,8 @@ def _make_folder(flag: str, folder: Path) -> None:
     """Before any work is done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UsageError(
             f"{flag} {folder}: {error.strerror or error}; use another folder", field="output"

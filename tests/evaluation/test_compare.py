@@ -106,3 +106,13 @@ def test_what_cannot_be_compared_is_refused(chitu, tmp_path) -> None:
     np.save(tmp_path / "a.npy", first)
     code, _, err = chitu("eval", "compare", tmp_path / "a.npy", tmp_path / "no.npy")
     assert code == 2 and "there is no file" in err
+
+
+@pytest.mark.parametrize(
+    "words", [("compare", "a.npy", "b.npy"), ("adherence",), ("cache",)], ids=lambda words: words[0]
+)
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(chitu, tmp_path, words) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = chitu("eval", *words, "-o", tmp_path / "file" / "found")
+    assert code == 2 and "file/found: Not a directory; use another folder" in err
+    assert "loading" not in err and "no file" not in err
