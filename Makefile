@@ -60,7 +60,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt Makefile
 	@echo "TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the CPU build; after Ctrl+C the same command goes on"
 	$(call step,1 of 3: a virtual environment,$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV))
 	$(call step,2 of 3: $(TORCH) (190 MB for CPUs or 3 GB for CUDA),$(PIP) install $(TORCH) $(TORCH_FROM) -c constraints.txt)
-	$(call step,3 of 3: $(words $(PINNED)) further packages (150 MB),$(PIP) install --no-build-isolation -e ".[dev]" $(EDITABLE) -c constraints.txt)
+	$(call step,3 of 3: $(words $(PINNED)) packages in all (300 MB more),$(PIP) install --no-build-isolation -e ".[dev]" $(EDITABLE) -c constraints.txt)
 	@touch $(STAMP)
 
 clean:
