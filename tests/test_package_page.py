@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from email import message_from_bytes
 from email.message import Message
 from pathlib import Path
@@ -77,3 +78,31 @@ def test_links_and_pictures_become_absolute_or_words() -> None:
         "![a strip](https://h.example/r/raw/HEAD/docs/a.jpg) "
         "[design](https://h.example/r/blob/HEAD/docs/design.md) [there](https://example.org/x)"
     )
+
+
+def test_install_lines_name_the_pinned_torch_and_the_cpu_index() -> None:
+    (pinned,) = re.findall(
+        r"^torch==\S+", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    for name in ("README.md", "docs/install.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert set(re.findall(r"torch==[\w.]+", text)) == {pinned}, name
+        assert f"pip install {pinned} --index-url https://download.pytorch.org/whl/cpu" in text, name
+
+
+def test_lower_bounds_are_what_make_lowest_installs() -> None:
+    """Every requirement but torch, tools included: a line that it could not read would go untried."""
+    (line,) = re.findall(r"sed -n '([^']*)' pyproject\.toml", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    done = subprocess.run(
+        ["sed", "-n", line, str(ROOT / "pyproject.toml")], capture_output=True, text=True, check=True
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = project["dependencies"] + project["optional-dependencies"]["dev"]
+    assert done.stdout.split() == [requirement.partition(";")[0].replace(">=", "==") for requirement in asked]
+
+
+def test_the_changelog_has_the_version_or_none_is_released() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert "## [Unreleased]" in text
+    assert f"## [{version}]" in text or "No version has been released yet" in text
