@@ -17,7 +17,7 @@ WORKERS ?= 2
 # A step of an installation: its name, what it runs, the seconds that it took.
 step = @printf '  %s ... ' '$(1)'; SECONDS=0; $(2) && echo "$$SECONDS s"
 
-.PHONY: demo test test-training check install lowest docker-steps clean
+.PHONY: demo test test-training card check install lowest docker-steps clean
 
 demo: $(STAMP)
 	@$(BIN)/chitu generate "A cat walking on grass" --seed 1 -o outputs/demo.mp4
@@ -27,6 +27,10 @@ test: check
 
 test-training: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) training/tests
+
+# the reliability card: docs/reliability.md, from tests with long loops (some ten minutes)
+card: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reliability
 
 check: $(STAMP)
 	@$(BIN)/ruff check .

@@ -21,9 +21,10 @@ def main() -> None:
 
         open_streams()
         from chitu_diffusion.cli.app import run
-        from chitu_diffusion.config import set_openmp_defaults
+        from chitu_diffusion.config import set_openmp_defaults, set_torch_cache
 
         set_openmp_defaults()  # before torch is imported
+        set_torch_cache()
         code = exit_code(run())
     except KeyboardInterrupt:
         code = 130

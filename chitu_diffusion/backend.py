@@ -13,7 +13,6 @@ from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.memory.device import empty_cache
 from chitu_diffusion.memory.estimate import MemoryEstimate
 from chitu_diffusion.memory.offload import OffloadManager, OffloadPart
-from chitu_diffusion.models.components import Networks, float8_plan, load_networks
+from chitu_diffusion.models.components import Networks, float8_plan, load_networks, networks_without_weights
 from chitu_diffusion.models.kinds import PARTS
 from chitu_diffusion.models.registry import FoundModel, resolve_model
 from chitu_diffusion.models.spec import ModelSpec
@@ -40,6 +39,7 @@ from chitu_diffusion.models.wan.vae import WanVAE
 from chitu_diffusion.ops.compile import CompileWatch
 from chitu_diffusion.ops.float8_linear import float8_begins, has_float8_products, set_float8, to_float8
 from chitu_diffusion.ops.fused import HAS_TRITON
+from chitu_diffusion.sampling.library import SamplerState
 from chitu_diffusion.sampling.scheduler import NoiseScheduler
 from chitu_diffusion.sampling.solvers import Sampler
 
@@ -97,6 +97,20 @@ class DiffusionBackend:
         except BaseException:
             empty_cache(self.device)
             raise
+
+    @classmethod
+    def without_weights(
+        cls, args: EngineConfig, model: FoundModel, groups: ProcessGroups | None = None
+    ) -> DiffusionBackend:
+        """A backend that can do nothing: its settings are checked, and its networks' sizes known.
+
+        Raises:
+            ModelError, UsageError: as the backend itself would, but for what the weights' files hold.
+        """
+        backend = cls.__new__(cls)
+        backend._begin(args, model.spec, None, groups)
+        backend._install(networks_without_weights(backend.args, model, backend.dtype))
+        return backend
 
     @classmethod
     def from_networks(
@@ -178,8 +192,8 @@ class DiffusionBackend:
             for expert in networks.experts:
                 expert.compile_blocks()
         networks = replace(networks, spec=networks.spec.with_sampler(self.args.infer.sampler))
-        own = networks.spec.defaults
-        self.sampler = Sampler(own.sampler, _with_shift(networks.scheduler, own.shift), own.levels)
+        self.sampler = networks.sampler(None)
+        self._samplers: dict[str, Sampler] = {}
         self.offload = OffloadManager(
             self.device,
             parts={
@@ -275,21 +289,34 @@ class DiffusionBackend:
         steps = self.spec.defaults.steps if num_steps is None else num_steps
         return NoiseScheduler(self.sampler, steps, seed)
 
+    def sampler_for(self, recipe: str | None) -> Sampler:
+        """The solver with a recipe's schedule; None is the model's own.
+
+        Raises:
+            UsageError: no such recipe, or not for this model.
+        """
+        if recipe in (None, self.sampler.recipe):
+            return self.sampler
+        if recipe not in self._samplers:
+            self._samplers[recipe] = self._alive().sampler(recipe)
+        return self._samplers[recipe]
+
     def use_calibration(self, calibration: Calibration | None) -> None:
         """Let caches rest on these measurements from the next task on."""
         networks = self._alive()
         self._networks = replace(networks, spec=replace(networks.spec, calibration=calibration))
 
-    def set_precision(self, expert: int, timestep: float, shift: float | None = None) -> bool:
+    def set_precision(self, expert: int, timestep: float, state: SamplerState | None = None) -> bool:
         """Ready an expert's layers for a step: 8 bits from where the settings say, 16 before. True for 8.
 
         Args:
-            shift: of the task's noise schedule; None is the model's own.
+            state: of the task's solver, for its schedule; None is the model's own.
         """
         layers = self._float8[expert]
         share = self.args.infer.quant_from
-        levels = self.sampler.levels
-        shift = self.sampler.shift if shift is None else shift
+        sampler = self.sampler if state is None else self.sampler_for(state["recipe"])
+        levels = sampler.levels
+        shift = sampler.shift if state is None else state["shift"]
         begins = float8_begins(share, shift) if levels is None else levels.time_after(share)
         in_float8 = bool(layers) and timestep <= begins
         set_float8(layers, in_float8, self.device)
@@ -456,12 +483,3 @@ def _check_quant(args: EngineConfig, device: torch.device, dtype: torch.dtype) -
     elif dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         raise UsageError(f"infer.quant = fp8 with dtype {name}: use bfloat16", field="infer.quant")
-
-
-def _with_shift(scheduler: Mapping[str, Any], shift: float | None) -> Mapping[str, Any]:
-    """The checkpoint's scheduler config with the model's shift, for `chitu.json` may name another."""
-    if shift is None:
-        return scheduler
-    key = "shift" if scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler" else "flow_shift"
-    rest = {name: value for name, value in scheduler.items() if name not in ("shift", "flow_shift")}
-    return {**rest, key: shift}

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from chitu_diffusion.attn_schedule import AttnSchedule
-from chitu_diffusion.errors import UsageError, nearest
+from chitu_diffusion.errors import ChituError, ModelMissingError, UsageError, nearest
+from chitu_diffusion.files.places import expand_home, made_folder, temporary_folder
 from chitu_diffusion.files.reading import cause, read_text
 from chitu_diffusion.sampling.registry import AUTO, SAMPLER_HELP, SOLVERS
 
@@ -137,6 +138,11 @@ class OutputSettings(Settings):
 
     dir: str = Field("outputs", description="folder for videos without a save_path")
     quality: int = Field(8, ge=0, le=10, description="of H.264: 10 is visually lossless, 0 the smallest file")
+
+    @field_validator("dir")
+    @classmethod
+    def _with_home(cls, folder: str) -> str:
+        return expand_home(folder)
 
 
 class SchedulerSettings(Settings):
@@ -306,7 +312,7 @@ def load_config(
     kinds = {name: field.annotation for name, field in leaves()}
     tree: dict[str, Any] = {}
     origins: Origins = dict.fromkeys(kinds, "default")
-    file = file or environment.get("CHITU_CONFIG") or None
+    file = expand_home(file or environment.get("CHITU_CONFIG") or None)
     if file is not None:
         for name, value in _flatten(_read_toml(Path(file))):
             _put(tree, name, value)
@@ -333,13 +339,13 @@ def load_config(
         raise with_origin(error, origins) from error.__cause__
 
 
-def with_origin(error: UsageError, origins: Origins) -> UsageError:
+def with_origin(error: UsageError | ModelMissingError, origins: Origins) -> ChituError:
     """An error about a setting, beginning with the file or variable that its value came from."""
     about = str(error.field)
     found = (origin for name, origin in origins.items() if name == about or name.startswith(f"{about}."))
     origin = next(found, "")
     named = origin.startswith(("file ", "env "))
-    return UsageError(f"{origin}: {error}", field=error.field) if named else error
+    return type(error)(f"{origin}: {error}", field=error.field) if named else error
 
 
 @dataclass(frozen=True)
@@ -389,9 +395,9 @@ _OURS = ("CHITU_RANKS_SOCKET", "CHITU_RANKS_SECRET", "CHITU_RANKS_SECRET_FILE")
 
 
 def rank_variables(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What the environment says of ranks: torchrun, our launcher, and the secret."""
+    """What the environment says of ranks: torchrun, our launcher, and the secret; nothing where empty."""
     given = os.environ if environment is None else environment
-    return {name: given[name] for name in (*RANK_VARIABLES, *_MORE, *_OURS) if name in given}
+    return {name: given[name] for name in (*RANK_VARIABLES, *_MORE, *_OURS) if given.get(name)}
 
 
 def set_rank_variables(values: Mapping[str, object]) -> None:
@@ -454,24 +460,40 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read the settings file {path}: {cause(error)}") from error
 
 
+_TORCHS_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def set_torch_cache() -> None:
+    """Before torch is imported, which then makes a folder for compiled code, and ends where it cannot."""
+    given = os.environ.get(_TORCHS_CACHE)
+    if not (made_folder(Path(given)) if given else temporary_folder()):
+        os.environ[_TORCHS_CACHE] = str(_kept_code() or Path(__file__).parent)
+
+
 def keep_compiled_code() -> None:
-    """Has torch keep compiled kernels where they outlive a restart, unless the environment names a place."""
+    """Has torch keep compiled kernels where they outlive a restart, unless the environment names a place; a
+    UsageError where torch could compile nothing."""
+    if temporary_folder() is None:
+        raise UsageError("compile = True: no temporary folder; name one with TMPDIR", field="infer.compile")
+    if kept := _kept_code():
+        os.environ.setdefault(_TORCHS_CACHE, str(kept))
+
+
+def _kept_code() -> Path | None:
     folder = cache_dir()
-    if folder is not None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    return None if folder is None else made_folder(folder / "inductor")
 
 
 def cache_dir(environment: Mapping[str, str] | None = None) -> Path | None:
-    """Where small remembered facts live (hashes of weights, kernel timings): `CHITU_CACHE_DIR`,
-    else `XDG_CACHE_HOME/chitu_diffusion`, else `~/.cache/chitu_diffusion`; None where there is no home."""
+    """Where small remembered facts live (hashes of weights, kernel timings): `CHITU_CACHE_DIR`, else
+    `XDG_CACHE_HOME/chitu_diffusion`, else `~/.cache/chitu_diffusion`; None where none of them is absolute."""
     environment = os.environ if environment is None else environment
     own = environment.get("CHITU_CACHE_DIR")
-    if own:
-        return Path(own)
-    base = environment.get("XDG_CACHE_HOME")
-    if base:
-        return Path(base) / "chitu_diffusion"
+    base = Path(environment.get("XDG_CACHE_HOME", ""))
     try:
-        return Path.home() / ".cache" / "chitu_diffusion"
+        if own:
+            return Path(expand_home(own))
+        base = base if base.is_absolute() else Path.home() / ".cache"
     except RuntimeError:  # a user without a home, as in some containers
         return None
+    return base / "chitu_diffusion" if base.is_absolute() else None

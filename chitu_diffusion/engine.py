@@ -38,7 +38,7 @@ from chitu_diffusion.generator import Generator
 from chitu_diffusion.models.registry import FoundModel, resolve_model
 from chitu_diffusion.pipelines.admission import Admission
 from chitu_diffusion.pipelines.hooks import StepEnd, TaskHooks, step_hook
-from chitu_diffusion.pipelines.request import request_of
+from chitu_diffusion.pipelines.request import request_of, require_own_paths
 from chitu_diffusion.pipelines.result import VideoResult
 from chitu_diffusion.scheduler import DiffusionScheduler
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskPool, DiffusionUserParams, Progress, TaskStatus
@@ -163,6 +163,7 @@ class Engine:
         """
         prompts = prompt if isinstance(prompt, list | tuple) else (prompt,)
         requests = [request_of(each, fields) for each in prompts]
+        require_own_paths(requests)
         results: list[VideoResult] = []
         try:
             for request in requests:

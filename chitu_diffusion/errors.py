@@ -74,6 +74,10 @@ class ModelError(ChituError):
 class ModelMissingError(ModelError):
     """No model of that name is on this machine; the message tells how to get it."""
 
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
 
 class CheckpointError(ModelError):
     """A checkpoint file is missing, truncated, misshapen or mislabelled.
@@ -162,6 +166,11 @@ def _short(value: object) -> str:
     """A value of a file that may hold anything, on one line."""
     text = str(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}... ({len(text)} characters)"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -16,6 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from card import Card, write_line
+
 from chitu_diffusion.cli.app import run
 from chitu_diffusion.config import EngineConfig
 
@@ -27,6 +29,32 @@ if not torch.cuda.is_available():
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WAN_TINY = Path(__file__).parent.parent / "chitu_diffusion" / "assets" / "wan-tiny"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--card", metavar="FILE", help="figures for docs/reliability.md go there; long loops")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Outcomes(config.getoption("--card")), "card")
+
+
+class Outcomes:
+    """How each test ended, told to the card; by the process that collects from the others, if there are."""
+
+    def __init__(self, file: str | None) -> None:
+        self._file = file if "PYTEST_XDIST_WORKER" not in os.environ else None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            told = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
+            write_line(self._file, told)
+
+
+@pytest.fixture
+def card(request: pytest.FixtureRequest) -> Card:
+    """Takes this test's figures for the reliability card."""
+    return Card(request.config.getoption("--card"), request.node.nodeid)
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chitu_diffusion.config import EngineConfig, leaves, load_config
+from chitu_diffusion.config import EngineConfig, leaves, load_config, rank_place
 from chitu_diffusion.errors import UsageError
 
 RENAMED = [
@@ -72,3 +72,32 @@ def test_no_setting_answers_in_pydantic_s_words(name: str) -> None:
     with pytest.raises(UsageError) as raised:
         load_config(flags={name: object()}, environment={})
     assert "use " in str(raised.value) and "Input" not in str(raised.value)
+
+
+SLURM = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "7"}
+MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "PMI_RANK": "1", "PMI_SIZE": "4"}
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        SLURM,
+        MPI,
+        {"RANK": "3"},
+        {"WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"},
+        {"RANK": "5", "WORLD_SIZE": "1"},
+        {"RANK": "", "WORLD_SIZE": ""},
+        {"RANK": "1", "WORLD_SIZE": ""},
+        {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "x", "TORCHELASTIC_RUN_ID": "x"},
+    ],
+    ids=str,
+)
+def test_variables_that_place_no_rank_are_nobodys(left: dict[str, str]) -> None:
+    assert rank_place(left) is None
+
+
+def test_a_started_rank_is_known_whatever_else_is_left() -> None:
+    started = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    place = rank_place({**SLURM, **MPI, **started})
+    assert place is not None
+    assert (place.rank, place.world, place.local_rank, place.local_world) == (1, 4, 1, 2)

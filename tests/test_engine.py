@@ -210,8 +210,8 @@ def test_what_out_of_memory_looks_like():
 
 
 def test_a_request_that_can_never_fit_is_refused_at_once(engine, monkeypatch):
-    monkeypatch.setattr(admission, "total_memory", lambda _device: 200 * 2**20)
-    with pytest.raises(WillNotFitError, match="use .* frames of this size"):
+    monkeypatch.setattr(admission, "usable_memory", lambda _device: 200 * 2**20)
+    with pytest.raises(WillNotFitError, match="use 1 frame of this size"):
         engine.submit(params(height=1024, width=1024, num_frames=81))
     assert len(engine.pool) == 0
     engine.submit(params())

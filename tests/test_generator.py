@@ -20,6 +20,7 @@ from chitu_diffusion.models.components import load_networks
 from chitu_diffusion.pipelines import stages, text_to_video
 from chitu_diffusion.pipelines.request import resolve_task
 from chitu_diffusion.pipelines.stages import tile_size_for
+from chitu_diffusion.sampling import solvers
 from chitu_diffusion.sampling.noise import initial_noise
 from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams, TaskStatus
 
@@ -235,7 +236,7 @@ def test_unwritable_output_fails_in_saving(backend, tmp_path):
 
 STAGE_OF_UNIT = {
     0: (text_to_video, "encode_text"),
-    1: (stages, "initial_noise"),
+    1: (solvers, "initial_noise"),
     2: (stages, "denoise"),
     5: (stages, "decode"),
 }

@@ -22,21 +22,21 @@ LONGEST_CELL = 200
 MOST_TOP_MODULES = 10
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
-    "": 2320,
+    "": 2345,
     "attention": 2060,
-    "cli": 3400,
-    "distributed": 2140,
-    "evaluation": 2110,
+    "cli": 3795,
+    "distributed": 2145,
+    "evaluation": 2125,
     "executor": 1940,
-    "files": 430,
-    "flexcache": 2750,
-    "media": 1010,
-    "memory": 570,
-    "models": 4340,
+    "files": 560,
+    "flexcache": 2770,
+    "media": 1515,
+    "memory": 680,
+    "models": 4510,
     "ops": 1815,
-    "pipelines": 2915,
-    "sampling": 880,
-    "task": 925,
+    "pipelines": 3680,
+    "sampling": 1160,
+    "task": 965,
     "weights": 1170,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from chitu_diffusion.cli.options import make_folder
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.files.places import make_folder
 from training import autoencoder, denoiser, export, judging, latents, text
 
 SHARES = {"vae": 0.24, "decoder": 0.12, "judge": 0.04, "latents": 0.06, "dit": 0.54}

@@ -9,17 +9,18 @@ Knows every command group and nothing of what they do.
 from __future__ import annotations
 
 import inspect
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from chitu_diffusion.cli.batch import batch
 from chitu_diffusion.cli.calibrate import calibrate
-from chitu_diffusion.cli.console import emit_error, exit_code_of, printable, say
+from chitu_diffusion.cli.console import complain, emit_error, exit_code_of, one_command, printable
 from chitu_diffusion.cli.doctor import doctor
 from chitu_diffusion.cli.generate import generate
 from chitu_diffusion.cli.info import config_app, info
@@ -29,6 +30,10 @@ from chitu_diffusion.cli.reproduce import reproduce
 from chitu_diffusion.errors import ChituError, UsageError
 from chitu_diffusion.evaluation.commands import app as evaluation_app
 from chitu_diffusion.executor.interrupts import signals_as_ctrl_c
+from chitu_diffusion.files.reading import cause
+
+if TYPE_CHECKING:
+    from chitu_diffusion.config import RankPlace
 
 INTERRUPTED = 130
 GROUPS = ("models", "config", "eval")
@@ -101,16 +106,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in options
     app = build()
     try:
-        with signals_as_ctrl_c():
+        with one_command(), signals_as_ctrl_c():
             code = app(args=words, obj=CommandLine(words, run), prog_name="chitu", standalone_mode=False)
         if code == INTERRUPTED:
-            say("interrupted; give the same command again to go on")
+            complain(_interrupted(words))
         return int(code or 0)
     except KeyboardInterrupt:
-        say("interrupted; give the same command again to go on")
+        complain(_interrupted(words))
         return INTERRUPTED
-    except BrokenPipeError:
-        return 1  # nobody reads on
     except typer.TyperException as error:
         return _report(error, _usage(error.format_message(), options), error.exit_code, as_json)
     except ChituError as error:
@@ -121,10 +124,27 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # recorded: told in words here, and as a traceback with --debug
         if "--debug" in options:
             traceback.print_exc()
+        named = f" '{error.filename}'" if isinstance(error, OSError) and error.filename else ""
         message = (
-            f"unexpected {type(error).__name__}: {error}. 'chitu --debug ...' shows where; please report it"
+            f"unexpected {type(error).__name__}{named}: {cause(error)}. 'chitu --debug ...' shows where; "
+            "please report it"
         )
         return _report(error, message, 1, as_json)
+
+
+def _interrupted(words: Sequence[str]) -> str:
+    """How to go on; a rank's own words are not those that were typed."""
+    command = f": {printable(shlex.join(['chitu', *words]))}" if _place() is None else ""
+    return f"interrupted; give the same command again to go on{command}"
+
+
+def _place() -> RankPlace | None:
+    from chitu_diffusion.config import rank_place
+
+    try:
+        return rank_place()
+    except UsageError:
+        return None  # which is most likely the error that is told
 
 
 def _usage(message: str, words: Sequence[str]) -> str:
@@ -133,17 +153,12 @@ def _usage(message: str, words: Sequence[str]) -> str:
         return message
     deep = 2 if words[:1] and words[0] in GROUPS else 1
     named = [] if message.startswith("No such command") else [word for word in words[:deep] if word.isalpha()]
-    stop = "" if message.endswith(("?", ".", ")")) else "."
+    stop = "" if message.endswith(("?", ".")) else "."
     return f"{message}{stop} '{' '.join(['chitu', *named])} --help' lists what there is"
 
 
 def _report(error: Exception, message: str, exit_code: int, as_json: bool) -> int:
-    from chitu_diffusion.config import rank_place
-
-    try:
-        place = rank_place()
-    except UsageError:
-        place = None  # which is most likely the error itself
+    place = _place()
     if place is not None and place.rank > 0:
         if place.launched and isinstance(error, UsageError | typer.TyperException):
             return exit_code  # every rank finds the same, and the first tells it
@@ -152,5 +167,5 @@ def _report(error: Exception, message: str, exit_code: int, as_json: bool) -> in
         emit_error(error, message, exit_code)
     else:
         lines = [printable(line) for line in message.splitlines()]
-        say(("" if message.startswith("Usage:") else "error: ") + "\n".join(lines))
+        complain(("" if message.startswith("Usage:") else "error: ") + "\n".join(lines))
     return exit_code

@@ -8,10 +8,8 @@ for; a prompt never becomes a path. How rows are written is known by `rows`.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import os
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
@@ -21,16 +19,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chitu_diffusion.cli.console import duration, emit, printable, say, table
-from chitu_diffusion.cli.dry_run import check_room, find_model, picked_cache, say_layout, task_for
+from chitu_diffusion.cli.console import complain, duration, emit, printable, say, table
+from chitu_diffusion.cli.dry_run import (
+    check_room,
+    find_model,
+    forecast,
+    forecast_text,
+    look_ahead,
+    picked_cache,
+    say_layout,
+    task_for,
+)
+from chitu_diffusion.cli.existing import fingerprint_here, other_text, other_video
 from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.cli.resume import VideoJob, job_key, run_key
 from chitu_diffusion.cli.rows import read_values
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, counted
+from chitu_diffusion.files.places import expand_home
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
+    from chitu_diffusion.distributed.plan import ParallelPlan
     from chitu_diffusion.models.registry import FoundModel
     from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
@@ -98,11 +108,13 @@ def batch(
     """Make a video for each row of a file; rows that are done already are skipped.
 
     A row may hold prompt, negative_prompt, height, width, num_frames, fps, num_inference_steps,
-    guidance_scale, shift, seed, save_path, image, last_image, flexcache, role and priority. The flags fill in
-    what a row leaves out. Its file is called after its id, or else by what the row asks for.
+    guidance_scale, shift, sampler_recipe, seed, save_path, image, last_image, video, strength, flexcache,
+    role and priority. The flags fill in what a row leaves out. Its file is called after its id, or else by
+    what it asks for.
     """
     from chitu_diffusion.task import DiffusionUserParams
 
+    file = expand_home(file)
     config, _ = args.load_config()
     model = find_model(config, args)
     gpus = args["gpus"]
@@ -119,14 +131,20 @@ def batch(
     done = len(rows) - len(todo)
     if args["dry_run"] or not todo:
         say_layout(layout)
-        say(f"{len(rows)} rows: {done} done already, {len(todo)} to make")
-        return _summary(rows, left, {}, bad, as_json=as_json)
+        time = forecast_text(*forecast(config, model.spec, [row.task for row in todo], layout))
+        say(f"{counted(len(rows), 'row')}: {done} done already, {len(todo)} to make")
+        made = {row.line: row.task for row in todo if args["dry_run"]}
+        with args.named():
+            _look_ahead(config, model, made, layout)
+        if todo:
+            say(time)
+        return _summary(rows, left, made, bad, args)
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, config)
     if done and not as_json:
         lines = ", ".join(str(row.line) for row in rows if row.line not in left)
         named = textwrap.shorten(lines, 60, placeholder=" ...")
-        say(f"{done} of {len(rows)} rows are done already and are skipped: line {named}")
+        say(f"{done} of {counted(len(rows), 'row')} done already and skipped: line {named}")
     from chitu_diffusion.cli.progress import make_reporter
     from chitu_diffusion.cli.runner import run_jobs
 
@@ -137,43 +155,72 @@ def batch(
     ]
     places = [str(path.absolute()) for path in (file, args["output"])]
     key = run_key(places)
-    tasks = run_jobs(config, model, jobs, make_reporter(as_json=as_json), key=key)
+    try:
+        tasks = run_jobs(config, model, jobs, make_reporter(as_json=as_json), key=key)
+    except KeyboardInterrupt:
+        stand = done + sum(row.task.status == "finished" for row in todo)
+        complain(f"{stand} of {counted(len(rows), 'row')} done, {len(rows) - stand} left")
+        raise
     made = {row.line: task for row, task in zip(todo, tasks, strict=True)}
-    return _summary(rows, left, made, bad, as_json=as_json)
+    return _summary(rows, left, made, bad, args)
+
+
+def _look_ahead(
+    config: EngineConfig, model: FoundModel, tasks: Mapping[int, DiffusionTask], layout: ParallelPlan | None
+) -> None:
+    """Say what the run would, of tasks by their lines; those that it would refuse have failed then."""
+    from chitu_diffusion.task import TaskStatus
+
+    if not tasks:
+        return
+    found = look_ahead(config, model, list(tasks.values()), layout)
+    say(f"device {found.device}, dtype {found.dtype}, attention {found.attention}")
+    for line, task in tasks.items():
+        outlook = found.outlooks[task.task_id]
+        for note in outlook.notes:
+            say(f"line {line}: {note}")
+        if outlook.problem is not None:
+            task.end(TaskStatus.FAILED, outlook.problem)
 
 
 def _summary(
-    rows: list[Row],
-    left: Set[int],
-    tasks: Mapping[int, DiffusionTask],
-    bad: Mapping[int, str],
-    *,
-    as_json: bool,
+    rows: list[Row], left: Set[int], tasks: Mapping[int, DiffusionTask], bad: Mapping[int, str], args: Args
 ) -> int:
-    """The closing table; 1 if a row failed or was bad."""
-    lines: list[tuple[object, ...]] = [(line, "bad row", "", "", why) for line, why in bad.items()]
+    """The closing table, or after `--quiet` the files that stand, made now or before; 1 if a row failed or
+    was bad."""
+    lines: list[tuple[int, str, int | None, float | None, str]] = [
+        (line, "bad row", None, None, why) for line, why in bad.items()
+    ]
     failed = len(bad)
     for row in rows:
         task = tasks.get(row.line)
-        if task is None:
+        if task is None or not task.is_finished():
             status = "to make" if row.line in left else "done before"
-            spent = ""
+            spent = None
             seed = row.params.seed
             result = row.path
         else:
             good = task.status == "finished"
             failed += not good
             status = str(task.status)
-            spent = duration(task.get_elapsed_time())
+            spent = round(task.get_elapsed_time(), 3)
             seed = task.seed
             result = row.path if good else task.error_message or ""
-        lines.append((row.line, status, "" if seed is None else seed, spent, result))
-    lines.sort(key=lambda line: str(line[0]).zfill(9))
-    if as_json:
+        lines.append((row.line, status, seed, spent, result))
+    lines.sort(key=lambda line: line[0])
+    if args["json"]:
         names = ("line", "status", "seed", "seconds", "result")
         emit("summary", failed=failed, rows=[dict(zip(names, line, strict=True)) for line in lines])
+    elif not args["quiet"]:
+        shown = [
+            (line, status, "" if seed is None else seed, "" if spent is None else duration(spent), result)
+            for line, status, seed, spent, result in lines
+        ]
+        table(("line", "status", "seed", "time", "file or error"), shown)
     else:
-        table(("line", "status", "seed", "time", "file or error"), lines)
+        for line in lines:
+            if line[1] in ("finished", "done before"):
+                print(line[-1], flush=True)
     return 1 if failed else 0
 
 
@@ -264,54 +311,17 @@ def look_at(
         bad: gets the rows whose place has a file that shows something else.
         overwrite: such a file may be replaced.
     """
-    from chitu_diffusion.config import cache_dir
-    from chitu_diffusion.pipelines.fingerprint import fingerprint_before_loading
-
-    here = functools.cache(lambda: fingerprint_before_loading(config, model, cache_dir()))
+    here = fingerprint_here(config, model)
     todo = []
     for row in rows:
-        other = _other_video(row, model.spec.name, config.output.quality, here)
+        other = other_video(row.path, row.task, model.spec, config.output.quality, here)
         if other is None:
             continue
         if other and not overwrite:
-            bad[row.line] = (
-                f"'{printable(row.path)}' shows something else ({printable('; '.join(other[:4]))}); name "
-                "another file or folder, or add --overwrite"
-            )
+            bad[row.line] = other_text(row.path, other, "file or folder")
         else:
             todo.append(row)
     return [row for row in rows if row.line not in bad], todo
-
-
-def _other_video(
-    row: Row, model: str, quality: int, here: Callable[[], Mapping[str, Any]]
-) -> list[str] | None:
-    """None where the row's video stands, whole; [] where nothing does that is worth keeping; else in what the
-    file there is another.
-    """
-    from chitu_diffusion.media.reading import is_cut, is_whole, read_recipe
-    from chitu_diffusion.pipelines.same_recipe import same_recipe
-
-    place = Path(row.path)
-    if not os.path.lexists(place):
-        return []
-    if not place.is_file() and not place.is_dir():
-        return ["neither a file nor a folder"]
-    try:
-        recipe = read_recipe(row.path)
-    except UsageError as error:
-        try:
-            return [] if is_cut(row.path) else [str(error)]
-        except OSError:
-            return [str(error)]
-    if other := same_recipe(recipe, row.task, model, quality, here):
-        return other
-    resolved = row.task.resolved or row.params
-    try:
-        whole = is_whole(row.path, resolved.num_frames or 1, resolved.fps or 1)
-    except UsageError:
-        whole = False
-    return None if whole else []
 
 
 def refuse(file: Path, bad: Mapping[int, str], *, skip: bool) -> None:
@@ -324,8 +334,8 @@ def refuse(file: Path, bad: Mapping[int, str], *, skip: bool) -> None:
         return
     lines = "\n  ".join(f"line {line}: {why}" for line, why in sorted(bad.items()))
     if not skip:
+        count = counted(len(bad), "bad row")
         raise UsageError(
-            f"{len(bad)} bad rows in '{file}', nothing was made (--skip-bad makes the others):\n  {lines}",
-            field="file",
+            f"{count} in '{file}', nothing was made (--skip-bad makes the others):\n  {lines}", field="file"
         )
-    say(f"{len(bad)} bad rows are left out:\n  {lines}")
+    complain(f"{counted(len(bad), 'bad row')} left out:\n  {lines}")

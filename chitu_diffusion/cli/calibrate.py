@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from chitu_diffusion.cli import options
 from chitu_diffusion.cli.console import emit, say
 from chitu_diffusion.cli.dry_run import find_model, task_for
 from chitu_diffusion.cli.flags import Args, takes_flags
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, counted
+from chitu_diffusion.files.places import make_folder
 
 PROMPTS = (
     "A cat walking on grass",
@@ -40,7 +40,7 @@ def calibrate(args: Args) -> None:
     asked = args.request_fields()
     with args.named():
         task_for(model, config, DiffusionUserParams(**{"prompt": "-", **asked}))
-    options.make_folder("-o", output)
+    make_folder("-o", output)
     from chitu_diffusion.evaluation.cache_table import read_prompts
     from chitu_diffusion.evaluation.calibrate import Job
     from chitu_diffusion.evaluation.calibrate import calibrate as measure
@@ -54,7 +54,7 @@ def calibrate(args: Args) -> None:
     kept = max(1, len(sentences) // 4)
     fitted_on = [Job(prompt, seed) for seed in seeds for prompt in sentences[:-kept]]
     checked_on = [Job(prompt, max(seeds) + 1) for prompt in sentences[-kept:]]
-    say(f"{config.models.name}: {len(fitted_on)} runs to fit on, {len(checked_on)} to check on")
+    say(f"{config.models.name}: {counted(len(fitted_on), 'run')} to fit on, {len(checked_on)} to check on")
     with args.named():
         found = measure(config, fitted_on, checked_on, settings=asked, workers=args["workers"], on_line=say)
     path = write_calibration(found, output or model.required().path)
@@ -69,4 +69,5 @@ def calibrate(args: Args) -> None:
             f"| {1 - 1 / row.speedup:.1%} | {row.speedup:.2f} | {psnr[0]:.1f} ({psnr[1]:.1f} to "
             f"{psnr[2]:.1f}) | {ssim[0]:.4f} ({ssim[1]:.4f} to {ssim[2]:.4f}) |"
         )
-    print(path)
+    if not args["quiet"]:
+        print(path)

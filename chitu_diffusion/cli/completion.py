@@ -33,6 +33,13 @@ def samplers(typed: str) -> list[str]:
     return _begin(typed, _values_of("infer.sampler"))
 
 
+def recipes(typed: str) -> list[str]:
+    """Names of sampler recipes."""
+    from chitu_diffusion.sampling.recipes import NO_RECIPE, RECIPES
+
+    return _begin(typed, [*RECIPES, NO_RECIPE])
+
+
 def dtypes(typed: str) -> list[str]:
     """Of weights and products."""
     return _begin(typed, _values_of("infer.dtype"))

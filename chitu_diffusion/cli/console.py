@@ -6,24 +6,69 @@ Knows the two streams (results on stdout, everything else on stderr) and nothing
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
 from typing import Any
 
 from chitu_diffusion.errors import ChituError, StageError, UsageError
+from chitu_diffusion.task.events import EVENT_SCHEMA
+
+_QUIET = ContextVar("quiet", default=False)
+_LOGGER = logging.getLogger("chitu_diffusion")
 
 WIDEST = 10_000
 """Columns of a line in a file or a pipe."""
 
 
 def say(text: str) -> None:
-    """A line on stderr, at once."""
+    """A line on stderr, at once; none after `--quiet`."""
+    if not _QUIET.get():
+        complain(text)
+
+
+def complain(text: str) -> None:
+    """An error's line on stderr, at once, quiet or not."""
     print(text, file=sys.stderr, flush=True)
 
 
-def emit(event: str, **values: Any) -> None:
-    """One JSON event on one line of stdout, at once."""
-    print(json.dumps({"event": event, **values}, default=str), flush=True)
+def be_quiet() -> None:
+    """Nothing but errors is told from now on; `one_command` ends it."""
+    _QUIET.set(True)
+    _LOGGER.setLevel(logging.ERROR)
+
+
+def is_quiet() -> bool:
+    """Whether the command was told `--quiet`."""
+    return _QUIET.get()
+
+
+@contextmanager
+def one_command() -> Iterator[None]:
+    """What a command says of quiet is its own."""
+    level = _LOGGER.level
+    token = _QUIET.set(False)
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)
+        _LOGGER.setLevel(level)
+
+
+def emit(event: str, at: float | None = None, **values: Any) -> None:
+    """One JSON event on one line of stdout, at once; `docs/events.md` lists them.
+
+    Args:
+        at: when it was, in seconds since 1970; None is now.
+    """
+    when = datetime.fromtimestamp(time.time() if at is None else at, UTC)
+    stamp = when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    line = {"event": event, "schema": EVENT_SCHEMA, "time": stamp, **values}
+    print(json.dumps(line, default=str), flush=True)
 
 
 def emit_document(document: Any) -> None:
@@ -55,6 +100,11 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def time_left(seconds: float) -> str:
+    """`12.3 s left`; never none, while something is still to be done."""
+    return f"{duration(seconds)} left" if seconds >= 0.05 else "a moment left"
 
 
 def size(number: float) -> str:

@@ -6,7 +6,6 @@ finding, so that the doctor always ends with an answer.
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import sys
@@ -14,19 +13,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from chitu_diffusion.cli.console import emit_document, say, size, table
+from chitu_diffusion.cli.console import emit_document, printable, say, size, table
 from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.info import Document
 from chitu_diffusion.distributed.host import usable_cores
-from chitu_diffusion.errors import ChituError
+from chitu_diffusion.errors import ChituError, UsageError, counted
+from chitu_diffusion.files.places import temporary_folder, why_not_writable
+from chitu_diffusion.memory.control_groups import main_memory
+
+if TYPE_CHECKING:
+    from chitu_diffusion.config import EngineConfig
+    from chitu_diffusion.models.registry import FoundModel
 
 Status = Literal["ok", "note", "lack"]
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "av", "pydantic")
 TINY_NEEDS = 2 * 2**30
 """Bytes of free memory that the shipped model is promised to do with."""
 DISK_NEEDS = 2**30
+_SETTINGS = "settings"
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,15 @@ class Finding:
 
 @takes_flags
 def doctor(args: Args, json_: Document = False) -> int:
-    """Show what this machine can run; each lack comes with its remedy. Exit 1 if nothing can be generated."""
+    """Show what this machine can run; each lack comes with its remedy. Exit 1 if nothing can be
+    generated, 4 if it is for the model alone, 2 for the settings.
+    """
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "python": _python,
         "libraries": _libraries,
         "memory": _memory,
         "disk": _disk,
+        "folders": _folders,
         "devices": _devices,
         "attention": _attention,
         "video": _video,
@@ -68,16 +77,27 @@ def doctor(args: Args, json_: Document = False) -> int:
                 Finding(name, "lack", f"the check broke: {type(error).__name__}: {error}", "please report it")
             )
     lacks = [finding for finding in findings if finding.status == "lack"]
+    codes = {2 if lack.name == _SETTINGS else 4 if lack.name.startswith("model ") else 1 for lack in lacks}
+    code = min(codes, default=0)
     if json_:
         emit_document({"ok": not lacks, "findings": [asdict(finding) for finding in findings]})
-        return 1 if lacks else 0
-    table(("what", "", "found", "remedy"), [(f.name, f.status, f.found, f.remedy) for f in findings])
+        return code
+    if sys.stdout.isatty():
+        table(("what", "", "found", "remedy"), [(f.name, f.status, f.found, f.remedy) for f in findings])
+    else:
+        print("\n".join(map(_line, findings)))
     say(
-        f"{len(lacks)} things are lacking, see the remedies"
+        f"{counted(len(lacks), 'thing')} lacking, see the remedies"
         if lacks
         else 'ready: chitu generate "A cat walking on grass"'
     )
-    return 1 if lacks else 0
+    return code
+
+
+def _line(finding: Finding) -> str:
+    """For a pipe: a finding is a line, its status first."""
+    remedy = f"; {finding.remedy}" if finding.remedy else ""
+    return printable(f"{finding.status:<5} {finding.name}: {finding.found}{remedy}")
 
 
 def _python() -> Iterator[Finding]:
@@ -95,14 +115,11 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    import torch
-
-    from chitu_diffusion.memory.device import total_memory
-
-    total = total_memory(torch.device("cpu"))
-    enough = total >= TINY_NEEDS
-    remedy = "" if enough else f"wan-tiny needs {size(TINY_NEEDS)}; use a machine or container with more"
-    yield Finding("main memory", "ok" if enough else "lack", size(total), remedy)
+    total, free = main_memory()
+    enough = free >= TINY_NEEDS
+    remedy = "" if enough else f"wan-tiny needs {size(TINY_NEEDS)}; end something, or use more memory"
+    status: Status = "ok" if enough else "note" if total >= TINY_NEEDS else "lack"
+    yield Finding("main memory", status, f"{size(free)} of {size(total)} free", remedy)
     yield Finding("cpu", "ok", f"{usable_cores()} cores")
 
 
@@ -115,9 +132,25 @@ def _disk() -> Iterator[Finding]:
         f"{size(free)} free",
         "" if enough else "free some space for videos",
     )
-    writable = os.access(Path.cwd(), os.W_OK)
-    if not writable:
-        yield Finding("this folder", "note", "not writable", "name a place with -o, such as -o ~/cat.mp4")
+
+
+def _folders() -> Iterator[Finding]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from chitu_diffusion.config import cache_dir
+
+    forgets = "nothing is remembered between runs, and one that is cut short starts over"
+    for name, folder, remedy in (
+        ("this folder", Path.cwd(), "name a place with -o, such as -o ~/cat.mp4"),
+        ("cache folder", cache_dir(), f"{forgets}; name one with CHITU_CACHE_DIR"),
+        ("temporary folder", temporary_folder(), "name one with TMPDIR; infer.compile wants it"),
+        ("hub cache", Path(HF_HUB_CACHE), "'chitu models pull NAME --to DIR' takes another place"),
+    ):
+        problem = "there is none" if folder is None else why_not_writable(folder)
+        if problem is None:
+            yield Finding(name, "ok", f"{folder}, writable")
+        else:
+            yield Finding(name, "note", f"{folder or 'none'}: {problem}", remedy)
 
 
 def _devices() -> Iterator[Finding]:
@@ -176,28 +209,57 @@ def _video() -> Iterator[Finding]:
 def _models(args: Args) -> Iterator[Finding]:
     import torch
 
+    from chitu_diffusion.models.loading import check_folder
     from chitu_diffusion.models.registry import resolve_model
     from chitu_diffusion.models.wan.presets import FULL_SIZE
 
-    settings, _ = args.load_config()
-    name = settings.models.name
+    name = args["model"] or "by the settings"
     try:
-        spec, folder = resolve_model(name, settings.models.ckpt_dir)
+        settings, _ = args.load_config()
+        name = settings.models.name
+        model = resolve_model(name, settings.models.ckpt_dir)
+        found, problem = _outlook(settings, model)
+    except UsageError as error:
+        yield Finding(_SETTINGS, "lack", str(error), "'chitu config show' tells where each came from")
+        return
     except ChituError as error:
         yield Finding(f"model {name}", "lack", str(error), "chitu models ls")
         return
-    if folder is None:
-        yield Finding(f"model {name}", "lack", "not on this machine", f"chitu models pull {spec.name}")
+    if problem is None:
+        yield Finding(f"model {name}", "ok", found)
     else:
-        yield Finding(f"model {name}", "ok", str(folder.path))
+        remedy = "choose a smaller size, fewer frames, or wan-tiny"
+        yield Finding(f"model {name}", "note", f"{found}; its default video: {problem}", remedy)
     slow = "" if torch.cuda.is_available() else ", very slow without a GPU"
     for other in FULL_SIZE.values():
-        if other.name != spec.name:
+        if other.name != model.spec.name:
             try:
                 _, place = resolve_model(other.name)
-                what = str(place.path if place else "not on this machine")
+                if place is not None:
+                    check_folder(place)
+                what = f"{place.path}, whole" if place else "not on this machine"
             except ChituError as error:
                 place = None
                 what = str(error)
             remedy = "" if place else f"optional{slow}: chitu models pull {other.name}"
             yield Finding(f"model {other.name}", "ok" if place else "note", what, remedy)
+
+
+def _outlook(settings: EngineConfig, model: FoundModel) -> tuple[str, str | None]:
+    """Where a model lies, and what its default video needs; and why it cannot be made, None where it can."""
+    from chitu_diffusion.pipelines.preflight import preflight
+    from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
+
+    found = f"{model.required().path}, whole"
+    if model.spec.kind.takes_image:
+        preflight(settings, model, (), None)
+        return found, None
+    task = DiffusionTask.from_user_request(DiffusionUserParams("a cat"))
+    here = preflight(settings, model, [task], None)
+    outlook = here.outlooks[task.task_id]
+    if outlook.memory is None:
+        return found, str(outlook.problem)
+    needs = (
+        f"needs about {size(outlook.memory.device)} on {here.device} at memory level {outlook.memory.level}"
+    )
+    return f"{found}; its default video {needs}, in {here.dtype}", None

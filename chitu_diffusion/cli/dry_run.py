@@ -1,17 +1,19 @@
 """What a run is about to do, told before anything is loaded: `--dry-run`, and the checks that every run makes
 first.
 
-Knows models by their configs only; torch is not imported.
+The checks know models by their configs only, and import no torch; `--dry-run` looks at the machine, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chitu_diffusion.cli.console import emit, quoted, say
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.cli.console import duration, emit, exit_code_of, printable, quoted, say, size
+from chitu_diffusion.cli.launch import layout_of
+from chitu_diffusion.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from chitu_diffusion.cli.flags import Args
@@ -19,15 +21,18 @@ if TYPE_CHECKING:
     from chitu_diffusion.distributed.plan import ParallelPlan
     from chitu_diffusion.models.registry import FoundModel
     from chitu_diffusion.models.spec import ModelSpec
+    from chitu_diffusion.pipelines.preflight import Memory, Outlook, Preflight
     from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
+
+_NVIDIA = Path("/dev/nvidiactl")
+"""Is there where NVIDIA's driver runs."""
 
 
 def find_model(config: EngineConfig, args: Args) -> FoundModel:
     """The model that the settings name, sampled as they say, which must be on this machine.
 
     Raises:
-        UsageError: no model has that name; the nearest is named.
-        ModelMissingError: it is known, but not here; the message tells how to get it.
+        ModelMissingError: no model has that name, or it is not here; the message tells how to get it.
         CheckpointError: its folder cannot be understood.
     """
     from chitu_diffusion.models.registry import resolve_model
@@ -138,13 +143,43 @@ def check_room(tasks: Sequence[DiffusionTask], config: EngineConfig) -> None:
 
 def plan_of(spec: ModelSpec, resolved: DiffusionUserParams) -> dict[str, Any]:
     """A resolved request as plain JSON values, with what follows from it."""
+    from chitu_diffusion.pipelines.request import steps_of
+
     frames = resolved.num_frames or 1
     fps = resolved.fps or 1
     return {
         **resolved.to_mapping(),
         "seconds_of_video": round(float(frames / fps), 3),
+        "steps_taken": steps_of(resolved),
         "tokens": spec.tokens(frames, resolved.height or 0, resolved.width or 0),
     }
+
+
+def forecast(
+    config: EngineConfig, spec: ModelSpec, tasks: Sequence[DiffusionTask], layout: ParallelPlan | None
+) -> tuple[float, bool]:
+    """Seconds that resolved tasks will take, beside loading, by the paces that this machine remembers; and
+    whether it remembers some for all of them.
+    """
+    from chitu_diffusion.config import cache_dir
+    from chitu_diffusion.pipelines.paces import Paces
+    from chitu_diffusion.pipelines.time_left import TaskTimes, setup_of, units_of
+
+    infer = config.infer
+    ranks = 1 if layout is None else layout.world
+    asked = setup_of(infer, spec.name, ranks, infer.device, infer.dtype, infer.threads)
+    # torch, which would know, takes longer to import than all of this
+    on_gpu = infer.device.startswith("cuda") or (infer.device == "auto" and _NVIDIA.exists())
+    device = "cuda" if on_gpu else "cpu"
+    times = TaskTimes(Paces.of_settings(cache_dir(), asked), device, spec.geometry.decoder_cost)
+    units = [unit for task in tasks for unit in units_of(spec, task.resolved or task.params, infer)]
+    return times.left(units), times.is_measured(units)
+
+
+def forecast_text(seconds: float, is_measured: bool) -> str:
+    """In words."""
+    how = "by what was measured here" if is_measured else "a first guess: not all of it was measured here yet"
+    return f"about {duration(seconds)} after loading ({how})"
 
 
 def print_plan(
@@ -155,49 +190,115 @@ def print_plan(
     *,
     as_json: bool,
 ) -> int:
-    """Print what would be made of resolved tasks, and make nothing."""
+    """Print what would be made of resolved tasks, and make nothing.
+
+    Returns:
+        the exit code that the run would have: 0, or of what it would refuse.
+
+    Raises:
+        UsageError, ModelError: as `preflight`.
+    """
     from chitu_diffusion.attn_schedule import AttnSchedule
 
     spec = model.spec
     folder = model.required().path
     level = config.infer.diffusion.low_mem_level
-    plans = [plan_of(spec, task.resolved or task.params) for task in tasks]
+    found = look_ahead(config, model, tasks, layout)
+    outlooks = [found.outlooks[task.task_id] for task in tasks]
+    times = [forecast(config, spec, [task], layout) for task in tasks]
+    plans = [
+        {**plan_of(spec, task.resolved or task.params), "seconds": round(seconds, 2), "is_measured": measured}
+        for task, (seconds, measured) in zip(tasks, times, strict=True)
+    ]
     quant = config.infer.quant
     schedule = AttnSchedule.from_text(config.infer.attn_schedule)
-    device = config.infer.device
+    code = shared_code(outlook.problem for outlook in outlooks)
     if as_json:
-        about = {"model": spec.name, "folder": folder, "device": device, "low_mem_level": level}
+        about: dict[str, Any] = {
+            "model": spec.name,
+            "folder": folder,
+            "device": found.device,
+            "low_mem_level": level,
+        }
+        about |= {"dtype": found.dtype, "attention": found.attention, "exit_code": code}
         about |= {"sampler": spec.defaults.sampler, "authors_shift": spec.authors_shift}
         ranks = None if layout is None else asdict(layout)
-        emit("plan", **about, ranks=ranks, quant=quant, attn_schedule=config.infer.attn_schedule, tasks=plans)
-        return 0
-    say(f"model   {spec.name} in {folder}")
-    say(
-        f"device  {device}, dtype {config.infer.dtype}, memory level {level}, attention "
-        f"{config.infer.attn_type}"
-    )
+        told = [plan | _outlook_of(outlook) for plan, outlook in zip(plans, outlooks, strict=True)]
+        emit("plan", **about, ranks=ranks, quant=quant, attn_schedule=config.infer.attn_schedule, tasks=told)
+        return code
+    say(f"model   {spec.name} in {folder}, its files whole")
+    say(f"device  {found.device}, dtype {found.dtype}, memory level {level}, attention {found.attention}")
     say_layout(layout)
     if quant != "none":
         share = f"{config.infer.quant_from:.0%}"
         kept = config.infer.quant_keep or "none"
         say(f"quant   {quant} linear layers after {share} of the steps (kept in 16 bits: {kept}); lossy")
-    for plan in plans:
-        sampled = "on its list of noise levels" if spec.defaults.levels else f"shift {plan['shift'] or 1:g}"
-        late = "" if schedule is None else f", {schedule.describe(plan['num_inference_steps'])}"
+    for plan, outlook in zip(plans, outlooks, strict=True):
+        own = spec.with_recipe(plan["sampler_recipe"]).defaults
+        sampled = "on its list of noise levels" if own.levels else f"shift {plan['shift'] or 1:g}"
+        late = "" if schedule is None else f", {schedule.describe(plan['steps_taken'])}"
+        frames = counted(plan["num_frames"], "frame")
         say(
             f"video   {quoted(plan['prompt'])}\n"
-            f"        {plan['width']}x{plan['height']}, {plan['num_frames']} frames at {plan['fps']} fps "
-            f"({plan['seconds_of_video']:g} s), {plan['tokens']} tokens\n"
-            f"        {plan['num_inference_steps']} steps, guidance {plan['guidance_scale']}, seed "
+            f"        {plan['width']}x{plan['height']}, {frames} at {plan['fps']} fps "
+            f"({plan['seconds_of_video']:g} s), {counted(plan['tokens'], 'token')}\n"
+            f"        {_steps_text(plan)}, guidance {plan['guidance_scale']}, seed "
             f"{plan['seed']}, "
             f"cache {setting_text(plan['flexcache'])}{late}\n"
-            f"        sampler {spec.defaults.sampler}, {sampled}\n"
-            f"        to {plan['save_path']}"
+            f"        sampler {own.sampler}, {sampled}\n"
+            f"        to {plan['save_path']}\n"
+            f"        {forecast_text(plan['seconds'], plan['is_measured'])}"
         )
-        if note := spec.shift_note(plan["shift"]):
+        if outlook.memory is not None:
+            say(f"memory  {_memory_text(outlook.memory)}")
+        for note in outlook.notes:
             say(f"note    {note}")
+        if outlook.problem is not None:
+            say(f"refused {printable(str(outlook.problem))}")
     say("nothing was made (--dry-run)")
-    return 0
+    return code
+
+
+def _steps_text(plan: Mapping[str, Any]) -> str:
+    steps = counted(plan["num_inference_steps"], "step")
+    if plan["video"] is None:
+        return steps
+    return f"{steps}, of which the last {plan['steps_taken']} are taken (strength {plan['strength']:g})"
+
+
+def look_ahead(
+    config: EngineConfig, model: FoundModel, tasks: Sequence[DiffusionTask], layout: ParallelPlan | None
+) -> Preflight:
+    """`preflight`, for one of many ranks in the layout that all will have."""
+    from chitu_diffusion.config import rank_place
+    from chitu_diffusion.pipelines.preflight import preflight
+
+    place = rank_place()
+    if layout is None and place is not None:
+        layout = layout_of(config, model.spec, place.world)
+    return preflight(config, model, tasks, layout)
+
+
+def shared_code(problems: Iterable[BaseException | None]) -> int:
+    """The exit code of a command whose tasks failed by these: the one that all share, else 1; 0 for none."""
+    codes = {exit_code_of(problem) for problem in problems if problem is not None}
+    return 0 if not codes else codes.pop() if len(codes) == 1 else 1
+
+
+def _outlook_of(outlook: Outlook) -> dict[str, Any]:
+    """As plain JSON values; sizes in bytes."""
+    memory = None if outlook.memory is None else asdict(outlook.memory)
+    problem = None if outlook.problem is None else str(outlook.problem)
+    return {"memory": memory, "notes": list(outlook.notes), "problem": problem}
+
+
+def _memory_text(memory: Memory) -> str:
+    text = (
+        f"about {size(memory.device)} of {size(memory.device_free)} free ({size(memory.device_total)} in all)"
+    )
+    if memory.host != memory.device:
+        text += f" on the device, {size(memory.host)} of {size(memory.host_free)} free in main memory"
+    return f"{text}, at level {memory.level}"
 
 
 def say_layout(layout: ParallelPlan | None) -> None:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 from chitu_diffusion.cli import completion, options
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.cli.console import be_quiet
+from chitu_diffusion.errors import ModelMissingError, UsageError
+from chitu_diffusion.files.places import expand_home
 from chitu_diffusion.sampling.registry import AUTO, SAMPLER_HELP
 
 if TYPE_CHECKING:
@@ -78,7 +80,8 @@ class Flag:
 
     def parsed(self, typed: Any) -> Any:
         """The value of what typer read; None stays None."""
-        return typed if typed is None or self.parse is None else self.parse(typed)
+        value = typed if typed is None or self.parse is None else self.parse(typed)
+        return expand_home(value) if self.type is Path else value
 
 
 # In the order of the help. The formatter would spread a row over as many lines as it has values.
@@ -93,11 +96,17 @@ FLAGS = (
          "A name ('chitu models ls'), a Hugging Face id, or a folder.", setting="models.name",
          complete=completion.models),
     Flag("--prompts", "calibrate", "One prompt a line, twelve or so.", Path, metavar="FILE"),
-    Flag("--negative-prompt", "generate batch", "What the video should not be.", field="negative_prompt"),
+    Flag("--negative-prompt", "generate batch", "What the video should not be.", field="negative_prompt",
+         parse=options.parse_text),
     Flag("--image", "generate batch calibrate reproduce", "The first frame, for an image-to-video model.",
          field="image", metavar="FILE"),
     Flag("--last-image", "generate batch calibrate reproduce", "The last frame, likewise.",
          field="last_image", metavar="FILE"),
+    Flag("--video", "generate batch reproduce",
+         "To be made anew: .mp4, .mov, .webm, .gif, .npy, or a folder of png frames.",
+         field="video", metavar="FILE"),
+    Flag("--strength", "generate batch", "How much of a video is made anew, 0.01 to 1; 0.8 is usual.", float,
+         field="strength", metavar="S"),
     Flag("--size", "generate batch calibrate", "Pixels, multiples of 8: 832x480.",
          field="width height", parse=options.parse_size, metavar="WxH"),
     Flag("--frames", "generate batch calibrate", "Length in frames, 4n+1: 33, 81.", int, field="num_frames"),
@@ -106,6 +115,9 @@ FLAGS = (
     Flag("--steps", "generate batch calibrate", "Denoising steps.", int, field="num_inference_steps"),
     Flag("--sampler", "generate batch calibrate", f"{AUTO}: the model's own; {SAMPLER_HELP}.",
          setting="infer.sampler", metavar="NAME", complete=completion.samplers),
+    Flag("--recipe", "generate batch",
+         "How step-distilled weights are sampled: lightx2v-4step, fastwan, rcm, .. Known files tell it.",
+         field="sampler_recipe", metavar="NAME", complete=completion.recipes),
     Flag("--guidance-scale", "generate batch calibrate",
          "Weight of the prompt: 5; or HIGH,LOW for two experts.",
          field="guidance_scale", parse=options.parse_guidance, metavar="G"),
@@ -150,11 +162,13 @@ FLAGS = (
          list[str], setting="*", parse=options.parse_settings, metavar="A.B=C", complete=completion.settings),
     Flag("--profile", "generate", "Write a Chrome trace, show top ops.", Path, metavar="DIR"),
     Flag("--no-resume", "generate batch", "Start over, though a run of this command was cut short.", bool),
-    Flag("--overwrite", "batch", "Replace videos that show something else than their row.", bool),
+    Flag("--overwrite", "generate batch reproduce", "Replace files that show something else.", bool),
     Flag("--skip-bad", "batch", "Leave out rows that cannot be, and make the others.", bool),
     Flag("--dry-run", "generate batch", "Check everything, print the plan, make nothing.", bool),
     Flag("--check", "reproduce", "Compare only: write nothing.", bool),
     Flag("--json", "generate batch calibrate reproduce", "One JSON event a line on stdout.", bool),
+    Flag("-q --quiet", "generate batch calibrate reproduce",
+         "Tell nothing but errors, and the files that are made.", bool),
 )
 # fmt: on
 
@@ -227,13 +241,15 @@ class Args:
 
         try:
             yield
-        except UsageError as error:
+        except (UsageError, ModelMissingError) as error:
             message = str(error)
             name = self._name_of(error.field or "")
             if name is None:
                 raise with_origin(error, self.origins) from error.__cause__
-            text = message.removeprefix(f"{error.field} = ")
-            raise UsageError(f"{name}{' ' if text != message else ': '}{text}", field=error.field) from error
+            value = message.removeprefix(f"{error.field} = ")
+            value = value.removeprefix(f"{str(error.field).rpartition('.')[2]} = ")
+            text = f" {value}" if value != message else f": {message.removeprefix(f'{error.field}: ')}"
+            raise type(error)(f"{name}{text}", field=error.field) from error
 
     def _name_of(self, name: str) -> str | None:
         """The flag that filled a field or a setting; None where none was typed."""
@@ -264,6 +280,8 @@ def takes_flags(function: Callable[..., Result], flags: Sequence[Flag] = FLAGS) 
     @functools.wraps(function)
     def command(**typed: Any) -> Result:
         values = {flag.key: flag.parsed(typed.pop(flag.key)) for flag in own}
+        if values.get("quiet"):
+            be_quiet()
         return function(args=Args(own, values), **typed)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it

@@ -14,9 +14,11 @@ import typer
 
 from chitu_diffusion.cli import options
 from chitu_diffusion.cli.dry_run import check_room, find_model, picked_cache, print_plan, task_for
+from chitu_diffusion.cli.existing import refuse_others
 from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
 from chitu_diffusion.cli.resume import VideoJob, job_key, run_key
+from chitu_diffusion.files.places import make_folder
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
@@ -35,7 +37,7 @@ def generate(
     Example: chitu generate "A cat walking on grass" -o cat.mp4 --seed 42
     """
     config, _ = args.load_config()
-    asked = {"prompt": prompt, **args.request_fields()}
+    asked = {"prompt": options.parse_text(prompt), **args.request_fields()}
     with args.named():
         requests = requests_for_seeds(asked, config.output.dir)
     model = find_model(config, args)
@@ -44,10 +46,13 @@ def generate(
     with args.named():
         layout = check_layout(config, model.spec, gpus)
         tasks = [task_for(model, config, replace(params, **cache), layout) for params in requests]
+        if not args["overwrite"]:
+            refuse_others(tasks, model, config)
         check_room(tasks, config)
     if args["dry_run"]:
-        return print_plan(config, model, tasks, layout, as_json=args["json"])
-    options.make_folder("--profile", args["profile"])
+        with args.named():
+            return print_plan(config, model, tasks, layout, as_json=args["json"])
+    make_folder("--profile", args["profile"])
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, config)
     drawn = [name for name in ("seed", "save_path") if asked.get(name) is None]
@@ -57,7 +62,8 @@ def generate(
     folder = config.output.dir if "save_path" in drawn else None
     jobs = [VideoJob(task, job_key(task.params, drawn, config), folder) for task in tasks]
     key = run_key([job.key for job in jobs])
-    return make_videos(config, model, jobs, key, profile=args["profile"], as_json=args["json"])
+    with args.named():
+        return make_videos(config, model, jobs, key, profile=args["profile"], as_json=args["json"])
 
 
 def requests_for_seeds(asked: dict[str, Any], folder: str) -> list[DiffusionUserParams]:

@@ -57,14 +57,11 @@ def check_layout(config: EngineConfig, spec: ModelSpec, asked_gpus: int | None) 
         UsageError: it does not fit the model, or the machine has not that many GPUs; naming what to use.
     """
     from chitu_diffusion.config import rank_place
-    from chitu_diffusion.distributed.plan import plan_for
 
     if asked_gpus is None and rank_place() is not None:
         return None
     gpus = asked_gpus or 1
-    asked = config.infer.diffusion
-    heads = spec.transformers[0].num_attention_heads
-    plan = plan_for(gpus, heads, cfg=asked.cfg_size, cp=asked.cp_size, ulysses=asked.ulysses_degree)
+    plan = layout_of(config, spec, gpus)
     if gpus > 1 and config.infer.device != "cpu":
         import torch
 
@@ -72,6 +69,19 @@ def check_layout(config: EngineConfig, spec: ModelSpec, asked_gpus: int | None) 
         if 0 < count < gpus:
             raise UsageError(f"--gpus {gpus}: this machine has {count}; use at most {count}", field="gpus")
     return plan
+
+
+def layout_of(config: EngineConfig, spec: ModelSpec, world: int) -> ParallelPlan:
+    """The layout of so many ranks that the settings make.
+
+    Raises:
+        UsageError: it does not fit the model; names what to use.
+    """
+    from chitu_diffusion.distributed.plan import plan_for
+
+    asked = config.infer.diffusion
+    heads = spec.transformers[0].num_attention_heads
+    return plan_for(world, heads, cfg=asked.cfg_size, cp=asked.cp_size, ulysses=asked.ulysses_degree)
 
 
 def launch(command: CommandLine, gpus: int, config: EngineConfig) -> int:

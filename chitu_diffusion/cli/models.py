@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from chitu_diffusion.cli import completion
-from chitu_diffusion.cli.console import emit_document, say, size, table
+from chitu_diffusion.cli.console import be_quiet, emit_document, say, size, table
 from chitu_diffusion.cli.info import Document
 from chitu_diffusion.errors import (
     ChituError,
@@ -21,10 +21,21 @@ from chitu_diffusion.errors import (
     OutputError,
     UsageError,
     WillNotFitError,
+    counted,
 )
 from chitu_diffusion.files.atomic import free_space
+from chitu_diffusion.files.places import expand_home
 
 models_app = typer.Typer(no_args_is_help=True, help="The models: list, fetch, check, convert.")
+
+
+def _quiet(wanted: bool) -> bool:
+    if wanted:
+        be_quiet()
+    return wanted
+
+
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", callback=_quiet, help="Tell nothing but errors.")]
 ModelName = Annotated[
     str,
     typer.Argument(
@@ -57,6 +68,10 @@ def _described(name: str) -> dict[str, Any]:
 
     try:
         spec, folder = resolve_model(name)
+        if folder is not None:
+            from chitu_diffusion.models.loading import check_folder
+
+            check_folder(folder)
     except ChituError as error:
         return {
             "name": name,
@@ -87,10 +102,15 @@ def models_pull(
     to: Annotated[
         Path | None, typer.Option("--to", metavar="DIR", help="A folder; else the hub's usual cache.")
     ] = None,
+    quiet: Quiet = False,
 ) -> int:
     """Fetch a model's weights from the Hugging Face hub; goes on where it was broken off."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if quiet:
+        disable_progress_bars()
+    to = expand_home(to)
     hub_id = _hub_id(name)
     say(f"fetching {hub_id} ...")
     try:
@@ -98,7 +118,8 @@ def models_pull(
     except ModelMissingError:
         if to is None and (here := _whole_in_cache(hub_id)) is not None:
             say("the hub cannot be reached, but the model is already here, whole")
-            print(here)
+            if not quiet:
+                print(here)
             return 0
         raise
     try:
@@ -111,7 +132,8 @@ def models_pull(
         say("hashing what was fetched ...")
         write_manifest(Path(folder), "pull", downloaded(Path(folder)))
     say("fetched; 'chitu models verify' checks every tensor and every file's SHA-256")
-    print(folder)
+    if not quiet:
+        print(folder)
     return 0
 
 
@@ -158,9 +180,11 @@ def models_convert(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option("--dtype", help="Of the stored weights; by default their own."),
     ] = None,
+    quiet: Quiet = False,
 ) -> int:
     """Write a model in the other layout: diffusers' folders, or the official Wan files."""
     folder = folder_of(model)
+    target = expand_home(target)
     say(f"converting {folder} ...")
     import torch
 
@@ -178,7 +202,8 @@ def models_convert(
             f"cannot write {target}: {error.strerror or error}; choose another place"
         ) from error
     say(f"written in {written.layout} layout; 'chitu models verify {target}' checks it")
-    print(target)
+    if not quiet:
+        print(target)
     return 0
 
 
@@ -186,8 +211,7 @@ def folder_of(model: str) -> Path:
     """Where a model's weights lie on this machine.
 
     Raises:
-        UsageError: no model has that name; the nearest is named.
-        ModelMissingError: it is known, but not here.
+        ModelMissingError: no model has that name, or it is known, but not here.
     """
     from chitu_diffusion.models.registry import folder_named, resolve_model
 
@@ -200,7 +224,8 @@ def _hub_id(name: str) -> str:
     """The hub's name for a model.
 
     Raises:
-        UsageError: the model is shipped, is a folder, or nobody knows it.
+        UsageError: the model is shipped, or is a folder.
+        ModelMissingError: nobody knows it.
     """
     from chitu_diffusion.models.registry import TINY, full_size_named, resolve_model
 
@@ -235,7 +260,7 @@ def _check_room(hub_id: str, to: Path | None) -> None:
         raise _cannot_fetch(hub_id, error) from error
     needed = sum(file.size or 0 for file in files)
     free, place, _ = free_space(to or HF_HUB_CACHE)
-    say(f"{size(needed)} in {len(files)} files; {size(free)} free in {place}")
+    say(f"{size(needed)} in {counted(len(files), 'file')}; {size(free)} free in {place}")
     if needed > free:
         raise WillNotFitError(
             f"{hub_id} needs {size(needed)}, but {place} has {size(free)} free; choose another disk with --to"

@@ -15,6 +15,14 @@ from typing import Any
 from chitu_diffusion.errors import UsageError
 
 
+def parse_text(text: str) -> str:
+    """What was typed, read as UTF-8 where the locale's own encoding lacks it (LC_ALL=C)."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text  # no text in either; the request says so
+
+
 def parse_seeds(text: str) -> list[int] | None:
     """`7` -> [7]; `7..9` -> [7, 8, 9].
 
@@ -132,26 +140,6 @@ def default_path(folder: str, seed: int) -> str:
         number += 1
         path = Path(folder) / f"{stamp}-seed{seed}-{number}.mp4"
     return str(path)
-
-
-def make_folder(flag: str, folder: Path | None) -> None:
-    """The folder that a flag names, made before any work is done; None makes none.
-
-    Raises:
-        UsageError: it cannot be made or written to, naming the flag.
-    """
-    if folder is None:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"{flag} {folder}: {error.strerror or error}; use another folder", field="profile"
-        ) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"{flag} {folder}: no permission to write into it; use another folder", field="profile"
-        )
 
 
 def path_for_seed(path: str, seed: int) -> str:

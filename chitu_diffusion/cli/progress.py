@@ -12,7 +12,7 @@ import os
 import sys
 import time
 
-from chitu_diffusion.cli.console import duration, emit, printable, quoted, say
+from chitu_diffusion.cli.console import complain, duration, emit, is_quiet, printable, quoted, say, time_left
 from chitu_diffusion.task import DiffusionTask, Progress, TaskStatus
 
 LINE_EVERY = 5.0
@@ -53,6 +53,8 @@ def make_reporter(*, as_json: bool) -> Reporter:
         return Reporter()
     if as_json:
         return JsonReporter()
+    if is_quiet():
+        return QuietReporter()
     if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 20:
         return BarReporter()
     return LineReporter()
@@ -94,6 +96,14 @@ def _ending(task: DiffusionTask) -> str:
     return f"failed after {spent}: {task.error_message}"
 
 
+def _note(event: Progress, seed: int | None) -> str:
+    """What a unit has to say; not the seed, which the beginning told, nor an ending, which is told apart."""
+    if not event.message or event.status in (TaskStatus.FINISHED, TaskStatus.FAILED):
+        return ""
+    parts = [part for part in event.message.split("; ") if part != f"seed {seed}"]
+    return f"  note: {'; '.join(parts)}" if parts else ""
+
+
 def _opening(task: DiffusionTask, number: int, total: int) -> str:
     count = f"[{number}/{total}] " if total > 1 else ""
     return "\n".join([f"{count}{quoted(task.params.prompt)}, seed {task.seed}", *_resuming(task)])
@@ -116,11 +126,20 @@ def _saved(task: DiffusionTask) -> str:
     return f"saved at {done}; the same command goes on there"
 
 
+class QuietReporter(Reporter):
+    """What failed, and nothing else."""
+
+    def end(self, task: DiffusionTask) -> None:
+        if task.status is TaskStatus.FAILED:
+            complain(f"error: {quoted(task.params.prompt)}, seed {task.seed}: {task.error_message}")
+
+
 class LineReporter(Reporter):
     """Plain lines on stderr, sparse enough for a log."""
 
     def __init__(self) -> None:
         self._pace = Pace()
+        self._seed: int | None = None
         self._stage: TaskStatus | None = None
         self._last = 0.0
 
@@ -132,13 +151,14 @@ class LineReporter(Reporter):
 
     def begin(self, task: DiffusionTask, number: int, total: int) -> None:
         self._pace = Pace()
+        self._seed = task.seed
         self._stage = None
         say(_opening(task, number, total))
 
     def advance(self, event: Progress) -> None:
         self._pace.add(event)
-        if event.message and event.status not in (TaskStatus.FINISHED, TaskStatus.FAILED):
-            say(f"  note: {event.message}")
+        if note := _note(event, self._seed):
+            say(note)
         last_step = event.stage is TaskStatus.DENOISING and event.step == event.total_steps
         if event.stage is self._stage and not last_step and time.monotonic() - self._last < LINE_EVERY:
             return
@@ -150,8 +170,8 @@ class LineReporter(Reporter):
             parts.append(str(self._pace))
         else:
             parts.append(duration(event.seconds))
-        if event.eta is not None and event.eta > 0:
-            parts.append(f"{duration(event.eta)} left")
+        if event.eta is not None:
+            parts.append(time_left(event.eta))
         say(", ".join(parts))
 
     def end(self, task: DiffusionTask) -> None:
@@ -169,15 +189,25 @@ class BarReporter(Reporter):
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, SpinnerColumn, TextColumn
+        from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
         from rich.progress import Progress as Bars
+        from rich.text import Text
+
+        class TimeLeft(ProgressColumn):
+            """Counts down between two events, too."""
+
+            def render(self, task: Task) -> Text:
+                end = task.fields["end"]
+                return Text("" if end is None else time_left(end - time.monotonic()))
 
         facts = TextColumn("{task.fields[facts]}")
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=None), facts)
+        bar = BarColumn(bar_width=None)
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), bar, facts, TimeLeft())
         self._console = Console(stderr=True, highlight=False)
         self._bars = Bars(*columns, console=self._console, transient=True)
-        self._row = self._bars.add_task("", total=None, facts="", visible=False)
+        self._row = self._bars.add_task("", total=None, facts="", end=None, visible=False)
         self._pace = Pace()
+        self._seed: int | None = None
 
     def _note(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
@@ -191,16 +221,16 @@ class BarReporter(Reporter):
 
     def begin(self, task: DiffusionTask, number: int, total: int) -> None:
         self._pace = Pace()
+        self._seed = task.seed
         self._note(_opening(task, number, total))
-        self._bars.reset(self._row, total=None, description="encoding", facts="", visible=True)
+        self._bars.reset(self._row, total=None, description="encoding", facts="", end=None, visible=True)
 
     def advance(self, event: Progress) -> None:
         self._pace.add(event)
-        if event.message and event.status not in (TaskStatus.FINISHED, TaskStatus.FAILED):
-            self._note(f"  note: {event.message}")
+        if note := _note(event, self._seed):
+            self._note(note)
         facts = [f"step {event.step} of {event.total_steps}"] if event.total_steps else []
         facts += [str(self._pace)] if str(self._pace) else []
-        facts += [f"{duration(event.eta)} left"] if event.eta is not None and event.eta > 0 else []
         self._bars.update(
             self._row,
             description=str(event.status),
@@ -208,6 +238,7 @@ class BarReporter(Reporter):
             total=(event.total_steps or None) if event.status is TaskStatus.DENOISING else None,
             completed=event.step,
             facts=", ".join(facts),
+            end=None if event.eta is None else time.monotonic() + event.eta,
         )
 
     def end(self, task: DiffusionTask) -> None:
@@ -245,6 +276,7 @@ class JsonReporter(Reporter):
     def advance(self, event: Progress) -> None:
         emit(
             "progress",
+            event.time,
             task_id=event.task_id,
             status=event.status,
             stage=event.stage,
@@ -252,7 +284,7 @@ class JsonReporter(Reporter):
             total_steps=event.total_steps,
             fraction=round(event.fraction, 4),
             seconds=round(event.seconds, 4),
-            eta=None if event.eta is None else round(event.eta, 2),
+            eta=None if event.eta is None else max(round(event.eta, 3), 0.001),
             message=event.message,
         )
 

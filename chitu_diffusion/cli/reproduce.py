@@ -9,16 +9,19 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chitu_diffusion.cli.console import emit, printable, say
+from chitu_diffusion.cli.console import complain, emit, printable, say
 from chitu_diffusion.cli.dry_run import find_model, task_for
+from chitu_diffusion.cli.existing import refuse_others
 from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.launch import check_layout, launch
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, counted
+from chitu_diffusion.files.places import expand_home
 
 if TYPE_CHECKING:
     from chitu_diffusion.config import EngineConfig
@@ -44,7 +47,10 @@ _SETTINGS = {
     "quant.originals": "infer.quant_originals",
 }
 """What a recipe says, and the setting that it was."""
-_OWN = ("seconds", "params.save_path", "params.task_id", "params.image.path", "params.last_image.path")
+_OWN = (
+    "seconds", "params.save_path", "params.task_id", "params.image.path", "params.last_image.path",
+    "params.video.path",
+)  # fmt: skip
 """What a run has for itself."""
 
 
@@ -62,19 +68,21 @@ def reproduce(
     """
     from chitu_diffusion.media.reading import read_frames, read_recipe
 
+    file = expand_home(file)
     recipe = read_recipe(file)
     frames = read_frames(file)
     target = _target(file, args)
     config, _ = args.load_config(_settings_of(recipe))
     with args.named():
         params = _request_of(recipe, args.request_fields())
-        for name, image in (("image", params.image), ("last_image", params.last_image)):
-            if image is not None:
-                image.reread(name)  # before anything is loaded
+        for name, given in params.inputs().items():
+            given.require_unchanged(name)  # before anything is loaded
     model = find_model(config, args)
     gpus = args["gpus"]
     with args.named():
         task_for(model, config, params, check_layout(config, model.spec, gpus))
+        if target is not None and not args["overwrite"]:
+            refuse_others([task_for(model, config, replace(params, save_path=target))], model, config)
     if gpus and gpus > 1:
         return launch(context.find_root().obj, gpus, config)
     with args.named():
@@ -85,8 +93,10 @@ def reproduce(
     path = None if target is None else str(result.save(target))
     if args["json"]:
         emit("reproduced", **found, differs=differs, path=path)
-    else:
+    elif not args["quiet"]:
         _report(file, found, differs, path)
+    elif not found["same"]:
+        complain(_verdict(found))
     return 0 if found["same"] else NOT_THE_SAME
 
 
@@ -231,20 +241,21 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
+def _verdict(found: Mapping[str, Any]) -> str:
+    count = found["frames"][0]
+    if found["same"]:
+        return f"the same: {counted(count, 'frame')}, each identical"
+    if found["psnr"] is None:
+        before, after = found["shapes"]
+        return f"not the same: {before} in the file, {after} here"
+    first = found["first_differing_frame"]
+    return f"not the same: PSNR {found['psnr']:.2f} dB, the first frame that differs is {first} of {count}"
+
+
 def _report(
     file: Path, found: Mapping[str, Any], differs: Mapping[str, Mapping[str, Any]], path: str | None
 ) -> None:
-    count = found["frames"][0]
-    if found["same"]:
-        print(f"the same: {count} frames, each identical")
-    elif found["psnr"] is None:
-        before, after = found["shapes"]
-        print(f"not the same: {before} in the file, {after} here")
-    else:
-        first = found["first_differing_frame"]
-        print(
-            f"not the same: PSNR {found['psnr']:.2f} dB, the first frame that differs is {first} of {count}"
-        )
+    print(_verdict(found))
     for name, values in differs.items():
         print(printable(f"  {name}: {values['file']} in the file, {values['here']} here"))
     if not found["same"] and not differs and file.suffix.lower() in _LOSSY:

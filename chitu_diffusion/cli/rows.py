@@ -148,11 +148,11 @@ def _cell(name: str, text: str, delimiter: str) -> Any:
             return int(whole)
         except ValueError:
             raise ValueError(f"{name} = {text!r}: must be a whole number") from None
-    if name == "shift":
+    if name in ("shift", "strength"):
         try:
             return float(text)
         except ValueError:
-            raise ValueError(f"shift = {text!r}: must be a number") from None
+            raise ValueError(f"{name} = {text!r}: must be a number") from None
     if name == "guidance_scale":
         if delimiter == ";" and "," in text:
             raise ValueError(f"{name} = {text!r}: write 2.5 with a point; a pair of two goes into a .jsonl")

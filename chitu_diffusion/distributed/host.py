@@ -12,7 +12,9 @@ import signal
 import sys
 from pathlib import Path
 
-_CGROUP = Path("/sys/fs/cgroup")
+from chitu_diffusion.memory.control_groups import control_groups
+
+_ROOT = Path("/")
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
@@ -21,7 +23,7 @@ def machine_id() -> str | None:
     """What two processes share only if a process number means the same to both; None where unknown."""
     try:
         return (
-            f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} "
+            f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()} "
             f"{os.readlink('/proc/self/ns/pid')}"
         )
     except OSError:
@@ -71,22 +73,28 @@ def end_with_parent(name: str) -> None:
         libc.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
-def usable_cores(cgroup: Path = _CGROUP) -> int:
-    """Cores that this process may run on: the machine's, its affinity's, or what its container's quota comes
-    to.
+def usable_cores(root: Path = _ROOT) -> int:
+    """Cores that this process may run on: the machine's, its affinity's, or what the quotas of its control
+    groups come to.
 
     Args:
-        cgroup: where control groups are mounted, of version 1 or 2.
+        root: of the file system that has /proc and /sys.
     """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    shares = [share for group in control_groups("cpu", root) if (share := _share(group)) is not None]
+    return min([cores, *(max(1, math.ceil(share)) for share in shares)])
+
+
+def _share(group: Path) -> float | None:
+    """Cores that a control group's quota comes to; None for one without a limit ("max", or -1)."""
     try:
-        if (cgroup / "cpu.max").exists():
-            quota, period = (cgroup / "cpu.max").read_text().split()
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
         else:
             quota, period = (
-                (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+                (group / f"cpu.cfs_{name}_us").read_text(encoding="ascii") for name in ("quota", "period")
             )
         share = float(quota) / float(period)
     except (OSError, ValueError, ZeroDivisionError):
-        return cores  # no group, or one without a limit ("max")
-    return min(cores, max(1, math.ceil(share))) if share > 0 else cores
+        return None
+    return share if share > 0 else None

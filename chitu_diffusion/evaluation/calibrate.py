@@ -125,7 +125,7 @@ def describe(backend: DiffusionBackend, settings: dict[str, Any]) -> dict[str, A
     resolved = resolve_task(task, backend.spec, output_dir="")
     return {
         "model": backend.spec.name,
-        **fingerprint_of(backend, resolved.shift),
+        **fingerprint_of(backend, resolved.shift, resolved.sampler_recipe),
         "steps": resolved.num_inference_steps,
         "guidance": list(guidance_pair(resolved.guidance_scale)),
         "size": [resolved.width, resolved.height, resolved.num_frames],

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import counted
+from chitu_diffusion.files.places import expand_home, make_folder
 
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Tell nothing but errors and the result.")]
 app = typer.Typer(
     no_args_is_help=True, help="Measure videos: adherence to the prompt, fidelity to a reference."
 )
@@ -37,25 +39,28 @@ def adherence(
         "outputs/adherence"
     ),
     json_: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Score the model on prompts whose combinations it has never seen. Goes on where it stopped."""
     from chitu_diffusion.config import load_config
     from chitu_diffusion.evaluation.adherence import Answer, write_scores
     from chitu_diffusion.evaluation.adherence import adherence as measure
 
-    _make_folder("-o", output)
+    output = expand_home(output)
+    make_folder("-o", output)
     config, _ = load_config(flags={"models.name": model, "infer.device": device})
     settings: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
 
     def report(done: int, total: int, answer: Answer) -> None:
         wrong = [part for part in ("actor", "colour", "scene", "motion") if not answer.right(part)]
         found = f"not as asked: {', '.join(wrong)} ({answer.found})" if wrong else "as asked"
-        print(f"[{done}/{total}] {answer.prompt!r}, seed {answer.seed}: {found}", file=sys.stderr, flush=True)
+        say(f"[{done}/{total}] {answer.prompt!r}, seed {answer.seed}: {found}")
 
-    print(f"loading {model} ...", file=sys.stderr, flush=True)
+    say = _teller(quiet)
+    say(f"loading {model} ...")
     scores = measure(config, output, prompts=prompts, seeds=seeds, settings=settings, on_video=report)
     write_scores(scores, output)
-    summary = f"{scores.table()}\n{len(scores.answers)} videos, {output}/adherence.json"
+    summary = f"{scores.table()}\n{counted(len(scores.answers), 'video')}, {output}/adherence.json"
     print(json.dumps(scores.to_mapping()) if json_ else summary)
 
 
@@ -69,12 +74,18 @@ def compare(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for figures and pictures.")] = Path(
         "outputs/compare"
     ),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the comparison of two other videos.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """PSNR, SSIM, LPIPS (where installed) and flicker of two videos; a contact sheet and both in one."""
-    from chitu_diffusion.evaluation.compare import compare_files
+    from chitu_diffusion.evaluation.compare import compare_files, refuse_other_comparison
 
-    _make_folder("-o", output)
+    output = expand_home(output)
+    if not overwrite:
+        refuse_other_comparison(a, b, output)
+    found = compare_files(a, b, output, fps=fps)
     for name in (a, b):
         if name.suffix.lower() in (".mp4", ".gif"):
             print(
@@ -82,7 +93,6 @@ def compare(
                 file=sys.stderr,
                 flush=True,
             )
-    found = compare_files(a, b, output, fps=fps)
     print(
         json.dumps(found.to_mapping())
         if json_
@@ -125,6 +135,7 @@ def cache(
         Path | None, typer.Option("--work", help="Folder for rows and frames; OUTPUT/work by default.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Caches x settings against full compute: speed, fidelity, adherence. Goes on where it stopped."""
     from chitu_diffusion.config import load_config
@@ -138,22 +149,21 @@ def cache(
         write_results,
     )
 
+    output = expand_home(output)
+    work = expand_home(work)
     videos = videos_for(prompts, seeds)
     chosen = list(dict.fromkeys(settings or SETTINGS))
     check_settings(chosen)
-    _make_folder("-o", output)
-    _make_folder("--work", work or output / "work")
+    make_folder("-o", output)
+    make_folder("--work", work or output / "work")
     config, _ = load_config(flags={"models.name": model, "infer.device": device, "infer.dtype": dtype})
     asked: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
 
     def report(done: int, total: int, row: VideoRow) -> None:
         near = row.error or ("" if row.psnr is None else f"{row.psnr:.1f} dB")
-        print(
-            f"[{done}/{total}] {row.setting}, {row.prompt!r}, seed {row.seed}: {near}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"[{done}/{total}] {row.setting}, {row.prompt!r}, seed {row.seed}: {near}")
 
+    say = _teller(quiet)
     lines, about = evaluate(
         config, videos, work or output / "work", chosen=chosen, settings=asked, workers=workers, on_row=report
     )
@@ -165,13 +175,6 @@ def cache(
     )
 
 
-def _make_folder(flag: str, folder: Path) -> None:
-    """Before any work is done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"{flag} {folder}: {error.strerror or error}; use another folder", field="output"
-        ) from error
+def _teller(quiet: bool) -> Callable[[str], None]:
+    """Tells progress on stderr, or nothing."""
+    return lambda text: None if quiet else print(text, file=sys.stderr, flush=True)

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, counted
 from chitu_diffusion.files.atomic import write_text
+from chitu_diffusion.files.places import make_folder
+from chitu_diffusion.files.reading import read_json
 from chitu_diffusion.media.reading import read_frames
 from chitu_diffusion.media.video import write_video
 
@@ -32,6 +34,7 @@ _DEVIATION = 1.5
 _K1 = 0.01
 _K2 = 0.03
 _SHEET_COLUMNS = 6
+_WRITTEN = ("compare.json", "compare.md", "contact.png", "side_by_side.mp4")
 _ERROR_GAIN = 4
 """The third row of a contact sheet shows |A - B| times this."""
 IDENTICAL = 100.0
@@ -185,6 +188,27 @@ def contact_sheet(a: Frames, b: Frames) -> Frames:
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
 
 
+def refuse_other_comparison(a: Path, b: Path, folder: Path) -> None:
+    """Whether a folder holds nothing of a comparison, or an older one of the same two files.
+
+    Raises:
+        UsageError: it holds another.
+    """
+    there = [name for name in _WRITTEN if (folder / name).exists()]
+    try:
+        said = read_json(folder / _WRITTEN[0])
+    except (OSError, ValueError):
+        said = None
+    pair = [said.get("a"), said.get("b")] if isinstance(said, dict) else None
+    if there and pair != [str(a), str(b)]:
+        of = "" if pair is None else f", of '{pair[0]}' and '{pair[1]}'"
+        raise UsageError(
+            f"-o {folder}: a comparison is there already{of} ({', '.join(there)}); use another folder, or "
+            "add --overwrite",
+            field="output",
+        )
+
+
 def compare_files(a: Path, b: Path, folder: Path, *, fps: float = 16) -> Comparison:
     """Compares two videos and writes compare.json, compare.md, contact.png and side_by_side.mp4 into a
     folder.
@@ -198,8 +222,16 @@ def compare_files(a: Path, b: Path, folder: Path, *, fps: float = 16) -> Compari
 
     first = read_frames(a)
     second = read_frames(b)
+    if first.shape != second.shape:
+        t, h, w, _ = first.shape
+        t2, h2, w2, _ = second.shape
+        raise UsageError(
+            f"'{a}' has {counted(t, 'frame')} of {w}x{h}, and '{b}' {counted(t2, 'frame')} of {w2}x{h2}: use "
+            "videos of one length and size",
+            field="b",
+        )
+    make_folder("-o", folder)
     found = compare(first, second)
-    folder.mkdir(parents=True, exist_ok=True)
     said = {"a": str(a), "b": str(b), **found.to_mapping()}
     write_text(folder / "compare.json", json.dumps(said, indent=1) + "\n")
     write_text(folder / "compare.md", found.table() + "\n")

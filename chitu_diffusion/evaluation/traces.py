@@ -27,7 +27,6 @@ from chitu_diffusion.pipelines.guidance import apply_cfg
 from chitu_diffusion.pipelines.registry import pipeline_of
 from chitu_diffusion.pipelines.request import guidance_pair, resolve_task
 from chitu_diffusion.sampling.library import SamplerState
-from chitu_diffusion.sampling.noise import initial_noise
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 _PIECE = 2**18
@@ -122,7 +121,7 @@ class _Run:
         )
         frames = resolved.num_frames or 1
         shape = backend.spec.latent_shape(frames, resolved.height or 0, resolved.width or 0)
-        self.noise = initial_noise((1, *shape), task.seed).to(backend.device)
+        self.noise = backend.sampler.first_latent(self.state, (1, *shape)).to(backend.device)
         self.velocities: list[Tensor] = []
         self.residuals: list[tuple[float, float]] = []
         self._last: list[Tensor] = []

@@ -84,9 +84,10 @@ class LocalExecutor:
 
     def execute(self, task: DiffusionTask) -> Progress:
         """The unit."""
-        event = self._generator.generate_step(task)
-        self._checkpoints.clear_if_finished(task)
-        return event
+        try:
+            return self._generator.generate_step(task)
+        finally:  # Ctrl+C may come when the task is at its end
+            self._checkpoints.clear_if_finished(task)
 
     def execute_next(self) -> Progress | None:
         """There is no driver but this rank."""

@@ -5,6 +5,7 @@ loading, is done again. Knows levels; what each does is `memory.offload`'s.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from chitu_diffusion.backend import DiffusionBackend, pick_device
 from chitu_diffusion.config import EngineConfig
@@ -95,13 +96,4 @@ def _with_notes(event: Progress, notes: list[str]) -> Progress:
     if not notes:
         return event
     message = "; ".join([*notes, *([event.message] if event.message else [])])
-    return Progress(
-        event.task_id,
-        event.status,
-        event.stage,
-        event.step,
-        event.total_steps,
-        event.seconds,
-        event.eta,
-        message,
-    )
+    return replace(event, message=message)

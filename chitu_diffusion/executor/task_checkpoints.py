@@ -13,6 +13,7 @@ from pathlib import Path
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import CannotResumeError, NonFiniteError, UsageError
 from chitu_diffusion.executor.interrupts import deferred_interrupts
+from chitu_diffusion.files.places import expand_home
 from chitu_diffusion.pipelines.checkpoint import CheckpointFolder, FoundCheckpoint
 from chitu_diffusion.task import DiffusionTask, Resumed, TaskStatus
 
@@ -112,8 +113,8 @@ class TaskCheckpoints:
             task.resumed = Resumed(0, True, tuple(notes))
 
     def save(self, task: DiffusionTask) -> None:
-        """Write a checkpoint, if the task has a folder and a state. One that cannot be written is no reason
-        to stop.
+        """Write a checkpoint, if the task has a folder and a state. One that cannot be written, whyever, is
+        no reason to stop.
         """
         folder = self._folders.get(task)
         if folder is None:
@@ -123,13 +124,15 @@ class TaskCheckpoints:
                 folder.save(task, self._backend)
         except (CannotResumeError, NonFiniteError) as error:
             logger.debug("no checkpoint of task %s: %s", task.task_id, error)
-        except OSError as error:
-            logger.warning("no checkpoint of task %s could be written: %s", task.task_id, error)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            logger.warning("no checkpoint of task %s could be written: %s", task.task_id, said)
 
     def clear_if_finished(self, task: DiffusionTask) -> None:
         """Let go of a task's checkpoints once its video stands."""
         if task.status is TaskStatus.FINISHED and (folder := self._folders.pop(task, None)) is not None:
-            folder.clear()
+            with deferred_interrupts():
+                folder.clear()
 
 
 def checkpoint_folder(value: str | Path | None) -> Path | None:
@@ -141,7 +144,7 @@ def checkpoint_folder(value: str | Path | None) -> Path | None:
     if value is None:
         return None
     try:
-        folder = Path(value).absolute()
+        folder = Path(expand_home(value)).absolute()
         plain = bool(os.fspath(value)) and b"\0" not in os.fsencode(folder)
     except (TypeError, ValueError, OSError):
         plain = False

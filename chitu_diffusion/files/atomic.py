@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from chitu_diffusion.files.faults import hit
+
 _IN_PROGRESS = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(part|old)", re.DOTALL)
 _OLD = ".old"
 """Ending of a folder that stepped aside where a file system cannot exchange two of them."""
@@ -44,9 +46,12 @@ def new_file(
     target = Path(target)
     with _in_progress(target, folder=False) as part:
         yield part
+        hit("file.filled", target)
         _sync(part)
         with around(part) if around else nullcontext():
+            hit("file.rename", target)
             os.replace(part, target)
+            hit("file.renamed", target)
         _sync_names(target.parent)
 
 
@@ -62,8 +67,11 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         yield part
         for place in sorted(part.rglob("*"), reverse=True):
             _sync(place)
+        hit("file.filled", target)
         _sync(part)
+        hit("file.rename", target)
         _put_folder(part, target)
+        hit("file.renamed", target)
         _sync_names(target.parent)
 
 
@@ -115,6 +123,7 @@ def _in_progress(target: Path, *, folder: bool) -> Iterator[Path]:
         _sweep(target)
         part, handle = _claim(target, folder=folder)
         try:
+            hit("file.begin", target)
             yield part
         finally:
             with suppress(OSError):

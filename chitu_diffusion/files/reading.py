@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,7 +137,7 @@ def _check_depth(value: Any) -> None:
 
 def cause(error: BaseException) -> str:
     """A foreign error as one short line."""
-    text = " ".join(str(error).split())
+    text = re.sub(r"\[Errno -?\d+\] ", "", " ".join(str(error).split()))
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
     elif isinstance(error, KeyError):

@@ -9,11 +9,11 @@ and take u = c - (c - u of the last full step) (`fill=difference`), or u = c, no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from chitu_diffusion.flexcache.interface import ComputeBranches
+from chitu_diffusion.flexcache.interface import Action, ComputeBranches, Level
 from chitu_diffusion.flexcache.interval import fresh_every
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.flexcache.strategy import (
@@ -60,6 +60,10 @@ class CfgGate(Strategy):
         high = round(self.end * count)
         outside = [guarded or not low <= step < high for step, guarded in enumerate(self.protected(schedule))]
         return outside if self.interval == 0 else fresh_every(self.interval, outside)
+
+    def work_left(self, actions: Mapping[Level, Action]) -> float:
+        """One branch of two."""
+        return 0.5 if actions else 1.0
 
     def velocity(self, latent: Tensor, compute: ComputeBranches, state: StrategyState) -> Tensor:
         """Both branches, or the prompt's and a stand-in for the other."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.files.places import expand_home
 from chitu_diffusion.files.reading import cause, read_bytes
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class InputImage:
         if isinstance(value, Mapping):
             return _from_mapping(name, value)
         if isinstance(value, str) or (isinstance(value, os.PathLike) and isinstance(os.fspath(value), str)):
-            return _from_file(name, Path(value))
+            return _from_file(name, expand_home(Path(value)))
         pixels, transparent = _pixels_of(name, value)
         height, width = pixels.shape[:2]
         digest = hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode())
@@ -97,21 +98,15 @@ class InputImage:
         Raises:
             UsageError: its file is not there any more or has changed, or it was in another process's memory.
         """
-        import numpy as np
-        from PIL import Image
+        return resized(self.pixels if self.pixels is not None else self.reread(name), height, width)
 
-        pixels: NDArray[Any] = self.pixels if self.pixels is not None else self.reread(name)
-        if pixels.dtype == np.uint8:
-            if pixels.shape[:2] != (height, width):
-                image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
-                pixels = np.asarray(image)
-            return pixels.astype(np.float32) / np.float32(255)
-        if pixels.shape[:2] == (height, width):
-            return pixels
-        channels = [Image.fromarray(pixels[..., channel]) for channel in range(3)]
-        size = (width, height)
-        larger = [np.asarray(each.resize(size, Image.Resampling.LANCZOS)) for each in channels]
-        return np.stack(larger, axis=-1).clip(0, 1)
+    def require_unchanged(self, name: str) -> None:
+        """Checks that its file is there and the one that was asked for.
+
+        Raises:
+            UsageError: as `resized`.
+        """
+        self.reread(name)
 
     def reread(self, name: str) -> NDArray[np.uint8]:
         """[H, W, 3] from its file.
@@ -123,12 +118,32 @@ class InputImage:
             raise UsageError(
                 f"{name}: it was given in memory, and only its hash is kept; give it again", field=name
             )
-        data = _bytes_of(name, Path(self.path))
+        data = bytes_of(name, Path(self.path))
         if hashlib.sha256(data).hexdigest() != self.sha256:
             raise UsageError(
                 f"{name} = {self.path!r}: the file has changed since the request; give it again", field=name
             )
-        return _decoded(name, data, repr(self.path))[0]
+        return decoded(name, data, repr(self.path))[0]
+
+
+def resized(pixels: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
+    """Pixels [H, W, 3], uint8 or float32 in [0, 1], as [height, width, 3] float32 in [0, 1], stretched by
+    Lanczos.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if pixels.dtype == np.uint8:
+        if pixels.shape[:2] != (height, width):
+            image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+            pixels = np.asarray(image)
+        return pixels.astype(np.float32) / np.float32(255)
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    channels = [Image.fromarray(pixels[..., channel]) for channel in range(3)]
+    size = (width, height)
+    larger = [np.asarray(each.resize(size, Image.Resampling.LANCZOS)) for each in channels]
+    return np.stack(larger, axis=-1).clip(0, 1)
 
 
 def _from_mapping(name: str, values: Mapping[str, Any]) -> InputImage:
@@ -143,14 +158,19 @@ def _from_file(name: str, path: Path) -> InputImage:
         path = path.expanduser().absolute()
     except RuntimeError:  # no such user's home
         raise UsageError(f"{name} = {str(path)!r}: there is no such file", field=name) from None
-    data = _bytes_of(name, path)
-    pixels, transparent = _decoded(name, data, repr(str(path)))
+    data = bytes_of(name, path)
+    pixels, transparent = decoded(name, data, repr(str(path)))
     height, width = pixels.shape[:2]
     digest = hashlib.sha256(data).hexdigest()
     return InputImage(str(path), digest, width, height, transparent=transparent)
 
 
-def _bytes_of(name: str, path: Path) -> bytes:
+def bytes_of(name: str, path: Path) -> bytes:
+    """A picture's file.
+
+    Raises:
+        UsageError: it is not there, cannot be read, or is too large; begins with `name`.
+    """
     try:
         if not path.is_file():
             raise UsageError(f"{name} = {str(path)!r}: there is no such file", field=name)
@@ -161,8 +181,15 @@ def _bytes_of(name: str, path: Path) -> bytes:
         raise UsageError(f"{name} = {str(path)!r}: it cannot be read: {cause(error)}", field=name) from error
 
 
-def _decoded(name: str, data: bytes, source: str) -> tuple[NDArray[np.uint8], bool]:
-    """[H, W, 3], and whether some of it is transparent; of a moving picture the first frame."""
+def decoded(name: str, data: bytes, source: str) -> tuple[NDArray[np.uint8], bool]:
+    """[H, W, 3], and whether some of it is transparent; of a moving picture the first frame.
+
+    Args:
+        name, source: of the field and the file, for errors.
+
+    Raises:
+        UsageError: it is no picture.
+    """
     from PIL import Image
 
     def opened() -> Image.Image:

@@ -14,11 +14,22 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.files.places import expand_home
 from chitu_diffusion.files.reading import foreign_data, parse_json, read_text, require_regular
 from chitu_diffusion.media.frame_rate import Rate
-from chitu_diffusion.media.video import _OUR_FRAME, FOLDER, RECIPE_FILE, _local, gif_durations, recipe_beside
+from chitu_diffusion.media.video import (
+    _OUR_FRAME,
+    FOLDER,
+    RECIPE_FILE,
+    gif_durations,
+    local_name,
+    recipe_beside,
+)
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from chitu_diffusion.media.video import Frames
 
 _T = TypeVar("_T")
@@ -101,7 +112,7 @@ def is_cut(path: str | os.PathLike[str]) -> bool:
     Raises:
         OSError: it cannot be looked at.
     """
-    file = Path(path)
+    file = Path(expand_home(path))
     if file.is_dir():
         return not any(file.iterdir())
     with file.open("rb") as stream:
@@ -110,14 +121,14 @@ def is_cut(path: str | os.PathLike[str]) -> bool:
     if not magic.startswith(head[start : start + len(magic)]):
         return False
     try:
-        _read(path, {".mp4": _mp4_recipe, ".gif": _gif_recipe, ".npy": _npy_length})
+        _read(path, {".mp4": _mp4_recipe, ".gif": _gif_recipe, ".npy": _npy_opens})
     except UsageError:
         return True
     return False
 
 
 def _read(path: str | os.PathLike[str], readers: Mapping[str, Callable[[Path], _T]]) -> _T:
-    file = Path(path)
+    file = Path(expand_home(path))
     if not os.path.lexists(file):
         raise UsageError(f"there is no file '{path}'", field="file")
     kind = FOLDER if file.is_dir() else file.suffix.lower()
@@ -131,7 +142,8 @@ def _read(path: str | os.PathLike[str], readers: Mapping[str, Callable[[Path], _
         return readers[kind](file)
 
 
-def _check_size(height: int, width: int, frames: int = 1) -> None:
+def check_size(height: int, width: int, frames: int = 1) -> None:
+    """Raises ValueError for more pixels than a video may have."""
     if max(height, width) > _MOST_SIDE or height * width * frames > _MOST_PIXELS:
         raise ValueError(
             f"{frames} frames of {width}x{height} are more than a video of ours has: {_MOST_PIXELS} pixels "
@@ -142,25 +154,30 @@ def _check_size(height: int, width: int, frames: int = 1) -> None:
 def _mp4_recipe(file: Path) -> str | None:
     import av
 
-    with av.open(_local(file), format="mp4") as container:
+    with av.open(local_name(file), format="mp4") as container:
         return container.metadata.get("comment")
 
 
 @contextmanager
-def _image(file: Path) -> Iterator[Any]:
+def image_in(file: Path) -> Iterator[Any]:
+    """A gif or png as Pillow opens it.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is too large.
+    """
     from PIL import Image
 
     try:
         require_regular(file)
         with Image.open(file, formats=("GIF", "PNG")) as image:
-            _check_size(image.height, image.width)
+            check_size(image.height, image.width)
             yield image
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
 
 
 def _gif_recipe(file: Path) -> str | None:
-    with _image(file) as image:
+    with image_in(file) as image:
         comment = image.info.get("comment")
     return comment.decode("utf-8", "replace") if isinstance(comment, bytes) else None
 
@@ -178,10 +195,10 @@ def _mp4_frames(file: Path) -> list[Frames]:
     import av
     import numpy as np
 
-    with av.open(_local(file), format="mp4") as container:
+    with av.open(local_name(file), format="mp4") as container:
         arrays: list[Frames] = []
         for frame in container.decode(video=0):
-            _check_size(frame.height, frame.width, len(arrays) + 1)
+            check_size(frame.height, frame.width, len(arrays) + 1)
             arrays.append(np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8))
     return arrays
 
@@ -191,7 +208,7 @@ def _mp4_packets(file: Path) -> int:
     import av
 
     size = file.stat().st_size
-    with av.open(_local(file), format="mp4") as container:
+    with av.open(local_name(file), format="mp4") as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
         return sum((packet.pos or 0) + packet.size <= size and not packet.is_corrupt for packet in packets)
 
@@ -204,7 +221,7 @@ def _gif_length(file: Path) -> int:
         stream.seek(-1, os.SEEK_END)
         if stream.read() != b";":
             return 0
-    with _image(file) as image:
+    with image_in(file) as image:
         return sum(frame.info.get("duration", 0) for frame in ImageSequence.Iterator(image))
 
 
@@ -215,18 +232,30 @@ def _npy_length(file: Path) -> int:
 
 def _npy_shape(stream: BinaryIO) -> tuple[int, ...]:
     """What an array's header says, if the file has as many bytes: none is read or made room for before."""
+    shape, dtype = _npy_header(stream)
+    if not shape or str(dtype) != "uint8" or min(shape) < 0:
+        raise ValueError(f"it holds {dtype} {list(shape)}, not uint8 [T, H, W, 3]")
+    return shape
+
+
+def _npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and kind of any array that is not cut."""
     import numpy as np
 
     version = np.lib.format.read_magic(stream)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
-        raise ValueError(f"an array file of version {version}")
+        return (), np.dtype("O")  # somebody else's
     shape, _, dtype = readers[version](stream)
-    if not shape or dtype != np.uint8 or min(shape) < 0:
-        raise ValueError(f"it holds {dtype} {list(shape)}, not uint8 [T, H, W, 3]")
-    if os.fstat(stream.fileno()).st_size - stream.tell() < math.prod(shape):
+    left = os.fstat(stream.fileno()).st_size - stream.tell()
+    if not dtype.hasobject and left < math.prod(shape) * dtype.itemsize:
         raise ValueError("it ends before its last frame")
-    return shape
+    return shape, dtype
+
+
+def _npy_opens(file: Path) -> None:
+    with file.open("rb") as stream:
+        _npy_header(stream)
 
 
 def _whole_pngs(folder: Path) -> int:
@@ -245,10 +274,10 @@ def _gif_frames(file: Path) -> list[Frames]:
     import numpy as np
     from PIL import ImageSequence
 
-    with _image(file) as image:
+    with image_in(file) as image:
         frames: list[Frames] = []
         for frame in ImageSequence.Iterator(image):
-            _check_size(frame.height, frame.width, len(frames) + 1)
+            check_size(frame.height, frame.width, len(frames) + 1)
             frames.append(np.asarray(frame.convert("RGB")))
         return frames
 
@@ -260,6 +289,19 @@ def _npy_frames(file: Path) -> Frames:
         _npy_shape(stream)
         stream.seek(0)
         return np.asarray(np.load(stream, allow_pickle=False))
+
+
+def mapped_array(file: Path) -> NDArray[Any]:
+    """The array in a .npy file, mapped: a header that claims more than the file has is refused before any
+    memory is taken.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    import numpy as np
+
+    array: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
+    return array
 
 
 def _folder_frames(folder: Path) -> list[Frames]:
@@ -288,6 +330,6 @@ def _frames_in(folder: Path) -> list[Frames]:
         raise UsageError(f"the folder '{folder}' holds no frames (00000.png, 00001.png, ...)", field="file")
     frames = []
     for entry in files:
-        with _image(entry) as image:
+        with image_in(entry) as image:
             frames.append(np.asarray(image.convert("RGB")))
     return frames

@@ -30,6 +30,8 @@ from chitu_diffusion.files.atomic import (
     new_folder,
     write_text,
 )
+from chitu_diffusion.files.faults import hit
+from chitu_diffusion.files.places import expand_home, require_writable
 from chitu_diffusion.files.reading import read_json
 from chitu_diffusion.media.frame_rate import Rate, frame_rate
 
@@ -72,6 +74,7 @@ def check_save_path(path: str | os.PathLike[str]) -> str:
         UsageError: an unknown ending, a name that cannot be, a file where a folder should be (or the
             other way round), a folder that cannot be written to, or a folder with other things in it.
     """
+    path = expand_home(path)
     kind = _kind(path)
     try:
         _check_place(kind, Path(path))
@@ -151,6 +154,11 @@ def _check_parent(target: Path) -> None:
         raise _refused(target, f"'{parent}' is a file or a broken link, not a folder; choose another place")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise _refused(target, f"no permission to write into '{parent}'; choose another place")
+    try:
+        require_writable(parent)
+    except OSError as error:
+        why = f"nothing can be written into '{parent}' ({error.strerror or error}); choose another place"
+        raise _refused(target, why) from error
 
 
 def check_space(videos: Iterable[tuple[str, int, int, int]], quality: int) -> None:
@@ -209,6 +217,7 @@ def write_video(
         UsageError: a path, shape, fps or quality that cannot be.
         OutputError: the disk is full, the folder is gone, permission is missing.
     """
+    path = expand_home(path)
     kind = check_save_path(path)
     _check_frames(frames)
     rate = Fraction(frame_rate(fps)) if 0 < fps <= 1000 else None
@@ -287,7 +296,7 @@ def _write_mp4(part: Path, frames: Frames, fps: Fraction, quality: int, text: st
     padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     options = {"movflags": "+faststart+use_metadata_tags"}
     try:
-        with av.open(_local(part), "w", format="mp4", options=options) as container:
+        with av.open(local_name(part), "w", format="mp4", options=options) as container:
             if text is not None:
                 container.metadata["comment"] = text
             # without its macroblock tree the encoder gives the same bytes each time, with it 996 times in
@@ -299,6 +308,7 @@ def _write_mp4(part: Path, frames: Frames, fps: Fraction, quality: int, text: st
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709
             for array in padded:
+                hit("mux.frame", part)
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
                 yuv = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
                 container.mux(stream.encode(yuv))
@@ -307,7 +317,7 @@ def _write_mp4(part: Path, frames: Frames, fps: Fraction, quality: int, text: st
         raise OSError(error.errno, f"H.264 encoding failed: {error.strerror}") from error
 
 
-def _local(file: Path) -> str:
+def local_name(file: Path) -> str:
     """A name that FFmpeg takes for a file, not for an address such as "http:x.mp4"."""
     return str(file.absolute())
 

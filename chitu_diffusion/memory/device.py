@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import os
-from pathlib import Path
 
 import torch
 
+from chitu_diffusion.memory.control_groups import main_memory, resident_memory
 from chitu_diffusion.memory.offload import TOP_LEVEL
 
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _CPU_COMPLAINTS = (
     "DefaultCPUAllocator",
     "CUDA out of memory",
@@ -44,9 +42,14 @@ def total_memory(device: torch.device) -> int:
     """Bytes of memory that the device has in all; for the CPU, main memory or the container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in _CGROUP_LIMITS:
-        limit = Path(name)
-        if limit.exists() and (text := limit.read_text().strip()).isdigit():
-            total = min(total, int(text))
-    return total
+    return main_memory().total
+
+
+def usable_memory(device: torch.device) -> int:
+    """Bytes that this process may have in all: of a GPU all, for running out of it is survived; of the
+    CPU what is free, and what this process has already.
+    """
+    if device.type == "cuda":
+        return total_memory(device)
+    here = main_memory()
+    return min(here.total, here.free + resident_memory())

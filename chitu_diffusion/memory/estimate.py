@@ -54,6 +54,12 @@ class MemoryEstimate:
         streamed = own if level == 3 else min(own, 2 * self.block)
         return streamed + sum(size for other, size in self.parts.values() if other == "decoder")
 
+    def at_home(self, level: int) -> int:
+        """Bytes of weights that stay in main memory at a level, beside those on the device."""
+        if level < 2 or self.on_cpu:
+            return 0
+        return sum(size for kind, size in self.parts.values() if level > 2 or kind == "encoder")
+
     def denoising(self, tokens: int) -> int:
         """Bytes of activations in a transformer forward over `tokens`: float32 norms, q, k, v, and the
         feed-forward.

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from chitu_diffusion.config import EngineConfig, cache_dir
+from chitu_diffusion.models.folder import ModelFolder
 from chitu_diffusion.models.kinds import EXPERT_ROLES, PARTS, PartKind, Role
 from chitu_diffusion.models.loading import load_part, weight_files
 from chitu_diffusion.models.registry import FoundModel
@@ -22,6 +23,7 @@ from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.models.wan.transformer import WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE
 from chitu_diffusion.ops.float8_linear import Float8Plan
+from chitu_diffusion.sampling.solvers import Sampler
 from chitu_diffusion.weights.manifest import LoadedFolder
 
 _HOME = torch.device("cpu")
@@ -61,6 +63,26 @@ class Networks:
         """Latents to videos, and videos to latents."""
         return cast(WanVAE, self.parts["vae"])
 
+    def sampler(self, recipe: str | None) -> Sampler:
+        """The solver with a recipe's schedule; None is the model's own.
+
+        Raises:
+            UsageError: no such recipe, or not for this model.
+        """
+        spec = self.spec.with_recipe(recipe)
+        own = spec.defaults
+        config = _with_shift(self.scheduler, own.shift)
+        return Sampler(own.sampler, config, own.levels, own.sampler_recipe, spec.boundary)
+
+
+def _with_shift(scheduler: Mapping[str, Any], shift: float | None) -> Mapping[str, Any]:
+    """The checkpoint's scheduler config with the model's shift, for `chitu.json` may name another."""
+    if shift is None:
+        return scheduler
+    key = "shift" if scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler" else "flow_shift"
+    rest = {name: value for name, value in scheduler.items() if name not in ("shift", "flow_shift")}
+    return {**rest, key: shift}
+
 
 def float8_plan(args: EngineConfig) -> Float8Plan | None:
     """Which layers the settings want in 8 bits; None for none."""
@@ -95,21 +117,32 @@ def load_networks(
         "denoiser": _HOME if level >= 3 else device,
         "decoder": device,
     }
-    text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     loaded = LoadedFolder(folder.path, weight_files(folder), cache_dir())
     try:
         parts = {
-            role: load_part(
-                folder,
-                role,
-                device=place[PARTS[role].kind],
-                dtype=text_dtype if role == "text_encoder" else dtype,
-                float8=float8_plan(args),
-            )
-            for role in folder.components
+            role: _part(args, folder, role, place[PARTS[role].kind], dtype) for role in folder.components
         }
         loaded.settle()
     except BaseException:
         loaded.close()
         raise
     return Networks(model.spec, parts, folder.scheduler, loaded, folder.config_sha256())
+
+
+def networks_without_weights(args: EngineConfig, model: FoundModel, dtype: torch.dtype) -> Networks:
+    """What `load_networks` gives, on the meta device: every size, no values. Reads configs and tokenizer.
+
+    Raises:
+        ModelError, UsageError: as `load_networks`, but for what the weights' files hold.
+    """
+    folder = model.required()
+    parts = {role: _part(args, folder, role, _NOWHERE, dtype) for role in folder.components}
+    return Networks(model.spec, parts, folder.scheduler)
+
+
+def _part(
+    args: EngineConfig, folder: ModelFolder, role: Role, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    if role == "text_encoder" and dtype == torch.float16:
+        dtype = torch.bfloat16
+    return load_part(folder, role, device=device, dtype=dtype, float8=float8_plan(args))

@@ -26,7 +26,7 @@ from chitu_diffusion.models.folder import (
     read_json,
 )
 from chitu_diffusion.models.kinds import OPTIONAL_ROLES, PARTS, Role
-from chitu_diffusion.models.loading import blueprint, open_weights, tokenizer_of
+from chitu_diffusion.models.loading import blueprint, check_part, open_weights, tokenizer_of
 from chitu_diffusion.models.registry import spec_of_folder
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.sampling.solvers import Sampler
@@ -214,9 +214,7 @@ def _verified(folder: ModelFolder, role: Role, deep: bool) -> str:
     Raises:
         CheckpointError: it is not whole.
     """
-    weights = open_weights(folder, role)
-    plan = blueprint(folder, role)
-    names = match_names(plan.shapes(), weights, names=plan.names(folder.layout), ties=plan.ties)
+    weights, names = check_part(folder, role)
     kinds = sorted({str(stored.dtype).removeprefix("torch.") for stored in weights.entries.values()})
     total = sum(stored.bytes for stored in weights.entries.values())
     if deep:

@@ -143,6 +143,16 @@ class ModelFolder:
     boundary_ratio: float | None
     metadata: Mapping[str, Any]
 
+    def names(self) -> list[str]:
+        """What it and its transformers' files are called, and the hub's repository whose cache it lies in."""
+        path = self.path.resolve()
+        weights = [self.components[role].weights for role in EXPERT_ROLES if role in self.components]
+        files = [
+            file for place in weights for file in ([place] if place.is_file() else sorted(place.iterdir()))
+        ]
+        cached = [part.removeprefix("models--") for part in path.parts if part.startswith("models--")]
+        return [path.name, *cached, *(file.name for file in files)]
+
     def config_sha256(self) -> str:
         """SHA-256 over what the configs say and the tokenizer's files hold, without the shift and what tools
         note about themselves ("_diffusers_version").
@@ -168,7 +178,7 @@ def _sha256(file: Path) -> str:
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
-        raise CheckpointError(f"a file cannot be read: {error}", file=file) from error
+        raise CheckpointError(f"a file cannot be read: {reading.cause(error)}", file=file) from error
 
 
 def read_folder(path: str | Path) -> ModelFolder:

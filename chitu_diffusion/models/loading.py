@@ -32,7 +32,7 @@ from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanConfig, WanT
 from chitu_diffusion.models.wan.vae import WanVAE, build_vae
 from chitu_diffusion.ops.float8_linear import Float8Plan, float8_weights, to_float8
 from chitu_diffusion.weights.files import locate
-from chitu_diffusion.weights.loader import LoadProgress, Transform, WeightFiles, load_into
+from chitu_diffusion.weights.loader import LoadProgress, Transform, WeightFiles, load_into, match_names
 
 Device = torch.device | str
 
@@ -189,6 +189,31 @@ def open_weights(folder: ModelFolder, role: Role, *, mapped: bool = True) -> Wei
     return WeightFiles(component.weights, part.stem, shards_first=_shards_first(component), mapped=mapped)
 
 
+def check_part(folder: ModelFolder, role: Role) -> tuple[WeightFiles, Mapping[str, str]]:
+    """Whether the files of a part hold what its config says: every tensor's name and shape, no values.
+
+    Returns:
+        the files, and which stored tensor fills which parameter: {our name: name in the files}.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    weights = open_weights(folder, role)
+    plan = blueprint(folder, role)
+    return weights, match_names(plan.shapes(), weights, names=plan.names(folder.layout), ties=plan.ties)
+
+
+def check_folder(folder: ModelFolder) -> None:
+    """`check_part` of every part, and the tokenizer.
+
+    Raises:
+        CheckpointError: one is not whole.
+    """
+    for role in folder.components:
+        check_part(folder, role)
+    tokenizer_of(folder)
+
+
 def weight_files(folder: ModelFolder) -> list[Path]:
     """The files with the weights of all parts.
 
@@ -226,12 +251,17 @@ def _loaded(
     float8: Float8Plan | None = None,
 ) -> nn.Module:
     plan = blueprint(folder, role, dtype)
-    if torch.device(device).type == "meta":
-        return plan.module.to(dtype).eval().requires_grad_(False)
-    transforms: list[Transform] = []
-    if float8 is not None and isinstance(plan.module, WanTransformer):
+    eight_bit = (
         to_float8(list(plan.module.blocks), float8)
-        transforms.append(float8_weights(plan.module))
+        if float8 is not None and isinstance(plan.module, WanTransformer)
+        else []
+    )
+    if torch.device(device).type == "meta":
+        network = nn.Module.to(plan.module, dtype).eval().requires_grad_(False)  # diffusers' own warns
+        for layer in eight_bit:
+            layer.quantise_weight()
+        return network
+    transforms: list[Transform] = [float8_weights(plan.module)] if eight_bit else []
     load_into(
         plan.module,
         open_weights(folder, role),

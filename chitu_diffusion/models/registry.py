@@ -25,6 +25,7 @@ from chitu_diffusion.models.spec import Defaults, LatentGeometry, ModelSpec
 from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.presets import FULL_SIZE, SMALL_DEFAULTS
 from chitu_diffusion.sampling.noise_levels import TRAINED_STEPS, is_falling
+from chitu_diffusion.sampling.recipes import NO_RECIPE, recipe_named, recipe_of_names
 from chitu_diffusion.sampling.registry import SOLVERS
 from chitu_diffusion.task.params import MAX_PROMPT
 
@@ -34,7 +35,7 @@ TINY = "wan-tiny"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _METADATA_KEYS = frozenset(
     {"name", "defaults", "measured", "boundary_ratio", "vae", "text_encoder", "scheduler", "transformer"}
-    | {"words", "trained_sizes"}
+    | {"words", "trained_sizes", "recipe"}
 )
 """What a folder's `chitu.json` may say."""
 _LONGEST_NAME = 200
@@ -74,7 +75,8 @@ def resolve_model(name: str, ckpt_dir: str | Path | None = None) -> FoundModel:
         the spec, and the folder, or None if the model is not on this machine.
 
     Raises:
-        UsageError: a name that is neither; names the nearest.
+        UsageError: the name of a single file; says what is in it.
+        ModelMissingError: a name that is none of these; names the nearest.
         ModelMissingError, CheckpointError: the folder holds no readable model, or one of other sizes than
             `name` has; a download that was broken off.
     """
@@ -103,7 +105,7 @@ def resolve_model(name: str, ckpt_dir: str | Path | None = None) -> FoundModel:
             field="models.name",
         )
     known = [*model_names(), *(hub for full in FULL_SIZE.values() for hub in full.hub_ids)]
-    raise UsageError(
+    raise ModelMissingError(
         f"models.name = {name!r}: no such model or folder.{nearest(name, known)}", field="models.name"
     )
 
@@ -204,7 +206,25 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
             (int(height), int(width), int(frames))
             for height, width, frames in folder.metadata.get("trained_sizes", ())
         ),
+        own_recipe=_own_recipe(folder),
     )
+
+
+def _own_recipe(folder: ModelFolder) -> tuple[str, str] | None:
+    """The sampler recipe of a folder's weights, by the note in it, else by its name or a file's."""
+    noted = folder.metadata.get("recipe")
+    found: tuple[str, str] | None = None
+    if noted is not None:
+        found = (str(noted), METADATA_FILE)
+    elif not {"sigmas", "timesteps", "sampler"} & set(folder.metadata.get("defaults", {})):
+        found = recipe_of_names(folder.names())
+    if found is not None and found[0] != NO_RECIPE:
+        try:
+            recipe_named(found[0])
+        except UsageError as error:
+            raise CheckpointError(f"{found[1]}: {error}", file=folder.path, key="recipe") from error
+        return found
+    return None
 
 
 def _calibration_of(folder: Path) -> Calibration | None:

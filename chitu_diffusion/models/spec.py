@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.calibration import Calibration
 from chitu_diffusion.flexcache.schedule import NOTHING_MEASURED, Measured
 from chitu_diffusion.models.kinds import TEXT_TO_VIDEO, ModelKind
 from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.sampling.noise_levels import NoiseLevels
+from chitu_diffusion.sampling.recipes import NO_RECIPE, recipe_named
 from chitu_diffusion.sampling.registry import AUTO, SOLVERS, USUAL
 
 # The negative prompt that Wan's authors sample with (Wan2.1, wan/configs/shared_config.py).
@@ -31,10 +33,12 @@ class LatentGeometry:
     Attributes:
         stride: pixels a latent cell spans along (frames, rows, columns); the first frame stands alone.
         channels: of the latent.
+        decoder_cost: work of decoding a pixel, roughly, in units of Wan2.1's.
     """
 
     stride: tuple[int, int, int] = (4, 8, 8)
     channels: int = 16
+    decoder_cost: float = 1.0
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latent of a video of 4n + 1 frames."""
@@ -45,9 +49,11 @@ class LatentGeometry:
     def of_vae(cls, config: Mapping[str, Any]) -> LatentGeometry:
         """From the `config.json` of an `AutoencoderKLWan`."""
         halvings = config.get("temperal_downsample", (False, True, True))
-        spatial = 2 ** (len(config.get("dim_mult", (1, 2, 4, 4))) - 1) * (config.get("patch_size") or 1)
+        patch = config.get("patch_size") or 1
+        spatial = 2 ** (len(config.get("dim_mult", (1, 2, 4, 4))) - 1) * patch
         stride = (2 ** sum(map(bool, halvings)), spatial, spatial)
-        return cls(stride, int(config.get("z_dim", 16)))
+        width = config.get("decoder_base_dim") or config.get("base_dim", 96)
+        return cls(stride, int(config.get("z_dim", 16)), (width / 96 / patch) ** 2)
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Defaults:
         sampler: its solver's name.
         sigmas, timesteps: the list of noise levels that step-distilled weights are sampled on, one for each
             of `steps`; see `NoiseLevels.listed`. None is the solver's own schedule.
+        sampler_recipe: name of the row of `sampling.recipes` that all this is of; None for none.
         negative_prompt: the other branch of classifier-free guidance.
     """
 
@@ -75,6 +82,7 @@ class Defaults:
     sampler: str = USUAL
     sigmas: tuple[float, ...] | None = None
     timesteps: tuple[float, ...] | None = None
+    sampler_recipe: str | None = None
 
     @property
     def levels(self) -> NoiseLevels | None:
@@ -99,6 +107,9 @@ class ModelSpec:
         words: all that its training's captions had, lower-case, what people ask for first; none where its
             folder does not say.
         trained_sizes: (height, width, frames) of its training; likewise.
+        own_recipe: (name of the sampler recipe of its weights, what told it: a note or a name); None for
+            weights that are sampled as usual.
+        solver: what settings ask for, see `with_sampler`.
     """
 
     name: str
@@ -114,6 +125,8 @@ class ModelSpec:
     authors_shift: float | None = None
     words: tuple[str, ...] = ()
     trained_sizes: tuple[tuple[int, int, int], ...] = ()
+    own_recipe: tuple[str, str] | None = None
+    solver: str = AUTO
 
     @property
     def text_dim(self) -> int:
@@ -132,21 +145,82 @@ class ModelSpec:
         return frames, rows, columns
 
     def with_sampler(self, name: str) -> ModelSpec:
-        """The model with a solver in place of its own; "auto" leaves it.
+        """The model with a solver in place of its own; "auto" leaves it, with its own recipe.
 
         A solver that cannot be run on the model's list has a schedule of its own, by the model's shift.
         """
         if name == AUTO:
-            return self
+            return self if self.own_recipe is None else self.with_recipe(self.own_recipe[0])
         own = replace(self.defaults, sampler=name)
         if not SOLVERS[name].takes_list:
             own = replace(own, sigmas=None, timesteps=None)
-        return replace(self, defaults=own)
+        return replace(self, defaults=own, solver=name)
+
+    def with_recipe(self, name: str | None) -> ModelSpec:
+        """The model sampled by a row of `sampling.recipes`; None leaves it as it is, and so does "none" a
+        model that has no recipe of its own.
+
+        Raises:
+            UsageError: no such row, one that settings' solver is not of, or "none" for distilled weights.
+        """
+        own = self.defaults.sampler_recipe
+        if name in (None, own) or (name == NO_RECIPE and own is None):
+            return self
+        if name == NO_RECIPE:
+            raise UsageError(
+                f"sampler_recipe = {name!r}: the weights of {self.name} were distilled for {own}; for "
+                "another schedule use infer.sampler = unipc",
+                field="sampler_recipe",
+            )
+        recipe = recipe_named(str(name))
+        if self.solver not in (AUTO, recipe.sampler):
+            raise UsageError(
+                f"sampler_recipe = {name!r} is sampled with {recipe.sampler}, and infer.sampler is "
+                f"{self.solver}; leave one of them out",
+                field="sampler_recipe",
+            )
+        if len(self.transformers) > 1 and not recipe.for_two:
+            raise UsageError(
+                f"sampler_recipe = {name!r}: it is of one transformer, and {self.name} has two; use "
+                "lightx2v-4step, or weights of one",
+                field="sampler_recipe",
+            )
+        levels = recipe.levels
+        defaults = replace(
+            self.defaults,
+            steps=len(levels.sigmas),
+            guidance=(recipe.guidance,) * len(self.transformers),
+            shift=1.0,  # of a list there is none
+            sampler=recipe.sampler,
+            sigmas=levels.sigmas,
+            timesteps=levels.timesteps,
+            sampler_recipe=name,
+        )
+        return replace(self, defaults=defaults, boundary=recipe.boundary(self.boundary))
+
+    def recipe_note(self, guidance: Sequence[float]) -> str | None:
+        """What to say of the recipe that a task is sampled by; None for none.
+
+        Args:
+            guidance: the task's, of each expert.
+        """
+        name = self.defaults.sampler_recipe
+        if name is None:
+            return self.own_recipe and (
+                f"its weights were distilled for sampler recipe {self.own_recipe[0]}, as "
+                f"{self.own_recipe[1]} says, and infer.sampler = {self.solver} samples them as usual"
+            )
+        recipe = recipe_named(name)
+        told = f", as {self.own_recipe[1]} says" if self.own_recipe and self.own_recipe[0] == name else ""
+        note = f"sampler recipe {name} ({recipe.describe()}){told}"
+        if any(scale > max(1, recipe.guidance) for scale in guidance):
+            note += f"; guidance above {recipe.guidance:g} is not what these weights were distilled for"
+        return note
 
     def shift_note(self, shift: float | None) -> str | None:
         """What to say of a task's shift that is the folder's and not its authors'; None for nothing."""
         own = self.defaults.shift
-        if shift is None or shift != own or self.authors_shift in (None, own):
+        if self.defaults.levels or shift is None or shift != own or self.authors_shift in (None, own):
             return None
         authors = f"{self.authors_shift:g}"
         return (

@@ -10,14 +10,16 @@ import logging
 
 from chitu_diffusion.attn_schedule import AttnSchedule
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.errors import WillNotFitError
+from chitu_diffusion.errors import WillNotFitError, counted
 from chitu_diffusion.media.video import check_save_path, check_space
-from chitu_diffusion.memory.device import total_memory
+from chitu_diffusion.memory.device import top_useful_level, usable_memory
 from chitu_diffusion.memory.offload import TOP_LEVEL
-from chitu_diffusion.pipelines.request import check_cache, check_tokens, resolve_task, stages_of
-from chitu_diffusion.task import DiffusionTask
+from chitu_diffusion.pipelines.request import check_cache, check_tokens, resolve_task, stages_of, steps_of
+from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 logger = logging.getLogger(__name__)
+_VIDEO_BYTES = 3 * 4
+"""Of a pixel of a finished video in main memory: float32."""
 
 
 class Admission:
@@ -58,12 +60,30 @@ class Admission:
         for stage in stages_of(resolved):
             self._check_memory(resolved.num_frames or 1, stage.height, stage.width, cache, resolved.flexcache)
         task.resolved = resolved
-        steps = resolved.num_inference_steps or 0
+        steps = steps_of(resolved)
         if self._schedule is not None and (self._schedule.begins(steps) or 0) >= steps:
             logger.warning("infer.attn_schedule: %s", self._schedule.describe(steps))
 
+    @property
+    def top_level(self) -> int:
+        """The last memory level that saves anything."""
+        return top_useful_level(self._device)
+
+    def bytes_needed(self, resolved: DiffusionUserParams, level: int) -> tuple[int, int]:
+        """Bytes at the worst moment of a resolved request: on the device, and in main memory beside it."""
+        frames = resolved.num_frames or 1
+        pixels = max(stage.height * stage.width for stage in stages_of(resolved))
+        peak = max(
+            self._estimate.peak(
+                level, self._spec.tokens(frames, stage.height, stage.width), frames, stage.height, stage.width
+            )
+            for stage in stages_of(resolved)
+        )
+        cache = check_cache(resolved, self._spec, self._item, self._cache_limit)
+        return peak + cache, self._estimate.at_home(level) + frames * pixels * _VIDEO_BYTES
+
     def _check_memory(self, frames: int, height: int, width: int, cache: int, flexcache: object) -> None:
-        total = total_memory(self._device)
+        total = usable_memory(self._device)
         peak = self._peak(frames, height, width)
         if peak > total:
             raise WillNotFitError(
@@ -85,7 +105,7 @@ class Admission:
         """The longest video of this size that the estimate lets through, or the largest size."""
         for shorter in range(frames - 4, 0, -4):
             if self._peak(shorter, height, width) <= total:
-                return f"use {shorter} frames of this size"
+                return f"use {counted(shorter, 'frame')} of this size"
         while height > 32 and width > 32:
             height = height // 32 * 16
             width = width // 32 * 16

@@ -25,6 +25,7 @@ from torch import Tensor
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import CannotResumeError
 from chitu_diffusion.files.atomic import new_file
+from chitu_diffusion.files.faults import hit
 from chitu_diffusion.flexcache.registry import emptied
 from chitu_diffusion.pipelines.fingerprint import differences, fingerprint_of, is_exact
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
@@ -37,8 +38,9 @@ from chitu_diffusion.task import (
     TaskBuffer,
     TaskStatus,
 )
+from chitu_diffusion.task.params import INPUTS
 
-FORMAT = 3
+FORMAT = 4
 ENDING = ".safetensors"
 _KEPT = 2
 _MOST_TRIES = 3
@@ -158,7 +160,8 @@ def _valid_for(backend: DiffusionBackend, task: DiffusionTask) -> dict[str, dict
     """
     infer = backend.args.infer
     plan = backend.groups.plan
-    made = fingerprint_of(backend, task.params.shift)
+    asked = task.resolved or task.params
+    made = fingerprint_of(backend, task.params.shift, asked.sampler_recipe)
     return {
         "must": {**made, "attention": "auto" if is_exact(made["attention"]) else made["attention"]},
         "should": {
@@ -194,9 +197,9 @@ def _compared(task: DiffusionTask, values: Mapping[str, Any], backend: Diffusion
 
 
 def _video_of(task: DiffusionTask) -> dict[str, Any]:
-    """What a task is to make, whoever asks and wherever it goes; a picture is known by its hash."""
+    """What a task is to make, whoever asks and wherever it goes; inputs are known by their hashes."""
     values = (task.resolved or task.params).to_mapping()
-    for name in ("image", "last_image"):
+    for name in INPUTS:
         values[name] = values[name] and values[name]["sha256"]
     kept = {name: value for name, value in values.items() if name not in _NOT_OF_THE_VIDEO}
     return {**json.loads(json.dumps(kept)), "seed": task.seed}
@@ -417,6 +420,7 @@ class CheckpointFolder:
             for file in self.folder.iterdir():
                 name = _OWN_FILE.fullmatch(file.name)
                 if name is not None and self._rank in (0, int(name[1])):
+                    hit("checkpoint.clear", file)
                     file.unlink(missing_ok=True)
             self.folder.rmdir()
 

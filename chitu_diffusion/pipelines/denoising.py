@@ -21,6 +21,7 @@ from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.sharding import Shards, all_branches, own_branches, sharded_attention
+from chitu_diffusion.files.faults import hit
 from chitu_diffusion.flexcache.interface import NO_CACHE, StepCache
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.models.kinds import EXPERT_ROLES
@@ -101,12 +102,13 @@ def denoise(
         NonFiniteError: NaN or Inf appeared; on a GPU it is found a step late, but before the last step is
             yielded.
     """
-    sampler = backend.sampler
+    sampler = backend.sampler_for(state["recipe"])
     while not sampler.is_done(state):
         timestep = sampler.timestep(state)
-        chosen = expert_at(timestep, backend.spec.boundary) if expert is None else expert
+        chosen = expert_at(timestep, sampler.boundary) if expert is None else expert
         active = active_branches(scales[chosen])[:branches]
         velocity = predict(latent, timestep, chosen, active)
+        hit("denoise.velocity", velocity)
         latent, state = sampler.step(
             state, apply_cfg(velocity, scales[chosen] if len(active) > 1 else 1.0), latent
         )
@@ -143,7 +145,7 @@ def cached_predictor(
     step_idx: int,
     num_steps: int | None = None,
     probe: Probe | None = None,
-    shift: float | None = None,
+    state: SamplerState | None = None,
 ) -> Predict:
     """What `denoise` asks at one step of the task that the cache manager is bound to.
 
@@ -151,7 +153,7 @@ def cached_predictor(
         step_idx: of the task, from 0.
         num_steps: of the task; None where nobody knows.
         probe: is told of every forward.
-        shift: of the task's noise schedule; None is the model's own.
+        state: of the task's solver, for its schedule; None is the model's own.
     """
     manager = backend.flexcache_manager
 
@@ -172,7 +174,7 @@ def cached_predictor(
                     cache_for=cache_for,
                     step=step_idx,
                     num_steps=num_steps,
-                    shift=shift,
+                    state=state,
                 )
 
         return manager.velocity(step_idx, latent, branches, compute)
@@ -196,7 +198,7 @@ def predict_velocity(
     cache_for: CacheFor = uncached,
     step: int | None = None,
     num_steps: int | None = None,
-    shift: float | None = None,
+    state: SamplerState | None = None,
 ) -> Tensor:
     """The velocities of some guidance branches, [branches * B, C, T, H, W], branch by branch, the same on
     every rank.
@@ -211,7 +213,7 @@ def predict_velocity(
         cache_for: see `CacheFor`.
         step, num_steps: the task's step, from 0, and how many it has, for the attention; None where nobody
             knows.
-        shift: as for `cached_predictor`.
+        state: as for `cached_predictor`.
     """
     text = text if isinstance(text, PreparedConditioning) else PreparedConditioning(text, backend.device)
     # here, where no rank is without a branch to run
@@ -221,7 +223,7 @@ def predict_velocity(
     own = own_branches(asked, group)
     backend.offload.use(EXPERT_ROLES[expert])
     model = backend.model_pool[expert]
-    backend.set_precision(expert, float(timestep), shift)
+    backend.set_precision(expert, float(timestep), state)
     # filled in place: a copy from the CPU would wait for all that the device still has to do
     time = torch.full((1,), float(timestep), device=backend.device)
     start = SharedCfgPrefix() if len(own) > 1 else None
@@ -243,8 +245,9 @@ def schedule_of(
     Args:
         guidance: scale of (high noise, low noise).
     """
+    sampler = backend.sampler_for(state["recipe"])
     timesteps = [state["timesteps"][step] for step in range(state["index"], state["schedule"])]
-    experts = tuple(expert_at(timestep, backend.spec.boundary) for timestep in timesteps)
+    experts = tuple(expert_at(timestep, sampler.boundary) for timestep in timesteps)
 
     def embed_time(step: int) -> tuple[Tensor, Tensor]:
         embedder = backend.model_pool[experts[step]].condition_embedder
@@ -261,8 +264,8 @@ def schedule_of(
         measured=backend.spec.measured,
         model=backend.spec.name,
         guidance=tuple(guidance[expert] for expert in experts),
-        sampler=backend.sampler.name,
-        response=partial(backend.sampler.response, state),
+        sampler=sampler.name,
+        response=partial(sampler.response, state),
         calibration=backend.spec.calibration,
         identity=partial(identity_of, backend),
     )

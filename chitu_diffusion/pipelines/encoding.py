@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,5 +65,32 @@ def encode_keyframes(backend: DiffusionBackend, request: DiffusionUserParams) ->
         mask = torch.cat([mask[:1].expand(stride), mask[1:]]).view(-1, stride).t()  # [stride, T]
         mask = mask[None, :, :, None, None].expand(-1, -1, -1, *cells[1:])
         return torch.cat([mask, backend.vae.encode(video)], dim=1)
+
+    return broadcast_from_rank0(encode, backend.groups.world, backend.device)
+
+
+@torch.no_grad()
+def encode_clip(backend: DiffusionBackend, request: DiffusionUserParams) -> Tensor:
+    """The normalised latent of a request's video, [1, C, T, H, W] float32, of whole patches, whose border
+    beyond the size asked for repeats the frames' edge.
+
+    Args:
+        request: resolved, with a video.
+
+    Raises:
+        UsageError: the video's file has changed, or is not there any more.
+    """
+    frames = request.num_frames or 1
+    height = request.height or 0
+    width = request.width or 0
+    _, *cells = backend.spec.latent_shape(frames, height, width)
+    rows, columns = backend.spec.geometry.stride[1:]
+
+    def encode() -> Tensor:
+        backend.offload.use("vae")
+        clip = np.stack(list(request.video.resized(frames, height, width)))  # [T, height, width, 3]
+        border = (0, cells[2] * columns - width, 0, cells[1] * rows - height)
+        pixels = torch.nn.functional.pad(torch.from_numpy(clip).permute(0, 3, 1, 2), border, mode="replicate")
+        return backend.vae.encode(pixels[None].to(backend.device))
 
     return broadcast_from_rank0(encode, backend.groups.world, backend.device)

@@ -30,23 +30,27 @@ _SAID_AS = {
     "sampler.shift": "shift",
     "sampler.sigmas": "sigmas",
     "sampler.timesteps": "timesteps",
+    "sampler.recipe": "sampler recipe",
     "attn_schedule": "attention schedule",
 }
 
 
-def fingerprint_of(backend: DiffusionBackend, shift: float | None = None) -> dict[str, Any]:
+def fingerprint_of(
+    backend: DiffusionBackend, shift: float | None = None, recipe: str | None = None
+) -> dict[str, Any]:
     """Of a loaded model, as JSON values under the names that they have in a recipe. Waits for the hash of the
     weights.
 
     Args:
-        shift: of the request; None is the model's own.
+        shift, recipe: of the request; None is the model's own.
     """
+    sampler = backend.sampler_for(recipe)
     return _fingerprint(
         backend.args,
-        backend.spec,
+        backend.spec.with_recipe(recipe),
         weights_sha256=backend.weights_sha256(),
         config_sha256=backend.config_sha256,
-        shift=backend.sampler.shift if shift is None else shift,
+        shift=sampler.shift if shift is None else shift,
         dtype=str(backend.dtype),
         attention=backend.attn_backend.name,
     )
@@ -100,16 +104,19 @@ def _fingerprint(
         "weights_sha256": weights_sha256,
         "config_sha256": config_sha256,
         "adapters": [],
-        "sampler": {
-            "name": spec.defaults.sampler,
-            "shift": float(shift),
-            **levels_as_lists(spec.defaults.levels),
-        },
+        "sampler": sampler_of(spec, shift),
         "dtype": dtype.removeprefix("torch."),
         "quant": quant_of(config),
         "attention": attention,
         "attn_schedule": attn_schedule_of(config),
     }
+
+
+def sampler_of(spec: ModelSpec, shift: float) -> dict[str, Any]:
+    """The solver's part of a fingerprint: with whichever schedule and recipe the spec has."""
+    own = spec.defaults
+    said: dict[str, Any] = {"name": own.sampler, "shift": float(shift), **levels_as_lists(own.levels)}
+    return said if own.sampler_recipe is None else {**said, "recipe": own.sampler_recipe}
 
 
 def differences(made: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from chitu_diffusion.models.wan.config import TRAINED_STEPS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def expert_at(timestep: Tensor, boundary: float | None) -> int:

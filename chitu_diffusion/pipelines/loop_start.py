@@ -195,7 +195,7 @@ def _first_latent(backend: DiffusionBackend, asked: Beginning, state: SamplerSta
         return initial_noise(shape, asked.seed, stream).to(backend.device)
 
     if given is None:
-        return noise(0)
+        return backend.sampler.first_latent(state, (1, spec.geometry.channels, *padded)).to(backend.device)
     FiniteCheck(given, "latent" if asked.init_latent is None else "init_latent").require()
     given = given.to(backend.device, torch.float32)
     if asked.init_latent is None:
@@ -208,4 +208,4 @@ def _first_latent(backend: DiffusionBackend, asked: Beginning, state: SamplerSta
         given = upsample_latent(given, cells[1], cells[2])
     more = [size - cell for size, cell in zip(padded, cells, strict=True)]
     clean = torch.nn.functional.pad(given, (0, more[2], 0, more[1], 0, more[0]), mode="replicate")
-    return backend.sampler.renoise(state, clean, noise(1))
+    return backend.sampler.renoise(state, clean)

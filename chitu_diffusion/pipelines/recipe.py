@@ -18,7 +18,7 @@ _PACKAGES = ("chitu-diffusion", "torch", "diffusers", "transformers")
 def recipe_of(task: DiffusionTask, backend: DiffusionBackend) -> dict[str, Any]:
     """The recipe stored in a video: the request with every value filled in, the model, the machine."""
     params = (task.resolved or task.params).to_mapping()
-    made = fingerprint_of(backend, params["shift"])
+    made = fingerprint_of(backend, params["shift"], params["sampler_recipe"])
     return {
         "prompt": params["prompt"],
         "seed": task.seed,

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.flexcache.registry import cache_bytes, parse_flexcache, parse_strategy
 from chitu_diffusion.flexcache.schedule import Schedule, Shapes
+from chitu_diffusion.media.frame_rate import Rate
+from chitu_diffusion.media.input_video import InputVideo
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.sampling.registry import SOLVERS
 from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams
 from chitu_diffusion.task.params import MAX_SEED
+
+STRENGTH = 0.8
+"""Share of the noise schedule that a video goes through where the request names none: diffusers' own."""
 
 
 def request_of(prompt: str | DiffusionUserParams, fields: Mapping[str, Any]) -> DiffusionUserParams:
@@ -38,6 +45,22 @@ def request_of(prompt: str | DiffusionUserParams, fields: Mapping[str, Any]) -> 
     return DiffusionUserParams.from_mapping({"prompt": prompt, **fields})
 
 
+def require_own_paths(requests: Sequence[DiffusionUserParams]) -> None:
+    """Requests that are made together write a file each.
+
+    Raises:
+        UsageError: two of them write the same.
+    """
+    paths = [os.path.abspath(request.save_path) for request in requests if request.save_path is not None]
+    for path, count in Counter(paths).items():
+        if count > 1:
+            raise UsageError(
+                f"save_path = {path!r} for {count} videos, of which one would be left: hand over a request "
+                "for each, DiffusionUserParams(prompt, save_path=...), or result.save(...) each",
+                field="save_path",
+            )
+
+
 def resolve_request(
     params: DiffusionUserParams, spec: ModelSpec, *, seed: int, task_id: str, output_dir: str | None
 ) -> DiffusionUserParams:
@@ -52,9 +75,11 @@ def resolve_request(
     Raises:
         UsageError: what this model cannot do, naming the field, the value and what to use.
     """
+    spec = spec.with_recipe(params.sampler_recipe)
     defaults = spec.defaults
     _check_image(params, spec)
-    params = _with_image_shape(_with_cascade(params, len(spec.transformers)), spec)
+    _check_video(params, spec)
+    params = _with_input_shape(_with_cascade(params, len(spec.transformers)), spec)
     resolved = dataclasses.replace(
         params,
         negative_prompt=defaults.negative_prompt
@@ -62,11 +87,13 @@ def resolve_request(
         else params.negative_prompt,
         height=params.height or defaults.height,
         width=params.width or defaults.width,
-        num_frames=params.num_frames or defaults.num_frames,
-        fps=params.fps or defaults.fps,
+        num_frames=_frames(params, spec),
+        fps=params.fps or _rate_of(params.video) or defaults.fps,
+        strength=STRENGTH if params.video is not None and params.strength is None else params.strength,
         num_inference_steps=params.num_inference_steps or defaults.steps,
         guidance_scale=resolve_guidance(params.guidance_scale, spec),
         shift=_shift(params, spec),
+        sampler_recipe=defaults.sampler_recipe,
         seed=seed,
         save_path=_path(params, task_id, output_dir),
     )
@@ -83,11 +110,17 @@ def _shift(params: DiffusionUserParams, spec: ModelSpec) -> float | None:
     own = spec.defaults.shift
     if params.shift not in (None, own) and spec.defaults.levels is not None:
         raise UsageError(
-            f"shift = {params.shift:g}: {spec.name} is sampled on a list of noise levels, which has none; "
-            "leave it out",
+            f"shift = {params.shift:g}: {_sampled_by(spec)} is sampled on a list of noise levels, which has "
+            "none; leave it out",
             field="shift",
         )
     return own if params.shift is None else float(params.shift)
+
+
+def _sampled_by(spec: ModelSpec) -> str:
+    """Whose list of noise levels it is."""
+    recipe = spec.defaults.sampler_recipe
+    return "this model" if recipe is None else f"sampler recipe {recipe}"
 
 
 def _path(params: DiffusionUserParams, task_id: str, output_dir: str | None) -> str | None:
@@ -113,7 +146,15 @@ def stages_of(resolved: DiffusionUserParams) -> tuple[CascadeStage, ...]:
         return resolved.cascade
     if resolved.height is None or resolved.width is None or resolved.num_inference_steps is None:
         raise UsageError("the request has not been resolved against a model yet", field="num_inference_steps")
-    return (CascadeStage(resolved.height, resolved.width, resolved.num_inference_steps),)
+    whole = resolved.num_inference_steps
+    # as diffusers rounds
+    steps = whole if resolved.video is None else int(whole * (resolved.strength or 1))
+    return (CascadeStage(resolved.height, resolved.width, steps, steps / whole),)
+
+
+def steps_of(resolved: DiffusionUserParams) -> int:
+    """Denoising steps that a resolved request takes: of a video's, those after its noise."""
+    return sum(stage.num_inference_steps for stage in stages_of(resolved))
 
 
 def check_cache(resolved: DiffusionUserParams, spec: ModelSpec, item: int, limit_gb: float | None) -> int:
@@ -126,7 +167,7 @@ def check_cache(resolved: DiffusionUserParams, spec: ModelSpec, item: int, limit
     Raises:
         UsageError: a cache that cannot be, needs what was not measured, or keeps more than the limit.
     """
-    steps = resolved.num_inference_steps or 0
+    steps = steps_of(resolved)
     parse_flexcache(resolved.flexcache, steps)
     if resolved.flexcache is not None:
         known = dataclasses.replace(
@@ -256,12 +297,59 @@ def _check_image(params: DiffusionUserParams, spec: ModelSpec) -> None:
         raise UsageError("last_image with one frame: use num_frames = 5 or more", field="last_image")
 
 
-def _with_image_shape(params: DiffusionUserParams, spec: ModelSpec) -> DiffusionUserParams:
-    """Where no size is asked for: the model's number of pixels in the image's shape, in whole patches."""
-    if params.image is None or params.height is not None or params.width is not None:
+def _check_video(params: DiffusionUserParams, spec: ModelSpec) -> None:
+    if params.video is None:
+        if params.strength is not None:
+            raise UsageError(
+                f"strength = {params.strength:g}: it is of a video; use --video FILE or video=, or leave "
+                "it out",
+                field="strength",
+            )
+        return
+    if spec.kind.takes_image:
+        raise UsageError(
+            f"video: {spec.name} is a {spec.kind.title} model and takes none; leave it out, or use a text to "
+            "video model such as Wan2.2-T2V-A14B",
+            field="video",
+        )
+    if params.cascade:
+        raise UsageError("video and cascade together are not supported; use one of them", field="cascade")
+    steps = params.num_inference_steps or spec.defaults.steps
+    if int(steps * (params.strength or STRENGTH)) < 1:
+        raise UsageError(
+            f"strength = {params.strength:g}: of {steps} steps that is none; use {1 / steps:.2g} or more",
+            field="strength",
+        )
+
+
+def _frames(params: DiffusionUserParams, spec: ModelSpec) -> int:
+    """Frames that are asked for; else the model's own number, or what a shorter video has of 4n + 1."""
+    if params.video is None:
+        return params.num_frames or spec.defaults.num_frames
+    step = spec.geometry.stride[0]
+    there = (params.video.frames - 1) // step * step + 1
+    if params.num_frames is not None and params.num_frames > there:
+        raise UsageError(
+            f"num_frames = {params.num_frames}: the video has {params.video.frames}; use at most {there}",
+            field="num_frames",
+        )
+    return params.num_frames or min(there, spec.defaults.num_frames)
+
+
+def _rate_of(video: InputVideo | None) -> Rate | None:
+    """Frames per second of a video, where a file can have them."""
+    return video.fps if video is not None and video.fps is not None and 1 <= video.fps <= 240 else None
+
+
+def _with_input_shape(params: DiffusionUserParams, spec: ModelSpec) -> DiffusionUserParams:
+    """Where no size is asked for: the model's number of pixels in the image's or video's shape, in whole
+    patches.
+    """
+    given = params.image or params.video
+    if given is None or params.height is not None or params.width is not None:
         return params
     area = spec.defaults.height * spec.defaults.width
-    ratio = params.image.height / params.image.width
+    ratio = given.height / given.width
     patch = spec.transformers[0].patch_size
     sides = (math.sqrt(area * ratio), math.sqrt(area / ratio))
     steps = (stride * cells for stride, cells in zip(spec.geometry.stride[1:], patch[1:], strict=True))
@@ -292,7 +380,7 @@ def _check_solver(spec: ModelSpec, resolved: DiffusionUserParams) -> None:
     levels = spec.defaults.levels
     for stage in stages_of(resolved):
         if levels is not None:
-            levels.require_steps(stage.num_inference_steps, stage.strength)
+            levels.require_steps(stage.num_inference_steps, stage.strength, _sampled_by(spec))
     if resolved.flexcache is None or SOLVERS[spec.defaults.sampler].linear:
         return
     name, strategy = parse_strategy(resolved.flexcache)

@@ -4,6 +4,7 @@ what they seem to. Knows what a model's folder says of its training; refuses not
 
 from __future__ import annotations
 
+from chitu_diffusion.errors import counted
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.pipelines.request import guidance_pair, stages_of
@@ -25,7 +26,13 @@ def request_notes(
         encoder: the model's; its tokenizer is asked.
     """
     texts = {"prompt": resolved.prompt}
-    notes = []
+    sampled = spec.with_recipe(resolved.sampler_recipe)
+    said = (sampled.shift_note(resolved.shift), sampled.recipe_note(guidance_pair(resolved.guidance_scale)))
+    notes = [note for note in said if note]
+    for image in (resolved.image, resolved.last_image):
+        notes += image.notes(resolved.height or 0, resolved.width or 0) if image else []
+    if resolved.video:
+        notes += resolved.video.notes(resolved.num_frames or 1, resolved.height or 0, resolved.width or 0)
     if max(guidance_pair(resolved.guidance_scale)) > 1:
         texts["negative prompt"] = resolved.negative_prompt or ""
     elif asked.negative_prompt:
@@ -62,6 +69,6 @@ def _size_notes(resolved: DiffusionUserParams, spec: ModelSpec) -> list[str]:
         return []
     height, width, frames = min(spec.trained_sizes, key=distance)
     return [
-        f"{size[1]}x{size[0]} with {size[2]} frames lies far from what {spec.name} was trained on, and may "
-        f"look worse; the nearest is {width}x{height} with {frames} frames"
+        f"{size[1]}x{size[0]} with {counted(size[2], 'frame')} lies far from what {spec.name} was trained "
+        f"on, and may look worse; the nearest is {width}x{height} with {counted(frames, 'frame')}"
     ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chitu_diffusion.errors import UsageError, names_checked
+from chitu_diffusion.errors import UsageError, counted, names_checked
 from chitu_diffusion.media.frame_rate import Rate
 from chitu_diffusion.media.video import write_video
 from chitu_diffusion.task import DiffusionTask
@@ -98,7 +98,9 @@ class VideoResult:
     def __repr__(self) -> str:
         count, height, width, _ = self.frames.shape
         prompt = self.task.params.prompt
-        return f"<VideoResult {prompt[:60]!r}, seed {self.seed}: {count} frames of {width}x{height}>"
+        return (
+            f"<VideoResult {prompt[:60]!r}, seed {self.seed}: {counted(count, 'frame')} of {width}x{height}>"
+        )
 
     def _repr_html_(self) -> str | None:
         """For a notebook: a small mp4 inside the page."""

@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from chitu_diffusion.pipelines.fingerprint import differences
+from chitu_diffusion.models.spec import ModelSpec
+from chitu_diffusion.pipelines.fingerprint import differences, sampler_of
 from chitu_diffusion.task import DiffusionTask
+from chitu_diffusion.task.params import INPUTS
 
 _NOT_OF_THE_VIDEO = ("save_path", "task_id", "role", "priority")
 
@@ -15,7 +17,7 @@ _NOT_OF_THE_VIDEO = ("save_path", "task_id", "role", "priority")
 def same_recipe(
     made: Mapping[str, Any],
     task: DiffusionTask,
-    model: str,
+    spec: ModelSpec,
     quality: int,
     fingerprint: Callable[[], Mapping[str, Any]],
 ) -> list[str]:
@@ -27,7 +29,7 @@ def same_recipe(
     Args:
         made: the recipe.
         task: its request resolved.
-        model: its name.
+        spec: its model, with the settings' sampler.
         quality: of an mp4.
         fingerprint: of the model as it would be loaded; asked last, where all else agrees.
 
@@ -40,10 +42,10 @@ def same_recipe(
     here = json.loads(json.dumps(resolved.to_mapping(), default=str))
     ignored = [*_NOT_OF_THE_VIDEO, *(["seed"] if task.params.seed is None else [])]
     for mapping in (params, here):
-        for name in ("image", "last_image"):
+        for name in INPUTS:
             if isinstance(mapping.get(name), Mapping):
                 mapping[name] = mapping[name].get("sha256")  # by whatever name
-    about: dict[str, Any] = {"model": model}
+    about: dict[str, Any] = {"model": spec.name}
     if str(resolved.save_path).lower().endswith(".mp4"):
         about["quality"] = quality
     differs = differences(made, about)
@@ -52,4 +54,6 @@ def same_recipe(
         return differs
     loaded = fingerprint()
     shift = resolved.shift or loaded["sampler"]["shift"]
-    return differences(made, {**loaded, "sampler": {**loaded["sampler"], "shift": shift}})
+    return differences(
+        made, {**loaded, "sampler": sampler_of(spec.with_recipe(resolved.sampler_recipe), shift)}
+    )

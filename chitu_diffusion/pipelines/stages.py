@@ -21,6 +21,7 @@ from torch import Tensor
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.sharding import gather_strips
 from chitu_diffusion.errors import StageError, TaskError, without_frames
+from chitu_diffusion.files.faults import hit
 from chitu_diffusion.flexcache.calibrated import require_same_model
 from chitu_diffusion.flexcache.manager import fork
 from chitu_diffusion.flexcache.registry import CacheState, parse_flexcache, parse_strategy
@@ -30,14 +31,16 @@ from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.pipelines.denoising import Predict, Probe, cached_predictor, denoise, schedule_of
 from chitu_diffusion.pipelines.fingerprint import identity_of
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
+from chitu_diffusion.pipelines.guidance import expert_at
 from chitu_diffusion.pipelines.hooks import TaskHooks
 from chitu_diffusion.pipelines.recipe import recipe_of
 from chitu_diffusion.pipelines.registry import pipeline_of
-from chitu_diffusion.pipelines.request import guidance_pair, resolve_task, stages_of
+from chitu_diffusion.pipelines.request import guidance_pair, resolve_task, stages_of, steps_of
 from chitu_diffusion.pipelines.request_notes import request_notes
 from chitu_diffusion.pipelines.text_to_video import TextToVideo
+from chitu_diffusion.pipelines.time_left import TimeLeft
 from chitu_diffusion.sampling.library import SamplerState
-from chitu_diffusion.sampling.noise import initial_noise, pad_latent, upsample_latent
+from chitu_diffusion.sampling.noise import pad_latent, upsample_latent
 from chitu_diffusion.task import (
     CascadeStage,
     DiffusionTask,
@@ -85,6 +88,7 @@ class Stages:
         self._probe = probe
         self.hooks: weakref.WeakKeyDictionary[DiffusionTask, TaskHooks] = weakref.WeakKeyDictionary()
         self._derived: weakref.WeakKeyDictionary[DiffusionTask, _Derived] = weakref.WeakKeyDictionary()
+        self._times = TimeLeft(backend)
         self._units: dict[TaskStatus, Callable[[DiffusionTask], str | None]] = {
             TaskStatus.ENCODING: self._encode,
             TaskStatus.DENOISING: self._denoise,
@@ -99,7 +103,7 @@ class Stages:
     def advance(self, task: DiffusionTask) -> Progress:
         """One work unit; see `Generator.generate_step`."""
         if task.is_finished():
-            return _event(task, task.status, 0.0, None)
+            return _event(task, task.status, 0.0, None, None)
         self._backend.require_alive()
         if task.status is TaskStatus.PENDING:
             task.commit(status=self._pipeline.stages[0], started_at=time.time())
@@ -124,7 +128,13 @@ class Stages:
             raise out_of_memory
         seconds = time.perf_counter() - began
         task.seconds[stage] = task.seconds.get(stage, 0.0) + seconds
-        return _event(task, stage, seconds, message)
+        eta = self._times.after(task, stage, step, seconds, is_pending=self._is_pending(task))
+        return _event(task, stage, seconds, message, eta)
+
+    def _is_pending(self, task: DiffusionTask) -> bool:
+        """Whether the device still works on a task's last step."""
+        derived = self._derived.get(task)
+        return derived is not None and derived.check is not None
 
     def prune(self) -> None:
         """Let go of what is kept of tasks that do not denoise any more, and of hooks of those that ended."""
@@ -142,23 +152,28 @@ class Stages:
     def _encode(self, task: DiffusionTask) -> str | None:
         backend = self._backend
         resolved = resolve_task(task, backend.spec, backend.args.output.dir)
-        cache = parse_flexcache(resolved.flexcache, resolved.num_inference_steps or 0)
+        steps = steps_of(resolved)
+        cache = parse_flexcache(resolved.flexcache, steps)
+        hit("encode.before")
         conditioning = self._pipeline.condition(backend, resolved)
+        hit("encode.after", conditioning.text)
         FiniteCheck(conditioning.text, "text embeddings").require()
+        begins = self._pipeline.begins_from(backend, resolved)
+        if begins is not None:
+            FiniteCheck(begins, "video latents").require()
         if conditioning.concat_latents is not None:
             FiniteCheck(conditioning.concat_latents, "image latents").require()
         if conditioning.image is not None:
             FiniteCheck(conditioning.image, "image embeddings").require()
         task.commit(
             resolved=resolved,
-            num_inference_steps=resolved.num_inference_steps or 0,
-            buffer=replace(task.buffer, conditioning=conditioning, cache=cache),
+            num_inference_steps=steps,
+            buffer=replace(task.buffer, conditioning=conditioning, cache=cache, latent=begins),
             status=self._pipeline.after(TaskStatus.ENCODING),
         )
         notes = [f"seed {task.seed}"] if task.params.seed is None else []
-        notes += [note for note in (backend.spec.shift_note(resolved.shift),) if note]
-        for image in (resolved.image, resolved.last_image):
-            notes += image.notes(resolved.height, resolved.width) if image else []
+        if resolved.video:
+            notes += self._strength_notes(resolved)
         if backend.groups.rank == 0:
             notes += request_notes(task.params, resolved, backend.spec, backend.text_encoder)
         return "; ".join(notes) or None
@@ -175,6 +190,7 @@ class Stages:
         self._require_calibrated(task)
         # the manager writes into a copy, which becomes the task's only when the unit is done
         cache = None if buffer.cache is None else fork(buffer.cache)
+        hit("denoise.before", task.current_step)
         step = next(
             denoise(
                 backend,
@@ -187,11 +203,12 @@ class Stages:
                 check=self._check_of(derived, buffer.latent),
             )
         )
+        hit("denoise.after", task.current_step)
         self._derived[task] = _Derived(derived.text, step.check, weakref.ref(step.latent))
-        after = self._latent_after(task, float(backend.sampler.timestep(state)), step.latent)
+        after = self._latent_after(task, float(state["timesteps"][state["index"]]), step.latent)
         notes = [f"expert {step.expert}"] if task.expert is not None and task.expert != step.expert else []
         notes += [note for note in (backend.compile_note(),) if note]
-        ended = backend.sampler.is_done(step.state)
+        ended = backend.sampler_for(state["recipe"]).is_done(step.state)
         last = ended and task.cascade_stage + 1 == len(stages)
         if last and cache is not None:
             saved = f"{cache['reused']} of {cache['num_steps']} steps"
@@ -210,6 +227,19 @@ class Stages:
         )
         self.prune()
         return "; ".join(notes) or None
+
+    def _strength_notes(self, resolved: DiffusionUserParams) -> list[str]:
+        """Where a video's noise lies below the first expert's."""
+        (stage,) = stages_of(resolved)
+        sampler = self._backend.sampler_for(resolved.sampler_recipe)
+        state = sampler.begin(stage.num_inference_steps, stage.strength, shift=resolved.shift)
+        whole = f"{stage.num_inference_steps} of {resolved.num_inference_steps} steps"
+        notes = [
+            f"video: strength {resolved.strength:g} takes {whole}, from noise {sampler.sigma(state):.3g}"
+        ]
+        if sampler.boundary is not None and expert_at(sampler.timestep(state), sampler.boundary) == 1:
+            notes.append("the high-noise expert takes no step")
+        return notes
 
     def _require_calibrated(self, task: DiffusionTask) -> None:
         """A plan of steps was measured on this model: asked at each step, for hashing goes on meanwhile."""
@@ -238,7 +268,7 @@ class Stages:
     ) -> Predict:
         """A predictor through the cache manager, which is bound to a task's cache for this step."""
         backend = self._backend
-        cached = cached_predictor(backend, text, step_idx, num_steps, self._probe, state["shift"])
+        cached = cached_predictor(backend, text, step_idx, num_steps, self._probe, state)
         unplanned = cache is not None and cache["plan"] is None
         schedule = schedule_of(backend, state, scales) if unplanned else None
 
@@ -263,7 +293,7 @@ class Stages:
 
     def _position(self, task: DiffusionTask, stage: CascadeStage) -> tuple[Tensor, SamplerState]:
         """The latent and solver state before the coming step; at a stage's first step they are made."""
-        sampler = self._backend.sampler
+        sampler = self._backend.sampler_for(_resolved(task).sampler_recipe)
         device = self._backend.device
         if task.buffer.sampler is not None:
             return _present(task.buffer.latent).to(device), task.buffer.sampler
@@ -277,21 +307,26 @@ class Stages:
         spec = self._backend.spec
         frames = _resolved(task).num_frames or 1
         shape = (1, *spec.latent_shape(frames, stage.height, stage.width))
-        noise = initial_noise(shape, task.seed, stream=task.cascade_stage).to(device)
         if task.cascade_stage == 0:
-            return noise, state
+            clean = task.buffer.latent
+            if clean is None:
+                noise = sampler.first_latent(state, shape).to(device)
+                hit("noise.after", noise)
+                return noise, state
+            return sampler.renoise(state, clean.to(device)), state
         before = stages_of(_resolved(task))[task.cascade_stage - 1]
         shown = spec.geometry.latent_shape(frames, before.height, before.width)
         low = _present(task.buffer.latent).to(device)[..., : shown[2], : shown[3]]
         rows, columns = spec.geometry.latent_shape(frames, stage.height, stage.width)[2:]
         larger = pad_latent(upsample_latent(low, rows, columns), shape)
-        return sampler.renoise(state, larger, noise), state
+        return sampler.renoise(state, larger), state
 
     def _decode(self, task: DiffusionTask) -> str | None:
         backend = self._backend
         resolved = _resolved(task)
         latent = _present(task.buffer.latent)
         video: Tensor | None = None
+        hit("decode.before")
         if backend.low_mem_level == 0 and backend.groups.plan.world > 1:
             video = decode_shared(backend, latent)
         elif backend.groups.rank == 0:
@@ -299,6 +334,7 @@ class Stages:
             video = decode_tiled(backend, latent, tile_size_for(latent)) if tiled else decode(backend, latent)
         if video is not None:
             video = video[..., : resolved.height, : resolved.width]  # of whole patches, what was asked for
+            hit("decode.after", video)
             FiniteCheck(video, "video").require()
         # the latent stays until the video stands, for a checkpoint of this stage
         after = self._pipeline.after(TaskStatus.DECODING)
@@ -314,6 +350,7 @@ class Stages:
             return None
         frames = to_frames(_present(task.buffer.video))
         recipe = recipe_of(task, backend)
+        hit("save.before")
         self._require_calibrated(task)
         hooks = self.hooks.get(task, TaskHooks())
         if hooks.on_video is not None:
@@ -390,12 +427,10 @@ def _fail(task: DiffusionTask, stage: TaskStatus, step: int, error: Exception) -
     return str(failure)
 
 
-def _event(task: DiffusionTask, stage: TaskStatus, seconds: float, message: str | None) -> Progress:
+def _event(
+    task: DiffusionTask, stage: TaskStatus, seconds: float, message: str | None, eta: float | None
+) -> Progress:
     if message is not None:
         task.notes.append(message)
-    eta = None
-    if task.current_step and not task.is_finished():
-        pace = task.seconds.get(TaskStatus.DENOISING, 0.0) / task.current_step
-        eta = pace * (task.num_inference_steps - task.current_step)
     done = task.current_step
     return Progress(task.task_id, task.status, stage, done, task.num_inference_steps, seconds, eta, message)

@@ -45,7 +45,7 @@ class NoiseLevels:
         if sigmas is None and timesteps is None:
             return None
         if sigmas is None:
-            sigmas = [_shifted(step / TRAINED_STEPS, shift) for step in timesteps or ()]
+            sigmas = [shifted(step / TRAINED_STEPS, shift) for step in timesteps or ()]
             timesteps = None
         told = timesteps or [TRAINED_STEPS * sigma for sigma in sigmas]
         return cls(tuple(map(float, sigmas)), tuple(map(float, told)))
@@ -53,7 +53,7 @@ class NoiseLevels:
     @classmethod
     def even(cls, steps: int, shift: float) -> NoiseLevels:
         """Steps that are even before the shift, from noise level 1 on."""
-        sigmas = tuple(_shifted((steps - step) / steps, shift) for step in range(steps))
+        sigmas = tuple(shifted((steps - step) / steps, shift) for step in range(steps))
         return cls(sigmas, tuple(TRAINED_STEPS * sigma for sigma in sigmas))
 
     def time_after(self, share: float) -> float:
@@ -61,8 +61,11 @@ class NoiseLevels:
         taken = math.ceil(share * len(self.timesteps))
         return self.timesteps[taken] if taken < len(self.timesteps) else 0.0
 
-    def require_steps(self, steps: int, strength: float) -> None:
+    def require_steps(self, steps: int, strength: float, owner: str = "this model") -> None:
         """Checks that some steps, and the share of the schedule that they cover, fit the list.
+
+        Args:
+            owner: whose list it is, for the error.
 
         Raises:
             UsageError: they do not; says what does.
@@ -74,13 +77,13 @@ class NoiseLevels:
         if strength == 1:
             free = " or ".join(name for name, kind in SOLVERS.items() if not kind.takes_list)
             raise UsageError(
-                f"num_inference_steps = {steps}: this model is sampled on a list of {count} noise levels; "
+                f"num_inference_steps = {steps}: {owner} is sampled on a list of {count} noise levels; "
                 f"use {count}, or infer.sampler = {free}, which take any number",
                 field="num_inference_steps",
             )
         end = min(max(1, round(count * strength)), count)
         raise UsageError(
-            f"cascade: {steps} steps at strength {strength:g} are the end of {whole}, and this model is "
+            f"cascade: {steps} steps at strength {strength:g} are the end of {whole}, and {owner} is "
             f"sampled on a list of {count} noise levels; use {end} steps at strength {end / count:g}",
             field="cascade",
         )
@@ -111,5 +114,5 @@ def is_falling(values: Any, most: float) -> bool:
     return values[0] <= most and all(a > b for a, b in zip(values, after, strict=True))
 
 
-def _shifted(share: float, shift: float) -> float:
+def shifted(share: float, shift: float) -> float:
     return shift * share / (1 + (shift - 1) * share)

@@ -2,7 +2,7 @@
 
 Imports no torch, so that a name can be checked before anything is loaded. A row has a diffusers scheduler, or
 an update: what makes the next latent of this one and its velocity, and needs nothing but the present step. A
-latent is x = (1 - sigma) data + sigma noise, its velocity v = noise - data; sums are float32.
+latent is x = (1 - sigma) data + sigma noise, its velocity v = noise - data; sums are in their dtype.
 """
 
 from __future__ import annotations
@@ -41,10 +41,14 @@ def renoise(
     x0 + sigma' noise.
 
     How consistency models ("Latent Consistency Models", arXiv:2310.04378) and distribution matching
-    distillation (DMD2, arXiv:2405.14867) are sampled.
+    distillation (DMD2, arXiv:2405.14867) are sampled. The data is kept in the noise's dtype.
     """
     data = latent - sigma * velocity
-    return data if next_sigma == 0 else (1 - next_sigma) * data + next_sigma * noise()
+    if next_sigma == 0:
+        return data
+    fresh = noise()
+    kept = data.to(fresh.dtype).to(data.dtype)
+    return (1 - next_sigma) * kept + next_sigma * fresh.to(data.dtype)
 
 
 @dataclass(frozen=True)

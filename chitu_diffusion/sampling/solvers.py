@@ -11,7 +11,7 @@ noise ("Flow Matching for Generative Modeling", arXiv:2210.02747). `unipc` is Un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from chitu_diffusion.errors import UsageError, nearest, plain_number
 from chitu_diffusion.sampling.library import LibrarySolver, SamplerState, shift_of
-from chitu_diffusion.sampling.noise import step_noise
+from chitu_diffusion.sampling.noise import initial_noise, nth_noise, on_device, step_noise
 from chitu_diffusion.sampling.noise_levels import NoiseLevels, whole_steps
+from chitu_diffusion.sampling.recipes import RECIPES
 from chitu_diffusion.sampling.registry import SOLVERS, Update
 
 MOST_STEPS = 1000
@@ -40,8 +41,8 @@ class Solver(Protocol):
         """The next latent, and what is remembered then.
 
         Args:
-            velocity, latent: float32, of one shape.
-            noise: gives this step's fresh noise, of the same shape.
+            velocity, latent: float32 or float64, of one shape.
+            noise: gives this step's fresh noise, of the same shape, in the dtype that latents are kept in.
         """
         ...
 
@@ -79,8 +80,11 @@ class Sampler:
         name: of `registry.SOLVERS`.
         config: the checkpoint's `scheduler_config.json`, parsed; see `LibrarySolver`.
         levels: an explicit schedule; None is the solver's own, by number of steps and the config's shift.
+        recipe: name of the row of `RECIPES` that name and levels are of, for the rest of it; None for none.
+        boundary: of two experts, the share of the 1000 timesteps below which the second takes over.
 
     Attributes:
+        recipe, boundary: as given.
         shift: the config's, for tasks that ask for none.
         linear: see `SolverKind`.
 
@@ -90,7 +94,14 @@ class Sampler:
         CheckpointError: a config that no scheduler can be made of.
     """
 
-    def __init__(self, name: str, config: Mapping[str, Any], levels: NoiseLevels | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        levels: NoiseLevels | None = None,
+        recipe: str | None = None,
+        boundary: float | None = None,
+    ) -> None:
         if name not in SOLVERS:
             raise UsageError(f"sampler = {name!r}.{nearest(name, SOLVERS)}", field="infer.sampler")
         if levels is None and config.get("use_dynamic_shifting"):
@@ -102,6 +113,13 @@ class Sampler:
         self.name = name
         self.linear = kind.linear
         self.levels = levels
+        self.recipe = recipe
+        self.boundary = boundary
+        row = None if recipe is None else RECIPES[recipe]
+        self._kept: torch.dtype = torch.float32 if row is None else getattr(torch, row.latent)
+        self._worked = torch.float32 if self._kept == torch.float32 else torch.float64
+        self._one_generator = row is not None and row.one_generator
+        self._scales_start = row is not None and row.scales_start
         self.shift = shift_of(config)
         self._solver: Solver
         if kind.library is not None and levels is None:
@@ -147,6 +165,7 @@ class Sampler:
         timesteps, sigmas = self._solver.schedule(whole, shift)
         return {
             "sampler": self._begun_by,
+            "recipe": self.recipe,
             "schedule": whole,
             "shift": shift,
             "index": whole - steps,
@@ -156,6 +175,21 @@ class Sampler:
             "stream": stream,
             "history": {},
         }
+
+    def first_latent(self, state: SamplerState, shape: Sequence[int]) -> Tensor:
+        """The latent before a whole schedule's first step, [B, C, T, H, W] on the CPU: noise of the state's
+        seed and stream.
+        """
+        noise = self._noise(shape, state, 0).to(self._kept)
+        return self.sigma(state) * noise if self._scales_start else noise
+
+    def _noise(self, shape: Sequence[int], state: SamplerState, number: int) -> Tensor:
+        """The starting noise (0) of a run, or what follows after so many steps."""
+        seed = state["seed"]
+        stream = state["stream"]
+        if self._one_generator:
+            return nth_noise(shape, seed, stream, number, self._kept)
+        return step_noise(shape, seed, stream, number - 1) if number else initial_noise(shape, seed, stream)
 
     def timestep(self, state: SamplerState) -> Tensor:
         """The time of the coming step, a scalar on the CPU: what the network is told."""
@@ -176,10 +210,10 @@ class Sampler:
         Args:
             state: as the step before left it; it is not changed.
             velocity: the network's (guided) velocity at `latent`, of its shape, any dtype.
-            latent: [B, C, T, H, W] float32.
+            latent: [B, C, T, H, W], as `first_latent` or the step before gave it.
 
         Returns:
-            the next latent, float32, and the next state.
+            the next latent, float32 unless the recipe keeps another, and the next state.
 
         Raises:
             UsageError: a state of another solver, or one with no step left.
@@ -191,13 +225,14 @@ class Sampler:
             )
         if self.is_done(state):
             raise UsageError(f"all {state['schedule']} steps are taken", field="num_inference_steps")
-        latent = latent.float()
+        latent = latent.to(self._worked)
 
         def noise() -> Tensor:
-            return step_noise(latent, state["seed"], state["stream"], state["index"])
+            fresh = self._noise(latent.shape, state, state["index"] + 1)
+            return on_device(fresh, latent.device).to(self._kept)
 
-        moved, history = self._solver.step(state, velocity.float(), latent, noise)
-        return moved, {**state, "index": state["index"] + 1, "history": history}
+        moved, history = self._solver.step(state, velocity.to(self._worked), latent, noise)
+        return moved.to(self._kept), {**state, "index": state["index"] + 1, "history": history}
 
     def response(self, state: SamplerState) -> tuple[float, ...]:
         """d(last latent) / d(velocity) of each step that is left.
@@ -220,7 +255,13 @@ class Sampler:
             latent, state = self.step(state, velocity, latent)
         return tuple(latent.flatten().tolist())
 
-    def renoise(self, state: SamplerState, latent: Tensor, noise: Tensor) -> Tensor:
-        """Bring a clean latent [B, C, T, H, W] to the noise level of the coming step: float32."""
+    def renoise(self, state: SamplerState, latent: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Bring a clean latent [B, C, T, H, W] to the noise level of the coming step; of the latent's device.
+
+        Args:
+            noise: None is the starting noise of the state's seed and stream.
+        """
         sigma = self.sigma(state)
-        return (1.0 - sigma) * latent.float() + sigma * noise.to(latent.device, torch.float32)
+        noise = self._noise(latent.shape, state, 0) if noise is None else noise
+        mixed = (1.0 - sigma) * latent.to(self._worked) + sigma * noise.to(latent.device, self._worked)
+        return mixed.to(self._kept)

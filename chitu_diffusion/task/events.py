@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import ClassVar
 
 
 class TaskStatus(StrEnum):
@@ -19,6 +21,10 @@ class TaskStatus(StrEnum):
     CANCELLED = "cancelled"
 
 
+EVENT_SCHEMA = 1
+"""Version of events, here and as lines of JSON: rises where a field goes or means another thing, not with a
+new one.
+"""
 END_STATES = frozenset({TaskStatus.FINISHED, TaskStatus.FAILED, TaskStatus.CANCELLED})
 
 
@@ -31,8 +37,10 @@ class Progress:
         stage: the stage that this unit belonged to.
         step, total_steps: denoising steps done so far, over all stages of a cascade.
         seconds: time that the unit took.
-        eta: seconds until the task ends, from its own pace; None before the first step.
+        eta: seconds until the task ends: steps, decoding and saving; None once it has ended.
         message: anything a person should know (a raised memory level, the path, the error).
+        time: when it was done, in seconds since 1970 (UTC).
+        schema: the events' version, `EVENT_SCHEMA`.
     """
 
     task_id: str
@@ -43,6 +51,8 @@ class Progress:
     seconds: float
     eta: float | None = None
     message: str | None = None
+    time: float = field(default_factory=time.time)
+    schema: ClassVar[int] = EVENT_SCHEMA
 
     @property
     def fraction(self) -> float:

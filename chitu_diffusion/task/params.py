@@ -15,13 +15,18 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from chitu_diffusion.errors import UsageError, nearest, plain_number
+from chitu_diffusion.files.places import expand_home
 from chitu_diffusion.media.frame_rate import Rate, frame_rate
 from chitu_diffusion.media.image import InputImage
+from chitu_diffusion.media.input_video import InputVideo
+from chitu_diffusion.sampling.recipes import NO_RECIPE, recipe_named
 
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 20_000
 SIZE_STEP = 8
 """Pixels: the VAE's stride."""
+INPUTS = ("image", "last_image", "video")
+"""Fields that hold a picture or a video, known by its hash."""
 _WHOLE = ("height", "width", "num_frames", "num_inference_steps", "seed", "priority")
 _EXACT = 2**53
 """Below it a float holds every whole number."""
@@ -33,6 +38,7 @@ FRAME_STEP = 4
 """The VAE's stride in time: a video has 4n + 1 frames."""
 _NUMBERS = (
     "height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale", "seed", "priority",
+    "strength",
 )  # fmt: skip
 _DIFFUSERS_NAMES = MappingProxyType(
     {
@@ -50,6 +56,7 @@ _DIFFUSERS_NAMES = MappingProxyType(
         "dtype": "it is a setting: EngineConfig(infer={'dtype': 'float32'})",
         "model": "it is a setting: EngineConfig(models={'name': 'wan-tiny'})",
         "frames": "use num_frames",
+        "denoising_strength": "use strength",
         "guidance": "use guidance_scale",
         "cfg": "use guidance_scale",
         "size": "use height and width",
@@ -60,8 +67,9 @@ _DIFFUSERS_NAMES = MappingProxyType(
         "callback_steps": "callback_on_step_end is called after each step",
         "num_images_per_prompt": "use a list of prompts, engine.generate([prompt] * 2), or a seed for each",
         "image_embeds": "hand over the picture, image=",
-        "sigmas": "the model says them, in `defaults` of its chitu.json",
-        "timesteps": "the model says them, in `defaults` of its chitu.json",
+        "sigmas": "the model says them, in `defaults` of its chitu.json, or sampler_recipe",
+        "timesteps": "the model says them, in `defaults` of its chitu.json, or sampler_recipe",
+        "recipe": "use sampler_recipe; 'chitu reproduce' makes a video again from its recipe",
         "max_sequence_length": "it is the model's",
         "attention_kwargs": "use the setting infer.attn_type",
         "steps": "use num_inference_steps",
@@ -121,9 +129,15 @@ class DiffusionUserParams:
         priority: larger goes first under the priority policy.
         image: the first frame: a file's name, or in memory, see `InputImage.of`. It is stretched to the size.
         last_image: the last frame, likewise.
+        video: what a text-to-video model makes anew: a file's name, or in memory, see `InputVideo.of`. Its
+            first frames are taken as they come, as many as fit 4n + 1 and the model's own number; its shape
+            and rate count where no size or fps is asked for.
+        strength: share of the schedule that a video goes through after it was noised, 0.01 to 1; None: 0.8.
         cascade: stages of rising resolution in place of a single denoising; see `CascadeStage`.
         shift: of the noise schedule, as Wan's authors call it: a larger one spends more steps on much noise;
             None is the model's own.
+        sampler_recipe: how step-distilled weights are sampled, a name of `sampling.recipes.RECIPES`; None is
+            the model's own, "none" the usual solver.
         task_id: a label of the caller's own; letters, digits, '.', '_', '-' only.
 
     Numbers may be numpy's, and whole ones floats without a fraction, as pandas gives them.
@@ -147,9 +161,12 @@ class DiffusionUserParams:
     priority: int = 0
     image: Any = None
     last_image: Any = None
+    video: Any = None
+    strength: float | None = None
     cascade: tuple[CascadeStage, ...] | None = None
     task_id: str | None = None
     shift: float | None = None
+    sampler_recipe: str | None = None
 
     def __new__(cls, *values: Any, **fields: Any) -> Self:
         _check_names(cls, fields)
@@ -183,8 +200,11 @@ class DiffusionUserParams:
         check_integer("priority", self.priority, -(2**31), 2**31)
         check_guidance(self.guidance_scale)
         _check_shift(self.shift)
+        check_strength(self.strength)
+        object.__setattr__(self, "save_path", expand_home(self.save_path))
         _check_save_path(self.save_path)
         _check_label("task_id", self.task_id)
+        _check_recipe(self.sampler_recipe)
         if not isinstance(self.role, str) or not self.role:
             raise UsageError(f"role = {self.role!r}: must be a name", field="role")
         check_text("role", self.role)
@@ -192,6 +212,7 @@ class DiffusionUserParams:
         for name in ("image", "last_image"):
             # read now: what is asked for does not change with the file
             object.__setattr__(self, name, InputImage.of(name, getattr(self, name)))
+        object.__setattr__(self, "video", InputVideo.of(self.video))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> DiffusionUserParams:
@@ -210,13 +231,17 @@ class DiffusionUserParams:
         return cls(**{**values, "cascade": stages, "guidance_scale": pair})
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain JSON values, for the recipe in the file; of an image its name, size and hash."""
-        plain = dataclasses.replace(self, image=None, last_image=None)
-        images = {"image": self.image, "last_image": self.last_image}
+        """Plain JSON values, for the recipe in the file; of a picture or video its name, size and hash."""
+        inputs = self.inputs()
+        plain = dataclasses.replace(self, image=None, last_image=None, video=None)
         fps = str(self.fps) if isinstance(self.fps, Fraction) else self.fps
         return {**dataclasses.asdict(plain), "fps": fps} | {
-            name: None if image is None else image.to_mapping() for name, image in images.items()
+            name: given.to_mapping() for name, given in inputs.items()
         }
+
+    def inputs(self) -> dict[str, Any]:
+        """The pictures and videos that it brings, by field; each is known by its `sha256`."""
+        return {name: vars(self)[name] for name in INPUTS if vars(self)[name] is not None}
 
 
 _ONE_EACH = (
@@ -312,6 +337,16 @@ def check_guidance(value: object) -> None:
             )
 
 
+def check_strength(value: Any) -> None:
+    """Raises UsageError for what is neither None nor a share of a schedule."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and (not number or not LEAST_STRENGTH <= value <= 1):
+        raise UsageError(
+            f"strength = {value!r}: must be a number from {LEAST_STRENGTH} to 1; 0.8 is usual",
+            field="strength",
+        )
+
+
 def _check_shift(value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is not None and (not number or not LEAST_SHIFT <= value <= MOST_SHIFT):  # NaN is refused, too
@@ -342,6 +377,11 @@ def _check_label(name: str, value: object) -> None:
         raise UsageError(
             f"{name} = {value!r}: use letters, digits, '.', '_' and '-', not starting with '.'", field=name
         )
+
+
+def _check_recipe(name: object) -> None:
+    if name not in (None, NO_RECIPE):
+        recipe_named(str(name))
 
 
 def _cascade_stage(value: Any) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 
 from chitu_diffusion.errors import CheckpointError
 from chitu_diffusion.files.atomic import write_text
-from chitu_diffusion.files.reading import read_json
+from chitu_diffusion.files.reading import cause, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class FileHashes:
                 self._files.append(_OpenFile(path, stream, os.fstat(stream.fileno())))
         except OSError as error:
             self.close()
-            raise CheckpointError(f"a weights file cannot be opened: {error}", file=path) from error
+            raise CheckpointError(f"a weights file cannot be opened: {cause(error)}", file=path) from error
         self._total = sum(file.state.st_size for file in self._files)
         self._is_quick = self._total <= _QUICK
         self._recall()

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from chitu_diffusion.errors import CheckpointError
-from chitu_diffusion.files.reading import read_json
+from chitu_diffusion.files.reading import cause, read_json
 from chitu_diffusion.weights.files import few
 from chitu_diffusion.weights.hashing import SHA256, FileHashes, hashes_of, write_json
 
@@ -67,7 +67,7 @@ def read_manifest(folder: Path, cache_dir: Path | None = None) -> Manifest | Non
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise _unusable(place, str(error)) from error
+            raise _unusable(place, cause(error)) from error
         if not isinstance(data, dict) or not {"format", "origin", "files"} <= data.keys():
             continue  # somebody else's file of that name
         files = data["files"]

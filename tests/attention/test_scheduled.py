@@ -256,11 +256,11 @@ def test_a_step_that_is_never_reached_is_told(flat, model, tmp_path: Path, caplo
 
 def test_a_dry_run_says_from_which_step_on(chitu, nothing_loads) -> None:
     asked = ("generate", "a cat", "--steps", "8", "--dry-run", "--set")
-    code, out, err = chitu(*asked, "infer.attn_schedule=fa3_fp8@25%")
-    assert code == 0 and "fa3_fp8 attention after 2 of 8 steps" in out + err and "never" not in out + err
-    code, out, err = chitu(*asked, "infer.attn_schedule=fa3_fp8@20")
-    assert code == 0 and "fa3_fp8 attention after 20 of 8 steps: never reached" in out + err
-    code, out, err = chitu(*asked, "infer.attn_schedule=fa3_fp8@x")
+    code, out, err = chitu(*asked, "infer.attn_schedule=math@25%")
+    assert code == 0 and "math attention after 2 of 8 steps" in out + err and "never" not in out + err
+    code, out, err = chitu(*asked, "infer.attn_schedule=math@20")
+    assert code == 0 and "math attention after 20 of 8 steps: never reached" in out + err
+    code, out, err = chitu(*asked, "infer.attn_schedule=math@x")
     assert code == 2 and "use KERNEL@STEPS or KERNEL@PERCENT%" in err
 
 

@@ -60,9 +60,6 @@ def events(text: str) -> list[dict[str, object]]:
         (["a cat", "--set", "infer.threads=100000"], "infer.threads"),
         (["a cat", "-o", "x" * 300 + "/a.mp4"], "File name too long"),
         (["a cat", "--profile", "/dev/null"], "--profile /dev/null: File exists"),
-        (["a cat", "--model", "x" * 300], "no such model or folder"),
-        (["a cat", "--model", "~no-such-user/x"], "no such model or folder"),
-        (["a cat", "--model", "wan-tony"], "Did you mean 'wan-tiny'?"),
         ([""], "PROMPT '': must be a sentence"),
         (["  "], "must be a sentence"),
         (["a cat", "--xyzzy"], "No such option: --xyzzy. 'chitu generate --help'"),
@@ -71,8 +68,7 @@ def events(text: str) -> list[dict[str, object]]:
     ],
 )
 def test_bad_values_are_refused(chitu: Chitu, tiny_folder: Path, words: list[str], said: str) -> None:
-    model = [] if "--model" in words else ["--model", tiny_folder]
-    code, out, err = chitu("generate", *words, *model)
+    code, out, err = chitu("generate", *words, "--model", tiny_folder)
     assert (code, out) == (2, "")
     assert said in err
     assert err.startswith("error: ")
@@ -122,19 +118,19 @@ def test_help_is_quick() -> None:
 
 
 def test_first_words_come_at_once(tiny_folder: Path) -> None:
-    """A dry run does all that a run does before its first line."""
-    best = min(
-        processor_seconds("generate", "cat", "--dry-run", "--model", str(tiny_folder)) for _ in range(4)
-    )
+    """What is refused last has been checked as every run is before its first line."""
+    words = ("generate", "cat", "--model", str(tiny_folder), "--profile", f"{os.devnull}/x")
+    best = min(processor_seconds(*words, code=2) for _ in range(4))
     assert best < 1, f"the first line came after {best:.2f} s; import heavy things after it"
 
 
-def processor_seconds(*words: str) -> float:
+def processor_seconds(*words: str, code: int = 0) -> float:
     """Of a whole command in a process of its own; unlike wall time, it does not depend on what else is
     running.
     """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([*CHITU, *words], capture_output=True, env=ENVIRONMENT, check=True)
+    done = subprocess.run([*CHITU, *words], capture_output=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == code, done.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

@@ -206,9 +206,12 @@ def test_a_batch_goes_on_in_the_middle_of_a_row(begin, tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     run.send("SIGINT")
-    assert run.end()[0] == 130
+    code, said = run.end()
+    assert code == 130
+    assert "1 of 3 rows done, 2 left\n" in said
+    assert f"give the same command again to go on: chitu {' '.join(words)} --model" in said
     said = begin(*words).end()[1]
-    assert "1 of 3 rows are done already" in said and '[2/3] "a dog"' in said and "going on at step" in said
+    assert "1 of 3 rows done already" in said and '[2/3] "a dog"' in said and "going on at step" in said
     assert sorted(file.name for file in (tmp_path / "many").iterdir()) == ["cat.mp4", "dog.mp4", "fish.mp4"]
     assert not list(tmp_path.glob("cache/checkpoints/*"))
 
@@ -223,10 +226,10 @@ def test_no_resume_and_other_weights_start_over(
     given = ("generate", *WORDS, "-o", "a.npy", "--model", tiny_folder)
     code, _, said = chitu(*given, "--set", "infer.sampler=euler")
     assert code == 0 and "starting over: it was made with sampler unipc, here euler" in said
-    run = begin("generate", *WORDS, "-o", "a.npy")
+    run = begin("generate", *WORDS, "-o", "a.npy", "--overwrite")
     wait_for_step(tmp_path, 3)
     run.kill()
-    code, _, said = chitu(*given, "--no-resume")
+    code, _, said = chitu(*given, "--no-resume", "--overwrite")
     assert code == 0 and "going on" not in said and "starting over" not in said
     code, _, said = chitu(*given)
     assert code == 0 and "going on" not in said, "what was started over from is gone"

@@ -113,6 +113,8 @@ def test_what_cannot_be_compared_is_refused(chitu, tmp_path) -> None:
 )
 def test_a_folder_that_cannot_be_made_is_refused_before_the_work(chitu, tmp_path, words) -> None:
     (tmp_path / "file").write_text("")
+    for name, frames in zip(("a.npy", "b.npy"), videos(), strict=True):
+        np.save(name, frames)
     code, _, err = chitu("eval", *words, "-o", tmp_path / "file" / "found")
     assert code == 2 and "file/found: Not a directory; use another folder" in err
     assert "loading" not in err and "no file" not in err

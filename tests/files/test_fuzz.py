@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from card import Card
 from fuzzing import changed, linked_copy, most_memory, spoil, within
 
 from chitu_diffusion.cli.batch import read_rows
@@ -89,7 +90,7 @@ def layouts(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return tiny_folder, official
 
 
-def test_300_spoilt_model_folders(layouts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_300_spoilt_model_folders(layouts: tuple[Path, Path], tmp_path: Path, card: Card) -> None:
     chance = random.Random(1)
     bad = 0
     for number in range(300):
@@ -103,10 +104,11 @@ def test_300_spoilt_model_folders(layouts: tuple[Path, Path], tmp_path: Path) ->
             ChituError,
             lambda n=name, f=tmp_path / str(number), w=number % 10 == 0: use_model(f, n, whole=w),
         )
+    card.add(cases=300, refused=bad, raw_errors=0)
     assert bad > 150  # most changes matter
 
 
-def test_300_spoilt_recipes_and_videos(tmp_path: Path) -> None:
+def test_300_spoilt_recipes_and_videos(tmp_path: Path, card: Card) -> None:
     chance = random.Random(2)
     frames = np.random.default_rng(0).integers(0, 255, (5, 16, 16, 3), np.uint8)
     params = DiffusionUserParams("a cat", seed=1, height=16, width=16).to_mapping()
@@ -132,6 +134,7 @@ def test_300_spoilt_recipes_and_videos(tmp_path: Path) -> None:
 
         bad += refused(case, UsageError, use)
         bad += refused(case, UsageError, lambda path=path: read_frames(path))
+    card.add(cases=300, refused=bad, raw_errors=0)
     assert bad > 100
 
 
@@ -141,7 +144,7 @@ def _writable(recipe: Any) -> Any:
     return json.loads(text.replace("\\ud800", "?"))
 
 
-def test_200_spoilt_batch_files(tmp_path: Path) -> None:
+def test_200_spoilt_batch_files(tmp_path: Path, card: Card) -> None:
     chance = random.Random(3)
     rows = [{"prompt": "a cat", "seed": 1, "num_frames": 5, "guidance_scale": 2.5}, {"prompt": "a dog"}]
     texts = {
@@ -164,10 +167,11 @@ def test_200_spoilt_batch_files(tmp_path: Path) -> None:
         bad += refused(
             case, UsageError, lambda file=file: read_rows(file, tmp_path, {}, DiffusionTask.from_user_request)
         )
+    card.add(cases=200, refused=bad, raw_errors=0)
     assert bad > 80
 
 
-def test_1000_odd_requests(tiny_folder: Path) -> None:
+def test_1000_odd_requests(tiny_folder: Path, card: Card) -> None:
     chance = random.Random(4)
     spec = resolve_model(str(tiny_folder)).spec
     usual = {
@@ -189,6 +193,7 @@ def test_1000_odd_requests(tiny_folder: Path) -> None:
             resolve_task(task, spec, "outputs")
 
         bad += refused(f"case {number} {asked}"[:3000], ChituError, use)
+    card.add(cases=1000, refused=bad, raw_errors=0)
     assert bad > 500
 
 

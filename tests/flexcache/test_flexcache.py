@@ -278,6 +278,6 @@ def test_caps_hold_before_a_task_is_taken_in(tiny_folder, make_config, monkeypat
         engine.submit(DiffusionUserParams("a cat", flexcache="meancache"))
     with Engine(make_config(tiny_folder)) as engine:
         peak = engine.backend.memory_estimate().peak(4, 8, 5, 32, 32)
-        monkeypatch.setattr("chitu_diffusion.pipelines.admission.total_memory", lambda device: peak + 1)
+        monkeypatch.setattr("chitu_diffusion.pipelines.admission.usable_memory", lambda device: peak + 1)
         with pytest.raises(WillNotFitError, match="use flexcache meancache"):
             engine.submit(DiffusionUserParams("a cat", flexcache="taylorseer"))

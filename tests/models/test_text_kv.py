@@ -350,14 +350,15 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
     """
     with gpu:
         network = WanTransformer(CONFIG).requires_grad_(False)
+    sampler = Sampler(name, {"flow_shift": 3.0})
     lent: Any = SimpleNamespace(
         device=gpu,
         groups=ProcessGroups(),
-        sampler=Sampler(name, {"flow_shift": 3.0}),
+        sampler_for=lambda recipe: sampler,
         model_pool=[network],
         attention=sdpa,
         choose_attention=lambda tokens, expert: None,
-        set_precision=lambda expert, timestep, shift: False,
+        set_precision=lambda expert, timestep, state: False,
         compile_note=lambda: None,
         flexcache_manager=FlexCacheManager(),
         offload=SimpleNamespace(use=lambda name: None, prefetched_blocks=lambda name: None),
@@ -373,7 +374,7 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
     task.num_inference_steps = 6
     task.buffer.conditioning = torch.randn(2, 16, CONFIG.text_dim, device=gpu)
     task.buffer.latent = torch.randn(1, 6, 2, 4, 4, device=gpu)
-    task.buffer.sampler = lent.sampler.begin(6)
+    task.buffer.sampler = sampler.begin(6)
     units = stages.Stages(lent)
     units._denoise(task)
     for step in range(1, 6):

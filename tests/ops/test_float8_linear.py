@@ -228,10 +228,8 @@ def test_numbers_without_8_bit_products_are_announced(
         DiffusionBackend(make_config(tiny_folder, infer__quant="fp8"))
 
 
-def test_a_dry_run_says_that_it_is_lossy(
-    chitu: Callable[..., tuple[int, str, str]], tiny_folder: Path
-) -> None:
-    code, _, told = chitu("generate", "a fish", "--model", tiny_folder, "--quant", "fp8", "--dry-run")
+def test_a_dry_run_says_that_it_is_lossy(chitu: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, told = chitu("generate", "a fish", "--quant", "fp8", "--dry-run")
     assert code == 0 and "fp8 linear layers after 25% of the steps" in told and "lossy" in told
-    code, _, told = chitu("generate", "a fish", "--model", tiny_folder, "--quant", "fp9", "--dry-run")
+    code, _, told = chitu("generate", "a fish", "--quant", "fp9", "--dry-run")
     assert code == 2 and "--quant" in told

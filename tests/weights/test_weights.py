@@ -435,7 +435,7 @@ def test_names_ids_and_folders(experts: Path) -> None:
     for spec in FULL_SIZE.values():
         for name in (spec.name, spec.name.lower(), *spec.hub_ids):
             assert resolve_model(name)[0] == spec
-    with pytest.raises(UsageError, match=r"'Wan2\.1-T2V-14B'"):
+    with pytest.raises(ModelMissingError, match=r"'Wan2\.1-T2V-14B'"):
         resolve_model("Wan2.1-T2V-14")
     spec, folder = resolve_model(str(experts))
     assert folder.path == experts and spec.boundary == 0.875 and len(spec.transformers) == 2
