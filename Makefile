@@ -4,11 +4,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/pip -qq --disable-pip-version-check --no-input
-TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+QUIET := -qq --disable-pip-version-check --no-input
+PIP := $(BIN)/python -m pip $(QUIET)
+PINNED := $(shell sed -n '/^[a-zA-Z]/p' constraints.txt)
+TORCH := $(filter torch==%,$(PINNED))
+TORCH_INDEX ?=
+TORCH_FROM := $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX))
+# compat: a path, where the default is a hook that type checkers and editors do not run
+EDITABLE := --config-settings editable_mode=compat
 WORKERS ?= 2
 
-.PHONY: demo test test-training card check install clean
+# A step of an installation: its name, what it runs, the seconds that it took.
+step = @printf '  %s ... ' '$(1)'; SECONDS=0; $(2) && echo "$$SECONDS s"
+
+.PHONY: demo test test-training card check install lowest docker-steps clean
 
 demo: $(STAMP)
 	@$(BIN)/chitu generate "A cat walking on grass" --seed 1 -o outputs/demo.mp4
@@ -31,15 +40,33 @@ check: $(STAMP)
 
 install: $(STAMP)
 
-# torch comes first and alone: so pip takes the pinned build, and does not search for another one later
-# (compat: a path, where the default is a hook that type checkers and editors do not run)
-$(STAMP): pyproject.toml constraints.txt Makefile
-	@echo "setting up $(VENV) (once; some minutes, by network and disk) ..."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install "$(TORCH)" -c constraints.txt
-	@$(PIP) install -e ".[dev]" --config-settings editable_mode=compat -c constraints.txt
+# The lowest versions that pyproject.toml allows, together, in an environment of their own; torch stays as pinned, since
+# indexes keep its older CPU builds under another name.
+LOWEST := $(VENV)/lowest
+LOWEST_TESTS ?= tests/files tests/media tests/models tests/pipelines tests/sampling tests/weights tests/ops \
+	tests/test_config.py tests/test_engine.py
+
+lowest:
+	@$(PYTHON) -m venv $(LOWEST)
+	@sed -n 's/^ *"\([a-z_-]*\)>=\([0-9.]*\)["; ].*/\1==\2/p' pyproject.toml | grep -v '^torch=' > $(LOWEST)/lowest.txt
+	$(call step,the lowest versions of pyproject.toml,$(LOWEST)/bin/pip $(QUIET) install $(TORCH) -r $(LOWEST)/lowest.txt)
+	$(call step,this project,$(LOWEST)/bin/pip $(QUIET) install --no-build-isolation --no-deps -e . $(EDITABLE))
+	@OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
+
+# What the Dockerfile does, as far as it can be done without Docker, in a fresh folder.
+docker-steps:
+	@folder=$$(mktemp -d) && $(PYTHON) tests/dockerfile.py $$folder/image && rm -rf $$folder
+
+# torch comes first and alone: so pip takes the pinned build, and does not search for another one later.
+# Nothing is fetched for building, so that a change of these files needs no network.
+$(STAMP): pyproject.toml setup.py constraints.txt Makefile
+	@echo "setting up $(VENV), once: 2.2 GB with torch's CPU build, 6 GB with its CUDA build"
+	@echo "TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the CPU build; after Ctrl+C the same command goes on"
+	$(call step,1 of 3: a virtual environment,$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV))
+	$(call step,2 of 3: $(TORCH) (190 MB for CPUs or 3 GB for CUDA),$(PIP) install $(TORCH) $(TORCH_FROM) -c constraints.txt)
+	$(call step,3 of 3: $(words $(PINNED)) packages in all (300 MB more),$(PIP) install --no-build-isolation -e ".[dev]" $(EDITABLE) -c constraints.txt)
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
