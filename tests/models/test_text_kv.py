@@ -352,6 +352,7 @@ def test_no_step_waits_for_the_device(gpu, mode, name, monkeypatch) -> None:
         network = WanTransformer(CONFIG).requires_grad_(False)
     sampler = Sampler(name, {"flow_shift": 3.0})
     lent: Any = SimpleNamespace(
+        use_adapters=lambda loras: None,
         device=gpu,
         groups=ProcessGroups(),
         sampler_for=lambda recipe: sampler,
