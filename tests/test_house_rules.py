@@ -28,7 +28,7 @@ BUDGETS = {
     "distributed": 2145,
     "evaluation": 2125,
     "executor": 1940,
-    "files": 560,
+    "files": 570,
     "flexcache": 2770,
     "media": 1520,
     "memory": 680,

@@ -23,6 +23,7 @@ MOST_BYTES = 16 * 2**20
 _MOST_DEPTH = 64
 _MOST_DIGITS = 40  # tokenizers have a length of 1e30
 _LONGEST_CAUSE = 300
+_LONGEST_NAME = 40
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -92,7 +93,7 @@ def parse_json(text: str | bytes, *, checks_text: bool = True) -> Any:
         ValueError: it is no such text; says why.
     """
     try:
-        value = json.loads(text, parse_int=_whole)
+        value = json.loads(text, parse_int=_whole, object_pairs_hook=_without_doubles)
     except RecursionError:
         raise ValueError(f"it is nested more than {_MOST_DEPTH} deep") from None
     _check_depth(value)
@@ -112,6 +113,15 @@ def read_json(path: str | Path, most: int = MOST_BYTES) -> Any:
         OSError, ValueError: as `read_text` and `parse_json`.
     """
     return parse_json(read_text(path, most))
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:_LONGEST_NAME]!r} stands twice in one object; leave one of them")
+    return found
 
 
 def _whole(digits: str) -> int:

@@ -180,7 +180,7 @@ class DiffusionUserParams:
     def __post_init__(self) -> None:
         for name in _NUMBERS:
             object.__setattr__(self, name, plain_number(vars(self)[name]))
-        if not isinstance(self.prompt, str) or not self.prompt.strip():
+        if not isinstance(self.prompt, str) or not any(map(_is_seen, self.prompt)):
             raise UsageError(
                 f"prompt = {self.prompt!r}: must be a sentence, such as 'a red car'", field="prompt"
             )
@@ -254,6 +254,10 @@ _ONE_EACH = (
     "one for each request; for several use engine.generate([DiffusionUserParams(prompt, {name}=each) for "
     "each in ...])"
 )
+
+
+def _is_seen(sign: str) -> bool:
+    return sign.isprintable() and not sign.isspace()
 
 
 def _check_names(kind: type[DiffusionUserParams], given: Iterable[str]) -> None:

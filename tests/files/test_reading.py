@@ -41,6 +41,7 @@ def test_a_file_has_a_limit_of_bytes(tmp_path: Path) -> None:
         ("[" * 65 + "]" * 65, "nested more than 64 deep"),
         ('{"a": 1' + "0" * 400 + "}", "401 digits"),
         ('{"a": "\\ud800"}', "half of a surrogate pair"),
+        ('{"a": {"seed": 1, "b": 3, "seed": 2}}', "'seed' stands twice"),
         ("{", "Expecting"),
     ],
 )
