@@ -46,7 +46,7 @@ def build() -> typer.Typer:
         no_args_is_help=True,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
-        help="chitu_diffusion: from a sentence to a video, with Wan text-to-video models.",
+        help="chitu_diffusion: from a sentence, a picture or a video to a video, with Wan's models.",
         epilog='Begin with: chitu generate "A cat walking on grass"',
     )
     app.callback()(_common)
@@ -89,7 +89,7 @@ def _common(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and stop."),
     ] = False,
 ) -> None:
-    """chitu_diffusion: from a sentence to a video, with Wan text-to-video models."""
+    """chitu_diffusion: from a sentence, a picture or a video to a video, with Wan's models."""
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -159,7 +159,7 @@ def _devices() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         ask = "see why its driver does not answer (nvidia-smi)" if built else "install torch's CUDA build"
-        remedy = f"none needed without one; with an NVIDIA GPU, {ask}"
+        remedy = f"if this machine has an NVIDIA GPU, {ask}"
         yield Finding("gpu", "note", "none that torch can use; the CPU runs wan-tiny", remedy)
         return
     for index in range(torch.cuda.device_count()):

@@ -84,6 +84,8 @@ def check_save_path(path: str | os.PathLike[str]) -> str:
 
 
 def _check_place(kind: str, target: Path) -> None:
+    if target.name == "-":
+        raise _refused(target, "videos are not written to stdout; name a file, such as cat.mp4")
     if kind == FOLDER and target.is_dir():
         _check_ours(target)
     elif kind == FOLDER and os.path.lexists(target):

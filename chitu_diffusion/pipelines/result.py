@@ -84,8 +84,8 @@ class VideoResult:
         """
         if not len(self.frames):
             raise UsageError(
-                f"task {self.task.task_id} is {self.task.status} and has no frames here to save; of several "
-                "ranks the first has them",
+                f"task {self.task.task_id} is {self.task.status} and has no frames here to save"
+                f"{'; of several ranks the first has them' if self.task.status == 'finished' else ''}",
                 field="frames",
             )
         if not isinstance(path, str | os.PathLike):
@@ -98,9 +98,8 @@ class VideoResult:
     def __repr__(self) -> str:
         count, height, width, _ = self.frames.shape
         prompt = self.task.params.prompt
-        return (
-            f"<VideoResult {prompt[:60]!r}, seed {self.seed}: {counted(count, 'frame')} of {width}x{height}>"
-        )
+        found = f"{counted(count, 'frame')} of {width}x{height}" if count else f"none, {self.task.status}"
+        return f"<VideoResult {prompt[:60]!r}, seed {self.seed}: {found}>"
 
     def _repr_html_(self) -> str | None:
         """For a notebook: a small mp4 inside the page."""

@@ -276,7 +276,7 @@ def _safetensors_entries(path: Path) -> tuple[dict[str, Stored], int]:
         )
     ):
         with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
+            (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))
             if length > min(MOST_BYTES, size - 8):
                 raise CheckpointError(
                     "a weights file is truncated or no safetensors file", file=path, found=f"{size} bytes"

@@ -62,6 +62,7 @@ def events(text: str) -> list[dict[str, object]]:
         (["a cat", "--profile", "/dev/null"], "--profile /dev/null: File exists"),
         ([""], "PROMPT '': must be a sentence"),
         (["  "], "must be a sentence"),
+        (["a cat", "-o", "-"], "videos are not written to stdout"),
         (["\x07\u200b "], "must be a sentence"),
         (["a cat", "--xyzzy"], "No such option: --xyzzy. 'chitu generate --help'"),
         (["a cat", "--frames", "many"], "--frames"),
