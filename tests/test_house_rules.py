@@ -24,7 +24,7 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
     "": 2355,
     "attention": 2060,
-    "cli": 3830,
+    "cli": 3840,
     "distributed": 2145,
     "evaluation": 2125,
     "executor": 1940,
@@ -32,12 +32,12 @@ BUDGETS = {
     "flexcache": 2770,
     "media": 1520,
     "memory": 680,
-    "models": 4520,
+    "models": 4530,
     "ops": 1815,
     "pipelines": 3720,
     "sampling": 1160,
     "task": 1130,
-    "adapters": 680,
+    "adapters": 690,
     "weights": 1180,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the

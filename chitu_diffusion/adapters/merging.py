@@ -75,6 +75,10 @@ def check_adapters(loras: Sequence[Lora], configs: Sequence[WanConfig]) -> list[
                 f"model ({few(unplaced or file.modules)}); use an adapter of this network",
                 field="lora",
             )
+        if key := next((key for each in placed if (key := _key_that_is_not_finite(file, each))), ""):
+            raise UsageError(
+                f"lora = {lora.path!r}: it has NaN or Inf ({key}); use a file that is whole", field="lora"
+            )
         if not any(_is_something(file, each) for each in placed):
             raise UsageError(
                 f"lora = {lora.path!r}: all of its changes are zero; use another file, or leave it out",
@@ -85,11 +89,19 @@ def check_adapters(loras: Sequence[Lora], configs: Sequence[WanConfig]) -> list[
     return notes
 
 
+def _key_that_is_not_finite(file: AdapterFile, placed: PlacedChange) -> str:
+    """The first key of a change whose values are not all numbers; "" where there is none."""
+    parts = file.parts(placed.change, torch.device("cpu"))
+    return next((placed.change.keys[part] for part in parts if not parts[part].isfinite().all()), "")
+
+
 def _is_something(file: AdapterFile, placed: PlacedChange) -> bool:
     """Whether a change can be other than zero: none of the factors that it is a product of is zero."""
     parts = file.parts(placed.change, torch.device("cpu"))
     if placed.kind.replaces or "dora" in parts:
         return True
+    if placed.change.alpha == 0 and "down" in parts:
+        return False
     return all(bool(parts[part].any()) for part in placed.kind.needs)
 
 
@@ -128,7 +140,8 @@ class AdaptedNetwork:
         """Merge these, and only these, in their order.
 
         Raises:
-            UsageError: a file that has changed since, or changes that are all lost in rounding.
+            UsageError: a file that has changed since, changes that are all lost in rounding, or one that
+                leaves NaN or Inf.
         """
         wanted = tuple(each for each in loras if each.strength and each.is_for(self._expert))
         if wanted == self._merged:
@@ -145,6 +158,13 @@ class AdaptedNetwork:
                 parts = file.parts(placed.change, self._device)
                 changed_weight(placed.kind, parts, placed.change.alpha, value, start, lora.strength)
             merged = value.to(base.dtype)
+            if not merged.isfinite().all():  # attention may hide it from who looks at the latents
+                raise UsageError(
+                    f"lora = {', '.join(str(each) for each, _, _ in sources.get(name, ()))}: {name} would "
+                    f"have NaN or Inf in {str(base.dtype).removeprefix('torch.')}; use a whole file, or a "
+                    "smaller strength",
+                    field="lora",
+                )
             differs = differs or not torch.equal(merged, base)
             self._write(name, merged)
             if name not in sources:

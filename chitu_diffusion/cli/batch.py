@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
@@ -78,7 +79,7 @@ class Taken:
         Raises:
             UsageError: an earlier row has its file, a folder above or below it, or its task id.
         """
-        path = Path(row.path)
+        path = Path(os.path.realpath(row.path))  # a folder may have two names, one of them a link
         label = row.params.task_id
         other = next(
             (self.files[place] for place in (path, *path.parents) if place in self.files),

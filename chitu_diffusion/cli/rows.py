@@ -107,7 +107,10 @@ def _csv(text: str, known: Collection[str], note: Callable[[str], None]) -> Rows
         delimiter = first[4]
         text = rest
         skipped = 1
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=_TOO_MANY, delimiter=delimiter)
+    # strict: a quote that is never closed would take all rows below it into one prompt
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), restkey=_TOO_MANY, delimiter=delimiter, strict=True
+    )
     try:
         names = [name.strip().lower() for name in reader.fieldnames or ()]
         reader.fieldnames = names
@@ -120,7 +123,7 @@ def _csv(text: str, known: Collection[str], note: Callable[[str], None]) -> Rows
             if any(record.values()):
                 yield reader.line_num + skipped, _record(record, delimiter)
     except csv.Error as error:
-        yield reader.line_num + skipped, UsageError(f"not CSV: {error}")
+        yield reader.line_num + skipped, UsageError(f"not CSV: {error}; no row from here on is read")
 
 
 def _names(line: str, delimiter: str) -> list[str]:

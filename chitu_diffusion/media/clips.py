@@ -114,7 +114,10 @@ def _movie(file: Path) -> Iterator[tuple[Any, Any]]:
 
 def _movie_facts(file: Path) -> Facts:
     with _movie(file) as (container, stream):
-        height, width = next(_upright(container.decode(stream))).shape[:2]
+        first = next(_upright(container.decode(stream)), None)
+        if first is None:
+            raise ValueError("no picture in it can be decoded; it may be cut off")
+        height, width = first.shape[:2]
         rate = stream.average_rate
     with _movie(file) as (container, stream):
         count = 0

@@ -96,6 +96,7 @@ _LIMITS: Mapping[Role, Mapping[str, limits.Limit]] = {
     "vae": limits.VAE,
     "text_encoder": limits.TEXT_ENCODER,
 }
+_NEEDED: Mapping[Role, tuple[str, ...]] = {"vae": ("latents_mean", "latents_std")}
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,11 @@ def _read_diffusers(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
         if part.library == "diffusers":
             _expect_class(folder / role / "config.json", config, part.class_name)
         limits.check_limits(config, _LIMITS[role], folder / role / "config.json")
+        for key in _NEEDED.get(role, ()):
+            if key not in config:  # diffusers would take another model's
+                raise CheckpointError(
+                    "a config lacks a field", file=folder / role / "config.json", key=key, expected="numbers"
+                )
         components[role] = Component(role, folder / role, config)
     limits.check_limits(index, limits.BOUNDARY, file)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")

@@ -21,7 +21,7 @@ from typing import Any
 
 from chitu_diffusion.errors import CheckpointError
 from chitu_diffusion.files.atomic import write_text
-from chitu_diffusion.files.reading import cause, read_json
+from chitu_diffusion.files.reading import cause, read_json, require_regular
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ class FileHashes:
         self._over = threading.Event()
         try:
             for path in files:
+                require_regular(path)  # to open a pipe would be to wait for ever
                 stream = path.open("rb")
                 self._files.append(_OpenFile(path, stream, os.fstat(stream.fileno())))
         except OSError as error:

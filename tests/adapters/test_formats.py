@@ -335,6 +335,18 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
         },
         "all of its changes are zero",
     ),
+    "of alpha zero": (
+        {
+            "blocks.0.self_attn.q.lora_down.weight": torch.ones(2, 60),
+            "blocks.0.self_attn.q.lora_up.weight": torch.ones(60, 2),
+            "blocks.0.self_attn.q.alpha": torch.zeros(()),
+        },
+        "all of its changes are zero",
+    ),
+    "not finite": (
+        {"blocks.0.self_attn.q.diff": torch.full((60, 60), float("inf"))},
+        "it has NaN or Inf .blocks.0.self_attn.q.diff",
+    ),
     "misshapen": (
         {
             "blocks.0.self_attn.q.lora_down.weight": torch.ones(2, 60),
@@ -398,6 +410,18 @@ def test_a_change_that_is_lost_in_rounding_is_refused(tmp_path) -> None:
     with pytest.raises(UsageError, match="smaller than a rounding"):
         own.use([Lora(str(path))])
     own.use([])
+
+
+@pytest.mark.parametrize("strength", [1e25, float("nan")])
+def test_a_merge_that_is_not_finite_is_refused_and_leaves_nothing(network, tmp_path, strength) -> None:
+    before = state_of(network)
+    sizes = {"blocks.0.self_attn.q": SHAPES["blocks.0.attn1.to_q.weight"]}
+    path, _ = lora_of(tmp_path / "a.safetensors", sizes, strength=strength)
+    own = adapted(network)
+    with pytest.raises(UsageError, match=r"blocks.0.* would have NaN or Inf in float32"):
+        own.use([Lora(str(path))])
+    own.use([])
+    assert all(torch.equal(value, before[name]) for name, value in state_of(network).items())
 
 
 def test_names_of_both_layouts_never_meet() -> None:

@@ -161,6 +161,20 @@ def test_batch_files_that_cannot_be(chitu: Chitu, tiny_folder: Path, name: str) 
     assert name in err
 
 
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("names", [("r/x.mp4", "l/x.mp4"), ("r/", "l/"), ("l/", "r/x.mp4")])
+def test_one_place_under_two_names_is_one_place(
+    chitu: Chitu, tiny_folder: Path, names: tuple[str, str]
+) -> None:
+    Path("out/r").mkdir(parents=True)
+    Path("out/l").symlink_to("r")
+    rows = [json.dumps({"prompt": name, "save_path": name}) for name in names]
+    Path("rows.jsonl").write_text("\n".join(rows))
+    code, _, err = chitu("batch", "rows.jsonl", "-o", "out", "--model", tiny_folder)
+    assert code == 2
+    assert "line 2: " in err and "line 1 has the same" in err
+
+
 CLASHES = [
     [{"prompt": "a", "task_id": "t"}, {"prompt": "b", "task_id": "t"}],
     [{"prompt": "a", "save_path": "f"}, {"prompt": "b", "save_path": "f/"}],
@@ -191,6 +205,7 @@ STAGE = '"height": 32, "width": 32, "num_inference_steps": 2'
     [
         ("r.jsonl", "[" * 100_000, "not JSON"),
         ("r.csv", "prompt\n" + "x" * 140_000, "not CSV: field larger"),
+        ("r.csv", 'prompt\n"a\nb\nc\n', "not CSV: unexpected end of data; no row from here on is read"),
         ("r.csv", "prompt,prompt\na,b\n", "a name twice"),
         ("r.csv", "prompt,seed\na,1,2\n", "more cells than the header"),
         ("r.csv", "prompt,cascade\na,b\n", "cascade = 'b': use stages"),

@@ -121,6 +121,13 @@ def test_what_is_no_video_is_refused_in_words(tmp_path):
         list(clip_frames(tmp_path / "large.npy"))
 
 
+def test_a_video_of_which_nothing_can_be_decoded_is_refused_in_words(tmp_path, monkeypatch):
+    path = encoded(tmp_path / "a.mp4", "mpeg4", film(), Fraction(10))
+    monkeypatch.setattr("chitu_diffusion.media.clips._upright", lambda frames: iter(()))
+    with pytest.raises(UsageError, match="no picture in it can be decoded"):
+        InputVideo.of(path)
+
+
 def test_more_bytes_or_pixels_than_the_limits_are_refused(tmp_path, monkeypatch):
     path = encoded(tmp_path / "a.mp4", "mpeg4", film(), Fraction(10))
     np.lib.format.open_memmap(tmp_path / "wide.npy", "w+", np.uint8, (1, 1, 9000, 3))

@@ -190,3 +190,15 @@ def test_a_single_file_is_named(name: str, words: str, tmp_path: Path) -> None:
 def test_other_files_of_an_official_folder_are_none_that_lie_about(tiny_folder: Path, tmp_path: Path) -> None:
     convert(tiny_folder, tmp_path / "official", "official")
     assert not [finding for finding in verify(tmp_path / "official") if "not read" in finding.message]
+
+
+@pytest.mark.parametrize("key", ["latents_mean", "latents_std"])
+def test_a_vae_without_its_latents_scale_is_refused(tiny_folder: Path, tmp_path: Path, key: str) -> None:
+    """The library would take another model's, and the colours would be wrong without a word."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    file = folder / "vae" / "config.json"
+    config = json.loads(file.read_text())
+    config[f"{key}_"] = config.pop(key)
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"lacks a field.*{key}"):
+        resolve_model(str(folder))

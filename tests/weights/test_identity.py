@@ -106,6 +106,12 @@ def test_a_memory_that_is_no_file_holds_nobody_up(tmp_path) -> None:
     assert hashes_of([file], tmp_path) == {file: plain(file)}
 
 
+def test_a_pipe_among_the_weights_is_refused_at_once(tmp_path) -> None:
+    os.mkfifo(tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="it is a pipe; use a regular file"):
+        FileHashes([tmp_path / "a.safetensors"])
+
+
 def test_what_is_remembered_is_not_hashed_again_until_it_changes(tmp_path, monkeypatch) -> None:
     file = tmp_path / "w.safetensors"
     file.write_bytes(b"weights")

@@ -328,7 +328,11 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str, str | None]] = {
         "scale",
     ),
     "truncated": (truncated, "truncated; .*expected: \\d+ bytes; found: \\d+ bytes", None),
-    "no header": (lambda f: (f / f"{STEM}.safetensors").write_bytes(b"not it"), "truncated or no safetensors", None),
+    "no header": (
+        lambda f: (f / f"{STEM}.safetensors").write_bytes(b"not it"),
+        "truncated or no safetensors",
+        None,
+    ),
     "page of html": (
         lambda f: (f / f"{STEM}.safetensors").write_bytes(b"<html>404</html>"),
         "truncated or no safetensors",
