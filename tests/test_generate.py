@@ -80,6 +80,22 @@ def test_a_path_is_written_too(engine, tmp_path):
     assert np.array_equal(read_frames(tmp_path / "cat.npy"), result.frames)
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.npy", "frames/"])
+def test_what_another_put_there_meanwhile_is_not_replaced(engine, tmp_path, name):
+    """Two of one path, of one engine or of two: the first one stays, and the second says so."""
+    path = f"{tmp_path}/{name}"
+    first, other = (engine.submit(prompt, seed=1, save_path=path) for prompt in ("a cat", "a dog"))
+    with pytest.raises(StageError, match="another run has put .* there since this one began"):
+        engine.run_until_idle()
+    assert (first.status, other.status) == (TaskStatus.FINISHED, TaskStatus.FAILED)
+    assert read_recipe(path)["prompt"] == "a cat"
+    assert engine.submit("a bird", seed=1, save_path=path).wait()
+    assert read_recipe(path)["prompt"] == "a bird"  # what stood there before may be replaced, as ever
+    twice = [engine.submit("a bird", seed=1, save_path=path) for _ in range(2)]
+    engine.run_until_idle()
+    assert {task.status for task in twice} == {TaskStatus.FINISHED}
+
+
 def test_a_list_gives_a_list_in_order_each_with_a_seed_of_its_own(engine):
     prompts = [CAT, DiffusionUserParams(prompt="a red fish", seed=9), CAT]
     results = engine.generate(prompts, num_inference_steps=2)

@@ -79,3 +79,12 @@ def temporary_folder() -> Path | None:
         return Path(tempfile.gettempdir())
     except FileNotFoundError:
         return None
+
+
+def identity(place: str | os.PathLike[str]) -> tuple[int, ...] | None:
+    """What tells the file or folder at a name from any other that may stand there; None where none does."""
+    try:
+        state = os.lstat(place)
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns

@@ -12,6 +12,7 @@ from chitu_diffusion.adapters.merging import check_adapters
 from chitu_diffusion.attn_schedule import AttnSchedule
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import WillNotFitError, counted
+from chitu_diffusion.files.places import identity
 from chitu_diffusion.media.video import check_save_path, check_space
 from chitu_diffusion.memory.device import top_useful_level, usable_memory
 from chitu_diffusion.memory.offload import TOP_LEVEL
@@ -57,6 +58,7 @@ class Admission:
         cache = check_cache(resolved, self._spec, self._item, self._cache_limit)
         if resolved.save_path is not None:
             check_save_path(resolved.save_path)
+            task.replaces = identity(resolved.save_path)
             place = (resolved.save_path, resolved.num_frames or 1, resolved.height or 0, resolved.width or 0)
             check_space([place], self._quality)
         for stage in stages_of(resolved):

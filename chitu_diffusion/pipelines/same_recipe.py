@@ -6,6 +6,9 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from chitu_diffusion.errors import OutputError, UsageError
+from chitu_diffusion.files.places import identity
+from chitu_diffusion.media.reading import read_recipe
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.pipelines.fingerprint import adapters_of, differences, sampler_of
 from chitu_diffusion.task import DiffusionTask
@@ -57,3 +60,34 @@ def same_recipe(
     shift = resolved.shift or loaded["sampler"]["shift"]
     sampler = sampler_of(spec.with_recipe(resolved.sampler_recipe), shift)
     return differences(made, {**loaded, "adapters": adapters_of(resolved.lora), "sampler": sampler})
+
+
+def require_own_place(task: DiffusionTask, path: str, recipe: Mapping[str, Any]) -> None:
+    """Whether nobody has put another video at a task's path since an engine took the task in.
+
+    Args:
+        recipe: of the video that is to stand there; one of the same recipe may be replaced.
+
+    Raises:
+        OutputError: somebody has.
+    """
+    if task.replaces == () or identity(path) in (None, task.replaces):
+        return
+    try:
+        same = _of_the_video(read_recipe(path)) == _of_the_video(recipe)
+    except (UsageError, OSError):
+        same = False
+    if not same:
+        raise OutputError(
+            f"another run has put '{path}' there since this one began, and it shows something else; give the "
+            "same command again with another name"
+        )
+
+
+def _of_the_video(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as it is read from a file, without what each run has for itself."""
+    read = json.loads(json.dumps(dict(recipe), default=str))
+    kept = {name: value for name, value in read.items() if name != "seconds"}
+    if isinstance(params := kept.get("params"), dict):
+        kept["params"] = {name: value for name, value in params.items() if name not in _NOT_OF_THE_VIDEO}
+    return kept

@@ -38,6 +38,7 @@ from chitu_diffusion.pipelines.recipe import recipe_of
 from chitu_diffusion.pipelines.registry import pipeline_of
 from chitu_diffusion.pipelines.request import guidance_pair, resolve_task, stages_of, steps_of
 from chitu_diffusion.pipelines.request_notes import request_notes
+from chitu_diffusion.pipelines.same_recipe import require_own_place
 from chitu_diffusion.pipelines.text_to_video import TextToVideo
 from chitu_diffusion.pipelines.time_left import TimeLeft
 from chitu_diffusion.sampling.library import SamplerState
@@ -361,6 +362,7 @@ class Stages:
         if resolved.save_path is None:
             task.end(TaskStatus.FINISHED)
             return None
+        require_own_place(task, resolved.save_path, recipe)
         path = write_video(
             frames,
             resolved.save_path,

@@ -80,7 +80,9 @@ class DiffusionTask(FollowedTask):
     `params` is the request as asked; `resolved` is filled when an engine takes it in, or by
     the first unit: the same with every None replaced by the model's own value. `current_step` counts
     denoising steps done; `num_inference_steps` is their number. `resumed` is set where it went on from a
-    checkpoint. `error` is set when `status` is failed. `notes` are the messages of its units.
+    checkpoint. `error` is set when `status` is failed. `notes` are the messages of its units. `replaces` is
+    what stood at its path when an engine took it in (`files.places.identity`; () before that): what another
+    writer put there since is not replaced.
     """
 
     task_id: str
@@ -101,6 +103,7 @@ class DiffusionTask(FollowedTask):
     created_at: float = field(default_factory=time.time)
     started_at: float | None = None
     finished_at: float | None = None
+    replaces: tuple[int, ...] | None = ()
 
     @classmethod
     def from_user_request(cls, params: DiffusionUserParams) -> DiffusionTask:
