@@ -34,7 +34,7 @@ BUDGETS = {
     "memory": 680,
     "models": 4530,
     "ops": 1815,
-    "pipelines": 3755,
+    "pipelines": 3760,
     "sampling": 1160,
     "task": 1135,
     "adapters": 690,

@@ -174,7 +174,9 @@ class TaskTimes:
         if len(taken) > 1:
             return _mean(taken[1:])
         if (remembered := self._paces.seconds_near(unit)) is not None:
-            return remembered * self._slower(self._paces.seconds_near)
+            expected = remembered * self._slower(self._paces.seconds_near)
+            # what is remembered may be of a busy hour, and no later step takes longer than the first
+            return min(expected, taken[0]) if taken else expected
         steady = {each: found[1:] for each, found in self._taken.items() if found[1:]}
         alike = {each: found for each, found in steady.items() if each.kind == unit.kind}
         if taken and not alike:

@@ -153,6 +153,21 @@ def test_every_cache_has_a_forecast(name: str) -> None:
     assert 0 < left <= fresh(None).left(units()) * 1.001
 
 
+def test_what_a_busy_hour_left_counts_no_more_after_the_first_step(tmp_path: Path) -> None:
+    """Fourteen times slower, as a demo beside other work had it: the first step is the slowest of all."""
+    planned = units()
+    busy = TaskTimes(Paces(tmp_path, "here"), "cpu")
+    for unit in planned:
+        busy.add(unit, 1.9)
+    busy.remember()
+    times = TaskTimes(Paces(tmp_path, "here"), "cpu")
+    assert times.left(planned) == pytest.approx(1.9 * len(planned))
+    for unit in planned[:2]:
+        times.add(unit, 0.14)
+    steps = planned[2:-2]
+    assert times.left(steps) == pytest.approx(0.14 * len(steps))
+
+
 # -- the real thing
 
 
