@@ -167,6 +167,9 @@ def _gif_frames(file: Path) -> Iterator[NDArray[Any]]:
 
 def _npy_facts(file: Path) -> Facts:
     array = _video_array(file)
+    if array.dtype.kind == "f":
+        for _ in _npy_frames(file):  # whose numbers are looked at
+            pass
     return min(len(array), MOST_FRAMES), array.shape[1], array.shape[2], None
 
 
@@ -178,7 +181,7 @@ def _npy_frames(file: Path) -> Iterator[NDArray[Any]]:
             yield np.array(frame)
         else:
             if not ((frame >= 0) & (frame <= 1)).all():
-                raise ValueError("it has numbers below 0 or above 1")
+                raise ValueError("it has numbers below 0 or above 1, or NaN")
             yield frame.astype(np.float32)
 
 

@@ -104,6 +104,12 @@ def resolve_request(
     }:
         _check_size(spec, height or 0, width or 0, resolved.num_frames or 0)
     _check_solver(spec, resolved)
+    source = None if resolved.video is None else resolved.video.path
+    if source and resolved.save_path and os.path.realpath(resolved.save_path) == os.path.realpath(source):
+        raise UsageError(
+            f"save_path = {resolved.save_path!r}: it is the video that is made anew; use another name",
+            field="save_path",
+        )
     return resolved
 
 

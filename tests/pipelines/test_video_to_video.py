@@ -151,6 +151,27 @@ def test_the_latent_is_that_of_diffusers_vae(backend, pipeline):
 # -- in which form it comes
 
 
+def test_a_video_is_not_written_over_itself(tmp_path, chitu):
+    write_video(film(), "a.npy", fps=8)
+    Path("linked").symlink_to(".")
+    for place in ("a.npy", "linked/a.npy"):
+        words = ("generate", "a cat", "--video", "a.npy", "--overwrite", "-o", place)
+        for more in ((), ("--dry-run",)):
+            code, _, err = chitu(*words, *more)
+            assert code == 2 and "it is the video that is made anew" in err, err
+    assert np.array_equal(read_frames("a.npy"), film())
+
+
+@pytest.mark.parametrize("wrong", [-0.5, 1.5, float("nan")])
+def test_floats_out_of_range_are_refused_before_anything_runs(chitu, wrong):
+    frames = film().astype(np.float32) / 255
+    frames[-1, 0, 0, 0] = wrong
+    np.save("a.npy", frames)
+    for more in ((), ("--dry-run",)):
+        code, _, err = chitu("generate", "a cat", "--video", "a.npy", "-o", "b.npy", *more)
+        assert code == 2 and "numbers below 0 or above 1, or NaN" in err, err
+
+
 def test_whatever_holds_the_frames_gives_the_same_video(backend, tmp_path):
     """Of 8-bit frames; what an mp4 keeps of them is compared with its own decoded frames."""
     clip = film()
