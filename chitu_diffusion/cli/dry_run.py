@@ -300,8 +300,8 @@ def look_ahead(
     from chitu_diffusion.config import rank_place
     from chitu_diffusion.pipelines.preflight import preflight
 
-    place = rank_place()
-    if layout is None and place is not None:
+    place = rank_place() if layout is None else None
+    if place is not None:
         layout = layout_of(config, model.spec, place.world)
     return preflight(config, model, tasks, layout)
 

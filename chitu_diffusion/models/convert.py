@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from chitu_diffusion.config import cache_dir
 from chitu_diffusion.errors import CheckpointError, ChituError, UsageError
 from chitu_diffusion.files.atomic import free_space, new_folder
+from chitu_diffusion.flexcache.calibration import CALIBRATION_FILE, read_calibration
 from chitu_diffusion.models.folder import (
     EXPERT_FOLDERS,
     METADATA_FILE,
@@ -41,7 +43,7 @@ class PartCheck:
     """What `verify` says of one part of a model.
 
     Attributes:
-        part: its role, or "tokenizer", "scheduler" or "folder".
+        part: its role, or "tokenizer", "scheduler", "calibration" or "folder".
         path: where it lies.
         ok: whether it is whole.
         message: what is there, or what is wrong.
@@ -95,7 +97,15 @@ def verify(path: str | Path, deep: bool = False) -> list[PartCheck]:
     findings.append(checked("tokenizer", folder.tokenizer, lambda: f"{len(tokenizer_of(folder))} pieces"))
     place = folder.path / "scheduler"
     findings.append(checked("scheduler", place, lambda: f"shift {_sampler_of(folder, spec).shift:g}"))
+    measured = folder.path / CALIBRATION_FILE
+    if os.path.lexists(measured):
+        findings.append(checked("calibration", measured, lambda: _measured_in(folder.path)))
     return findings
+
+
+def _measured_in(folder: Path) -> str:
+    found = read_calibration(folder)
+    return "nothing was measured" if found is None else f"step caches, {len(found.table)} settings measured"
 
 
 def convert(

@@ -258,3 +258,14 @@ def test_doctor_tells_folders_that_cannot_be_written(chitu: Chitu, monkeypatch: 
     assert findings["cache folder"]["status"] == "note"
     assert "CHITU_CACHE_DIR" in findings["cache folder"]["remedy"]
     assert [entry.name for entry in Path().iterdir()] == ["file"]
+
+
+def test_leftover_variables_do_not_trouble_a_dry_run_of_ranks(
+    chitu: Chitu, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher gives its ranks their own, whatever another tool left."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "SLURM_PROCID": "3"}.items():
+        monkeypatch.setenv(name, value)
+    words = ("generate", "a cat", "--model", tiny_folder, "--gpus", 2, "--device", "cpu", "-o", "v.npy")
+    code, _, err = chitu(*words, "--dry-run")
+    assert code == 0 and "nothing was made" in err, err

@@ -97,8 +97,7 @@ def test_a_pipe_in_a_folder_holds_nobody(tiny_folder: Path, tmp_path: Path, chit
         (folder / name).unlink(missing_ok=True)
         os.mkfifo(folder / name)
         code, out, err = chitu("models", "verify", folder)
-        # what was measured only warns: nothing else rests on it
-        assert code == (0 if name == "flexcache.json" else 4) and "unexpected" not in err, (out, err)
+        assert code == 4 and "unexpected" not in err, (out, err)
 
 
 def test_a_single_file_beside_shards_is_read_as_diffusers_reads_it(tmp_path: Path) -> None:
@@ -202,3 +201,16 @@ def test_a_vae_without_its_latents_scale_is_refused(tiny_folder: Path, tmp_path:
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=f"lacks a field.*{key}"):
         resolve_model(str(folder))
+
+
+@pytest.mark.parametrize("how", ["text", "folder"])
+def test_verify_looks_into_a_calibration(tiny_folder: Path, tmp_path: Path, how: str) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    assert "calibration" not in {finding.part for finding in verify(folder)}
+    file = folder / "flexcache.json"
+    if how == "text":
+        file.write_text("[")
+    else:
+        file.mkdir()
+    (finding,) = (each for each in verify(folder) if each.part == "calibration")
+    assert not finding.ok and "calibration cannot be read" in finding.message
