@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.models.wan.vae import WanVAE, _tiles
-from chitu_diffusion.models.wan.vae_decoder import (
+from chitu_diffusion.models.wan.vae_layers import (
     DecodeOptions,
     TileRect,
     best_options,
@@ -39,7 +39,7 @@ from chitu_diffusion.ops.vae_sum import Sum
 
 # Wan2.1's four stages of three residual blocks, and wan-tiny's three with patches; narrow, so that two cores
 # suffice
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "full": {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 4, 4]},
     "patched": {
         "base_dim": 8,
@@ -64,9 +64,9 @@ def fresh_numbers() -> None:
     torch.manual_seed(seed)
 
 
-def fresh_network(kind: str) -> AutoencoderKLWan:
+def fresh_network(kind: str, config: dict[str, Any] | None = None) -> AutoencoderKLWan:
     """Random weights of which every one counts: gains and biases too, and a video of sensible range."""
-    config: dict[str, Any] = SIZES[kind]
+    config = config or SIZES[kind]
     statistics = {"latents_mean": torch.randn(4).tolist(), "latents_std": torch.rand(4).add(0.5).tolist()}
     network = AutoencoderKLWan(**config, **statistics).eval()
     with torch.no_grad():
