@@ -1,5 +1,5 @@
-"""The encoder over diffusers' weights: the latent that diffusers makes, in every way of computing it, in tiles
-and strips.
+"""The encoder over diffusers' weights: the latent that diffusers makes, in every way of computing it, in
+tiles and strips.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ def test_encode_is_diffusers(frames: int, height: int, width: int, network: Auto
 
 @pytest.mark.parametrize("convolution", ["conv3d", "stacked", "widened", "flat"])
 @pytest.mark.parametrize("norm", ["torch", TRITON])
-def test_every_way_of_computing_is_diffusers(
-    norm: str, convolution: str, network: AutoencoderKLWan
-) -> None:
+def test_every_way_of_computing_is_diffusers(norm: str, convolution: str, network: AutoencoderKLWan) -> None:
     if norm == "triton" and (network.config.patch_size is None or convolution != "flat"):
         pytest.skip("takes long in Triton's interpreter; one network and way has all of its layers")
     vae = WanVAE(network, ways=DecodeOptions(norm, convolution, attention="product"))

@@ -14,7 +14,8 @@ computed with all neighbours that matter to it, so that tiles need no blending.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -39,6 +40,7 @@ _MOST_FRAMES = 5
 _MEMORY_BUDGET = 9 * 2**30
 _TILED_BUDGET = 5 * 2**29
 _CPU_BUDGET = 3 * 2**30
+_REMEMBERED_LATENTS = 4
 _LOWER_FRAMES = 16  # latent frames a call of the cheap halves
 
 
@@ -70,6 +72,7 @@ class WanVAE(nn.Module):
         self.ways = ways
         self.stride = LatentGeometry.of_vae(cast(Any, network).config).stride
         """Pixels of a latent cell along (frames, rows, columns): (4, 8, 8) for Wan2.1's, t, s, s below."""
+        self._known: OrderedDict[Hashable, Tensor] = OrderedDict()
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
@@ -143,6 +146,20 @@ class WanVAE(nn.Module):
         window = self._whole_video(video)
         return self.latent_of(self._features(video, window, tile_size))
 
+    def recall(self, content: Hashable) -> Tensor | None:
+        """A latent that was `remember`ed of the same content under the same weights, in main memory."""
+        return self._known.get((content, self._weights_as_they_are()))
+
+    def remember(self, content: Hashable, latent: Tensor) -> None:
+        """Keeps the latent of a video for `recall`; of several the last ones."""
+        self._known[content, self._weights_as_they_are()] = latent.to("cpu", copy=True)
+        while len(self._known) > _REMEMBERED_LATENTS:
+            self._known.popitem(last=False)
+
+    def _weights_as_they_are(self) -> Hashable:
+        # moving them between devices changes neither; loading others, or converting them, does
+        return self._weight.dtype, sum(weight._version for weight in self.network.parameters())
+
     @torch.no_grad()
     def encode_strip(self, video: Tensor, low: int, high: int, axis: int = -1) -> Tensor:
         """A strip of what `latent_of` takes: for ranks that share a frame, as `decode_strip`.
@@ -211,8 +228,8 @@ class WanVAE(nn.Module):
         frames, channels, height, width = video.shape[1:] if video.ndim == 5 else (0,) * 4
         if channels != 3 or 0 in video.shape or (frames - 1) % stride or height % rows or width % columns:
             raise UsageError(
-                f"video is {list(video.shape)}; expected [B, T, 3, H, W], T of {stride} n + 1, H a multiple of "
-                f"{rows}, W of {columns}"
+                f"video is {list(video.shape)}; expected [B, T, 3, H, W], T of {stride} n + 1, H a multiple "
+                f"of {rows}, W of {columns}"
             )
         return TileRect(0, height // rows, 0, width // columns)
 

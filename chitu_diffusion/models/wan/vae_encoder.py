@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanResidualDownBlock
 from torch import Tensor
 
 from chitu_diffusion.models.wan.vae_layers import (
@@ -61,9 +62,9 @@ def stages_of(encoder: Any) -> list[Stage]:
     stages = []
     resnets: list[Any] = []
     for block in encoder.down_blocks:
-        if hasattr(block, "avg_shortcut"):
+        if isinstance(block, WanResidualDownBlock):
             stages.append(Stage(list(block.resnets), block.downsampler, block.avg_shortcut))
-        elif hasattr(block, "resample"):
+        elif isinstance(block, WanResample):
             stages.append(Stage(resnets, block))
             resnets = []
         else:
@@ -86,10 +87,7 @@ class Encoder(VaeLayers):
         self.width = int(self.net.conv_out.in_channels)
         # the latent's mean; its deviation is not asked for
         channels = network.config.z_dim
-        self._mean = (
-            network.quant_conv.weight.flatten(1)[:channels],
-            network.quant_conv.bias[:channels],
-        )
+        self._mean = (network.quant_conv.weight.flatten(1)[:channels], network.quant_conv.bias[:channels])
 
     # -- halves
 
@@ -235,9 +233,7 @@ def encode_bytes(
     remembered = 0
     batch = frames_per_call
     maps = (4 * item + 2 * max(item, 4) * (ways.norm == "torch")) // item
-    for stage, (before, _, _) in zip(
-        stages, needed(stages, window, whole.bottom, whole.right), strict=True
-    ):
+    for stage, (before, _, _) in zip(stages, needed(stages, window, whole.bottom, whole.right), strict=True):
         area = before.cells * item
         into = stage.resnets[0].conv1.in_channels
         out = stage.resnets[0].conv1.out_channels
@@ -258,8 +254,8 @@ def _inner(x: Tensor, here: TileRect, after: TileRect, stage: Stage) -> Tensor:
 
 
 def _averaged(stage: Stage, x: Tensor, first: bool) -> Tensor:
-    """diffusers' `AvgDown3D`, [T, H, W, C] -> [T', h, w, C']: groups of neighbours' channels, averaged; before
-    the first frame is nothing.
+    """diffusers' `AvgDown3D`, [T, H, W, C] -> [T', h, w, C']: groups of neighbours' channels, averaged;
+    before the first frame is nothing.
     """
     time = stage.shortcut.factor_t
     space = stage.shortcut.factor_s

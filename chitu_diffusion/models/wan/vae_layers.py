@@ -91,8 +91,8 @@ class TileRect(NamedTuple):
 
 
 class VaeLayers:
-    """One half of diffusers' VAE, read once: its weights are laid out for the kernels and kept as long as this
-    object.
+    """One half of diffusers' VAE, read once: its weights are laid out for the kernels and kept as long as
+    this object.
 
     Args:
         half: diffusers' encoder or decoder.
