@@ -55,10 +55,7 @@ def encode_keyframes(backend: DiffusionBackend, request: DiffusionUserParams) ->
         device = backend.device
         video = torch.full((1, frames, 3, cells[1] * rows, cells[2] * columns), 0.5, device=device)
         for frame, name in known.items():
-            image = vars(request)[name].resized(request.height, request.width, name)
-            pixels = torch.from_numpy(image).permute(2, 0, 1)
-            border = (0, video.shape[-1] - pixels.shape[-1], 0, video.shape[-2] - pixels.shape[-2])
-            video[:, frame] = torch.nn.functional.pad(pixels[None], border, mode="replicate").to(device)
+            video[:, frame] = _pixels(backend, request, name)
         mask = torch.zeros(frames, device=device)
         mask[list(known)] = 1
         # the first frame stands alone in its latent frame, and for `stride` frames in the mask
@@ -67,6 +64,35 @@ def encode_keyframes(backend: DiffusionBackend, request: DiffusionUserParams) ->
         return torch.cat([mask, backend.vae.encode(video)], dim=1)
 
     return broadcast_from_rank0(encode, backend.groups.world, backend.device)
+
+
+@torch.no_grad()
+def encode_first_frame(backend: DiffusionBackend, request: DiffusionUserParams) -> Tensor:
+    """The normalised latent of a request's image, one frame [1, C, 1, H, W] float32, of whole patches.
+
+    Args:
+        request: resolved, with an image.
+
+    Raises:
+        UsageError: the image's file has changed, or is not there any more.
+    """
+
+    def encode() -> Tensor:
+        backend.offload.use("vae")
+        return backend.vae.encode(_pixels(backend, request, "image")[:, None])
+
+    return broadcast_from_rank0(encode, backend.groups.world, backend.device)
+
+
+def _pixels(backend: DiffusionBackend, request: DiffusionUserParams, name: str) -> Tensor:
+    """A picture [1, 3, H, W] in [0, 1] at the request's size, and on to whole patches by its edge."""
+    height = request.height or 0
+    width = request.width or 0
+    cells = backend.spec.latent_shape(1, height, width)[2:]
+    rows, columns = (cell * step for cell, step in zip(cells, backend.spec.geometry.stride[1:], strict=True))
+    pixels = torch.from_numpy(vars(request)[name].resized(height, width, name)).permute(2, 0, 1)
+    border = (0, columns - width, 0, rows - height)
+    return torch.nn.functional.pad(pixels[None], border, mode="replicate").to(backend.device)
 
 
 @torch.no_grad()
