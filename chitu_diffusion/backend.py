@@ -376,7 +376,7 @@ class DiffusionBackend:
             vae_width=int(self.vae.network.config.base_dim),
             item=self.dtype.itemsize,
             on_cpu=self.device.type == "cpu",
-            encodes_video=self.spec.kind.takes_image,
+            encodes_video=self.spec.kind.needs_image,
         )
 
     def weights_sha256(self) -> str | None:

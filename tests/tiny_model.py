@@ -20,13 +20,21 @@ LATENT_CHANNELS = 4
 
 
 def write_tiny_model(
-    folder: Path, *, experts: int = 1, shift: float = 3.0, seed: int = 0, heads: int = 2, image: bool = False
+    folder: Path,
+    *,
+    experts: int = 1,
+    shift: float = 3.0,
+    seed: int = 0,
+    heads: int = 2,
+    image: bool = False,
+    token_times: bool = False,
 ) -> Path:
     """Writes a WanPipeline folder: 2 blocks with heads of 16 channels, VAE of base width 8, T5 of 2 layers
     with its own tokenizer.
 
     With two experts, they differ, and the boundary lies at 0.875 as in Wan2.2. With `image` it is a
-    WanImageToVideoPipeline, whose networks take a mask of 4 channels and the keyframes' latent besides.
+    WanImageToVideoPipeline, whose networks take a mask of 4 channels and the keyframes' latent besides. With
+    `token_times` it has `expand_timesteps`, as Wan2.2-TI2V-5B.
     """
     from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 
@@ -44,6 +52,7 @@ def write_tiny_model(
         transformer=transformers[0],
         transformer_2=transformers[1] if experts == 2 else None,
         boundary_ratio=0.875 if experts == 2 else None,
+        expand_timesteps=token_times,
     )
     pipeline.save_pretrained(folder)
     defaults = {

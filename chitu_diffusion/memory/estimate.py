@@ -28,7 +28,7 @@ class MemoryEstimate:
         dim, ffn_dim: widths of the transformer.
         vae_width: channels of the VAE's decoder at full size.
         item: bytes of a number in the run's dtype.
-        encodes_video: whether the VAE encodes keyframes, as for image to video.
+        encodes_video: whether the VAE encodes as many frames as it decodes, as for image to video.
         on_cpu: home and device are the same memory, so that levels 2 to 4 save nothing.
     """
 

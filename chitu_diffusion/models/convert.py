@@ -191,6 +191,8 @@ def write_model_index(place: Path, folder: ModelFolder) -> None:
     }
     if folder.boundary_ratio is not None:
         index["boundary_ratio"] = folder.boundary_ratio
+    if folder.kind.token_times:
+        index["expand_timesteps"] = True
     write_json(place / "model_index.json", index)
 
 

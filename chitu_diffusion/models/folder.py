@@ -29,6 +29,7 @@ from chitu_diffusion.models.kinds import (
     EXPERT_ROLES,
     OPTIONAL_ROLES,
     PARTS,
+    TEXT_IMAGE_TO_VIDEO,
     TEXT_TO_VIDEO,
     ModelKind,
     Part,
@@ -236,12 +237,7 @@ def _read_diffusers(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
     index = read_json(file)
     kind = kind_named(index.get("_class_name"), file)
     if index.get("expand_timesteps"):
-        raise CheckpointError(
-            "this is a TI2V model, whose tokens have times of their own; it is not supported",
-            file=file,
-            key="expand_timesteps",
-            remedy="use Wan2.1-T2V-1.3B, Wan2.1-T2V-14B, Wan2.2-T2V-A14B or Wan2.2-I2V-A14B",
-        )
+        kind = TEXT_IMAGE_TO_VIDEO
     components: dict[Role, Component] = {}
     for role, part in PARTS.items():
         if role in OPTIONAL_ROLES and index.get(role) in (None, [None, None]):

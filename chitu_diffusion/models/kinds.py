@@ -59,7 +59,10 @@ class ModelKind:
         class_name: `_class_name` in `model_index.json`.
         model_type: in the official `config.json`.
         title: in a sentence.
-        takes_image: whether a request must have an image.
+        takes_image: whether a request has an image.
+        image_is_optional: whether it may have none, and is text to video then.
+        token_times: whether a known first frame lies in the latent itself, where its tokens are told the time
+            0: `expand_timesteps` in `model_index.json`.
         boundary_ratio, flow_shift: of two experts in the official layout, which has no place for them.
     """
 
@@ -67,8 +70,15 @@ class ModelKind:
     model_type: str
     title: str
     takes_image: bool = False
+    image_is_optional: bool = False
+    token_times: bool = False
     boundary_ratio: float = 0.875
     flow_shift: float = 12.0
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether a request without an image cannot be."""
+        return self.takes_image and not self.image_is_optional
 
 
 TEXT_TO_VIDEO = ModelKind("WanPipeline", "t2v", "text to video")
@@ -76,9 +86,19 @@ TEXT_TO_VIDEO = ModelKind("WanPipeline", "t2v", "text to video")
 IMAGE_TO_VIDEO = ModelKind(
     "WanImageToVideoPipeline", "i2v", "image to video", takes_image=True, boundary_ratio=0.9, flow_shift=5.0
 )
-KINDS: Mapping[str, ModelKind] = MappingProxyType(
-    {kind.class_name: kind for kind in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO)}
+TEXT_IMAGE_TO_VIDEO = ModelKind(
+    "WanPipeline",
+    "ti2v",
+    "text or image to video",
+    takes_image=True,
+    image_is_optional=True,
+    token_times=True,
+    flow_shift=5.0,
 )
+KINDS: Mapping[str, ModelKind] = MappingProxyType(
+    {kind.model_type: kind for kind in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO, TEXT_IMAGE_TO_VIDEO)}
+)
+"""By `model_type` of the official `config.json`. Two may share a `class_name`; its own is then the first."""
 
 
 def kind_named(name: object, file: object) -> ModelKind:

@@ -60,8 +60,7 @@ def encode_keyframes(backend: DiffusionBackend, request: DiffusionUserParams) ->
     def video() -> Tensor:
         found = torch.full((1, frames, 3, cells[1] * rows, cells[2] * columns), 0.5)
         for frame, name in known.items():
-            image = vars(request)[name].resized(height, width, name)
-            found[:, frame] = _edged(torch.from_numpy(image[None]), found.shape[-2:])
+            found[:, frame] = _pixels(backend, request, name)
         return found
 
     if backend.groups.rank == 0:
@@ -74,6 +73,33 @@ def encode_keyframes(backend: DiffusionBackend, request: DiffusionUserParams) ->
     # the first frame stands alone in its latent frame, and for `stride` frames in the mask
     mask = torch.cat([mask[:1].expand(stride), mask[1:]]).view(-1, stride).t()  # [stride, T]
     return torch.cat([mask[None, :, :, None, None].expand(-1, -1, -1, *cells[1:]), latent], dim=1)
+
+
+@torch.no_grad()
+def encode_first_frame(backend: DiffusionBackend, request: DiffusionUserParams) -> Tensor:
+    """The normalised latent of a request's image, one frame [1, C, 1, H, W] float32, of whole patches.
+
+    Args:
+        request: resolved, with an image.
+
+    Raises:
+        UsageError: the image's file has changed, or is not there any more.
+    """
+
+    if backend.groups.rank == 0:
+        _require_unchanged(request.image, "image")
+    content = ("first frame", request.image.sha256, request.height, request.width)
+    return encode_video(backend, lambda: _pixels(backend, request, "image")[:, None], content)
+
+
+def _pixels(backend: DiffusionBackend, request: DiffusionUserParams, name: str) -> Tensor:
+    """A picture [1, 3, H, W] in [0, 1] at the request's size, and on to whole patches by its edge."""
+    height = request.height or 0
+    width = request.width or 0
+    cells = backend.spec.latent_shape(1, height, width)[2:]
+    rows, columns = (cell * step for cell, step in zip(cells, backend.spec.geometry.stride[1:], strict=True))
+    pixels = torch.from_numpy(vars(request)[name].resized(height, width, name))
+    return _edged(pixels[None], (rows, columns))
 
 
 @torch.no_grad()

@@ -288,7 +288,7 @@ def _with_cascade(params: DiffusionUserParams, experts: int) -> DiffusionUserPar
 
 
 def _check_image(params: DiffusionUserParams, spec: ModelSpec) -> None:
-    if spec.kind.takes_image and params.image is None:
+    if spec.kind.needs_image and params.image is None:
         raise UsageError(
             f"image is missing: {spec.name} makes a video that begins with one; use --image FILE or image=",
             field="image",
@@ -300,6 +300,12 @@ def _check_image(params: DiffusionUserParams, spec: ModelSpec) -> None:
                 "model such as Wan2.2-I2V-A14B",
                 field=name,
             )
+    if params.last_image is not None and spec.kind.token_times:
+        raise UsageError(
+            f"last_image: {spec.name} is told of the first frame alone; leave it out, or use a model such as "
+            "Wan2.2-I2V-A14B",
+            field="last_image",
+        )
     if params.last_image is not None and params.num_frames == 1:
         raise UsageError("last_image with one frame: use num_frames = 5 or more", field="last_image")
 
@@ -313,7 +319,9 @@ def _check_video(params: DiffusionUserParams, spec: ModelSpec) -> None:
                 field="strength",
             )
         return
-    if spec.kind.takes_image:
+    if params.image is not None and not spec.kind.needs_image:
+        raise UsageError("video and image together are not supported; use one of them", field="video")
+    if spec.kind.needs_image:
         raise UsageError(
             f"video: {spec.name} is a {spec.kind.title} model and takes none; leave it out, or use a text to "
             "video model such as Wan2.2-T2V-A14B",

@@ -13,6 +13,7 @@ import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -57,6 +58,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+
+_ENCODED = MappingProxyType(
+    {"concat_latents": "image latents", "first_frame": "image latents", "image": "image embeddings"}
+)
+"""What errors call the parts of a conditioning beside its text."""
 
 
 @dataclass
@@ -158,10 +165,9 @@ class Stages:
         begins = self._pipeline.begins_from(backend, resolved)
         if begins is not None:
             FiniteCheck(begins, "video latents").require()
-        if conditioning.concat_latents is not None:
-            FiniteCheck(conditioning.concat_latents, "image latents").require()
-        if conditioning.image is not None:
-            FiniteCheck(conditioning.image, "image embeddings").require()
+        for name, what in _ENCODED.items():
+            if vars(conditioning)[name] is not None:
+                FiniteCheck(vars(conditioning)[name], what).require()
         task.commit(
             resolved=resolved,
             num_inference_steps=steps,
@@ -209,6 +215,8 @@ class Stages:
         notes += [note for note in (backend.compile_note(),) if note]
         ended = backend.sampler_for(state["recipe"]).is_done(step.state)
         last = ended and task.cascade_stage + 1 == len(stages)
+        if last:
+            after = derived.text.composed(after)
         if last and cache is not None:
             saved = f"{cache['reused']} of {cache['num_steps']} steps"
             notes.append(f"cache {cache['strategy']} saved work in {saved}")
