@@ -32,7 +32,7 @@ BUDGETS = {
     "flexcache": 2770,
     "media": 1530,
     "memory": 680,
-    "models": 4650,
+    "models": 4780,
     "ops": 1825,
     "pipelines": 3865,
     "sampling": 1160,
