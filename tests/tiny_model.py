@@ -34,7 +34,7 @@ def write_tiny_model(
 
     With two experts, they differ, and the boundary lies at 0.875 as in Wan2.2. With `image` it is a
     WanImageToVideoPipeline, whose networks take a mask of 4 channels and the keyframes' latent besides. With
-    `token_times` it has `expand_timesteps`, as Wan2.2-TI2V-5B.
+    `token_times` it has `expand_timesteps` and a VAE with shortcuts and patches, as Wan2.2-TI2V-5B.
     """
     from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 
@@ -47,7 +47,7 @@ def write_tiny_model(
     pipeline = (WanImageToVideoPipeline if image else WanPipeline)(
         tokenizer=_tokenizer(),
         text_encoder=_text_encoder(),
-        vae=_vae(),
+        vae=_vae(residual=token_times),
         scheduler=scheduler,
         transformer=transformers[0],
         transformer_2=transformers[1] if experts == 2 else None,
@@ -93,19 +93,23 @@ def _transformer(heads: int, channels: int):
     return model.eval()
 
 
-def _vae():
+def _vae(residual: bool):
     from diffusers import AutoencoderKLWan
 
     mean = torch.randn(LATENT_CHANNELS).mul(0.2).tolist()
     deviation = torch.rand(LATENT_CHANNELS).add(0.5).tolist()
+    if residual:
+        stages = {"dim_mult": [1, 1, 1], "temperal_downsample": [True, True], "is_residual": True}
+        stages |= {"patch_size": 2, "in_channels": 12, "out_channels": 12}
+    else:
+        stages = {"dim_mult": [1, 1, 1, 1], "temperal_downsample": [False, True, True]}
     return AutoencoderKLWan(
         base_dim=8,
         z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
-        temperal_downsample=[False, True, True],
         latents_mean=mean,
         latents_std=deviation,
+        **stages,
     ).eval()
 
 

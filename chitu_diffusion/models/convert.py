@@ -234,7 +234,7 @@ def _verified(folder: ModelFolder, role: Role, deep: bool) -> str:
             if not torch.isfinite(weights.read(key)).all():
                 raise CheckpointError("NaN or Inf", file=weights.entries[key].file, key=key)
     message = f"{len(names)} tensors, {total / 2**30:.2f} GiB, {'/'.join(kinds)}"
-    others = {part.official_file for part in PARTS.values()}
+    others = {folder.kind.official_file(part) for part in PARTS}
     if spare := [file.name for file in weights.unused() if file.name not in others]:
         message += f"; not read, by diffusers neither: {few(spare)}"
     return message
@@ -260,8 +260,9 @@ def _write_component(
         return weights.read(keys[name])
 
     keep = {new_names[name] for name in stored if not set(name.split(".")).isdisjoint(plan.keep_float32)}
-    if layout == "official" and part.official_file is not None:
-        _write_torch_file(place / part.official_file, {name: read(name) for name in keys}, dtype)
+    official = folder.kind.official_file(role)
+    if layout == "official" and official is not None:
+        _write_torch_file(place / official, {name: read(name) for name in keys}, dtype)
         return
     if layout == "official":
         two = "transformer_2" in folder.components
@@ -287,7 +288,7 @@ def _write_torch_file(file: Path, tensors: Mapping[str, Tensor], dtype: torch.dt
 def _write_metadata(folder: ModelFolder, place: Path, layout: Layout) -> None:
     metadata = dict(folder.metadata)
     if layout == "official":
-        single = [role for role in PARTS if PARTS[role].official_file is not None]
+        single = [role for role in PARTS if folder.kind.official_file(role) is not None]
         for role in (*single, "transformer"):
             metadata[role] = dict(folder.components[role].config)
         metadata["scheduler"] = dict(folder.scheduler)

@@ -10,7 +10,7 @@ full-size models unless a `chitu.json` says otherwise, which `convert` writes fo
 
     config.json  diffusion_pytorch_model*.safetensors            (one transformer)
     high_noise_model/  low_noise_model/                          (two experts, each like the line above)
-    models_t5_umt5-xxl-enc-bf16.pth  Wan2.1_VAE.pth  google/umt5-xxl/
+    models_t5_umt5-xxl-enc-bf16.pth  Wan2.1_VAE.pth or Wan2.2_VAE.pth  google/umt5-xxl/
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from chitu_diffusion.models.kinds import (
     Role,
     kind_named,
 )
+from chitu_diffusion.models.wan.vae_22 import VAE_22
 
 Layout = Literal["diffusers", "official"]
 
@@ -269,8 +270,9 @@ def _read_official(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
     for role, place in zip(EXPERT_ROLES, experts, strict=False):
         kind, config = _transformer_config(place / "config.json")
         components[role] = Component(role, place, config)
-    for role, usual in (("vae", _VAE_CONFIG), ("text_encoder", _TEXT_CONFIG)):
-        file = PARTS[role].official_file
+    vae = VAE_22 if kind.token_times else _VAE_CONFIG
+    for role, usual in (("vae", vae), ("text_encoder", _TEXT_CONFIG)):
+        file = kind.official_file(role)
         table = _table(folder, metadata, role, usual)
         limits.check_limits(table, _LIMITS[role], folder / METADATA_FILE)
         components[role] = Component(role, folder / str(file), table)

@@ -25,7 +25,8 @@ class Part:
         kind: see `PartKind`.
         library, class_name: whose class it is in diffusers' layout.
         stem: how its files begin there.
-        official_file: the file that holds it in the official layout; None: a folder with a config.
+        official_file: the file that holds it in the official layout; None: a folder with a config, or what
+            the model's kind says.
     """
 
     kind: PartKind
@@ -40,7 +41,7 @@ PARTS: Mapping[Role, Part] = MappingProxyType(
     {
         "transformer": _TRANSFORMER,  # of two experts the one for high noise
         "transformer_2": _TRANSFORMER,
-        "vae": Part("decoder", "diffusers", "AutoencoderKLWan", official_file="Wan2.1_VAE.pth"),
+        "vae": Part("decoder", "diffusers", "AutoencoderKLWan"),
         "text_encoder": Part(
             "encoder", "transformers", "UMT5EncoderModel", "model", "models_t5_umt5-xxl-enc-bf16.pth"
         ),
@@ -63,6 +64,7 @@ class ModelKind:
         image_is_optional: whether it may have none, and is text to video then.
         token_times: whether a known first frame lies in the latent itself, where its tokens are told the time
             0: `expand_timesteps` in `model_index.json`.
+        vae_file: the official file of its VAE.
         boundary_ratio, flow_shift: of two experts in the official layout, which has no place for them.
     """
 
@@ -72,6 +74,7 @@ class ModelKind:
     takes_image: bool = False
     image_is_optional: bool = False
     token_times: bool = False
+    vae_file: str = "Wan2.1_VAE.pth"
     boundary_ratio: float = 0.875
     flow_shift: float = 12.0
 
@@ -79,6 +82,10 @@ class ModelKind:
     def needs_image(self) -> bool:
         """Whether a request without an image cannot be."""
         return self.takes_image and not self.image_is_optional
+
+    def official_file(self, role: Role) -> str | None:
+        """The file that holds a part in the official layout; None: a folder with a config."""
+        return self.vae_file if role == "vae" else PARTS[role].official_file
 
 
 TEXT_TO_VIDEO = ModelKind("WanPipeline", "t2v", "text to video")
@@ -93,6 +100,7 @@ TEXT_IMAGE_TO_VIDEO = ModelKind(
     takes_image=True,
     image_is_optional=True,
     token_times=True,
+    vae_file="Wan2.2_VAE.pth",
     flow_shift=5.0,
 )
 KINDS: Mapping[str, ModelKind] = MappingProxyType(

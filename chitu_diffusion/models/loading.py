@@ -88,7 +88,8 @@ def _unusable(folder: ModelFolder, role: Role, cause: str) -> CheckpointError:
 
 def _vae(config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:
     blocks = int(config.get("num_res_blocks", 2))
-    return _blueprint(build_vae(config), lambda name: official_vae_name(name, blocks))
+    residual = bool(config.get("is_residual"))
+    return _blueprint(build_vae(config), lambda name: official_vae_name(name, blocks, residual))
 
 
 def _text_encoder(config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:

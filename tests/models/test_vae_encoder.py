@@ -5,7 +5,6 @@ tiles and strips.
 from __future__ import annotations
 
 import secrets
-from typing import Any
 
 import pytest
 import torch
@@ -18,19 +17,6 @@ from chitu_diffusion.models.wan import vae_encoder
 from chitu_diffusion.models.wan.vae import WanVAE
 from chitu_diffusion.models.wan.vae_layers import DecodeOptions, TileRect
 
-# Wan2.2-5B's kind, with shortcuts around its stages
-RESIDUAL: dict[str, Any] = {
-    "base_dim": 8,
-    "decoder_base_dim": 8,
-    "z_dim": 4,
-    "dim_mult": [1, 2, 4, 4],
-    "temperal_downsample": [False, True, True],
-    "patch_size": 2,
-    "in_channels": 12,
-    "out_channels": 12,
-    "is_residual": True,
-}
-
 
 @pytest.fixture(autouse=True)
 def fresh_numbers() -> None:
@@ -39,10 +25,10 @@ def fresh_numbers() -> None:
     torch.manual_seed(seed)
 
 
-@pytest.fixture(scope="module", params=[*SIZES, "residual"])
+@pytest.fixture(scope="module", params=SIZES)
 def network(request: pytest.FixtureRequest) -> AutoencoderKLWan:
     torch.manual_seed(secrets.randbelow(2**31))
-    return fresh_network(request.param, {**SIZES, "residual": RESIDUAL}[request.param])
+    return fresh_network(SIZES[request.param])
 
 
 def by_diffusers(network: AutoencoderKLWan, video: Tensor) -> Tensor:
@@ -115,7 +101,7 @@ def test_tiles_and_strips_are_the_whole_frame(network: AutoencoderKLWan) -> None
 
 
 def test_a_strip_takes_the_neighbours_that_matter_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = fresh_network("full")
+    network = fresh_network(SIZES["full"])
     vae = WanVAE(network)
     video = clip(vae, 2, 2, 60)
     expected = vae.encode_strip(video, 0, 60)[..., 28:30]
@@ -138,6 +124,6 @@ def test_frames_a_call_follow_the_budget(network: AutoencoderKLWan) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 4, 3, 16, 16), (1, 5, 4, 16, 16), (1, 5, 3, 20, 16), (5, 3, 16, 16)])
 def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
-    vae = WanVAE(fresh_network("full"))
+    vae = WanVAE(fresh_network(SIZES["full"]))
     with pytest.raises(UsageError, match=r"expected \[B, T, 3, H, W\]"):
         vae.encode(torch.rand(shape))

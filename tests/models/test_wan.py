@@ -84,8 +84,9 @@ def test_full_size_names_and_shapes(name: str) -> None:
         shapes = {key: tuple(value.shape) for key, value in ours.state_dict().items()}
         assert shapes == {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
         count = sum(parameter.numel() for parameter in ours.parameters())
-        more = config.dim * config.patch_values * (config.in_channels - 16)  # of the patch embedding
-        assert count - more == (1_418_996_800 if name == "Wan2.1-T2V-1.3B" else 14_288_491_584)
+        more = config.dim * config.patch_values * (config.in_channels - config.out_channels)
+        counts = {"Wan2.1-T2V-1.3B": 1_418_996_800, "Wan2.2-TI2V-5B": 4_999_787_712}
+        assert count - more == counts.get(name, 14_288_491_584)
         assert {official_transformer_name(key) for key in shapes} == official_names(config.num_layers)
 
 

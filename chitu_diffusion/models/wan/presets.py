@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from chitu_diffusion.models.kinds import IMAGE_TO_VIDEO
-from chitu_diffusion.models.spec import Defaults, ModelSpec
+from chitu_diffusion.models.kinds import IMAGE_TO_VIDEO, TEXT_IMAGE_TO_VIDEO
+from chitu_diffusion.models.spec import Defaults, LatentGeometry, ModelSpec
 from chitu_diffusion.models.wan.cache_coefficients import WAN_1_3B, WAN_14B
 from chitu_diffusion.models.wan.config import WanConfig
+from chitu_diffusion.models.wan.vae_22 import VAE_22
 
 _SMALL = WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 _LARGE = WanConfig()
 _LARGE_IMAGE = WanConfig(in_channels=36)
+_MIDDLE = WanConfig(
+    num_attention_heads=24, in_channels=48, out_channels=48, ffn_dim=14336, num_layers=30
+)  # its VAE has 48 channels
 
 FULL_SIZE: Mapping[str, ModelSpec] = MappingProxyType(
     {
@@ -47,6 +51,14 @@ FULL_SIZE: Mapping[str, ModelSpec] = MappingProxyType(
                 boundary=0.9,
                 hub_ids=("Wan-AI/Wan2.2-I2V-A14B-Diffusers", "Wan-AI/Wan2.2-I2V-A14B"),
                 defaults=Defaults(steps=40, guidance=(3.5, 3.5), shift=5.0),
+            ),
+            ModelSpec(
+                "Wan2.2-TI2V-5B",
+                (_MIDDLE,),
+                kind=TEXT_IMAGE_TO_VIDEO,
+                hub_ids=("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "Wan-AI/Wan2.2-TI2V-5B"),
+                geometry=LatentGeometry.of_vae(VAE_22),
+                defaults=Defaults(height=704, width=1280, num_frames=121, fps=24, shift=5.0),
             ),
         )
     }

@@ -45,7 +45,7 @@ _LOWER_FRAMES = 16  # latent frames a call of the cheap halves
 
 
 class WanVAE(nn.Module):
-    """Wan's causal 3D VAE (arXiv 2503.20314, section 4.1).
+    """Wan's causal 3D VAE (arXiv 2503.20314, section 4.1); Wan2.2's has shortcuts around its stages.
 
     Args:
         network: diffusers' VAE, with weights.
@@ -73,6 +73,12 @@ class WanVAE(nn.Module):
         self.stride = LatentGeometry.of_vae(cast(Any, network).config).stride
         """Pixels of a latent cell along (frames, rows, columns): (4, 8, 8) for Wan2.1's, t, s, s below."""
         self._known: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    @property
+    def decoder_width(self) -> int:
+        """Channels of the decoder's last stage for each pixel; patches spread theirs over several."""
+        config = self.network.config
+        return max(1, int(config.decoder_base_dim or config.base_dim) // int(config.patch_size or 1) ** 2)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
@@ -347,10 +353,8 @@ def build_vae(config: Mapping[str, Any]) -> nn.Module:
     """The VAE of a config, with no weights (on the meta device).
 
     Raises:
-        UsageError: a VAE of another family than Wan2.1's, or a value that none can have.
+        UsageError: a value that no such VAE can have.
     """
-    if config.get("is_residual"):
-        raise UsageError("vae config has is_residual=True (Wan2.2-5B's VAE): only Wan2.1's kind is supported")
     if not config.get("dim_mult", True):
         raise UsageError("vae config has an empty dim_mult: use one number for each stage")
     with torch.device("meta"):

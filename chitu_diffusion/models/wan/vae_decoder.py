@@ -3,7 +3,8 @@
 The network has two halves. At the latent's resolution stand the only parts that look at a whole frame (the
 middle block's attention); they are cheap. The up-sampling half is convolutions alone and takes nearly all
 time and memory: it can be run for a window of the frame, with just the neighbours that still matter at each
-stage, and for some frames at a time, with the last two frames that each causal convolution saw.
+stage, and for some frames at a time, with the last two frames that each causal convolution saw. Wan2.2's
+decoder adds to each stage's result its input, with every number repeated to fill the larger frames.
 
 The same function as diffusers' frame by frame walk: a causal convolution over several frames sees what it
 would see over one after the other, and the first frame, which is not doubled in time, is walked alone.
@@ -11,9 +12,11 @@ would see over one after the other, and the first frame, which is not doubled in
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualUpBlock
 from torch import Tensor
 
 from chitu_diffusion.models.wan.vae_layers import (
@@ -69,10 +72,16 @@ class Decoder(VaeLayers):
         *block_reaches, last_reach = self.reaches
         for block, reach in zip(self.net.up_blocks, block_reaches, strict=True):
             parts, here = cut_to(parts, here, window.grown(reach, height, width))
+            shortcut = shortcut_of(block)
+            entering = None if shortcut is None else self._total(parts)
+            parts = parts if entering is None else Sum(entering)
             for resnet in block.resnets:
                 parts = self._residual(resnet, parts, memory)
-            if block.upsamplers is not None:
-                parts = self._upsampled(block.upsamplers[0], parts, memory, first)
+            upsampler = upsampler_of(block)
+            if upsampler is not None:
+                parts = self._upsampled(upsampler, parts, memory, first)
+                if entering is not None:
+                    parts = replace(parts, residual=_repeated(entering, shortcut, first))
                 here = here.times(2)
                 window = window.times(2)
                 height = 2 * height
@@ -109,12 +118,24 @@ class Decoder(VaeLayers):
         return torch.add(pairs, conv.bias.view(2, 1, 1, -1), out=frames).flatten(0, 1)
 
 
+def upsampler_of(block: Any) -> Any | None:
+    """What makes a stage's result larger; the last stage has none."""
+    if isinstance(block, WanResidualUpBlock):
+        return block.upsampler
+    return None if block.upsamplers is None else block.upsamplers[0]
+
+
+def shortcut_of(block: Any) -> Any | None:
+    """diffusers' `DupUp3D` around a stage of Wan2.2's decoder."""
+    return block.avg_shortcut if isinstance(block, WanResidualUpBlock) else None
+
+
 def reaches(decoder: Any) -> list[int]:
     """Cells beyond an edge that the result needs: at each block's entrance, before the last convolution."""
     found = [1]
     for block in reversed(decoder.up_blocks):
         # the upsampler's convolution at twice the resolution, then two convolutions in each residual block
-        after = found[0] if block.upsamplers is None else (found[0] + 2) // 2
+        after = found[0] if upsampler_of(block) is None else (found[0] + 2) // 2
         found.insert(0, after + 2 * len(block.resnets))
     return found
 
@@ -148,14 +169,18 @@ def decode_bytes(
         remembered += REMEMBERED * area * (into + (2 * len(block.resnets) - 1) * out)
         # at once: a sum's value and residual, the sum itself, and what the next convolution sees of it
         maps = (4 * item + 2 * max(item, 4) * (ways.norm == "torch")) // item
-        worst = max(worst, remembered + maps * max(into, out) * (batch + 1) * area)
-        if block.upsamplers is not None:
-            if block.upsamplers[0].mode == "upsample3d":
+        # a shortcut's input stays until the end of the stage, and fills the larger frames beside its result
+        entering = 0 if shortcut_of(block) is None else batch * area * into
+        worst = max(worst, remembered + entering + maps * max(into, out) * (batch + 1) * area)
+        upsampler = upsampler_of(block)
+        if upsampler is not None:
+            if upsampler.mode == "upsample3d":
                 remembered += REMEMBERED * area * out
-                worst = max(worst, remembered + 6 * batch * area * out)
+                worst = max(worst, remembered + entering + 6 * batch * area * out)
                 batch *= 2
-            larger = 4 * batch * area * block.upsamplers[0].resample[1].out_channels
-            worst = max(worst, remembered + 2 * batch * area * out + larger)
+            larger = 4 * batch * area * upsampler.resample[1].out_channels
+            repeated = larger if entering else 0
+            worst = max(worst, remembered + entering + 2 * batch * area * out + larger + repeated)
             window = window.times(2)
             height = 2 * height
             width = 2 * width
@@ -166,6 +191,19 @@ def decode_bytes(
     # nearly; phased weights are larger
     copies = 2 * sum(weight.numel() for weight in decoder.parameters()) * item
     return int(features + worst + pixels + copies)
+
+
+def _repeated(x: Tensor, shortcut: Any, first: bool) -> Tensor:
+    """What a shortcut makes of a stage's input [T, H, W, C]: [t T, s H, s W, C'], each number as often as the
+    larger frames have room for it. The first frame is not doubled.
+    """
+    time = shortcut.factor_t
+    space = shortcut.factor_s
+    numbers = x[..., None].expand(*x.shape, shortcut.repeats)
+    numbers = numbers.reshape(*x.shape[:3], shortcut.out_channels, time, space, space)
+    if first:
+        numbers = numbers[..., -1:, :, :]
+    return numbers.permute(0, 4, 1, 5, 2, 6, 3).flatten(4, 5).flatten(2, 3).flatten(0, 1)
 
 
 def _unpatched(x: Tensor, patch: int) -> Tensor:
