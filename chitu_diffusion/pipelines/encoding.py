@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.sharding import broadcast_from_rank0
+from chitu_diffusion.media.image import InputImage
+from chitu_diffusion.models.image_preprocessing import bicubic
 from chitu_diffusion.task import DiffusionUserParams
 
 
@@ -50,21 +54,65 @@ def encode_keyframes(backend: DiffusionBackend, request: DiffusionUserParams) ->
     stride, rows, columns = backend.spec.geometry.stride
     known = {0: "image"} | ({frames - 1: "last_image"} if request.last_image else {})
 
+    def pixels_of(name: str) -> Tensor:
+        """[1, 3, height, width]."""
+        image: InputImage = vars(request)[name]
+        if request.image_preprocessing == "official":
+            return bicubic(image.original(name), request.height or 0, request.width or 0)
+        return torch.from_numpy(image.resized(request.height or 0, request.width or 0, name)).permute(
+            2, 0, 1
+        )[None]
+
     def encode() -> Tensor:
         backend.offload.use("vae")
         device = backend.device
         video = torch.full((1, frames, 3, cells[1] * rows, cells[2] * columns), 0.5, device=device)
         for frame, name in known.items():
-            image = vars(request)[name].resized(request.height, request.width, name)
-            pixels = torch.from_numpy(image).permute(2, 0, 1)
+            pixels = pixels_of(name)
             border = (0, video.shape[-1] - pixels.shape[-1], 0, video.shape[-2] - pixels.shape[-2])
-            video[:, frame] = torch.nn.functional.pad(pixels[None], border, mode="replicate").to(device)
+            video[:, frame] = torch.nn.functional.pad(pixels, border, mode="replicate").to(device)
         mask = torch.zeros(frames, device=device)
         mask[list(known)] = 1
         # the first frame stands alone in its latent frame, and for `stride` frames in the mask
         mask = torch.cat([mask[:1].expand(stride), mask[1:]]).view(-1, stride).t()  # [stride, T]
         mask = mask[None, :, :, None, None].expand(-1, -1, -1, *cells[1:])
         return torch.cat([mask, backend.vae.encode(video)], dim=1)
+
+    return broadcast_from_rank0(encode, backend.groups.world, backend.device)
+
+
+@torch.no_grad()
+def encode_pictures(backend: DiffusionBackend, request: DiffusionUserParams) -> Tensor:
+    """What an image encoder makes of a request's pictures, [1, I, D] float32: of the first, and where the
+    network tells two apart by their places, of the last behind it. Remembered by content, as texts are.
+
+    Args:
+        request: resolved, with an image.
+
+    Raises:
+        UsageError: an image's file has changed, or is not there any more.
+    """
+    names = ["image"]
+    if backend.spec.transformers[0].pos_embed_seq_len is not None:
+        names.append("last_image")
+    official = request.image_preprocessing == "official"
+    images: dict[str, InputImage] = {name: vars(request)[name] for name in names}
+    keys = [f"{image.sha256} {official}" for image in images.values()]
+
+    def pixels_of(name: str) -> Tensor:
+        preprocessing = backend.image_encoder.preprocessing
+        picture = images[name].original(name)
+        return preprocessing.squashed(picture) if official else preprocessing.cropped(picture)
+
+    def encode() -> Tensor:
+        encoder = backend.image_encoder
+        known = encoder.recall(keys, backend.device)
+        if known is not None:
+            return known
+        backend.offload.use("image_encoder")
+        return encoder.encode(
+            [(key, partial(pixels_of, name)) for key, name in zip(keys, names, strict=True)]
+        )
 
     return broadcast_from_rank0(encode, backend.groups.world, backend.device)
 
