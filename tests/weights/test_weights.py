@@ -435,7 +435,9 @@ def test_faults_of_folders(experts: Path, official: Path, tmp_path: Path) -> Non
 
 
 def test_names_ids_and_folders(experts: Path) -> None:
-    assert model_names() == [TINY, "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B"]
+    wan21 = ("T2V-1.3B", "T2V-14B", "I2V-14B-480P", "I2V-14B-720P", "FLF2V-14B-720P")
+    wan22 = ("Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B")
+    assert model_names() == [TINY, *(f"Wan2.1-{name}" for name in wan21), *wan22]
     for spec in FULL_SIZE.values():
         for name in (spec.name, spec.name.lower(), *spec.hub_ids):
             assert resolve_model(name)[0] == spec
