@@ -151,7 +151,7 @@ class ModelSpec:
         area = self.defaults.height * self.defaults.width
         patch = self.transformers[0].patch_size
         steps = [stride * cells for stride, cells in zip(self.geometry.stride[1:], patch[1:], strict=True)]
-        # the largest n with n * step <= sqrt(area * ratio), exactly
+        # the largest n with n * step <= sqrt(area * ratio), exactly: the authors' floats miss some by one
         ratios = ((height, width), (width, height))
         rows, columns = (
             max(1, math.isqrt(area * side // (other * step**2))) * step
