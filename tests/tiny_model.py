@@ -16,6 +16,8 @@ PROMPTS = (
     "blurry, static, ugly",
 )
 TEXT_DIM = 32
+IMAGE_DIM = 24
+IMAGE_SIDE = 28
 LATENT_CHANNELS = 4
 
 
@@ -28,13 +30,15 @@ def write_tiny_model(
     heads: int = 2,
     image: bool = False,
     token_times: bool = False,
+    clip: int = 0,
 ) -> Path:
     """Writes a WanPipeline folder: 2 blocks with heads of 16 channels, VAE of base width 8, T5 of 2 layers
     with its own tokenizer.
 
     With two experts, they differ, and the boundary lies at 0.875 as in Wan2.2. With `image` it is a
-    WanImageToVideoPipeline, whose networks take a mask of 4 channels and the keyframes' latent besides. With
-    `token_times` it has `expand_timesteps` and a VAE with shortcuts and patches, as Wan2.2-TI2V-5B.
+    WanImageToVideoPipeline, whose networks take a mask of 4 channels and the keyframes' latent besides; with
+    `clip` 1 or 2 also an image encoder's rows of as many pictures, as Wan2.1's do. With `token_times` it has
+    `expand_timesteps` and a VAE with shortcuts and patches, as Wan2.2-TI2V-5B.
     """
     from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 
@@ -43,8 +47,9 @@ def write_tiny_model(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000
     )
     channels = 2 * LATENT_CHANNELS + 4 if image else LATENT_CHANNELS
-    transformers = [_transformer(heads, channels) for _ in range(experts)]
+    transformers = [_transformer(heads, channels, clip) for _ in range(experts)]
     pipeline = (WanImageToVideoPipeline if image else WanPipeline)(
+        **(_image_encoder() if clip else {}),
         tokenizer=_tokenizer(),
         text_encoder=_text_encoder(),
         vae=_vae(residual=token_times),
@@ -68,7 +73,28 @@ def write_tiny_model(
     return folder
 
 
-def _transformer(heads: int, channels: int):
+def _image_encoder():
+    """CLIP of 3 layers on 4 patches."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    config = CLIPVisionConfig(
+        hidden_size=IMAGE_DIM,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=IMAGE_SIDE,
+        patch_size=IMAGE_SIDE // 2,
+        hidden_act="gelu",
+    )
+    side = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
+    return {
+        "image_encoder": CLIPVisionModel(config).eval(),
+        "image_processor": CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIDE}, crop_size=side),
+    }
+
+
+def _transformer(heads: int, channels: int, clip: int = 0):
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
@@ -82,6 +108,9 @@ def _transformer(heads: int, channels: int):
         ffn_dim=64,
         num_layers=2,
         cross_attn_norm=True,
+        image_dim=IMAGE_DIM if clip else None,
+        added_kv_proj_dim=16 * heads if clip else None,
+        pos_embed_seq_len=2 * 5 if clip == 2 else None,
     )
     # diffusers starts some tables near zero; spread them so that time and text show in the output
     with torch.no_grad():

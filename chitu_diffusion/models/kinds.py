@@ -12,7 +12,7 @@ from typing import Literal
 
 from chitu_diffusion.errors import CheckpointError
 
-Role = Literal["transformer", "transformer_2", "vae", "text_encoder"]
+Role = Literal["transformer", "transformer_2", "vae", "text_encoder", "image_encoder"]
 PartKind = Literal["encoder", "denoiser", "decoder"]
 """Which stage needs a part: memory follows from it."""
 
@@ -45,10 +45,17 @@ PARTS: Mapping[Role, Part] = MappingProxyType(
         "text_encoder": Part(
             "encoder", "transformers", "UMT5EncoderModel", "model", "models_t5_umt5-xxl-enc-bf16.pth"
         ),
+        "image_encoder": Part(
+            "encoder",
+            "transformers",
+            "CLIPVisionModel",
+            "model",
+            "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+        ),
     }
 )
 """By the name of their folder in diffusers' layout."""
-OPTIONAL_ROLES: frozenset[Role] = frozenset({"transformer_2"})
+OPTIONAL_ROLES: frozenset[Role] = frozenset({"transformer_2", "image_encoder"})
 EXPERT_ROLES: tuple[Role, ...] = tuple(role for role, part in PARTS.items() if part.kind == "denoiser")
 
 
@@ -59,6 +66,7 @@ class ModelKind:
     Attributes:
         class_name: `_class_name` in `model_index.json`.
         model_type: in the official `config.json`.
+        frames_type: the same, where the network knows two pictures by their places.
         title: in a sentence.
         takes_image: whether a request has an image.
         image_is_optional: whether it may have none, and is text to video then.
@@ -75,6 +83,7 @@ class ModelKind:
     image_is_optional: bool = False
     token_times: bool = False
     vae_file: str = "Wan2.1_VAE.pth"
+    frames_type: str | None = None
     boundary_ratio: float = 0.875
     flow_shift: float = 12.0
 
@@ -91,7 +100,13 @@ class ModelKind:
 TEXT_TO_VIDEO = ModelKind("WanPipeline", "t2v", "text to video")
 # Wan2.2, wan/configs/wan_i2v_A14B.py
 IMAGE_TO_VIDEO = ModelKind(
-    "WanImageToVideoPipeline", "i2v", "image to video", takes_image=True, boundary_ratio=0.9, flow_shift=5.0
+    "WanImageToVideoPipeline",
+    "i2v",
+    "image to video",
+    takes_image=True,
+    frames_type="flf2v",
+    boundary_ratio=0.9,
+    flow_shift=5.0,
 )
 TEXT_IMAGE_TO_VIDEO = ModelKind(
     "WanPipeline",
@@ -119,7 +134,7 @@ def kind_named(name: object, file: object) -> ModelKind:
         CheckpointError: no such kind.
     """
     for kind in KINDS.values():
-        if name in (kind.class_name, kind.model_type):
+        if name is not None and name in (kind.class_name, kind.model_type, kind.frames_type):
             return kind
     known = ", ".join(f"{kind.class_name} ({kind.title})" for kind in KINDS.values())
     raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.sharding import broadcast_from_rank0
 from chitu_diffusion.media.image import InputImage
 from chitu_diffusion.media.input_video import InputVideo
+from chitu_diffusion.models.image_preprocessing import bicubic
 from chitu_diffusion.pipelines.vae import encode_video
 from chitu_diffusion.task import DiffusionUserParams
 
@@ -67,7 +69,9 @@ def encode_keyframes(backend: DiffusionBackend, request: DiffusionUserParams) ->
         for name in known.values():
             _require_unchanged(vars(request)[name], name)
     hashes = tuple(vars(request)[name].sha256 for name in known.values())
-    latent = encode_video(backend, video, ("keyframes", hashes, frames, height, width))
+    latent = encode_video(
+        backend, video, ("keyframes", hashes, frames, height, width, request.image_preprocessing)
+    )
     mask = torch.zeros(frames, device=latent.device)
     mask[list(known)] = 1
     # the first frame stands alone in its latent frame, and for `stride` frames in the mask
@@ -88,7 +92,13 @@ def encode_first_frame(backend: DiffusionBackend, request: DiffusionUserParams) 
 
     if backend.groups.rank == 0:
         _require_unchanged(request.image, "image")
-    content = ("first frame", request.image.sha256, request.height, request.width)
+    content = (
+        "first frame",
+        request.image.sha256,
+        request.height,
+        request.width,
+        request.image_preprocessing,
+    )
     return encode_video(backend, lambda: _pixels(backend, request, "image")[:, None], content)
 
 
@@ -98,8 +108,48 @@ def _pixels(backend: DiffusionBackend, request: DiffusionUserParams, name: str) 
     width = request.width or 0
     cells = backend.spec.latent_shape(1, height, width)[2:]
     rows, columns = (cell * step for cell, step in zip(cells, backend.spec.geometry.stride[1:], strict=True))
-    pixels = torch.from_numpy(vars(request)[name].resized(height, width, name))
-    return _edged(pixels[None], (rows, columns))
+    image: InputImage = vars(request)[name]
+    if request.image_preprocessing == "official":
+        pixels = bicubic(image.original(name), height, width).permute(0, 2, 3, 1)
+    else:
+        pixels = torch.from_numpy(image.resized(height, width, name))[None]
+    return _edged(pixels, (rows, columns))
+
+
+@torch.no_grad()
+def encode_pictures(backend: DiffusionBackend, request: DiffusionUserParams) -> Tensor:
+    """What an image encoder makes of a request's pictures, [1, I, D] float32: of the first, and where the
+    network tells two apart by their places, of the last behind it. Remembered by content, as texts are.
+
+    Args:
+        request: resolved, with an image.
+
+    Raises:
+        UsageError: an image's file has changed, or is not there any more.
+    """
+    names = ["image"]
+    if backend.spec.transformers[0].pos_embed_seq_len is not None:
+        names.append("last_image")
+    official = request.image_preprocessing == "official"
+    images: dict[str, InputImage] = {name: vars(request)[name] for name in names}
+    keys = [f"{image.sha256} {official}" for image in images.values()]
+
+    def pixels_of(name: str) -> Tensor:
+        preprocessing = backend.image_encoder.preprocessing
+        picture = images[name].original(name)
+        return preprocessing.squashed(picture) if official else preprocessing.cropped(picture)
+
+    def encode() -> Tensor:
+        encoder = backend.image_encoder
+        known = encoder.recall(keys, backend.device)
+        if known is not None:
+            return known
+        backend.offload.use("image_encoder")
+        return encoder.encode(
+            [(key, partial(pixels_of, name)) for key, name in zip(keys, names, strict=True)]
+        )
+
+    return broadcast_from_rank0(encode, backend.groups.world, backend.device)
 
 
 @torch.no_grad()

@@ -34,12 +34,15 @@ CASCADE = (CascadeStage(32, 32, 4), CascadeStage(48, 48, 4, strength=0.5))
 
 
 @pytest.fixture(scope="module")
-def backends(tiny_folder, two_experts_folder, image_folder, tmp_path_factory) -> dict[str, DiffusionBackend]:
+def backends(
+    tiny_folder, two_experts_folder, image_folder, frames_folder, tmp_path_factory
+) -> dict[str, DiffusionBackend]:
     from running import config_for
 
     out = tmp_path_factory.mktemp("out")
     folders = {"one": tiny_folder, "two": two_experts_folder, "wan-tiny": WAN_TINY, "image": image_folder}
     folders["both"] = write_tiny_model(out / "both", token_times=True, seed=4)
+    folders["frames"] = frames_folder
     return {name: DiffusionBackend(config_for(folder, out)) for name, folder in folders.items()}
 
 
@@ -60,6 +63,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "two experts, no guidance": ("two", {"guidance_scale": 1.0}),
     "a first frame": ("both", {"image": IMAGE, "flexcache": {"strategy": "taylorseer", "order": 2}}),
     "an image": ("image", {"image": IMAGE, "flexcache": {"strategy": "interval", "interval": 3}}),
+    "two images": ("frames", {"image": IMAGE, "last_image": IMAGE[::-1]}),
 }
 
 

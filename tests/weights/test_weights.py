@@ -432,13 +432,12 @@ def test_faults_of_folders(experts: Path, official: Path, tmp_path: Path) -> Non
 
 
 def test_names_ids_and_folders(experts: Path) -> None:
+    wan21 = ("T2V-1.3B", "T2V-14B", "I2V-14B-480P", "I2V-14B-720P", "FLF2V-14B-720P")
+    wan22 = ("T2V-A14B", "I2V-A14B", "TI2V-5B")
     assert model_names() == [
         TINY,
-        "Wan2.1-T2V-1.3B",
-        "Wan2.1-T2V-14B",
-        "Wan2.2-T2V-A14B",
-        "Wan2.2-I2V-A14B",
-        "Wan2.2-TI2V-5B",
+        *(f"Wan2.1-{name}" for name in wan21),
+        *(f"Wan2.2-{name}" for name in wan22),
     ]
     for spec in FULL_SIZE.values():
         for name in (spec.name, spec.name.lower(), *spec.hub_ids):

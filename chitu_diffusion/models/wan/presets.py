@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from chitu_diffusion.models.kinds import IMAGE_TO_VIDEO, TEXT_IMAGE_TO_VIDEO
@@ -17,6 +18,12 @@ _LARGE_IMAGE = WanConfig(in_channels=36)
 _MIDDLE = WanConfig(
     num_attention_heads=24, in_channels=48, out_channels=48, ffn_dim=14336, num_layers=30
 )  # its VAE has 48 channels
+_LARGE_CLIP = WanConfig(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
+_LARGE_FRAMES = replace(_LARGE_CLIP, pos_embed_seq_len=514)
+
+# Wan2.1, wan/configs/wan_i2v_14B.py: against a camera that shakes; and, between two frames, cuts.
+_STEADY = "镜头晃动，" + Defaults().negative_prompt
+_STEADY_UNCUT = "镜头切换，" + _STEADY
 
 FULL_SIZE: Mapping[str, ModelSpec] = MappingProxyType(
     {
@@ -35,6 +42,29 @@ FULL_SIZE: Mapping[str, ModelSpec] = MappingProxyType(
                 hub_ids=("Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan-AI/Wan2.1-T2V-14B"),
                 defaults=Defaults(shift=5.0),
                 measured=WAN_14B,
+            ),
+            ModelSpec(
+                "Wan2.1-I2V-14B-480P",
+                (_LARGE_CLIP,),
+                kind=IMAGE_TO_VIDEO,
+                hub_ids=("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "Wan-AI/Wan2.1-I2V-14B-480P"),
+                defaults=Defaults(steps=40, shift=3.0, negative_prompt=_STEADY),
+            ),
+            ModelSpec(
+                "Wan2.1-I2V-14B-720P",
+                (_LARGE_CLIP,),
+                kind=IMAGE_TO_VIDEO,
+                hub_ids=("Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", "Wan-AI/Wan2.1-I2V-14B-720P"),
+                defaults=Defaults(height=720, width=1280, steps=40, shift=5.0, negative_prompt=_STEADY),
+            ),
+            ModelSpec(
+                "Wan2.1-FLF2V-14B-720P",
+                (_LARGE_FRAMES,),
+                kind=IMAGE_TO_VIDEO,
+                hub_ids=("Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", "Wan-AI/Wan2.1-FLF2V-14B-720P"),
+                defaults=Defaults(
+                    height=720, width=1280, guidance=(5.5,), shift=16.0, negative_prompt=_STEADY_UNCUT
+                ),
             ),
             ModelSpec(
                 "Wan2.2-T2V-A14B",
