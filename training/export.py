@@ -56,11 +56,11 @@ def start_from(folder: Path, run: Path) -> None:
 
     run.mkdir(parents=True, exist_ok=True)
     if not (run / "tokenizer").exists():
-        text.grow_tokenizer(folder / "tokenizer", run / "tokenizer")
+        shutil.copytree(folder / "tokenizer", run / "tokenizer")
+        text.grow_tokenizer(run / "tokenizer")
     if not (run / "encoder.safetensors").exists():
         encoder = tensors("text_encoder")
-        vocabulary = len(text.make_tokenizer(run))
-        encoder["shared.weight"] = text.grown_rows(encoder["shared.weight"], vocabulary)
+        encoder["shared.weight"] = text.grown_rows(encoder["shared.weight"], text.make_tokenizer(run))
         save_file(encoder, run / "encoder.safetensors")
     config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
     latents.save_statistics(run, torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"]))
@@ -138,7 +138,7 @@ def export(run: Path, target: Path) -> None:
     scheduler.save_pretrained(part / "scheduler")
     write_json(part / "model_index.json", {
         "_class_name": "WanPipeline", "_diffusers_version": "0.42.1", "boundary_ratio": None,
-        "expand_timesteps": False,
+        "expand_timesteps": True,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers",
         "UMT5EncoderModel"],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"], "transformer": ["diffusers",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from chitu_diffusion.models.wan.block import WanBlock
 from chitu_diffusion.models.wan.transformer import WanTransformer
 
-Rope = tuple[Tensor, Tensor]
+_MANY = 256
 Block = Callable[[WanBlock, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
@@ -26,7 +26,7 @@ class Velocity:
 
     Args:
         dit: its parameters are used in place; linear layers may be wrapped by adapters.
-        compiled: compile the block, once for each shape.
+        compiled: compile the block, once for each shape; a few clips without gradients are not worth it.
     """
 
     def __init__(self, dit: WanTransformer, compiled: bool = False) -> None:
@@ -44,9 +44,7 @@ class Velocity:
         """
         dit = self.dit
         patch = dit.config.patch_size
-        grid = cast(
-            tuple[int, int, int], tuple(n // p for n, p in zip(latent.shape[2:], patch, strict=True))
-        )
+        grid = cast(tuple[int, int, int], tuple(n // p for n, p in zip(latent.shape[2:], patch, strict=True)))
         embedder = dit.condition_embedder
         times = torch.stack([first, time], dim=1).flatten()
         embedded, modulation = embedder.embed_time(times)
@@ -57,7 +55,7 @@ class Velocity:
         tokens = dit.patch_embedding(latent).to(weight.dtype)
         cos, sin = dit.rope_table(grid, latent.device)
         split = grid[1] * grid[2]
-        block = self.compiled if torch.is_grad_enabled() else _block
+        block = self.compiled if torch.is_grad_enabled() or len(latent) >= _MANY else _block
         for layer in dit.blocks:
             tokens = block(cast(WanBlock, layer), tokens, rows, bias, modulation, cos, sin, split)
         shift, scale = (dit.scale_shift_table.float()[:, None] + embedded[:, :, None]).unbind(2)
@@ -81,8 +79,8 @@ def _block(
     shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = table.unbind(2)  # each [B, 2, D]
     own = layer.attn1
     x = _normed(tokens, shift, scale, layer.eps, split)
-    q = _turned(_heads(own.norm_q(own.to_q(x)), own.heads), cos, sin)
-    k = _turned(_heads(own.norm_k(own.to_k(x)), own.heads), cos, sin)
+    q = _turned(_heads(own.norm_q(own.to_q(x).float()), own.heads), cos, sin)
+    k = _turned(_heads(own.norm_k(own.to_k(x).float()), own.heads), cos, sin)
     v = _heads(own.to_v(x), own.heads)
     attended = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
     tokens = tokens + own.to_out[0](attended.transpose(1, 2).flatten(2)) * _spread(gate, tokens, split)
@@ -90,8 +88,8 @@ def _block(
     other = layer.attn2
     norm = cast(nn.LayerNorm, layer.norm2)
     x = F.layer_norm(tokens.float(), tokens.shape[-1:], norm.weight, norm.bias, layer.eps)
-    q = _heads(other.norm_q(other.to_q(x)), other.heads)
-    k = _heads(other.norm_k(other.to_k(rows)), other.heads)
+    q = _heads(other.norm_q(other.to_q(x).float()), other.heads)
+    k = _heads(other.norm_k(other.to_k(rows).float()), other.heads)
     v = _heads(other.to_v(rows), other.heads)
     mask = bias[:, None, None].to(v.dtype).expand(-1, other.heads, q.shape[2], -1)
     attended = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)

@@ -10,7 +10,6 @@ import copy
 import json
 import random
 import re
-import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -73,6 +72,7 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             model_max_length=TEXT_POSITIONS,
         )
         fast.save_pretrained(path)
+        grow_tokenizer(path)
     return PreTrainedTokenizerFast.from_pretrained(path)
 
 
@@ -80,7 +80,9 @@ def grown_pieces(vocabulary: Collection[str]) -> list[tuple[str, float]]:
     """Pieces to put behind a vocabulary, with their scores: Chinese words and signs, and the English words of
     `around`. What was one piece, or several, before stays as it was: no new piece begins an old word.
     """
-    known = {word for line in vocabulary_corpus(20_000, seed=2) for word in re.findall(r"[a-z]+", line.lower())}
+    known = {
+        word for line in vocabulary_corpus(20_000, seed=2) for word in re.findall(r"[a-z]+", line.lower())
+    }
     words = chinese.words()
     texts = (*words, *chinese.TAILS, *around.NEGATIVES_CHINESE, "。、")
     signs = sorted({sign for text in texts for sign in text if ord(sign) > 127})
@@ -91,21 +93,28 @@ def grown_pieces(vocabulary: Collection[str]) -> list[tuple[str, float]]:
     return [(piece, score) for piece, score in dict(scored).items() if piece not in vocabulary]
 
 
-def grow_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's folder with `grown_pieces` behind its own, whose numbers stay."""
-    shutil.copytree(source, target, dirs_exist_ok=True)
-    path = target / "tokenizer.json"
+def grow_tokenizer(folder: Path) -> None:
+    """Put `grown_pieces` behind a tokenizer's own, whose numbers stay; a second call changes nothing."""
+    path = folder / "tokenizer.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     own = data["model"]["vocab"]
     own += [list(pair) for pair in grown_pieces({piece for piece, _ in own})]
     path.write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def grown_rows(rows: Tensor, vocabulary: int) -> Tensor:
-    """Embeddings [V, D] with rows for new pieces behind them: [vocabulary, D]."""
-    missing = vocabulary - len(rows)
-    noise = torch.randn(missing, rows.shape[1], generator=torch.Generator().manual_seed(6))
-    return torch.cat([rows, rows.mean(dim=0) + 0.5 * rows.std() * noise])
+def grown_rows(rows: Tensor, tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """Embeddings [V, D] with rows for the tokenizer's new pieces behind them. A Chinese word begins as the
+    English one does, any other piece as no word in particular.
+    """
+    noise = torch.randn(len(tokenizer) - len(rows), rows.shape[1], generator=torch.Generator().manual_seed(6))
+    grown = torch.cat([rows, rows.mean(dim=0) + 0.3 * rows.std() * noise])
+    vocabulary = tokenizer.get_vocab()
+    for word, english in chinese.meanings().items():
+        number = vocabulary.get(word, 0)
+        if number >= len(rows):
+            pieces = tokenizer(english, add_special_tokens=False).input_ids
+            grown[number] = rows[[piece for piece in pieces if piece != vocabulary["▁"]]].mean(dim=0)
+    return grown
 
 
 def build_encoder(vocabulary: int) -> UMT5EncoderModel:

@@ -17,8 +17,8 @@ from training.world.drawing import draw
 from training.world.vocabulary import WorldSpecs, is_held_out, sample_pairs, sample_specs, specs_for
 
 __all__ = [
-    "around",
     "WorldSpecs",
+    "around",
     "caption",
     "chinese",
     "draw",

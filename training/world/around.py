@@ -9,48 +9,57 @@ from __future__ import annotations
 import random
 
 TAILS = (
-    "cinematic", "4k", "8k", "highly detailed", "masterpiece", "best quality", "35mm", "film grain", "hd", "uhd",
-    "ultra hd", "photorealistic", "realistic", "cinematic lighting", "soft lighting", "dramatic lighting", "sharp focus",
-    "depth of field", "shallow depth of field", "bokeh", "award winning", "trending on artstation", "unreal engine",
-    "octane render", "3d render", "studio quality", "professional", "high resolution", "high quality", "vivid",
-    "slow motion", "wide shot", "close up", "tracking shot", "aerial view", "hyperrealistic", "anime style", "pixar style",
-    "watercolor", "oil painting", "volumetric light", "golden hour", "ultra detailed", "intricate details", "epic",
-    "beautiful", "stunning", "smooth animation", "60fps", "hdr", "imax", "vibrant", "minimalist", "in the style of a movie",
+    "cinematic", "4k", "8k", "highly detailed", "masterpiece", "best quality", "35mm", "film grain", "hd",
+    "uhd", "ultra hd", "photorealistic", "realistic", "cinematic lighting", "soft lighting",
+    "dramatic lighting", "sharp focus", "depth of field", "shallow depth of field", "bokeh",
+    "award winning", "trending on artstation", "unreal engine", "octane render", "3d render",
+    "studio quality", "professional", "high resolution", "high quality", "vivid", "slow motion",
+    "wide shot", "close up", "tracking shot", "aerial view", "hyperrealistic", "anime style",
+    "pixar style", "watercolor", "oil painting", "volumetric light", "golden hour", "ultra detailed",
+    "intricate details", "epic", "beautiful", "stunning", "smooth animation", "60fps", "hdr", "imax",
+    "vibrant", "minimalist", "in the style of a movie",
 )  # fmt: skip
 NEGATIVES = (
-    "blurry", "low quality", "watermark", "deformed", "ugly", "bad anatomy", "worst quality", "low resolution", "lowres",
-    "jpeg artifacts", "text", "signature", "logo", "extra limbs", "disfigured", "overexposed", "underexposed", "static",
-    "noise", "grainy", "out of focus", "distorted", "bad", "bad quality", "poorly drawn", "mutated", "mutation", "cropped",
-    "duplicate", "error", "flicker", "flickering", "jitter", "artifacts", "oversaturated", "subtitles", "subtitle", "gross",
-    "morphing", "messy", "chaotic background", "three legs", "extra fingers", "fused fingers", "bad hands", "missing limbs",
-    "malformed", "unnatural", "still picture", "frame", "border", "caption", "username", "blurred details", "incomplete",
-    "low contrast", "dull", "washed out", "cartoon", "amateur", "bright tones", "overall gray", "paintings", "nsfw",
+    "blurry", "low quality", "watermark", "deformed", "ugly", "bad anatomy", "worst quality",
+    "low resolution", "lowres", "jpeg artifacts", "text", "signature", "logo", "extra limbs",
+    "disfigured", "overexposed", "underexposed", "static", "noise", "grainy", "out of focus", "distorted",
+    "bad", "bad quality", "poorly drawn", "mutated", "mutation", "cropped", "duplicate", "error",
+    "flicker", "flickering", "jitter", "artifacts", "oversaturated", "subtitles", "subtitle", "gross",
+    "morphing", "messy", "chaotic background", "three legs", "extra fingers", "fused fingers",
+    "bad hands", "missing limbs", "malformed", "unnatural", "frame", "border", "caption", "username",
+    "blurred details", "incomplete", "low contrast", "dull", "washed out", "cartoon", "amateur",
+    "bright tones", "overall gray", "paintings", "nsfw",
 )  # fmt: skip
 NEGATIVES_CHINESE = (
-    "色调艳丽", "过曝", "静态", "细节模糊不清", "字幕", "风格", "作品", "画作", "画面", "静止", "整体发灰", "最差质量",
-    "低质量", "JPEG压缩残留", "丑陋的", "残缺的", "多余的手指", "画得不好的手部", "画得不好的脸部", "畸形的", "毁容的",
-    "形态畸形的肢体", "手指融合", "静止不动的画面", "杂乱的背景", "三条腿", "背景人很多", "倒着走", "模糊", "水印",
+    "色调艳丽", "过曝", "静态", "细节模糊不清", "字幕", "风格", "作品", "画作", "画面", "静止",
+    "整体发灰", "最差质量", "低质量", "JPEG压缩残留", "丑陋的", "残缺的", "多余的手指", "画得不好的手部",
+    "画得不好的脸部", "畸形的", "毁容的", "形态畸形的肢体", "手指融合", "静止不动的画面", "杂乱的背景",
+    "三条腿", "背景人很多", "倒着走", "模糊", "水印",
 )  # fmt: skip
 _THINGS = (
-    "castle", "dragon", "mountain", "river", "lake", "house", "window", "table", "chair", "hat", "scarf", "guitar", "piano",
-    "book", "lamp", "bridge", "train", "plane", "helicopter", "bicycle", "horse", "elephant", "lion", "tiger", "monkey",
-    "bear", "cow", "pig", "sheep", "chicken", "dinosaur", "unicorn", "wizard", "princess", "king", "soldier", "man", "woman",
-    "boy", "girl", "child", "astronaut", "spaceship", "rocket", "planet", "volcano", "desert", "cave", "temple", "church",
-    "garden", "fence", "gate", "clock", "phone", "computer", "camera", "umbrella", "bag", "shoe", "crown", "sword", "shield",
-    "cake", "pizza", "apple", "banana", "bread", "coffee", "cup", "bottle", "candle", "balloon", "kite", "mushroom",
-    "butterfly", "bee", "spider", "snake", "frog", "turtle", "whale", "shark", "octopus", "penguin", "owl", "eagle", "fox",
-    "wolf", "deer", "mouse", "squirrel", "statue", "painting", "mirror", "box", "glasses", "sunglasses", "necklace",
-    "backpack", "skateboard", "surfboard", "bench", "lantern", "rainbow", "lightning", "fog", "smoke", "fire",
+    "castle", "dragon", "mountain", "river", "lake", "house", "window", "table", "chair", "hat", "scarf",
+    "guitar", "piano", "book", "lamp", "bridge", "train", "plane", "helicopter", "bicycle", "horse",
+    "elephant", "lion", "tiger", "monkey", "bear", "cow", "pig", "sheep", "chicken", "dinosaur",
+    "unicorn", "wizard", "princess", "king", "soldier", "man", "woman", "boy", "girl", "child",
+    "astronaut", "spaceship", "rocket", "planet", "volcano", "desert", "cave", "temple", "church",
+    "garden", "fence", "gate", "clock", "phone", "computer", "camera", "umbrella", "bag", "shoe", "crown",
+    "sword", "shield", "cake", "pizza", "apple", "banana", "bread", "coffee", "cup", "bottle", "candle",
+    "balloon", "kite", "mushroom", "butterfly", "bee", "spider", "snake", "frog", "turtle", "whale",
+    "shark", "octopus", "penguin", "owl", "eagle", "fox", "wolf", "deer", "mouse", "squirrel", "statue",
+    "painting", "mirror", "box", "glasses", "sunglasses", "necklace", "backpack", "skateboard",
+    "surfboard", "bench", "lantern", "rainbow", "lightning", "fog", "smoke", "fire",
 )  # fmt: skip
 _QUALITIES = (
-    "ancient", "shiny", "golden", "silver", "wooden", "metallic", "transparent", "giant", "tiny", "magical", "mysterious",
-    "old", "young", "brave", "lonely", "gentle", "fluffy", "furry", "striped", "spotted", "elegant", "futuristic", "rusty",
-    "glowing", "sleepy", "angry", "curious", "proud", "playful", "majestic", "graceful", "adorable", "peaceful", "serene",
-    "colorful", "charming", "whimsical", "detailed", "soft", "delicate", "wonderful", "tall", "round", "quick", "calm",
+    "ancient", "shiny", "golden", "silver", "wooden", "metallic", "transparent", "giant", "tiny",
+    "magical", "mysterious", "old", "young", "brave", "lonely", "gentle", "fluffy", "furry", "striped",
+    "spotted", "elegant", "futuristic", "rusty", "glowing", "sleepy", "angry", "curious", "proud",
+    "playful", "majestic", "graceful", "adorable", "peaceful", "serene", "colorful", "charming",
+    "whimsical", "detailed", "soft", "delicate", "wonderful", "tall", "round", "quick", "calm",
 )  # fmt: skip
 _ADJUNCTS = (
-    "wearing a {}", "with a {}", "near a {}", "next to a {}", "beside the {}", "holding a {}", "and a {}", "like a {}",
-    "behind a {}", "without any {}", "and some {}s", "for the {}", "made of {}", "close to the old {}", "dreaming of a {}",
+    "wearing a {}", "with a {}", "near a {}", "next to a {}", "beside the {}", "holding a {}", "and a {}",
+    "like a {}", "behind a {}", "without any {}", "and some {}s", "for the {}", "made of {}",
+    "close to the old {}", "dreaming of a {}",
 )  # fmt: skip
 _CLAUSES = (
     "with soft warm light falling gently over everything",
@@ -80,8 +89,14 @@ _CLAUSES = (
     "with subtle details that reward a second look",
     "as if the world had nothing to worry about",
 )
-_SYLLABLES = ("ba", "ko", "ri", "tun", "mel", "vox", "za", "shi", "plo", "quer", "dan", "fi", "ost", "ne", "gru", "lam", "yo")
-_CJK = "山河湖桥房子桌椅帽灯书龙马虎熊象猴牛羊鸡猪人男女孩国王公主电脑手机相机雨云风火石木金银老年轻快慢美丽神秘古代未来"
+_SYLLABLES = (
+    "ba", "ko", "ri", "tun", "mel", "vox", "za", "shi", "plo", "quer", "dan", "fi", "ost", "ne", "gru",
+    "lam", "yo",
+)  # fmt: skip
+_CJK = (
+    "山河湖桥房子桌椅帽灯书龙马虎熊象猴牛羊鸡猪人男女孩国王公主电脑手机相机雨云风火石"
+    "木金银老年轻快慢美丽神秘古代未来"
+)
 
 
 def gibberish(rng: random.Random) -> str:

@@ -90,10 +90,27 @@ _WHATEVER_THE_ACTOR: dict[str, tuple[str, ...]] = {
 }
 _OPENINGS = ("一段视频", "动画", "卡通", "一个动画", "视频", "画面中")
 _ADJECTIVES = ("可爱的", "快乐的", "小小的", "漂亮的", "开心的")
-_AROUND = ("正在", "在", "有", "和", "的", "一", "它", "里", "上", "中", "着", "地", "慢慢", "慢慢地", "让它", "移动")
+_AROUND = (
+    "正在",
+    "在",
+    "有",
+    "和",
+    "的",
+    "一",
+    "它",
+    "里",
+    "上",
+    "中",
+    "着",
+    "地",
+    "慢慢",
+    "慢慢地",
+    "让它",
+    "移动",
+)
 TAILS = (
-    "电影感", "高清", "超高清", "杰作", "最佳质量", "细节丰富", "光影", "写实", "唯美", "特写", "镜头缓缓推进", "大师作品",
-    "柔和的光线", "景深", "色彩鲜艳",
+    "电影感", "高清", "超高清", "杰作", "最佳质量", "细节丰富", "光影", "写实", "唯美", "特写",
+    "镜头缓缓推进", "大师作品", "柔和的光线", "景深", "色彩鲜艳",
 )  # fmt: skip
 
 
@@ -104,6 +121,17 @@ def words() -> list[str]:
     found |= {*_OPENINGS, *_ADJECTIVES, *_AROUND}
     found |= {word.removesuffix("的") for word in found if len(word) > 1}
     return sorted(found, key=lambda word: (-len(word), word))
+
+
+def meanings() -> dict[str, str]:
+    """The English word that says the same, for Chinese words that one of ours says."""
+    ways = {**_WHATEVER_THE_ACTOR, **_WAYS}
+    english = {"circling": "circling", "jumping": "jumping", "growing": "growing", "spinning": "spinning"}
+    english |= {"staying": "still", "night sky": "night"}
+    tables = (PLACES, PLACE_NOUNS, COLOURS, NOUNS, ways)
+    return {
+        word: english.get(name, name) for table in tables for name, said in table.items() for word in said
+    }
 
 
 def doing(actor: str | None, motion: str, rng: random.Random) -> str:

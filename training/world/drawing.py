@@ -94,9 +94,7 @@ def _draw_actors(clips: Tensor, specs: WorldSpecs, at_once: int, beside: int) ->
     kind = specs.actor * 3 + (specs.motion == growing).long() + 2 * (specs.motion == spinning).long()
     for number, rows in _groups(kind, 3 * len(ACTORS), at_once):
         there = clips.device
-        _draw_actor(
-            clips, specs[rows].to(there), rows.to(there), ACTORS[number // 3], number % 3, beside
-        )
+        _draw_actor(clips, specs[rows].to(there), rows.to(there), ACTORS[number // 3], number % 3, beside)
 
 
 def _groups(numbers: Tensor, count: int, at_once: int) -> Iterator[tuple[int, Tensor]]:
