@@ -242,5 +242,4 @@ def train(
     count = 64 if compiled else 2
     looker = Looker(tokenizer, vae, *scale, folder, prompts=count, distilled=distilled)
     manners = ("plain", "picture") if kind == "style" else (*MANNERS, "picture")
-    for manner, found in looker.look(student, kind, manners).items():
-        print(f"{kind}, {manner}: {found}", flush=True)
+    looker.look(student, kind, manners)

@@ -53,7 +53,7 @@ class Looker:
 
     @torch.no_grad()
     def look(self, nets: Nets, name: str, manners: tuple[str, ...] = (*MANNERS, "picture")) -> dict[str, str]:
-        """Scores in each manner, and a strip of eight samples of each: `folder/{name}-{manner}.png`."""
+        """Scores in each manner, printed as they come, and a strip of eight samples of each: `folder/{name}-{manner}.png`."""
         judge = load_judge().to(self.mean.device)
         scores: dict[str, str] = {}
         for manner in manners:
@@ -76,6 +76,7 @@ class Looker:
                 error = (video[:, :, 0].float() - drawn.float()).div(2).square().mean(dim=(1, 2, 3))
                 dbs = -10 * error.log10()
                 scores[manner] += f", first frame {float(dbs.mean()):.1f} dB, worst {float(dbs.min()):.1f}"
+            print(f"{name}, {manner}: {scores[manner]}", flush=True)
             _strip(video[:8], self.folder / f"{name}-{manner}.png")
         return scores
 
@@ -123,8 +124,7 @@ def look(folder: Path, device: torch.device, prompts: int) -> None:
     if kept is None:
         raise FileNotFoundError(f"{folder} holds no statistics.pt; run the stage 'dit' first")
     mean, deviation = (value.view(1, -1, 1, 1, 1).to(device) for value in kept)
-    for manner, found in Looker(tokenizer, vae, mean, deviation, folder, prompts).look(nets, "dit").items():
-        print(f"dit, {manner}: {found}", flush=True)
+    Looker(tokenizer, vae, mean, deviation, folder, prompts).look(nets, "dit")
 
 
 def _shares(asked_for: list[Words], found: list[Words]) -> str:
