@@ -53,7 +53,7 @@ class Looker:
 
     @torch.no_grad()
     def look(self, nets: Nets, name: str, manners: tuple[str, ...] = (*MANNERS, "picture")) -> dict[str, str]:
-        """Scores in each manner, printed as they come; strips of eight samples: `folder/{name}-{manner}.png`."""
+        """Scores in each manner, printed as they come; strips of samples: `folder/{name}-{manner}.png`."""
         judge = load_judge().to(self.mean.device)
         scores: dict[str, str] = {}
         for manner in manners:
