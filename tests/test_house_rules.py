@@ -26,7 +26,7 @@ BUDGETS = {
     "attention": 2060,
     "cli": 3840,
     "distributed": 2145,
-    "evaluation": 2125,
+    "evaluation": 2165,
     "executor": 1940,
     "files": 580,
     "flexcache": 2770,
