@@ -29,7 +29,7 @@ EOS = "</s>"
 UNKNOWN = "<unk>"
 VOCABULARY = 1024
 WIDTH = 128
-MAX_TOKENS = 103
+MAX_TOKENS = 191
 """Enough for a sentence of some 60 words and a style tail; with the row for padding a multiple of 8."""
 TEXT_POSITIONS = 512
 """Rows that the diffusion transformer attends to; those beyond the prompt are zeros (Wan's rule)."""

@@ -80,8 +80,8 @@ def rich_caption(words: Words, rng: random.Random) -> str:
     text = caption(words, rng, complete=rng.random() < 0.4)
     if rng.random() < 0.15:
         text = around.with_unknown(text, rng)
-    if rng.random() < 0.2:
-        text = around.lengthened(text, rng, rng.randint(20, 64))
+    if rng.random() < 0.4:
+        text = around.lengthened(text, rng, rng.randint(20, 66))
     if rng.random() < 0.25:
         text = around.with_tail(text, rng)
     return text
