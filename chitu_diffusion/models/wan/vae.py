@@ -23,6 +23,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.memory.estimate import LastStage
 from chitu_diffusion.models.spec import LatentGeometry
 from chitu_diffusion.models.wan.vae_decoder import (
     ConvCache,
@@ -72,10 +73,11 @@ class WanVAE(nn.Module):
         """Pixels of a latent cell along (frames, rows, columns): (4, 8, 8) for Wan2.1's, t, s, s below."""
 
     @property
-    def decoder_width(self) -> int:
-        """Channels of the decoder's last stage for each pixel; patches spread theirs over several."""
+    def last_stage(self) -> LastStage:
+        """Of the decoder, for an estimate."""
         config = self.network.config
-        return max(1, int(config.decoder_base_dim or config.base_dim) // int(config.patch_size or 1) ** 2)
+        patch = int(config.patch_size or 1)
+        return LastStage(int(config.decoder_base_dim or config.base_dim), self.stride[1] // patch, patch)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
