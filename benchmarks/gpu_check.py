@@ -67,6 +67,8 @@ def checks(
     affine = (1 + scale, shift)
     norm = partial(fused.layer_norm, x, affine, 1e-6, dtype)
     add_norm = partial(fused.add_gated_norm, x, added, gate, affine, 1e-6, dtype)
+    two = [torch.cat([each, -each], dim=1) for each in (gate, *affine)]
+    known = partial(fused.add_gated_norm, x, added, two[0], (two[1], two[2]), 1e-6, dtype, split=tokens // 3)
     turn = partial(fused.norm_and_rotate, x, added, (weight, weight), 1e-6, rope, heads)
     # Triton's interpreter, on a CPU, cuts off where a GPU rounds
     rounded = 2e-3 if device.type == "cuda" else 8e-2
@@ -75,6 +77,7 @@ def checks(
         "norm, modulate, 8 bits": (lambda f: norm(float8=True, fused=f), rounded),
         "residual": (lambda f: fused.add_gated(x, added, gate, fused=f), 1e-3),
         "residual, norm": (lambda f: add_norm(fused=f), 1e-3),
+        "residual, norm, two times": (lambda f: known(fused=f), 1e-3),
         "residual, norm, 8 bits": (lambda f: add_norm(float8=True, fused=f), rounded),
         "q, k norm, turn": (lambda f: turn(fused=f), 1e-3),
         "gelu": (lambda f: fused.gelu(wide, fused=f), 1e-3),

@@ -1,20 +1,20 @@
 """What decoding a video takes: ours, in each way of computing it, beside diffusers', on the same random
 weights.
 
-    python -m benchmarks.vae [--device cuda] [--frames 81 --height 480 --width 832] [--budget 60]
+    python -m benchmarks.vae [--device cuda] [--frames 81 --height 480 --width 832] [--vae 2.2] [--budget 60]
     python -m benchmarks.vae --small --device cpu
 
-Weights have the full size of Wan2.1's VAE and are random: speed and memory need no more. A first call is
-timed apart, for it compiles kernels and lets cuDNN search; "seconds" is the median of the calls after it.
-PSNR and relative errors are of a short clip against the same weights in float32 with TF32 off. `--small` is
-for a CPU: narrow weights, and `wan-tiny`'s own VAE.
+Weights have the full size of Wan2.1's VAE, or Wan2.2's, and are random: speed and memory need no more. A
+first call is timed apart, for it compiles kernels and lets cuDNN search; "seconds" is the median of the calls
+after it. PSNR and relative errors are of a short clip against the same weights in float32 with TF32 off.
+`--small` is for a CPU: narrow weights, and `wan-tiny`'s own VAE.
 """
 
 from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -31,7 +31,9 @@ from benchmarks.report import Report, Section, parser, report_for, run_sections
 from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_vae
 from chitu_diffusion.models.registry import ASSETS, TINY
+from chitu_diffusion.models.spec import LatentGeometry
 from chitu_diffusion.models.wan.vae import WanVAE
+from chitu_diffusion.models.wan.vae_22 import VAE_22
 from chitu_diffusion.models.wan.vae_layers import DecodeOptions, best_options, searching_kernels
 from chitu_diffusion.ops.vae_conv import (
     CONVOLUTIONS,
@@ -50,23 +52,34 @@ class VaeBenchmark:
 
     Args:
         device: where.
+        config: of the network.
         shape: of the latent: T, H, W.
         small: narrow weights in float32.
         report: gets the rows.
     """
 
-    def __init__(self, device: torch.device, shape: tuple[int, int, int], report: Report, *, small: bool):
+    def __init__(
+        self,
+        device: torch.device,
+        config: Mapping[str, Any],
+        shape: tuple[int, int, int],
+        report: Report,
+        *,
+        small: bool,
+    ):
         self.device = device
         self.shape = shape
         self.small = small
         self.report = report
         self.dtype = torch.float32 if small else torch.bfloat16
-        self.base = 16 if small else 96
-        self.network: Any = random_vae({"base_dim": self.base}, device, torch.float32).network
+        vae = random_vae(config, device, torch.float32)
+        self.base = vae.last_stage.channels
+        self.network: Any = vae.network
         with torch.no_grad():
             self.network.decoder.conv_out.weight.mul_(0.3)  # so that few pixels are clipped
-        self.latent = torch.randn(1, 16, *shape, device=device)
-        self.clip = torch.randn(1, 16, 3, *shape[1:], device=device)
+        channels = self.network.config.z_dim
+        self.latent = torch.randn(1, channels, *shape, device=device)
+        self.clip = torch.randn(1, channels, 3, *shape[1:], device=device)
         self.exact: Tensor | None = None
         self.diffusers_seconds: float | None = None
 
@@ -262,12 +275,17 @@ def main(words: list[str] | None = None) -> Report:
     options.add_argument("--sections", nargs="+", default=[], metavar="NAME", help="a wrong name lists all")
     for name, default in (("frames", 81), ("height", 480), ("width", 832)):
         options.add_argument(f"--{name}", type=int, default=default)
+    options.add_argument("--vae", choices=("2.1", "2.2"), default="2.1")
     asked = options.parse_args(words)
-    shape = (3, 4, 6) if asked.small else ((asked.frames - 1) // 4 + 1, asked.height // 8, asked.width // 8)
+    config: dict[str, Any] = dict(VAE_22) if asked.vae == "2.2" else {"base_dim": 96}
+    if asked.small:
+        config |= {"base_dim": 16} | ({"decoder_base_dim": 16} if asked.vae == "2.2" else {})
+    shape = LatentGeometry.of_vae(config).latent_shape(asked.frames, asked.height, asked.width)[1:]
+    shape = (3, 4, 6) if asked.small else shape
     report = report_for("VAE decode", "vae", asked)
-    report.note(f"latent {shape}")
+    report.note(f"VAE {asked.vae}, latent {shape}")
     torch.manual_seed(0)
-    found = VaeBenchmark(torch.device(asked.device), shape, report, small=asked.small)
+    found = VaeBenchmark(torch.device(asked.device), config, shape, report, small=asked.small)
     run_sections(section_list(found), report, asked=asked.sections, budget=asked.budget)
     print(*report.write(), sep="\n")
     return report

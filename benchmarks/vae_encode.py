@@ -22,22 +22,10 @@ from benchmarks.measuring import GIB, relative_error, timed_ms
 from benchmarks.networks import random_vae
 from benchmarks.report import Report, Section, parser, report_for, run_sections
 from chitu_diffusion.models.wan.vae import WanVAE
+from chitu_diffusion.models.wan.vae_22 import VAE_22
 
 TABLE = "Encode"
-_RESIDUAL: Mapping[str, Any] = {
-    "base_dim": 160,
-    "decoder_base_dim": 256,
-    "z_dim": 48,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "is_residual": True,
-    "temperal_downsample": [False, True, True],
-    "scale_factor_spatial": 16,
-    "latents_mean": [0.0] * 48,
-    "latents_std": [1.0] * 48,
-}
-NETWORKS: Mapping[str, Mapping[str, Any]] = {"Wan2.1": {}, "Wan2.2-5B": _RESIDUAL}
+NETWORKS: Mapping[str, Mapping[str, Any]] = {"Wan2.1": {}, "Wan2.2-5B": VAE_22}
 
 
 def by_diffusers(network: Any, video: Tensor) -> Tensor:

@@ -385,7 +385,7 @@ class DiffusionBackend:
             block=self.offload.largest_block_bytes(),
             dim=config.dim,
             ffn_dim=config.ffn_dim,
-            vae_width=self.vae.decoder_width,
+            vae_stage=self.vae.last_stage,
             item=self.dtype.itemsize,
             on_cpu=self.device.type == "cpu",
             encodes_video=self.spec.kind.needs_image,

@@ -110,7 +110,7 @@ def test_gpu_kernels_are_their_twins() -> None:
     """The table of `gpu_check`, in Triton's interpreter."""
     found = gpu_check.checks(16, 2, CPU, torch.float32)
     rows = [gpu_check.checked(name, *check, CPU) for name, check in found.items()]
-    assert len(rows) == 13 and {row["verdict"] for row in rows} == {"ok"}, rows
+    assert len(rows) == 14 and {row["verdict"] for row in rows} == {"ok"}, rows
     wrong = gpu_check.checked("x", lambda ours: torch.ones(3) * (1.1 if ours else 1), 1e-3, CPU)
     assert wrong["verdict"] == "WRONG"
 

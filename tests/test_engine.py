@@ -21,7 +21,7 @@ from chitu_diffusion.errors import NonFiniteError, StageError, UsageError, WillN
 from chitu_diffusion.executor import memory_levels
 from chitu_diffusion.executor.memory_levels import load_backend
 from chitu_diffusion.memory.device import is_out_of_memory, total_memory
-from chitu_diffusion.memory.estimate import MemoryEstimate
+from chitu_diffusion.memory.estimate import LastStage, MemoryEstimate
 from chitu_diffusion.pipelines import admission, stages
 from chitu_diffusion.scheduler import DiffusionScheduler
 from chitu_diffusion.task import (
@@ -224,7 +224,9 @@ def test_estimates_of_the_full_sizes_are_plausible():
         "transformer": ("denoiser", 2840 << 20),
         "vae": ("decoder", 250 << 20),
     }
-    sizes = MemoryEstimate(parts=parts, block=90 << 20, dim=1536, ffn_dim=8960, vae_width=96, item=2)
+    sizes = MemoryEstimate(
+        parts=parts, block=90 << 20, dim=1536, ffn_dim=8960, vae_stage=LastStage(96), item=2
+    )
     whole, tiled = (sizes.decoding(81, 480, 832, tiled) / 2**30 for tiled in (False, True))
     assert 6 < whole < 9 and 1.5 < tiled < 5
     assert 1 < sizes.denoising(32760) / 2**30 < 5

@@ -98,7 +98,7 @@ FLAGS = (
     Flag("--prompts", "calibrate", "One prompt a line, twelve or so.", Path, metavar="FILE"),
     Flag("--negative-prompt", "generate batch", "What the video should not be.", field="negative_prompt",
          parse=options.parse_text),
-    Flag("--image", "generate batch calibrate reproduce", "The first frame, for an image-to-video model.",
+    Flag("--image", "generate batch calibrate reproduce", "The first frame, for a model that takes one.",
          field="image", metavar="FILE"),
     Flag("--last-image", "generate batch calibrate reproduce", "The last frame, likewise.",
          field="last_image", metavar="FILE"),

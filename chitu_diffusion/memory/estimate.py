@@ -8,14 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-_TILE_PIXELS = 256 * 256
+_TILE = 32
+"""Latent cells along a side of a decode's largest tiles."""
 _DECODER_COPIES = 20
 """Feature maps of full size and width alive at once in the VAE's last stage; fitted to `AutoencoderKLWan` on
 an H100.
 """
 _ENCODER_COPIES = 10
-"""The same of its encoder; fitted on an H200: 3.76 GiB for 832x480, 8.66 GiB for 1280x720, 81 frames."""
+"""The same of its encoder, of two latent frames a call; on an H200 4.2 GiB for 832x480, 81 frames."""
+
+
+class LastStage(NamedTuple):
+    """A VAE's decoder where it is largest: its channels, and along a side how many of its cells a latent cell
+    becomes and how many pixels each of them makes.
+    """
+
+    channels: int
+    growth: int = 8
+    patch: int = 1
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class MemoryEstimate:
         parts: (kind, bytes of its weights) of each part, as in `offload`.
         block: bytes of the largest transformer block.
         dim, ffn_dim: widths of the transformer.
-        vae_width: channels of the VAE's decoder at full size, for each pixel.
+        vae_stage: of the VAE's decoder.
         item: bytes of a number in the run's dtype.
         encodes_video: whether the VAE encodes as many frames as it decodes, as for image to video.
         on_cpu: home and device are the same memory, so that levels 2 to 4 save nothing.
@@ -36,7 +48,7 @@ class MemoryEstimate:
     block: int
     dim: int
     ffn_dim: int
-    vae_width: int
+    vae_stage: LastStage
     item: int
     on_cpu: bool = False
     encodes_video: bool = False
@@ -70,21 +82,25 @@ class MemoryEstimate:
         """Bytes of activations in the VAE's decode: four frames at full width, and the float32 video three
         times.
         """
-        area = min(height * width, _TILE_PIXELS) if tiled else height * width
-        return (
-            area * 4 * self.vae_width * self.item * _DECODER_COPIES + num_frames * height * width * 3 * 4 * 3
-        )
+        stage = self.vae_stage
+        cells = height * width // stage.patch**2
+        cells = min(cells, (_TILE * stage.growth) ** 2) if tiled else cells
+        video = num_frames * height * width * 3 * 4
+        return cells * 4 * stage.channels * self.item * _DECODER_COPIES + 3 * video
 
-    def encoding(self, num_frames: int, height: int, width: int) -> int:
-        """Bytes of activations in the VAE's encode of whole frames, with the video in float32 and once
-        more.
+    def encoding(self, num_frames: int, height: int, width: int, tiled: bool) -> int:
+        """Bytes of activations in the VAE's encode: eight frames at full width, and the video in float32 and
+        once more.
         """
-        area = height * width
-        return area * 4 * self.vae_width * self.item * _ENCODER_COPIES + num_frames * area * 3 * 10
+        stage = self.vae_stage
+        cells = height * width // stage.patch**2
+        cells = min(cells, (_TILE * stage.growth) ** 2) if tiled else cells
+        video = num_frames * height * width * 3 * 10
+        return cells * 4 * stage.channels * self.item * _ENCODER_COPIES + video
 
     def peak(self, level: int, tokens: int, num_frames: int, height: int, width: int) -> int:
         """Bytes at the worst moment of a task."""
-        encoding = self.encoding(num_frames, height, width) if self.encodes_video else 0
+        encoding = self.encoding(num_frames, height, width, tiled=level >= 1) if self.encodes_video else 0
         activations = {
             "encoder": 0,
             "denoiser": self.denoising(tokens),

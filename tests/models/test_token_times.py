@@ -11,6 +11,7 @@ import torch
 from small_networks import CONFIG, EverySite, inputs, reference, relative_error, twin
 
 from chitu_diffusion.attention import sdpa
+from chitu_diffusion.errors import UsageError
 
 
 @torch.no_grad()
@@ -33,6 +34,12 @@ def test_a_known_first_frame_has_a_time_of_its_own(grid) -> None:
     assert relative_error(at_sites, found) < 1e-6
     both = ours(latent, torch.cat([text, text.flip(0)]), timestep, first_timestep=first)
     assert relative_error(both[:2], found) < 1e-6
+
+
+def test_a_time_that_cannot_be_is_called_by_its_name() -> None:
+    ours = twin(reference(CONFIG))
+    with pytest.raises(UsageError, match="first_timestep = -1"):
+        ours(*inputs(1, 2, 4, 4), first_timestep=-1)
 
 
 @torch.no_grad()

@@ -148,7 +148,13 @@ def test_wide_shortcuts_without_time_are_diffusers() -> None:
     video = vae.decode(latent)
     assert video.shape == (1, 5, 3, 16, 32)
     assert error(video, by_diffusers(network, latent)) < 1e-5
-    assert vae.encode(video).shape == latent.shape
+    mean, deviation = (
+        torch.tensor(values).view(1, -1, 1, 1, 1)
+        for values in (network.config.latents_mean, network.config.latents_std)
+    )
+    with torch.no_grad():
+        encoded = network.encode(video.transpose(1, 2) * 2 - 1).latent_dist.mode()
+    assert error(vae.encode(video), (encoded - mean) / deviation) < 1e-5
     one = vae.encode(video[:, :1])
     assert one.shape == (1, 4, 1, 1, 2) and error(one, vae.encode(video)[:, :, :1]) < 1e-5
 
@@ -243,7 +249,7 @@ def test_calls_cover_all_frames_once(most: int) -> None:
 
 
 @pytest.mark.parametrize("norm", ["torch", TRITON])
-@pytest.mark.parametrize(("phased", "residual"), [(False, True), (False, False), (True, False)])
+@pytest.mark.parametrize(("phased", "residual"), [(False, True), (False, False), (True, False), (True, True)])
 def test_norms_are_the_formula(norm: str, phased: bool, residual: bool) -> None:
     """Against float64: a cut of the sum, its norm, and both written into larger buffers."""
     frames = 2

@@ -227,6 +227,9 @@ def test_both_layouts_hold_it(folder, tmp_path):
     assert config["model_type"] == "ti2v" and (tmp_path / "official" / "Wan2.2_VAE.pth").exists()
     index = json.loads((tmp_path / "back" / "model_index.json").read_text())
     assert index["_class_name"] == "WanPipeline" and index["expand_timesteps"] is True
+    index["_class_name"] = "WanImageToVideoPipeline"  # with expand_timesteps the same kind
+    (tmp_path / "back" / "model_index.json").write_text(json.dumps(index))
+    assert resolve_model(str(tmp_path / "back")).spec.kind.image_is_optional
     (tmp_path / "official" / "chitu.json").unlink()
     spec = resolve_model(str(tmp_path / "official")).spec
     assert spec.geometry.stride == (4, 16, 16) and spec.defaults.shift == 5.0  # as its authors have it

@@ -102,11 +102,12 @@ def require_image(image: object, config: WanConfig, batch: int) -> None:
         raise UsageError(f"image is {list(image.shape)}; use {shape}", field="image")
 
 
-def read_timestep(timestep: object, batch: int, device: torch.device) -> Tensor:
+def read_timestep(timestep: object, batch: int, device: torch.device, name: str = "timestep") -> Tensor:
     """Times as [batch] or [1] on a device; those that lie on a GPU are not looked at.
 
     Args:
         timestep: a number, or a tensor: a scalar, [1] or [batch].
+        name: what an error calls it.
 
     Raises:
         UsageError: anything else, or a time outside 0 to 1000.
@@ -117,21 +118,17 @@ def read_timestep(timestep: object, batch: int, device: torch.device) -> Tensor:
         real = timestep.dtype != torch.bool and not timestep.is_complex()
         if timestep.ndim > 1 or timestep.numel() not in (1, batch) or not real:
             found = f"{list(timestep.shape)} of {timestep.dtype}"
-            raise UsageError(
-                f"timestep is {found}; use a number, or a tensor [1] or [{batch}]", field="timestep"
-            )
+            raise UsageError(f"{name} is {found}; use a number, or a tensor [1] or [{batch}]", field=name)
         if timestep.device.type == "cpu":
             times = timestep.reshape(-1).tolist()
     elif isinstance(timestep, int | float) and not isinstance(timestep, bool):
         times = [float(timestep)]
     else:
-        raise UsageError(
-            f"timestep = {timestep!r}; use a number, or a tensor [1] or [{batch}]", field="timestep"
-        )
+        raise UsageError(f"{name} = {timestep!r}; use a number, or a tensor [1] or [{batch}]", field=name)
     for time in times:
         if not 0 <= time <= TRAINED_STEPS:
             raise UsageError(
-                f"timestep = {time}; use 0 to {TRAINED_STEPS}, as a solver's timesteps are", field="timestep"
+                f"{name} = {time}; use 0 to {TRAINED_STEPS}, as a solver's timesteps are", field=name
             )
     if len(times) == 1:
         # filled in place: a copy from the CPU would wait for all that the device still has to do

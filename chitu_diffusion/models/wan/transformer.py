@@ -277,11 +277,9 @@ class WanTransformer(nn.Module):
         device = self.patch_embedding.weight.device
         grid = latent_grid(latent, self.config, device)
         copies = text_copies(text, latent.shape[0], self.config, device)
-        times = [
-            read_timestep(each, latent.shape[0], device)
-            for each in (first_timestep, timestep)
-            if each is not None
-        ]
+        times = [read_timestep(timestep, latent.shape[0], device)]
+        if first_timestep is not None:
+            times.insert(0, read_timestep(first_timestep, latent.shape[0], device, "first_timestep"))
         time, modulation = self._embed_times(times, grid[1] * grid[2])
         if isinstance(text, Tensor):
             require_image(None, self.config, len(text))
