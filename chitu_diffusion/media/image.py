@@ -232,6 +232,11 @@ def _upright(name: str, opened: Callable[[], Image.Image], source: str) -> tuple
         return np.array(image.convert("RGB")), bool(transparent)
     except UsageError:
         raise
+    except Image.DecompressionBombError as error:
+        raise UsageError(
+            f"{name} = {source}: by its header it has more than {_MOST_PIXELS} pixels; use a smaller picture",
+            field=name,
+        ) from error
     except Exception as error:  # Pillow has many words for a file that is no picture
         raise UsageError(
             f"{name} = {source}: it cannot be read as a picture ({type(error).__name__}); use a PNG, JPEG or "

@@ -18,6 +18,7 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.memory.offload import OffloadManager, OffloadPart
+from chitu_diffusion.models.convert import convert
 from chitu_diffusion.models.kinds import PARTS
 from chitu_diffusion.models.registry import FULL_SIZE
 from chitu_diffusion.models.wan.image_encoder import ImageEncoder
@@ -87,6 +88,27 @@ def test_the_encoder_is_shown_what_transformers_shows_it(backends, pipelines, si
     expected = pipelines[1].image_processor(images=shown, return_tensors="pt")["pixel_values"]
     found = backends[1].image_encoder.preprocessing.cropped(np.asarray(shown))
     assert (found - expected).abs().max() < 1e-6
+
+
+def test_the_official_layout_gives_the_same_bits(backends, folders, make_config, tmp_path):
+    for clip, images in ((1, {}), (2, {"last_image": picture(seed=1)})):
+        convert(folders[clip], tmp_path / f"{clip}", "official")
+        official = DiffusionBackend(make_config(tmp_path / f"{clip}"))
+        first, second = (
+            latent_and_video(Generator(backend), task_for(image=picture(), **images, **SIZES))[0]
+            for backend in (backends[clip], official)
+        )
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (9000, 2), (5, 5)])
+@pytest.mark.parametrize("way", ["cropped", "squashed"])
+def test_the_encoder_is_shown_pictures_of_any_shape(backends, size, way):
+    """A flat colour stays that colour."""
+    preprocessing = backends[1].image_encoder.preprocessing
+    found = getattr(preprocessing, way)(np.full((*size, 3), 128, np.uint8))
+    expected = (128 / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    assert found.shape == (1, 3, 28, 28) and torch.allclose(found.mean(dim=(0, 2, 3)), expected, atol=1e-5)
 
 
 @torch.no_grad()
