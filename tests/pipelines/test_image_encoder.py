@@ -219,20 +219,14 @@ def test_a_picture_gives_the_authors_size(model, shape, size):
 
 def test_the_plan_says_what_the_picture_decides(frames_folder, tmp_path, chitu):
     picture(40, 80).save(tmp_path / "first.png")
-    words = (
-        "generate",
-        "a cat",
-        "--model",
-        frames_folder,
-        "--image",
-        "first.png",
-        "--last-image",
-        "first.png",
-    )
+    images = ("--image", "first.png", "--last-image", "first.png")
+    words = ("generate", "a cat", "--model", frames_folder, *images)
     code, out, err = chitu(*words, "--image-preprocessing", "official", "--dry-run")
     assert code == 0, err
     assert "32x16 is the image's shape at the model's own area" in out + err
+    assert "last image of 80x40" not in out + err
     code, out, err = chitu(*words, "--size", "48x32", "--dry-run", "--json")
-    assert code == 0 and "own area" not in out and '"image_preprocessing": "diffusers"' in out
+    assert code == 0 and "own area" not in out and "last image of 80x40 is stretched to 48x32" in out
+    assert '"image_preprocessing": "diffusers"' in out
     code, _, err = chitu(*words, "--image-preprocessing", "nearest")
     assert code == 2 and "--image-preprocessing 'nearest': use diffusers or official" in err
