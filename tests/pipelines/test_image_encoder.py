@@ -137,6 +137,18 @@ def test_official_preprocessing_is_the_authors(backends, pipelines):
     assert relative_error(usual.buffer.conditioning.concat_latents, found.concat_latents) > 1e-3
 
 
+def test_both_branches_share_the_pictures_keys(frames_folder, make_config, monkeypatch):
+    """Run one after the other, as a long sequence's are."""
+    backend = DiffusionBackend(make_config(frames_folder, infer__diffusion__cfg_batch="sequential"))
+    asked = []
+    for block in backend.model_pool[0].blocks:
+        keys = block.attn2.image_keys
+        monkeypatch.setattr(block.attn2, "image_keys", lambda rows, keys=keys: asked.append(1) or keys(rows))
+    task = task_for(image=picture(), last_image=picture(seed=1), guidance_scale=5.0, **SIZES)
+    latent_and_video(Generator(backend), task)
+    assert len(asked) == len(backend.model_pool[0].blocks)
+
+
 def test_a_picture_is_encoded_once(backends, monkeypatch):
     """Again by the same picture, in whichever form; anew with another preprocessing."""
     encoder = backends[2].image_encoder
