@@ -208,6 +208,11 @@ def test_what_a_request_must_and_may_have(backends, image_folder, frames_folder)
     assert resolve_task(task_for(), text, "").image_preprocessing is None
 
 
+def test_a_shape_that_no_video_has_is_refused():
+    with pytest.raises(UsageError, match=r"^image: it has 3000x1 pixels, .* 34608x16; use height and width"):
+        resolve_task(task_for(image=np.zeros((1, 3000, 3), np.uint8)), FULL_SIZE["Wan2.2-I2V-A14B"], "")
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "size"),
     [
