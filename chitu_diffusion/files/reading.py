@@ -60,9 +60,12 @@ def read_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
     # a pipe without a writer would hold an open without O_NONBLOCK
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        _regular(os.fstat(handle))
+        size = min(
+            _regular(os.fstat(handle)).st_size, most
+        )  # a read claims what it is asked for, however short the file is
         with os.fdopen(handle, "rb", closefd=False) as stream:
-            data = stream.read(most + 1)
+            data = stream.read(size + 1)
+            data += stream.read(most - size) if len(data) > size else b""
     finally:
         os.close(handle)
     if len(data) > most:

@@ -77,15 +77,19 @@ class InputImage:
         """Plain JSON values: not the pixels."""
         return {"path": self.path, "sha256": self.sha256, "width": self.width, "height": self.height}
 
-    def notes(self, height: int, width: int) -> list[str]:
-        """In words, that its shape is another than a size's (by over 2 %), and that it was transparent."""
+    def notes(self, height: int, width: int, name: str = "image") -> list[str]:
+        """In words, that its shape is another than a size's (by over 2 %), and that it was transparent.
+
+        Args:
+            name: what they call it.
+        """
         notes = []
         if abs(self.width * height / (self.height * width) - 1) > 0.02:
-            notes.append(f"image of {self.width}x{self.height} is stretched to {width}x{height}")
+            notes.append(f"{name} of {self.width}x{self.height} is stretched to {width}x{height}")
         if self.transparent:
             notes.append(
-                "image has transparent pixels: the colours stored in them are taken, and no background; for "
-                "another one, save it on that"
+                f"{name} has transparent pixels: the colours stored in them are taken, and no background; "
+                "for another one, save it on that"
             )
         return notes
 
@@ -232,6 +236,11 @@ def _upright(name: str, opened: Callable[[], Image.Image], source: str) -> tuple
         return np.array(image.convert("RGB")), bool(transparent)
     except UsageError:
         raise
+    except Image.DecompressionBombError as error:
+        raise UsageError(
+            f"{name} = {source}: by its header it has more than {_MOST_PIXELS} pixels; use a smaller picture",
+            field=name,
+        ) from error
     except Exception as error:  # Pillow has many words for a file that is no picture
         raise UsageError(
             f"{name} = {source}: it cannot be read as a picture ({type(error).__name__}); use a PNG, JPEG or "

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 _TILE = 32
+_NEIGHBOURS = 15  # cells that the encoder sees around a tile of it
 """Latent cells along a side of a decode's largest tiles."""
 _DECODER_COPIES = 20
 """Feature maps of full size and width alive at once in the VAE's last stage; fitted to `AutoencoderKLWan` on
@@ -94,7 +95,7 @@ class MemoryEstimate:
         """
         stage = self.vae_stage
         cells = height * width // stage.patch**2
-        cells = min(cells, (_TILE * stage.growth) ** 2) if tiled else cells
+        cells = min(cells, ((_TILE + _NEIGHBOURS) * stage.growth) ** 2) if tiled else cells
         video = num_frames * height * width * 3 * 10
         return cells * 4 * stage.channels * self.item * _ENCODER_COPIES + video
 

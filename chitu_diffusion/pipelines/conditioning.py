@@ -72,5 +72,9 @@ class PreparedConditioning:
         place = (expert, branches, batch, autocast)
         if place not in self._kv:
             text = self.embeddings[list(branches)].repeat_interleave(batch, dim=0)
-            self._kv[place] = network.make_text_kv(text, self._rows, self._image)
+            image: Tensor | TextKVCache | None = self._image
+            if image is not None:  # one for all branches, and so are its keys
+                like = [kv for key, kv in self._kv.items() if (key[0], key[3]) == (expert, autocast)]
+                image = like[0] if like else image
+            self._kv[place] = network.make_text_kv(text, self._rows, image)
         return self._kv[place]

@@ -376,7 +376,15 @@ def _with_input_shape(params: DiffusionUserParams, spec: ModelSpec) -> Diffusion
     if given is None or params.height is not None or params.width is not None:
         return params
     height, width = spec.size_of_shape(given.height, given.width)
-    return dataclasses.replace(params, height=height, width=width)
+    try:
+        return dataclasses.replace(params, height=height, width=width)
+    except UsageError:
+        name = "video" if params.image is None else "image"
+        raise UsageError(
+            f"{name}: it has {given.width}x{given.height} pixels, and in that shape a video would be "
+            f"{width}x{height}; use height and width (--size)",
+            field=name,
+        ) from None
 
 
 def _check_size(spec: ModelSpec, height: int, width: int, num_frames: int) -> None:

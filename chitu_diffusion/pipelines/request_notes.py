@@ -34,8 +34,8 @@ def request_notes(
         notes.append(
             f"{size} is the {'image' if resolved.image else 'video'}'s shape at the model's own area"
         )
-    for image in (resolved.image, resolved.last_image):
-        notes += image.notes(resolved.height or 0, resolved.width or 0) if image else []
+    for name, image in (("image", resolved.image), ("last image", resolved.last_image)):
+        notes += image.notes(resolved.height or 0, resolved.width or 0, name) if image else []
     if resolved.video:
         notes += resolved.video.notes(resolved.num_frames or 1, resolved.height or 0, resolved.width or 0)
     if max(guidance_pair(resolved.guidance_scale)) > 1:

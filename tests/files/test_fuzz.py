@@ -9,6 +9,7 @@ import json
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ MOST_SECONDS = 5.0
 """Of one case, which takes some 30 ms: what hangs, hangs for longer."""
 MOST_MEMORY = 500 * 2**20
 """Bytes that all cases together may take on top: the largest file that is read is some 10 KiB here."""
+
+PICTURE = np.zeros((40, 60, 3), np.uint8)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +65,8 @@ def refused(case: str, kinds: type[ChituError], call: Callable[[], Any]) -> bool
 def use_model(folder: Path, name: str, *, whole: bool) -> None:
     """What a command does with a folder up to the first step; of its parts, those that `name` is in."""
     model = resolve_model(str(folder))
-    task = DiffusionTask.from_user_request(DiffusionUserParams("a cat", seed=1))
+    images = {"image": PICTURE, "last_image": PICTURE} if model.spec.kind.takes_image else {}
+    task = DiffusionTask.from_user_request(DiffusionUserParams("a cat", seed=1, **images))
     resolve_task(task, model.spec, "outputs")
     roles = roles_of(name)
     if whole or not roles:
@@ -72,6 +76,8 @@ def use_model(folder: Path, name: str, *, whole: bool) -> None:
         part = load_part(model.required(), role)
         if role == "text_encoder":
             part.encode(["a red cat"])
+        if role == "image_encoder":
+            part.encode([("a picture", partial(part.preprocessing.cropped, PICTURE))])
 
 
 def roles_of(name: str) -> tuple[Role, ...]:
@@ -80,21 +86,25 @@ def roles_of(name: str) -> tuple[Role, ...]:
         return ("transformer",)
     if name.startswith(("text_encoder", "tokenizer", "google", "models_t5")):
         return ("text_encoder",)
+    if name.startswith(("image_", "models_clip")):
+        return ("image_encoder",)
     return ("vae",) if name.startswith(("vae", "Wan2.1_VAE")) else ()
 
 
 @pytest.fixture(scope="module")
-def layouts(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    official = tmp_path_factory.mktemp("layouts") / "official"
-    convert(tiny_folder, official, "official")
-    return tiny_folder, official
+def layouts(tiny_folder: Path, frames_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A text-to-video model, and one with an image encoder, each in both layouts."""
+    home = tmp_path_factory.mktemp("layouts")
+    models = {"official": tiny_folder, "official-frames": frames_folder}
+    official = [convert(folder, home / name, "official").path for name, folder in models.items()]
+    return [tiny_folder, official[0], frames_folder, official[1]]
 
 
-def test_300_spoilt_model_folders(layouts: tuple[Path, Path], tmp_path: Path, card: Card) -> None:
+def test_300_spoilt_model_folders(layouts: list[Path], tmp_path: Path, card: Card) -> None:
     chance = random.Random(1)
     bad = 0
     for number in range(300):
-        source = layouts[number % 3 == 0]
+        source = layouts[number % 4]
         names = sorted(str(file.relative_to(source)) for file in source.rglob("*") if file.is_file())
         name = chance.choice([name for name in names if name.endswith(".json")] * 2 + names)
         file = linked_copy(source, tmp_path / str(number), name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +100,90 @@ def test_the_one_of_two_files_that_has_gone_is_named(tmp_path: Path) -> None:
     (tmp_path / "gone.png").unlink()
     with pytest.raises(UsageError, match="^last_image = .*no such file"):
         image.resized(8, 8, "last_image")
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_each_of_a_camera_s_eight_turns_is_followed(tmp_path: Path, turn: int, ending: str) -> None:
+    """Stored as the note says, shown as it was: EXIF's own table of where row 0 and column 0 lie."""
+    grey = np.repeat(np.repeat(np.float32([[0, 80], [160, 240]]), 16, axis=0), 24, axis=1)  # [32, 48]
+    stored = {
+        1: grey,
+        2: grey[:, ::-1],
+        3: grey[::-1, ::-1],
+        4: grey[::-1],
+        5: grey.T,
+        6: grey.T[::-1],
+        7: grey.T[::-1, ::-1],
+        8: grey.T[:, ::-1],
+    }[turn]
+    exif = Image.Exif()
+    exif[274] = turn
+    file = tmp_path / f"turned.{ending}"
+    Image.fromarray(stored.astype(np.uint8)).convert("RGB").save(file, exif=exif, quality=95)
+    found = pixels_of(file)
+    assert found.shape == (32, 48, 3) and np.abs(found[..., 0] - grey / 255).max() < 0.02  # of JPEG
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, rows: bytes, bits: int = 8, *more: bytes) -> bytes:
+    """A file of RGB as it stands in the standard, whatever the rows are."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0))
+    return b"".join(
+        [b"\x89PNG\r\n\x1a\n", header, *more, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    )
+
+
+def bmp(width: int, height: int) -> bytes:
+    about = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 100, 0, 0, 54) + about + bytes(50)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("huge.png", png(60_000, 60_000, bytes(100))),
+        ("wide.png", png(2**31 - 1, 1, bytes(100))),
+        ("large.png", png(12_000, 9_000, bytes(100))),
+        ("huge.bmp", bmp(60_000, 60_000)),
+        ("huge.gif", b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b";"),
+        ("hollow.png", png(9_000, 9_000, bytes(100))),  # few enough, but they are not there
+        # 90 MB of text
+        ("text.png", png(1, 1, bytes(4), 8, chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(90 << 20))))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_header_that_promises_too_much_takes_no_memory(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(UsageError, match="pixels|cannot be read as a picture"):
+        InputImage.of("image", tmp_path / name)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * 2**20, f"{peak / 2**20:.0f} MiB"  # of Python; Pillow's pixels are its own
+
+
+def test_a_file_of_16_bits_a_colour_keeps_its_upper_8(tmp_path: Path) -> None:
+    deep = (RGB.astype(np.uint16) * 256 + 255).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in deep)
+    (tmp_path / "deep.png").write_bytes(png(16, 12, rows, 16))
+    assert np.array_equal(pixels_of(tmp_path / "deep.png"), RGB / np.float32(255))
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "RGB"])
+def test_a_printer_s_jpeg_has_the_colours_of_a_screen_s(tmp_path: Path, mode: str) -> None:
+    smooth = np.add.outer(np.arange(32), np.arange(48))[..., None] + np.uint8([0, 60, 120])
+    Image.fromarray(smooth.astype(np.uint8)).convert(mode).save(tmp_path / "a.jpg", quality=98)
+    expected = np.asarray(Image.fromarray(smooth.astype(np.uint8)).convert(mode).convert("RGB")) / 255
+    assert np.abs(pixels_of(tmp_path / "a.jpg") - expected).mean() < 0.02
+
+
+def test_a_single_pixel_is_a_picture(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 1), (10, 20, 30)).save(tmp_path / "one.png")
+    image = InputImage.of("image", tmp_path / "one.png")
+    assert image is not None
+    assert np.allclose(image.resized(16, 24) * 255, (10, 20, 30))

@@ -181,6 +181,23 @@ def test_one_network_is_one_expert_whatever_the_boundary(folders, tmp_path: Path
     assert len(spec.transformers) == 1 and spec.boundary is None
 
 
+def test_one_network_without_an_encoder_stays_so(image_folder, tmp_path: Path) -> None:
+    """By the note of who converted it; without, it is Wan2.1's, and what it lacks is said."""
+    official = convert(image_folder, tmp_path / "official", "official").path
+    assert "image_encoder" not in read_folder(official).components
+    assert all(part.ok for part in verify(official))
+    (official / "chitu.json").unlink()
+    (lacking,) = (part for part in verify(official) if part.part == "image_encoder")
+    assert not lacking.ok and CLIP_FILE in lacking.message and "missing" in lacking.message
+
+
+def test_the_preprocessing_is_part_of_the_configs_hash(folders, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders[1][0], tmp_path / "model")
+    before = read_folder(folder).config_sha256()
+    edit(folder / "image_processor" / "preprocessor_config.json", resample=2)
+    assert read_folder(folder).config_sha256() != before
+
+
 def edit(file: Path, **values) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 

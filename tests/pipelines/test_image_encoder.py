@@ -18,6 +18,7 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.memory.offload import OffloadManager, OffloadPart
+from chitu_diffusion.models.convert import convert
 from chitu_diffusion.models.kinds import PARTS
 from chitu_diffusion.models.registry import FULL_SIZE
 from chitu_diffusion.models.wan.image_encoder import ImageEncoder
@@ -89,6 +90,27 @@ def test_the_encoder_is_shown_what_transformers_shows_it(backends, pipelines, si
     assert (found - expected).abs().max() < 1e-6
 
 
+def test_the_official_layout_gives_the_same_bits(backends, folders, make_config, tmp_path):
+    for clip, images in ((1, {}), (2, {"last_image": picture(seed=1)})):
+        convert(folders[clip], tmp_path / f"{clip}", "official")
+        official = DiffusionBackend(make_config(tmp_path / f"{clip}"))
+        first, second = (
+            latent_and_video(Generator(backend), task_for(image=picture(), **images, **SIZES))[0]
+            for backend in (backends[clip], official)
+        )
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (9000, 2), (5, 5)])
+@pytest.mark.parametrize("way", ["cropped", "squashed"])
+def test_the_encoder_is_shown_pictures_of_any_shape(backends, size, way):
+    """A flat colour stays that colour."""
+    preprocessing = backends[1].image_encoder.preprocessing
+    found = getattr(preprocessing, way)(np.full((*size, 3), 128, np.uint8))
+    expected = (128 / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    assert found.shape == (1, 3, 28, 28) and torch.allclose(found.mean(dim=(0, 2, 3)), expected, atol=1e-5)
+
+
 @torch.no_grad()
 def test_official_preprocessing_is_the_authors(backends, pipelines):
     """Written down from their code (wan/image2video.py, modules/clip.py), with diffusers' own networks."""
@@ -113,6 +135,18 @@ def test_official_preprocessing_is_the_authors(backends, pipelines):
     Generator(backends[1]).generate_step(usual)
     assert relative_error(usual.buffer.conditioning.image, found.image) > 1e-2
     assert relative_error(usual.buffer.conditioning.concat_latents, found.concat_latents) > 1e-3
+
+
+def test_both_branches_share_the_pictures_keys(frames_folder, make_config, monkeypatch):
+    """Run one after the other, as a long sequence's are."""
+    backend = DiffusionBackend(make_config(frames_folder, infer__diffusion__cfg_batch="sequential"))
+    asked = []
+    for block in backend.model_pool[0].blocks:
+        keys = block.attn2.image_keys
+        monkeypatch.setattr(block.attn2, "image_keys", lambda rows, keys=keys: asked.append(1) or keys(rows))
+    task = task_for(image=picture(), last_image=picture(seed=1), guidance_scale=5.0, **SIZES)
+    latent_and_video(Generator(backend), task)
+    assert len(asked) == len(backend.model_pool[0].blocks)
 
 
 def test_a_picture_is_encoded_once(backends, monkeypatch):
@@ -174,6 +208,11 @@ def test_what_a_request_must_and_may_have(backends, image_folder, frames_folder)
     assert resolve_task(task_for(), text, "").image_preprocessing is None
 
 
+def test_a_shape_that_no_video_has_is_refused():
+    with pytest.raises(UsageError, match=r"^image: it has 3000x1 pixels, .* 34608x16; use height and width"):
+        resolve_task(task_for(image=np.zeros((1, 3000, 3), np.uint8)), FULL_SIZE["Wan2.2-I2V-A14B"], "")
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "size"),
     [
@@ -197,20 +236,14 @@ def test_a_picture_gives_the_authors_size(model, shape, size):
 
 def test_the_plan_says_what_the_picture_decides(frames_folder, tmp_path, chitu):
     picture(40, 80).save(tmp_path / "first.png")
-    words = (
-        "generate",
-        "a cat",
-        "--model",
-        frames_folder,
-        "--image",
-        "first.png",
-        "--last-image",
-        "first.png",
-    )
+    images = ("--image", "first.png", "--last-image", "first.png")
+    words = ("generate", "a cat", "--model", frames_folder, *images)
     code, out, err = chitu(*words, "--image-preprocessing", "official", "--dry-run")
     assert code == 0, err
     assert "32x16 is the image's shape at the model's own area" in out + err
+    assert "last image of 80x40" not in out + err
     code, out, err = chitu(*words, "--size", "48x32", "--dry-run", "--json")
-    assert code == 0 and "own area" not in out and '"image_preprocessing": "diffusers"' in out
+    assert code == 0 and "own area" not in out and "last image of 80x40 is stretched to 48x32" in out
+    assert '"image_preprocessing": "diffusers"' in out
     code, _, err = chitu(*words, "--image-preprocessing", "nearest")
     assert code == 2 and "--image-preprocessing 'nearest': use diffusers or official" in err

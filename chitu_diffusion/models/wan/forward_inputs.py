@@ -91,9 +91,8 @@ def require_image(image: object, config: WanConfig, batch: int) -> None:
     shape = f"[1 or {batch}, {rows or 'I'}, {width}]"
     if image is None:
         raise UsageError(
-            f"this network attends to an image, too; use make_text_kv(text, image=...) with rows {shape} of "
-            "its "
-            "image encoder",
+            "this network attends to an image, too; use make_text_kv(text, image=...), or Conditioning(text, "
+            f"image=...), with rows {shape} as pipelines.encoding.encode_pictures gives them",
             field="image",
         )
     image = require_floats(image, "image", shape)

@@ -53,7 +53,8 @@ class TextKVCache:
             would.
         keep: whether a block's keys stay for the next forward. They hold for as long as the network's weights
             and the autocast setting do.
-        image: [B, I, dim], projected rows of an image, for a network that takes them.
+        image: [1 or B, I, dim], projected rows of an image, for a network that takes them.
+        image_of: another text under the same network, whose image this one has, too, and whose keys of it.
     """
 
     rows: Tensor
@@ -61,7 +62,9 @@ class TextKVCache:
     bias: Tensor | None = None
     keep: bool = False
     image: Tensor | None = None
+    image_of: TextKVCache | None = None
     _kept: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    _kept_image: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     def keys(self, block: int, make: Callable[..., tuple[Tensor, ...]], weighted: bool = False) -> TextKV:
         """The keys of a block, made when they are first asked for: that is when a streamed block's weights
@@ -73,10 +76,18 @@ class TextKVCache:
                 head_dim], and the image's.
             weighted: whether the attention takes a bias; else rows that stand for many are copied.
         """
-        made = self._kept.get(block) or make(self.rows, *(() if self.image is None else (self.image,)))
-        if self.keep:
-            self._kept[block] = made
-        k, v, *image = made
+        known = self.image_of or self
+        text = self._kept.get(block, ())
+        image = known._kept_image.get(block, ())
+        if not text:
+            made = make(self.rows, *(() if known.image is None or image else (known.image,)))
+            text = made[:2]
+            image = image or made[2:]
+            if self.keep:
+                self._kept[block] = text
+                known._kept_image[block] = image
+        k, v = text
+        image = tuple(each.expand(len(k), -1, -1, -1).contiguous() for each in image)
         missing = self.positions - k.shape[1]
         if not missing or (weighted and self.bias is not None):
             return TextKV(k, v, self.bias, *image)
@@ -88,7 +99,7 @@ class TextKVCache:
         """Memory held, on the network's device: 2 x dim x L numbers a block and branch. At 14B in bfloat16
         0.8 MiB a row, so some 25 MiB for a prompt of 30 tokens and 100 MiB for Wan's negative prompt, where
         512 rows would be 400 MiB."""
-        kept = [tensor for made in self._kept.values() for tensor in made]
+        kept = [tensor for made in (*self._kept.values(), *self._kept_image.values()) for tensor in made]
         rows = [self.rows] if self.image is None else [self.rows, self.image]
         return sum(tensor.numel() * tensor.element_size() for tensor in [*rows, *kept])
 

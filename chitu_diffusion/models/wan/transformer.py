@@ -237,21 +237,27 @@ class WanTransformer(nn.Module):
         tokens = embedded.tokens + cached_features.residual
         return self.unpatchify(self.final_layer(tokens, embedded.time), embedded.grid)
 
-    def make_text_kv(self, text: Tensor, rows: int | None = None, image: Tensor | None = None) -> TextKVCache:
+    def make_text_kv(
+        self, text: Tensor, rows: int | None = None, image: Tensor | TextKVCache | None = None
+    ) -> TextKVCache:
         """A padded text [B, N, text_dim] for any number of forwards with these weights; see `text_kv`.
 
         Args:
             rows: of `rows_that_differ`; None looks, which on a GPU waits for the device.
-            image: an image encoder's rows [1 or B, I, image_dim], for a network that attends to them.
+            image: an image encoder's rows [1 or B, I, image_dim], for a network that attends to them; or
+                another text of this network, whose image it is, too.
 
         Raises:
             ValueError: an image for a network that takes none, none for one that does, or another shape.
         """
-        require_image(image, self.config, len(text))
+        if not isinstance(image, TextKVCache):
+            require_image(image, self.config, len(text))
         folded, positions, bias = dedup_padding(text, rows)
         prepared = TextKVCache(self.condition_embedder.text_embedder(folded), positions, bias, keep=True)
-        if image is not None:
-            prepared.image = self.condition_embedder.image_embedder(image).expand(len(text), -1, -1)
+        if isinstance(image, TextKVCache):
+            prepared.image_of = image
+        elif image is not None:
+            prepared.image = self.condition_embedder.image_embedder(image)
         return prepared
 
     def embed(
