@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
-from functools import partial
 from pathlib import Path
 from types import NoneType
 
@@ -205,9 +204,7 @@ class DiffusionBackend:
         )
         self.offload.place()
         self._adapted = [
-            AdaptedNetwork(
-                expert, self.device, partial(self.offload.copies, role), networks.originals.get(role), index
-            )
+            AdaptedNetwork(expert, self.device, self.offload, role, networks.originals.get(role), index)
             for index, (role, expert) in enumerate(zip(EXPERT_ROLES, networks.experts, strict=False))
         ]
         if self.args.infer.diffusion.low_mem_level >= 1:

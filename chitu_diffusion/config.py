@@ -117,10 +117,10 @@ class InferSettings(Settings):
         0.25, ge=0, le=1, description="share of the schedule that stays in 16 bits before fp8 begins"
     )
     quant_originals: bool = Field(
-        True,
-        description=(
-            "keep 16-bit weights beside fp8 for these first steps; false needs less than half of the memory"
-        ),
+        True, description="16-bit weights stay beside fp8 for these first steps; false: half the memory"
+    )
+    packed: bool = Field(
+        True, description="a GGUF file's weights stay packed, the same numbers; false unpacks while loading"
     )
     sampler: SamplerName = Field(
         AUTO, description=f"solver of the flow's equation; {AUTO}: the model's own; {SAMPLER_HELP}"

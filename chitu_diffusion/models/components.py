@@ -135,7 +135,8 @@ def load_networks(
 
 
 def networks_without_weights(args: EngineConfig, model: FoundModel, dtype: torch.dtype) -> Networks:
-    """What `load_networks` gives, on the meta device: every size, no values. Reads configs and tokenizer.
+    """What `load_networks` gives, on the meta device: every size, no values. Reads configs, tokenizer
+    and headers of GGUF files.
 
     Raises:
         ModelError, UsageError: as `load_networks`, but for what the weights' files hold.
@@ -150,4 +151,5 @@ def _part(
 ) -> nn.Module:
     if role == "text_encoder" and dtype == torch.float16:
         dtype = torch.bfloat16
-    return load_part(folder, role, device=device, dtype=dtype, float8=float8_plan(args))
+    plan = float8_plan(args)
+    return load_part(folder, role, device=device, dtype=dtype, float8=plan, packed=args.infer.packed)

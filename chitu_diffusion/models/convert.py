@@ -28,7 +28,7 @@ from chitu_diffusion.models.folder import (
     read_json,
 )
 from chitu_diffusion.models.kinds import OPTIONAL_ROLES, PARTS, Role
-from chitu_diffusion.models.loading import blueprint, check_part, open_weights, tokenizer_of
+from chitu_diffusion.models.loading import blueprint, check_part, names_in, open_weights, tokenizer_of
 from chitu_diffusion.models.registry import spec_of_folder
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.sampling.solvers import Sampler
@@ -225,8 +225,9 @@ def _verified(folder: ModelFolder, role: Role, deep: bool) -> str:
         CheckpointError: it is not whole.
     """
     weights, names = check_part(folder, role)
-    kinds = sorted({str(stored.dtype).removeprefix("torch.") for stored in weights.entries.values()})
-    total = sum(stored.bytes for stored in weights.entries.values())
+    listed = weights.entries.values()
+    kinds = sorted({stored.packing or str(stored.dtype).removeprefix("torch.") for stored in listed})
+    total = sum(stored.packed_bytes or stored.bytes for stored in listed)
     if deep:
         for key in names.values():
             if not torch.isfinite(weights.read(key)).all():
@@ -250,12 +251,12 @@ def _write_component(
     config = dict(folder.components[role].config)
     plan = blueprint(folder, role)
     weights = open_weights(folder, role, mapped=False)  # which may change under a long work
-    stored = match_names(plan.shapes(), weights, names=plan.names(folder.layout), ties=plan.ties)
+    stored = match_names(plan.shapes(), weights, names=names_in(weights, folder, plan), ties=plan.ties)
     new_names = plan.official if layout == "official" else {name: name for name in stored}
     keys = {new_names[name]: key for name, key in stored.items()}
 
     def read(name: str) -> Tensor:
-        return weights.read(keys[name])
+        return weights.read(keys[name]).to(weights.entries[keys[name]].dtype)
 
     keep = {new_names[name] for name in stored if not set(name.split(".")).isdisjoint(plan.keep_float32)}
     if layout == "official" and part.official_file is not None:

@@ -1,9 +1,9 @@
 """Files of tensors: what lies in them and whether they are whole. The reading half of
 `chitu_diffusion.weights.loader`.
 
-Knows safetensors (one or many shards, with or without an index) and torch's `.pth`; no modules, no networks.
-Headers are checked against the file's size before any value is read. A fault is a `CheckpointError` that
-names file and key.
+Knows safetensors (one or many shards, with or without an index), torch's `.pth` and, through
+`chitu_diffusion.weights.gguf`, GGUF; no modules, no networks. Headers are checked against the file's size
+before any value is read. A fault is a `CheckpointError` that names file and key.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -28,6 +28,7 @@ from chitu_diffusion.files.reading import (
     read_json,
     require_regular,
 )
+from chitu_diffusion.weights.gguf import GGUF_AXES, GGUFFile
 
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX_ENDING = ".safetensors.index.json"
@@ -35,7 +36,8 @@ _LONGEST_NAME = 255
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.", "module.")
 """That others put before all names of one network: ComfyUI, trainers, torch's own wrappers."""
 _TORCH_ENDINGS = (".pth", ".pt", ".bin")
-_ENDINGS = (".safetensors", ".gguf", *_TORCH_ENDINGS)
+GGUF_ENDING = ".gguf"
+_ENDINGS = (".safetensors", GGUF_ENDING, *_TORCH_ENDINGS)
 # Reading a hostile pickle through weights_only is safe from here on: CVE-2025-32434 and its relatives are
 # closed.
 _SAFE_PICKLE = (2, 10)
@@ -43,12 +45,18 @@ _SAFE_PICKLE = (2, 10)
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file: where, its shape and dtype, and its place in the file's order."""
+    """One tensor in a file: where, its shape and dtype, and its place in the file's order.
+
+    `packing` is the type of a GGUF file's blocks, such as "Q4_K", and `packed_bytes` what they take; their
+    values are read in float32.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
     position: int
+    packing: str | None = None
+    packed_bytes: int = 0
 
     @property
     def bytes(self) -> int:
@@ -108,11 +116,26 @@ class _TorchFile:
         return self._tensors[key]
 
 
+class _GGUFFile:
+    """One `.gguf` file; its header is read at once, its tensors when asked for, never mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with foreign_data(lambda cause: CheckpointError(f"a GGUF file cannot be read: {cause}", file=path)):
+            self._file = GGUFFile(path)
+        self.entries = {
+            key: Stored(path, found.shape, found.dtype, found.start, found.packing, found.packed_bytes)
+            for key, found in self._file.tensors.items()
+        }
+        self.read = self._file.read
+        self.read_packed = self._file.read_packed
+
+
 class WeightFiles:
     """The tensors of one network on disk, by name, whatever files they lie in.
 
     Args:
-        path: a `.safetensors` file, an index of shards, a `.pth` file, or a folder that holds them.
+        path: a `.safetensors`, `.pth` or `.gguf` file, an index of shards, or a folder that holds them.
         stem: in a folder, how the files begin ("diffusion_pytorch_model", "model").
         shards_first: of an index of shards and a single file side by side, whether the shards count, as for
             diffusers, or the single file, as for transformers.
@@ -166,7 +189,27 @@ class WeightFiles:
         with foreign_data(
             lambda cause: CheckpointError(f"a tensor cannot be read: {cause}", file=stored.file, key=key)
         ):
-            return self._files[stored.file].read(self._prefix + key)
+            return self._files[stored.file].read(self._prefix + key).reshape(stored.shape)
+
+    def read_packed(self, key: str) -> Tensor:
+        """The blocks of a tensor that has a `packing`, as they are stored: [bytes] uint8, on the CPU."""
+        stored = self.entries[key]
+        file = self._files[stored.file]
+        assert isinstance(file, _GGUFFile)  # no other has packed tensors
+        with foreign_data(
+            lambda cause: CheckpointError(f"a tensor cannot be read: {cause}", file=stored.file, key=key)
+        ):
+            return file.read_packed(self._prefix + key)
+
+    def unflatten(self, key: str, shape: tuple[int, ...]) -> bool:
+        """Lets a tensor have the shape that its network has, where its file cannot say so: GGUF allows four
+        axes, a patch embedding has five. False where that is not the reason why they differ.
+        """
+        stored = self.entries[key]
+        fits = torch.Size(stored.shape).numel() == torch.Size(shape).numel() and len(shape) > GGUF_AXES
+        if fits := fits and isinstance(self._files[stored.file], _GGUFFile):
+            self.entries[key] = replace(stored, shape=shape)
+        return fits
 
 
 def locate(path: Path, stem: str, shards_first: bool) -> tuple[list[Path], dict[str, str] | None]:
@@ -186,10 +229,13 @@ def locate(path: Path, stem: str, shards_first: bool) -> tuple[list[Path], dict[
         shards = sorted(path.glob(f"{stem}-*-of-*.safetensors"))
         if shards:
             return _complete(shards), None
+        packed = sorted(path.glob(f"*{GGUF_ENDING}"))
+        if len(packed) == 1:
+            return packed, None
         raise CheckpointError(
-            "there are no weights",
+            "there are no weights" if not packed else "there are several GGUF files, and one is needed",
             file=path,
-            expected=f"{stem}.safetensors, or shards of it",
+            expected=f"{stem}.safetensors, shards of it, or one {GGUF_ENDING} file",
             found=few(sorted(file.name for file in path.iterdir() if file.suffix in _ENDINGS)) or "neither",
         )
     if not path.exists():
@@ -260,9 +306,9 @@ def _open(path: Path, mapped: bool) -> _TensorFile:
         return _SafetensorsFile(path, mapped)
     if path.suffix in _TORCH_ENDINGS:
         return _TorchFile(path, mapped)
-    raise CheckpointError(
-        "not a weights file", file=path, expected=f".safetensors or {', '.join(_TORCH_ENDINGS)}"
-    )
+    if path.suffix == GGUF_ENDING:
+        return _GGUFFile(path)
+    raise CheckpointError("not a weights file", file=path, expected=", ".join(_ENDINGS))
 
 
 def _safetensors_entries(path: Path) -> tuple[dict[str, Stored], int]:
@@ -359,7 +405,7 @@ def describe_file(path: Path) -> str:
         require_regular(path)
         with path.open("rb") as stream:
             if stream.read(4) == b"GGUF":
-                return "a GGUF file: quantised weights, which are not opened yet"
+                return "a GGUF file: one network alone"
         names = list(_open(path, mapped=True).entries)
     except (OSError, ValueError) as error:
         return f"a file that cannot be read: {cause(error)}"
