@@ -116,9 +116,8 @@ class DiffusionBackend:
     ) -> DiffusionBackend:
         """A backend of networks in memory. They keep their dtype and are moved to the device."""
         backend = cls.__new__(cls)
-        attended = next(
-            weight.dtype for weight in networks.experts[0].blocks.parameters() if weight.ndim == 2
-        )
+        weights = networks.experts[0].blocks.parameters()
+        attended = next((weight.dtype for weight in weights if weight.ndim == 2), None)
         backend._begin(checked_args(args), networks.spec, None, groups, attended)
         backend._install(networks)
         return backend

@@ -256,7 +256,8 @@ def _write_component(
     keys = {new_names[name]: key for name, key in stored.items()}
 
     def read(name: str) -> Tensor:
-        return weights.read(keys[name]).to(weights.entries[keys[name]].dtype)
+        value = weights.read(keys[name])
+        return value if dtype else value.to(weights.entries[keys[name]].dtype)
 
     keep = {new_names[name] for name in stored if not set(name.split(".")).isdisjoint(plan.keep_float32)}
     if layout == "official" and part.official_file is not None:

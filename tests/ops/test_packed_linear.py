@@ -1,4 +1,4 @@
-"""Packed layers beside the `gguf` package's values: in plain torch, and by the kernels in Triton's interpreter
+"""Packed layers beside the `gguf` package's values: in plain torch, and by kernels in Triton's interpreter
 (on a GPU: as they are).
 """
 
