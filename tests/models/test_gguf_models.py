@@ -1,5 +1,5 @@
-"""Models whose transformer is a GGUF file: the same videos as from files with its values in full, packed or not,
-at every memory level, with adapters, on ranks; and what `verify`, `convert` and forecasts say of them.
+"""Models whose transformer is a GGUF file: the same videos as from files with its values in full, packed or
+not, at every memory level, with adapters, on ranks; and what `verify`, `convert` and forecasts say of them.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def adapter(place: Path, seed: int) -> str:
 
 @pytest.mark.parametrize("level", [0, 4])
 def test_adapters_are_merged_and_leave(folders: tuple[Path, Path], tmp_path: Path, level: int) -> None:
-    """Bit for bit as into weights in full, two that take turns; afterwards the blocks are all that is there."""
+    """Bit for bit as into weights in full, two that take turns; afterwards there are only the blocks."""
     first, second = (adapter(tmp_path, seed) for seed in (1, 2))
     asked = [None, first, first, second, None]
     videos = []
@@ -264,7 +264,8 @@ def test_a_text_encoder_may_be_one(tmp_path: Path, tiny_folder: Path) -> None:
         shutil.copytree(tiny_folder, tmp_path / "model", ignore=shutil.ignore_patterns("manifest*"))
     )
     names = {"layer.0.SelfAttention.": "attn_", "relative_attention_bias": "rel_b",
-             "layer.0.layer_norm": "attn_norm", "layer.1.layer_norm": "ffn_norm", "layer.1.DenseReluDense.wi_0": "ffn_gate",
+             "layer.0.layer_norm": "attn_norm", "layer.1.layer_norm": "ffn_norm",
+             "layer.1.DenseReluDense.wi_0": "ffn_gate",
              "layer.1.DenseReluDense.wi_1": "ffn_up", "layer.1.DenseReluDense.wo": "ffn_down",
              "encoder.block.": "enc.blk.", "encoder.final_layer_norm": "enc.output_norm",
              "shared": "token_embd"}  # fmt: skip

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import RunText
 from gguf import GGMLQuantizationType, quants
 from gguf_files import random_blocks
 from torch import Tensor, nn
@@ -117,3 +118,24 @@ def test_a_compiled_layer_takes_the_blocks_as_they_are() -> None:
     x = torch.randn(4, 512)
     with torch.no_grad():
         assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), full(x))
+
+
+COMPILED_FOR_HOPPER = """
+import sys
+from pathlib import Path
+from chitu_diffusion.ops import unpack_triton
+from hopper import build
+
+POINTERS = {"byte_ptr": "*u8", "half_ptr": "*fp16", "out_ptr": "*bf16"}
+for packing, kernel in unpack_triton._KERNELS.items():
+    size = {"BLOCKS": unpack_triton._NUMBERS // (32 if packing == "Q8_0" else 256)}
+    built = build(kernel, POINTERS, size, Path(sys.argv[1]))
+    assert built.spilled == 0, packing
+    assert "st.global.v4" in built.ptx, "16 bytes at once"
+    # scales are read once a group, not once a number
+    assert built.ptx.count("ld.global.b8") <= 6, packing
+"""
+
+
+def test_kernels_compile_for_hopper(runs_for_hopper: RunText) -> None:
+    runs_for_hopper(COMPILED_FOR_HOPPER)
