@@ -32,13 +32,13 @@ BUDGETS = {
     "flexcache": 2770,
     "media": 1530,
     "memory": 680,
-    "models": 4535,
+    "models": 4550,
     "ops": 1815,
     "pipelines": 3770,
     "sampling": 1160,
     "task": 1135,
     "adapters": 690,
-    "weights": 1180,
+    "weights": 1490,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

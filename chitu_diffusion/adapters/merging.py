@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from chitu_diffusion.adapters.formats import AdapterFile, changed_weight
 from chitu_diffusion.adapters.placing import PlacedChange, Placement, keys_of_second_expert, place
 from chitu_diffusion.errors import CheckpointError, UsageError
+from chitu_diffusion.models.loading import Originals
 from chitu_diffusion.models.wan.transformer import WanConfig, WanTransformer
-from chitu_diffusion.ops.float8_linear import Float8Linear
+from chitu_diffusion.ops.float8_linear import Float8Linear, rows_on
+from chitu_diffusion.ops.fused import Float8Rows
 from chitu_diffusion.task.lora import Lora
 from chitu_diffusion.weights.files import few
 
-ReadParameter = Callable[[str], Tensor]
-"""Our name of a parameter -> its values in the model's files, on the CPU."""
 _Sources = list[tuple[Lora, AdapterFile, PlacedChange]]
 
 
@@ -112,7 +112,7 @@ class AdaptedNetwork:
         network: its parameters are written into where they lie.
         device: where sums are computed.
         places: a parameter -> every copy of it that there is, on the device and at home.
-        original: reads what a parameter was; None for networks made in memory, of which copies are kept.
+        originals: what each parameter was; None for networks made in memory, of which copies are kept.
         expert: its index in the model pool.
     """
 
@@ -121,13 +121,13 @@ class AdaptedNetwork:
         network: WanTransformer,
         device: torch.device,
         places: Callable[[Tensor], list[Tensor]],
-        original: ReadParameter | None,
+        originals: Originals | None,
         expert: int,
     ) -> None:
         self._network = network
         self._device = device
         self._places = places
-        self._original = original
+        self._originals = originals
         self._expert = expert
         self._kept: dict[str, Tensor] = {}
         self._changed: set[str] = set()
@@ -166,8 +166,12 @@ class AdaptedNetwork:
                     field="lora",
                 )
             differs = differs or not torch.equal(merged, base)
-            self._write(name, merged)
-            if name not in sources:
+            if name in sources:
+                self._write(name, merged)
+            else:
+                self._write(
+                    name, merged, None if self._originals is None else self._originals.read_float8_rows(name)
+                )
                 self._changed.discard(name)
         if not differs:
             raise UsageError(
@@ -203,23 +207,25 @@ class AdaptedNetwork:
         """What a parameter was, on the device, in the dtype of its network."""
         layer, current = self._holder(name)
         if name not in self._changed and current is not None:
-            if self._original is None and name not in self._kept:
+            if self._originals is None and name not in self._kept:
                 self._kept[name] = current.detach().to("cpu", copy=True)
             return current.detach().to(self._device)
         if name in self._kept:
             return self._kept[name].to(self._device)
-        if self._original is None:
+        if self._originals is None:
             raise UsageError(
                 f"lora: {name} is there in 8 bits alone; set infer.quant_originals = true", field="lora"
             )
         dtype = current.dtype if current is not None else _wide_dtype(layer)
-        return self._original(name).to(self._device).to(dtype)
+        return self._originals.read(name).to(self._device).to(dtype)
 
-    def _write(self, name: str, merged: Tensor) -> None:
+    def _write(self, name: str, merged: Tensor, rows: Float8Rows | None = None) -> None:
+        """Puts a value wherever the parameter is kept; `rows` are its 8 bits, where it has its own."""
         layer, current = self._holder(name)
         leaf = name.rpartition(".")[2]
-        rounded = isinstance(layer, Float8Linear) and leaf == "weight"
-        values = layer.rounded(merged) if rounded and isinstance(layer, Float8Linear) else {leaf: merged}
+        values = {leaf: merged}
+        if isinstance(layer, Float8Linear) and leaf == "weight":
+            values = layer.rounded(merged, rows_on(rows, merged.device))
         for part, value in values.items():
             kept = layer._buffers.get(part)
             kept = current if kept is None else kept

@@ -225,8 +225,8 @@ def _verified(folder: ModelFolder, role: Role, deep: bool) -> str:
         CheckpointError: it is not whole.
     """
     weights, names = check_part(folder, role)
-    kinds = sorted({str(stored.dtype).removeprefix("torch.") for stored in weights.entries.values()})
-    total = sum(stored.bytes for stored in weights.entries.values())
+    kinds = sorted({str(stored.dtype).removeprefix("torch.") for stored in weights.on_disk})
+    total = sum(stored.bytes for stored in weights.on_disk)
     if deep:
         for key in names.values():
             if not torch.isfinite(weights.read(key)).all():

@@ -31,6 +31,7 @@ from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_enco
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanConfig, WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE, build_vae
 from chitu_diffusion.ops.float8_linear import Float8Plan, float8_weights, to_float8
+from chitu_diffusion.ops.fused import Float8Rows
 from chitu_diffusion.weights.files import locate
 from chitu_diffusion.weights.loader import LoadProgress, Transform, WeightFiles, load_into, match_names
 
@@ -155,16 +156,25 @@ def load_part(
     return _WRAPPERS[role](network, folder).eval() if role in _WRAPPERS else network
 
 
-def parameter_reader(folder: ModelFolder, role: Role) -> Callable[[str], Tensor]:
-    """Opens a part's files, and gives the stored values of one parameter by our name, on the CPU; they may be
-    read for as long as the reader is held.
+class Originals:
+    """A part's files, open for as long as this is held: what each parameter was, by our name.
 
     Raises:
         CheckpointError: missing or damaged files.
     """
-    weights = open_weights(folder, role)
-    names = blueprint(folder, role).names(folder.layout)
-    return lambda name: weights.read(names.get(name, name))
+
+    def __init__(self, folder: ModelFolder, role: Role) -> None:
+        self._weights = open_weights(folder, role)
+        self._names = blueprint(folder, role).names(folder.layout)
+
+    def read(self, name: str) -> Tensor:
+        """A parameter's values, on the CPU; those stored in 8 bits in float32."""
+        return self._weights.read(self._names.get(name, name))
+
+    def read_float8_rows(self, name: str) -> Float8Rows | None:
+        """Of a weight that is stored in rows of 8 bits, these; see `WeightFiles.read_float8_rows`."""
+        found = self._weights.read_float8_rows(self._names.get(name, name))
+        return None if found is None else Float8Rows(*found)
 
 
 def load_transformer(
@@ -273,7 +283,9 @@ def _loaded(
         for layer in eight_bit:
             layer.quantise_weight()
         return network
-    transforms: list[Transform] = [float8_weights(plan.module)] if eight_bit else []
+    transforms: list[Transform] = []
+    if eight_bit:
+        transforms.append(float8_weights(plan.module, Originals(folder, role).read_float8_rows))
     load_into(
         plan.module,
         open_weights(folder, role),

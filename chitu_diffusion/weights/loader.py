@@ -74,7 +74,7 @@ def load_into(
         loaded = torch.empty(
             stored.shape, dtype=torch.float32 if kept else dtype or stored.dtype, device=device
         )
-        loaded.copy_(weights.read(key))
+        loaded.copy_(weights.read(key, device))
         values: Mapping[str, Tensor] = {name: loaded}
         del loaded
         for transform in transforms:

@@ -173,13 +173,11 @@ def test_a_folder_s_name_cannot_steer_a_terminal(changed_file: Spoil) -> None:
         ("blocks.0.self_attn.q.weight", "a Wan transformer alone"),
         ("model.diffusion_model.blocks.0.self_attn.q.weight", "behind a prefix"),
         ("gguf", "a GGUF file"),
-        ("fp8", "8-bit floats"),
     ],
 )
 def test_a_single_file_is_named(name: str, words: str, tmp_path: Path) -> None:
     file = tmp_path / "wan.safetensors"
-    value = torch.ones(2, dtype=torch.float8_e4m3fn if name == "fp8" else torch.float16)
-    save_file({name: value}, file)
+    save_file({name: torch.ones(2)}, file)
     if name == "gguf":
         file.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(UsageError, match=f"{words}.*name that folder"):
