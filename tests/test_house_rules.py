@@ -22,9 +22,9 @@ LONGEST_CELL = 200
 MOST_TOP_MODULES = 10
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
-    "": 2355,
+    "": 2360,
     "attention": 2060,
-    "cli": 3840,
+    "cli": 3870,
     "distributed": 2145,
     "evaluation": 2125,
     "executor": 1940,
@@ -32,13 +32,13 @@ BUDGETS = {
     "flexcache": 2770,
     "media": 1530,
     "memory": 680,
-    "models": 4550,
+    "models": 5250,
     "ops": 1815,
     "pipelines": 3770,
     "sampling": 1160,
     "task": 1135,
     "adapters": 690,
-    "weights": 1490,
+    "weights": 1500,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

@@ -36,10 +36,10 @@ def find_model(config: EngineConfig, args: Args) -> FoundModel:
         ModelMissingError: no model has that name, or it is not here; the message tells how to get it.
         CheckpointError: its folder cannot be understood.
     """
-    from chitu_diffusion.models.registry import resolve_model
+    from chitu_diffusion.models.registry import model_of
 
     with args.named():
-        model = resolve_model(config.models.name, config.models.ckpt_dir)
+        model = model_of(config.models)
     model.required()
     return model._replace(spec=model.spec.with_sampler(config.infer.sampler))
 

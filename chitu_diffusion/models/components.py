@@ -119,7 +119,7 @@ def load_networks(
         "denoiser": _HOME if level >= 3 else device,
         "decoder": device,
     }
-    loaded = LoadedFolder(folder.path, weight_files(folder), cache_dir())
+    loaded = LoadedFolder(folder.files, weight_files(folder), cache_dir())
     try:
         parts = {
             role: _part(args, folder, role, place[PARTS[role].kind], dtype) for role in folder.components

@@ -84,7 +84,8 @@ def blueprint(folder: ModelFolder, role: Role, dtype: torch.dtype | None = None)
 
 
 def _unusable(folder: ModelFolder, role: Role, cause: str) -> CheckpointError:
-    return CheckpointError(f"the config of the {role} cannot be used: {cause}", file=folder.path / role)
+    place = folder.components[role].weights
+    return CheckpointError(f"the config of the {role} cannot be used: {cause}", file=place)
 
 
 def _vae(config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:
@@ -165,7 +166,7 @@ class Originals:
 
     def __init__(self, folder: ModelFolder, role: Role) -> None:
         self._weights = open_weights(folder, role)
-        self._names = blueprint(folder, role).names(folder.layout)
+        self._names = names_in(self._weights, folder, blueprint(folder, role))
 
     def read(self, name: str) -> Tensor:
         """A parameter's values, on the CPU; those stored in 8 bits in float32."""
@@ -208,7 +209,13 @@ def open_weights(folder: ModelFolder, role: Role, *, mapped: bool = True) -> Wei
     """
     component = folder.components[role]
     part = component.part
-    return WeightFiles(component.weights, part.stem, shards_first=_shards_first(component), mapped=mapped)
+    return WeightFiles(
+        component.weights,
+        part.stem,
+        shards_first=_shards_first(component),
+        mapped=mapped,
+        within=component.within,
+    )
 
 
 def check_part(folder: ModelFolder, role: Role) -> tuple[WeightFiles, Mapping[str, str]]:
@@ -222,7 +229,19 @@ def check_part(folder: ModelFolder, role: Role) -> tuple[WeightFiles, Mapping[st
     """
     weights = open_weights(folder, role)
     plan = blueprint(folder, role)
-    return weights, match_names(plan.shapes(), weights, names=plan.names(folder.layout), ties=plan.ties)
+    return weights, match_names(plan.shapes(), weights, names=names_in(weights, folder, plan), ties=plan.ties)
+
+
+def names_in(weights: WeightFiles, folder: ModelFolder, plan: Blueprint) -> Mapping[str, str]:
+    """{parameter: name in these files}: those of the folder's layout, unless more of the other's are there,
+    as in files that people made for other programs.
+    """
+    own = plan.names("official" if folder.layout == "official" else "diffusers")
+    other = plan.names("diffusers" if folder.layout == "official" else "official")
+    found, others = (
+        sum(names.get(name, name) in weights.entries for name in plan.official) for names in (own, other)
+    )
+    return own if found >= others else other
 
 
 def check_folder(folder: ModelFolder) -> None:
@@ -286,13 +305,14 @@ def _loaded(
     transforms: list[Transform] = []
     if eight_bit:
         transforms.append(float8_weights(plan.module, Originals(folder, role).read_float8_rows))
+    weights = open_weights(folder, role)
     load_into(
         plan.module,
-        open_weights(folder, role),
+        weights,
         device=device,
         dtype=dtype,
         keep_float32=plan.keep_float32,
-        names=plan.names(folder.layout),
+        names=names_in(weights, folder, plan),
         ties=plan.ties,
         progress=progress,
         transforms=transforms,

@@ -20,14 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from chitu_diffusion.errors import CheckpointError
-from chitu_diffusion.files.reading import (
-    MOST_BYTES,
-    cause,
-    foreign_data,
-    parse_json,
-    read_json,
-    require_regular,
-)
+from chitu_diffusion.files.reading import MOST_BYTES, foreign_data, parse_json, read_json, require_regular
 from chitu_diffusion.weights.stored import (
     BESIDE,
     FLOAT_TYPES,
@@ -38,25 +31,35 @@ from chitu_diffusion.weights.stored import (
     find_eight_bit,
 )
 
-__all__ = ["Stored", "WeightFiles", "describe_file", "few", "locate"]
+__all__ = ["Stored", "TensorFile", "WeightFiles", "few", "locate", "open_tensors"]
 
 INDEX_ENDING = ".safetensors.index.json"
 _LONGEST_NAME = 255
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.", "module.")
 """That others put before all names of one network: ComfyUI, trainers, torch's own wrappers."""
-_TORCH_ENDINGS = (".pth", ".pt", ".bin")
-_ENDINGS = (".safetensors", ".gguf", *_TORCH_ENDINGS)
+_TORCH = (".pth", ".pt", ".bin")
+ENDINGS = (".safetensors", ".gguf", *_TORCH)
 # Reading a hostile pickle through weights_only is safe from here on: CVE-2025-32434 and its relatives are
 # closed.
 _SAFE_PICKLE = (2, 10)
 
 
-class _TensorFile(Protocol):
+class TensorFile(Protocol):
+    """One file of tensors, under its own names.
+
+    Attributes:
+        path: where.
+        entries: what lies in it.
+        metadata: what it says of itself.
+    """
+
     path: Path
     entries: dict[str, Stored]
     metadata: Mapping[str, str]
 
-    def read(self, key: str) -> Tensor: ...
+    def read(self, key: str) -> Tensor:
+        """A tensor's stored values, on the CPU."""
+        ...
 
 
 class _SafetensorsFile:
@@ -137,7 +140,7 @@ class WeightFiles:
     ) -> None:
         self.path = Path(path)
         paths, weight_map = locate(self.path, stem, shards_first)
-        self._files: dict[Path, _TensorFile] = {file: _open(file, mapped) for file in paths}
+        self._files: dict[Path, TensorFile] = {file: open_tensors(file, mapped) for file in paths}
         if weight_map is not None:
             _check_index(self.path, weight_map, self._files)
         self.metadata = {key: said for file in self._files.values() for key, said in file.metadata.items()}
@@ -165,7 +168,7 @@ class WeightFiles:
     def unused(self) -> list[Path]:
         """Weights that lie in the folder and that nobody reads."""
         near = self.path.iterdir() if self.path.is_dir() else ()
-        return sorted(file for file in near if file.suffix in _ENDINGS and file not in self._files)
+        return sorted(file for file in near if file.suffix in ENDINGS and file not in self._files)
 
     @property
     def on_disk(self) -> list[Stored]:
@@ -198,10 +201,6 @@ class WeightFiles:
         scale = torch.ones(1) if found.scale is None else self._read_stored(found.scale)
         return values, found.rows(scale).expand(len(values), 1).contiguous()
 
-    def read_beside(self, name: str) -> Tensor | None:
-        """A tensor that is none of the network's, such as a tokenizer as bytes; None if it is not there."""
-        return self._read_stored(name) if name in self._stored else None
-
     def _read_stored(self, name: str) -> Tensor:
         stored = self._stored[name]
         key = self._keys[name]
@@ -232,7 +231,7 @@ def locate(path: Path, stem: str, shards_first: bool) -> tuple[list[Path], dict[
             "there are no weights",
             file=path,
             expected=f"{stem}.safetensors, or shards of it",
-            found=few(sorted(file.name for file in path.iterdir() if file.suffix in _ENDINGS)) or "neither",
+            found=few(sorted(file.name for file in path.iterdir() if file.suffix in ENDINGS)) or "neither",
         )
     if not path.exists():
         raise CheckpointError("a weights file is missing", file=path)
@@ -280,7 +279,7 @@ def _complete(shards: list[Path]) -> list[Path]:
     return shards
 
 
-def _check_index(path: Path, weight_map: Mapping[str, str], files: Mapping[Path, _TensorFile]) -> None:
+def _check_index(path: Path, weight_map: Mapping[str, str], files: Mapping[Path, TensorFile]) -> None:
     for file in files.values():
         named = {key for key, name in weight_map.items() if name == file.path.name}
         lacking = sorted(named - file.entries.keys())
@@ -295,16 +294,19 @@ def _check_index(path: Path, weight_map: Mapping[str, str], files: Mapping[Path,
             )
 
 
-def _open(path: Path, mapped: bool) -> _TensorFile:
+def open_tensors(path: Path, mapped: bool = True) -> TensorFile:
+    """Opens one file, by its ending; `mapped` as in `WeightFiles`.
+
+    Raises:
+        CheckpointError: it is none, or damaged.
+    """
     with foreign_data(lambda cause: CheckpointError(f"a weights file cannot be read: {cause}", file=path)):
         require_regular(path)
     if path.suffix == ".safetensors":
         return _SafetensorsFile(path, mapped)
-    if path.suffix in _TORCH_ENDINGS:
+    if path.suffix in _TORCH:
         return _TorchFile(path, mapped)
-    raise CheckpointError(
-        "not a weights file", file=path, expected=f".safetensors or {', '.join(_TORCH_ENDINGS)}"
-    )
+    raise CheckpointError("not a weights file", file=path, expected=f".safetensors or {', '.join(_TORCH)}")
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, Stored], Mapping[str, str], int]:
@@ -398,24 +400,6 @@ def _no_floats(path: Path, key: str, found: str) -> CheckpointError:
     return CheckpointError(
         "a tensor is not of floats", file=path, key=key, expected=" or ".join(FLOAT_TYPES), found=found
     )
-
-
-def describe_file(path: Path) -> str:
-    """What a single file of weights is, in words, by its first bytes and its tensors' names."""
-    try:
-        require_regular(path)
-        with path.open("rb") as stream:
-            if stream.read(4) == b"GGUF":
-                return "a GGUF file: quantised weights, which are not opened yet"
-        names = list(_open(path, mapped=True).entries)
-    except (OSError, ValueError) as error:
-        return f"a file that cannot be read: {cause(error)}"
-    except CheckpointError as error:
-        return f"a file of weights that are not opened: {error}"
-    ours = "blocks.0.self_attn.q.weight"
-    if any(name.endswith(ours) and name != ours for name in names):
-        return "a Wan transformer alone, each name behind a prefix as ComfyUI has it"
-    return "a Wan transformer alone" if ours in names else f"a single file of {len(names)} tensors"
 
 
 def few(names: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from chitu_diffusion.media.reading import read_recipe
 from chitu_diffusion.models.convert import convert, verify
 from chitu_diffusion.models.registry import ASSETS, TINY
 from chitu_diffusion.weights import hashing
-from chitu_diffusion.weights.hashing import FileHashes, hashes_of
+from chitu_diffusion.weights.hashing import FileHashes, ModelFiles, hashes_of
 from chitu_diffusion.weights.manifest import (
     MANIFEST_FILE,
     downloaded,
@@ -56,7 +56,7 @@ def weights_of(folder: Path) -> list[Path]:
 
 
 def expected(folder: Path) -> str:
-    return sha256_of(folder, {file: plain(file) for file in weights_of(folder)})
+    return sha256_of(ModelFiles(folder), {file: plain(file) for file in weights_of(folder)})
 
 
 def plain(file: Path) -> str:
@@ -308,5 +308,5 @@ def test_a_pulled_folder_is_compared_with_what_the_hub_said(model) -> None:
     note.parent.mkdir(parents=True)
     note.write_text(f"{'0' * 40}\n{plain(file)}\n1.5\n")
     flip(file, -1)
-    write_manifest(model, "pull", downloaded(model))
+    write_manifest(ModelFiles(model), "pull", downloaded(model))
     assert bad_parts(model) == [file.parent.name]
