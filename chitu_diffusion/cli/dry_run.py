@@ -242,6 +242,8 @@ def print_plan(
         emit("plan", **about, ranks=ranks, quant=quant, attn_schedule=config.infer.attn_schedule, tasks=told)
         return code
     say(f"model   {spec.name} in {folder}, its files whole")
+    if model.required().layout == "files":
+        say(f"        with {', '.join(str(file) for file in model.required().files.names if file != folder)}")
     say(f"device  {found.device}, dtype {found.dtype}, memory level {level}, attention {found.attention}")
     say_layout(layout)
     if quant != "none":

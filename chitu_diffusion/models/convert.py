@@ -73,7 +73,7 @@ def verify(path: str | Path, deep: bool = False, parts: Mapping[str, str] | None
     except ChituError as error:
         return [PartCheck("folder", Path(path), False, str(error))]
     try:
-        manifest = read_manifest(folder.path, cache_dir())
+        manifest = read_manifest(folder.files, cache_dir())
     except ChituError as error:
         return [PartCheck("manifest", folder.path, False, str(error))]
     said = f"{spec.name}, {folder.layout} layout, "

@@ -28,14 +28,16 @@ _PLACES = MappingProxyType(
     }
 )
 """A part -> a tensor that it has and no other, T5's encoder neither: under official names, the libraries'."""
-_TITLES = MappingProxyType(
+TITLES = MappingProxyType(
     {
-        "transformer": "a Wan transformer",
-        "vae": "a VAE",
-        "text_encoder": "a text encoder",
-        "image_encoder": "an image encoder",
+        "transformer": "transformer",
+        "vae": "VAE",
+        "text_encoder": "text encoder",
+        "image_encoder": "image encoder",
+        "tokenizer": "tokenizer",
     }
 )
+"""What parts are called in sentences."""
 _ADAPTER = re.compile(r"lora_(A|B|up|down)\b|\.(diff|diff_b|hada_w1_a|lokr_w1)$")
 _FOREIGN = MappingProxyType(
     {
@@ -69,7 +71,7 @@ def described(names: Collection[str]) -> str:
     """What a file of tensors is, in a few words."""
     parts = parts_within(names)
     if parts:
-        return " and ".join(_TITLES[part] for part in parts)
+        return "a file with a Wan model's " + " and ".join(TITLES[part] for part in parts)
     if any(_ADAPTER.search(name) for name in names):
         return "an adapter, which goes with --lora onto a model"
     return f"a file of {len(names)} tensors, none of them a Wan network's"

@@ -20,7 +20,7 @@ from chitu_diffusion.config import cache_dir
 from chitu_diffusion.errors import CheckpointError, ModelMissingError, UsageError
 from chitu_diffusion.files.reading import foreign_data
 from chitu_diffusion.models import limits
-from chitu_diffusion.models.detection import USUAL_HEAD, described, parts_within, transformer_in
+from chitu_diffusion.models.detection import TITLES, USUAL_HEAD, described, parts_within, transformer_in
 from chitu_diffusion.models.folder import (
     METADATA_FILE,
     SCHEDULER_CONFIG,
@@ -150,9 +150,8 @@ def _opened(path: Path, part: str, setting: str) -> _Opened:
     file = open_tensors(path)
     opened = _Opened(file, parts_within(file.entries))
     if part not in opened.parts:
-        wanted = part.replace("_", " ")
         raise UsageError(
-            f"{setting} = '{path}': this is {described(file.entries)}; use the file of the {wanted}",
+            f"{setting} = '{path}': this is {described(file.entries)}; use the file of the {TITLES[part]}",
             field=setting,
         )
     return opened
@@ -324,10 +323,10 @@ def _tokenizer(path: Path, encoder: Component | None, given: str | None) -> tupl
 def _missing(path: Path, opened: _Opened, missing: Mapping[str, list[Path]]) -> ModelMissingError:
     said = []
     for part, looked in missing.items():
-        names = ", ".join(f"{name}/" for name in _FOLDERS[part])
+        usual = ", ".join(f"{name}/" for name in _FOLDERS[part])
         said.append(
-            f"its {part.replace('_', ' ')} was not found (looked in {', '.join(map(str, looked))}; "
-            f"usual places are {names} beside or above it): use models.{part} (--{part.replace('_', '-')})"
+            f"its {TITLES[part]} was not found in {', '.join(map(str, looked))}, nor in {usual} above; use "
+            f"models.{part} (--{part.replace('_', '-')})"
         )
     return ModelMissingError(
         f"models.name = '{path}' is {described(opened.file.entries)}; {'; '.join(said)}", field="models.name"

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import safe_open
@@ -71,12 +71,13 @@ class _SafetensorsFile:
             lambda cause: CheckpointError(f"a weights file cannot be read: {cause}", file=path)
         ):
             self.entries, self.metadata, self._start = _safetensors_header(path)
-            self._mapped = mapped
-            self._handle = safe_open(str(path), framework="pt", device="cpu")
+        self._mapped = mapped
+        self._handle: Any = None  # opened with the first tensor: a map of a large file may not fit in memory
 
     def read(self, key: str) -> Tensor:
         """The tensor, on the CPU; if mapped, backed by the file where the platform can do that."""
         if self._mapped:
+            self._handle = self._handle or safe_open(str(self.path), framework="pt", device="cpu")
             return cast(Tensor, self._handle.get_tensor(key))
         stored = self.entries[key]
         data = bytearray(stored.bytes)

@@ -51,21 +51,21 @@ class Manifest:
         return [file for file, value in found.items() if self.files.get(model.name(file), value) != value]
 
 
-def read_manifest(folder: Path, cache_dir: Path | None = None) -> Manifest | None:
-    """A folder's manifest; None where it has none.
+def read_manifest(model: ModelFiles, cache_dir: Path | None = None) -> Manifest | None:
+    """A model's manifest; None where it has none.
 
     Args:
-        folder: the model's; or the first of files that lie apart.
-        cache_dir: where those of folders lie that cannot be written to, and those of files.
+        model: where it lies.
+        cache_dir: where manifests of folders lie that cannot be written to, and those of files.
 
     Raises:
         CheckpointError: it cannot be used.
     """
-    places = [folder / MANIFEST_FILE, *([] if cache_dir is None else [_cached(folder, cache_dir)])]
-    for place in places:
+    own = [] if model.names else [model.path / MANIFEST_FILE]
+    for place in [*own, *([] if cache_dir is None else [_cached(model, cache_dir)])]:
         try:
             data = read_json(place)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
             raise _unusable(place, cause(error)) from error
@@ -75,7 +75,7 @@ def read_manifest(folder: Path, cache_dir: Path | None = None) -> Manifest | Non
         if data["format"] != _FORMAT or not isinstance(files, dict) or not all(map(_is_entry, files.items())):
             raise _unusable(place, "it is not as this version writes it")
         return Manifest(files, str(data["origin"])[:20], place)
-    return _of_hub_cache(folder)
+    return _of_hub_cache(model.path)
 
 
 def write_manifest(
@@ -105,7 +105,7 @@ def write_manifest(
     files = {model.name(file): value for file, value in sorted(found.items())}
     own = folder / MANIFEST_FILE
     places = [] if model.names or (own.exists() and origin == _BY_FIRST_USE) else [own]
-    for place in [*places, *([] if cache_dir is None else [_cached(folder, cache_dir)])]:
+    for place in [*places, *([] if cache_dir is None else [_cached(model, cache_dir)])]:
         try:
             if place != own:
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ class LoadedFolder:
     def __init__(self, model: ModelFiles, files: Sequence[Path], cache_dir: Path | None = None) -> None:
         self._model = model
         self._cache_dir = cache_dir
-        self._manifest = _usable_manifest(model.path, cache_dir)
+        self._manifest = _usable_manifest(model, cache_dir)
         self._hashes = FileHashes(files, cache_dir, self._record)
 
     def settle(self) -> None:
@@ -225,9 +225,9 @@ def problem_with(model: ModelFiles, names: Sequence[str], manifest: Manifest) ->
     return f"{few(map(model.name, wrong))}: {_differs(manifest)}; {_remedy(manifest)}"
 
 
-def _usable_manifest(folder: Path, cache_dir: Path | None) -> Manifest | None:
+def _usable_manifest(model: ModelFiles, cache_dir: Path | None) -> Manifest | None:
     try:
-        return read_manifest(folder, cache_dir)
+        return read_manifest(model, cache_dir)
     except CheckpointError as error:
         logger.warning("%s", error)
         return None
@@ -243,8 +243,10 @@ def _remedy(manifest: Manifest) -> str:
     return f"it is damaged: fetch the model again; or, if you changed it yourself, delete {manifest.place}"
 
 
-def _cached(folder: Path, cache_dir: Path) -> Path:
-    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+def _cached(model: ModelFiles, cache_dir: Path) -> Path:
+    """Of files that lie apart each choice has its own."""
+    places = sorted(str(path.resolve()) for path in model.names or [model.path])
+    digest = hashlib.sha256("\n".join(places).encode()).hexdigest()[:32]
     return cache_dir / "manifests" / f"{digest}.json"
 
 

@@ -209,6 +209,13 @@ def test_names_tell_the_experts(experts: Path, tmp_path: Path) -> None:
         )
 
 
+def test_image_to_video_is_told_by_its_channels(image_experts_folder: Path, tmp_path: Path) -> None:
+    found = resolve_model(str(write_comfy(image_experts_folder, tmp_path / "models")))
+    expected = resolve_model(str(image_experts_folder))
+    assert (found.spec.kind, found.spec.transformers) == (expected.spec.kind, expected.spec.transformers)
+    assert found.spec.kind.takes_image and found.spec.boundary == 0.9  # as its authors have it
+
+
 def test_what_is_missing_is_named_with_where_it_was_looked_for(comfy: Path, tmp_path: Path) -> None:
     file = own(comfy, tmp_path / "models")
     (tmp_path / "models/vae/wan_tiny_vae.safetensors").unlink()
@@ -218,7 +225,7 @@ def test_what_is_missing_is_named_with_where_it_was_looked_for(comfy: Path, tmp_
     said = str(caught.value)
     assert all(
         word in said
-        for word in ("--vae", "--tokenizer", str(tmp_path / "models" / "vae"), "a Wan transformer")
+        for word in ("--vae", "--tokenizer", str(tmp_path / "models" / "vae"), "a Wan model's transformer")
     )
     assert "--text-encoder" not in said
 
@@ -266,7 +273,7 @@ def test_kinds_that_are_not_made_here_are_refused_by_name(
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        ({"decoder.conv1.weight": torch.ones(2)}, "a VAE; use the file of the transformer"),
+        ({"decoder.conv1.weight": torch.ones(2)}, "a Wan model's VAE; use the file of the transformer"),
         ({"blocks.0.self_attn.q.lora_down.weight": torch.ones(2)}, "an adapter"),
         ({"a": torch.ones(2)}, "a file of 1 tensors"),
     ],
