@@ -9,6 +9,7 @@ beside it; of two experts the names tell which is which. Reads headers, no weigh
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.presets import FULL_SIZE
 from chitu_diffusion.models.wan.tokenizer_files import kept_tokenizer
 from chitu_diffusion.weights.files import ENDINGS, TensorFile, WeightFiles, few, open_tensors
+
+logger = logging.getLogger(__name__)
 
 _FOLDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -249,9 +252,9 @@ def _place_of(
     looked = []
     for folder in _near(role, path):
         looked.append(folder)
-        files = [file for file in _weights_in(folder) if _WORDS[role] in file.name.lower() and file != path]
-        opened = (_Opened(file, parts_within(file.entries)) for file in map(open_tensors, files))
-        fitting = [each for each in opened if role in each.parts and _fits(role, each, config)]
+        near = _weights_in(folder, inside=folder != path.absolute().parent)
+        named = [file for file in near if _WORDS[role] in file.name.lower() and not file.samefile(path)]
+        fitting = [each for each in map(_looked_at, named) if each and _fits(role, each, config)]
         if len(fitting) > 1:
             names = few(each.file.path.name for each in fitting)
             raise UsageError(
@@ -264,10 +267,20 @@ def _place_of(
     return None, looked
 
 
+def _looked_at(path: Path) -> _Opened | None:
+    """A file that nobody named; of one that is no file of tensors a warning tells."""
+    try:
+        file = open_tensors(path)
+    except CheckpointError as error:
+        logger.warning("passed over: %s", error)
+        return None
+    return _Opened(file, parts_within(file.entries))
+
+
 def _fits(role: Role, opened: _Opened, config: Mapping[str, Any]) -> bool:
-    """Whether a part can be of this model: a VAE by the channels of its latents."""
-    if role != "vae":
-        return True
+    """Whether a file has a part that can be of this model: a VAE by the channels of its latents."""
+    if role != "vae" or role not in opened.parts:
+        return role in opened.parts
     before = opened.parts["vae"]
     names = (f"{before}{name}.weight" for name in ("decoder.conv1", "decoder.conv_in"))
     name = next(name for name in names if name in opened.file.entries)
@@ -281,14 +294,12 @@ def _near(part: str, path: Path) -> Iterator[Path]:
         yield from (above / name for name in _FOLDERS[part] if (above / name).is_dir())
 
 
-def _weights_in(folder: Path) -> list[Path]:
-    """The files of weights in a folder and in those right in it."""
+def _weights_in(folder: Path, inside: bool = True) -> list[Path]:
+    """The files of weights in a folder and, if wanted, in those right in it."""
     found = []
     for place in sorted(folder.iterdir())[:_MOST_LISTED]:
-        inside = (
-            sorted(place.iterdir())[:_MOST_LISTED] if place.is_dir() and not place.is_symlink() else [place]
-        )
-        found += [file for file in inside if file.suffix in ENDINGS and file.is_file()]
+        files = sorted(place.iterdir())[:_MOST_LISTED] if inside and place.is_dir() else [place]
+        found += [file for file in files if file.suffix in ENDINGS and file.is_file()]
     return found
 
 
@@ -347,7 +358,7 @@ def _chosen(folder: Path) -> Path:
     """
     place = _tree(folder)
     files = [] if place is None else _weights_in(place)
-    found = [file for file in files if "transformer" in parts_within(open_tensors(file).entries)]
+    found = [file for file in files if (each := _looked_at(file)) and "transformer" in each.parts]
     firsts = []
     for file in found:
         words = _NOISE.findall(file.stem)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Chitu
+from eight_bit import in_eight_bits
+from safetensors.torch import load_file, save_file
 from single_files import write_comfy
 
 SHAPES = (
@@ -59,6 +61,15 @@ def test_a_file_is_planned_made_repeated_and_checked(chitu: Chitu, file: Path, t
     code, out, _ = chitu("models", "verify", file)
     assert code == 4 and "SHA-256" in out
     assert chitu("calibrate", "--model", file)[0] == 2
+
+
+def test_the_plan_says_what_is_stored_in_8_bits(chitu: Chitu, file: Path) -> None:
+    stored, said, _ = in_eight_bits(load_file(file), "scaled-old")
+    save_file(stored, file, metadata=said)
+    for words, hinted in (((), True), (("--quant", "fp8", "--set", "infer.quant_keep="), False)):
+        code, _, said = chitu("generate", "a cat", "--model", file, *SHAPES, "--dry-run", *words)
+        assert code == 0 and "transformer: float8_e4m3fn in its file" in said
+        assert ("--quant fp8" in said) == hinted
 
 
 def test_parts_elsewhere_are_told_by_flags(chitu: Chitu, file: Path, tmp_path: Path) -> None:

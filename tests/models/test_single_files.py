@@ -251,6 +251,18 @@ def test_several_that_fit_are_asked_about(comfy: Path, tmp_path: Path) -> None:
     assert resolve_model(str(file)).required().components["vae"].weights == vae
 
 
+def test_a_file_that_nobody_named_may_be_damaged(
+    comfy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = own(comfy, tmp_path / "models")
+    vae = tmp_path / "models" / "vae" / "wan_tiny_vae.safetensors"
+    vae.with_name("half_a_vae.safetensors").write_bytes(vae.read_bytes()[:-9])
+    assert resolve_model(str(file)).required().components["vae"].weights == vae
+    assert "passed over" in caplog.text and "half_a_vae" in caplog.text
+    with pytest.raises(CheckpointError, match="truncated"):
+        resolve_model(str(file), parts={"vae": str(vae.with_name("half_a_vae.safetensors"))})
+
+
 @pytest.mark.parametrize(
     ("added", "words"),
     [
