@@ -32,7 +32,7 @@ BUDGETS = {
     "flexcache": 2770,
     "media": 1530,
     "memory": 680,
-    "models": 5300,
+    "models": 5310,
     "ops": 1815,
     "pipelines": 3770,
     "sampling": 1160,

@@ -48,8 +48,25 @@ ModelName = Annotated[
 
 
 @models_app.command("ls")
-def models_ls(json_: Document = False) -> int:
-    """List every model by name: what kind, how big, and where it lies on this machine."""
+def models_ls(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[FOLDER]", help="Files of weights below it, not names.")
+    ] = None,
+    json_: Document = False,
+) -> int:
+    """List every model by name: what kind, how big, and where it lies on this machine. With a folder, such as
+    ComfyUI's: what each file of weights in it is.
+    """
+    if folder is not None:
+        from chitu_diffusion.models.single_files import listed_in
+
+        files = listed_in(expand_home(folder))
+        if json_:
+            emit_document([asdict(file) for file in files])
+            return 0
+        lines = [(str(file.path), file.what, file.stored, size(file.bytes)) for file in files]
+        table(("file", "what", "stored as", "on disk"), lines)
+        return 0
     from chitu_diffusion.models.registry import model_names
 
     rows = [_described(name) for name in model_names()]

@@ -9,6 +9,7 @@ beside it; of two experts the names tell which is which. Reads headers, no weigh
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -103,10 +104,57 @@ def holds_files(folder: Path) -> bool:
     return _tree(folder) is not None
 
 
+@dataclass(frozen=True)
+class ListedFile:
+    """A file of weights as a list shows it.
+
+    Attributes:
+        path: where.
+        what: which networks it holds, or why it cannot be used.
+        stored: types of its numbers, most bytes first.
+        bytes: its size.
+    """
+
+    path: Path
+    what: str
+    stored: str
+    bytes: int
+
+
+def listed_in(folder: Path) -> list[ListedFile]:
+    """The files of weights in a folder and below it, each told by its tensors.
+
+    Raises:
+        ModelMissingError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ModelMissingError(f"there is no folder {folder}")
+    files = (file for file in sorted(folder.rglob("*")) if file.suffix in ENDINGS and file.is_file())
+    return [_listed(file) for file in itertools.islice(files, _MOST_LISTED)]
+
+
+def _listed(path: Path) -> ListedFile:
+    size = path.stat().st_size
+    try:
+        file = open_tensors(path)
+        opened = _Opened(file, parts_within(file.entries))
+        what = described(file.entries)
+        if "transformer" in opened.parts:
+            kind, config = _transformer(opened, *_noted(path))
+            dim = config["num_attention_heads"] * config["attention_head_dim"]
+            what = f"{what}, {kind.title}, {config['num_layers']} blocks of {dim}"
+    except CheckpointError as error:
+        return ListedFile(path, f"unusable: {error}", "", size)
+    sizes: dict[str, int] = {}
+    for stored in file.entries.values():
+        name = str(stored.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + stored.bytes
+    return ListedFile(path, what, "/".join(sorted(sizes, key=lambda name: -sizes[name])), size)
+
+
 def _read(path: Path, given: Mapping[str, str]) -> ModelFolder:
     opened = _opened(path, "transformer", "models.name")
-    note = path.with_suffix(f".{METADATA_FILE}")
-    metadata = read_json(note) if note.exists() else {}
+    metadata, note = _noted(path)
     kind, config = _transformer(opened, metadata, note)
     experts = _experts(path, config, kind, given.get("low_noise_model"))
     components: dict[Role, Component] = {}
@@ -146,6 +194,12 @@ def _read(path: Path, given: Mapping[str, str]) -> ModelFolder:
         metadata.get("boundary_ratio", kind.boundary_ratio) if len(experts) == 2 else None,
         metadata,
     )
+
+
+def _noted(path: Path) -> tuple[dict[str, Any], Path]:
+    """What a note beside a file says, as others' folders in `chitu.json`; and where it lies, or would."""
+    note = path.with_suffix(f".{METADATA_FILE}")
+    return read_json(note) if note.exists() else {}, note
 
 
 def _opened(path: Path, part: str, setting: str) -> _Opened:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Chitu
 from eight_bit import in_eight_bits
 from safetensors.torch import load_file, save_file
@@ -93,3 +94,19 @@ def test_parts_elsewhere_are_told_by_flags(chitu: Chitu, file: Path, tmp_path: P
     )
     code, _, said = chitu("generate", "a cat", "--model", "whole", *told, "--dry-run")
     assert code == 2 and "--vae" in said and "whole model" in said
+
+
+def test_files_below_a_folder_are_listed(chitu: Chitu, tiny_folder: Path, tmp_path: Path) -> None:
+    file = write_comfy(tiny_folder, tmp_path / "models", name="wan")
+    stored, said, _ = in_eight_bits(load_file(file), "scaled-new")
+    save_file({name: value for name, value in stored.items() if not name.startswith("blocks.1.")}, file, said)
+    save_file({"a.lora_A.weight": torch.ones(1)}, file.with_name("style.safetensors"))
+    file.with_name("broken.safetensors").write_bytes(b"x" * 50)
+    code, out, _ = chitu("models", "ls", "models", "--json")
+    assert code == 0
+    found = {Path(each["path"]).stem: each for each in json.loads(out)}
+    assert "VAE" in found["wan_tiny_vae"]["what"] and "text encoder" in found["umt5_tiny"]["what"]
+    assert "adapter" in found["style"]["what"] and "unusable" in found["broken"]["what"]
+    assert found["wan"]["bytes"] == file.stat().st_size and "float8_e4m3fn" in found["wan"]["stored"]
+    assert chitu("models", "ls", "models")[0] == 0
+    assert chitu("models", "ls", "nowhere")[0] == 4
