@@ -22,9 +22,9 @@ LONGEST_CELL = 200
 MOST_TOP_MODULES = 10
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
-    "": 2355,
+    "": 2360,
     "attention": 2060,
-    "cli": 3840,
+    "cli": 3905,
     "distributed": 2145,
     "evaluation": 2125,
     "executor": 1940,
@@ -32,13 +32,13 @@ BUDGETS = {
     "flexcache": 2770,
     "media": 1530,
     "memory": 680,
-    "models": 4580,
-    "ops": 2110,
+    "models": 5360,
+    "ops": 2160,
     "pipelines": 3770,
     "sampling": 1160,
     "task": 1135,
-    "adapters": 710,
-    "weights": 1530,
+    "adapters": 720,
+    "weights": 1880,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

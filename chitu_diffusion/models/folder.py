@@ -35,15 +35,17 @@ from chitu_diffusion.models.kinds import (
     Role,
     kind_named,
 )
+from chitu_diffusion.weights.hashing import ModelFiles
 
-Layout = Literal["diffusers", "official"]
+Layout = Literal["diffusers", "official", "files"]
+"""Of a whole model; "files" are each a network alone, or one with all of them, wherever they lie."""
 
 METADATA_FILE = "chitu.json"
 TOKENIZER_FOLDER = "google/umt5-xxl"
 EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
 
 # UMT5-XXL's encoder, https://huggingface.co/google/umt5-xxl, in transformers' words.
-_TEXT_CONFIG: Mapping[str, Any] = {
+TEXT_CONFIG: Mapping[str, Any] = {
     "vocab_size": 256384,
     "d_model": 4096,
     "d_kv": 64,
@@ -60,7 +62,7 @@ _TEXT_CONFIG: Mapping[str, Any] = {
     "eos_token_id": 1,
 }
 # Wan2.1's VAE; the latents' mean and deviation are `AutoencoderKLWan`'s own defaults.
-_VAE_CONFIG: Mapping[str, Any] = {
+VAE_CONFIG: Mapping[str, Any] = {
     "base_dim": 96,
     "z_dim": 16,
     "dim_mult": [1, 2, 4, 4],
@@ -69,7 +71,7 @@ _VAE_CONFIG: Mapping[str, Any] = {
     "temperal_downsample": [False, True, True],
     "dropout": 0.0,
 }
-_SCHEDULER_CONFIG: Mapping[str, Any] = {
+SCHEDULER_CONFIG: Mapping[str, Any] = {
     "_class_name": "UniPCMultistepScheduler",
     "num_train_timesteps": 1000,
     "prediction_type": "flow_prediction",
@@ -90,7 +92,7 @@ _OFFICIAL_FIELDS = {
     "cross_attn_norm": "cross_attn_norm",
 }
 
-_LIMITS: Mapping[Role, Mapping[str, limits.Limit]] = {
+LIMITS: Mapping[str, Mapping[str, limits.Limit]] = {
     "transformer": limits.TRANSFORMER,
     "transformer_2": limits.TRANSFORMER,
     "vae": limits.VAE,
@@ -107,11 +109,13 @@ class Component:
         role: its folder's name in diffusers' layout.
         weights: a file, or the folder that holds the weights' files.
         config: its config in diffusers' (for the text encoder: transformers') words, in either layout.
+        within: in a file with several networks, what the names of this one begin with.
     """
 
     role: Role
     weights: Path
     config: Mapping[str, Any]
+    within: str = ""
 
     @property
     def part(self) -> Part:
@@ -124,8 +128,8 @@ class ModelFolder:
     """A model on disk.
 
     Attributes:
-        path: the folder.
-        layout: "diffusers" or "official".
+        path: the folder; in layout "files" the (high-noise) transformer's file.
+        layout: see `Layout`.
         kind: what it makes of what.
         components: by role; "transformer_2" only where there are two experts ("transformer" is the high-noise
             one).
@@ -143,6 +147,21 @@ class ModelFolder:
     scheduler: Mapping[str, Any]
     boundary_ratio: float | None
     metadata: Mapping[str, Any]
+
+    @property
+    def files(self) -> ModelFiles:
+        """Its files, as manifests and hashes name them: those that lie apart by what they are for."""
+        apart = self.components.values() if self.layout == "files" else ()
+        return ModelFiles(self.path, {part.weights: part.role for part in reversed([*apart])})
+
+    @property
+    def note(self) -> Path:
+        """Where `metadata` lies, or would."""
+        return (
+            self.path.with_suffix(f".{METADATA_FILE}")
+            if self.layout == "files"
+            else self.path / METADATA_FILE
+        )
 
     def names(self) -> list[str]:
         """What it and its transformers' files are called, and the hub's repository whose cache it lies in."""
@@ -194,6 +213,12 @@ def read_folder(path: str | Path) -> ModelFolder:
         lambda cause: CheckpointError(f"the folder cannot be read: {cause}", file=folder)
     ):
         return _read_folder(folder)
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder holds a whole model, in either layout."""
+    marks = ("model_index.json", "config.json", EXPERT_FOLDERS[0])
+    return any((folder / mark).exists() for mark in marks)
 
 
 def _read_folder(folder: Path) -> ModelFolder:
@@ -249,7 +274,7 @@ def _read_diffusers(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
         config = read_json(folder / role / "config.json")
         if part.library == "diffusers":
             _expect_class(folder / role / "config.json", config, part.class_name)
-        limits.check_limits(config, _LIMITS[role], folder / role / "config.json")
+        limits.check_limits(config, LIMITS[role], folder / role / "config.json")
         for key in _NEEDED.get(role, ()):
             if key not in config:  # diffusers would take another model's
                 raise CheckpointError(
@@ -273,30 +298,35 @@ def _read_official(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
     for role, place in zip(EXPERT_ROLES, experts, strict=False):
         kind, config = _transformer_config(place / "config.json")
         components[role] = Component(role, place, config)
-    for role, usual in (("vae", _VAE_CONFIG), ("text_encoder", _TEXT_CONFIG)):
+    for role, usual in (("vae", VAE_CONFIG), ("text_encoder", TEXT_CONFIG)):
         file = PARTS[role].official_file
-        table = _table(folder, metadata, role, usual)
-        limits.check_limits(table, _LIMITS[role], folder / METADATA_FILE)
+        table = checked_table(folder / METADATA_FILE, metadata, role, usual)
         components[role] = Component(role, folder / str(file), table)
     limits.check_limits(metadata, limits.BOUNDARY, folder / METADATA_FILE)
     two = len(experts) == 2
     shift = kind.flow_shift if two else 5.0  # wan/configs of Wan2.1
-    scheduler = _table(folder, metadata, "scheduler", {**_SCHEDULER_CONFIG, "flow_shift": shift})
+    usual = {**SCHEDULER_CONFIG, "flow_shift": shift}
+    scheduler = checked_table(folder / METADATA_FILE, metadata, "scheduler", usual)
     boundary = metadata.get("boundary_ratio", kind.boundary_ratio) if two else None
     return ModelFolder(
         folder, "official", kind, components, folder / TOKENIZER_FOLDER, scheduler, boundary, metadata
     )
 
 
-def _table(
-    folder: Path, metadata: Mapping[str, Any], key: str, usual: Mapping[str, Any]
+def checked_table(
+    note: Path, metadata: Mapping[str, Any], key: str, usual: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """A part's config out of `chitu.json`, or the usual one."""
+    """A part's config as `metadata`, of the file `note`, has it, or the usual one; within limits.
+
+    Raises:
+        CheckpointError: it cannot be used.
+    """
     table = metadata.get(key, usual)
     if not isinstance(table, Mapping):
         raise CheckpointError(
-            "a note cannot be used", file=folder / METADATA_FILE, key=key, expected="{...}", found=repr(table)
+            "a note cannot be used", file=note, key=key, expected="{...}", found=repr(table)
         )
+    limits.check_limits(table, LIMITS.get(key, {}), note)
     return table
 
 
