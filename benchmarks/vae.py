@@ -32,7 +32,7 @@ from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_vae
 from chitu_diffusion.models.registry import ASSETS, TINY
 from chitu_diffusion.models.wan.vae import WanVAE
-from chitu_diffusion.models.wan.vae_decoder import DecodeOptions, best_options, searching_kernels
+from chitu_diffusion.models.wan.vae_layers import DecodeOptions, best_options, searching_kernels
 from chitu_diffusion.ops.vae_conv import (
     CONVOLUTIONS,
     phased_weight,

@@ -30,15 +30,22 @@ from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.memory.device import empty_cache
 from chitu_diffusion.memory.estimate import MemoryEstimate
 from chitu_diffusion.memory.offload import OffloadManager, OffloadPart
-from chitu_diffusion.models.components import Networks, float8_plan, load_networks, networks_without_weights
+from chitu_diffusion.models.components import (
+    Networks,
+    check_quant,
+    float8_plan,
+    load_networks,
+    networks_without_weights,
+)
 from chitu_diffusion.models.kinds import EXPERT_ROLES, PARTS
 from chitu_diffusion.models.registry import FoundModel, model_of
 from chitu_diffusion.models.spec import ModelSpec
+from chitu_diffusion.models.wan.image_encoder import ImageEncoder
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.models.wan.transformer import WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE
 from chitu_diffusion.ops.compile import CompileWatch
-from chitu_diffusion.ops.float8_linear import float8_begins, has_float8_products, set_float8, to_float8
+from chitu_diffusion.ops.float8_linear import float8_begins, set_float8, to_float8
 from chitu_diffusion.ops.fused import HAS_TRITON
 from chitu_diffusion.sampling.library import SamplerState
 from chitu_diffusion.sampling.scheduler import NoiseScheduler
@@ -168,7 +175,7 @@ class DiffusionBackend:
         elif usable_cores() < torch.get_num_threads():  # torch knows no container's quota
             torch.set_num_threads(usable_cores())
         self._watch: CompileWatch | None = None
-        _check_quant(self.args, self.device, self.dtype)
+        check_quant(self.args, self.device, self.dtype)
 
     def _install(self, networks: Networks) -> None:
         for network in networks.parts.values():
@@ -260,6 +267,11 @@ class DiffusionBackend:
     def text_encoder(self) -> TextEncoder:
         """Prompts to embeddings; on ranks but the first it has no weights."""
         return self._alive().text_encoder
+
+    @property
+    def image_encoder(self) -> ImageEncoder:
+        """Pictures to rows, likewise; of a model that has one."""
+        return self._alive().image_encoder
 
     @property
     def vae(self) -> WanVAE:
@@ -369,10 +381,10 @@ class DiffusionBackend:
             block=self.offload.largest_block_bytes(),
             dim=config.dim,
             ffn_dim=config.ffn_dim,
-            vae_width=int(self.vae.network.config.base_dim),
+            vae_width=self.vae.decoder_width,
             item=self.dtype.itemsize,
             on_cpu=self.device.type == "cpu",
-            encodes_video=self.spec.kind.takes_image,
+            encodes_video=self.spec.kind.needs_image,
         )
 
     def weights_sha256(self) -> str | None:
@@ -478,17 +490,3 @@ def _check_ranks(args: EngineConfig, world: int) -> None:
                 "ranks with --gpus or torchrun",
                 field=field,
             )
-
-
-def _check_quant(args: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """8-bit products give bfloat16; where there are none, the numbers are right and the speed is not."""
-    if args.infer.quant == "none":
-        return
-    if not has_float8_products(device):
-        logger.warning(
-            "infer.quant = fp8: %s has no 8-bit products; their numbers are computed in float32, slowly",
-            device,
-        )
-    elif dtype != torch.bfloat16:
-        name = str(dtype).removeprefix("torch.")
-        raise UsageError(f"infer.quant = fp8 with dtype {name}: use bfloat16", field="infer.quant")

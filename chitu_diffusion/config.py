@@ -57,6 +57,7 @@ class ModelSettings(Settings):
     low_noise_model: str | None = Field(None, description="second expert's file, where the model is a file")
     text_encoder: str | None = Field(None, description="its file, likewise; by default found near the model")
     vae: str | None = Field(None, description="its file, likewise")
+    image_encoder: str | None = Field(None, description="its file, likewise")
     tokenizer: str | None = Field(None, description="its folder, likewise")
 
 

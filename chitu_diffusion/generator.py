@@ -62,7 +62,7 @@ class Generator:
                 begins with `init_latent`.
             embeddings: [2, L, D], the prompt's branch, then the negative one; or [1, L, D], and then the
                 model's own negative prompt is the other branch. None is the empty prompt. An image-to-video
-                model wants `Conditioning(text, concat_latents)`.
+                model wants `Conditioning(text, concat_latents)`, or with `first_frame`.
             num_steps: denoising steps.
             guidance_scale: at most 1 runs the prompt's branch alone; a pair is (high noise, low noise); None
                 is the model's own.
@@ -87,7 +87,7 @@ class Generator:
         predict = predictor(self.backend, start.text, num_steps)
         for step in denoise(self.backend, latent, start.state, start.scales, predict, expert=start.expert):
             latent = step.latent
-        return start.cut(latent)
+        return start.cut(start.text.composed(latent))
 
     def upsample(self, latent: Tensor, scale: float = 2) -> Tensor:
         """Latent [B, C, T, H, W] at `scale` times its rows and columns, bicubic by frame; float32."""

@@ -106,6 +106,14 @@ def image_experts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(folder, image=True, experts=2, shift=5.0, seed=3)
 
 
+@pytest.fixture(scope="session")
+def frames_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model between two images with an image encoder, as Wan2.1-FLF2V-14B is."""
+    from tiny_model import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "frames", image=True, clip=2, seed=6)
+
+
 RunText = Callable[[str], None]
 
 

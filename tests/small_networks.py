@@ -73,7 +73,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def official_names(layers: int, image: bool = False) -> set[str]:
+def official_names(layers: int, image_dim: int | None = None, places: int | None = None) -> set[str]:
     """What the official transformer's files hold, written down from its own code (wan/modules/model.py)."""
     top = ["patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2"]
     linear = [*top, "time_projection.1", "head.head"]
@@ -92,10 +92,10 @@ def official_names(layers: int, image: bool = False) -> set[str]:
         "ffn.2.bias",
     ]
     block = [f"{place}.{name}" for place in ("self_attn", "cross_attn") for name in attention] + rest
-    if image:
+    if image_dim:
         image_layers = [f"img_emb.proj.{place}" for place in (0, 1, 3, 4)]
         names |= {f"{layer}.{kind}" for layer in image_layers for kind in ("weight", "bias")}
-        names |= {"img_emb.emb_pos"}
+        names |= {"img_emb.emb_pos"} if places else set()
         block += [f"cross_attn.{part}_img.{kind}" for part in "kv" for kind in ("weight", "bias")]
         block += ["cross_attn.norm_k_img.weight"]
     return names | {f"blocks.{i}.{name}" for i in range(layers) for name in block}

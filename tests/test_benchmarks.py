@@ -30,6 +30,7 @@ from benchmarks import (
     resume_check,
     simulate_scaling,
     vae,
+    vae_encode,
 )
 from benchmarks.latency import __main__ as latency
 from benchmarks.latency import peers
@@ -63,6 +64,7 @@ KEEP_RESULTS = [  # those that take a folder, with the words that they need besi
     (latency.main, []),
     (kernels.main, ["--small"]),
     (vae.main, []),
+    (vae_encode.main, []),
     (fidelity.main, []),
     (scaling.main, []),
     (faults.main, []),
@@ -99,6 +101,7 @@ SMALL_RUNS = [  # command, flags, table, one of its columns, and what that may b
     ),
     (kernels.main, "--sections,products,fused fp8", "Forward", "relative_error", 1e-4, 0.1),
     (vae.main, "--sections,float32,diffusers,ours,convolutions", "Decode", "psnr_db", 100, 200),
+    (vae_encode.main, "--sections,Wan2.1", "Encode", "relative_error", 0, 1e-5),
     (fidelity.main, "--ways,float32", "Fidelity", "forward_error_max", 1e-8, 1e-4),
 ]
 

@@ -16,17 +16,29 @@ PROMPTS = (
     "blurry, static, ugly",
 )
 TEXT_DIM = 32
+IMAGE_DIM = 24
+IMAGE_SIDE = 28
 LATENT_CHANNELS = 4
 
 
 def write_tiny_model(
-    folder: Path, *, experts: int = 1, shift: float = 3.0, seed: int = 0, heads: int = 2, image: bool = False
+    folder: Path,
+    *,
+    experts: int = 1,
+    shift: float = 3.0,
+    seed: int = 0,
+    heads: int = 2,
+    image: bool = False,
+    token_times: bool = False,
+    clip: int = 0,
 ) -> Path:
     """Writes a WanPipeline folder: 2 blocks with heads of 16 channels, VAE of base width 8, T5 of 2 layers
     with its own tokenizer.
 
     With two experts, they differ, and the boundary lies at 0.875 as in Wan2.2. With `image` it is a
-    WanImageToVideoPipeline, whose networks take a mask of 4 channels and the keyframes' latent besides.
+    WanImageToVideoPipeline, whose networks take a mask of 4 channels and the keyframes' latent besides; with
+    `clip` 1 or 2 also an image encoder's rows of as many pictures, as Wan2.1's do. With `token_times` it has
+    `expand_timesteps` and a VAE with shortcuts and patches, as Wan2.2-TI2V-5B.
     """
     from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 
@@ -35,15 +47,17 @@ def write_tiny_model(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000
     )
     channels = 2 * LATENT_CHANNELS + 4 if image else LATENT_CHANNELS
-    transformers = [_transformer(heads, channels) for _ in range(experts)]
+    transformers = [_transformer(heads, channels, clip) for _ in range(experts)]
     pipeline = (WanImageToVideoPipeline if image else WanPipeline)(
+        **(_image_encoder() if clip else {}),
         tokenizer=_tokenizer(),
         text_encoder=_text_encoder(),
-        vae=_vae(),
+        vae=_vae(residual=token_times),
         scheduler=scheduler,
         transformer=transformers[0],
         transformer_2=transformers[1] if experts == 2 else None,
         boundary_ratio=0.875 if experts == 2 else None,
+        expand_timesteps=token_times,
     )
     pipeline.save_pretrained(folder)
     defaults = {
@@ -59,7 +73,28 @@ def write_tiny_model(
     return folder
 
 
-def _transformer(heads: int, channels: int):
+def _image_encoder():
+    """CLIP of 3 layers on 4 patches."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    config = CLIPVisionConfig(
+        hidden_size=IMAGE_DIM,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=IMAGE_SIDE,
+        patch_size=IMAGE_SIDE // 2,
+        hidden_act="gelu",
+    )
+    side = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
+    return {
+        "image_encoder": CLIPVisionModel(config).eval(),
+        "image_processor": CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIDE}, crop_size=side),
+    }
+
+
+def _transformer(heads: int, channels: int, clip: int = 0):
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
@@ -73,6 +108,9 @@ def _transformer(heads: int, channels: int):
         ffn_dim=64,
         num_layers=2,
         cross_attn_norm=True,
+        image_dim=IMAGE_DIM if clip else None,
+        added_kv_proj_dim=16 * heads if clip else None,
+        pos_embed_seq_len=2 * 5 if clip == 2 else None,
     )
     # diffusers starts some tables near zero; spread them so that time and text show in the output
     with torch.no_grad():
@@ -84,19 +122,23 @@ def _transformer(heads: int, channels: int):
     return model.eval()
 
 
-def _vae():
+def _vae(residual: bool):
     from diffusers import AutoencoderKLWan
 
     mean = torch.randn(LATENT_CHANNELS).mul(0.2).tolist()
     deviation = torch.rand(LATENT_CHANNELS).add(0.5).tolist()
+    if residual:
+        stages = {"dim_mult": [1, 1, 1], "temperal_downsample": [True, True], "is_residual": True}
+        stages |= {"patch_size": 2, "in_channels": 12, "out_channels": 12}
+    else:
+        stages = {"dim_mult": [1, 1, 1, 1], "temperal_downsample": [False, True, True]}
     return AutoencoderKLWan(
         base_dim=8,
         z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
-        temperal_downsample=[False, True, True],
         latents_mean=mean,
         latents_std=deviation,
+        **stages,
     ).eval()
 
 

@@ -6,17 +6,21 @@ The dial is `--minutes`; each stage takes its share. A run that was stopped goes
 from __future__ import annotations
 
 import argparse
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.files.places import make_folder
-from training import autoencoder, denoiser, export, judging, latents, text
+from training import adapters, autoencoder, denoiser, export, glances, judging, latents, text
 
-SHARES = {"vae": 0.24, "decoder": 0.12, "judge": 0.04, "latents": 0.06, "dit": 0.54}
-STAGES = ("text", "vae", "decoder", "judge", "dit", "export")
+SHARES = {
+    "vae": 0.2, "decoder": 0.1, "judge": 0.03, "latents": 0.04, "dit": 0.42, "student": 0.16, "style": 0.05
+}  # fmt: skip
+STAGES = ("text", "vae", "decoder", "judge", "dit", "look", "export", "student", "style")
 
 
 def arguments() -> argparse.Namespace:
@@ -34,32 +38,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="tiny batches, to try the road on a CPU")
+    parser.add_argument("--peak", type=float, default=1.0, help="a factor on the learning rates of 'dit'")
     parser.add_argument("--one-size", action="store_true", help="only the default size, for a short run")
     return parser.parse_args()
 
 
-def main() -> None:
-    options = arguments()
-    device = torch.device(options.device)
-    try:  # before the work
-        make_folder("--run", options.run)
-        make_folder("--out", options.out)
-    except UsageError as error:
-        raise SystemExit(f"error: {error}") from None
-    if options.start is not None:
-        export.start_from(options.start, options.run)
-    torch.backends.cudnn.benchmark = True
-    torch._dynamo.config.recompile_limit = 64
-    torch.set_float32_matmul_precision("high")
-    wanted = [
-        name for name in SHARES if name in options.stages or (name == "latents" and "dit" in options.stages)
-    ]
-    minutes = {
-        name: options.minutes * SHARES[name] / sum(SHARES[other] for other in wanted) for name in wanted
-    }
+def roads(
+    options: argparse.Namespace, device: torch.device, minutes: dict[str, float]
+) -> dict[str, Callable[[], object]]:
+    """What each stage does."""
     small = options.small
     clips = {"batch": 1, "size": 64, "frames": 17} if small else {"batch": 8, "size": 128, "frames": 33}
-    steps = {
+    return {
         "text": lambda: text.read_captions(options.run, 0.1 if small else 2.0),
         "vae": lambda: autoencoder.train(options.run, minutes["vae"], device, **clips),
         "decoder": lambda: autoencoder.train(
@@ -81,9 +71,45 @@ def main() -> None:
             device,
             batch=4 if small else 256,
             encode_batch=2 if small else 64,
+            peak=options.peak,
         ),
+        "look": lambda: glances.look(options.run, device, prompts=2 if small else 64),
         "export": lambda: export.export(options.run, options.out),
+        **{
+            kind: functools.partial(
+                adapters.train,
+                options.run,
+                kind,
+                minutes.get(kind, 0.0),
+                device,
+                batch=4 if small else 256,
+                encode_batch=2 if small else 64,
+            )
+            for kind in adapters.NAMES
+        },
     }
+
+
+def main() -> None:
+    options = arguments()
+    device = torch.device(options.device)
+    try:  # before the work
+        make_folder("--run", options.run)
+        make_folder("--out", options.out)
+    except UsageError as error:
+        raise SystemExit(f"error: {error}") from None
+    if options.start is not None:
+        export.start_from(options.start, options.run)
+    torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.recompile_limit = 64
+    torch.set_float32_matmul_precision("high")
+    wanted = [
+        name for name in SHARES if name in options.stages or (name == "latents" and "dit" in options.stages)
+    ]
+    minutes = {
+        name: options.minutes * SHARES[name] / sum(SHARES[other] for other in wanted) for name in wanted
+    }
+    steps = roads(options, device, minutes)
     for name in options.stages:
         start = time.monotonic()
         print(f"== {name}", flush=True)

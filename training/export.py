@@ -43,21 +43,33 @@ DEFAULTS = Defaults(
 
 
 def start_from(folder: Path, run: Path) -> None:
-    """Let a run begin with the weights of a finished folder (bfloat16, as shipped) instead of fresh ones."""
+    """Let a run begin with the weights of a finished folder (bfloat16, as shipped) instead of fresh ones. A
+    run that has begun is left as it is.
+
+    The tokenizer grows by the words that it lacks, and the text encoder by their rows.
+    """
+    if (run / "vae.safetensors").exists():
+        return
 
     def tensors(part: str) -> dict[str, Tensor]:
         files = sorted((folder / part).glob("*.safetensors"))
         return {name: value.float() for file in files for name, value in load_file(file).items()}
 
     run.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(folder / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
-    save_file(tensors("vae"), run / "vae.safetensors")
+    if not (run / "tokenizer").exists():
+        shutil.copytree(folder / "tokenizer", run / "tokenizer")
+        text.grow_tokenizer(run / "tokenizer")
+    if not (run / "encoder.safetensors").exists():
+        encoder = tensors("text_encoder")
+        encoder["shared.weight"] = text.grown_rows(encoder["shared.weight"], text.make_tokenizer(run))
+        save_file(encoder, run / "encoder.safetensors")
     config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
     latents.save_statistics(run, torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"]))
-    encoder = {f"encoder.{name}": value for name, value in tensors("text_encoder").items()}
+    encoder = {f"encoder.{name}": value for name, value in load_file(run / "encoder.safetensors").items()}
     denoiser.save_average(
         run, {f"dit.{name}": value for name, value in tensors("transformer").items()} | encoder
     )
+    save_file(tensors("vae"), run / "vae.safetensors")
 
 
 def write_shards(folder: Path, stem: str, tensors: dict[str, Tensor]) -> None:
@@ -127,7 +139,7 @@ def export(run: Path, target: Path) -> None:
     scheduler.save_pretrained(part / "scheduler")
     write_json(part / "model_index.json", {
         "_class_name": "WanPipeline", "_diffusers_version": "0.42.1", "boundary_ratio": None,
-        "expand_timesteps": False,
+        "expand_timesteps": True,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers",
         "UMT5EncoderModel"],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"], "transformer": ["diffusers",

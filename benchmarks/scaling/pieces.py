@@ -103,8 +103,7 @@ def pieces(
     text = network.make_text_kv(work.text[:1])
     whole = network.embed(work.latent, text, work.timestep)
     for own in sorted({own for own, _ in rows}, reverse=True):
-        cos, sin = (part[:own] for part in whole.rope)
-        part = replace(whole, tokens=whole.tokens[:, :own], rope=(cos, sin))
+        part = whole.of_tokens(0, own)
         # the self-attention gives its queries back: everything else of a block is in this
         rest = partial(network.run_blocks, part, attention=lambda q, k, v, where: q)
         yield {"kind": "rest", "tokens": own}, rest

@@ -109,9 +109,9 @@ def batch(
     """Make a video for each row of a file; rows that are done already are skipped.
 
     A row may hold prompt, negative_prompt, height, width, num_frames, fps, num_inference_steps,
-    guidance_scale, shift, sampler_recipe, seed, save_path, image, last_image, video, strength, lora,
-    flexcache, role and priority. The flags fill in what a row leaves out. Its file is called after its id, or
-    else by what the row asks for.
+    guidance_scale, shift, sampler_recipe, seed, save_path, image, last_image, image_preprocessing, video,
+    strength, lora, flexcache, role and priority. The flags fill in what a row leaves out. Its file is called
+    after its id, or else by what the row asks for.
     """
     from chitu_diffusion.task import DiffusionUserParams
 

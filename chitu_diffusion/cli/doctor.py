@@ -251,7 +251,7 @@ def _outlook(settings: EngineConfig, model: FoundModel) -> tuple[str, str | None
     from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
     found = f"{model.required().path}, whole"
-    if model.spec.kind.takes_image:
+    if model.spec.kind.needs_image:
         preflight(settings, model, (), None)
         return found, None
     task = DiffusionTask.from_user_request(DiffusionUserParams("a cat"))

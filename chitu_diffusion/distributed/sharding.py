@@ -48,9 +48,11 @@ class Shards:
             )
         return cls(shard_lengths(total, group.size), group.index)
 
-    def take(self, x: Tensor, dim: int) -> Tensor:
-        """Our rows of x along `dim`, as a view."""
-        return x.narrow(dim, sum(self.lengths[: self.index]), self.lengths[self.index])
+    @property
+    def own(self) -> tuple[int, int]:
+        """Our rows: from the first to before the second."""
+        low = sum(self.lengths[: self.index])
+        return low, low + self.lengths[self.index]
 
     def gather(self, x: Tensor, group: Collectives) -> Tensor:
         """Every rank's rows [B, own, C] as the whole [B, S, C].

@@ -21,6 +21,28 @@ HELD_OUT = Path(__file__).parent.parent / "assets" / "prompts" / "held_out.json"
 """A set of 16 prompts and a set of 64; neither begins with the other."""
 
 
+CHINESE = HELD_OUT.with_name("held_out_chinese.json")
+"""The set of 64, said in Chinese."""
+
+TAIL = "cinematic, 4k, highly detailed"
+NEGATIVE = "blurry, low quality, watermark, deformed, ugly"
+LONG = 60
+"""Words of a long prompt."""
+
+MANNERS = ("plain", "negative", "tail", "long", "chinese")
+"""How a prompt is asked: as it is, with `NEGATIVE`, with `TAIL`, in `LONG` words, in Chinese."""
+
+_CLAUSES = (
+    "seen through the eyes of a patient observer who has all the time in the world",
+    "rendered in a cheerful manner that people of every age will recognise at once",
+    "the light seems to come from nowhere and everywhere at the same time",
+    "there is no hurry and no worry in what can be seen here",
+    "its shape is easy to make out against what lies behind it",
+    "a quiet and hopeful mood fills all of the picture until the very end",
+)
+"""None of them is among those of the training."""
+
+
 @dataclass(frozen=True)
 class Words:
     """What a clip shows: who, in which colour, where, doing what."""
@@ -44,3 +66,26 @@ def held_out_prompts(n: int) -> list[tuple[str, Words]]:
         )
     rows = json.loads(HELD_OUT.read_text(encoding="utf-8"))["16" if n <= 16 else "64"][:n]
     return [(row.pop("prompt"), Words(**row)) for row in rows]
+
+
+def asked_in(manner: str, n: int) -> list[tuple[str, str, Words]]:
+    """(prompt, negative prompt, its words) of `held_out_prompts`, in one of `MANNERS`."""
+    prompts = held_out_prompts(n)
+    if manner == "tail":
+        return [(f"{prompt.rstrip('.!')}, {TAIL}", "", words) for prompt, words in prompts]
+    if manner == "long":
+        return [(lengthened(prompt, number), "", words) for number, (prompt, words) in enumerate(prompts)]
+    if manner == "chinese":
+        said = json.loads(CHINESE.read_text(encoding="utf-8"))["16" if n <= 16 else "64"][:n]
+        return [(prompt, "", words) for prompt, (_, words) in zip(said, prompts, strict=True)]
+    return [(prompt, NEGATIVE if manner == "negative" else "", words) for prompt, words in prompts]
+
+
+def lengthened(prompt: str, number: int) -> str:
+    """A sentence of `LONG` words that begins with the prompt; `number` says with which clause it goes on."""
+    words = prompt.rstrip(".!").split()
+    while len(words) < LONG:
+        words[-1] += ","
+        words += _CLAUSES[number % len(_CLAUSES)].split()
+        number += 1
+    return " ".join(words[:LONG])

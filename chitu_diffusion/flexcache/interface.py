@@ -110,7 +110,8 @@ class SiteInputs:
         entering: tokens that enter the site, [B, S, dim], the residual stream's dtype; at level "velocity"
             the latent [B, C, T, H, W], which all branches share.
         time: the projected time embedding of this forward, [B, 6, dim] (TeaCache's signal on Wan), [1, 6,
-            dim] where it is common to the batch; None at level "velocity".
+            dim] where it is common to the batch; that of the unknown frames where the first is known; None at
+            level "velocity".
     """
 
     entering: Tensor

@@ -98,7 +98,18 @@ class InputImage:
         Raises:
             UsageError: its file is not there any more or has changed, or it was in another process's memory.
         """
-        return resized(self.pixels if self.pixels is not None else self.reread(name), height, width)
+        return resized(self.original(name), height, width)
+
+    def original(self, name: str = "image") -> NDArray[Any]:
+        """[H, W, 3], uint8, or float32 in [0, 1]: the picture as it is.
+
+        Args:
+            name: of the field, for errors.
+
+        Raises:
+            UsageError: as `resized`.
+        """
+        return self.pixels if self.pixels is not None else self.reread(name)
 
     def require_unchanged(self, name: str) -> None:
         """Checks that its file is there and the one that was asked for.

@@ -26,9 +26,9 @@ class MemoryEstimate:
         parts: (kind, bytes of its weights) of each part, as in `offload`.
         block: bytes of the largest transformer block.
         dim, ffn_dim: widths of the transformer.
-        vae_width: channels of the VAE's decoder at full size.
+        vae_width: channels of the VAE's decoder at full size, for each pixel.
         item: bytes of a number in the run's dtype.
-        encodes_video: whether the VAE encodes keyframes, as for image to video.
+        encodes_video: whether the VAE encodes as many frames as it decodes, as for image to video.
         on_cpu: home and device are the same memory, so that levels 2 to 4 save nothing.
     """
 

@@ -6,6 +6,7 @@ networks the engine's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -14,17 +15,21 @@ import torch
 from torch import nn
 
 from chitu_diffusion.config import EngineConfig, cache_dir
+from chitu_diffusion.errors import UsageError
 from chitu_diffusion.models.folder import ModelFolder
 from chitu_diffusion.models.kinds import EXPERT_ROLES, PARTS, PartKind, Role
 from chitu_diffusion.models.loading import Originals, load_part, weight_files
 from chitu_diffusion.models.registry import FoundModel
 from chitu_diffusion.models.spec import ModelSpec
+from chitu_diffusion.models.wan.image_encoder import ImageEncoder
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.models.wan.transformer import WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE
-from chitu_diffusion.ops.float8_linear import Float8Plan
+from chitu_diffusion.ops.float8_linear import Float8Plan, has_float8_products
 from chitu_diffusion.sampling.solvers import Sampler
 from chitu_diffusion.weights.manifest import LoadedFolder
+
+logger = logging.getLogger(__name__)
 
 _HOME = torch.device("cpu")
 _NOWHERE = torch.device("meta")
@@ -61,6 +66,11 @@ class Networks:
         return cast(TextEncoder, self.parts["text_encoder"])
 
     @property
+    def image_encoder(self) -> ImageEncoder:
+        """Pictures to rows, where the model has one."""
+        return cast(ImageEncoder, self.parts["image_encoder"])
+
+    @property
     def vae(self) -> WanVAE:
         """Latents to videos, and videos to latents."""
         return cast(WanVAE, self.parts["vae"])
@@ -93,6 +103,25 @@ def float8_plan(args: EngineConfig) -> Float8Plan | None:
     return Float8Plan.from_text(args.infer.quant_keep, args.infer.quant_originals)
 
 
+def check_quant(args: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Whether a device can do what `infer.quant` asks: 8-bit products give bfloat16; where there are none,
+    the numbers are right and the speed is not.
+
+    Raises:
+        UsageError: 8 bits and a dtype that is not bfloat16.
+    """
+    if args.infer.quant == "none":
+        return
+    if not has_float8_products(device):
+        logger.warning(
+            "infer.quant = fp8: %s has no 8-bit products; their numbers are computed in float32, slowly",
+            device,
+        )
+    elif dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise UsageError(f"infer.quant = fp8 with dtype {name}: use bfloat16", field="infer.quant")
+
+
 def load_networks(
     args: EngineConfig, model: FoundModel, device: torch.device, dtype: torch.dtype, *, encodes: bool = True
 ) -> Networks:
@@ -106,7 +135,8 @@ def load_networks(
             weights.
 
     An encoder is loaded into main memory from memory level 2, the transformers from level 3; the rest
-    onto the device. In float16 the text encoder is bfloat16: T5's activations do not fit float16's range.
+    onto the device. In float16 the text encoder is bfloat16: T5's activations do not fit float16's range. An
+    image encoder is float32.
 
     Raises:
         ModelError: no such model on this machine, or a faulty checkpoint.
@@ -149,5 +179,7 @@ def _part(
 ) -> nn.Module:
     if role == "text_encoder" and dtype == torch.float16:
         dtype = torch.bfloat16
+    if role == "image_encoder":
+        dtype = torch.float32  # as diffusers' own examples: it runs once
     plan = float8_plan(args)
     return load_part(folder, role, device=device, dtype=dtype, float8=plan, packed=args.infer.packed)

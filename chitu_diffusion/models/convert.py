@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from chitu_diffusion.flexcache.calibration import CALIBRATION_FILE, read_calibra
 from chitu_diffusion.models.folder import (
     EXPERT_FOLDERS,
     METADATA_FILE,
+    PREPROCESSING_FILE,
     TOKENIZER_FOLDER,
     Layout,
     ModelFolder,
@@ -27,15 +29,21 @@ from chitu_diffusion.models.folder import (
     read_folder,
     read_json,
 )
-from chitu_diffusion.models.kinds import OPTIONAL_ROLES, PARTS, Role
+from chitu_diffusion.models.kinds import PARTS, Role
 from chitu_diffusion.models.loading import blueprint, check_part, names_in, open_weights, tokenizer_of
 from chitu_diffusion.models.registry import read_model, spec_of_folder
 from chitu_diffusion.models.spec import ModelSpec
+from chitu_diffusion.models.wan.image_encoder_files import official_image_tensors
 from chitu_diffusion.sampling.solvers import Sampler
 from chitu_diffusion.weights.files import few
 from chitu_diffusion.weights.hashing import ModelFiles, write_json
 from chitu_diffusion.weights.loader import match_names, save_weights
 from chitu_diffusion.weights.manifest import Manifest, problem_with, read_manifest, write_manifest
+
+_MODEL_TYPES: Mapping[Role, str] = MappingProxyType(
+    {"text_encoder": "umt5", "image_encoder": "clip_vision_model"}
+)
+"""As transformers' configs name what they are of."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,10 @@ def verify(path: str | Path, deep: bool = False, parts: Mapping[str, str] | None
     findings.append(checked("tokenizer", folder.tokenizer, lambda: f"{len(tokenizer_of(folder))} pieces"))
     place = folder.note if folder.layout == "files" else folder.path / "scheduler"
     findings.append(checked("scheduler", place, lambda: f"shift {_sampler_of(folder, spec).shift:g}"))
+    shown = folder.preprocessing
+    if shown is not None:
+        place = folder.path / PREPROCESSING_FILE
+        findings.append(checked("image_processor", place, lambda: f"pictures of {shown.side}x{shown.side}"))
     measured = folder.path / CALIBRATION_FILE
     if os.path.lexists(measured):
         findings.append(checked("calibration", measured, lambda: _measured_in(folder.path)))
@@ -151,6 +163,9 @@ def convert(
         shutil.copytree(folder.tokenizer, place)
         if layout == "diffusers":
             write_model_index(part, folder)
+            if folder.preprocessing is not None:
+                (part / PREPROCESSING_FILE).parent.mkdir()
+                write_json(part / PREPROCESSING_FILE, folder.preprocessing.to_json())
             (part / "scheduler").mkdir()
             write_json(part / "scheduler" / "scheduler_config.json", dict(folder.scheduler))
         _write_metadata(folder, part, layout)
@@ -189,11 +204,16 @@ def write_model_index(place: Path, folder: ModelFolder) -> None:
         "_class_name": folder.kind.class_name,
         "scheduler": ["diffusers", folder.scheduler.get("_class_name", "UniPCMultistepScheduler")],
         "tokenizer": ["transformers", tokenizer],
-        **{role: [None, None] for role in OPTIONAL_ROLES},
+        "transformer_2": [None, None],
+        **({"image_encoder": [None, None]} if folder.kind.takes_image else {}),
         **{role: [PARTS[role].library, PARTS[role].class_name] for role in folder.components},
     }
+    if folder.preprocessing is not None:
+        index["image_processor"] = ["transformers", "CLIPImageProcessor"]
     if folder.boundary_ratio is not None:
         index["boundary_ratio"] = folder.boundary_ratio
+    if folder.kind.token_times:
+        index["expand_timesteps"] = True
     write_json(place / "model_index.json", index)
 
 
@@ -220,7 +240,7 @@ def _part_of(folder: ModelFolder, file: Path) -> str:
             return role
     if file.parent == folder.tokenizer:
         return "tokenizer"
-    return "scheduler" if file.parent.name == "scheduler" else "folder"
+    return file.parent.name if file.parent.name in ("scheduler", "image_processor") else "folder"
 
 
 def _verified(folder: ModelFolder, role: Role, deep: bool) -> str:
@@ -237,7 +257,7 @@ def _verified(folder: ModelFolder, role: Role, deep: bool) -> str:
             if not torch.isfinite(weights.read(key)).all():
                 raise CheckpointError("NaN or Inf", file=weights.entries[key].file, key=key)
     message = f"{len(names)} tensors, {total / 2**30:.2f} GiB, {'/'.join(kinds)}"
-    others = {part.official_file for part in PARTS.values()}
+    others = {folder.kind.official_file(part) for part in PARTS}
     if spare := [file.name for file in weights.unused() if file.name not in others]:
         message += f"; not read, by diffusers neither: {few(spare)}"
     return message
@@ -263,11 +283,12 @@ def _write_component(
         return weights.read(keys[name])
 
     keep = {new_names[name] for name in stored if not set(name.split(".")).isdisjoint(plan.keep_float32)}
-    if layout == "official" and part.official_file is not None:
+    official = folder.kind.official_file(role)
+    if layout == "official" and official is not None:
         kinds = {name: dtype or weights.entries[key].dtype for name, key in keys.items()}
         # copies: torch.save would write the whole storage behind a view, and that may be the source's file
-        values = {name: read(name).to(kind, copy=True) for name, kind in kinds.items()}
-        torch.save(values, place / part.official_file)
+        tensors = {name: read(name).to(kind, copy=True) for name, kind in kinds.items()}
+        torch.save(official_image_tensors(tensors) if role == "image_encoder" else tensors, place / official)
         return
     if layout == "official":
         two = "transformer_2" in folder.components
@@ -275,12 +296,14 @@ def _write_component(
         config = official_transformer_config(config, folder.kind)
     else:
         home = place / role
-        said = {"model_type": "umt5"} if part.library == "transformers" else {"_class_name": part.class_name}
+        said = (
+            {"model_type": _MODEL_TYPES[role]} if role in _MODEL_TYPES else {"_class_name": part.class_name}
+        )
         config = {**said, **config}
     entries = {name: weights.entries[key] for name, key in keys.items()}
-    tensors = {name: torch.empty(e.shape, dtype=e.dtype, device="meta") for name, e in entries.items()}
+    empty = {name: torch.empty(e.shape, dtype=e.dtype, device="meta") for name, e in entries.items()}
     save_weights(
-        tensors, home, part.stem, dtype=dtype, keep_float32=keep, max_shard_bytes=max_shard_bytes, read=read
+        empty, home, part.stem, dtype=dtype, keep_float32=keep, max_shard_bytes=max_shard_bytes, read=read
     )
     write_json(home / "config.json", config)
 
@@ -288,14 +311,16 @@ def _write_component(
 def _write_metadata(folder: ModelFolder, place: Path, layout: Layout) -> None:
     metadata = dict(folder.metadata)
     if layout == "official":
-        single = [role for role in PARTS if PARTS[role].official_file is not None]
+        single = [role for role in folder.components if folder.kind.official_file(role) is not None]
         for role in (*single, "transformer"):
             metadata[role] = dict(folder.components[role].config)
         metadata["scheduler"] = dict(folder.scheduler)
+        if folder.preprocessing is not None:
+            metadata["image_processor"] = folder.preprocessing.to_json()
         if folder.boundary_ratio is not None:
             metadata["boundary_ratio"] = folder.boundary_ratio
     else:
-        for key in ("vae", "text_encoder", "scheduler", "boundary_ratio"):
+        for key in ("vae", "text_encoder", "image_encoder", "image_processor", "scheduler", "boundary_ratio"):
             metadata.pop(key, None)  # they have files of their own here
     if metadata:
         write_json(place / METADATA_FILE, metadata)

@@ -10,7 +10,7 @@ full-size models unless a `chitu.json` says otherwise, which `convert` writes fo
 
     config.json  diffusion_pytorch_model*.safetensors            (one transformer)
     high_noise_model/  low_noise_model/                          (two experts, each like the line above)
-    models_t5_umt5-xxl-enc-bf16.pth  Wan2.1_VAE.pth  google/umt5-xxl/
+    models_t5_umt5-xxl-enc-bf16.pth  Wan2.1_VAE.pth or Wan2.2_VAE.pth  google/umt5-xxl/
 """
 
 from __future__ import annotations
@@ -25,16 +25,20 @@ from typing import Any, Literal
 from chitu_diffusion.errors import CheckpointError, ModelMissingError
 from chitu_diffusion.files import reading
 from chitu_diffusion.models import limits
+from chitu_diffusion.models.image_preprocessing import ImagePreprocessing
 from chitu_diffusion.models.kinds import (
     EXPERT_ROLES,
+    IMAGE_TO_VIDEO,
     OPTIONAL_ROLES,
     PARTS,
+    TEXT_IMAGE_TO_VIDEO,
     TEXT_TO_VIDEO,
     ModelKind,
     Part,
     Role,
     kind_named,
 )
+from chitu_diffusion.models.wan.vae_22 import VAE_22
 from chitu_diffusion.weights.hashing import ModelFiles
 
 Layout = Literal["diffusers", "official", "files"]
@@ -45,7 +49,7 @@ TOKENIZER_FOLDER = "google/umt5-xxl"
 EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
 
 # UMT5-XXL's encoder, https://huggingface.co/google/umt5-xxl, in transformers' words.
-TEXT_CONFIG: Mapping[str, Any] = {
+_TEXT_CONFIG: Mapping[str, Any] = {
     "vocab_size": 256384,
     "d_model": 4096,
     "d_kv": 64,
@@ -62,7 +66,7 @@ TEXT_CONFIG: Mapping[str, Any] = {
     "eos_token_id": 1,
 }
 # Wan2.1's VAE; the latents' mean and deviation are `AutoencoderKLWan`'s own defaults.
-VAE_CONFIG: Mapping[str, Any] = {
+_VAE_CONFIG: Mapping[str, Any] = {
     "base_dim": 96,
     "z_dim": 16,
     "dim_mult": [1, 2, 4, 4],
@@ -71,7 +75,21 @@ VAE_CONFIG: Mapping[str, Any] = {
     "temperal_downsample": [False, True, True],
     "dropout": 0.0,
 }
-SCHEDULER_CONFIG: Mapping[str, Any] = {
+# OpenCLIP's ViT-H/14, the vision half of XLM-RoBERTa-large-ViT-H/14, in transformers' words.
+_IMAGE_ENCODER_CONFIG: Mapping[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "projection_dim": 1024,
+}
+_PICTURE_ROWS = (224 // 14) ** 2 + 1
+"""What it gives of a picture: a row for each patch, and one for the class."""
+_SCHEDULER_CONFIG: Mapping[str, Any] = {
     "_class_name": "UniPCMultistepScheduler",
     "num_train_timesteps": 1000,
     "prediction_type": "flow_prediction",
@@ -97,7 +115,10 @@ LIMITS: Mapping[str, Mapping[str, limits.Limit]] = {
     "transformer_2": limits.TRANSFORMER,
     "vae": limits.VAE,
     "text_encoder": limits.TEXT_ENCODER,
+    "image_encoder": limits.IMAGE_ENCODER,
 }
+_IMAGE_FIELDS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+PREPROCESSING_FILE = "image_processor/preprocessor_config.json"
 _NEEDED: Mapping[Role, tuple[str, ...]] = {"vae": ("latents_mean", "latents_std")}
 
 
@@ -137,6 +158,7 @@ class ModelFolder:
         scheduler: config of the diffusers scheduler that the checkpoint asks for.
         boundary_ratio: of two experts, the share of the 1000 timesteps below which the second takes over.
         metadata: `chitu.json`, or nothing.
+        preprocessing: of pictures for the image encoder; None where there is none.
     """
 
     path: Path
@@ -147,6 +169,7 @@ class ModelFolder:
     scheduler: Mapping[str, Any]
     boundary_ratio: float | None
     metadata: Mapping[str, Any]
+    preprocessing: ImagePreprocessing | None = None
 
     @property
     def files(self) -> ModelFiles:
@@ -183,6 +206,8 @@ class ModelFolder:
         left_out = ("_", "shift", "flow_shift")
         configs: dict[str, Mapping[str, Any]] = {"scheduler": self.scheduler}
         configs |= {role: component.config for role, component in self.components.items()}
+        if self.preprocessing is not None:
+            configs["image_processor"] = self.preprocessing.to_json()
         said = {
             part: {name: value for name, value in config.items() if not name.startswith(left_out)}
             for part, config in configs.items()
@@ -261,16 +286,13 @@ def _read_diffusers(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
     index = read_json(file)
     kind = kind_named(index.get("_class_name"), file)
     if index.get("expand_timesteps"):
-        raise CheckpointError(
-            "this is a TI2V model, whose tokens have times of their own; it is not supported",
-            file=file,
-            key="expand_timesteps",
-            remedy="use Wan2.1-T2V-1.3B, Wan2.1-T2V-14B, Wan2.2-T2V-A14B or Wan2.2-I2V-A14B",
-        )
+        kind = TEXT_IMAGE_TO_VIDEO
     components: dict[Role, Component] = {}
     for role, part in PARTS.items():
         if role in OPTIONAL_ROLES and index.get(role) in (None, [None, None]):
             continue
+        if role == "image_encoder" and components["transformer"].config.get("image_dim") is None:
+            continue  # nobody asks it
         config = read_json(folder / role / "config.json")
         if part.library == "diffusers":
             _expect_class(folder / role / "config.json", config, part.class_name)
@@ -284,8 +306,20 @@ def _read_diffusers(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
     limits.check_limits(index, limits.BOUNDARY, file)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     boundary = index.get("boundary_ratio")
+    place = folder / PREPROCESSING_FILE
+    preprocessing = (
+        ImagePreprocessing.from_json(read_json(place), place) if "image_encoder" in components else None
+    )
     return ModelFolder(
-        folder, "diffusers", kind, components, folder / "tokenizer", scheduler, boundary, metadata
+        folder,
+        "diffusers",
+        kind,
+        components,
+        folder / "tokenizer",
+        scheduler,
+        boundary,
+        metadata,
+        preprocessing,
     )
 
 
@@ -297,20 +331,44 @@ def _read_official(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
     components: dict[Role, Component] = {}
     for role, place in zip(EXPERT_ROLES, experts, strict=False):
         kind, config = _transformer_config(place / "config.json")
+        if kind is IMAGE_TO_VIDEO and len(experts) == 1:
+            config |= _image_fields(place / "config.json", config, metadata)
         components[role] = Component(role, place, config)
-    for role, usual in (("vae", VAE_CONFIG), ("text_encoder", TEXT_CONFIG)):
-        file = PARTS[role].official_file
-        table = checked_table(folder / METADATA_FILE, metadata, role, usual)
+    note = folder / METADATA_FILE
+    for role, usual in usual_configs(kind, components["transformer"].config).items():
+        file = kind.official_file(role)
+        table = checked_table(note, metadata, role, usual)
         components[role] = Component(role, folder / str(file), table)
-    limits.check_limits(metadata, limits.BOUNDARY, folder / METADATA_FILE)
-    two = len(experts) == 2
-    shift = kind.flow_shift if two else 5.0  # wan/configs of Wan2.1
-    usual = {**SCHEDULER_CONFIG, "flow_shift": shift}
-    scheduler = checked_table(folder / METADATA_FILE, metadata, "scheduler", usual)
-    boundary = metadata.get("boundary_ratio", kind.boundary_ratio) if two else None
+    limits.check_limits(metadata, limits.BOUNDARY, note)
+    scheduler = checked_table(note, metadata, "scheduler", usual_scheduler(kind, len(experts)))
+    boundary = metadata.get("boundary_ratio", kind.boundary_ratio) if len(experts) == 2 else None
+    place = folder / TOKENIZER_FOLDER
+    preprocessing = noted_preprocessing(note, metadata) if "image_encoder" in components else None
     return ModelFolder(
-        folder, "official", kind, components, folder / TOKENIZER_FOLDER, scheduler, boundary, metadata
+        folder, "official", kind, components, place, scheduler, boundary, metadata, preprocessing
     )
+
+
+def usual_configs(kind: ModelKind, transformer: Mapping[str, Any]) -> Mapping[Role, Mapping[str, Any]]:
+    """Of the parts beside a transformer, with its config, that every published model of a kind has alike."""
+    vae = VAE_22 if kind.token_times else _VAE_CONFIG
+    configs: dict[Role, Mapping[str, Any]] = {"vae": vae, "text_encoder": _TEXT_CONFIG}
+    return (
+        configs
+        if transformer.get("image_dim") is None
+        else {**configs, "image_encoder": _IMAGE_ENCODER_CONFIG}
+    )
+
+
+def usual_scheduler(kind: ModelKind, experts: int) -> Mapping[str, Any]:
+    """The scheduler's config where nothing names one."""
+    # wan/configs of Wan2.1
+    return {**_SCHEDULER_CONFIG, "flow_shift": kind.flow_shift if experts == 2 else 5.0}
+
+
+def noted_preprocessing(note: Path, metadata: Mapping[str, Any]) -> ImagePreprocessing:
+    """Of pictures, as `metadata`, of the file `note`, has it, or CLIP's own."""
+    return ImagePreprocessing.from_json(checked_table(note, metadata, "image_processor", {}), note)
 
 
 def checked_table(
@@ -349,9 +407,25 @@ def _transformer_config(file: Path) -> tuple[ModelKind, dict[str, Any]]:
     return kind, config
 
 
+def _image_fields(file: Path, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a network attends to beside the text, which the official config leaves out: Wan2.2 has two
+    networks without, Wan2.1 one, and an image encoder.
+    """
+    noted = metadata.get("transformer")
+    if isinstance(noted, Mapping):
+        fields = {key: noted[key] for key in _IMAGE_FIELDS if noted.get(key) is not None}
+        limits.check_limits(fields, limits.TRANSFORMER, file.parent / METADATA_FILE)
+        return fields
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    fields = {"image_dim": _IMAGE_ENCODER_CONFIG["hidden_size"], "added_kv_proj_dim": dim}
+    two_pictures = read_json(file)["model_type"] == IMAGE_TO_VIDEO.frames_type
+    return fields | ({"pos_embed_seq_len": 2 * _PICTURE_ROWS} if two_pictures else {})
+
+
 def official_transformer_config(config: Mapping[str, Any], kind: ModelKind) -> dict[str, Any]:
     """The official `config.json` of a transformer whose config stands in diffusers' words."""
     official = {theirs: config[ours] for theirs, ours in _OFFICIAL_FIELDS.items() if ours in config}
     dim = config["num_attention_heads"] * config["attention_head_dim"]
-    named = {"_class_name": "WanModel", "model_type": kind.model_type}
+    two_pictures = config.get("pos_embed_seq_len") is not None
+    named = {"_class_name": "WanModel", "model_type": kind.frames_type if two_pictures else kind.model_type}
     return {**named, "dim": dim, "text_len": 512, **official}

@@ -12,7 +12,7 @@ from typing import Literal
 
 from chitu_diffusion.errors import CheckpointError
 
-Role = Literal["transformer", "transformer_2", "vae", "text_encoder"]
+Role = Literal["transformer", "transformer_2", "vae", "text_encoder", "image_encoder"]
 PartKind = Literal["encoder", "denoiser", "decoder"]
 """Which stage needs a part: memory follows from it."""
 
@@ -25,7 +25,8 @@ class Part:
         kind: see `PartKind`.
         library, class_name: whose class it is in diffusers' layout.
         stem: how its files begin there.
-        official_file: the file that holds it in the official layout; None: a folder with a config.
+        official_file: the file that holds it in the official layout; None: a folder with a config, or what
+            the model's kind says.
     """
 
     kind: PartKind
@@ -40,14 +41,21 @@ PARTS: Mapping[Role, Part] = MappingProxyType(
     {
         "transformer": _TRANSFORMER,  # of two experts the one for high noise
         "transformer_2": _TRANSFORMER,
-        "vae": Part("decoder", "diffusers", "AutoencoderKLWan", official_file="Wan2.1_VAE.pth"),
+        "vae": Part("decoder", "diffusers", "AutoencoderKLWan"),
         "text_encoder": Part(
             "encoder", "transformers", "UMT5EncoderModel", "model", "models_t5_umt5-xxl-enc-bf16.pth"
+        ),
+        "image_encoder": Part(
+            "encoder",
+            "transformers",
+            "CLIPVisionModel",
+            "model",
+            "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
         ),
     }
 )
 """By the name of their folder in diffusers' layout."""
-OPTIONAL_ROLES: frozenset[Role] = frozenset({"transformer_2"})
+OPTIONAL_ROLES: frozenset[Role] = frozenset({"transformer_2", "image_encoder"})
 EXPERT_ROLES: tuple[Role, ...] = tuple(role for role, part in PARTS.items() if part.kind == "denoiser")
 
 
@@ -58,8 +66,13 @@ class ModelKind:
     Attributes:
         class_name: `_class_name` in `model_index.json`.
         model_type: in the official `config.json`.
+        frames_type: the same, where the network knows two pictures by their places.
         title: in a sentence.
-        takes_image: whether a request must have an image.
+        takes_image: whether a request has an image.
+        image_is_optional: whether it may have none, and is text to video then.
+        token_times: whether a known first frame lies in the latent itself, where its tokens are told the time
+            0: `expand_timesteps` in `model_index.json`.
+        vae_file: the official file of its VAE.
         boundary_ratio, flow_shift: of two experts in the official layout, which has no place for them.
     """
 
@@ -67,18 +80,48 @@ class ModelKind:
     model_type: str
     title: str
     takes_image: bool = False
+    image_is_optional: bool = False
+    token_times: bool = False
+    vae_file: str = "Wan2.1_VAE.pth"
+    frames_type: str | None = None
     boundary_ratio: float = 0.875
     flow_shift: float = 12.0
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether a request without an image cannot be."""
+        return self.takes_image and not self.image_is_optional
+
+    def official_file(self, role: Role) -> str | None:
+        """The file that holds a part in the official layout; None: a folder with a config."""
+        return self.vae_file if role == "vae" else PARTS[role].official_file
 
 
 TEXT_TO_VIDEO = ModelKind("WanPipeline", "t2v", "text to video")
 # Wan2.2, wan/configs/wan_i2v_A14B.py
 IMAGE_TO_VIDEO = ModelKind(
-    "WanImageToVideoPipeline", "i2v", "image to video", takes_image=True, boundary_ratio=0.9, flow_shift=5.0
+    "WanImageToVideoPipeline",
+    "i2v",
+    "image to video",
+    takes_image=True,
+    frames_type="flf2v",
+    boundary_ratio=0.9,
+    flow_shift=5.0,
+)
+TEXT_IMAGE_TO_VIDEO = ModelKind(
+    "WanPipeline",
+    "ti2v",
+    "text or image to video",
+    takes_image=True,
+    image_is_optional=True,
+    token_times=True,
+    vae_file="Wan2.2_VAE.pth",
+    flow_shift=5.0,
 )
 KINDS: Mapping[str, ModelKind] = MappingProxyType(
-    {kind.class_name: kind for kind in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO)}
+    {kind.model_type: kind for kind in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO, TEXT_IMAGE_TO_VIDEO)}
 )
+"""By `model_type` of the official `config.json`. Two may share a `class_name`; its own is then the first."""
 
 
 def kind_named(name: object, file: object) -> ModelKind:
@@ -91,7 +134,7 @@ def kind_named(name: object, file: object) -> ModelKind:
         CheckpointError: no such kind.
     """
     for kind in KINDS.values():
-        if name in (kind.class_name, kind.model_type):
+        if name is not None and name in (kind.class_name, kind.model_type, kind.frames_type):
             return kind
     known = ", ".join(f"{kind.class_name} ({kind.title})" for kind in KINDS.values())
     raise CheckpointError(

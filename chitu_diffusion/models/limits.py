@@ -69,6 +69,9 @@ TRANSFORMER = MappingProxyType(
         "ffn_dim": Limit(1, 262144),
         "num_layers": Limit(1, 256),
         "rope_max_seq_len": Limit(1, 65536),
+        "image_dim": Limit(1, 65536, optional=True),
+        "added_kv_proj_dim": Limit(1, 65536, optional=True),
+        "pos_embed_seq_len": Limit(1, 65536, optional=True),
         "eps": _RATE,
     }
 )
@@ -122,6 +125,33 @@ TEXT_ENCODER = MappingProxyType(
         "eos_token_id": Limit(0, 2_000_000, optional=True),
     }
 )
+IMAGE_ENCODER = MappingProxyType(
+    {
+        "hidden_size": Limit(1, 65536),
+        "intermediate_size": Limit(1, 262144),
+        "num_hidden_layers": Limit(2, 256),
+        "num_attention_heads": Limit(1, 256),
+        "num_channels": Limit(3, 3),
+        "image_size": Limit(1, 1024),
+        "patch_size": Limit(1, 256),
+        "layer_norm_eps": _RATE,
+        "projection_dim": Limit(1, 65536),
+        "attention_dropout": _RATE,
+        "initializer_range": Limit(0, 1000, whole=False),
+        "initializer_factor": Limit(0, 1000, whole=False),
+    }
+)
+PREPROCESSING = MappingProxyType(
+    {
+        "size": Limit(1, 1024),
+        "crop_size": Limit(1, 1024),
+        "image_mean": Limit(-10, 10, whole=False, most=3),
+        "image_std": Limit(1e-3, 10, whole=False, most=3),
+        "resample": Limit(0, 5),
+        "rescale_factor": _RATE,
+    }
+)
+"""Of `preprocessor_config.json`; a size that is a table is looked at as its one number."""
 BOUNDARY = MappingProxyType({"boundary_ratio": Limit(0, 1, whole=False, optional=True)})
 """In `model_index.json`, or in a `chitu.json`."""
 

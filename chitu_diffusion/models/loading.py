@@ -27,6 +27,8 @@ from chitu_diffusion.models.wan.checkpoint_names import (
     official_transformer_name,
     official_vae_name,
 )
+from chitu_diffusion.models.wan.image_encoder import ImageEncoder, build_image_encoder
+from chitu_diffusion.models.wan.image_encoder_files import ImageEncoderFiles
 from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_encoder, load_tokenizer
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanConfig, WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE, build_vae
@@ -91,7 +93,8 @@ def _unusable(folder: ModelFolder, role: Role, cause: str) -> CheckpointError:
 
 def _vae(config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:
     blocks = int(config.get("num_res_blocks", 2))
-    return _blueprint(build_vae(config), lambda name: official_vae_name(name, blocks))
+    residual = bool(config.get("is_residual"))
+    return _blueprint(build_vae(config), lambda name: official_vae_name(name, blocks, residual))
 
 
 def _text_encoder(config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:
@@ -104,6 +107,16 @@ def _transformer(config: Mapping[str, Any], dtype: torch.dtype | None) -> Bluepr
     with torch.device("meta"):
         network = WanTransformer(WanConfig.from_json(config))
     return _blueprint(network, official_transformer_name, keep_float32=KEEP_FLOAT32)
+
+
+def _image_encoder(config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:
+    # `ImageEncoderFiles` has one name for all layouts
+    return _blueprint(build_image_encoder(config), lambda name: name)
+
+
+def _with_preprocessing(network: nn.Module, folder: ModelFolder) -> nn.Module:
+    assert folder.preprocessing is not None  # as `read_folder` has it wherever there is an encoder
+    return ImageEncoder(network, folder.preprocessing)
 
 
 def _with_tokenizer(network: nn.Module, folder: ModelFolder) -> nn.Module:
@@ -121,11 +134,21 @@ def tokenizer_of(folder: ModelFolder) -> PreTrainedTokenizerBase:
 
 
 _BLUEPRINTS: Mapping[Role, Callable[[Mapping[str, Any], torch.dtype | None], Blueprint]] = MappingProxyType(
-    {"text_encoder": _text_encoder, "transformer": _transformer, "transformer_2": _transformer, "vae": _vae}
+    {
+        "text_encoder": _text_encoder,
+        "image_encoder": _image_encoder,
+        "transformer": _transformer,
+        "transformer_2": _transformer,
+        "vae": _vae,
+    }
 )
 """A part's config -> its network without weights."""
 _WRAPPERS: Mapping[Role, Callable[[nn.Module, ModelFolder], nn.Module]] = MappingProxyType(
-    {"text_encoder": _with_tokenizer, "vae": lambda network, folder: WanVAE(network)}
+    {
+        "text_encoder": _with_tokenizer,
+        "image_encoder": _with_preprocessing,
+        "vae": lambda network, folder: WanVAE(network),
+    }
 )
 """What speaks this project's shapes around a network that is not ours."""
 
@@ -215,13 +238,14 @@ def open_weights(folder: ModelFolder, role: Role, *, mapped: bool = True) -> Wei
     """
     component = folder.components[role]
     part = component.part
-    return WeightFiles(
+    files = WeightFiles(
         component.weights,
         part.stem,
         shards_first=_shards_first(component),
         mapped=mapped,
         within=component.within,
     )
+    return ImageEncoderFiles(files) if role == "image_encoder" else files
 
 
 def check_part(folder: ModelFolder, role: Role) -> tuple[WeightFiles, Mapping[str, str]]:

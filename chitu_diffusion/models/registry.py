@@ -19,7 +19,7 @@ from chitu_diffusion.flexcache.calibration import Calibration, read_calibration
 from chitu_diffusion.flexcache.schedule import NOTHING_MEASURED, Measured
 from chitu_diffusion.models.folder import METADATA_FILE, ModelFolder, is_model_folder, read_folder
 from chitu_diffusion.models.hub_cache import cached_folder, read_whole
-from chitu_diffusion.models.kinds import EXPERT_ROLES
+from chitu_diffusion.models.kinds import EXPERT_ROLES, IMAGE_TO_VIDEO
 from chitu_diffusion.models.limits import MOST_MEASURED, MOST_SHIFT, Limit, check_limits
 from chitu_diffusion.models.spec import Defaults, LatentGeometry, ModelSpec
 from chitu_diffusion.models.wan.config import WanConfig
@@ -38,7 +38,7 @@ TINY = "wan-tiny"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _METADATA_KEYS = frozenset(
     {"name", "defaults", "measured", "boundary_ratio", "vae", "text_encoder", "scheduler", "transformer"}
-    | {"words", "trained_sizes", "recipe"}
+    | {"words", "trained_sizes", "recipe", "image_encoder", "image_processor"}
 )
 """What a folder's `chitu.json` may say."""
 _LONGEST_NAME = 200
@@ -100,13 +100,13 @@ def resolve_model(
             raise ModelMissingError(
                 f"there is no folder {ckpt_dir}; 'chitu models ls' shows the models on this machine"
             )
-        return _checked_against(spec, _found(path, parts))
+        return _checked_against(spec, _found(path, parts, spec))
     if spec is not None:
         cached = cached_folder(spec.hub_ids)
         if cached is None:
             return FoundModel(spec, None)
         _refuse_parts(name, parts)
-        return _checked_against(spec, _model_in(read_whole(cached, spec.name)))
+        return _checked_against(spec, _model_in(read_whole(cached, spec.name), spec))
     path = ASSETS / TINY if name.lower() == TINY else place_named(name)
     if path is not None:
         return _found(path, parts)
@@ -153,23 +153,26 @@ def _refuse_parts(model: object, parts: Mapping[str, str] | None) -> None:
         )
 
 
-def _found(path: Path, parts: Mapping[str, str] | None) -> FoundModel:
-    return _model_in(read_model(path, parts))
+def _found(path: Path, parts: Mapping[str, str] | None, asked: ModelSpec | None = None) -> FoundModel:
+    return _model_in(read_model(path, parts), asked)
 
 
-def _model_in(folder: ModelFolder) -> FoundModel:
-    return FoundModel(spec_of_folder(folder), folder)
+def _model_in(folder: ModelFolder, asked: ModelSpec | None) -> FoundModel:
+    return FoundModel(spec_of_folder(folder, asked), folder)
 
 
-def spec_of_folder(folder: ModelFolder) -> ModelSpec:
+def spec_of_folder(folder: ModelFolder, asked: ModelSpec | None = None) -> ModelSpec:
     """The spec of the model in a folder: from its configs, its `chitu.json`, and the full-size model it
     equals, if any.
+
+    Args:
+        asked: the full-size model that somebody named, of several that have the same sizes.
 
     Raises:
         CheckpointError: not a model that is supported.
     """
     try:
-        return _spec_of(folder)
+        return _spec_of(folder, asked)
     except CheckpointError:
         raise
     except (TypeError, ValueError, AttributeError) as error:
@@ -177,7 +180,7 @@ def spec_of_folder(folder: ModelFolder) -> ModelSpec:
         raise CheckpointError(f"a config of the model cannot be used: {error}", file=folder.path) from error
 
 
-def _spec_of(folder: ModelFolder) -> ModelSpec:
+def _spec_of(folder: ModelFolder, asked: ModelSpec | None) -> ModelSpec:
     name = folder.metadata.get("name") or ""
     if not isinstance(name, str) or len(name) > _LONGEST_NAME or not name.isprintable():
         raise CheckpointError(
@@ -196,14 +199,7 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
         for role in EXPERT_ROLES
         if role in folder.components
     )
-    if any(config.image_dim is not None for config in transformers):
-        raise CheckpointError(
-            "its transformer attends to an image encoder's rows, and image encoders are not read yet",
-            file=folder.path / "transformer" / "config.json",
-            key="image_dim",
-            expected="null, as in Wan2.2",
-            found=transformers[0].image_dim,
-        )
+    _check_image_encoder(folder, transformers)
     if len(transformers) == 2 and folder.boundary_ratio is None:
         raise CheckpointError(
             "two transformers, but nothing says where the second takes over",
@@ -211,7 +207,7 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
             key="boundary_ratio",
             expected="a number between 0 and 1",
         )
-    twin = next((spec for spec in FULL_SIZE.values() if spec.transformers == transformers), None)
+    twin = _twin(transformers, folder, asked)
     calibration = None if folder.layout == "files" else _calibration_of(folder.path)
     measured = _folder_measured(folder, twin.measured if twin else NOTHING_MEASURED)
     return ModelSpec(
@@ -236,6 +232,53 @@ def _spec_of(folder: ModelFolder) -> ModelSpec:
 
 def _own_name(folder: ModelFolder) -> str:
     return folder.path.stem if folder.layout == "files" else folder.path.resolve().name
+
+
+def _twin(
+    transformers: tuple[WanConfig, ...], folder: ModelFolder, asked: ModelSpec | None
+) -> ModelSpec | None:
+    """The full-size model of these networks: of several the one that was asked for, else that the folder or
+    its files are called by, else the first.
+    """
+    twins = [spec for spec in FULL_SIZE.values() if spec.transformers == transformers]
+    if asked in twins:
+        return asked
+    names = " ".join(folder.names()).lower() if len(twins) > 1 else ""
+    return max(
+        twins, key=lambda spec: all(word in names for word in spec.name.lower().split("-")), default=None
+    )
+
+
+def _check_image_encoder(folder: ModelFolder, transformers: tuple[WanConfig, ...]) -> None:
+    """An image encoder where, and only where, the networks attend to its rows, and one of their width."""
+    first = transformers[0]
+    if first.image_dim is None:
+        return
+    place = folder.path / "model_index.json" if folder.layout == "diffusers" else folder.note
+    if (
+        "image_encoder" not in folder.components
+        or folder.preprocessing is None
+        or not folder.kind.takes_image
+    ):
+        raise CheckpointError(
+            "its transformer attends to an image encoder's rows, and the folder has no image encoder",
+            file=place,
+            key="image_encoder",
+            expected=f"{IMAGE_TO_VIDEO.class_name} with a CLIPVisionModel",
+            found=folder.kind.class_name,
+        )
+    config = {"hidden_size": 768, "image_size": 224, "patch_size": 32}  # where it says nothing, CLIP's own
+    config |= folder.components["image_encoder"].config
+    rows = (config["image_size"] // config["patch_size"]) ** 2 + 1
+    for key, expected, found in (
+        ("hidden_size", first.image_dim, config["hidden_size"]),
+        ("rows of two pictures", first.pos_embed_seq_len or 2 * rows, 2 * rows),
+        ("crop_size", config["image_size"], folder.preprocessing.side),
+    ):
+        if expected != found:
+            raise CheckpointError(
+                "the image encoder does not fit", file=place, key=key, expected=expected, found=found
+            )
 
 
 def _own_recipe(folder: ModelFolder) -> tuple[str, str] | None:
@@ -282,8 +325,10 @@ def _folder_defaults(folder: ModelFolder, base: Defaults, experts: int) -> Defau
     if len(said["guidance"]) == 1:
         said["guidance"] *= experts
     _check_list(folder, said, base)
+    # the official layout has no place for a shift: there it is a note of ours, or nothing
+    has_shift = folder.layout == "diffusers" or "scheduler" in folder.metadata or base.shift is None
     for key in ("flow_shift", "shift"):
-        if folder.scheduler.get(key) is not None:
+        if has_shift and folder.scheduler.get(key) is not None:
             # the checkpoint's own scheduler counts for more than what its twin's authors sample with
             said.setdefault("shift", float(folder.scheduler[key]))
     return dataclasses.replace(base, **said)

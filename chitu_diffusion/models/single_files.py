@@ -25,16 +25,16 @@ from chitu_diffusion.models import limits
 from chitu_diffusion.models.detection import TITLES, USUAL_HEAD, described, parts_within, transformer_in
 from chitu_diffusion.models.folder import (
     METADATA_FILE,
-    SCHEDULER_CONFIG,
-    TEXT_CONFIG,
     TOKENIZER_FOLDER,
-    VAE_CONFIG,
     Component,
     ModelFolder,
     checked_table,
+    noted_preprocessing,
     read_json,
+    usual_configs,
+    usual_scheduler,
 )
-from chitu_diffusion.models.kinds import EXPERT_ROLES, OPTIONAL_ROLES, PARTS, ModelKind, Role, kind_named
+from chitu_diffusion.models.kinds import EXPERT_ROLES, ModelKind, Role, kind_named
 from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.presets import FULL_SIZE
 from chitu_diffusion.models.wan.tokenizer_files import kept_tokenizer
@@ -62,9 +62,6 @@ _NOISE_FOLDER = re.compile(r"(?<![a-z])(high|low)(?=[-_ ]?noise)", re.IGNORECASE
 """The word that tells an expert, in the name of its file, or else of the folder."""
 _OF_TWO = re.compile(r"wan.?2[._]2|a14b", re.IGNORECASE)
 _SWAPPED = {"high": "low", "low": "high", "HIGH": "LOW", "LOW": "HIGH", "High": "Low", "Low": "High"}
-_USUAL: Mapping[Role, Mapping[str, Any]] = {"vae": VAE_CONFIG, "text_encoder": TEXT_CONFIG}
-"""The configs of parts that every model of this family has alike."""
-_SHIFT = 5.0  # wan/configs of Wan2.1
 
 
 @dataclass(frozen=True)
@@ -167,14 +164,12 @@ def _read(path: Path, given: Mapping[str, str]) -> ModelFolder:
             )
         components[role] = Component(role, file, config, own.within("transformer"))
     missing: dict[str, list[Path]] = {}
-    for role in PARTS:
-        if role in EXPERT_ROLES or (role in OPTIONAL_ROLES and config.get("image_dim") is None):
-            continue
+    for role, usual in usual_configs(kind, config).items():
         place, looked = _place_of(role, path, opened, given.get(role), config)
         if place is None:
             missing[role] = looked
             continue
-        table = checked_table(note, metadata, role, _USUAL[role])
+        table = checked_table(note, metadata, role, usual)
         components[role] = Component(role, place.file.path, table, place.within(role))
     tokenizer, looked = _tokenizer(path, components.get("text_encoder"), given.get("tokenizer"))
     if tokenizer is None:
@@ -188,11 +183,10 @@ def _read(path: Path, given: Mapping[str, str]) -> ModelFolder:
         kind,
         components,
         tokenizer,
-        checked_table(
-            note, metadata, "scheduler", {**SCHEDULER_CONFIG, "flow_shift": _shift(components, kind)}
-        ),
+        checked_table(note, metadata, "scheduler", usual_scheduler(kind, len(experts))),
         metadata.get("boundary_ratio", kind.boundary_ratio) if len(experts) == 2 else None,
         metadata,
+        noted_preprocessing(note, metadata) if "image_encoder" in components else None,
     )
 
 
@@ -227,14 +221,6 @@ def _transformer(
     whole = {**config, **noted}
     limits.check_limits(whole, limits.TRANSFORMER, path)
     return kind, whole
-
-
-def _shift(components: Mapping[Role, Component], kind: ModelKind) -> float:
-    """That the authors sample with."""
-    own = tuple(WanConfig.from_json(components[role].config) for role in EXPERT_ROLES if role in components)
-    shifts = (spec.defaults.shift for spec in FULL_SIZE.values() if spec.transformers == own)
-    usual = kind.flow_shift if len(own) == 2 else _SHIFT
-    return next((shift for shift in shifts if shift is not None), usual)
 
 
 def _experts(path: Path, config: Mapping[str, Any], kind: ModelKind, low: str | None) -> list[Path]:

@@ -144,6 +144,21 @@ class ModelSpec:
         frames, rows, columns = (-(-cell // step) * step for cell, step in zip(cells, steps, strict=True))
         return frames, rows, columns
 
+    def size_of_shape(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of a video in a picture's shape: at most as many pixels as the model's own, in
+        whole patches (Wan2.1, wan/image2video.py).
+        """
+        area = self.defaults.height * self.defaults.width
+        patch = self.transformers[0].patch_size
+        steps = [stride * cells for stride, cells in zip(self.geometry.stride[1:], patch[1:], strict=True)]
+        # the largest n with n * step <= sqrt(area * ratio), exactly: the authors' floats miss some by one
+        ratios = ((height, width), (width, height))
+        rows, columns = (
+            max(1, math.isqrt(area * side // (other * step**2))) * step
+            for (side, other), step in zip(ratios, steps, strict=True)
+        )
+        return rows, columns
+
     def with_sampler(self, name: str) -> ModelSpec:
         """The model with a solver in place of its own; "auto" leaves it, with its own recipe.
 

@@ -9,6 +9,7 @@ some 1e-7 before the last rounding, so that one result in some hundreds falls to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple, cast
 
@@ -31,7 +32,7 @@ if HAS_TRITON:
     from chitu_diffusion.ops import fused_triton
 
 Affine = tuple[Tensor, Tensor]
-"""(weight, bias) after a norm, each [dim] or [B, 1, dim]."""
+"""(weight, bias) after a norm, each [dim] or [B, R, dim]: R is 1 or, with a `split`, 2."""
 
 
 class Float8Rows(NamedTuple):
@@ -67,42 +68,50 @@ def layer_norm(
     *,
     float8: bool = False,
     fused: bool = False,
+    split: int = 0,
 ) -> Tensor | Float8Rows:
     """LayerNorm of x [B, S, dim] in float32, then weight and bias, rounded once.
 
     Args:
         x: any float dtype.
-        affine: a norm's own parameters [dim], or a modulation (1 + scale, shift) [B, 1, dim].
+        affine: a norm's own parameters [dim], or a modulation (1 + scale, shift) [B, R, dim].
         eps: added to the variance.
         dtype: of the result.
         float8: return `Float8Rows`, rounded from float32, in place of a tensor of `dtype`.
         fused: one kernel in place of several.
+        split: of a modulation of two rows, how many of the S tokens have the first.
     """
     if fused:
         weight, bias = affine or (None, None)
-        _, normed, scale = fused_triton.residual_norm(x, None, None, weight, bias, eps, dtype, True, float8)
+        _, normed, scale = fused_triton.residual_norm(
+            x, None, None, weight, bias, eps, dtype, True, float8, split
+        )
         return Float8Rows(normed, scale) if float8 else normed
     if affine is None or affine[0].ndim == 1:
         weight, bias = (None, None) if affine is None else (affine[0].float(), affine[1].float())
         y = F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps)
     else:
-        y = F.layer_norm(x.float(), x.shape[-1:], None, None, eps) * affine[0] + affine[1]
+        y = F.layer_norm(x.float(), x.shape[-1:], None, None, eps)
+        y = _row_by_row(lambda part, weight, bias: part * weight + bias, y, affine, split)
     return quantise(y) if float8 else y.to(dtype)
 
 
-def add_gated(x: Tensor, added: Tensor, gate: Tensor | None, *, fused: bool = False) -> Tensor:
+def add_gated(
+    x: Tensor, added: Tensor, gate: Tensor | None, *, fused: bool = False, split: int = 0
+) -> Tensor:
     """x + added * gate, summed in float32 and rounded once to x's dtype.
 
     Args:
         x, added: [B, S, dim].
-        gate: [B, 1, dim] float32; None adds as it is.
+        gate: [B, R, dim] float32, R as of `Affine`; None adds as it is.
         fused: one kernel in place of several.
+        split: see `layer_norm`.
     """
     if fused:
-        return fused_triton.residual_norm(x, added, gate, None, None, 0.0, x.dtype, False, False)[0]
+        return fused_triton.residual_norm(x, added, gate, None, None, 0.0, x.dtype, False, False, split)[0]
     if gate is None:
         return x + added.to(x.dtype)  # the same bits as in float32: one sum, one rounding
-    return (x.float() + added.float() * gate).to(x.dtype)
+    return (x.float() + _row_by_row(torch.mul, added.float(), (gate,), split)).to(x.dtype)
 
 
 def add_gated_norm(
@@ -115,16 +124,29 @@ def add_gated_norm(
     *,
     float8: bool = False,
     fused: bool = False,
+    split: int = 0,
 ) -> tuple[Tensor, Tensor | Float8Rows]:
     """`add_gated`, and the `layer_norm` of its result: (the new stream [B, S, dim], its norm)."""
     if fused:
         weight, bias = affine or (None, None)
         stream, normed, scale = fused_triton.residual_norm(
-            x, added, gate, weight, bias, eps, dtype, True, float8
+            x, added, gate, weight, bias, eps, dtype, True, float8, split
         )
         return stream, Float8Rows(normed, scale) if float8 else normed
-    stream = add_gated(x, added, gate)
-    return stream, layer_norm(stream, affine, eps, dtype, float8=float8)
+    stream = add_gated(x, added, gate, split=split)
+    return stream, layer_norm(stream, affine, eps, dtype, float8=float8, split=split)
+
+
+def _row_by_row(
+    apply: Callable[..., Tensor], x: Tensor, parameters: tuple[Tensor, ...], split: int
+) -> Tensor:
+    """`apply` to x [B, S, dim] and parameters of one row [B, 1, dim] each; of two rows the first `split`
+    tokens get the first, the others the last.
+    """
+    if parameters[0].shape[1] == 1:
+        return apply(x, *parameters)
+    first = apply(x[:, :split], *(rows[:, :1] for rows in parameters))
+    return torch.cat([first, apply(x[:, split:], *(rows[:, 1:] for rows in parameters))], dim=1)
 
 
 def norm_and_rotate(

@@ -60,7 +60,7 @@ def _in_8_bits(scale, head, tail, FLOAT8_TOP: tl.constexpr, FLOOR: tl.constexpr)
 @triton.jit
 def _residual_norm(
     x, added, gate, weight, bias, stream, normed, scale,
-    rows, dim, gate_stride, weight_stride, bias_stride, eps,
+    rows, dim, split, gate_stride, gate_row, weight_stride, weight_row, bias_stride, bias_row, eps,
     ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr, QUANTISE: tl.constexpr,
     FLOAT8_TOP: tl.constexpr, FLOOR: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -68,12 +68,15 @@ def _residual_norm(
     batch = tl.program_id(1)
     row = batch.to(tl.int64) * rows + tl.program_id(0)
     at = row * dim
+    later = (tl.program_id(0) >= split).to(tl.int32)  # which of two rows of a gate and an affine pair
     # every load stands before the first store, which no later one may overtake
     head, tail = _read_row(x + at, dim, HEAD, TAIL, WIDTH)
     if ADD:
         more_head, more_tail = _read_row(added + at, dim, HEAD, TAIL, WIDTH)
         if GATE:
-            gate_head, gate_tail = _read_row(gate + batch * gate_stride, dim, HEAD, TAIL, WIDTH)
+            gate_head, gate_tail = _read_row(
+                gate + batch * gate_stride + later * gate_row, dim, HEAD, TAIL, WIDTH
+            )
             more_head *= gate_head
             more_tail *= gate_tail
         rounded_head = (head + more_head).to(stream.dtype.element_ty)
@@ -90,8 +93,12 @@ def _residual_norm(
         head *= factor
         tail *= factor
         if AFFINE:
-            weight_head, weight_tail = _read_row(weight + batch * weight_stride, dim, HEAD, TAIL, WIDTH)
-            bias_head, bias_tail = _read_row(bias + batch * bias_stride, dim, HEAD, TAIL, WIDTH)
+            weight_head, weight_tail = _read_row(
+                weight + batch * weight_stride + later * weight_row, dim, HEAD, TAIL, WIDTH
+            )
+            bias_head, bias_tail = _read_row(
+                bias + batch * bias_stride + later * bias_row, dim, HEAD, TAIL, WIDTH
+            )
             head = head * weight_head + bias_head
             tail = tail * weight_tail + bias_tail
         if QUANTISE:
@@ -177,7 +184,7 @@ def _activation(
 @operator(
     "chitu_diffusion::residual_norm",
     schema="(Tensor x, Tensor? added, Tensor? gate, Tensor? weight, Tensor? bias, float eps, "
-    "ScalarType dtype, bool norm, bool quantise) -> (Tensor, Tensor, Tensor)",
+    "ScalarType dtype, bool norm, bool quantise, SymInt split=0) -> (Tensor, Tensor, Tensor)",
 )
 def residual_norm(
     x: Tensor,
@@ -189,17 +196,19 @@ def residual_norm(
     dtype: torch.dtype,
     norm: bool,
     quantise: bool,
+    split: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm of x + added * gate, times weight plus bias.
 
     Args:
         x, added: [B, S, dim].
-        gate: [B, 1, dim], or None for one.
-        weight, bias: [dim] or [B, 1, dim], both or neither.
+        gate: [B, R, dim], or None for one.
+        weight, bias: [dim] or [B, R, dim], both or neither; R is 1 or, with a `split`, 2.
         eps: of the norm.
         dtype: of the normed rows, unless they are quantised.
         norm: False leaves at the sum.
         quantise: whether the normed rows are float8 with one scale each.
+        split: how many of the S tokens have the first of two rows.
 
     Returns:
         (the sum in x's dtype, the normed rows, their scales [B, S, 1] float32); what was not asked for is
@@ -222,9 +231,10 @@ def residual_norm(
             scale,
             rows,
             dim,
-            0 if gate is None else gate.stride(0),
-            0 if weight is None else weight.stride(0),
-            0 if bias is None else bias.stride(0),
+            split,
+            *_strides(gate),
+            *_strides(weight),
+            *_strides(bias),
             eps,
             ADD=added is not None,
             GATE=gate is not None,
@@ -252,6 +262,7 @@ def _(
     dtype: torch.dtype,
     norm: bool,
     quantise: bool,
+    split: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(x, added, dtype, norm, quantise)
 
@@ -363,9 +374,14 @@ def _outputs(
 
 
 def _by_batch(x: Tensor, batch: int) -> Tensor:
-    """[dim], [1, 1, dim] or [B, 1, dim] -> [B, dim] without a copy where the channels are neighbours."""
-    flat = x.reshape(-1, x.shape[-1])
-    return (flat if flat.stride(-1) == 1 else flat.contiguous()).expand(batch, -1)
+    """[dim], [1, R, dim] or [B, R, dim] -> [B, R, dim] without a copy where the channels are neighbours."""
+    rows = x.view(1, 1, -1) if x.ndim == 1 else x
+    return (rows if rows.stride(-1) == 1 else rows.contiguous()).expand(batch, -1, -1)
+
+
+def _strides(x: Tensor | None) -> tuple[int, int]:
+    """From one row [B, R, dim] to the next of the batch, and of the sequence."""
+    return (0, 0) if x is None else (x.stride(0), 0 if x.shape[1] == 1 else x.stride(1))
 
 
 def launch_row(dim: int) -> tuple[int, int, dict[str, int]]:

@@ -17,7 +17,7 @@ class Sum:
         value: [T, H, W, C] of any strides but 1 in the channel; of `phased` sums [T, H/2 + 1, W/2 + 1, 4 C],
             see `phased_weight`.
         bias: [C], or None.
-        residual: as value (not phased), or None.
+        residual: [T, H, W, C] of the sum's own pixels, or None.
         phased: pixel (y, x) lies at (y/2 + y%2, x/2 + x%2), in channels (2 (y%2) + x%2) C and on.
         window: (top, left, height, width) of a phased sum's pixels; the others are cut by narrowing.
     """
@@ -36,11 +36,12 @@ class Sum:
 
     def cut(self, top: int, left: int, height: int, width: int) -> Sum:
         """A rectangle of it; nothing is copied."""
-        if self.phased:
-            return replace(self, window=(self.window[0] + top, self.window[1] + left, height, width))
         residual = (
             None if self.residual is None else self.residual[:, top : top + height, left : left + width]
         )
+        if self.phased:
+            window = (self.window[0] + top, self.window[1] + left, height, width)
+            return replace(self, residual=residual, window=window)
         return replace(self, value=self.value[:, top : top + height, left : left + width], residual=residual)
 
     def release(self) -> None:

@@ -26,9 +26,11 @@ class PreparedConditioning:
             conditioning = Conditioning(conditioning)
         embeddings = conditioning.text.to(device)
         concat = conditioning.concat_latents
+        first = conditioning.first_frame
         image = conditioning.image
         self.embeddings = embeddings
         self._concat = None if concat is None else concat.to(device)
+        self._first = None if first is None else first.to(device)
         self._image = None if image is None else image.to(device)
         self._rows = rows_that_differ(embeddings)
         self._kv: dict[tuple[object, ...], TextKVCache] = {}
@@ -41,8 +43,22 @@ class PreparedConditioning:
         """Memory held beyond the embeddings; see `TextKVCache.bytes`."""
         return sum(kv.bytes for kv in self._kv.values())
 
+    @property
+    def first_timestep(self) -> float | None:
+        """What the first latent frame's tokens are told; None: the time of all others."""
+        return None if self._first is None else 0.0
+
+    def composed(self, latent: Tensor) -> Tensor:
+        """A latent [B, C, T, H, W] with the first frame in its place, where it is known."""
+        if self._first is None:
+            return latent
+        return torch.cat(
+            [self._first.to(latent).expand(len(latent), -1, -1, -1, -1), latent[:, :, 1:]], dim=2
+        )
+
     def model_input(self, latent: Tensor) -> Tensor:
         """What a forward takes for a latent [B, C, T, H, W]: [B, C + C', T, H, W]."""
+        latent = self.composed(latent)
         if self._concat is None:
             return latent
         return torch.cat([latent, self._concat.to(latent).expand(len(latent), -1, -1, -1, -1)], dim=1)

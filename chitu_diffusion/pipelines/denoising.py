@@ -158,6 +158,8 @@ def cached_predictor(
     manager = backend.flexcache_manager
 
     def predict(latent: Tensor, timestep: Tensor, expert: int, branches: tuple[int, ...]) -> Tensor:
+        latent = text.composed(latent)  # a cache looks at what the network sees
+
         def cache_for(some: tuple[int, ...]) -> StepCache:
             cache = manager.cache_for(step_idx, some)
             return cache if probe is None else probe.watched(cache, latent, some)
@@ -229,9 +231,8 @@ def predict_velocity(
     start = SharedCfgPrefix() if len(own) > 1 else None
     found = []
     for some in _as_batches(backend, latent, own):
-        embedded = model.embed(
-            text.model_input(latent), text.kv_for(model, expert, some, latent.shape[0]), time
-        )
+        kv = text.kv_for(model, expert, some, latent.shape[0])
+        embedded = model.embed(text.model_input(latent), kv, time, text.first_timestep)
         embedded = replace(embedded, start=embedded.start or start, step=step, num_steps=num_steps)
         found.append(_forward(backend, embedded, expert, cache_for(some)))
     return all_branches(found[0] if len(found) == 1 else torch.cat(found), len(asked), group)
@@ -301,8 +302,7 @@ def _forward(backend: DiffusionBackend, embedded: BlockInputs, expert: int, cach
 def _own_tokens(backend: DiffusionBackend, embedded: BlockInputs) -> tuple[BlockInputs, Shards]:
     """This rank's tokens with the positions that they have in the whole."""
     shards = Shards.of(embedded.tokens.shape[1], backend.groups.sequence)
-    cos, sin = (shards.take(part, 0) for part in embedded.rope)
-    return replace(embedded, tokens=shards.take(embedded.tokens, 1), rope=(cos, sin)), shards
+    return embedded.of_tokens(*shards.own), shards
 
 
 def _whole(

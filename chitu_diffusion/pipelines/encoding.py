@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.sharding import broadcast_from_rank0
+from chitu_diffusion.media.image import InputImage
+from chitu_diffusion.media.input_video import InputVideo
+from chitu_diffusion.models.image_preprocessing import bicubic
+from chitu_diffusion.pipelines.vae import encode_video
 from chitu_diffusion.task import DiffusionUserParams
 
 
@@ -46,25 +53,101 @@ def encode_keyframes(backend: DiffusionBackend, request: DiffusionUserParams) ->
         UsageError: an image's file has changed, or is not there any more.
     """
     frames = request.num_frames or 1
-    _, *cells = backend.spec.latent_shape(frames, request.height or 0, request.width or 0)
+    height = request.height or 0
+    width = request.width or 0
+    _, *cells = backend.spec.latent_shape(frames, height, width)
     stride, rows, columns = backend.spec.geometry.stride
     known = {0: "image"} | ({frames - 1: "last_image"} if request.last_image else {})
 
-    def encode() -> Tensor:
-        backend.offload.use("vae")
-        device = backend.device
-        video = torch.full((1, frames, 3, cells[1] * rows, cells[2] * columns), 0.5, device=device)
+    def video() -> Tensor:
+        found = torch.full((1, frames, 3, cells[1] * rows, cells[2] * columns), 0.5)
         for frame, name in known.items():
-            image = vars(request)[name].resized(request.height, request.width, name)
-            pixels = torch.from_numpy(image).permute(2, 0, 1)
-            border = (0, video.shape[-1] - pixels.shape[-1], 0, video.shape[-2] - pixels.shape[-2])
-            video[:, frame] = torch.nn.functional.pad(pixels[None], border, mode="replicate").to(device)
-        mask = torch.zeros(frames, device=device)
-        mask[list(known)] = 1
-        # the first frame stands alone in its latent frame, and for `stride` frames in the mask
-        mask = torch.cat([mask[:1].expand(stride), mask[1:]]).view(-1, stride).t()  # [stride, T]
-        mask = mask[None, :, :, None, None].expand(-1, -1, -1, *cells[1:])
-        return torch.cat([mask, backend.vae.encode(video)], dim=1)
+            found[:, frame] = _pixels(backend, request, name)
+        return found
+
+    if backend.groups.rank == 0:
+        for name in known.values():
+            _require_unchanged(vars(request)[name], name)
+    hashes = tuple(vars(request)[name].sha256 for name in known.values())
+    latent = encode_video(
+        backend, video, ("keyframes", hashes, frames, height, width, request.image_preprocessing)
+    )
+    mask = torch.zeros(frames, device=latent.device)
+    mask[list(known)] = 1
+    # the first frame stands alone in its latent frame, and for `stride` frames in the mask
+    mask = torch.cat([mask[:1].expand(stride), mask[1:]]).view(-1, stride).t()  # [stride, T]
+    return torch.cat([mask[None, :, :, None, None].expand(-1, -1, -1, *cells[1:]), latent], dim=1)
+
+
+@torch.no_grad()
+def encode_first_frame(backend: DiffusionBackend, request: DiffusionUserParams) -> Tensor:
+    """The normalised latent of a request's image, one frame [1, C, 1, H, W] float32, of whole patches.
+
+    Args:
+        request: resolved, with an image.
+
+    Raises:
+        UsageError: the image's file has changed, or is not there any more.
+    """
+
+    if backend.groups.rank == 0:
+        _require_unchanged(request.image, "image")
+    content = (
+        "first frame",
+        request.image.sha256,
+        request.height,
+        request.width,
+        request.image_preprocessing,
+    )
+    return encode_video(backend, lambda: _pixels(backend, request, "image")[:, None], content)
+
+
+def _pixels(backend: DiffusionBackend, request: DiffusionUserParams, name: str) -> Tensor:
+    """A picture [1, 3, H, W] in [0, 1] at the request's size, and on to whole patches by its edge."""
+    height = request.height or 0
+    width = request.width or 0
+    cells = backend.spec.latent_shape(1, height, width)[2:]
+    rows, columns = (cell * step for cell, step in zip(cells, backend.spec.geometry.stride[1:], strict=True))
+    image: InputImage = vars(request)[name]
+    if request.image_preprocessing == "official":
+        pixels = bicubic(image.original(name), height, width).permute(0, 2, 3, 1)
+    else:
+        pixels = torch.from_numpy(image.resized(height, width, name))[None]
+    return _edged(pixels, (rows, columns))
+
+
+@torch.no_grad()
+def encode_pictures(backend: DiffusionBackend, request: DiffusionUserParams) -> Tensor:
+    """What an image encoder makes of a request's pictures, [1, I, D] float32: of the first, and where the
+    network tells two apart by their places, of the last behind it. Remembered by content, as texts are.
+
+    Args:
+        request: resolved, with an image.
+
+    Raises:
+        UsageError: an image's file has changed, or is not there any more.
+    """
+    names = ["image"]
+    if backend.spec.transformers[0].pos_embed_seq_len is not None:
+        names.append("last_image")
+    official = request.image_preprocessing == "official"
+    images: dict[str, InputImage] = {name: vars(request)[name] for name in names}
+    keys = [f"{image.sha256} {official}" for image in images.values()]
+
+    def pixels_of(name: str) -> Tensor:
+        preprocessing = backend.image_encoder.preprocessing
+        picture = images[name].original(name)
+        return preprocessing.squashed(picture) if official else preprocessing.cropped(picture)
+
+    def encode() -> Tensor:
+        encoder = backend.image_encoder
+        known = encoder.recall(keys, backend.device)
+        if known is not None:
+            return known
+        backend.offload.use("image_encoder")
+        return encoder.encode(
+            [(key, partial(pixels_of, name)) for key, name in zip(keys, names, strict=True)]
+        )
 
     return broadcast_from_rank0(encode, backend.groups.world, backend.device)
 
@@ -86,11 +169,23 @@ def encode_clip(backend: DiffusionBackend, request: DiffusionUserParams) -> Tens
     _, *cells = backend.spec.latent_shape(frames, height, width)
     rows, columns = backend.spec.geometry.stride[1:]
 
-    def encode() -> Tensor:
-        backend.offload.use("vae")
+    def video() -> Tensor:
         clip = np.stack(list(request.video.resized(frames, height, width)))  # [T, height, width, 3]
-        border = (0, cells[2] * columns - width, 0, cells[1] * rows - height)
-        pixels = torch.nn.functional.pad(torch.from_numpy(clip).permute(0, 3, 1, 2), border, mode="replicate")
-        return backend.vae.encode(pixels[None].to(backend.device))
+        return _edged(torch.from_numpy(clip), (cells[1] * rows, cells[2] * columns))[None]
 
-    return broadcast_from_rank0(encode, backend.groups.world, backend.device)
+    if backend.groups.rank == 0:
+        _require_unchanged(request.video, "video")
+    return encode_video(backend, video, ("clip", request.video.sha256, frames, height, width))
+
+
+def _require_unchanged(given: InputImage | InputVideo, name: str) -> None:
+    """What is in a file is still there, though its latent may be remembered."""
+    if given.pixels is None:
+        given.require_unchanged(name)
+
+
+def _edged(pixels: Tensor, size: Sequence[int]) -> Tensor:
+    """Frames [T, H, W, 3] as [T, 3, *size], with their edge repeated beyond them."""
+    height, width = pixels.shape[1:3]
+    border = (0, size[1] - width, 0, size[0] - height)
+    return torch.nn.functional.pad(pixels.permute(0, 3, 1, 2), border, mode="replicate")

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.pipelines.encoding import encode_keyframes
+from chitu_diffusion.pipelines.encoding import encode_keyframes, encode_pictures
 from chitu_diffusion.pipelines.text_to_video import TextToVideo
 from chitu_diffusion.task import Conditioning, DiffusionUserParams
 
 
 class ImageToVideo(TextToVideo):
-    """As Wan2.2-I2V-A14B: the frames that are known stand behind the latent's channels, and there is no image
-    encoder.
+    """The frames that are known stand behind the latent's channels; in Wan2.1 the networks also attend to
+    what an image encoder makes of them.
     """
 
     def condition(self, backend: DiffusionBackend, request: DiffusionUserParams) -> Conditioning:
-        """The text, and the known frames."""
+        """The text, the known frames, and their rows."""
         text = super().condition(backend, request)
-        return replace(text, concat_latents=encode_keyframes(backend, request))
+        image = encode_pictures(backend, request) if backend.spec.transformers[0].image_dim else None
+        return replace(text, concat_latents=encode_keyframes(backend, request), image=image)

@@ -111,8 +111,9 @@ def start_of_loop(
     if embeddings is not None:
         told = check_embeddings(embeddings, spec)
         FiniteCheck(told.text, "embeddings").require()
-        if told.concat_latents is not None:
-            FiniteCheck(told.concat_latents, "concat_latents").require()
+        for name in ("concat_latents", "first_frame"):
+            if vars(told)[name] is not None:
+                FiniteCheck(vars(told)[name], name).require()
     cells = _cells(asked, spec)
     stream = 0 if asked.init_latent is None else 1
     state = backend.sampler.begin(num_steps, _strength(asked), seed=asked.seed, stream=stream)

@@ -188,8 +188,24 @@ def check_embeddings(given: Embeddings, spec: ModelSpec, latent: Tensor | None =
             "and columns",
             field="embeddings",
         )
+    if conditioning.first_frame is not None:
+        _check_first_frame(conditioning.first_frame, spec, latent)
     require_image(conditioning.image, spec.transformers[0], 1)
     return conditioning
+
+
+def _check_first_frame(found: Tensor, spec: ModelSpec, latent: Tensor | None) -> None:
+    shape = f"[1, {spec.geometry.channels}, 1, H, W]"
+    if not spec.kind.token_times:
+        raise UsageError(f"{spec.name} takes no first_frame; use the text alone", field="embeddings")
+    check_values(require_floats(found, "first_frame", shape), "first_frame")
+    cells = found.shape[3:] if latent is None else latent.shape[3:]
+    if found.shape != (1, spec.geometry.channels, 1, *cells):
+        raise UsageError(
+            f"first_frame is {list(found.shape)}; use {shape} with the latent's rows and columns, as "
+            "pipelines.encoding.encode_first_frame gives",
+            field="embeddings",
+        )
 
 
 def scalar_timestep(timestep: Timestep) -> Tensor:

@@ -23,7 +23,7 @@ from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.sampling.recipes import recipe_of_names
 from chitu_diffusion.sampling.registry import SOLVERS
 from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams
-from chitu_diffusion.task.params import MAX_SEED
+from chitu_diffusion.task.params import IMAGE_PREPROCESSING, MAX_SEED
 
 STRENGTH = 0.8
 """Share of the noise schedule that a video goes through where the request names none: diffusers' own."""
@@ -95,6 +95,7 @@ def resolve_request(
         guidance_scale=resolve_guidance(params.guidance_scale, spec),
         shift=_shift(params, spec),
         sampler_recipe=defaults.sampler_recipe,
+        image_preprocessing=params.image_preprocessing or (IMAGE_PREPROCESSING[0] if params.image else None),
         seed=seed,
         save_path=_path(params, task_id, output_dir),
     )
@@ -288,7 +289,7 @@ def _with_cascade(params: DiffusionUserParams, experts: int) -> DiffusionUserPar
 
 
 def _check_image(params: DiffusionUserParams, spec: ModelSpec) -> None:
-    if spec.kind.takes_image and params.image is None:
+    if spec.kind.needs_image and params.image is None:
         raise UsageError(
             f"image is missing: {spec.name} makes a video that begins with one; use --image FILE or image=",
             field="image",
@@ -300,6 +301,23 @@ def _check_image(params: DiffusionUserParams, spec: ModelSpec) -> None:
                 "model such as Wan2.2-I2V-A14B",
                 field=name,
             )
+    if params.last_image is not None and spec.kind.token_times:
+        raise UsageError(
+            f"last_image: {spec.name} is told of the first frame alone; leave it out, or use a model such as "
+            "Wan2.2-I2V-A14B",
+            field="last_image",
+        )
+    if spec.transformers[0].pos_embed_seq_len is not None and params.last_image is None:
+        raise UsageError(
+            f"last_image is missing: {spec.name} makes a video between two; use --last-image FILE or "
+            "last_image=, or a model such as Wan2.1-I2V-14B-720P",
+            field="last_image",
+        )
+    if params.image_preprocessing is not None and params.image is None:
+        raise UsageError(
+            f"image_preprocessing = {params.image_preprocessing!r}: it is of an image; leave it out",
+            field="image_preprocessing",
+        )
     if params.last_image is not None and params.num_frames == 1:
         raise UsageError("last_image with one frame: use num_frames = 5 or more", field="last_image")
 
@@ -313,7 +331,9 @@ def _check_video(params: DiffusionUserParams, spec: ModelSpec) -> None:
                 field="strength",
             )
         return
-    if spec.kind.takes_image:
+    if params.image is not None and not spec.kind.needs_image:
+        raise UsageError("video and image together are not supported; use one of them", field="video")
+    if spec.kind.needs_image:
         raise UsageError(
             f"video: {spec.name} is a {spec.kind.title} model and takes none; leave it out, or use a text to "
             "video model such as Wan2.2-T2V-A14B",
@@ -355,12 +375,7 @@ def _with_input_shape(params: DiffusionUserParams, spec: ModelSpec) -> Diffusion
     given = params.image or params.video
     if given is None or params.height is not None or params.width is not None:
         return params
-    area = spec.defaults.height * spec.defaults.width
-    ratio = given.height / given.width
-    patch = spec.transformers[0].patch_size
-    sides = (math.sqrt(area * ratio), math.sqrt(area / ratio))
-    steps = (stride * cells for stride, cells in zip(spec.geometry.stride[1:], patch[1:], strict=True))
-    height, width = (max(1, round(side) // step) * step for side, step in zip(sides, steps, strict=True))
+    height, width = spec.size_of_shape(given.height, given.width)
     return dataclasses.replace(params, height=height, width=width)
 
 

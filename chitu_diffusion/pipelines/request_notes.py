@@ -29,6 +29,11 @@ def request_notes(
     sampled = spec.with_recipe(resolved.sampler_recipe)
     said = (sampled.shift_note(resolved.shift), sampled.recipe_note(guidance_pair(resolved.guidance_scale)))
     notes = [note for note in said if note]
+    if (resolved.image or resolved.video) and asked.height is asked.width is None:
+        size = f"{resolved.width}x{resolved.height}"
+        notes.append(
+            f"{size} is the {'image' if resolved.image else 'video'}'s shape at the model's own area"
+        )
     for image in (resolved.image, resolved.last_image):
         notes += image.notes(resolved.height or 0, resolved.width or 0) if image else []
     if resolved.video:

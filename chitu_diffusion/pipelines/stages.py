@@ -13,6 +13,7 @@ import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from chitu_diffusion.adapters.merging import check_adapters
 from chitu_diffusion.backend import DiffusionBackend
-from chitu_diffusion.distributed.sharding import gather_strips
 from chitu_diffusion.errors import StageError, TaskError, without_frames
 from chitu_diffusion.files.faults import hit
 from chitu_diffusion.flexcache.calibrated import require_same_model
@@ -41,6 +41,7 @@ from chitu_diffusion.pipelines.request_notes import request_notes
 from chitu_diffusion.pipelines.same_recipe import require_own_place
 from chitu_diffusion.pipelines.text_to_video import TextToVideo
 from chitu_diffusion.pipelines.time_left import TimeLeft
+from chitu_diffusion.pipelines.vae import decode, decode_shared, decode_tiled
 from chitu_diffusion.sampling.library import SamplerState
 from chitu_diffusion.sampling.noise import pad_latent, upsample_latent
 from chitu_diffusion.task import (
@@ -58,10 +59,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-_TILE_SIZES = (32, 16, 8)
-"""Latent pixels: the largest that still cuts a latent in more than one tile is taken, for larger tiles waste
-less overlap.
-"""
+
+_ENCODED = MappingProxyType(
+    {"concat_latents": "image latents", "first_frame": "image latents", "image": "image embeddings"}
+)
+"""What errors call the parts of a conditioning beside its text."""
 
 
 @dataclass
@@ -163,10 +165,9 @@ class Stages:
         begins = self._pipeline.begins_from(backend, resolved)
         if begins is not None:
             FiniteCheck(begins, "video latents").require()
-        if conditioning.concat_latents is not None:
-            FiniteCheck(conditioning.concat_latents, "image latents").require()
-        if conditioning.image is not None:
-            FiniteCheck(conditioning.image, "image embeddings").require()
+        for name, what in _ENCODED.items():
+            if vars(conditioning)[name] is not None:
+                FiniteCheck(vars(conditioning)[name], what).require()
         task.commit(
             resolved=resolved,
             num_inference_steps=steps,
@@ -214,6 +215,8 @@ class Stages:
         notes += [note for note in (backend.compile_note(),) if note]
         ended = backend.sampler_for(state["recipe"]).is_done(step.state)
         last = ended and task.cascade_stage + 1 == len(stages)
+        if last:
+            after = derived.text.composed(after)
         if last and cache is not None:
             saved = f"{cache['reused']} of {cache['num_steps']} steps"
             notes.append(f"cache {cache['strategy']} saved work in {saved}")
@@ -335,7 +338,7 @@ class Stages:
             video = decode_shared(backend, latent)
         elif backend.groups.rank == 0:
             tiled = backend.low_mem_level >= 1
-            video = decode_tiled(backend, latent, tile_size_for(latent)) if tiled else decode(backend, latent)
+            video = decode_tiled(backend, latent) if tiled else decode(backend, latent)
         if video is not None:
             video = video[..., : resolved.height, : resolved.width]  # of whole patches, what was asked for
             hit("decode.after", video)
@@ -374,43 +377,10 @@ class Stages:
         return f"saved {path}"
 
 
-@torch.no_grad()
-def decode(backend: DiffusionBackend, latent: Tensor) -> Tensor:
-    """Latent [B, C, T, H, W] -> video [B, T', 3, H', W'], float32 in [0, 1]."""
-    backend.offload.use("vae")
-    return backend.vae.decode(latent.to(backend.device))
-
-
-@torch.no_grad()
-def decode_tiled(backend: DiffusionBackend, latent: Tensor, tile_size: int) -> Tensor:
-    """`decode` in tiles of `tile_size` latent pixels, equal up to rounding: less memory, more time."""
-    backend.offload.use("vae")
-    return backend.vae.decode_tiled(latent.to(backend.device), tile_size=tile_size)
-
-
-@torch.no_grad()
-def decode_shared(backend: DiffusionBackend, latent: Tensor) -> Tensor | None:
-    """`decode` with each rank decoding a strip of the frame: all of it on rank 0, None on the others."""
-    backend.offload.use("vae")
-    latent = latent.to(backend.device)
-    axis = -1 if latent.shape[-1] >= latent.shape[-2] else -2
-
-    def strip(low: int, high: int) -> Tensor:
-        return backend.vae.decode_strip(latent, low, high, axis)
-
-    return gather_strips(strip, latent.shape[axis], axis, backend.groups.world)
-
-
 def to_frames(video: Tensor) -> Frames:
     """The first video of [B, T, 3, H, W] in [0, 1] as uint8 [T, H, W, 3] in main memory."""
     frames = video[0].mul(255).round_().clamp_(0, 255).to(torch.uint8)
     return frames.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def tile_size_for(latent: Tensor) -> int:
-    """Latent pixels of a tile that saves memory on this latent and wastes little overlap."""
-    longest = max(latent.shape[-2:])
-    return next((size for size in _TILE_SIZES if size < longest), _TILE_SIZES[-1])
 
 
 def _resolved(task: DiffusionTask) -> DiffusionUserParams:

@@ -26,6 +26,7 @@ MAX_SEED = 2**63 - 1
 MAX_PROMPT = 20_000
 SIZE_STEP = 8
 """Pixels: the VAE's stride."""
+IMAGE_PREPROCESSING = ("diffusers", "official")
 INPUTS = ("image", "last_image", "video")
 """Fields that hold a picture or a video, known by its hash."""
 _WHOLE = ("height", "width", "num_frames", "num_inference_steps", "seed", "priority")
@@ -131,6 +132,9 @@ class DiffusionUserParams:
         priority: larger goes first under the priority policy.
         image: the first frame: a file's name, or in memory, see `InputImage.of`. It is stretched to the size.
         last_image: the last frame, likewise.
+        image_preprocessing: how both are resized: "diffusers" (Lanczos; an image encoder sees the middle) or
+            "official", as Wan's authors do it (bicubic without a filter; it sees all, squashed). None is the
+            first.
         video: what a text-to-video model makes anew: a file's name, or in memory, see `InputVideo.of`. Its
             first frames are taken as they come, as many as fit 4n + 1 and the model's own number; its shape
             and rate count where no size or fps is asked for.
@@ -172,6 +176,7 @@ class DiffusionUserParams:
     shift: float | None = None
     sampler_recipe: str | None = None
     lora: Any = None
+    image_preprocessing: str | None = None
 
     def __new__(cls, *values: Any, **fields: Any) -> Self:
         _check_names(cls, fields)
@@ -210,6 +215,11 @@ class DiffusionUserParams:
         _check_save_path(self.save_path)
         _check_label("task_id", self.task_id)
         _check_recipe(self.sampler_recipe)
+        if self.image_preprocessing not in (None, *IMAGE_PREPROCESSING):
+            raise UsageError(
+                f"image_preprocessing = {self.image_preprocessing!r}: use {' or '.join(IMAGE_PREPROCESSING)}",
+                field="image_preprocessing",
+            )
         if not isinstance(self.role, str) or not self.role:
             raise UsageError(f"role = {self.role!r}: must be a name", field="role")
         check_text("role", self.role)

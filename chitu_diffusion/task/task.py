@@ -31,11 +31,14 @@ class Conditioning:
         text: embeddings [branches, L, D], the prompt's branch first.
         concat_latents: [1, C', T, H, W] float32, put behind the latent's channels in each forward, the same
             in all branches; None for a model that takes none.
+        first_frame: [1, C, 1, H, W] float32, the clean latent frame that a video begins with, where the
+            network is told of it by its tokens' time; None where all is made from noise.
         image: rows of an image encoder [1, I, D], which all branches attend to; None likewise.
     """
 
     text: torch.Tensor
     concat_latents: torch.Tensor | None = None
+    first_frame: torch.Tensor | None = None
     image: torch.Tensor | None = None
 
 

@@ -36,8 +36,9 @@ STORED_TYPES = {
 }
 WIDENED = torch.bfloat16
 """What weights in 8 bits are where nobody asks for another dtype."""
-BESIDE = frozenset({"spiece_model", "scaled_fp8"})
-"""Tensors that are no network's: a tokenizer as bytes, and the mark of ComfyUI's older scaled files."""
+BESIDE = frozenset({"spiece_model", "scaled_fp8", "position_ids"})
+"""Tensors that are no network's: a tokenizer as bytes, the mark of ComfyUI's older scaled files, and what
+transformers once saved of positions."""
 _SCALES = ("scale_weight", "weight_scale")
 _UNUSED = ("scale_input", "input_scale")
 """Of activations, whose scales are found as they come by."""
@@ -149,7 +150,7 @@ def find_eight_bit(
             or one of a shape that fits no form.
     """
     notes = dict(_notes(tensors, metadata, read, prefix))
-    beside: set[str] = {name for name in tensors if name in BESIDE}
+    beside: set[str] = {name for name in tensors if name.rpartition(".")[2] in BESIDE}
     scales: dict[str, str] = {}
     for name in tensors:
         base, _, leaf = name.rpartition(".")

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,8 +36,16 @@ CASES = {
     "unguided": {"guidance_scale": 1.0},
 }
 SIZE = {"height": 48, "width": 48, "num_frames": 9, "num_inference_steps": 4}
-OTHERS = {"wan-tiny": (2, 4), "experts": (2,)}  # other models, and the worlds in which they run
+OTHERS = {
+    "wan-tiny": (2, 4),
+    "experts": (2,),
+    "frames": (2, 4),
+}  # other models, and the worlds in which they run
 OTHER_SIZE = {"height": 48, "width": 48, "num_frames": 5, "num_inference_steps": 3}  # 18 tokens
+
+
+PICTURES = np.random.default_rng(1).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
+MORE = {"frames": {"image": PICTURES[0], "last_image": PICTURES[1]}}
 
 
 def plan_of(layout: str) -> ParallelPlan:
@@ -81,12 +90,15 @@ def all_layouts(rank: int, world: int, store: dist.Store, folder: str, out: str)
         results |= one_by_one(folder, out, groups)
         for name, networks in others.items():
             other = DiffusionBackend.from_networks(networks, configs[name], groups)
-            results |= run_case(Generator(other), name, **OTHER_SIZE)
+            results |= run_case(Generator(other), name, **OTHER_SIZE, **MORE.get(name, {}))
         results |= by_hand(generator)
         results |= in_pieces(groups)
         results |= {"sent": torch.tensor(traffic(backend, layout))}
         results |= {
-            "encoder": torch.tensor([not weight.is_meta for weight in backend.text_encoder.parameters()])
+            "encoder": torch.tensor([not weight.is_meta for weight in backend.text_encoder.parameters()]),
+            "image encoder": torch.tensor(
+                [not weight.is_meta for weight in others["frames"].image_encoder.parameters()]
+            ),
         }
         torch.save(results, Path(out, f"{layout}-{rank}.pt"))
         groups.close()
@@ -171,6 +183,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("parallel")
     write_tiny_model(folder / "experts", experts=2, shift=12.0, heads=HEADS)
+    write_tiny_model(folder / "frames", image=True, clip=2, heads=HEADS)
     return write_tiny_model(folder / "tiny", heads=HEADS)
 
 
@@ -183,7 +196,7 @@ def one_process(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     results |= one_by_one(str(model), str(tmp_path_factory.mktemp("one")))
     for name in OTHERS:
         other = DiffusionBackend(config_for(folder_of(name, model), tmp_path_factory.mktemp("one")))
-        results |= run_case(Generator(other), name, **OTHER_SIZE)
+        results |= run_case(Generator(other), name, **OTHER_SIZE, **MORE.get(name, {}))
     return results
 
 
@@ -282,7 +295,8 @@ def test_the_package_knows_the_formula() -> None:
         ] == expected_traffic(plan)
 
 
-def test_only_rank_0_has_the_text_encoder(ranks_results) -> None:
+@pytest.mark.parametrize("encoder", ["encoder", "image encoder"])
+def test_only_rank_0_has_the_encoders(ranks_results, encoder) -> None:
     for ranks in ranks_results.values():
-        assert ranks[0]["encoder"].all()
-        assert not any(rank["encoder"].any() for rank in ranks[1:])
+        assert ranks[0][encoder].all()
+        assert not any(rank[encoder].any() for rank in ranks[1:])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from running import config_for, latent_and_video, relative_error, task_for
@@ -99,6 +100,26 @@ def test_a_cache_saves_and_stays_near(backend, exact, own) -> None:
     close = latent_and_video(Generator(backend), task)[0]
     assert 1e-7 < relative_error(close, exact) < 0.5
     assert f"cache {own['strategy']} saved work in" in task.notes[-1] and " in 0 of" not in task.notes[-1]
+
+
+@pytest.fixture(scope="module")
+def between_images(frames_folder, tmp_path_factory):
+    """A model that attends to an image encoder's rows, a request's pictures, and its exact latent."""
+    backend = DiffusionBackend(config_for(frames_folder, tmp_path_factory.mktemp("outputs")))
+    pictures = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    asked = {"image": pictures[0], "last_image": pictures[1], "num_inference_steps": STEPS}
+    run = trace(backend, {"prompt": "A cat walking on grass", "seed": 1, **asked})
+    backend.use_calibration(fit([run], {"guidance": [5.0, 5.0]}))
+    return Generator(backend), asked, latent_and_video(Generator(backend), task_for(**asked))[0]
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_every_cache_goes_with_an_image_encoder(between_images, name) -> None:
+    generator, asked, exact = between_images
+    for own in (NEVER, OFTEN):
+        task = task_for(**asked, flexcache={"strategy": name, **own[name]})
+        error = relative_error(latent_and_video(generator, task)[0], exact)
+        assert error == 0 if own is NEVER else 1e-7 < error < 0.5
 
 
 def test_tasks_with_different_caches_take_turns(backend) -> None:

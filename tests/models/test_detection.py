@@ -13,7 +13,8 @@ from eight_bit import is_linear
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.models.detection import transformer_in
-from chitu_diffusion.models.folder import TEXT_CONFIG, VAE_CONFIG
+from chitu_diffusion.models.folder import usual_configs
+from chitu_diffusion.models.kinds import TEXT_IMAGE_TO_VIDEO, TEXT_TO_VIDEO
 from chitu_diffusion.models.loading import check_part
 from chitu_diffusion.models.registry import resolve_model
 from chitu_diffusion.models.wan.checkpoint_names import (
@@ -22,12 +23,11 @@ from chitu_diffusion.models.wan.checkpoint_names import (
     official_vae_name,
 )
 from chitu_diffusion.models.wan.config import WanConfig
+from chitu_diffusion.models.wan.image_encoder import build_image_encoder
 from chitu_diffusion.models.wan.presets import FULL_SIZE
 from chitu_diffusion.models.wan.text_encoder import build_text_encoder
 from chitu_diffusion.models.wan.transformer import WanTransformer
 from chitu_diffusion.models.wan.vae import build_vae
-
-IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 
 
 def shapes_of(config: WanConfig) -> dict[str, tuple[int, ...]]:
@@ -58,25 +58,16 @@ def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]], eight_bit: bool
     return path
 
 
-CONFIGS = {
-    **{name: (spec.kind.model_type, spec.transformers[0]) for name, spec in FULL_SIZE.items()},
-    "Wan2.1-I2V-14B": ("i2v", WanConfig(**IMAGE)),
-    "Wan2.1-FLF2V-14B": ("flf2v", WanConfig(**IMAGE, pos_embed_seq_len=514)),
-    "Wan2.2-TI2V-5B": (
-        "ti2v",
-        WanConfig(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FULL_SIZE)
 @pytest.mark.parametrize("official", [True, False])
 def test_tensors_tell_kind_and_sizes(name: str, official: bool) -> None:
-    kind, config = CONFIGS[name]
+    spec = FULL_SIZE[name]
+    config = spec.transformers[0]
     shapes = {
         official_transformer_name(key) if official else key: shape for key, shape in shapes_of(config).items()
     }
     told, found = transformer_in(shapes, Path("file"))
+    kind = "flf2v" if config.pos_embed_seq_len is not None else spec.kind.model_type
     assert (told, WanConfig.from_json(found)) == (kind, config)
 
 
@@ -84,12 +75,23 @@ def test_tensors_tell_kind_and_sizes(name: str, official: bool) -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ComfyUI's folders with full-size files."""
     place = tmp_path_factory.mktemp("models")
-    vae = build_vae(VAE_CONFIG).state_dict()
+    usual = usual_configs(TEXT_TO_VIDEO, {"image_dim": 1280})
+    for file, config, residual in (
+        ("wan_2.1_vae", usual["vae"], False),
+        ("wan2.2_vae", usual_configs(TEXT_IMAGE_TO_VIDEO, {})["vae"], True),
+    ):
+        vae = {name: tuple(value.shape) for name, value in build_vae(config).state_dict().items()}
+        named = {official_vae_name(name, 2, residual): shape for name, shape in vae.items()}
+        write_hollow(place / f"vae/{file}.safetensors", named)
+    vision = build_image_encoder(usual["image_encoder"]).state_dict()
     write_hollow(
-        place / "vae/wan_2.1_vae.safetensors",
-        {official_vae_name(name): tuple(value.shape) for name, value in vae.items()},
+        place / "clip_vision/clip_vision_h.safetensors",
+        {name: tuple(value.shape) for name, value in vision.items()},
     )
-    text = {name: tuple(value.shape) for name, value in build_text_encoder(TEXT_CONFIG).state_dict().items()}
+    text = {
+        name: tuple(value.shape)
+        for name, value in build_text_encoder(usual["text_encoder"]).state_dict().items()
+    }
     del text["encoder.embed_tokens.weight"]
     write_hollow(place / "text_encoders/umt5_xxl_fp16.safetensors", text)
     official = {official_text_name(name): shape for name, shape in text.items()}
@@ -101,6 +103,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "wan2.2_t2v_low_noise_14B_fp16": "Wan2.2-T2V-A14B",
         "Wan2_2-I2V-A14B-HIGH_fp8_e4m3fn": "Wan2.2-I2V-A14B",
         "Wan2_2-I2V-A14B-LOW_fp8_e4m3fn": "Wan2.2-I2V-A14B",
+        "wan2.1_i2v_480p_14B_bf16": "Wan2.1-I2V-14B-480P",
+        "wan2.1_i2v_720p_14B_fp8_e4m3fn": "Wan2.1-I2V-14B-720P",
+        "wan2.1_flf2v_720p_14B_fp16": "Wan2.1-FLF2V-14B-720P",
+        "wan2.2_ti2v_5B_fp16": "Wan2.2-TI2V-5B",
         "wan2.2_i2v_14B": "Wan2.2-I2V-A14B",
         "wan2.2_t2v_A14B": "Wan2.2-T2V-A14B",
     }
@@ -118,6 +124,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("wan2.1_t2v_14B_fp8_e4m3fn", "Wan2.1-T2V-14B"),
         ("wan2.2_t2v_high_noise_14B_fp16", "Wan2.2-T2V-A14B"),
         ("Wan2_2-I2V-A14B-LOW_fp8_e4m3fn", "Wan2.2-I2V-A14B"),
+        ("wan2.1_i2v_480p_14B_bf16", "Wan2.1-I2V-14B-480P"),
+        ("wan2.1_i2v_720p_14B_fp8_e4m3fn", "Wan2.1-I2V-14B-720P"),
+        ("wan2.1_flf2v_720p_14B_fp16", "Wan2.1-FLF2V-14B-720P"),
+        ("wan2.2_ti2v_5B_fp16", "Wan2.2-TI2V-5B"),
     ],
 )
 def test_a_full_size_file_is_the_model_of_its_name(models: Path, file: str, name: str) -> None:

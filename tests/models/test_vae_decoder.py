@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.models.wan.vae import WanVAE, _tiles
-from chitu_diffusion.models.wan.vae_decoder import (
+from chitu_diffusion.models.wan.vae_layers import (
     DecodeOptions,
     TileRect,
     best_options,
@@ -39,13 +39,26 @@ from chitu_diffusion.ops.vae_sum import Sum
 
 # Wan2.1's four stages of three residual blocks, and wan-tiny's three with patches; narrow, so that two cores
 # suffice
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "full": {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 4, 4]},
     "patched": {
         "base_dim": 8,
         "z_dim": 4,
         "dim_mult": [1, 2, 3],
         "temperal_downsample": [True, True],
+        "patch_size": 2,
+        "in_channels": 12,
+        "out_channels": 12,
+    },
+    # Wan2.2-TI2V-5B's, of three stages
+    "residual": {
+        "base_dim": 4,
+        "decoder_base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [True, True],
+        "is_residual": True,
         "patch_size": 2,
         "in_channels": 12,
         "out_channels": 12,
@@ -64,9 +77,8 @@ def fresh_numbers() -> None:
     torch.manual_seed(seed)
 
 
-def fresh_network(kind: str) -> AutoencoderKLWan:
+def fresh_network(config: dict[str, Any]) -> AutoencoderKLWan:
     """Random weights of which every one counts: gains and biases too, and a video of sensible range."""
-    config: dict[str, Any] = SIZES[kind]
     statistics = {"latents_mean": torch.randn(4).tolist(), "latents_std": torch.rand(4).add(0.5).tolist()}
     network = AutoencoderKLWan(**config, **statistics).eval()
     with torch.no_grad():
@@ -84,7 +96,7 @@ def fresh_network(kind: str) -> AutoencoderKLWan:
 @pytest.fixture(scope="module", params=SIZES)
 def network(request: pytest.FixtureRequest) -> AutoencoderKLWan:
     torch.manual_seed(secrets.randbelow(2**31))
-    return fresh_network(request.param)
+    return fresh_network(SIZES[request.param])
 
 
 def by_diffusers(network: AutoencoderKLWan, latent: Tensor) -> Tensor:
@@ -119,6 +131,26 @@ def test_decode_is_diffusers(frames: int, height: int, width: int, network: Auto
         )
         # sums in another order: some 30 layers, each 1e-7
         assert error(found, expected) < 1e-5
+
+
+def test_wide_shortcuts_without_time_are_diffusers() -> None:
+    """Its third stage: half the channels, twice the rows and columns, as many frames. And its encoder."""
+    network = fresh_network(
+        {
+            **SIZES["residual"],
+            "dim_mult": [1, 2, 4, 4],
+            "temperal_downsample": [False, True, True],
+            "scale_factor_spatial": 16,
+        }
+    )
+    latent = torch.randn(1, 4, 2, 1, 2)
+    vae = WanVAE(network)
+    video = vae.decode(latent)
+    assert video.shape == (1, 5, 3, 16, 32)
+    assert error(video, by_diffusers(network, latent)) < 1e-5
+    assert vae.encode(video).shape == latent.shape
+    one = vae.encode(video[:, :1])
+    assert one.shape == (1, 4, 1, 1, 2) and error(one, vae.encode(video)[:, :, :1]) < 1e-5
 
 
 WAYS = [

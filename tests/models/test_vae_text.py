@@ -16,7 +16,7 @@ from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.loading import load_text_encoder, load_vae
 from chitu_diffusion.models.wan import vae_decoder
 from chitu_diffusion.models.wan.text_encoder import TextEncoder, clean_prompt, load_tokenizer
-from chitu_diffusion.models.wan.vae import WanVAE, build_vae
+from chitu_diffusion.models.wan.vae import WanVAE
 
 
 @pytest.fixture(autouse=True)
@@ -89,8 +89,6 @@ def test_decode_refuses(vae: WanVAE) -> None:
         vae.decode(torch.zeros(1, 5, 1, 2, 2))
     with pytest.raises(UsageError, match="tile_size"):
         vae.decode_tiled(torch.zeros(1, 4, 1, 2, 2), 0)
-    with pytest.raises(UsageError, match="is_residual"):
-        build_vae({"is_residual": True})
 
 
 # -- text

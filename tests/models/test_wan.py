@@ -84,9 +84,14 @@ def test_full_size_names_and_shapes(name: str) -> None:
         shapes = {key: tuple(value.shape) for key, value in ours.state_dict().items()}
         assert shapes == {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
         count = sum(parameter.numel() for parameter in ours.parameters())
-        more = config.dim * config.patch_values * (config.in_channels - 16)  # of the patch embedding
-        assert count - more == (1_418_996_800 if name == "Wan2.1-T2V-1.3B" else 14_288_491_584)
-        assert {official_transformer_name(key) for key in shapes} == official_names(config.num_layers)
+        # of the patch embedding
+        more = config.dim * config.patch_values * (config.in_channels - config.out_channels)
+        more += (config.pos_embed_seq_len or 0) * (config.image_dim or 0)
+        counts = {"Wan2.1-T2V-1.3B": 1_418_996_800, "Wan2.2-TI2V-5B": 4_999_787_712}
+        large = 14_288_491_584 if config.image_dim is None else 16_394_469_184
+        assert count - more == counts.get(name, large)
+        expected = official_names(config.num_layers, config.image_dim, config.pos_embed_seq_len)
+        assert {official_transformer_name(key) for key in shapes} == expected
 
 
 class Asked:

@@ -6,13 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
-from small_networks import CONFIG, inputs, official_names, reference, relative_error, twin
+from small_networks import CONFIG, inputs, reference, relative_error, twin
 
 from chitu_diffusion.errors import UsageError
-from chitu_diffusion.models.wan.checkpoint_names import official_transformer_name
-from chitu_diffusion.models.wan.presets import FULL_SIZE
-from chitu_diffusion.models.wan.transformer import WanTransformer
 
 IMAGE = replace(CONFIG, image_dim=32, added_kv_proj_dim=CONFIG.dim)
 
@@ -61,21 +57,3 @@ def test_an_image_that_does_not_fit_is_refused() -> None:
             ours.make_text_kv(text, image=wrong)
     with pytest.raises(UsageError, match="attends to no image"):
         twin(reference(CONFIG)).make_text_kv(text, image=torch.zeros(1, 4, 32))
-
-
-def test_full_size_names_with_an_image() -> None:
-    """Wan2.1-FLF2V-14B, the most that a transformer of this kind has."""
-    config = replace(
-        FULL_SIZE["Wan2.1-T2V-14B"].transformers[0],
-        in_channels=36,
-        image_dim=1280,
-        added_kv_proj_dim=5120,
-        pos_embed_seq_len=514,
-    )
-    fields = {key: value for key, value in config.to_json().items() if not key.startswith("_")}
-    with torch.device("meta"):
-        ours = WanTransformer(config)
-        theirs = WanTransformer3DModel(**fields)
-    shapes = {key: tuple(value.shape) for key, value in ours.state_dict().items()}
-    assert shapes == {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
-    assert {official_transformer_name(key) for key in shapes} == official_names(config.num_layers, image=True)

@@ -140,6 +140,36 @@ def test_eight_bits_are_those_of_the_twins(shape: tuple[int, int, int, int]) -> 
 
 
 @needs_triton
+@pytest.mark.parametrize("split", [1, 4])
+@pytest.mark.parametrize("float8", [False, True])
+@torch.no_grad()
+def test_tokens_have_one_of_two_rows(split: int, float8: bool) -> None:
+    """Of a gate and a modulation: each part of the sequence as if it were alone, computed either way."""
+    x = rows((2, 5, 3, 20))
+    added = rows((2, 5, 3, 20))
+    table = torch.randn(2, 2, 6, 60, device=DEVICE).unbind(2)  # views, as a block has them
+    gate = table[2]
+    affine = (1 + table[1], table[0])
+    args = (x, added, gate, affine, EPS, torch.float32)
+    for way in (False, True):
+        stream, normed = fused.add_gated_norm(*args, float8=float8, fused=way, split=split)
+        alone = fused.layer_norm(stream, affine, EPS, torch.float32, float8=float8, fused=way, split=split)
+        gated = fused.add_gated(x, added, gate, fused=way, split=split)
+        assert relative_error(gated, stream) < 2e-7
+        for part, row in ((slice(0, split), slice(0, 1)), (slice(split, None), slice(1, 2))):
+            own = (affine[0][:, row], affine[1][:, row])
+            args_of = (x[:, part], added[:, part], gate[:, row], own, EPS, torch.float32)
+            of_stream, of_normed = fused.add_gated_norm(*args_of, float8=float8)
+            assert relative_error(stream[:, part], of_stream) < 2e-7
+            for found in (normed, alone):
+                if isinstance(found, Float8Rows):
+                    cut = Float8Rows(found.values[:, part], found.scale[:, part])
+                    assert_same_rows(cut, of_normed)
+                else:
+                    assert relative_error(found[:, part], of_normed) < 1e-6
+
+
+@needs_triton
 @torch.no_grad()
 def test_sixteen_bits_round_where_the_twins_round() -> None:
     shape = (1, 9, 12, 128)
@@ -169,6 +199,9 @@ def test_operators_tell_torch_compile_their_shapes() -> None:
         for quantised in (False, True):
             args = (x, *ask, EPS, torch.bfloat16, True, quantised)
             torch.library.opcheck(fused_triton.residual_norm.op, args, test_utils=checks)
+    two = [each.repeat(1, 2, 1) for each in (gate, weight, bias)]
+    args = (x, x + 1, *two, EPS, torch.bfloat16, True, False, 3)
+    torch.library.opcheck(fused_triton.residual_norm.op, args, test_utils=checks)
     torch.library.opcheck(fused_triton.activation.op, (x, None, True, True), test_utils=checks)
     angles = torch.randn(5, 10, device=DEVICE)
     args = (x, x + 1, weight[0, 0], bias[0, 0], angles.cos(), angles.sin(), EPS)

@@ -72,6 +72,11 @@ def test_kernels_and_torch_give_one_velocity(
     assert launched.count("activation") == (0 if not float8 else 2 * 3 if cross_attn_norm else 2 * 4)
     if cross_attn_norm:
         assert relative_error(network(latent, text, time, cache=EverySite()), expected) < bound
+        longer = torch.randn(2, 4, 2, 2, 4, device=DEVICE)
+        known = network(longer, text, time, first_timestep=0.0)  # the first frame's tokens
+        network.use_fused(False)
+        assert relative_error(known, network(longer, text, time, first_timestep=0.0)) < bound
+        network.use_fused(True)
     launched.clear()
     with torch.enable_grad():
         network(latent, text, time)

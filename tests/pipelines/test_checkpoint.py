@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import WAN_TINY, MakeConfig
 from running import run_to_end, task_for
+from tiny_model import write_tiny_model
 from torch import Tensor
 
 from chitu_diffusion.backend import DiffusionBackend
@@ -33,11 +34,15 @@ CASCADE = (CascadeStage(32, 32, 4), CascadeStage(48, 48, 4, strength=0.5))
 
 
 @pytest.fixture(scope="module")
-def backends(tiny_folder, two_experts_folder, image_folder, tmp_path_factory) -> dict[str, DiffusionBackend]:
+def backends(
+    tiny_folder, two_experts_folder, image_folder, frames_folder, tmp_path_factory
+) -> dict[str, DiffusionBackend]:
     from running import config_for
 
     out = tmp_path_factory.mktemp("out")
     folders = {"one": tiny_folder, "two": two_experts_folder, "wan-tiny": WAN_TINY, "image": image_folder}
+    folders["both"] = write_tiny_model(out / "both", token_times=True, seed=4)
+    folders["frames"] = frames_folder
     return {name: DiffusionBackend(config_for(folder, out)) for name, folder in folders.items()}
 
 
@@ -56,7 +61,9 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "a cascade": ("one", {"cascade": CASCADE, "num_inference_steps": None}),
     "two experts": ("two", {"flexcache": {"strategy": "interval", "interval": 3}}),
     "two experts, no guidance": ("two", {"guidance_scale": 1.0}),
+    "a first frame": ("both", {"image": IMAGE, "flexcache": {"strategy": "taylorseer", "order": 2}}),
     "an image": ("image", {"image": IMAGE, "flexcache": {"strategy": "interval", "interval": 3}}),
+    "two images": ("frames", {"image": IMAGE, "last_image": IMAGE[::-1]}),
 }
 
 

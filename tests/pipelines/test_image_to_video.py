@@ -26,6 +26,7 @@ from chitu_diffusion.media.image import InputImage
 from chitu_diffusion.media.reading import read_frames, read_recipe
 from chitu_diffusion.models.convert import convert, verify
 from chitu_diffusion.models.registry import FULL_SIZE, resolve_model
+from chitu_diffusion.pipelines.encoding import encode_keyframes
 from chitu_diffusion.pipelines.request import resolve_task
 from chitu_diffusion.task import CascadeStage, DiffusionUserParams
 
@@ -304,3 +305,46 @@ def test_only_formats_that_are_decoded_here_are_read(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="cannot be read as a picture"):
         DiffusionUserParams(prompt="a cat", image=file)
     assert not asked
+
+
+def test_a_picture_is_encoded_once(image_folder, tmp_path, make_config, monkeypatch):
+    """Its latent is remembered by its content: another seed needs no VAE; another picture or size does."""
+    backend = DiffusionBackend(make_config(image_folder))
+    runs = []
+    features = type(backend.vae)._features
+    monkeypatch.setattr(
+        type(backend.vae), "_features", lambda vae, *given: runs.append(1) or features(vae, *given)
+    )
+    first, second = (
+        latent_and_video(Generator(backend), task_for(image=picture(), seed=seed, **SIZES))[0]
+        for seed in (1, 1)
+    )
+    assert torch.equal(first, second) and len(runs) == 1
+    latent_and_video(Generator(backend), task_for(image=picture(), last_image=picture(), **SIZES))
+    latent_and_video(Generator(backend), task_for(image=picture(seed=3), **SIZES))
+    latent_and_video(Generator(backend), task_for(image=picture(), **SIZES | {"width": 64}))
+    assert len(runs) == 4
+    with torch.no_grad():
+        next(backend.vae.network.parameters()).mul_(1.5)
+    changed, _ = latent_and_video(Generator(backend), task_for(image=picture(), seed=1, **SIZES))
+    assert len(runs) == 5 and not torch.equal(changed, first)
+
+
+@pytest.mark.parametrize("level", [0, 1, 4])
+def test_memory_levels_encode_the_same(image_folder, tmp_path, level):
+    backend = DiffusionBackend(config_for(image_folder, tmp_path))
+    backend.low_mem_level = level
+    size = SIZES | {"height": 80, "width": 144}
+    request = resolve_task(task_for(image=picture(), **size), backend.spec, "")
+    found = encode_keyframes(backend, request)
+    with torch.no_grad():
+        whole = backend.vae.encode(
+            torch.cat(
+                [
+                    torch.from_numpy(request.image.resized(80, 144)).permute(2, 0, 1)[None, None],
+                    torch.full((1, 8, 3, 80, 144), 0.5),
+                ],
+                dim=1,
+            )
+        )
+    assert relative_error(found[:, 4:], whole) < 1e-5

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from chitu_diffusion.errors import CheckpointError, ModelMissingError, UsageError
 from chitu_diffusion.models.convert import convert, verify
 from chitu_diffusion.models.folder import read_folder
-from chitu_diffusion.models.kinds import PARTS
+from chitu_diffusion.models.kinds import TEXT_TO_VIDEO
 from chitu_diffusion.models.loading import load_text_encoder, load_transformer, load_vae
 from chitu_diffusion.models.registry import TINY, model_names, resolve_model, spec_of_folder
 from chitu_diffusion.models.wan.presets import FULL_SIZE
@@ -411,10 +411,7 @@ def test_faults_of_folders(experts: Path, official: Path, tmp_path: Path) -> Non
         read_folder(tmp_path)
     spoilt = shutil.copytree(experts, tmp_path / "spoilt")
     index = spoilt / "model_index.json"
-    for changed, words in (
-        ({"_class_name": "FluxPipeline"}, "WanPipeline"),
-        ({"expand_timesteps": True}, "TI2V model"),
-    ):
+    for changed, words in (({"_class_name": "FluxPipeline"}, "WanPipeline"),):
         index.write_text(json.dumps({**json.loads((experts / "model_index.json").read_text()), **changed}))
         with pytest.raises(CheckpointError, match=words):
             read_folder(spoilt)
@@ -422,7 +419,7 @@ def test_faults_of_folders(experts: Path, official: Path, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_folder(spoilt)
     spoilt = shutil.copytree(official, tmp_path / "official")
-    vae_file, text_file = (str(PARTS[role].official_file) for role in ("vae", "text_encoder"))
+    vae_file, text_file = (str(TEXT_TO_VIDEO.official_file(role)) for role in ("vae", "text_encoder"))
     (spoilt / vae_file).unlink()
     (spoilt / text_file).write_bytes(b"PK")
     bad = {finding.part: finding.message for finding in verify(spoilt) if not finding.ok}
@@ -435,7 +432,13 @@ def test_faults_of_folders(experts: Path, official: Path, tmp_path: Path) -> Non
 
 
 def test_names_ids_and_folders(experts: Path) -> None:
-    assert model_names() == [TINY, "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B"]
+    wan21 = ("T2V-1.3B", "T2V-14B", "I2V-14B-480P", "I2V-14B-720P", "FLF2V-14B-720P")
+    wan22 = ("T2V-A14B", "I2V-A14B", "TI2V-5B")
+    assert model_names() == [
+        TINY,
+        *(f"Wan2.1-{name}" for name in wan21),
+        *(f"Wan2.2-{name}" for name in wan22),
+    ]
     for spec in FULL_SIZE.values():
         for name in (spec.name, spec.name.lower(), *spec.hub_ids):
             assert resolve_model(name)[0] == spec

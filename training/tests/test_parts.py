@@ -1,13 +1,19 @@
 """The training code: each part beside what it must equal, and the road from weights to a folder."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
 from chitu_diffusion.models.wan.transformer import WanTransformer
-from training import autoencoder, denoiser, export, latents, text
+from training import adapters, autoencoder, denoiser, export, latents, sampling, text
 from training.clock import Clock, learning_rate
 from training.muon import Muon, orthogonal
+from training.world import vocabulary_corpus
 
 
 @pytest.fixture(scope="module")
@@ -80,20 +86,115 @@ def test_padding_row_stands_for_all_padding(tokenizer):
 
 def test_gradient_checkpointing_changes_no_gradient(tokenizer):
     torch.manual_seed(2)
-    nets = denoiser.build(len(tokenizer), torch.device("cpu"))
-    torch.nn.init.normal_(nets.dit.proj_out.weight, std=0.05)
-    ids = text.tokenize(tokenizer, ["a red dog"] * 2)
-    empty = text.tokenize(tokenizer, [""])[0]
+    dit = denoiser.build(len(tokenizer), torch.device("cpu")).dit
+    torch.nn.init.normal_(dit.proj_out.weight, std=0.05)
     latent = torch.randn(2, 16, 2, 4, 4)
+    words = torch.randn(2, 8, text.WIDTH)
     gradients = []
     for enabled in (False, True):
-        nets.dit.enable_gradient_checkpointing(enabled)
-        nets.dit.zero_grad()
-        torch.manual_seed(3)
-        denoiser.loss_of(nets, latent, ids, empty).backward()
-        gradients.append(nets.dit.blocks[0].ffn.net[2].weight.grad.clone())
+        dit.enable_gradient_checkpointing(enabled)
+        dit.zero_grad()
+        dit(latent, words, torch.tensor([300.0, 800.0])).square().mean().backward()
+        gradients.append(dit.blocks[0].ffn.net[2].weight.grad.clone())
     torch.testing.assert_close(gradients[0], gradients[1])
     assert gradients[0].abs().max() > 0
+
+
+def test_the_loss_passes_over_a_known_first_frame(monkeypatch, tokenizer):
+    """With every first frame known, the velocity there counts for nothing, and the network sees it clean."""
+    monkeypatch.setattr(denoiser, "PICTURE_SHARE", 1.0)
+    latent = torch.randn(3, 16, 3, 4, 4)
+    seen = []
+
+    def velocity(x, words, bias, time, first):
+        seen.append((x, time, first))
+        return torch.cat([torch.full_like(x[:, :, :1], 99.0), torch.zeros_like(x[:, :, 1:])], dim=2)
+
+    error = denoiser.velocity_error(velocity, latent, None, None)
+    x, time, first = seen[0]
+    assert torch.equal(x[:, :, 0], latent[:, :, 0])
+    assert (first == 0).all()
+    assert (time > 0).all()
+    assert error < 10, "noise - latent has variance 2; 99 squared would show"
+
+
+def test_some_captions_are_dropped(tokenizer):
+    nothing = denoiser.unconditional(tokenizer, torch.device("cpu"))
+    ids = text.tokenize(tokenizer, ["a red dog"] * 4000)
+    torch.manual_seed(5)
+    found = denoiser.dropped(ids, nothing)
+    empty = (found == nothing[0]).all(1).float().mean()
+    same = (found == ids[0]).all(1).float().mean()
+    # three deviations of a share of 4000
+    assert abs(empty - denoiser.EMPTY_SHARE) < 0.014
+    assert abs(same - 1 + denoiser.EMPTY_SHARE + denoiser.NEGATIVE_SHARE) < 0.02
+
+
+def test_a_grown_tokenizer_reads_old_captions_as_before(tmp_path):
+    lines = list(vocabulary_corpus(2000, seed=12))
+    old = PreTrainedTokenizerFast(tokenizer_object=text.train_tokenizer(lines), unk_token=text.UNKNOWN)
+    old.save_pretrained(tmp_path)
+    text.grow_tokenizer(tmp_path)
+    grown = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    text.grow_tokenizer(tmp_path)
+    assert len(PreTrainedTokenizerFast.from_pretrained(tmp_path)) == len(grown)
+    assert old(lines).input_ids == grown(lines).input_ids
+    assert grown.unk_token_id not in grown("一只红色的猫在草地上向左走。").input_ids
+    rows = text.grown_rows(torch.randn(len(old), 8), grown)
+    assert len(rows) == len(grown)
+
+
+def test_an_adapter_changes_nothing_until_it_has_learned(tokenizer, tmp_path):
+    torch.manual_seed(6)
+    nets = denoiser.build(len(tokenizer), torch.device("cpu"))
+    torch.nn.init.normal_(nets.dit.proj_out.weight, std=0.05)
+    student, found = adapters.wrapped(nets, rank=4, compiled=False)
+    inputs = (
+        torch.randn(2, 16, 2, 4, 4),
+        torch.randn(2, 8, text.WIDTH),
+        torch.zeros(2, 8),
+        torch.rand(2),
+        torch.rand(2),
+    )
+    with torch.no_grad():
+        assert torch.equal(student.velocity(*inputs), nets.velocity(*inputs))
+    average = [torch.randn_like(p) * 0.1 for each in found.values() for p in (each.down, each.up)]
+    adapters.use(found, average)
+    adapters.save(tmp_path / "a.safetensors", found, average, "test")
+    pipeline = WanTransformer3DModel.from_config(denoiser.CONFIG.to_json()).eval()
+    pipeline.load_state_dict(nets.dit.state_dict())
+    values = load_file(tmp_path / "a.safetensors")
+    with torch.no_grad():
+        for name in found:
+            down, up = (values[f"transformer.{name}.lora_{part}.weight"].float() for part in "AB")
+            pipeline.get_submodule(name).weight += up @ down
+        times = torch.stack([inputs[4], inputs[3]], dim=1).repeat_interleave(4, dim=1)
+        theirs = pipeline(inputs[0], times, inputs[1], return_dict=False)[0]
+        ours = student.velocity(*inputs)
+    # the file is in bfloat16
+    assert (ours - theirs).norm() / theirs.norm() < 5e-3
+
+
+def test_the_teacher_passes_the_students_levels():
+    line = adapters.teacher_levels()
+    assert set(adapters.student_levels()) <= set(line)
+    assert line == sorted(line, reverse=True)
+    assert len(line) == 25
+
+
+def test_the_guided_solver_is_of_second_order(tokenizer):
+    """On v = x - s, whose solution is known, half the step leaves a quarter of the error."""
+    nets = SimpleNamespace(velocity=lambda x, words, bias, time, first: x - time.view(-1, 1, 1, 1, 1) / 1000)
+    empty = sampling.Asked(torch.zeros(1, 1, 1), torch.zeros(1, 1))
+    noise = torch.full((1, 1, 1, 1, 1), 0.5, dtype=torch.float64)
+    # x' = x - s from (1, 0.5): x = s + 1 - 1.5 exp(s - 1)
+    exact = 1 - 1.5 * math.exp(-1)
+    errors = []
+    for steps in (16, 32):
+        line = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+        found = sampling.guided(nets, empty, empty, noise, line, guidance=1.0)[-1]
+        errors.append(abs(float(found) - exact))
+    assert 3.0 < errors[0] / errors[1] < 5.0
 
 
 def test_weights_survive_keep_and_export(tokenizer, tmp_path):

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 
 from chitu_diffusion.evaluation.prompts import ACTORS, COLOURS, MOTIONS, SCENES, Words
+from training.world import around, chinese
 from training.world.phrases import (
     ADJECTIVES,
     GAITS,
@@ -63,6 +64,50 @@ def caption(words: Words, rng: random.Random, *, complete: bool = False) -> str:
         return _styled(_listed(words, actor, colour, doing, placed, rng), rng)
     place = _place(words, rng) if placed else None
     return _styled(_sentence(_subject(actor, colour, rng), doing, place, rng), rng)
+
+
+def rich_caption(words: Words, rng: random.Random) -> str:
+    """A caption as people write them: plain, in Chinese, with a style tail, among unknown words, or long."""
+    draw = rng.random()
+    if draw < 0.18:
+        text = chinese.caption(words, rng)
+        if rng.random() < 0.25:
+            text = "，".join([text.rstrip("。"), *rng.sample(chinese.TAILS, rng.randint(1, 4))])
+        return text
+    if draw < 0.25:
+        doing = _doing(words.actor, words.motion, rng, complete=True)
+        return _styled(rng.choice((f"it is {doing.gerund}", f"it {doing.finite}", doing.gerund)), rng)
+    text = caption(words, rng, complete=rng.random() < 0.4)
+    if rng.random() < 0.15:
+        text = around.with_unknown(text, rng)
+    if rng.random() < 0.2:
+        text = around.lengthened(text, rng, rng.randint(20, 64))
+    if rng.random() < 0.25:
+        text = around.with_tail(text, rng)
+    return text
+
+
+def pair_caption(first: Words, second: Words, rng: random.Random) -> str:
+    """A sentence about two actors in one picture, the first named first or second."""
+    if rng.random() < 0.5:
+        first, second = second, first
+    if rng.random() < 0.15:
+        return chinese.pair(first, second, rng)
+    place = _place(first, rng) if rng.random() > 0.1 else ""
+    one, two = (_subject(words.actor, words.colour, rng).rstrip(",") for words in (first, second))
+    acts = [_doing(words.actor, words.motion, rng, complete=True) for words in (first, second)]
+    draw = rng.random()
+    if draw < 0.3:
+        text = f"{one} and {two} {place}"
+    elif draw < 0.65:
+        text = f"{one} {acts[0].gerund} and {two} {acts[1].gerund} {place}"
+    elif draw < 0.8:
+        text = f"{place}, {one} {acts[0].finite} while {two} {acts[1].finite}"
+    else:
+        text = f"{one} {acts[0].gerund} {place}, with {two} {acts[1].gerund} beside it"
+    if rng.random() < 0.2:
+        text = around.with_tail(text, rng)
+    return _styled(text, rng)
 
 
 def held_out_prompts(n: int, seed: int) -> list[tuple[str, Words]]:

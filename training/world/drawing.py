@@ -9,7 +9,7 @@ frame. This file knows the order of painting; looks are in `scenes`, `animals` a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -62,10 +62,13 @@ def draw(
     device: torch.device | str = "cpu",
     *,
     with_actor: bool = True,
+    second: WorldSpecs | None = None,
+    style: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The clips: float32 `[B, 3, T, H, W]` in [-1, 1] at 16 frames a second.
 
-    The same specs and size give the same clips. `with_actor=False` leaves the scenes empty.
+    The same specs and size give the same clips. `with_actor=False` leaves the scenes empty; `second` is
+    another actor of each clip, beside the first and before it; `style` redraws the scenes.
     """
     device = torch.device(device)
     clips = torch.empty(len(specs), 3, num_frames, height, width, device=device)
@@ -73,15 +76,25 @@ def draw(
     for name, rows in _groups(specs.scene, len(SCENES), at_once):
         backdrop = Backdrop(specs.variation[rows, 8:].to(device), height, width, num_frames)
         clips[rows.to(device)] = SCENE_PAINTERS[SCENES[name]](backdrop)
-    if not with_actor:
-        return clips
+    if style is not None:
+        clips = style(clips)
+    if second is not None:
+        _draw_actors(clips, specs, at_once, beside=-1)
+        _draw_actors(clips, second, at_once, beside=1)
+    elif with_actor:
+        _draw_actors(clips, specs, at_once, beside=0)
+    return clips
+
+
+def _draw_actors(clips: Tensor, specs: WorldSpecs, at_once: int, beside: int) -> None:
+    """Paints one actor into each clip; `beside` as in `pose_of`."""
     # Sorted by window as well: only what grows needs a large one, only what spins a square one.
     growing = MOTIONS.index("growing")
     spinning = MOTIONS.index("spinning")
     kind = specs.actor * 3 + (specs.motion == growing).long() + 2 * (specs.motion == spinning).long()
     for number, rows in _groups(kind, 3 * len(ACTORS), at_once):
-        _draw_actor(clips, specs[rows].to(device), rows.to(device), ACTORS[number // 3], number % 3)
-    return clips
+        there = clips.device
+        _draw_actor(clips, specs[rows].to(there), rows.to(there), ACTORS[number // 3], number % 3, beside)
 
 
 def _groups(numbers: Tensor, count: int, at_once: int) -> Iterator[tuple[int, Tensor]]:
@@ -94,11 +107,11 @@ def _groups(numbers: Tensor, count: int, at_once: int) -> Iterator[tuple[int, Te
                 yield number, piece
 
 
-def _draw_actor(clips: Tensor, specs: WorldSpecs, rows: Tensor, actor: str, kind: int) -> None:
+def _draw_actor(clips: Tensor, specs: WorldSpecs, rows: Tensor, actor: str, kind: int, beside: int) -> None:
     """Paints one actor into the clips of `rows`; `kind` is 0, or 1 for growing, or 2 for spinning."""
     num_frames, height, width = clips.shape[2:]
     unit = min(height, width)
-    pose = pose_of(specs, num_frames, width / (2 * unit), height / (2 * unit))
+    pose = pose_of(specs, num_frames, width / (2 * unit), height / (2 * unit), beside)
     half = REACH * LARGEST * unit * (1.0, GROWN, 1.15)[kind]
     side_y = min(height, 2 * math.ceil(half))
     side_x = min(width, 2 * math.ceil(half))

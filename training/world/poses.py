@@ -48,9 +48,12 @@ class Pose:
     travel: Tensor
 
 
-def pose_of(specs: WorldSpecs, num_frames: int, half_width: float, half_height: float) -> Pose:
+def pose_of(
+    specs: WorldSpecs, num_frames: int, half_width: float, half_height: float, beside: int = 0
+) -> Pose:
     """The poses of a batch over `num_frames` frames of a picture of 2 `half_width` x 2 `half_height` short
-    sides.
+    sides. Of two actors in one picture one is on the left or above (`beside` -1), one on the right or below
+    (1).
     """
     frame = torch.arange(num_frames, device=specs.motion.device, dtype=torch.float32)[None]
     whole = max(num_frames, WHOLE_MOTION_FRAMES) - 1
@@ -87,6 +90,11 @@ def pose_of(specs: WorldSpecs, num_frames: int, half_width: float, half_height: 
     y = y + settled * half_height * (0.1 + 0.3 * across) * (1 - 0.6 * growing)
     y = y + hopping * half_height * (0.42 - 0.68 * 4 * hop * (1 - hop))
     y = y + circling * (0.03 + 0.21 * torch.sin(round_angle))
+
+    if beside:
+        scale = 0.8 * scale
+        x = torch.where(sideways == 0, 0.5 * x + 0.46 * beside * half_width, x)
+        y = torch.where(sideways == 0, 0.9 * y, y + 0.22 * beside * half_height)
 
     seconds = frame / FPS
     stride = 2 * math.pi * (_STEPS_PER_SECOND * seconds + phase)

@@ -8,7 +8,7 @@ sentences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -100,3 +100,19 @@ def sample_specs(n: int, generator: torch.Generator, split: str = "train") -> Wo
         rows = torch.cat((rows, torch.stack(columns, dim=1)[keep]))
     actor, colour, scene, motion = rows[:n].unbind(dim=1)
     return WorldSpecs(actor, colour, scene, motion, torch.rand(n, VARIATIONS, generator=generator))
+
+
+def sample_pairs(n: int, generator: torch.Generator) -> tuple[WorldSpecs, WorldSpecs]:
+    """`n` times two clips of one scene, of the split 'train'."""
+    first = sample_specs(n, generator)
+    scenes = first.scene
+    second = sample_specs(n, generator)
+    while True:
+        second = replace(second, scene=scenes)
+        bad = is_held_out(second.actor, second.colour, second.scene, second.motion)
+        bad |= second.actor == first.actor
+        if not bad.any():
+            return first, second
+        fresh = sample_specs(n, generator)
+        parts = zip(second._parts(), fresh._parts(), strict=True)
+        second = WorldSpecs(*(torch.where(bad.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in parts))

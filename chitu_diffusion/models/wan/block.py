@@ -17,6 +17,7 @@ from chitu_diffusion.attention.kernels import DenseAttention, sdpa
 from chitu_diffusion.flexcache.interface import Level
 from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.text_kv import TextKV
+from chitu_diffusion.models.wan.token_times import TimeRows
 from chitu_diffusion.ops.float8_linear import wants_float8
 from chitu_diffusion.ops.fused import (
     Float8Rows,
@@ -174,7 +175,7 @@ class WanBlock(nn.Module):
         self,
         tokens: Tensor,
         text: TextKV,
-        modulation: Tensor,
+        modulation: TimeRows,
         rope: RotaryTable | None,
         attention: DenseAttention = sdpa,
     ) -> Tensor:
@@ -183,7 +184,7 @@ class WanBlock(nn.Module):
         Args:
             tokens: [B, S, dim], the stream.
             text: of `text_keys`; its dtype is the one in which this block multiplies.
-            modulation: [B, 6, dim] or [1, 6, dim], the projected time embedding.
+            modulation: [B or 1, R, 6, dim], the projected time embedding.
             rope: (cos, sin) of the tokens' positions, [S, head_dim / 2] float32; None where `attend` was run
                 already.
             attention: self-attention, in layout [B, S, heads, head_dim].
@@ -196,7 +197,7 @@ class WanBlock(nn.Module):
     def attend(
         self,
         tokens: Tensor,
-        modulation: Tensor,
+        modulation: TimeRows,
         rope: RotaryTable,
         dtype: torch.dtype,
         attention: DenseAttention = sdpa,
@@ -205,13 +206,14 @@ class WanBlock(nn.Module):
         the rest.
         """
         added = self.self_attention(tokens, modulation, rope, dtype, attention)
-        return add_gated(tokens, added, self.modulate(modulation)[2], fused=self._fuses(tokens))
+        gate = self.modulate(modulation)[2]
+        return add_gated(tokens, added, gate, fused=self._fuses(tokens), split=modulation.split)
 
     def forward_at_sites(
         self,
         tokens: Tensor,
         text: TextKV,
-        modulation: Tensor,
+        modulation: TimeRows,
         rope: RotaryTable,
         attention: DenseAttention,
         ask: Ask,
@@ -223,11 +225,11 @@ class WanBlock(nn.Module):
         added = ask(
             "attention", lambda: self.self_attention(tokens, modulation, rope, dtype, attention), tokens
         )
-        attended = add_gated(tokens, added, shifts[2], fused=fused)
+        attended = add_gated(tokens, added, shifts[2], fused=fused, split=modulation.split)
         added = ask("cross", lambda: self.cross_attention(attended, text), attended)
         crossed = add_gated(attended, added, None, fused=fused)
         added = ask("ffn", lambda: self.feed_forward(crossed, modulation, dtype), crossed)
-        return add_gated(crossed, added, shifts[5], fused=fused)
+        return add_gated(crossed, added, shifts[5], fused=fused, split=modulation.split)
 
     def text_keys(self, rows: Tensor, image: Tensor | None = None) -> tuple[Tensor, ...]:
         """k, v of the cross-attention for projected text rows [B, L, dim], each [B, L, heads, head_dim] in
@@ -246,16 +248,16 @@ class WanBlock(nn.Module):
             return True
         return self._fuses(tokens) and has_fused_cross_attention(dtype, tokens.device, self.attn2.head_dim)
 
-    def modulate(self, modulation: Tensor) -> tuple[Tensor, ...]:
-        """(shift, scale, gate) of the self-attention, then of the feed-forward; six of [B, 1, dim]
-        float32.
+    def modulate(self, modulation: TimeRows) -> tuple[Tensor, ...]:
+        """(shift, scale, gate) of the self-attention, then of the feed-forward; six of [B or 1, R,
+        dim] float32.
         """
-        return (self.scale_shift_table.float() + modulation.float()).chunk(6, dim=1)
+        return (self.scale_shift_table.float() + modulation.rows.float()).unbind(2)
 
     def self_attention(
         self,
         tokens: Tensor,
-        modulation: Tensor,
+        modulation: TimeRows,
         rope: RotaryTable,
         dtype: torch.dtype,
         attention: DenseAttention,
@@ -264,17 +266,19 @@ class WanBlock(nn.Module):
         return self.attn1.out(attention(*self.project(tokens, modulation, rope, dtype)))
 
     def project(
-        self, tokens: Tensor, modulation: Tensor, rope: RotaryTable, dtype: torch.dtype
+        self, tokens: Tensor, modulation: TimeRows, rope: RotaryTable, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of the self-attention, each [B, S, heads, head_dim]."""
         shifts = self.modulate(modulation)
         fused = self._fuses(tokens)
         float8 = all(wants_float8(layer) for layer in (self.attn1.to_q, self.attn1.to_k, self.attn1.to_v))
-        x = layer_norm(tokens, (1 + shifts[1], shifts[0]), self.eps, dtype, float8=float8, fused=fused)
+        affine = (1 + shifts[1], shifts[0])
+        split = modulation.split
+        x = layer_norm(tokens, affine, self.eps, dtype, float8=float8, fused=fused, split=split)
         return self.attn1.project(x, rope, fused)
 
     def after_attention(
-        self, tokens: Tensor, attended: Tensor | None, text: TextKV, modulation: Tensor
+        self, tokens: Tensor, attended: Tensor | None, text: TextKV, modulation: TimeRows
     ) -> Tensor:
         """The block from the self-attention's output [B, S, heads, head_dim] on; None: the stream holds it
         already.
@@ -282,32 +286,37 @@ class WanBlock(nn.Module):
         shifts = self.modulate(modulation)
         dtype = text.v.dtype
         fused = self._fuses(tokens)
+        split = modulation.split
         if attended is not None and self._norm2 is not None:
             added = self.attn1.out(attended)
             to_8 = wants_float8(self.attn2.to_q)
             tokens, x = add_gated_norm(
-                tokens, added, shifts[2], self._norm2, self.eps, dtype, float8=to_8, fused=fused
+                tokens, added, shifts[2], self._norm2, self.eps, dtype, float8=to_8, fused=fused, split=split
             )
         else:
             if attended is not None:
-                tokens = add_gated(tokens, self.attn1.out(attended), shifts[2], fused=fused)
+                tokens = add_gated(tokens, self.attn1.out(attended), shifts[2], fused=fused, split=split)
             x = self._before_text(tokens, dtype)
         added = self.attn2.cross_attend(x, text, fused)
         after = (1 + shifts[4], shifts[3])
         to_8 = wants_float8(self.ffn.net[0].proj)
-        tokens, x = add_gated_norm(tokens, added, None, after, self.eps, dtype, float8=to_8, fused=fused)
-        return add_gated(tokens, self.ffn(x, fused), shifts[5], fused=fused)
+        tokens, x = add_gated_norm(
+            tokens, added, None, after, self.eps, dtype, float8=to_8, fused=fused, split=split
+        )
+        return add_gated(tokens, self.ffn(x, fused), shifts[5], fused=fused, split=split)
 
     def cross_attention(self, tokens: Tensor, text: TextKV) -> Tensor:
         """What the attention to the text gives, [B, S, dim]. It has neither gate nor modulation."""
         return self.attn2.cross_attend(self._before_text(tokens, text.v.dtype), text, self._fuses(tokens))
 
-    def feed_forward(self, tokens: Tensor, modulation: Tensor, dtype: torch.dtype) -> Tensor:
+    def feed_forward(self, tokens: Tensor, modulation: TimeRows, dtype: torch.dtype) -> Tensor:
         """What the feed-forward gives before its gate, [B, S, dim]."""
         shifts = self.modulate(modulation)
         fused = self._fuses(tokens)
         float8 = wants_float8(self.ffn.net[0].proj)
-        x = layer_norm(tokens, (1 + shifts[4], shifts[3]), self.eps, dtype, float8=float8, fused=fused)
+        affine = (1 + shifts[4], shifts[3])
+        split = modulation.split
+        x = layer_norm(tokens, affine, self.eps, dtype, float8=float8, fused=fused, split=split)
         return cast(Tensor, self.ffn(x, fused))
 
     @property

@@ -108,13 +108,14 @@ def official_text_name(name: str) -> str:
     return f"blocks.{match[1]}.{_TEXT_LAYER[match[2]]}.weight"
 
 
-def official_vae_name(name: str, res_blocks: int = 2) -> str:
-    """`AutoencoderKLWan`'s parameter name -> the one in `Wan2.1_VAE.pth`.
+def official_vae_name(name: str, res_blocks: int = 2, residual: bool = False) -> str:
+    """`AutoencoderKLWan`'s parameter name -> the one in `Wan2.1_VAE.pth` or, `residual`, `Wan2.2_VAE.pth`.
 
     Args:
         name: the parameter.
         res_blocks: `num_res_blocks` of the VAE's config: official up-sampling blocks stand in one flat list,
             each level taking res_blocks + 1 residual blocks and one resampler.
+        residual: `is_residual`: each level is a list of its own there.
     """
     place, _, kind = name.rpartition(".")
     if place in _VAE_TOP:
@@ -124,6 +125,13 @@ def official_vae_name(name: str, res_blocks: int = 2) -> str:
         return f"{half}.middle.{2 * int(match[1])}.{_RESIDUAL[match[2]]}.{kind}"
     if match := re.fullmatch(r"mid_block\.attentions\.0\.(.+)", rest):
         return f"{half}.middle.1.{match[1]}.{kind}"
+    if residual and (match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.(.+)", rest)):
+        level = f"{match[1]}samples"
+        return f"{half}.{level}.{match[2]}.{level}.{match[3]}.{_RESIDUAL[match[4]]}.{kind}"
+    if residual and (match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(?:down|up)sampler\.(.+)", rest)):
+        level = f"{match[1]}samples"
+        after = res_blocks + (match[1] == "up")
+        return f"{half}.{level}.{match[2]}.{level}.{after}.{match[3]}.{kind}"
     if match := re.fullmatch(r"down_blocks\.(\d+)\.(.+)", rest):
         return f"{half}.downsamples.{match[1]}.{_RESIDUAL.get(match[2], match[2])}.{kind}"
     if match := re.fullmatch(r"up_blocks\.(\d+)\.resnets\.(\d+)\.(.+)", rest):

@@ -58,7 +58,7 @@ class TimeTextEmbedding(nn.Module):
             self.image_embedder = ImageEmbedding(config.image_dim, config.dim, config.pos_embed_seq_len)
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """timestep [B] -> (time [B, dim], modulation [B, 6, dim]), in `time_proj`'s dtype.
+        """timestep [N] -> (time [N, dim], modulation [N, 6, dim]), in `time_proj`'s dtype.
 
         Sinusoids as in "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239), cosines first. Autocast
         is off: timesteps reach 1000, and what a few bits lose here every block would feel.

@@ -31,6 +31,7 @@ from chitu_diffusion.models.wan.embeddings import PatchEmbedding, TimeTextEmbedd
 from chitu_diffusion.models.wan.forward_inputs import latent_grid, read_timestep, require_image, text_copies
 from chitu_diffusion.models.wan.positions import Grid, rope_table
 from chitu_diffusion.models.wan.text_kv import TextKVCache, dedup_padding
+from chitu_diffusion.models.wan.token_times import TimeRows
 from chitu_diffusion.ops.compile import compiled, let_length_vary
 from chitu_diffusion.ops.float8_linear import Float8Linear
 from chitu_diffusion.ops.fused import can_fuse, layer_norm
@@ -58,10 +59,12 @@ class SharedCfgPrefix:
     copies: int = 1
     attended: Tensor | None = None
 
-    def get(self, tokens: Tensor, modulation: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def get(
+        self, tokens: Tensor, modulation: TimeRows, attend: Callable[[Tensor, TimeRows], Tensor]
+    ) -> Tensor:
         """The stream [copies * B, S, dim]; `attend` takes one branch's rows of tokens and modulation."""
         if self.copies > 1:
-            one = modulation if len(modulation) == 1 else modulation[: len(modulation) // self.copies]
+            one = modulation.of_branch(self.copies)
             return attend(tokens[: len(tokens) // self.copies], one).repeat(self.copies, 1, 1)
         if self.attended is None:
             self.attended = attend(tokens, modulation)
@@ -72,14 +75,13 @@ class SharedCfgPrefix:
 class BlockInputs:
     """What `embed` hands to the blocks and the head.
 
-    Tokens run frame by frame, row by row. To work on a part of the sequence, replace `tokens` and `rope` by
-    those rows of each (`dataclasses.replace`); nothing else depends on position.
+    Tokens run frame by frame, row by row; `of_tokens` gives a part of the sequence.
 
     Attributes:
         tokens: [B, S, dim], the residual stream.
         text: of B rows; of `make_text_kv`.
-        time: [B, dim] or, where the batch has one time, [1, dim]: the time embedding, for the head.
-        modulation: [B or 1, 6, dim], its projection, for the blocks.
+        time: [B, R, dim] or, where the batch has one time, [1, R, dim]: the time embedding, for the head.
+        modulation: [B or 1, R, 6, dim], its projection, for the blocks.
         rope: rotary cosines and sines of these tokens' positions.
         grid: tokens along frames, rows, columns of the whole latent.
         step, num_steps: of the task, for the attention (`AttentionContext`); None where nobody knows.
@@ -89,13 +91,24 @@ class BlockInputs:
 
     tokens: Tensor
     text: TextKVCache
-    time: Tensor
-    modulation: Tensor
+    time: TimeRows
+    modulation: TimeRows
     rope: RotaryTable
     grid: Grid
     step: int | None = None
     num_steps: int | None = None
     start: SharedCfgPrefix | None = None
+
+    def of_tokens(self, low: int, high: int) -> "BlockInputs":
+        """A part of the sequence."""
+        cos, sin = (part[low:high] for part in self.rope)
+        return replace(
+            self,
+            tokens=self.tokens[:, low:high],
+            rope=(cos, sin),
+            time=self.time.of_tokens(low, high),
+            modulation=self.modulation.of_tokens(low, high),
+        )
 
 
 @dataclass(frozen=True)
@@ -105,10 +118,12 @@ class WanFeatures:
     Attributes:
         residual: [B, S, dim], what the block stack added to the tokens.
         timestep: [B] or [1], the time at which it did.
+        first_timestep: that of the first latent frame, or None.
     """
 
     residual: Tensor
     timestep: Tensor
+    first_timestep: Tensor | None = None
 
 
 class WanVelocity(Tensor):
@@ -154,6 +169,7 @@ class WanTransformer(nn.Module):
         cache: StepCache = NO_CACHE,
         blocks: Iterable[nn.Module] | None = None,
         text_bias: Tensor | None = None,
+        first_timestep: Tensor | float | None = None,
     ) -> WanVelocity:
         """The velocity at `latent`, and the features that `forward_with_cache` can use later.
 
@@ -167,6 +183,8 @@ class WanTransformer(nn.Module):
             blocks: yields this network's blocks in order, each ready to run: for whoever streams them to the
                 device.
             text_bias: [B, L] float32, see `TextKV.bias`, or None.
+            first_timestep: as `timestep`, of the first latent frame's tokens: 0 where that frame is known.
+                None: as the others'.
 
         Returns:
             [B, C, T, H, W], or [k B, C, T, H, W], in the dtype of the last matrix product.
@@ -174,15 +192,16 @@ class WanTransformer(nn.Module):
         Raises:
             ValueError: inputs that do not fit the network or each other.
         """
-        embedded = self.embed(latent, embeddings, timestep)
+        embedded = self.embed(latent, embeddings, timestep, first_timestep)
         if text_bias is not None:
             embedded = replace(embedded, text=replace(embedded.text, bias=text_bias))
         tokens = self.run_blocks(embedded, attention=attention, cache=cache, blocks=blocks)
         velocity = self.unpatchify(self.final_layer(tokens, embedded.time), embedded.grid)
         output = velocity.as_subclass(WanVelocity)
-        # a copy of the time: solvers may move theirs in place
+        # copies of the times: solvers may move theirs in place
         time = torch.as_tensor(timestep).reshape(-1).clone()
-        output.intermediate_features = WanFeatures(tokens - embedded.tokens, time)
+        first = None if first_timestep is None else torch.as_tensor(first_timestep).reshape(-1).clone()
+        output.intermediate_features = WanFeatures(tokens - embedded.tokens, time, first)
         return output
 
     def forward_with_cache(
@@ -208,7 +227,8 @@ class WanTransformer(nn.Module):
                 f"cached_features is a {type(cached_features).__name__}; use the intermediate_features of "
                 "what model(latent, embeddings, timestep) gave"
             )
-        embedded = self.embed(latent, embeddings, cached_features.timestep if timestep is None else timestep)
+        time = cached_features.timestep if timestep is None else timestep
+        embedded = self.embed(latent, embeddings, time, cached_features.first_timestep)
         if cached_features.residual.shape != embedded.tokens.shape:
             raise ValueError(
                 f"cached features are {list(cached_features.residual.shape)}, this latent's tokens "
@@ -234,7 +254,13 @@ class WanTransformer(nn.Module):
             prepared.image = self.condition_embedder.image_embedder(image).expand(len(text), -1, -1)
         return prepared
 
-    def embed(self, latent: Tensor, text: Tensor | TextKVCache, timestep: Tensor | float) -> BlockInputs:
+    def embed(
+        self,
+        latent: Tensor,
+        text: Tensor | TextKVCache,
+        timestep: Tensor | float,
+        first_timestep: Tensor | float | None = None,
+    ) -> BlockInputs:
         """Everything before the blocks: tokens, projected text, time embedding and positions.
 
         Args:
@@ -243,6 +269,7 @@ class WanTransformer(nn.Module):
                 rows is that of k guidance branches of the latent, branch by branch: all that follows has k B
                 rows, and what the branches have in common is computed once.
             timestep: 0 to 1000, for all a number, a scalar or [1], or [B].
+            first_timestep: as for `forward`.
 
         Raises:
             ValueError: inputs that do not fit the network or each other.
@@ -250,11 +277,12 @@ class WanTransformer(nn.Module):
         device = self.patch_embedding.weight.device
         grid = latent_grid(latent, self.config, device)
         copies = text_copies(text, latent.shape[0], self.config, device)
-        times = read_timestep(timestep, latent.shape[0], device)
-        time, modulation = self.condition_embedder.embed_time(times)
-        if len(times) > 1:
-            time = time.repeat(copies, 1)
-            modulation = modulation.repeat(copies, 1, 1)
+        times = [
+            read_timestep(each, latent.shape[0], device)
+            for each in (first_timestep, timestep)
+            if each is not None
+        ]
+        time, modulation = self._embed_times(times, grid[1] * grid[2])
         if isinstance(text, Tensor):
             require_image(None, self.config, len(text))
             text = TextKVCache(self.condition_embedder.text_embedder(text), text.shape[1])
@@ -263,8 +291,8 @@ class WanTransformer(nn.Module):
         return BlockInputs(
             tokens=tokens.repeat(copies, 1, 1) if copies > 1 else tokens,
             text=text,
-            time=time,
-            modulation=modulation,
+            time=time.repeated(copies),
+            modulation=modulation.repeated(copies),
             rope=self.rope_table(grid, latent.device),
             grid=grid,
             start=SharedCfgPrefix(copies) if copies > 1 else None,
@@ -285,17 +313,19 @@ class WanTransformer(nn.Module):
         return cache.at(
             Site("step", 0, len(self.blocks)),
             lambda: self._run_stack(embedded, attention, cache, stack),
-            SiteInputs(embedded.tokens, embedded.modulation),
+            SiteInputs(embedded.tokens, embedded.modulation.latest),
         )
 
-    def final_layer(self, tokens: Tensor, time: Tensor) -> Tensor:
-        """tokens [B, S, dim], time [B, dim] -> [B, S, patch values x channels]. Each token for itself."""
-        shift, scale = (self.scale_shift_table.float() + time.float().unsqueeze(1)).chunk(2, dim=1)
+    def final_layer(self, tokens: Tensor, time: TimeRows) -> Tensor:
+        """tokens [B, S, dim], time [B or 1, R, dim] -> [B, S, patch values x channels]; each token for
+        itself.
+        """
+        shift, scale = (self.scale_shift_table.float() + time.rows.float().unsqueeze(2)).unbind(2)
         dtype = self.proj_out.weight.dtype
         fused = self.fused and can_fuse(tokens)
-        return cast(
-            Tensor, self.proj_out(layer_norm(tokens, (1 + scale, shift), self.config.eps, dtype, fused=fused))
-        )
+        affine = (1 + scale, shift)
+        normed = layer_norm(tokens, affine, self.config.eps, dtype, fused=fused, split=time.split)
+        return cast(Tensor, self.proj_out(normed))
 
     def unpatchify(self, values: Tensor, grid: Grid) -> Tensor:
         """[B, S, patch values x channels] of the whole sequence -> [B, C, T, H, W]."""
@@ -363,6 +393,20 @@ class WanTransformer(nn.Module):
             nn.init.normal_(table, std=self.config.dim**-0.5)
         nn.init.zeros_(self.proj_out.weight)
 
+    def _embed_times(self, times: list[Tensor], split: int) -> tuple[TimeRows, TimeRows]:
+        """Time embedding and projection of one time or two, each [1] or [B].
+
+        Args:
+            split: tokens that have the first of two.
+        """
+        rows = max(len(each) for each in times)
+        apart = torch.stack([each.float().expand(rows) for each in times], dim=1)  # [B or 1, R]
+        time, modulation = (
+            TimeRows(each.unflatten(0, apart.shape), split if len(times) == 2 else 0)
+            for each in self.condition_embedder.embed_time(apart.flatten())
+        )
+        return time, modulation
+
     def _run_stack(
         self, embedded: BlockInputs, attention: AttentionFn, cache: StepCache, stack: Iterable[nn.Module]
     ) -> Tensor:
@@ -372,7 +416,7 @@ class WanTransformer(nn.Module):
             compute = partial(self._run_block, cast(WanBlock, block), index, here, attention, cache)
             if "block" in cache.levels:
                 site = Site("block", index, len(self.blocks))
-                tokens = cache.at(site, compute, SiteInputs(tokens, embedded.modulation))
+                tokens = cache.at(site, compute, SiteInputs(tokens, embedded.modulation.latest))
             else:
                 tokens = compute()
         return tokens
@@ -391,7 +435,8 @@ class WanTransformer(nn.Module):
 
         inputs = (embedded.tokens, text, embedded.modulation, embedded.rope, attend)
         if MODULE_LEVELS & cache.levels:
-            return block.forward_at_sites(*inputs, ask=partial(self._ask, cache, index, embedded.modulation))
+            time = embedded.modulation.latest
+            return block.forward_at_sites(*inputs, ask=partial(self._ask, cache, index, time))
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
         if index == 0 and embedded.start is not None:

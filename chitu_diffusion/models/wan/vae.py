@@ -2,19 +2,20 @@
 project's shapes.
 
 Latents come and go normalised (zero mean, unit deviation by the VAE's own statistics); videos are [B, T, C,
-H, W] float32 in [0, 1]. The room owns the loop over frames, tiles and their memory; `vae_decoder` owns the
-decoder's layers. It knows no request or device plan. Encoding is diffusers' own.
+H, W] float32 in [0, 1]. The room owns the loop over frames, tiles and their memory; `vae_decoder` and
+`vae_encoder` own the layers. It knows no request or device plan.
 
-Decoding computes what diffusers computes, in another order: in float32 the video differs by rounding
+Both compute what diffusers computes, in another order: in float32 the result differs by rounding
 (relative error about 1e-6), in bf16 by about as much as either differs from float32 (norms and sums are
 rounded once here, there after each step). Whole frames, tiles and strips are one function: a window is
-decoded with all neighbours that matter to it, so that tiles need no blending.
+computed with all neighbours that matter to it, so that tiles need no blending.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -24,13 +25,13 @@ from torch import Tensor, nn
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.models.spec import LatentGeometry
-from chitu_diffusion.models.wan.vae_decoder import (
+from chitu_diffusion.models.wan.vae_decoder import Decoder, decode_bytes
+from chitu_diffusion.models.wan.vae_encoder import Encoder, encode_bytes
+from chitu_diffusion.models.wan.vae_layers import (
     ConvCache,
     DecodeOptions,
-    Decoder,
     TileRect,
     best_options,
-    decode_bytes,
     searching_kernels,
     spans,
 )
@@ -39,11 +40,12 @@ _MOST_FRAMES = 5
 _MEMORY_BUDGET = 9 * 2**30
 _TILED_BUDGET = 5 * 2**29
 _CPU_BUDGET = 3 * 2**30
-_LOWER_FRAMES = 16  # latent frames a call of the cheap half
+_REMEMBERED_LATENTS = 4
+_LOWER_FRAMES = 16  # latent frames a call of the cheap halves
 
 
 class WanVAE(nn.Module):
-    """Wan's causal 3D VAE (arXiv 2503.20314, section 4.1).
+    """Wan's causal 3D VAE (arXiv 2503.20314, section 4.1); Wan2.2's has shortcuts around its stages.
 
     Args:
         network: diffusers' VAE, with weights.
@@ -70,6 +72,13 @@ class WanVAE(nn.Module):
         self.ways = ways
         self.stride = LatentGeometry.of_vae(cast(Any, network).config).stride
         """Pixels of a latent cell along (frames, rows, columns): (4, 8, 8) for Wan2.1's, t, s, s below."""
+        self._known: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    @property
+    def decoder_width(self) -> int:
+        """Channels of the decoder's last stage for each pixel; patches spread theirs over several."""
+        config = self.network.config
+        return max(1, int(config.decoder_base_dim or config.base_dim) // int(config.patch_size or 1) ** 2)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
@@ -127,20 +136,64 @@ class WanVAE(nn.Module):
         return self._decoded(latent, window, None)
 
     @torch.no_grad()
-    def encode(self, video: Tensor) -> Tensor:
+    def encode(self, video: Tensor, tile_size: int | None = None) -> Tensor:
         """The most likely latent of a video.
 
         Args:
             video: [B, T, 3, H, W] in [0, 1]; T is t n + 1, H and W multiples of s.
+            tile_size: in latent cells; see `decode_tiled`. None encodes whole frames.
 
         Returns:
             [B, C, (T - 1) / t + 1, H / s, W / s], normalised, float32.
+
+        Raises:
+            UsageError: a video of another shape.
         """
-        pixels = (video.transpose(1, 2) * 2 - 1).to(self._weight)
-        with torch.autocast(pixels.device.type, enabled=False):
-            latent = self.network.encode(pixels).latent_dist.mode().float()
+        window = self._whole_video(video)
+        return self.latent_of(self._features(video, window, tile_size))
+
+    def recall(self, content: Hashable) -> Tensor | None:
+        """A latent that was `remember`ed of the same content under the same weights, in main memory."""
+        return self._known.get((content, self._weights_as_they_are()))
+
+    def remember(self, content: Hashable, latent: Tensor) -> None:
+        """Keeps the latent of a video for `recall`; of several the last ones."""
+        self._known[content, self._weights_as_they_are()] = latent.to("cpu", copy=True)
+        while len(self._known) > _REMEMBERED_LATENTS:
+            self._known.popitem(last=False)
+
+    def _weights_as_they_are(self) -> Hashable:
+        # moving them between devices changes neither; loading others, or converting them, does
+        return self._weight.dtype, sum(weight._version for weight in self.network.parameters())
+
+    @torch.no_grad()
+    def encode_strip(self, video: Tensor, low: int, high: int, axis: int = -1) -> Tensor:
+        """A strip of what `latent_of` takes: for ranks that share a frame, as `decode_strip`.
+
+        Args:
+            video: as `encode`; all of it.
+            low, high, axis: as `decode_strip`, in latent cells.
+
+        Returns:
+            [B, C', T, h, w], with high - low cells along `axis`; C' is the encoder's width.
+
+        Raises:
+            UsageError: as `encode`.
+        """
+        whole = self._whole_video(video)
+        window = whole._replace(left=low, right=high) if axis == -1 else whole._replace(top=low, bottom=high)
+        return self._features(video, window, None)
+
+    @torch.no_grad()
+    def latent_of(self, features: Tensor) -> Tensor:
+        """The cheap half of `encode`: joined strips of `encode_strip`, [B, C', T, h, w], -> the latent."""
+        device = self._weight.device
+        with torch.autocast(device.type, enabled=False), searching_kernels(self._ways().search):
+            encoder = Encoder(self.network, self._ways())
+            clips = [_in_parts(encoder.lower, clip.permute(1, 2, 3, 0)) for clip in features]
+        latent = torch.stack(clips).permute(0, 4, 1, 2, 3).float()
         mean, deviation = self._statistics(latent)
-        return cast(Tensor, (latent - mean) / deviation)
+        return (latent - mean) / deviation
 
     def peak_bytes(self, latent: Tensor, tiles: Sequence[TileRect] = (), frames_per_call: int = 1) -> int:
         """Bytes that decoding takes on the device at its worst moment, the video included, the weights and
@@ -175,6 +228,49 @@ class WanVAE(nn.Module):
         )
         return mean, deviation
 
+    def _whole_video(self, video: Tensor) -> TileRect:
+        """The window of all of a video's latent cells."""
+        stride, rows, columns = self.stride
+        frames, channels, height, width = video.shape[1:] if video.ndim == 5 else (0,) * 4
+        if channels != 3 or 0 in video.shape or (frames - 1) % stride or height % rows or width % columns:
+            raise UsageError(
+                f"video is {list(video.shape)}; expected [B, T, 3, H, W], T of {stride} n + 1, H a multiple "
+                f"of {rows}, W of {columns}"
+            )
+        return TileRect(0, height // rows, 0, width // columns)
+
+    def _features(self, video: Tensor, window: TileRect, tile_size: int | None) -> Tensor:
+        """A window of what the encoder's large half gives, [B, C', T, h, w]."""
+        device = self._weight.device
+        ways = self._ways()
+        stride = self.stride[0]
+        frames = (video.shape[1] - 1) // stride + 1
+        tiles = [window] if tile_size is None else _tiles(window, tile_size)
+        whole = self._whole_video(video)
+        many = self._frames_a_call(lambda n: self._encode_bytes(whole, tiles, frames, n), len(tiles) > 1)
+        with torch.autocast(device.type, enabled=False), searching_kernels(ways.search):
+            encoder = Encoder(self.network, ways)
+            shape = (frames, window.bottom - window.top, window.right - window.left, encoder.width)
+            found = torch.empty(len(video), *shape, device=device, dtype=self._weight.dtype)
+            for clip, out in zip(video, found, strict=True):
+                for tile in tiles:
+                    memory: ConvCache = {}
+                    place = out[
+                        :,
+                        tile.top - window.top : tile.bottom - window.top,
+                        tile.left - window.left : tile.right - window.left,
+                    ]
+                    for start, end in spans(frames, many):
+                        part = clip[max(stride * (start - 1) + 1, 0) : stride * (end - 1) + 1]
+                        pixels = part.to(device).mul(2).sub_(1).to(self._weight)
+                        place[start:end] = encoder.upper(pixels, tile, memory)
+        return found.permute(0, 4, 1, 2, 3)
+
+    def _encode_bytes(self, whole: TileRect, tiles: list[TileRect], frames: int, many: int) -> int:
+        per_call = many * self.stride[0]
+        ways = self._ways()
+        return max(encode_bytes(self.network, ways, whole, tile, frames, per_call) for tile in tiles)
+
     def _whole(self, latent: Tensor) -> TileRect:
         channels = self.network.config.z_dim
         if latent.ndim != 5 or latent.shape[1] != channels or 0 in latent.shape:
@@ -184,7 +280,8 @@ class WanVAE(nn.Module):
     def _decoded(self, latent: Tensor, window: TileRect, tile_size: int | None) -> Tensor:
         """A window of the video, in tiles or at once."""
         tiles = [window] if tile_size is None else _tiles(window, tile_size)
-        most = self._frames_a_call(latent, tiles)
+        self._require_room(latent, tiles)
+        most = self._frames_a_call(lambda n: self.peak_bytes(latent, tiles, n), len(tiles) > 1)
         device = self._weight.device
         ways = self._ways()
         stride, *pixels = self.stride
@@ -196,7 +293,7 @@ class WanVAE(nn.Module):
         with torch.autocast(device.type, enabled=False), searching_kernels(ways.search):
             decoder = Decoder(self.network, ways)
             for clip, out in zip(latent, video, strict=True):
-                low = _lower(decoder, self._denormalised(clip))
+                low = _in_parts(decoder.lower, self._denormalised(clip))
                 for tile in tiles:
                     _upper(decoder, low, tile, most, self._within(out, tile, window))
         return video
@@ -216,24 +313,32 @@ class WanVAE(nn.Module):
             0
         ].permute(1, 2, 3, 0)
 
-    def _frames_a_call(self, latent: Tensor, tiles: list[TileRect]) -> int:
-        """Latent frames a call that the budget has room for.
+    def _frames_a_call(self, bytes_of: Callable[[int], int], tiled: bool) -> int:
+        """Latent frames a call that the budget has room for; at least 1.
 
-        Raises:
-            UsageError: not even one.
+        Args:
+            bytes_of: what so many frames a call take.
+            tiled: whether tile by tile.
         """
         if self.frames_per_call is not None:
             return self.frames_per_call
-        budget = self.memory_budget or self._usual_budget(len(tiles) > 1)
-        needs = {n: self.peak_bytes(latent, tiles, n) for n in range(_MOST_FRAMES, 0, -1)}
-        if needs[1] > budget and self.memory_budget is not None:
+        budget = self.memory_budget or self._usual_budget(tiled)
+        return next((n for n in range(_MOST_FRAMES, 1, -1) if bytes_of(n) <= budget), 1)
+
+    def _require_room(self, latent: Tensor, tiles: list[TileRect]) -> None:
+        """Whether a budget that was asked for has room for a frame a call.
+
+        Raises:
+            UsageError: it has not.
+        """
+        need = self.peak_bytes(latent, tiles)
+        if self.frames_per_call is None and self.memory_budget is not None and need > self.memory_budget:
             frames, height, width = latent.shape[2:]
             raise UsageError(
-                f"decoding {frames} latent frames of {height} x {width} cells takes {needs[1] / 2**30:.2f} "
-                f"GiB at least, the budget is {budget / 2**30:.2f} GiB: decode smaller tiles (low_mem_level "
-                "= 1), or allow more"
+                f"decoding {frames} latent frames of {height} x {width} cells takes {need / 2**30:.2f} "
+                f"GiB at least, the budget is {self.memory_budget / 2**30:.2f} GiB: decode smaller tiles "
+                "(low_mem_level = 1), or allow more"
             )
-        return next((n for n, need in needs.items() if need <= budget), 1)
 
     def _usual_budget(self, tiled: bool) -> int:
         device = self._weight.device
@@ -248,10 +353,8 @@ def build_vae(config: Mapping[str, Any]) -> nn.Module:
     """The VAE of a config, with no weights (on the meta device).
 
     Raises:
-        UsageError: a VAE of another family than Wan2.1's, or a value that none can have.
+        UsageError: a value that no such VAE can have.
     """
-    if config.get("is_residual"):
-        raise UsageError("vae config has is_residual=True (Wan2.2-5B's VAE): only Wan2.1's kind is supported")
     if not config.get("dim_mult", True):
         raise UsageError("vae config has an empty dim_mult: use one number for each stage")
     with torch.device("meta"):
@@ -260,6 +363,10 @@ def build_vae(config: Mapping[str, Any]) -> nn.Module:
         values = network.config[name]
         if not isinstance(values, list | tuple) or len(values) != network.config.z_dim:
             raise UsageError(f"vae config has {name}={values!r}: use {network.config.z_dim} numbers (z_dim)")
+    if network.config.attn_scales:
+        raise UsageError(
+            f"vae config has attn_scales={network.config.attn_scales!r}: Wan's VAEs have none; use []"
+        )
     patch = network.config.patch_size
     channels = network.config.out_channels
     if patch not in (None, 1, 2, 4, 8) or channels != 3 * (patch or 1) ** 2:
@@ -269,10 +376,11 @@ def build_vae(config: Mapping[str, Any]) -> nn.Module:
     return cast(nn.Module, network)
 
 
-def _lower(decoder: Decoder, x: Tensor) -> Tensor:
+def _in_parts(half: Callable[[Tensor, ConvCache], Tensor], x: Tensor) -> Tensor:
+    """A cheap half over [T, H, W, C], some frames at a time."""
     memory: ConvCache = {}
     starts = range(0, len(x), _LOWER_FRAMES)
-    return torch.cat([decoder.lower(x[start : start + _LOWER_FRAMES], memory) for start in starts])
+    return torch.cat([half(x[start : start + _LOWER_FRAMES], memory) for start in starts])
 
 
 def _upper(decoder: Decoder, low: Tensor, window: TileRect, most: int, out: Tensor) -> None:

@@ -1,0 +1,148 @@
+"""What an image encoder is shown of a picture: a square of a few hundred pixels, normalised. Knows
+`preprocessor_config.json` and pixels; no network. numpy, Pillow and torch are imported when there is a
+picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chitu_diffusion.errors import CheckpointError
+from chitu_diffusion.models.limits import PREPROCESSING, check_limits
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+_WHITE = 255
+
+
+@dataclass(frozen=True)
+class ImagePreprocessing:
+    """As transformers' `CLIPImageProcessor`: resize by the shorter edge, cut out the middle, normalise.
+
+    Attributes:
+        edge: pixels of the shorter edge after resizing.
+        side: of the square that is cut out of the middle.
+        mean, std: of red, green and blue, in [0, 1].
+        resample: number of Pillow's filter; 3 is bicubic.
+    """
+
+    edge: int = 224
+    side: int = 224
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    resample: int = 3
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any], file: Path) -> ImagePreprocessing:
+        """Reads a `preprocessor_config.json`, already parsed; what it leaves out is CLIP's own.
+
+        Args:
+            file: where it stands, for errors.
+
+        Raises:
+            CheckpointError: steps or values that no such processor has.
+        """
+        flat = dict(config)
+        for key, names in (("size", ("shortest_edge",)), ("crop_size", ("height", "width"))):
+            value = flat.get(key, cls.edge)
+            numbers = {value.get(name) for name in names} if isinstance(value, Mapping) else {value}
+            flat[key] = numbers.pop() if len(numbers) == 1 else value  # a square has one number
+        check_limits(flat, PREPROCESSING, file)
+        done = all(flat.get(step, True) is True for step in _STEPS)
+        if not done or abs(flat.get("rescale_factor", 1 / _WHITE) * _WHITE - 1) > 1e-6:
+            raise CheckpointError(
+                "an image processor that leaves out a step of CLIP's",
+                file=file,
+                expected=", ".join(_STEPS) + ": true, and rescale_factor 1/255",
+            )
+        if flat["crop_size"] > flat["size"]:
+            raise CheckpointError(
+                "the square is larger than the picture that it is cut out of",
+                file=file,
+                key="crop_size",
+                expected=f"at most {flat['size']}",
+                found=flat["crop_size"],
+            )
+        mean = tuple(flat.get("image_mean", cls.mean))
+        std = tuple(flat.get("image_std", cls.std))
+        return cls(flat["size"], flat["crop_size"], mean, std, flat.get("resample", cls.resample))
+
+    def to_json(self) -> dict[str, Any]:
+        """As transformers writes it into `preprocessor_config.json`."""
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": self.edge},
+            "crop_size": {"height": self.side, "width": self.side},
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "resample": self.resample,
+            "rescale_factor": 1 / _WHITE,
+            "do_convert_rgb": True,
+            **dict.fromkeys(_STEPS, True),
+        }
+
+    def cropped(self, picture: NDArray[Any]) -> Tensor:
+        """The middle of a picture, as transformers makes it; of a long one the ends are not seen.
+
+        Args:
+            picture: [H, W, 3], uint8, or floats in [0, 1], which are rounded to 8 bits.
+
+        Returns:
+            [1, 3, side, side] float32.
+        """
+        import numpy as np
+        import torch
+        from PIL import Image
+
+        if picture.dtype != np.uint8:
+            picture = (picture * _WHITE).round().astype(np.uint8)
+        sides = picture.shape[:2]
+        resized = [self.edge * side // min(sides) for side in sides]
+        begins = [(side - self.side) // 2 for side in resized]
+        # only what is cut out is computed: a picture of one row may be a hundred million pixels long
+        top, left = (begin * side / new for begin, side, new in zip(begins, sides, resized, strict=True))
+        high, wide = (self.side * side / new for side, new in zip(sides, resized, strict=True))
+        box = (left, top, min(left + wide, sides[1]), min(top + high, sides[0]))
+        square = Image.fromarray(picture).resize((self.side, self.side), Image.Resampling(self.resample), box)
+        pixels = torch.from_numpy(np.asarray(square, np.float32) / np.float32(_WHITE))
+        return self._normalised(pixels.permute(2, 0, 1)[None])
+
+    def squashed(self, picture: NDArray[Any]) -> Tensor:
+        """The whole picture, whatever its shape, as Wan's authors do it (wan/modules/clip.py): bicubic, from
+        point to point.
+
+        Args:
+            picture: [H, W, 3], uint8, or floats in [0, 1].
+
+        Returns:
+            [1, 3, side, side] float32.
+        """
+        return self._normalised(bicubic(picture, self.side, self.side))
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        mean, std = (pixels.new_tensor(each).view(3, 1, 1) for each in (self.mean, self.std))
+        return (pixels - mean) / std
+
+
+def bicubic(picture: NDArray[Any], height: int, width: int) -> Tensor:
+    """A picture at another size, from point to point without a filter, as Wan's authors do it
+    (wan/image2video.py); may reach a little beyond [0, 1].
+
+    Args:
+        picture: [H, W, 3], uint8, or floats in [0, 1].
+
+    Returns:
+        [1, 3, height, width] float32.
+    """
+    import numpy as np
+    import torch
+
+    scale = _WHITE if picture.dtype == np.uint8 else 1
+    pixels = torch.from_numpy(picture.astype(np.float32) / np.float32(scale)).permute(2, 0, 1)[None]
+    return torch.nn.functional.interpolate(pixels, size=(height, width), mode="bicubic")

@@ -1,0 +1,173 @@
+"""What people write around the words that say something: style tails, negative prompts, long sentences, words
+that the world does not have.
+
+Nothing here tells of a clip, and nothing here names an actor, a colour, a scene or a direction.
+"""
+
+from __future__ import annotations
+
+import random
+
+TAILS = (
+    "cinematic", "4k", "8k", "highly detailed", "masterpiece", "best quality", "35mm", "film grain", "hd",
+    "uhd", "ultra hd", "photorealistic", "realistic", "cinematic lighting", "soft lighting",
+    "dramatic lighting", "sharp focus", "depth of field", "shallow depth of field", "bokeh",
+    "award winning", "trending on artstation", "unreal engine", "octane render", "3d render",
+    "studio quality", "professional", "high resolution", "high quality", "vivid", "slow motion",
+    "wide shot", "close up", "tracking shot", "aerial view", "hyperrealistic", "anime style",
+    "pixar style", "watercolor", "oil painting", "volumetric light", "golden hour", "ultra detailed",
+    "intricate details", "epic", "beautiful", "stunning", "smooth animation", "60fps", "hdr", "imax",
+    "vibrant", "minimalist", "in the style of a movie",
+)  # fmt: skip
+NEGATIVES = (
+    "blurry", "low quality", "watermark", "deformed", "ugly", "bad anatomy", "worst quality",
+    "low resolution", "lowres", "jpeg artifacts", "text", "signature", "logo", "extra limbs",
+    "disfigured", "overexposed", "underexposed", "static", "noise", "grainy", "out of focus", "distorted",
+    "bad", "bad quality", "poorly drawn", "mutated", "mutation", "cropped", "duplicate", "error",
+    "flicker", "flickering", "jitter", "artifacts", "oversaturated", "subtitles", "subtitle", "gross",
+    "morphing", "messy", "chaotic background", "three legs", "extra fingers", "fused fingers",
+    "bad hands", "missing limbs", "malformed", "unnatural", "frame", "border", "caption", "username",
+    "blurred details", "incomplete", "low contrast", "dull", "washed out", "cartoon", "amateur",
+    "bright tones", "overall gray", "paintings", "nsfw",
+)  # fmt: skip
+NEGATIVES_CHINESE = (
+    "色调艳丽", "过曝", "静态", "细节模糊不清", "字幕", "风格", "作品", "画作", "画面", "静止",
+    "整体发灰", "最差质量", "低质量", "JPEG压缩残留", "丑陋的", "残缺的", "多余的手指", "画得不好的手部",
+    "画得不好的脸部", "畸形的", "毁容的", "形态畸形的肢体", "手指融合", "静止不动的画面", "杂乱的背景",
+    "三条腿", "背景人很多", "倒着走", "模糊", "水印",
+)  # fmt: skip
+_THINGS = (
+    "castle", "dragon", "mountain", "river", "lake", "house", "window", "table", "chair", "hat", "scarf",
+    "guitar", "piano", "book", "lamp", "bridge", "train", "plane", "helicopter", "bicycle", "horse",
+    "elephant", "lion", "tiger", "monkey", "bear", "cow", "pig", "sheep", "chicken", "dinosaur",
+    "unicorn", "wizard", "princess", "king", "soldier", "man", "woman", "boy", "girl", "child",
+    "astronaut", "spaceship", "rocket", "planet", "volcano", "desert", "cave", "temple", "church",
+    "garden", "fence", "gate", "clock", "phone", "computer", "camera", "umbrella", "bag", "shoe", "crown",
+    "sword", "shield", "cake", "pizza", "apple", "banana", "bread", "coffee", "cup", "bottle", "candle",
+    "balloon", "kite", "mushroom", "butterfly", "bee", "spider", "snake", "frog", "turtle", "whale",
+    "shark", "octopus", "penguin", "owl", "eagle", "fox", "wolf", "deer", "mouse", "squirrel", "statue",
+    "painting", "mirror", "box", "glasses", "sunglasses", "necklace", "backpack", "skateboard",
+    "surfboard", "bench", "lantern", "rainbow", "lightning", "fog", "smoke", "fire",
+)  # fmt: skip
+_QUALITIES = (
+    "ancient", "shiny", "golden", "silver", "wooden", "metallic", "transparent", "giant", "tiny",
+    "magical", "mysterious", "old", "young", "brave", "lonely", "gentle", "fluffy", "furry", "striped",
+    "spotted", "elegant", "futuristic", "rusty", "glowing", "sleepy", "angry", "curious", "proud",
+    "playful", "majestic", "graceful", "adorable", "peaceful", "serene", "colorful", "charming",
+    "whimsical", "detailed", "soft", "delicate", "wonderful", "tall", "round", "quick", "calm",
+)  # fmt: skip
+_ADJUNCTS = (
+    "wearing a {}", "with a {}", "near a {}", "next to a {}", "beside the {}", "holding a {}", "and a {}",
+    "like a {}", "behind a {}", "without any {}", "and some {}s", "for the {}", "made of {}",
+    "close to the old {}", "dreaming of a {}",
+)  # fmt: skip
+_CLAUSES = (
+    "with soft warm light falling gently over everything",
+    "while a light breeze moves through the air",
+    "as the camera slowly follows the action",
+    "the camera holds steady and keeps the subject in the middle of the frame",
+    "every detail is rendered with great care",
+    "the mood is calm, joyful and a little dreamy",
+    "the background is simple and clean",
+    "the colors are rich and well balanced",
+    "it looks like a scene from an animated feature for children",
+    "there is a feeling of quiet wonder in the whole scene",
+    "with smooth and natural motion from the first frame to the last",
+    "the lighting is gentle and evenly spread",
+    "with clear outlines and simple forms",
+    "nothing else happens and nobody else is to be seen",
+    "the atmosphere feels fresh and peaceful",
+    "filmed in one long take without any cuts",
+    "in a style that is playful, modern and minimal",
+    "with a pleasant rhythm that makes you smile",
+    "the composition is balanced and easy to read",
+    "it seems to enjoy every single moment of it",
+    "showing its full body and its lively expression",
+    "captured by a professional crew with an expensive lens",
+    "the whole picture is sharp and full of life",
+    "reminding you of a happy childhood memory",
+    "with subtle details that reward a second look",
+    "as if the world had nothing to worry about",
+)
+_SYLLABLES = (
+    "ba", "ko", "ri", "tun", "mel", "vox", "za", "shi", "plo", "quer", "dan", "fi", "ost", "ne", "gru",
+    "lam", "yo",
+)  # fmt: skip
+_CJK = (
+    "山河湖桥房子桌椅帽灯书龙马虎熊象猴牛羊鸡猪人男女孩国王公主电脑手机相机雨云风火石"
+    "木金银老年轻快慢美丽神秘古代未来"
+)
+
+
+def gibberish(rng: random.Random) -> str:
+    """A word that nobody knows."""
+    return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 4)))
+
+
+def unknown(rng: random.Random) -> str:
+    """A noun that the world does not have."""
+    draw = rng.random()
+    if draw < 0.15:
+        return gibberish(rng)
+    if draw < 0.3:
+        return f"{rng.choice(_QUALITIES)} {rng.choice(_THINGS)}"
+    return rng.choice(_THINGS)
+
+
+def with_unknown(text: str, rng: random.Random) -> str:
+    """A sentence with words beside it, or in it, that say nothing of the clip."""
+    text = text.rstrip(".!")
+    draw = rng.random()
+    words = text.split(" ")
+    if draw < 0.35 and len(words) > 2:
+        words.insert(rng.randint(1, len(words) - 1), rng.choice((*_QUALITIES, gibberish(rng))))
+        return " ".join(words)
+    adjunct = rng.choice(_ADJUNCTS).format(unknown(rng))
+    if draw < 0.85:
+        return f"{text} {adjunct}"
+    return f"{adjunct}, {text}"
+
+
+def with_tail(text: str, rng: random.Random) -> str:
+    """A sentence with a style tail, seldom in front of it."""
+    tail = ", ".join(rng.sample(TAILS, rng.choices(range(1, 9), (3, 4, 4, 3, 2, 1, 1, 1))[0]))
+    return f"{tail}, {text}" if rng.random() < 0.1 else f"{text.rstrip('.!')}, {tail}"
+
+
+def lengthened(text: str, rng: random.Random, words: int) -> str:
+    """A sentence with clauses behind it, seldom in front, until it has about so many words."""
+    clauses = rng.sample(_CLAUSES, len(_CLAUSES))
+    parts = [text.rstrip(".!")]
+    while sum(len(part.split()) for part in parts) < words - 4 and clauses:
+        clause = clauses.pop()
+        if rng.random() < 0.15:
+            parts.insert(0, clause)
+        else:
+            parts.append(clause)
+    if rng.random() < 0.3:
+        parts = [part[0].upper() + part[1:] for part in parts]
+        return ". ".join(parts) + "."
+    return ", ".join(parts) + rng.choice(("", "."))
+
+
+def negative(rng: random.Random) -> str:
+    """What people write as a negative prompt, or a prompt of which nothing is known."""
+    draw = rng.random()
+    if draw < 0.5:
+        return ", ".join(rng.sample(NEGATIVES, rng.randint(1, 14)))
+    if draw < 0.65:
+        return "，".join(rng.sample(NEGATIVES_CHINESE, rng.randint(1, len(NEGATIVES_CHINESE))))
+    if draw < 0.8:
+        return ", ".join(rng.sample(TAILS, rng.randint(1, 10)))
+    if draw < 0.9:
+        return " ".join(unknown(rng) for _ in range(rng.randint(1, 8)))
+    if draw < 0.95:
+        return ", ".join(rng.sample(_CLAUSES, rng.randint(1, 3)))
+    return "".join(rng.choice(_CJK) for _ in range(rng.randint(2, 16)))
+
+
+def pieces() -> list[str]:
+    """The most usual of these words, each of which may be one token."""
+    texts = (*TAILS, *NEGATIVES, *_CLAUSES, *_ADJUNCTS, *_QUALITIES)
+    found = {word.strip(",{}") for text in texts for word in text.split()}
+    return sorted(word for word in found if len(word) > 1)
