@@ -38,7 +38,7 @@ from chitu_diffusion.models.components import (
     networks_without_weights,
 )
 from chitu_diffusion.models.kinds import EXPERT_ROLES, PARTS
-from chitu_diffusion.models.registry import FoundModel, resolve_model
+from chitu_diffusion.models.registry import FoundModel, model_of
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.image_encoder import ImageEncoder
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
@@ -98,7 +98,7 @@ class DiffusionBackend:
     ) -> None:
         args = checked_args(args, model)
         require_kind("groups", groups, (ProcessGroups, NoneType), "ProcessGroups(...), or leave it out")
-        model = model or resolve_model(args.models.name, args.models.ckpt_dir)
+        model = model or model_of(args.models)
         self._begin(args, model.spec, logging_level, groups)
         encodes = self.groups.rank == 0
         try:

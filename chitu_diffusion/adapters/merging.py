@@ -9,7 +9,7 @@ networks, where their weights lie, and adapters; no tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,14 +19,14 @@ from chitu_diffusion.adapters.formats import AdapterFile, changed_weight
 from chitu_diffusion.adapters.placing import PlacedChange, Placement, keys_of_second_expert, place
 from chitu_diffusion.errors import CheckpointError, UsageError
 from chitu_diffusion.memory.offload import OffloadManager
+from chitu_diffusion.models.loading import Originals
 from chitu_diffusion.models.wan.transformer import WanConfig, WanTransformer
-from chitu_diffusion.ops.float8_linear import Float8Linear
+from chitu_diffusion.ops.float8_linear import Float8Linear, rows_on
+from chitu_diffusion.ops.fused import Float8Rows
 from chitu_diffusion.ops.packed_linear import PackedLinear
 from chitu_diffusion.task.lora import Lora
 from chitu_diffusion.weights.files import few
 
-ReadParameter = Callable[[str], Tensor]
-"""Our name of a parameter -> its values in the model's files, on the CPU."""
 _Sources = list[tuple[Lora, AdapterFile, PlacedChange]]
 
 
@@ -116,7 +116,7 @@ class AdaptedNetwork:
         device: where sums are computed.
         offload: knows every copy of a parameter that there is, on the device and at home.
         role: the network's name there.
-        original: reads what a parameter was; None for networks made in memory, of which copies are kept.
+        originals: what each parameter was; None for networks made in memory, of which copies are kept.
         expert: its index in the model pool.
     """
 
@@ -126,14 +126,14 @@ class AdaptedNetwork:
         device: torch.device,
         offload: OffloadManager,
         role: str,
-        original: ReadParameter | None,
+        originals: Originals | None,
         expert: int,
     ) -> None:
         self._network = network
         self._device = device
         self._offload = offload
         self._role = role
-        self._original = original
+        self._originals = originals
         self._expert = expert
         self._kept: dict[str, Tensor] = {}
         self._changed: set[str] = set()
@@ -173,7 +173,8 @@ class AdaptedNetwork:
                 )
             differs = differs or not torch.equal(merged, base)
             if not self._widen(name, merged if name in sources else None):
-                self._write(name, merged)
+                own = None if name in sources else self._originals
+                self._write(name, merged, None if own is None else own.read_float8_rows(name))
             if name not in sources:
                 self._changed.discard(name)
         if not differs:
@@ -212,17 +213,17 @@ class AdaptedNetwork:
         if isinstance(layer, PackedLinear) and name.endswith(".weight"):
             return layer.unpacked(_wide_dtype(layer), self._device)
         if name not in self._changed and current is not None:
-            if self._original is None and name not in self._kept:
+            if self._originals is None and name not in self._kept:
                 self._kept[name] = current.detach().to("cpu", copy=True)
             return current.detach().to(self._device)
         if name in self._kept:
             return self._kept[name].to(self._device)
-        if self._original is None:
+        if self._originals is None:
             raise UsageError(
                 f"lora: {name} is there in 8 bits alone; set infer.quant_originals = true", field="lora"
             )
         dtype = current.dtype if current is not None else _wide_dtype(layer)
-        return self._original(name).to(self._device).to(dtype)
+        return self._originals.read(name).to(self._device).to(dtype)
 
     def _widen(self, name: str, merged: Tensor | None) -> bool:
         """Gives a packed layer a weight in full, or with None takes it away. False: the weight is to be
@@ -237,11 +238,13 @@ class AdaptedNetwork:
         self._offload.retake(self._role)
         return True
 
-    def _write(self, name: str, merged: Tensor) -> None:
+    def _write(self, name: str, merged: Tensor, rows: Float8Rows | None = None) -> None:
+        """Puts a value wherever the parameter is kept; `rows` are its 8 bits, where it has its own."""
         layer, current = self._holder(name)
         leaf = name.rpartition(".")[2]
-        rounded = isinstance(layer, Float8Linear) and leaf == "weight"
-        values = layer.rounded(merged) if rounded and isinstance(layer, Float8Linear) else {leaf: merged}
+        values = {leaf: merged}
+        if isinstance(layer, Float8Linear) and leaf == "weight":
+            values = layer.rounded(merged, rows_on(rows, merged.device))
         for part, value in values.items():
             kept = layer._buffers.get(part)
             kept = current if kept is None else kept

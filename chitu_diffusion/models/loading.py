@@ -33,6 +33,7 @@ from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_enco
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanConfig, WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE, build_vae
 from chitu_diffusion.ops.float8_linear import Float8Plan, float8_weights, to_float8
+from chitu_diffusion.ops.fused import Float8Rows
 from chitu_diffusion.ops.packed_linear import PackedLinear, names_of, pack_layers, packed_weights
 from chitu_diffusion.weights.files import GGUF_ENDING, locate
 from chitu_diffusion.weights.loader import LoadProgress, Transform, WeightFiles, load_into, match_names
@@ -86,7 +87,8 @@ def blueprint(folder: ModelFolder, role: Role, dtype: torch.dtype | None = None)
 
 
 def _unusable(folder: ModelFolder, role: Role, cause: str) -> CheckpointError:
-    return CheckpointError(f"the config of the {role} cannot be used: {cause}", file=folder.path / role)
+    place = folder.components[role].weights
+    return CheckpointError(f"the config of the {role} cannot be used: {cause}", file=place)
 
 
 def _vae(config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:
@@ -182,18 +184,27 @@ def load_part(
     return _WRAPPERS[role](network, folder).eval() if role in _WRAPPERS else network
 
 
-def parameter_reader(folder: ModelFolder, role: Role) -> Callable[[str], Tensor]:
-    """Opens a part's files, and gives the stored values of one parameter by our name, on the CPU; they may be
-    read for as long as the reader is held.
+class Originals:
+    """A part's files, open for as long as this is held: what each parameter was, by our name.
 
     Raises:
         CheckpointError: missing or damaged files.
     """
-    weights = open_weights(folder, role)
-    plan = blueprint(folder, role)
-    names = names_in(weights, folder, plan)
-    match_names(plan.shapes(), weights, names=names, ties=plan.ties)
-    return lambda name: weights.read(names.get(name, name))
+
+    def __init__(self, folder: ModelFolder, role: Role) -> None:
+        self._weights = open_weights(folder, role)
+        plan = blueprint(folder, role)
+        self._names = names_in(self._weights, folder, plan)
+        match_names(plan.shapes(), self._weights, names=self._names, ties=plan.ties)
+
+    def read(self, name: str) -> Tensor:
+        """A parameter's values, on the CPU; those stored in 8 bits or in blocks in float32."""
+        return self._weights.read(self._names.get(name, name))
+
+    def read_float8_rows(self, name: str) -> Float8Rows | None:
+        """Of a weight that is stored in rows of 8 bits, these; see `WeightFiles.read_float8_rows`."""
+        found = self._weights.read_float8_rows(self._names.get(name, name))
+        return None if found is None else Float8Rows(*found)
 
 
 def load_transformer(
@@ -227,7 +238,13 @@ def open_weights(folder: ModelFolder, role: Role, *, mapped: bool = True) -> Wei
     """
     component = folder.components[role]
     part = component.part
-    files = WeightFiles(component.weights, part.stem, shards_first=_shards_first(component), mapped=mapped)
+    files = WeightFiles(
+        component.weights,
+        part.stem,
+        shards_first=_shards_first(component),
+        mapped=mapped,
+        within=component.within,
+    )
     return ImageEncoderFiles(files) if role == "image_encoder" else files
 
 
@@ -247,9 +264,9 @@ def check_part(folder: ModelFolder, role: Role) -> tuple[WeightFiles, Mapping[st
 
 def names_in(weights: WeightFiles, folder: ModelFolder, plan: Blueprint) -> Mapping[str, str]:
     """{parameter: name in these files}: those of the folder's layout, unless more of the other's are there,
-    as in a GGUF file, which has the official names wherever it lies.
+    as in files that people made for other programs.
     """
-    own = plan.names(folder.layout)
+    own = plan.names("official" if folder.layout == "official" else "diffusers")
     other = plan.names("diffusers" if folder.layout == "official" else "official")
     found, others = (
         sum(names.get(name, name) in weights.entries for name in plan.official) for names in (own, other)
@@ -316,8 +333,11 @@ def _loaded(
         for layer in in_blocks:
             layer.forget_values()
         return network
-    transforms: list[Transform] = [float8_weights(plan.module)] if eight_bit else []
-    transforms += [packed_weights(plan.module)] if in_blocks else []
+    transforms: list[Transform] = []
+    if eight_bit:
+        transforms.append(float8_weights(plan.module, Originals(folder, role).read_float8_rows))
+    if in_blocks:
+        transforms.append(packed_weights(plan.module))
     weights = open_weights(folder, role)
     load_into(
         plan.module,

@@ -78,7 +78,7 @@ def load_into(
         else:
             kind = torch.float32 if kept else dtype or stored.dtype
             loaded = torch.empty(stored.shape, dtype=kind, device=device)
-            loaded.copy_(weights.read(key))
+            loaded.copy_(weights.read(key, device))
         values: Mapping[str, Tensor] = {name: loaded}
         del loaded
         for transform in transforms:

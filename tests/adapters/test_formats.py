@@ -287,7 +287,7 @@ def test_a_merge_that_was_cut_short_leaves_nothing_behind(network, tmp_path, mon
     write_one = AdaptedNetwork._write
     left = [4]
 
-    def cut(self: AdaptedNetwork, name: str, merged: Tensor) -> None:
+    def cut(self: AdaptedNetwork, name: str, merged: Tensor, *rows: None) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise torch.OutOfMemoryError("no more")
