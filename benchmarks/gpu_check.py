@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.measuring import milliseconds, relative_error
+from benchmarks.packed import random_blocks
 from benchmarks.report import first_line, table_of
 from benchmarks.resume_check import resume_rows
 from chitu_diffusion.attention import attention_kernel, cross_attention, fp8
 from chitu_diffusion.ops import fused
 from chitu_diffusion.ops.merge_lse import merge
 from chitu_diffusion.ops.pack_qkv import pack
+from chitu_diffusion.ops.packed_linear import BLOCKS, unpack
 
 CALLS = 8
 """In a row for one reading of the clock: a short kernel is over before the host has begun the next."""
@@ -87,7 +89,29 @@ def checks(
     if cross_attention.has_fused_cross_attention(dtype, device, 128):
         found["text attention"] = text_attention(x, weight, heads, TEXT_ROWS), 1e-2
         found["text attention, no padding"] = text_attention(x, weight, heads, TEXT_POSITIONS), 1e-2
+    found |= unpacking(dim, device, dtype)
     return found | around_ranks(tokens, heads, device, dtype) | attentions(tokens, heads, device, dtype)
+
+
+def unpacking(dim: int, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Work, float]]:
+    """A weight [dim, dim] in each packing that is kept, beside the gguf package's numbers, which were
+    computed before: theirs is the time of a copy.
+    """
+    from gguf import GGMLQuantizationType, quants
+
+    found: dict[str, tuple[Work, float]] = {}
+    for packing in BLOCKS:
+        blocks = random_blocks(dim * dim, packing, dim**-0.5, device)
+        rows = blocks.view(-1, BLOCKS[packing][1]).cpu().numpy()
+        theirs = torch.from_numpy(quants.dequantize(rows, GGMLQuantizationType[packing])).flatten()
+        rounded = theirs.to(device, dtype)
+        work = partial(_unpacked, blocks, packing, rounded)
+        found[f"unpack {packing}"] = work, 0.0
+    return found
+
+
+def _unpacked(blocks: Tensor, packing: str, theirs: Tensor, ours: bool) -> Tensor:
+    return unpack(blocks, packing, theirs.dtype) if ours else theirs.clone()
 
 
 def text_attention(x: Tensor, weight: Tensor, heads: int, rows: int) -> Work:

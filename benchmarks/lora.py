@@ -54,7 +54,7 @@ def measure(workload: Workload, folder: Path, rank: int) -> list[dict[str, Any]]
     before = {name: value.cpu() for name, value in network.state_dict().items()}
     if device.type == "cpu":
         before = {name: value.clone() for name, value in before.items()}
-    adapted = AdaptedNetwork(network, device, lambda tensor: [tensor.data], before.__getitem__, 0)
+    adapted = AdaptedNetwork(network, device, backend.offload, "transformer", before.__getitem__, 0)
     first, second = ([Lora(str(write_adapter(folder / f"{n}.safetensors", config, rank, n)))] for n in (1, 2))
     rows: list[dict[str, Any]] = []
 

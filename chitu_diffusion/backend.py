@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
-from functools import partial
 from pathlib import Path
 from types import NoneType
 
@@ -39,7 +38,7 @@ from chitu_diffusion.models.components import (
     networks_without_weights,
 )
 from chitu_diffusion.models.kinds import EXPERT_ROLES, PARTS
-from chitu_diffusion.models.registry import FoundModel, resolve_model
+from chitu_diffusion.models.registry import FoundModel, model_of
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.image_encoder import ImageEncoder
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
@@ -99,7 +98,7 @@ class DiffusionBackend:
     ) -> None:
         args = checked_args(args, model)
         require_kind("groups", groups, (ProcessGroups, NoneType), "ProcessGroups(...), or leave it out")
-        model = model or resolve_model(args.models.name, args.models.ckpt_dir)
+        model = model or model_of(args.models)
         self._begin(args, model.spec, logging_level, groups)
         encodes = self.groups.rank == 0
         try:
@@ -124,9 +123,8 @@ class DiffusionBackend:
     ) -> DiffusionBackend:
         """A backend of networks in memory. They keep their dtype and are moved to the device."""
         backend = cls.__new__(cls)
-        attended = next(
-            weight.dtype for weight in networks.experts[0].blocks.parameters() if weight.ndim == 2
-        )
+        weights = networks.experts[0].blocks.parameters()
+        attended = next((weight.dtype for weight in weights if weight.ndim == 2), None)
         backend._begin(checked_args(args), networks.spec, None, groups, attended)
         backend._install(networks)
         return backend
@@ -212,9 +210,7 @@ class DiffusionBackend:
         )
         self.offload.place()
         self._adapted = [
-            AdaptedNetwork(
-                expert, self.device, partial(self.offload.copies, role), networks.originals.get(role), index
-            )
+            AdaptedNetwork(expert, self.device, self.offload, role, networks.originals.get(role), index)
             for index, (role, expert) in enumerate(zip(EXPERT_ROLES, networks.experts, strict=False))
         ]
         if self.args.infer.diffusion.low_mem_level >= 1:

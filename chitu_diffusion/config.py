@@ -12,15 +12,14 @@ import sys
 import tomllib
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from chitu_diffusion.attn_schedule import AttnSchedule
-from chitu_diffusion.errors import ChituError, ModelMissingError, UsageError, nearest
+from chitu_diffusion.errors import ChituError, ModelMissingError, UsageError, nearest, what_to_use
 from chitu_diffusion.files.places import expand_home, made_folder, temporary_folder
 from chitu_diffusion.files.reading import cause, read_text
 from chitu_diffusion.sampling.registry import AUTO, SAMPLER_HELP, SOLVERS
@@ -35,10 +34,6 @@ if TYPE_CHECKING:
 
 ENVIRONMENT_PREFIX = "CHITU_"
 _RENAMED = {"up": "ulysses_degree", "lost_after": "heartbeat_timeout"}
-_NOUNS = MappingProxyType(
-    {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
-)
-"""What a setting must be, by how pydantic's name for the mistake begins."""
 Origins = dict[str, str]
 
 
@@ -57,8 +52,13 @@ class Settings(BaseModel):
 class ModelSettings(Settings):
     """Which checkpoint."""
 
-    name: str = Field("wan-tiny", description="a model's name, its Hugging Face id, or a folder")
-    ckpt_dir: str | None = Field(None, description="folder of the weights, where it is not the usual cache")
+    name: str = Field("wan-tiny", description="a model's name, its Hugging Face id, a folder or a file")
+    ckpt_dir: str | None = Field(None, description="place of the weights, where it is not the usual cache")
+    low_noise_model: str | None = Field(None, description="second expert's file, where the model is a file")
+    text_encoder: str | None = Field(None, description="its file, likewise; by default found near the model")
+    vae: str | None = Field(None, description="its file, likewise")
+    image_encoder: str | None = Field(None, description="its file, likewise")
+    tokenizer: str | None = Field(None, description="its folder, likewise")
 
 
 class DiffusionSettings(Settings):
@@ -117,10 +117,10 @@ class InferSettings(Settings):
         0.25, ge=0, le=1, description="share of the schedule that stays in 16 bits before fp8 begins"
     )
     quant_originals: bool = Field(
-        True,
-        description=(
-            "keep 16-bit weights beside fp8 for these first steps; false needs less than half of the memory"
-        ),
+        True, description="16-bit weights stay beside fp8 for these first steps; false: half the memory"
+    )
+    packed: bool = Field(
+        True, description="a GGUF file's weights stay packed, the same numbers; false unpacks while loading"
     )
     sampler: SamplerName = Field(
         AUTO, description=f"solver of the flow's equation; {AUTO}: the model's own; {SAMPLER_HELP}"
@@ -214,38 +214,17 @@ class EngineConfig(Settings):
 def usage_error(branch: type[BaseModel], error: ValidationError) -> UsageError:
     """pydantic's report as one sentence: field, value, and what to use."""
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    name = ".".join(path)
-    if first["type"] in ("extra_forbidden", "no_such_attribute"):
-        owner: type[BaseModel] = branch
-        for part in path[:-1]:
-            owner = _branch_of(owner, part) or owner
-        if _RENAMED.get(path[-1]) in owner.model_fields:
-            return UsageError(f"setting '{name}' is called '{_RENAMED[path[-1]]}' now", field=name)
-        return UsageError(f"unknown setting '{name}'.{nearest(path[-1], owner.model_fields)}", field=name)
-    return UsageError(f"{name} = {first['input']!r}: {_what_to_use(branch, error)}", field=name)
-
-
-def _what_to_use(branch: type[BaseModel], error: ValidationError) -> str:
-    """The choices, or the kind of value and its range; what a check of ours says stands as it is."""
-    first = error.errors()[0]
-    kind = first["type"]
-    if kind == "literal_error":
-        return f"use {first['ctx']['expected']}"
     *path, last = (str(part) for part in first["loc"])
+    name = ".".join([*path, last])
+    owner: type[BaseModel] = branch
     for part in path:
-        branch = _branch_of(branch, part) or branch
-    limits: dict[str, Any] = {}
-    for limit in branch.model_fields[last].metadata if last in branch.model_fields else ():
-        limits |= asdict(limit) if is_dataclass(limit) and not isinstance(limit, type) else {}
-    low = f"more than {limits['gt']}" if "gt" in limits else f"{limits.get('ge', '')}"
-    values = f"{low} to {limits['le']}" if "le" in limits else f"{low} or more" if "ge" in limits else low
-    if kind.startswith(("greater_than", "less_than")):
-        return f"use {values}"
-    noun = next((noun for start, noun in _NOUNS.items() if kind.startswith(start)), None)
-    if noun is None:
-        return first["msg"].removeprefix("Value error, ")  # pydantic's, before what a check of ours says
-    return f"use {noun}{', ' if values else ''}{values}"
+        owner = _branch_of(owner, part) or owner
+    if first["type"] in ("extra_forbidden", "no_such_attribute"):
+        if _RENAMED.get(last) in owner.model_fields:
+            return UsageError(f"setting '{name}' is called '{_RENAMED[last]}' now", field=name)
+        return UsageError(f"unknown setting '{name}'.{nearest(last, owner.model_fields)}", field=name)
+    limits = owner.model_fields[last].metadata if last in owner.model_fields else ()
+    return UsageError(f"{name} = {first['input']!r}: {what_to_use(first, limits)}", field=name)
 
 
 def _branch_of(owner: type[BaseModel], name: str) -> type[BaseModel] | None:

@@ -35,7 +35,7 @@ from chitu_diffusion.executor.memory_levels import load_backend, run_unit
 from chitu_diffusion.executor.task_checkpoints import SaveTimes, checkpoint_folder
 from chitu_diffusion.executor.worker_group import WorkerGroup, join_ranks
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.models.registry import FoundModel, resolve_model
+from chitu_diffusion.models.registry import FoundModel, model_of
 from chitu_diffusion.pipelines.admission import Admission
 from chitu_diffusion.pipelines.hooks import StepEnd, TaskHooks, step_hook
 from chitu_diffusion.pipelines.request import request_of, require_own_paths
@@ -100,7 +100,7 @@ class Engine:
             self.pool = DiffusionTaskPool(keep_ended=args.scheduler.keep_ended)
             self.scheduler = scheduler or DiffusionScheduler(args.scheduler.policy)
             if backend is None:
-                model = model or resolve_model(args.models.name, args.models.ckpt_dir)
+                model = model or model_of(args.models)
                 workers = workers or join_ranks(args, model.spec, place or rank_place())
             self.backend = backend or load_backend(args, model, workers)
             self.generator = Generator(self.backend)

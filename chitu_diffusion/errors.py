@@ -25,7 +25,8 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, is_dataclass
 from numbers import Integral, Real
 from types import FunctionType
 from typing import Any, TypeVar
@@ -178,6 +179,34 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else f" There are: {', '.join(known)}."
+
+
+_NOUNS = (("int", "a whole number"), ("float", "a number"), ("bool", "true or false"), ("string", "text"))
+"""How pydantic's name for a mistake begins, and what the value must be."""
+
+
+def what_to_use(mistake: Mapping[str, Any], limits: Iterable[object]) -> str:
+    """What to use in place of a value that pydantic refuses: the choices, or the kind of value and its range.
+    What a check of ours says stands as it is.
+
+    Args:
+        mistake: one of `ValidationError.errors()`.
+        limits: `metadata` of the field.
+    """
+    kind = mistake["type"]
+    if kind == "literal_error":
+        return f"use {mistake['ctx']['expected']}"
+    said: dict[str, Any] = {}
+    for limit in limits:
+        said |= asdict(limit) if is_dataclass(limit) and not isinstance(limit, type) else {}
+    low = f"more than {said['gt']}" if "gt" in said else f"{said.get('ge', '')}"
+    values = f"{low} to {said['le']}" if "le" in said else f"{low} or more" if "ge" in said else low
+    if kind.startswith(("greater_than", "less_than")):
+        return f"use {values}"
+    noun = next((noun for start, noun in _NOUNS if kind.startswith(start)), None)
+    if noun is None:
+        return str(mistake["msg"]).removeprefix("Value error, ")  # pydantic's, before what ours says
+    return f"use {noun}{', ' if values else ''}{values}"
 
 
 def require_kind(name: str, value: object, kind: type | tuple[type, ...], use: str) -> None:

@@ -24,6 +24,7 @@ from benchmarks import (
     gpu_check,
     kernels,
     lora,
+    packed,
     reliability,
     report,
     resume_check,
@@ -69,13 +70,23 @@ KEEP_RESULTS = [  # those that take a folder, with the words that they need besi
     (faults.main, []),
     (simulate_scaling.main, ["x.json"]),
 ]
-PRINT_ONLY = [gpu_check.main, lora.main, reliability.main, resume_check.main]
+PRINT_ONLY = [gpu_check.main, lora.main, packed.main, reliability.main, resume_check.main]
 
 
 def test_what_an_adapter_costs_is_measured(capsys) -> None:
     assert lora.main([*SMALL, "--rank", "4"]) == 0
     said = capsys.readouterr().out
     assert "a guided step with it" in said and "take it out" in said
+
+
+def test_what_packed_weights_cost_is_measured(capsys) -> None:
+    packed.main(SMALL)  # its time means nothing here
+    said = capsys.readouterr().out
+    assert (
+        "GiB" in said
+        and "| a guided step, packed" in said
+        and "| velocities that differ |  |  |  | 0 |" in said
+    )
 
 
 SMALL_RUNS = [  # command, flags, table, one of its columns, and what that may be at least and at most
@@ -110,7 +121,7 @@ def test_gpu_kernels_are_their_twins() -> None:
     """The table of `gpu_check`, in Triton's interpreter."""
     found = gpu_check.checks(16, 2, CPU, torch.float32)
     rows = [gpu_check.checked(name, *check, CPU) for name, check in found.items()]
-    assert len(rows) == 14 and {row["verdict"] for row in rows} == {"ok"}, rows
+    assert len(rows) == 18 and {row["verdict"] for row in rows} == {"ok"}, rows
     wrong = gpu_check.checked("x", lambda ours: torch.ones(3) * (1.1 if ours else 1), 1e-3, CPU)
     assert wrong["verdict"] == "WRONG"
 

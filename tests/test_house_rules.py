@@ -22,9 +22,9 @@ LONGEST_CELL = 200
 MOST_TOP_MODULES = 10
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
-    "": 2355,
+    "": 2360,
     "attention": 2060,
-    "cli": 3840,
+    "cli": 3905,
     "distributed": 2145,
     "evaluation": 2165,
     "executor": 1940,
@@ -32,13 +32,13 @@ BUDGETS = {
     "flexcache": 2770,
     "media": 1530,
     "memory": 680,
-    "models": 5900,
-    "ops": 1825,
+    "models": 6720,
+    "ops": 2180,
     "pipelines": 4060,
     "sampling": 1160,
     "task": 1145,
-    "adapters": 690,
-    "weights": 1180,
+    "adapters": 720,
+    "weights": 1880,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from chitu_diffusion.evaluation.prompts import ACTORS, COLOURS
 from chitu_diffusion.models.registry import write_metadata
 from chitu_diffusion.models.spec import Defaults
+from chitu_diffusion.weights.hashing import ModelFiles
 from chitu_diffusion.weights.manifest import write_manifest
 from training import autoencoder, denoiser, latents, text
 from training.world import vocabulary_corpus
@@ -147,7 +148,7 @@ def export(run: Path, target: Path) -> None:
     })  # fmt: skip
     sizes = [list(shape) for shape in latents.SHAPES]
     write_metadata(part, "wan-tiny", DEFAULTS, words=known_words(), trained_sizes=sizes)
-    write_manifest(part, "shipped")
+    write_manifest(ModelFiles(part), "shipped")
     if target.exists():
         for kept in ("README.md", "LICENSE"):
             if (target / kept).exists():

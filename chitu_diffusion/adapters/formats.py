@@ -16,7 +16,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from chitu_diffusion.errors import CheckpointError
@@ -99,7 +98,7 @@ class AdapterFile:
                 raise CheckpointError(
                     "an adapter has two tensors for one part of a module", file=path, key=key, found=other
                 )
-        said = _said_alphas(path)
+        said = _said_alphas(self._weights)
         for base, change in self.modules.items():
             if "alpha" in change.keys:
                 change.alpha = self._alpha(change.keys.pop("alpha"))
@@ -123,15 +122,13 @@ class AdapterFile:
         return {part: self._weights.read(key).to(device).float() for part, key in change.keys.items()}
 
 
-def _said_alphas(path: Path) -> Callable[[str], float | None]:
+def _said_alphas(weights: WeightFiles) -> Callable[[str], float | None]:
     """The alpha of a module by what diffusers' and PEFT's savers put into the header."""
-    if path.suffix != ".safetensors":
-        return lambda base: None
+    path = weights.path
     with foreign_data(
         lambda cause: CheckpointError(f"an adapter's header cannot be read: {cause}", file=path)
     ):
-        with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("lora_adapter_metadata")
+        text = weights.metadata.get("lora_adapter_metadata")
         said = parse_json(text) if text else {}
         fields = said if isinstance(said, dict) else {}
     if any(value is True for name, value in fields.items() if name.endswith("use_rslora")):

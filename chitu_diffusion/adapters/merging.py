@@ -2,13 +2,14 @@
 changes, in float32, in place.
 
 What nobody has changed is its own W0, so that a first merge reads nothing; of what was changed W0 comes from
-the model's files again. Nothing is subtracted, so a set that was taken out leaves the very bits. Knows
+the model's files again. Nothing is subtracted, so a set that was taken out leaves the very bits. A packed
+layer has its weight in full while something is merged into it, beside the blocks, which are its W0. Knows
 networks, where their weights lie, and adapters; no tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from chitu_diffusion.adapters.formats import AdapterFile, changed_weight
 from chitu_diffusion.adapters.placing import PlacedChange, Placement, keys_of_second_expert, place
 from chitu_diffusion.errors import CheckpointError, UsageError
+from chitu_diffusion.memory.offload import OffloadManager
+from chitu_diffusion.models.loading import Originals
 from chitu_diffusion.models.wan.transformer import WanConfig, WanTransformer
-from chitu_diffusion.ops.float8_linear import Float8Linear
+from chitu_diffusion.ops.float8_linear import Float8Linear, rows_on
+from chitu_diffusion.ops.fused import Float8Rows
+from chitu_diffusion.ops.packed_linear import PackedLinear
 from chitu_diffusion.task.lora import Lora
 from chitu_diffusion.weights.files import few
 
-ReadParameter = Callable[[str], Tensor]
-"""Our name of a parameter -> its values in the model's files, on the CPU."""
 _Sources = list[tuple[Lora, AdapterFile, PlacedChange]]
 
 
@@ -111,8 +114,9 @@ class AdaptedNetwork:
     Args:
         network: its parameters are written into where they lie.
         device: where sums are computed.
-        places: a parameter -> every copy of it that there is, on the device and at home.
-        original: reads what a parameter was; None for networks made in memory, of which copies are kept.
+        offload: knows every copy of a parameter that there is, on the device and at home.
+        role: the network's name there.
+        originals: what each parameter was; None for networks made in memory, of which copies are kept.
         expert: its index in the model pool.
     """
 
@@ -120,14 +124,16 @@ class AdaptedNetwork:
         self,
         network: WanTransformer,
         device: torch.device,
-        places: Callable[[Tensor], list[Tensor]],
-        original: ReadParameter | None,
+        offload: OffloadManager,
+        role: str,
+        originals: Originals | None,
         expert: int,
     ) -> None:
         self._network = network
         self._device = device
-        self._places = places
-        self._original = original
+        self._offload = offload
+        self._role = role
+        self._originals = originals
         self._expert = expert
         self._kept: dict[str, Tensor] = {}
         self._changed: set[str] = set()
@@ -166,7 +172,9 @@ class AdaptedNetwork:
                     field="lora",
                 )
             differs = differs or not torch.equal(merged, base)
-            self._write(name, merged)
+            if not self._widen(name, merged if name in sources else None):
+                own = None if name in sources else self._originals
+                self._write(name, merged, None if own is None else own.read_float8_rows(name))
             if name not in sources:
                 self._changed.discard(name)
         if not differs:
@@ -202,29 +210,46 @@ class AdaptedNetwork:
     def _base(self, name: str) -> Tensor:
         """What a parameter was, on the device, in the dtype of its network."""
         layer, current = self._holder(name)
+        if isinstance(layer, PackedLinear) and name.endswith(".weight"):
+            return layer.unpacked(_wide_dtype(layer), self._device)
         if name not in self._changed and current is not None:
-            if self._original is None and name not in self._kept:
+            if self._originals is None and name not in self._kept:
                 self._kept[name] = current.detach().to("cpu", copy=True)
             return current.detach().to(self._device)
         if name in self._kept:
             return self._kept[name].to(self._device)
-        if self._original is None:
+        if self._originals is None:
             raise UsageError(
                 f"lora: {name} is there in 8 bits alone; set infer.quant_originals = true", field="lora"
             )
         dtype = current.dtype if current is not None else _wide_dtype(layer)
-        return self._original(name).to(self._device).to(dtype)
+        return self._originals.read(name).to(self._device).to(dtype)
 
-    def _write(self, name: str, merged: Tensor) -> None:
+    def _widen(self, name: str, merged: Tensor | None) -> bool:
+        """Gives a packed layer a weight in full, or with None takes it away. False: the weight is to be
+        written where it is.
+        """
+        layer, current = self._holder(name)
+        if not isinstance(layer, PackedLinear) or not name.endswith(".weight"):
+            return False
+        if merged is not None and current is not None:
+            return False
+        layer.widen(None if merged is None else merged.to(layer.weight_packed.device))
+        self._offload.retake(self._role)
+        return True
+
+    def _write(self, name: str, merged: Tensor, rows: Float8Rows | None = None) -> None:
+        """Puts a value wherever the parameter is kept; `rows` are its 8 bits, where it has its own."""
         layer, current = self._holder(name)
         leaf = name.rpartition(".")[2]
-        rounded = isinstance(layer, Float8Linear) and leaf == "weight"
-        values = layer.rounded(merged) if rounded and isinstance(layer, Float8Linear) else {leaf: merged}
+        values = {leaf: merged}
+        if isinstance(layer, Float8Linear) and leaf == "weight":
+            values = layer.rounded(merged, rows_on(rows, merged.device))
         for part, value in values.items():
             kept = layer._buffers.get(part)
             kept = current if kept is None else kept
             assert kept is not None  # what a layer keeps of a weight is there
-            for copy in self._places(kept):
+            for copy in self._offload.copies(self._role, kept):
                 copy.copy_(value)
 
     def _holder(self, name: str) -> tuple[nn.Module, Tensor | None]:
@@ -235,6 +260,6 @@ class AdaptedNetwork:
 
 
 def _wide_dtype(layer: nn.Module) -> torch.dtype:
-    """In which a layer's weight was before it was rounded to 8 bits: that of its bias."""
+    """In which a layer's weight is, or was before it was rounded to 8 bits: that of its bias."""
     bias = layer._parameters["bias"]
     return torch.float32 if bias is None else bias.dtype

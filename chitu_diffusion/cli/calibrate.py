@@ -36,6 +36,12 @@ def calibrate(args: Args) -> None:
 
     config, _ = args.load_config()
     model = find_model(config, args)
+    if model.required().layout == "files":
+        raise UsageError(
+            f"--model {config.models.name}: what is measured lies in a model's folder, and this is a file; "
+            f"make one with 'chitu models convert {config.models.name} FOLDER'",
+            field="models.name",
+        )
     output = args["output"]
     asked = args.request_fields()
     with args.named():

@@ -210,14 +210,14 @@ def _models(args: Args) -> Iterator[Finding]:
     import torch
 
     from chitu_diffusion.models.loading import check_folder
-    from chitu_diffusion.models.registry import resolve_model
+    from chitu_diffusion.models.registry import model_of, resolve_model
     from chitu_diffusion.models.wan.presets import FULL_SIZE
 
     name = args["model"] or "by the settings"
     try:
         settings, _ = args.load_config()
         name = settings.models.name
-        model = resolve_model(name, settings.models.ckpt_dir)
+        model = model_of(settings.models)
         found, problem = _outlook(settings, model)
     except UsageError as error:
         yield Finding(_SETTINGS, "lack", str(error), "'chitu config show' tells where each came from")

@@ -36,12 +36,29 @@ def find_model(config: EngineConfig, args: Args) -> FoundModel:
         ModelMissingError: no model has that name, or it is not here; the message tells how to get it.
         CheckpointError: its folder cannot be understood.
     """
-    from chitu_diffusion.models.registry import resolve_model
+    from chitu_diffusion.models.registry import model_of
 
     with args.named():
-        model = resolve_model(config.models.name, config.models.ckpt_dir)
+        model = model_of(config.models)
     model.required()
     return model._replace(spec=model.spec.with_sampler(config.infer.sampler))
+
+
+def _say_model(model: FoundModel, quant: str) -> None:
+    """Where it lies; of files that lie apart all of them, and what is stored in 8 bits."""
+    from chitu_diffusion.models.kinds import EXPERT_ROLES
+    from chitu_diffusion.models.loading import open_weights
+
+    folder = model.required()
+    say(f"model   {model.spec.name} in {folder.path}, its files whole")
+    if folder.layout == "files":
+        say(f"        with {', '.join(str(file) for file in folder.files.names if file != folder.path)}")
+    found = {role: open_weights(folder, role).eight_bit for role in folder.components}
+    kinds = {role: {str(each.stored.dtype) for each in weights.values()} for role, weights in found.items()}
+    for role in (role for role in kinds if kinds[role]):
+        said = " and ".join(sorted(kinds[role])).replace("torch.", "")
+        hint = "; --quant fp8 multiplies in 8 bits, lossy" * (role in EXPERT_ROLES and quant == "none")
+        say(f"        {role}: {said} in its file, widened to 16 or 32 bits while loading{hint}")
 
 
 def picked_cache(spec: ModelSpec, args: Args) -> dict[str, Any]:
@@ -241,7 +258,7 @@ def print_plan(
         told = [plan | _outlook_of(outlook) for plan, outlook in zip(plans, outlooks, strict=True)]
         emit("plan", **about, ranks=ranks, quant=quant, attn_schedule=config.infer.attn_schedule, tasks=told)
         return code
-    say(f"model   {spec.name} in {folder}, its files whole")
+    _say_model(model, quant)
     say(f"device  {found.device}, dtype {found.dtype}, memory level {level}, attention {found.attention}")
     say_layout(layout)
     if quant != "none":

@@ -84,6 +84,8 @@ class Flag:
         return expand_home(value) if self.type is Path else value
 
 
+_MODELS = "generate batch calibrate doctor reproduce"
+
 # In the order of the help. The formatter would spread a row over as many lines as it has values.
 # fmt: off
 FLAGS = (
@@ -92,9 +94,20 @@ FLAGS = (
     Flag("-o --output", "batch", "Folder for the videos.", Path, default=Path("outputs"), metavar="DIR"),
     Flag("-o --output", "reproduce", "NAME-again beside the file by default.", Path, metavar="FILE"),
     Flag("-o --output", "calibrate", "Not beside the model, but here.", Path, metavar="DIR"),
-    Flag("--model", "generate batch calibrate doctor reproduce",
-         "A name ('chitu models ls'), a Hugging Face id, or a folder.", setting="models.name",
-         complete=completion.models),
+    Flag("--model", _MODELS,
+         "A name ('chitu models ls'), a Hugging Face id, a folder, or a transformer's file.",
+         setting="models.name", complete=completion.models),
+    Flag("--low-noise-model", f"{_MODELS} models_verify models_convert",
+         "Of a model that is a file: its second expert's.", setting="models.low_noise_model", metavar="FILE"),
+    Flag("--text-encoder", f"{_MODELS} models_verify models_convert",
+         "Likewise; else found in text_encoders/ near it.", setting="models.text_encoder", metavar="FILE"),
+    Flag("--vae", f"{_MODELS} models_verify models_convert", "Likewise; else found in vae/ near it.",
+         setting="models.vae", metavar="FILE"),
+    Flag("--image-encoder", f"{_MODELS} models_verify models_convert",
+         "Likewise; else found in clip_vision/ near it.", setting="models.image_encoder", metavar="FILE"),
+    Flag("--tokenizer", f"{_MODELS} models_verify models_convert",
+         "Likewise; else in the text encoder's file, or near it.", setting="models.tokenizer",
+         metavar="FOLDER"),
     Flag("--prompts", "calibrate", "One prompt a line, twelve or so.", Path, metavar="FILE"),
     Flag("--negative-prompt", "generate batch", "What the video should not be.", field="negative_prompt",
          parse=options.parse_text),
@@ -213,6 +226,11 @@ class Args:
                 names = flag.field.split()
                 fields |= zip(names, value if len(names) > 1 else [value], strict=True)
         return fields
+
+    def settings(self, branch: str) -> dict[str, Any]:
+        """The settings that were typed below a dotted name, by the rest of theirs."""
+        typed = {name: value for flag, _ in self._typed() for name, value in self._settings(flag).items()}
+        return {name.removeprefix(branch): value for name, value in typed.items() if name.startswith(branch)}
 
     def _settings(self, flag: Flag) -> dict[str, Any]:
         """The settings that a flag fills, by dotted name."""

@@ -13,6 +13,7 @@ import typer
 
 from chitu_diffusion.cli import completion
 from chitu_diffusion.cli.console import be_quiet, emit_document, say, size, table
+from chitu_diffusion.cli.flags import Args, takes_flags
 from chitu_diffusion.cli.info import Document
 from chitu_diffusion.errors import (
     ChituError,
@@ -47,8 +48,25 @@ ModelName = Annotated[
 
 
 @models_app.command("ls")
-def models_ls(json_: Document = False) -> int:
-    """List every model by name: what kind, how big, and where it lies on this machine."""
+def models_ls(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[FOLDER]", help="Files of weights below it, not names.")
+    ] = None,
+    json_: Document = False,
+) -> int:
+    """List every model by name: what kind, how big, and where it lies on this machine. With a folder, such as
+    ComfyUI's: what each file of weights in it is.
+    """
+    if folder is not None:
+        from chitu_diffusion.models.single_files import listed_in
+
+        files = listed_in(expand_home(folder))
+        if json_:
+            emit_document([asdict(file) for file in files])
+            return 0
+        lines = [(str(file.path), file.what, file.stored, size(file.bytes)) for file in files]
+        table(("file", "what", "stored as", "on disk"), lines)
+        return 0
     from chitu_diffusion.models.registry import model_names
 
     rows = [_described(name) for name in model_names()]
@@ -127,10 +145,11 @@ def models_pull(
     except Exception as error:
         raise _cannot_fetch(hub_id, error) from error
     if to is not None:
+        from chitu_diffusion.weights.hashing import ModelFiles
         from chitu_diffusion.weights.manifest import downloaded, write_manifest
 
         say("hashing what was fetched ...")
-        write_manifest(Path(folder), "pull", downloaded(Path(folder)))
+        write_manifest(ModelFiles(Path(folder)), "pull", downloaded(Path(folder)))
     say("fetched; 'chitu models verify' checks every tensor and every file's SHA-256")
     if not quiet:
         print(folder)
@@ -138,12 +157,14 @@ def models_pull(
 
 
 @models_app.command("verify")
+@takes_flags
 def models_verify(
+    args: Args,
     model: Annotated[
         str,
         typer.Argument(
-            metavar="NAME|FOLDER",
-            help="A name from 'chitu models ls', or a folder.",
+            metavar="NAME|FOLDER|FILE",
+            help="A name from 'chitu models ls', a folder, or a transformer's file.",
             autocompletion=completion.models,
         ),
     ] = "wan-tiny",
@@ -155,10 +176,11 @@ def models_verify(
     """Check a model: configs, each file's size and SHA-256, each tensor's name and shape. Exit 4 if not
     whole.
     """
-    folder = folder_of(model)
-    from chitu_diffusion.models.convert import verify
+    with args.named():
+        folder = folder_of(model)
+        from chitu_diffusion.models.convert import verify
 
-    findings = verify(folder, deep)
+        findings = verify(folder, deep, args.settings("models."))
     bad = [finding for finding in findings if not finding.ok]
     if json_:
         emit_document({"ok": not bad, "findings": [asdict(finding) for finding in findings]})
@@ -169,12 +191,14 @@ def models_verify(
 
 
 @models_app.command("convert")
+@takes_flags
 def models_convert(
-    model: Annotated[str, typer.Argument(metavar="NAME|FOLDER", help="The model to write anew.")],
+    args: Args,
+    model: Annotated[str, typer.Argument(metavar="NAME|FOLDER|FILE", help="The model to write anew.")],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="A folder that does not exist yet.")],
     layout: Annotated[
         Literal["diffusers", "official"] | None,
-        typer.Option("--layout", help="By default the one that it does not have."),
+        typer.Option("--layout", help="By default the one that it does not have; of files diffusers'."),
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -182,21 +206,26 @@ def models_convert(
     ] = None,
     quiet: Quiet = False,
 ) -> int:
-    """Write a model in the other layout: diffusers' folders, or the official Wan files."""
+    """Write a model in the other layout: diffusers' folders, or the official Wan files. Weights in 8 bits
+    become bfloat16.
+    """
     folder = folder_of(model)
     target = expand_home(target)
     say(f"converting {folder} ...")
     import torch
 
     from chitu_diffusion.models.convert import convert
-    from chitu_diffusion.models.folder import read_folder
+    from chitu_diffusion.models.registry import read_model
 
-    other: Literal["diffusers", "official"] = (
-        "official" if read_folder(folder).layout == "diffusers" else "diffusers"
-    )
+    parts = args.settings("models.")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     try:
-        written = convert(folder, target, layout or other, dtype=dtypes[dtype] if dtype else None)
+        with args.named():
+            other: Literal["diffusers", "official"] = (
+                "official" if read_model(folder, parts).layout == "diffusers" else "diffusers"
+            )
+            kind = dtypes[dtype] if dtype else None
+            written = convert(folder, target, layout or other, dtype=kind, parts=parts)
     except OSError as error:
         raise OutputError(
             f"cannot write {target}: {error.strerror or error}; choose another place"
@@ -208,14 +237,14 @@ def models_convert(
 
 
 def folder_of(model: str) -> Path:
-    """Where a model's weights lie on this machine.
+    """Where a model's weights lie on this machine: its folder, or its transformer's file.
 
     Raises:
         ModelMissingError: no model has that name, or it is known, but not here.
     """
-    from chitu_diffusion.models.registry import folder_named, resolve_model
+    from chitu_diffusion.models.registry import place_named, resolve_model
 
-    if (named := folder_named(model)) is not None:
+    if (named := place_named(model)) is not None:
         return named
     return resolve_model(model).required().path
 

@@ -26,7 +26,7 @@ from chitu_diffusion.evaluation.workers import Workers
 from chitu_diffusion.files.atomic import write_text
 from chitu_diffusion.files.reading import cause, read_text
 from chitu_diffusion.flexcache.registry import parse_setting, parse_strategy
-from chitu_diffusion.models.registry import resolve_model
+from chitu_diffusion.models.registry import model_of
 from chitu_diffusion.pipelines.request import parse_seeds
 
 SETTINGS = (
@@ -176,7 +176,7 @@ def evaluate(
 
 def _calibration_of(config: EngineConfig) -> str:
     """A name for what the model's caches rest on."""
-    spec, _ = resolve_model(config.models.name, config.models.ckpt_dir)
+    spec, _ = model_of(config.models)
     found = spec.calibration
     if found is None:
         return ""

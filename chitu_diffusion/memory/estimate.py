@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 _TILE = 32
-_NEIGHBOURS = 15  # cells that the encoder sees around a tile of it
-"""Latent cells along a side of a decode's largest tiles."""
+"""Latent cells along a side of the largest tiles."""
+_NEIGHBOURS = 15
+"""Of a tile, on both sides together, that the encoder sees."""
 _DECODER_COPIES = 20
 """Feature maps of full size and width alive at once in the VAE's last stage; fitted to `AutoencoderKLWan` on
 an H100.

@@ -12,8 +12,9 @@ highest level. It knows modules and devices; not what the modules compute, nor t
               computes
 
 Weights do not change here, so that going home is free after the first time: the copy in main memory stays
-and the one on the device is dropped; whoever changes one writes into all of its `copies`. Where the device is
-the CPU, home and device are one and parts do not move; blocks are streamed all the same.
+and the one on the device is dropped; whoever changes one writes into all of its `copies`, and who gives a
+part other tensors says so (`retake`). Where the device is the CPU, home and device are one and parts do not
+move; blocks are streamed all the same.
 """
 
 from __future__ import annotations
@@ -66,6 +67,12 @@ class PinnedMemory:
         code = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0)
         if int(code) == 0:
             self._locked.append(tensor)
+
+    def unlock(self, tensor: Tensor) -> None:
+        """Let go of a tensor that nobody will copy any more."""
+        gone = [locked for locked in self._locked if locked is tensor]
+        self._locked[:] = [locked for locked in self._locked if locked is not tensor]
+        _unlock(gone)
 
 
 def _unlock(locked: list[Tensor]) -> None:
@@ -124,6 +131,12 @@ class OffloadedModule:
     def is_on_device(self) -> bool:
         """Whether every tensor is there."""
         return not any(self._is_home(tensor) for tensor in self._tensors())
+
+    def retake(self) -> None:
+        """Its tensors are others now: forget where those that are gone have their home."""
+        self._there = None
+        for tensor in self.home.keys() - set(tensors_of(self.module)):
+            self._memory.unlock(self.home.pop(tensor))
 
     def _tensors(self) -> list[Tensor]:
         # weights that this process does not have are nowhere and stay there
@@ -215,6 +228,12 @@ class BlockPrefetcher:
         self._slots = []
         self._filled = []
         self._freed = []
+
+    def unlock(self, memory: PinnedMemory) -> None:
+        """Give the slots back, and unlock the buffers; tensors lie in them still."""
+        self.release()
+        for buffer in self._buffers:
+            memory.unlock(buffer)
 
     def _collect(self, block: nn.Module, memory: PinnedMemory, home: dict[Tensor, Tensor]) -> None:
         places = []
@@ -369,6 +388,12 @@ class OffloadManager:
         home = self._parts[name].home.get(tensor)
         here = tensor.data
         return [here] if home is None or home.data_ptr() == here.data_ptr() else [here, home]
+
+    def retake(self, name: str) -> None:
+        """A part has other tensors than before; to be told between two uses."""
+        if (stream := self._streams.pop(name, None)) is not None:
+            stream.unlock(self._memory)
+        self._parts[name].retake()
 
     def close(self) -> None:
         """Unlock main memory and drop the slots."""

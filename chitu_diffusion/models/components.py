@@ -7,18 +7,18 @@ networks the engine's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from chitu_diffusion.config import EngineConfig, cache_dir
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.models.folder import ModelFolder
 from chitu_diffusion.models.kinds import EXPERT_ROLES, PARTS, PartKind, Role
-from chitu_diffusion.models.loading import load_part, parameter_reader, weight_files
+from chitu_diffusion.models.loading import Originals, load_part, weight_files
 from chitu_diffusion.models.registry import FoundModel
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.image_encoder import ImageEncoder
@@ -45,7 +45,7 @@ class Networks:
         scheduler: the checkpoint's `scheduler_config.json`.
         folder: where the weights came from, and which bytes they are; None for networks made in memory.
         config_sha256: of configs and tokenizer, likewise.
-        originals: of transformers from files: a reader of a parameter's stored values, by our name.
+        originals: of transformers from files: what each parameter was.
     """
 
     spec: ModelSpec
@@ -53,7 +53,7 @@ class Networks:
     scheduler: Mapping[str, Any]
     folder: LoadedFolder | None = None
     config_sha256: str | None = None
-    originals: Mapping[Role, Callable[[str], Tensor]] = field(default_factory=dict)
+    originals: Mapping[Role, Originals] = field(default_factory=dict)
 
     @property
     def experts(self) -> Sequence[WanTransformer]:
@@ -149,14 +149,12 @@ def load_networks(
         "denoiser": _HOME if level >= 3 else device,
         "decoder": device,
     }
-    loaded = LoadedFolder(folder.path, weight_files(folder), cache_dir())
+    loaded = LoadedFolder(folder.files, weight_files(folder), cache_dir())
     try:
         parts = {
             role: _part(args, folder, role, place[PARTS[role].kind], dtype) for role in folder.components
         }
-        originals = {
-            role: parameter_reader(folder, role) for role in EXPERT_ROLES if role in folder.components
-        }
+        originals = {role: Originals(folder, role) for role in EXPERT_ROLES if role in folder.components}
         loaded.settle()
     except BaseException:
         loaded.close()
@@ -165,7 +163,8 @@ def load_networks(
 
 
 def networks_without_weights(args: EngineConfig, model: FoundModel, dtype: torch.dtype) -> Networks:
-    """What `load_networks` gives, on the meta device: every size, no values. Reads configs and tokenizer.
+    """What `load_networks` gives, on the meta device: every size, no values. Reads configs, tokenizer
+    and headers of GGUF files.
 
     Raises:
         ModelError, UsageError: as `load_networks`, but for what the weights' files hold.
@@ -182,4 +181,5 @@ def _part(
         dtype = torch.bfloat16
     if role == "image_encoder":
         dtype = torch.float32  # as diffusers' own examples: it runs once
-    return load_part(folder, role, device=device, dtype=dtype, float8=float8_plan(args))
+    plan = float8_plan(args)
+    return load_part(folder, role, device=device, dtype=dtype, float8=plan, packed=args.infer.packed)

@@ -30,13 +30,13 @@ from chitu_diffusion.models.folder import (
     read_json,
 )
 from chitu_diffusion.models.kinds import PARTS, Role
-from chitu_diffusion.models.loading import blueprint, check_part, open_weights, tokenizer_of
-from chitu_diffusion.models.registry import spec_of_folder
+from chitu_diffusion.models.loading import blueprint, check_part, names_in, open_weights, tokenizer_of
+from chitu_diffusion.models.registry import read_model, spec_of_folder
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.image_encoder_files import official_image_tensors
 from chitu_diffusion.sampling.solvers import Sampler
 from chitu_diffusion.weights.files import few
-from chitu_diffusion.weights.hashing import write_json
+from chitu_diffusion.weights.hashing import ModelFiles, write_json
 from chitu_diffusion.weights.loader import match_names, save_weights
 from chitu_diffusion.weights.manifest import Manifest, problem_with, read_manifest, write_manifest
 
@@ -63,24 +63,25 @@ class PartCheck:
     message: str
 
 
-def verify(path: str | Path, deep: bool = False) -> list[PartCheck]:
-    """Checks a model's folder: configs, each file's size, every tensor's name, shape and dtype, and all
+def verify(path: str | Path, deep: bool = False, parts: Mapping[str, str] | None = None) -> list[PartCheck]:
+    """Checks a model: configs, each file's size, every tensor's name, shape and dtype, and all
     files' SHA-256 where a manifest, or the hub's cache, says what they should be.
 
     Args:
-        path: the folder, in either layout.
+        path: the folder, in either layout, or the transformer's file.
         deep: also read every value and look for NaN and Inf.
+        parts: of a file, as for `resolve_model`.
 
     Returns:
         One finding for each part; a folder that is no model at all gives a single bad one.
     """
     try:
-        folder = read_folder(path)
+        folder = read_model(Path(path), parts)
         spec = spec_of_folder(folder)
     except ChituError as error:
         return [PartCheck("folder", Path(path), False, str(error))]
     try:
-        manifest = read_manifest(folder.path, cache_dir())
+        manifest = read_manifest(folder.files, cache_dir())
     except ChituError as error:
         return [PartCheck("manifest", folder.path, False, str(error))]
     said = f"{spec.name}, {folder.layout} layout, "
@@ -99,11 +100,11 @@ def verify(path: str | Path, deep: bool = False) -> list[PartCheck]:
             problem = str(error)
         return PartCheck(part, place, problem is None, problem or message)
 
-    findings = [checked("folder", folder.path, lambda: said)]
+    findings = [checked("folder" if folder.layout != "files" else "files", folder.path, lambda: said)]
     for role, component in folder.components.items():
         findings.append(checked(role, component.weights, partial(_verified, folder, role, deep)))
     findings.append(checked("tokenizer", folder.tokenizer, lambda: f"{len(tokenizer_of(folder))} pieces"))
-    place = folder.path / "scheduler"
+    place = folder.note if folder.layout == "files" else folder.path / "scheduler"
     findings.append(checked("scheduler", place, lambda: f"shift {_sampler_of(folder, spec).shift:g}"))
     shown = folder.preprocessing
     if shown is not None:
@@ -127,6 +128,7 @@ def convert(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 2**30,
+    parts: Mapping[str, str] | None = None,
 ) -> ModelFolder:
     """Writes a model anew in a layout.
 
@@ -134,12 +136,13 @@ def convert(
     keeps what its layout has no room for, so that turning a model round and back loses nothing.
 
     Args:
-        source: a model's folder, in either layout.
+        source: a model's folder, in either layout, or its transformer's file.
         target: must not exist yet.
         layout: "diffusers" or "official".
         dtype: of the stored weights; None keeps each tensor's own. What the network keeps in float32 stays
             so.
         max_shard_bytes: of one safetensors file's values.
+        parts: of a file, as for `resolve_model`.
 
     Raises:
         UsageError: the target exists, or an unknown layout.
@@ -150,7 +153,7 @@ def convert(
         raise UsageError(f"layout = {layout!r}: use 'diffusers' or 'official'", field="layout")
     if target.exists():
         raise UsageError(f"{target} exists already; name a folder that does not", field="target")
-    folder = read_folder(source)
+    folder = read_model(Path(source), parts)
     spec_of_folder(folder)
     _check_room(folder, target, dtype)
     with new_folder(target) as part:
@@ -166,7 +169,7 @@ def convert(
             (part / "scheduler").mkdir()
             write_json(part / "scheduler" / "scheduler_config.json", dict(folder.scheduler))
         _write_metadata(folder, part, layout)
-        write_manifest(part, "convert")
+        write_manifest(ModelFiles(part), "convert")
     return read_folder(target)
 
 
@@ -220,12 +223,14 @@ def _sampler_of(folder: ModelFolder, spec: ModelSpec) -> Sampler:
 
 def _bytes_of(folder: ModelFolder, part: str, manifest: Manifest) -> str | None:
     """What is wrong with a part's files by the manifest, None for nothing."""
-    names = [name for name in manifest.files if _part_of(folder, folder.path / name) == part]
-    return problem_with(folder.path, names, manifest)
+    names = [name for name in manifest.files if _part_of(folder, folder.files.file(name)) == part]
+    return problem_with(folder.files, names, manifest)
 
 
 def _part_of(folder: ModelFolder, file: Path) -> str:
     """The part that a file belongs to; in the official layout several lie side by side."""
+    if folder.layout == "files":
+        return folder.files.name(file)
     for role, component in folder.components.items():
         shared = component.weights == folder.path
         inside = file.parent == component.weights
@@ -245,8 +250,8 @@ def _verified(folder: ModelFolder, role: Role, deep: bool) -> str:
         CheckpointError: it is not whole.
     """
     weights, names = check_part(folder, role)
-    kinds = sorted({str(stored.dtype).removeprefix("torch.") for stored in weights.entries.values()})
-    total = sum(stored.bytes for stored in weights.entries.values())
+    kinds = sorted({stored.packing or str(stored.dtype).removeprefix("torch.") for stored in weights.on_disk})
+    total = sum(stored.packed_bytes or stored.bytes for stored in weights.on_disk)
     if deep:
         for key in names.values():
             if not torch.isfinite(weights.read(key)).all():
@@ -270,7 +275,7 @@ def _write_component(
     config = dict(folder.components[role].config)
     plan = blueprint(folder, role)
     weights = open_weights(folder, role, mapped=False)  # which may change under a long work
-    stored = match_names(plan.shapes(), weights, names=plan.names(folder.layout), ties=plan.ties)
+    stored = match_names(plan.shapes(), weights, names=names_in(weights, folder, plan), ties=plan.ties)
     new_names = plan.official if layout == "official" else {name: name for name in stored}
     keys = {new_names[name]: key for name, key in stored.items()}
 
@@ -280,10 +285,10 @@ def _write_component(
     keep = {new_names[name] for name in stored if not set(name.split(".")).isdisjoint(plan.keep_float32)}
     official = folder.kind.official_file(role)
     if layout == "official" and official is not None:
-        tensors = {name: read(name) for name in keys}
-        if role == "image_encoder":
-            tensors = official_image_tensors(tensors)
-        _write_torch_file(place / official, tensors, dtype)
+        kinds = {name: dtype or weights.entries[key].dtype for name, key in keys.items()}
+        # copies: torch.save would write the whole storage behind a view, and that may be the source's file
+        tensors = {name: read(name).to(kind, copy=True) for name, kind in kinds.items()}
+        torch.save(official_image_tensors(tensors) if role == "image_encoder" else tensors, place / official)
         return
     if layout == "official":
         two = "transformer_2" in folder.components
@@ -301,11 +306,6 @@ def _write_component(
         empty, home, part.stem, dtype=dtype, keep_float32=keep, max_shard_bytes=max_shard_bytes, read=read
     )
     write_json(home / "config.json", config)
-
-
-def _write_torch_file(file: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
-    # copies: torch.save would write the whole storage behind a view, and that may be the source's whole file
-    torch.save({name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in tensors.items()}, file)
 
 
 def _write_metadata(folder: ModelFolder, place: Path, layout: Layout) -> None:

@@ -39,8 +39,10 @@ from chitu_diffusion.models.kinds import (
     kind_named,
 )
 from chitu_diffusion.models.wan.vae_22 import VAE_22
+from chitu_diffusion.weights.hashing import ModelFiles
 
-Layout = Literal["diffusers", "official"]
+Layout = Literal["diffusers", "official", "files"]
+"""Of a whole model; "files" are each a network alone, or one with all of them, wherever they lie."""
 
 METADATA_FILE = "chitu.json"
 TOKENIZER_FOLDER = "google/umt5-xxl"
@@ -108,7 +110,7 @@ _OFFICIAL_FIELDS = {
     "cross_attn_norm": "cross_attn_norm",
 }
 
-_LIMITS: Mapping[Role, Mapping[str, limits.Limit]] = {
+LIMITS: Mapping[str, Mapping[str, limits.Limit]] = {
     "transformer": limits.TRANSFORMER,
     "transformer_2": limits.TRANSFORMER,
     "vae": limits.VAE,
@@ -128,11 +130,13 @@ class Component:
         role: its folder's name in diffusers' layout.
         weights: a file, or the folder that holds the weights' files.
         config: its config in diffusers' (for the text encoder: transformers') words, in either layout.
+        within: in a file with several networks, what the names of this one begin with.
     """
 
     role: Role
     weights: Path
     config: Mapping[str, Any]
+    within: str = ""
 
     @property
     def part(self) -> Part:
@@ -145,8 +149,8 @@ class ModelFolder:
     """A model on disk.
 
     Attributes:
-        path: the folder.
-        layout: "diffusers" or "official".
+        path: the folder; in layout "files" the (high-noise) transformer's file.
+        layout: see `Layout`.
         kind: what it makes of what.
         components: by role; "transformer_2" only where there are two experts ("transformer" is the high-noise
             one).
@@ -166,6 +170,21 @@ class ModelFolder:
     boundary_ratio: float | None
     metadata: Mapping[str, Any]
     preprocessing: ImagePreprocessing | None = None
+
+    @property
+    def files(self) -> ModelFiles:
+        """Its files, as manifests and hashes name them: those that lie apart by what they are for."""
+        apart = self.components.values() if self.layout == "files" else ()
+        return ModelFiles(self.path, {part.weights: part.role for part in reversed([*apart])})
+
+    @property
+    def note(self) -> Path:
+        """Where `metadata` lies, or would."""
+        return (
+            self.path.with_suffix(f".{METADATA_FILE}")
+            if self.layout == "files"
+            else self.path / METADATA_FILE
+        )
 
     def names(self) -> list[str]:
         """What it and its transformers' files are called, and the hub's repository whose cache it lies in."""
@@ -221,6 +240,12 @@ def read_folder(path: str | Path) -> ModelFolder:
         return _read_folder(folder)
 
 
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder holds a whole model, in either layout."""
+    marks = ("model_index.json", "config.json", EXPERT_FOLDERS[0])
+    return any((folder / mark).exists() for mark in marks)
+
+
 def _read_folder(folder: Path) -> ModelFolder:
     if not folder.is_dir():
         raise ModelMissingError(
@@ -271,7 +296,7 @@ def _read_diffusers(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
         config = read_json(folder / role / "config.json")
         if part.library == "diffusers":
             _expect_class(folder / role / "config.json", config, part.class_name)
-        limits.check_limits(config, _LIMITS[role], folder / role / "config.json")
+        limits.check_limits(config, LIMITS[role], folder / role / "config.json")
         for key in _NEEDED.get(role, ()):
             if key not in config:  # diffusers would take another model's
                 raise CheckpointError(
@@ -309,40 +334,57 @@ def _read_official(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
         if kind is IMAGE_TO_VIDEO and len(experts) == 1:
             config |= _image_fields(place / "config.json", config, metadata)
         components[role] = Component(role, place, config)
-    single: dict[Role, Mapping[str, Any]] = {
-        "vae": VAE_22 if kind.token_times else _VAE_CONFIG,
-        "text_encoder": _TEXT_CONFIG,
-    }
-    preprocessing = None
-    if components["transformer"].config.get("image_dim") is not None:
-        single["image_encoder"] = _IMAGE_ENCODER_CONFIG
-        noted = _table(folder, metadata, "image_processor", {})
-        preprocessing = ImagePreprocessing.from_json(noted, folder / METADATA_FILE)
-    for role, usual in single.items():
+    note = folder / METADATA_FILE
+    for role, usual in usual_configs(kind, components["transformer"].config).items():
         file = kind.official_file(role)
-        table = _table(folder, metadata, role, usual)
-        limits.check_limits(table, _LIMITS[role], folder / METADATA_FILE)
+        table = checked_table(note, metadata, role, usual)
         components[role] = Component(role, folder / str(file), table)
-    limits.check_limits(metadata, limits.BOUNDARY, folder / METADATA_FILE)
-    two = len(experts) == 2
-    shift = kind.flow_shift if two else 5.0  # wan/configs of Wan2.1
-    scheduler = _table(folder, metadata, "scheduler", {**_SCHEDULER_CONFIG, "flow_shift": shift})
-    boundary = metadata.get("boundary_ratio", kind.boundary_ratio) if two else None
+    limits.check_limits(metadata, limits.BOUNDARY, note)
+    scheduler = checked_table(note, metadata, "scheduler", usual_scheduler(kind, len(experts)))
+    boundary = metadata.get("boundary_ratio", kind.boundary_ratio) if len(experts) == 2 else None
     place = folder / TOKENIZER_FOLDER
+    preprocessing = noted_preprocessing(note, metadata) if "image_encoder" in components else None
     return ModelFolder(
         folder, "official", kind, components, place, scheduler, boundary, metadata, preprocessing
     )
 
 
-def _table(
-    folder: Path, metadata: Mapping[str, Any], key: str, usual: Mapping[str, Any]
+def usual_configs(kind: ModelKind, transformer: Mapping[str, Any]) -> Mapping[Role, Mapping[str, Any]]:
+    """Of the parts beside a transformer, with its config, that every published model of a kind has alike."""
+    vae = VAE_22 if kind.token_times else _VAE_CONFIG
+    configs: dict[Role, Mapping[str, Any]] = {"vae": vae, "text_encoder": _TEXT_CONFIG}
+    return (
+        configs
+        if transformer.get("image_dim") is None
+        else {**configs, "image_encoder": _IMAGE_ENCODER_CONFIG}
+    )
+
+
+def usual_scheduler(kind: ModelKind, experts: int) -> Mapping[str, Any]:
+    """The scheduler's config where nothing names one."""
+    # wan/configs of Wan2.1
+    return {**_SCHEDULER_CONFIG, "flow_shift": kind.flow_shift if experts == 2 else 5.0}
+
+
+def noted_preprocessing(note: Path, metadata: Mapping[str, Any]) -> ImagePreprocessing:
+    """Of pictures, as `metadata`, of the file `note`, has it, or CLIP's own."""
+    return ImagePreprocessing.from_json(checked_table(note, metadata, "image_processor", {}), note)
+
+
+def checked_table(
+    note: Path, metadata: Mapping[str, Any], key: str, usual: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """A part's config out of `chitu.json`, or the usual one."""
+    """A part's config as `metadata`, of the file `note`, has it, or the usual one; within limits.
+
+    Raises:
+        CheckpointError: it cannot be used.
+    """
     table = metadata.get(key, usual)
     if not isinstance(table, Mapping):
         raise CheckpointError(
-            "a note cannot be used", file=folder / METADATA_FILE, key=key, expected="{...}", found=repr(table)
+            "a note cannot be used", file=note, key=key, expected="{...}", found=repr(table)
         )
+    limits.check_limits(table, LIMITS.get(key, {}), note)
     return table
 
 

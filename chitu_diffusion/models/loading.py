@@ -33,7 +33,9 @@ from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_enco
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanConfig, WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE, build_vae
 from chitu_diffusion.ops.float8_linear import Float8Plan, float8_weights, to_float8
-from chitu_diffusion.weights.files import locate
+from chitu_diffusion.ops.fused import Float8Rows
+from chitu_diffusion.ops.packed_linear import PackedLinear, names_of, pack_layers, packed_weights
+from chitu_diffusion.weights.files import GGUF_ENDING, locate
 from chitu_diffusion.weights.loader import LoadProgress, Transform, WeightFiles, load_into, match_names
 
 Device = torch.device | str
@@ -85,7 +87,8 @@ def blueprint(folder: ModelFolder, role: Role, dtype: torch.dtype | None = None)
 
 
 def _unusable(folder: ModelFolder, role: Role, cause: str) -> CheckpointError:
-    return CheckpointError(f"the config of the {role} cannot be used: {cause}", file=folder.path / role)
+    place = folder.components[role].weights
+    return CheckpointError(f"the config of the {role} cannot be used: {cause}", file=place)
 
 
 def _vae(config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:
@@ -158,10 +161,12 @@ def load_part(
     dtype: torch.dtype | None = None,
     progress: LoadProgress | None = None,
     float8: Float8Plan | None = None,
+    packed: bool = False,
 ) -> nn.Module:
     """A part of a model with its weights.
 
-    On the meta device nothing is read: sizes without weights, for a rank that does not run it.
+    On the meta device nothing but a GGUF file's header is read: sizes without weights, for a rank that does
+    not run it.
 
     Args:
         folder: of `read_folder`.
@@ -169,25 +174,37 @@ def load_part(
         device, dtype: where and as what; None keeps the stored dtype. `KEEP_FLOAT32` stays float32.
         progress: called with (bytes read, bytes in all).
         float8: which linear layers of a transformer are rounded to 8 bits, each as soon as it is read.
+        packed: whether a transformer's other linear layers keep the packed blocks of a GGUF file.
 
     Raises:
         CheckpointError: files or tensors that are not what the config says.
         UsageError: a plan for 8 bits that does not fit the network.
     """
-    network = _loaded(folder, role, device, dtype, progress, float8)
+    network = _loaded(folder, role, device, dtype, progress, float8, packed)
     return _WRAPPERS[role](network, folder).eval() if role in _WRAPPERS else network
 
 
-def parameter_reader(folder: ModelFolder, role: Role) -> Callable[[str], Tensor]:
-    """Opens a part's files, and gives the stored values of one parameter by our name, on the CPU; they may be
-    read for as long as the reader is held.
+class Originals:
+    """A part's files, open for as long as this is held: what each parameter was, by our name.
 
     Raises:
         CheckpointError: missing or damaged files.
     """
-    weights = open_weights(folder, role)
-    names = blueprint(folder, role).names(folder.layout)
-    return lambda name: weights.read(names.get(name, name))
+
+    def __init__(self, folder: ModelFolder, role: Role) -> None:
+        self._weights = open_weights(folder, role)
+        plan = blueprint(folder, role)
+        self._names = names_in(self._weights, folder, plan)
+        match_names(plan.shapes(), self._weights, names=self._names, ties=plan.ties)
+
+    def read(self, name: str) -> Tensor:
+        """A parameter's values, on the CPU; those stored in 8 bits or in blocks in float32."""
+        return self._weights.read(self._names.get(name, name))
+
+    def read_float8_rows(self, name: str) -> Float8Rows | None:
+        """Of a weight that is stored in rows of 8 bits, these; see `WeightFiles.read_float8_rows`."""
+        found = self._weights.read_float8_rows(self._names.get(name, name))
+        return None if found is None else Float8Rows(*found)
 
 
 def load_transformer(
@@ -221,7 +238,13 @@ def open_weights(folder: ModelFolder, role: Role, *, mapped: bool = True) -> Wei
     """
     component = folder.components[role]
     part = component.part
-    files = WeightFiles(component.weights, part.stem, shards_first=_shards_first(component), mapped=mapped)
+    files = WeightFiles(
+        component.weights,
+        part.stem,
+        shards_first=_shards_first(component),
+        mapped=mapped,
+        within=component.within,
+    )
     return ImageEncoderFiles(files) if role == "image_encoder" else files
 
 
@@ -236,7 +259,19 @@ def check_part(folder: ModelFolder, role: Role) -> tuple[WeightFiles, Mapping[st
     """
     weights = open_weights(folder, role)
     plan = blueprint(folder, role)
-    return weights, match_names(plan.shapes(), weights, names=plan.names(folder.layout), ties=plan.ties)
+    return weights, match_names(plan.shapes(), weights, names=names_in(weights, folder, plan), ties=plan.ties)
+
+
+def names_in(weights: WeightFiles, folder: ModelFolder, plan: Blueprint) -> Mapping[str, str]:
+    """{parameter: name in these files}: those of the folder's layout, unless more of the other's are there,
+    as in files that people made for other programs.
+    """
+    own = plan.names("official" if folder.layout == "official" else "diffusers")
+    other = plan.names("diffusers" if folder.layout == "official" else "official")
+    found, others = (
+        sum(names.get(name, name) in weights.entries for name in plan.official) for names in (own, other)
+    )
+    return own if found >= others else other
 
 
 def check_folder(folder: ModelFolder) -> None:
@@ -285,28 +320,49 @@ def _loaded(
     dtype: torch.dtype | None,
     progress: LoadProgress | None,
     float8: Float8Plan | None = None,
+    packed: bool = False,
 ) -> nn.Module:
     plan = blueprint(folder, role, dtype)
-    eight_bit = (
-        to_float8(list(plan.module.blocks), float8)
-        if float8 is not None and isinstance(plan.module, WanTransformer)
-        else []
-    )
+    transformer = plan.module if isinstance(plan.module, WanTransformer) else None
+    eight_bit = [] if transformer is None or float8 is None else to_float8(list(transformer.blocks), float8)
+    in_blocks = [] if transformer is None or not packed else _pack(folder, role, plan)
     if torch.device(device).type == "meta":
         network = nn.Module.to(plan.module, dtype).eval().requires_grad_(False)  # diffusers' own warns
-        for layer in eight_bit:
-            layer.quantise_weight()
+        for rounded in eight_bit:
+            rounded.quantise_weight()
+        for layer in in_blocks:
+            layer.forget_values()
         return network
-    transforms: list[Transform] = [float8_weights(plan.module)] if eight_bit else []
+    transforms: list[Transform] = []
+    if eight_bit:
+        transforms.append(float8_weights(plan.module, Originals(folder, role).read_float8_rows))
+    if in_blocks:
+        transforms.append(packed_weights(plan.module))
+    weights = open_weights(folder, role)
     load_into(
         plan.module,
-        open_weights(folder, role),
+        weights,
         device=device,
         dtype=dtype,
         keep_float32=plan.keep_float32,
-        names=plan.names(folder.layout),
+        names=names_in(weights, folder, plan),
         ties=plan.ties,
         progress=progress,
         transforms=transforms,
+        packed=names_of(plan.module, in_blocks),
     )
     return plan.module.eval().requires_grad_(False)
+
+
+def _pack(folder: ModelFolder, role: Role, plan: Blueprint) -> list[PackedLinear]:
+    """Readies the linear layers of the blocks whose weights are packed in a GGUF file, if there is one."""
+    place = folder.components[role].weights
+    if place.suffix != GGUF_ENDING and not any(place.glob(f"*{GGUF_ENDING}")):
+        return []
+    weights, names = check_part(folder, role)
+    packings = {
+        name: packing
+        for name, key in names.items()
+        if name.startswith("blocks.") and (packing := weights.entries[key].packing) is not None
+    }
+    return pack_layers(plan.module, packings)

@@ -11,13 +11,13 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chitu_diffusion.errors import CheckpointError, ModelMissingError, UsageError, nearest
 from chitu_diffusion.files.atomic import write_text
 from chitu_diffusion.flexcache.calibration import Calibration, read_calibration
 from chitu_diffusion.flexcache.schedule import NOTHING_MEASURED, Measured
-from chitu_diffusion.models.folder import METADATA_FILE, ModelFolder, read_folder
+from chitu_diffusion.models.folder import METADATA_FILE, ModelFolder, is_model_folder, read_folder
 from chitu_diffusion.models.hub_cache import cached_folder, read_whole
 from chitu_diffusion.models.kinds import EXPERT_ROLES, IMAGE_TO_VIDEO
 from chitu_diffusion.models.limits import MOST_MEASURED, MOST_SHIFT, Limit, check_limits
@@ -28,6 +28,9 @@ from chitu_diffusion.sampling.noise_levels import TRAINED_STEPS, is_falling
 from chitu_diffusion.sampling.recipes import NO_RECIPE, recipe_named, recipe_of_names
 from chitu_diffusion.sampling.registry import SOLVERS
 from chitu_diffusion.task.params import MAX_PROMPT
+
+if TYPE_CHECKING:
+    from chitu_diffusion.config import ModelSettings
 
 logger = logging.getLogger(__name__)
 
@@ -64,71 +67,94 @@ def model_names() -> list[str]:
     return [TINY, *FULL_SIZE]
 
 
-def resolve_model(name: str, ckpt_dir: str | Path | None = None) -> FoundModel:
+def model_of(settings: ModelSettings) -> FoundModel:
+    """The model that settings name; see `resolve_model`."""
+    parts = settings.model_dump(exclude={"name", "ckpt_dir"}, exclude_none=True)
+    return resolve_model(settings.name, settings.ckpt_dir, parts)
+
+
+def resolve_model(
+    name: str, ckpt_dir: str | Path | None = None, parts: Mapping[str, str] | None = None
+) -> FoundModel:
     """The model that a name, a Hugging Face id or a folder means, and where its weights lie.
 
     Args:
-        name: one of `model_names()`, a hub id of one, or a folder in either layout; names in any letter case.
-        ckpt_dir: the weights' folder, where it is not the shipped one or the hub's cache.
+        name: one of `model_names()`, a hub id of one, a folder in either layout, or a transformer's file;
+            names in any letter case.
+        ckpt_dir: the weights' folder or file, where it is not the shipped one or the hub's cache.
+        parts: where parts of a model lie whose transformer is a file, as in `ModelSettings`.
 
     Returns:
         the spec, and the folder, or None if the model is not on this machine.
 
     Raises:
-        UsageError: the name of a single file; says what is in it.
+        UsageError: a file that is no transformer's; says what is in it. Parts of a model that is whole.
         ModelMissingError: a name that is none of these; names the nearest.
         ModelMissingError, CheckpointError: the folder holds no readable model, or one of other sizes than
             `name` has; a download that was broken off.
     """
     spec = full_size_named(name)
     if ckpt_dir is not None:
-        path = folder_named(ckpt_dir)
+        path = place_named(ckpt_dir)
         if path is None:
             raise ModelMissingError(
                 f"there is no folder {ckpt_dir}; 'chitu models ls' shows the models on this machine"
             )
-        return _checked_against(spec, _found(path, spec))
+        return _checked_against(spec, _found(path, parts, spec))
     if spec is not None:
         cached = cached_folder(spec.hub_ids)
         if cached is None:
             return FoundModel(spec, None)
+        _refuse_parts(name, parts)
         return _checked_against(spec, _model_in(read_whole(cached, spec.name), spec))
-    path = ASSETS / TINY if name.lower() == TINY else folder_named(name)
+    path = ASSETS / TINY if name.lower() == TINY else place_named(name)
     if path is not None:
-        return _found(path)
-    if is_file(name):
-        from chitu_diffusion.weights.files import describe_file
-
-        raise UsageError(
-            f"models.name = {name!r} is {describe_file(Path(name).expanduser())}. A model is a folder with "
-            "its transformer, VAE, text encoder and tokenizer: name that folder",
-            field="models.name",
-        )
+        return _found(path, parts)
     known = [*model_names(), *(hub for full in FULL_SIZE.values() for hub in full.hub_ids)]
     raise ModelMissingError(
         f"models.name = {name!r}: no such model or folder.{nearest(name, known)}", field="models.name"
     )
 
 
-def folder_named(name: str | Path) -> Path | None:
-    """The folder that a name means, if there is one; '~' is the home folder."""
+def place_named(name: str | Path) -> Path | None:
+    """The folder or file that a name means, if there is one; '~' is the home folder."""
     try:
-        folder = Path(name).expanduser()
-        return folder if folder.is_dir() else None
-    except (OSError, RuntimeError):  # no such user's home, or a name that no file system takes
+        place = Path(name).expanduser()
+        return place if place.is_dir() or place.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # no such user's home, or a name that no file system takes
         return None
 
 
-def is_file(name: str | Path) -> bool:
-    """Whether a name means a file, not a folder."""
-    try:
-        return Path(name).expanduser().is_file()
-    except (OSError, RuntimeError, ValueError):
-        return False
+def read_model(path: Path, parts: Mapping[str, str] | None = None) -> ModelFolder:
+    """The model in a folder, or of a transformer's file.
+
+    Args:
+        parts: as for `resolve_model`.
+
+    Raises:
+        UsageError, ModelMissingError, CheckpointError: as `resolve_model`.
+    """
+    path = path.expanduser()
+    if not path.is_file() and (is_model_folder(path) or not path.is_dir()):
+        _refuse_parts(path, parts)
+        return read_folder(path)
+    from chitu_diffusion.models.single_files import holds_files, read_files
+
+    if path.is_file() or holds_files(path):
+        return read_files(path, parts or {})
+    return read_folder(path)  # which says what is lacking
 
 
-def _found(path: Path, asked: ModelSpec | None = None) -> FoundModel:
-    return _model_in(read_folder(path), asked)
+def _refuse_parts(model: object, parts: Mapping[str, str] | None) -> None:
+    for part in parts or {}:
+        raise UsageError(
+            f"models.{part}: {model} is a whole model; leave it out, or name a transformer's file",
+            field=f"models.{part}",
+        )
+
+
+def _found(path: Path, parts: Mapping[str, str] | None, asked: ModelSpec | None = None) -> FoundModel:
+    return _model_in(read_model(path, parts), asked)
 
 
 def _model_in(folder: ModelFolder, asked: ModelSpec | None) -> FoundModel:
@@ -159,7 +185,7 @@ def _spec_of(folder: ModelFolder, asked: ModelSpec | None) -> ModelSpec:
     if not isinstance(name, str) or len(name) > _LONGEST_NAME or not name.isprintable():
         raise CheckpointError(
             "a note cannot be used",
-            file=folder.path / METADATA_FILE,
+            file=folder.note,
             key="name",
             expected=f"a name of at most {_LONGEST_NAME} characters that can be printed",
             found=repr(name),
@@ -167,9 +193,7 @@ def _spec_of(folder: ModelFolder, asked: ModelSpec | None) -> ModelSpec:
     for key in folder.metadata:
         if key not in _METADATA_KEYS:
             known = sorted(_METADATA_KEYS)
-            raise CheckpointError(
-                "an unknown note", file=folder.path / METADATA_FILE, key=key, expected=known
-            )
+            raise CheckpointError("an unknown note", file=folder.note, key=key, expected=known)
     transformers = tuple(
         WanConfig.from_json(folder.components[role].config)
         for role in EXPERT_ROLES
@@ -184,10 +208,10 @@ def _spec_of(folder: ModelFolder, asked: ModelSpec | None) -> ModelSpec:
             expected="a number between 0 and 1",
         )
     twin = _twin(transformers, folder, asked)
-    calibration = _calibration_of(folder.path)
+    calibration = None if folder.layout == "files" else _calibration_of(folder.path)
     measured = _folder_measured(folder, twin.measured if twin else NOTHING_MEASURED)
     return ModelSpec(
-        name=name or (twin.name if twin else folder.path.resolve().name),
+        name=name or (twin.name if twin else _own_name(folder)),
         transformers=transformers,
         kind=folder.kind,
         boundary=folder.boundary_ratio if len(transformers) == 2 else None,
@@ -206,6 +230,10 @@ def _spec_of(folder: ModelFolder, asked: ModelSpec | None) -> ModelSpec:
     )
 
 
+def _own_name(folder: ModelFolder) -> str:
+    return folder.path.stem if folder.layout == "files" else folder.path.resolve().name
+
+
 def _twin(
     transformers: tuple[WanConfig, ...], folder: ModelFolder, asked: ModelSpec | None
 ) -> ModelSpec | None:
@@ -216,7 +244,9 @@ def _twin(
     if asked in twins:
         return asked
     names = " ".join(folder.names()).lower() if len(twins) > 1 else ""
-    return max(twins, key=lambda spec: spec.name.lower() in names, default=None)
+    return max(
+        twins, key=lambda spec: all(word in names for word in spec.name.lower().split("-")), default=None
+    )
 
 
 def _check_image_encoder(folder: ModelFolder, transformers: tuple[WanConfig, ...]) -> None:
@@ -224,7 +254,7 @@ def _check_image_encoder(folder: ModelFolder, transformers: tuple[WanConfig, ...
     first = transformers[0]
     if first.image_dim is None:
         return
-    place = folder.path / ("model_index.json" if folder.layout == "diffusers" else METADATA_FILE)
+    place = folder.path / "model_index.json" if folder.layout == "diffusers" else folder.note
     if (
         "image_encoder" not in folder.components
         or folder.preprocessing is None
@@ -344,16 +374,14 @@ _EXPECTED: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
 
 def _check_default(folder: ModelFolder, key: str, value: Any) -> None:
     if key not in _EXPECTED:
-        raise CheckpointError(
-            "an unknown default", file=folder.path / METADATA_FILE, key=key, expected=sorted(_EXPECTED)
-        )
+        raise CheckpointError("an unknown default", file=folder.note, key=key, expected=sorted(_EXPECTED))
     is_good, expected = _EXPECTED[key]
     if not is_good(value):
         raise _bad_default(folder, key, expected, value)
 
 
 def _bad_default(folder: ModelFolder, key: str, expected: str, found: Any) -> CheckpointError:
-    file = folder.path / METADATA_FILE
+    file = folder.note
     return CheckpointError(
         "a default cannot be used", file=file, key=key, expected=expected, found=repr(found)
     )
@@ -381,7 +409,7 @@ def _check_list(folder: ModelFolder, said: dict[str, Any], base: Defaults) -> No
 def _folder_measured(folder: ModelFolder, base: Measured) -> Measured:
     """What the folder's metadata says was measured on it, over what its twin's authors measured."""
     measured = folder.metadata.get("measured", {})
-    check_limits(measured, dict.fromkeys(measured, _MEASURED), folder.path / METADATA_FILE)
+    check_limits(measured, dict.fromkeys(measured, _MEASURED), folder.note)
     said = {str(name): tuple(float(value) for value in values) for name, values in measured.items()}
     return MappingProxyType({**base, **said})
 

@@ -92,9 +92,14 @@ class Float8Linear(nn.Linear):
         if "weight" not in parts:
             self.register_parameter("weight", None)
 
-    def rounded(self, weight: Tensor) -> dict[str, Tensor]:
-        """What this layer keeps of a weight [out, in], by attribute: `weight` only if it is to stay."""
-        rows = quantise(weight)
+    def rounded(self, weight: Tensor, rows: Float8Rows | None = None) -> dict[str, Tensor]:
+        """What this layer keeps of a weight [out, in], by attribute: `weight` only if it is to stay.
+
+        Args:
+            weight: in 16 or 32 bits.
+            rows: the same in 8 bits, where it came so; None rounds it here.
+        """
+        rows = rows or quantise(weight)
         parts = {"weight_float8": rows.values, "weight_scale": rows.scale}
         return {**parts, "weight": weight} if self._originals else parts
 
@@ -190,9 +195,15 @@ def to_float8(blocks: Sequence[nn.Module], plan: Float8Plan) -> list[Float8Linea
     return layers
 
 
-def float8_weights(network: nn.Module) -> Callable[[str, Tensor], Mapping[str, Tensor]]:
+StoredRows = Callable[[str], Float8Rows | None]
+"""A parameter's name -> its values in 8 bits as a file has them, on the CPU; None where it has no such."""
+
+
+def float8_weights(
+    network: nn.Module, stored: StoredRows = lambda name: None
+) -> Callable[[str, Tensor], Mapping[str, Tensor]]:
     """A transform for `weights.loader.load_into` that rounds the weights of a network's 8-bit layers as they
-    are read, so that one at a time is there in full.
+    are read, so that one at a time is there in full. What is stored in 8 bits is taken as it is.
     """
 
     def transform(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
@@ -200,9 +211,15 @@ def float8_weights(network: nn.Module) -> Callable[[str, Tensor], Mapping[str, T
         layer = network.get_submodule(owner)
         if leaf != "weight" or not isinstance(layer, Float8Linear):
             return {name: tensor}
-        return {f"{owner}.{part}": value for part, value in layer.rounded(tensor).items()}
+        rows = rows_on(stored(name), tensor.device)
+        return {f"{owner}.{part}": value for part, value in layer.rounded(tensor, rows).items()}
 
     return transform
+
+
+def rows_on(rows: Float8Rows | None, device: torch.device) -> Float8Rows | None:
+    """Rows that may not be there, on a device."""
+    return rows and Float8Rows(*(part.to(device, copy=True) for part in rows))
 
 
 def set_float8(layers: Iterable[Float8Linear], in_float8: bool, device: torch.device | None = None) -> None:

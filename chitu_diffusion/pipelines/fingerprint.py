@@ -80,7 +80,7 @@ def fingerprint_before_loading(
     return _fingerprint(
         config,
         model.spec,
-        weights_sha256=sha256_of(folder.path, hashes_of(weight_files(folder), cache_dir)),
+        weights_sha256=sha256_of(folder.files, hashes_of(weight_files(folder), cache_dir)),
         config_sha256=folder.config_sha256(),
         shift=own if shift is None else shift,
         dtype=str(pick_dtype(config.infer.dtype, pick_device(config.infer.device))),

@@ -1,9 +1,10 @@
 """Files of tensors: what lies in them and whether they are whole. The reading half of
 `chitu_diffusion.weights.loader`.
 
-Knows safetensors (one or many shards, with or without an index) and torch's `.pth`; no modules, no networks.
-Headers are checked against the file's size before any value is read. A fault is a `CheckpointError` that
-names file and key.
+Knows safetensors (one or many shards, with or without an index), torch's `.pth` and, through
+`chitu_diffusion.weights.gguf`, GGUF; no modules, no networks. Headers are checked against the file's size
+before any value is read. What weights in 8 bits stand for is known by `stored`. A fault is a
+`CheckpointError` that names file and key.
 """
 
 from __future__ import annotations
@@ -11,56 +12,57 @@ from __future__ import annotations
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from chitu_diffusion.errors import CheckpointError
-from chitu_diffusion.files.reading import (
-    MOST_BYTES,
-    cause,
-    foreign_data,
-    parse_json,
-    read_json,
-    require_regular,
+from chitu_diffusion.files.reading import MOST_BYTES, foreign_data, parse_json, read_json, require_regular
+from chitu_diffusion.weights.gguf import GGUF_AXES, GGUFFile
+from chitu_diffusion.weights.stored import (
+    BESIDE,
+    FLOAT_TYPES,
+    STORED_TYPES,
+    WIDENED,
+    EightBit,
+    Stored,
+    find_eight_bit,
 )
 
-FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+__all__ = ["Stored", "TensorFile", "WeightFiles", "few", "locate", "open_tensors"]
+
 INDEX_ENDING = ".safetensors.index.json"
 _LONGEST_NAME = 255
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.", "module.")
 """That others put before all names of one network: ComfyUI, trainers, torch's own wrappers."""
-_TORCH_ENDINGS = (".pth", ".pt", ".bin")
-_ENDINGS = (".safetensors", ".gguf", *_TORCH_ENDINGS)
+_TORCH = (".pth", ".pt", ".bin")
+GGUF_ENDING = ".gguf"
+ENDINGS = (".safetensors", GGUF_ENDING, *_TORCH)
 # Reading a hostile pickle through weights_only is safe from here on: CVE-2025-32434 and its relatives are
 # closed.
 _SAFE_PICKLE = (2, 10)
 
 
-@dataclass(frozen=True)
-class Stored:
-    """One tensor in a file: where, its shape and dtype, and its place in the file's order."""
+class TensorFile(Protocol):
+    """One file of tensors, under its own names.
 
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    position: int
+    Attributes:
+        path: where.
+        entries: what lies in it.
+        metadata: what it says of itself.
+    """
 
-    @property
-    def bytes(self) -> int:
-        """Size of its values."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-
-class _TensorFile(Protocol):
     path: Path
     entries: dict[str, Stored]
+    metadata: Mapping[str, str]
 
-    def read(self, key: str) -> Tensor: ...
+    def read(self, key: str) -> Tensor:
+        """A tensor's stored values, on the CPU."""
+        ...
 
 
 class _SafetensorsFile:
@@ -71,13 +73,14 @@ class _SafetensorsFile:
         with foreign_data(
             lambda cause: CheckpointError(f"a weights file cannot be read: {cause}", file=path)
         ):
-            self.entries, self._start = _safetensors_entries(path)
-            self._mapped = mapped
-            self._handle = safe_open(str(path), framework="pt", device="cpu")
+            self.entries, self.metadata, self._start = _safetensors_header(path)
+        self._mapped = mapped
+        self._handle: Any = None  # opened with the first tensor: a map of a large file may not fit in memory
 
     def read(self, key: str) -> Tensor:
         """The tensor, on the CPU; if mapped, backed by the file where the platform can do that."""
         if self._mapped:
+            self._handle = self._handle or safe_open(str(self.path), framework="pt", device="cpu")
             return cast(Tensor, self._handle.get_tensor(key))
         stored = self.entries[key]
         data = bytearray(stored.bytes)
@@ -95,11 +98,10 @@ class _TorchFile:
 
     def __init__(self, path: Path, mapped: bool) -> None:
         self.path = path
+        self.metadata: Mapping[str, str] = {}
         self._tensors = _torch_tensors(path, mapped)
         self.entries = {
-            key: Stored(
-                path, tuple(tensor.shape), _checked_float(path, key, str(tensor.dtype), tensor.dtype), place
-            )
+            key: Stored(path, tuple(tensor.shape), tensor.dtype, place)
             for place, (key, tensor) in enumerate(self._tensors.items())
         }
 
@@ -108,22 +110,43 @@ class _TorchFile:
         return self._tensors[key]
 
 
+class _GGUFFile:
+    """One `.gguf` file; its header is read at once, its tensors when asked for, never mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: Mapping[str, str] = {}
+        with foreign_data(lambda cause: CheckpointError(f"a GGUF file cannot be read: {cause}", file=path)):
+            self._file = GGUFFile(path)
+        self.entries = {
+            key: Stored(path, found.shape, found.dtype, found.start, found.packing, found.packed_bytes)
+            for key, found in self._file.tensors.items()
+        }
+        self.read = self._file.read
+        self.read_packed = self._file.read_packed
+
+
 class WeightFiles:
     """The tensors of one network on disk, by name, whatever files they lie in.
 
     Args:
-        path: a `.safetensors` file, an index of shards, a `.pth` file, or a folder that holds them.
+        path: a `.safetensors`, `.pth` or `.gguf` file, an index of shards, or a folder that holds them.
         stem: in a folder, how the files begin ("diffusion_pytorch_model", "model").
         shards_first: of an index of shards and a single file side by side, whether the shards count, as for
             diffusers, or the single file, as for transformers.
         mapped: tensors may be backed by their files, which is quick; but one that becomes shorter meanwhile
             ends the process by SIGBUS. Else it is an error, and a `.pth` is in memory as a whole.
+        within: in files that hold several networks, what the names of this one begin with.
 
     Attributes:
-        entries: name -> where and what. Names are the files' own, less a prefix that all of them have.
+        entries: name -> where and what. Names are the files' own, less a prefix that all of them have. A
+            weight in 8 bits stands here as what is read of it; its scales do not.
+        eight_bit: those of them whose stored values are not what is read.
+        metadata: what the files say of themselves.
 
     Raises:
-        CheckpointError: a file is missing, truncated or mislabelled, or holds numbers that are not floats.
+        CheckpointError: a file is missing, truncated or mislabelled, holds numbers that are neither floats
+            nor a known form of 8 bits, or weights and scales that do not fit.
     """
 
     def __init__(
@@ -133,40 +156,98 @@ class WeightFiles:
         *,
         shards_first: bool = True,
         mapped: bool = True,
+        within: str = "",
     ) -> None:
         self.path = Path(path)
         paths, weight_map = locate(self.path, stem, shards_first)
-        self._files: dict[Path, _TensorFile] = {file: _open(file, mapped) for file in paths}
+        self._files: dict[Path, TensorFile] = {file: open_tensors(file, mapped) for file in paths}
         if weight_map is not None:
             _check_index(self.path, weight_map, self._files)
-        self.entries: dict[str, Stored] = {}
+        self.metadata = {key: said for file in self._files.values() for key, said in file.metadata.items()}
+        stored: dict[str, Stored] = {}
         for file in self._files.values():
-            for key, stored in file.entries.items():
-                if key in self.entries:
+            for key, found in file.entries.items():
+                if key in stored:
                     raise CheckpointError(
-                        "a tensor stands in two shards", file=self.entries[key].file, key=key, found=file.path
+                        "a tensor stands in two shards", file=stored[key].file, key=key, found=file.path
                     )
-                self.entries[key] = stored
-        self._prefix = _common_prefix(self.entries)
-        self.entries = {key.removeprefix(self._prefix): stored for key, stored in self.entries.items()}
+                stored[key] = found
+        short = {key: key.removeprefix(within) for key in stored if key.startswith(within)}
+        common = _common_prefix(name for name in short.values() if name not in BESIDE)
+        self._keys = {name.removeprefix(common): key for key, name in short.items()}
+        self._stored = {name: stored[key] for name, key in self._keys.items()}
+        self.eight_bit, beside = find_eight_bit(
+            self._stored, self.metadata, self._read_stored, within + common
+        )
+        self.entries = {
+            name: _readable(name, found, self.eight_bit.get(name))
+            for name, found in self._stored.items()
+            if name not in beside
+        }
 
     def unused(self) -> list[Path]:
         """Weights that lie in the folder and that nobody reads."""
         near = self.path.iterdir() if self.path.is_dir() else ()
-        return sorted(file for file in near if file.suffix in _ENDINGS and file not in self._files)
+        return sorted(file for file in near if file.suffix in ENDINGS and file not in self._files)
+
+    @property
+    def on_disk(self) -> list[Stored]:
+        """`entries` as they are stored, those in 8 bits too, without what belongs to them."""
+        return [self._stored[name] for name in self.entries]
 
     @property
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
         return list(self._files)
 
-    def read(self, key: str) -> Tensor:
-        """The tensor of that name, on the CPU, in its stored dtype; do not write into it."""
-        stored = self.entries[key]
+    def read(self, key: str, widen_on: torch.device | str = "cpu") -> Tensor:
+        """The tensor of that name, on the CPU, in its stored dtype; do not write into it. A weight in 8 bits
+        is float32, on the device `widen_on`, so that whoever wants fewer bits rounds once.
+        """
+        found = self.eight_bit.get(key)
+        if found is None:
+            return self._read_stored(key)
+        scale = None if found.scale is None else self._read_stored(found.scale)
+        return found.widened(self._read_stored(key).to(widen_on), scale)
+
+    def read_float8_rows(self, key: str) -> tuple[Tensor, Tensor] | None:
+        """A weight that is stored as rows of float8_e4m3fn, [N, K], and the scale of each, [N, 1] float32, as
+        they are, on the CPU; None for any other.
+        """
+        found = self.eight_bit.get(key)
+        if found is None or found.stored.dtype != torch.float8_e4m3fn or found.block:
+            return None
+        values = self._read_stored(key)
+        scale = torch.ones(1) if found.scale is None else self._read_stored(found.scale)
+        return values, found.rows(scale).expand(len(values), 1).contiguous()
+
+    def _read_stored(self, name: str) -> Tensor:
+        stored = self._stored[name]
+        key = self._keys[name]
         with foreign_data(
             lambda cause: CheckpointError(f"a tensor cannot be read: {cause}", file=stored.file, key=key)
         ):
-            return self._files[stored.file].read(self._prefix + key)
+            return self._files[stored.file].read(key).reshape(stored.shape)
+
+    def read_packed(self, key: str) -> Tensor:
+        """The blocks of a tensor that has a `packing`, as they are stored: [bytes] uint8, on the CPU."""
+        stored = self._stored[key]
+        file = self._files[stored.file]
+        assert isinstance(file, _GGUFFile)  # no other has packed tensors
+        with foreign_data(
+            lambda cause: CheckpointError(f"a tensor cannot be read: {cause}", file=stored.file, key=key)
+        ):
+            return file.read_packed(self._keys[key])
+
+    def unflatten(self, key: str, shape: tuple[int, ...]) -> bool:
+        """Lets a tensor have the shape that its network has, where its file cannot say so: GGUF allows four
+        axes, a patch embedding has five. False where that is not the reason why they differ.
+        """
+        stored = self._stored[key]
+        fits = torch.Size(stored.shape).numel() == torch.Size(shape).numel() and len(shape) > GGUF_AXES
+        if fits := fits and isinstance(self._files[stored.file], _GGUFFile):
+            self._stored[key] = self.entries[key] = replace(stored, shape=shape)
+        return fits
 
 
 def locate(path: Path, stem: str, shards_first: bool) -> tuple[list[Path], dict[str, str] | None]:
@@ -186,11 +267,14 @@ def locate(path: Path, stem: str, shards_first: bool) -> tuple[list[Path], dict[
         shards = sorted(path.glob(f"{stem}-*-of-*.safetensors"))
         if shards:
             return _complete(shards), None
+        packed = sorted(path.glob(f"*{GGUF_ENDING}"))
+        if len(packed) == 1:
+            return packed, None
         raise CheckpointError(
-            "there are no weights",
+            "there are no weights" if not packed else "there are several GGUF files, and one is needed",
             file=path,
-            expected=f"{stem}.safetensors, or shards of it",
-            found=few(sorted(file.name for file in path.iterdir() if file.suffix in _ENDINGS)) or "neither",
+            expected=f"{stem}.safetensors, shards of it, or one {GGUF_ENDING} file",
+            found=few(sorted(file.name for file in path.iterdir() if file.suffix in ENDINGS)) or "neither",
         )
     if not path.exists():
         raise CheckpointError("a weights file is missing", file=path)
@@ -238,7 +322,7 @@ def _complete(shards: list[Path]) -> list[Path]:
     return shards
 
 
-def _check_index(path: Path, weight_map: Mapping[str, str], files: Mapping[Path, _TensorFile]) -> None:
+def _check_index(path: Path, weight_map: Mapping[str, str], files: Mapping[Path, TensorFile]) -> None:
     for file in files.values():
         named = {key for key, name in weight_map.items() if name == file.path.name}
         lacking = sorted(named - file.entries.keys())
@@ -253,21 +337,26 @@ def _check_index(path: Path, weight_map: Mapping[str, str], files: Mapping[Path,
             )
 
 
-def _open(path: Path, mapped: bool) -> _TensorFile:
+def open_tensors(path: Path, mapped: bool = True) -> TensorFile:
+    """Opens one file, by its ending; `mapped` as in `WeightFiles`.
+
+    Raises:
+        CheckpointError: it is none, or damaged.
+    """
     with foreign_data(lambda cause: CheckpointError(f"a weights file cannot be read: {cause}", file=path)):
         require_regular(path)
     if path.suffix == ".safetensors":
         return _SafetensorsFile(path, mapped)
-    if path.suffix in _TORCH_ENDINGS:
+    if path.suffix in _TORCH:
         return _TorchFile(path, mapped)
-    raise CheckpointError(
-        "not a weights file", file=path, expected=f".safetensors or {', '.join(_TORCH_ENDINGS)}"
-    )
+    if path.suffix == GGUF_ENDING:
+        return _GGUFFile(path)
+    raise CheckpointError("not a weights file", file=path, expected=", ".join(ENDINGS))
 
 
-def _safetensors_entries(path: Path) -> tuple[dict[str, Stored], int]:
+def _safetensors_header(path: Path) -> tuple[dict[str, Stored], Mapping[str, str], int]:
     """Reads a header: 8 bytes of its length (little endian), then JSON {name: {dtype, shape,
-    data_offsets}}; and where it ends.
+    data_offsets}}; what the file says of itself; and where the header ends.
     """
     size = path.stat().st_size
     with foreign_data(
@@ -282,7 +371,8 @@ def _safetensors_entries(path: Path) -> tuple[dict[str, Stored], int]:
                     "a weights file is truncated or no safetensors file", file=path, found=f"{size} bytes"
                 )
             header = parse_json(stream.read(length).decode("utf-8"))
-        header.pop("__metadata__", None)
+        said = header.pop("__metadata__", None) or {}
+        metadata = {str(key): str(value) for key, value in said.items()}
         ends = [int(info["data_offsets"][1]) for info in header.values()]
         found = {
             key: (str(info["dtype"]), tuple(map(int, info["shape"])), int(info["data_offsets"][0]))
@@ -295,10 +385,10 @@ def _safetensors_entries(path: Path) -> tuple[dict[str, Stored], int]:
             f"a weights file is {word}", file=path, expected=f"{expected} bytes", found=f"{size} bytes"
         )
     entries = {
-        key: Stored(path, shape, _checked_float(path, key, kind, FLOAT_TYPES.get(kind)), start)
+        key: Stored(path, shape, _known_type(path, key, kind), start)
         for key, (kind, shape, start) in found.items()
     }
-    return entries, 8 + length
+    return entries, metadata, 8 + length
 
 
 def _torch_tensors(path: Path, mapped: bool) -> dict[str, Tensor]:
@@ -335,40 +425,26 @@ def _torch_tensors(path: Path, mapped: bool) -> dict[str, Tensor]:
     return {str(key): value for key, value in data.items()}
 
 
-def _checked_float(path: Path, key: str, found: str, dtype: torch.dtype | None) -> torch.dtype:
-    if found.upper().startswith(("F8_", "TORCH.FLOAT8")):
-        raise CheckpointError(
-            "these are weights in 8-bit floats (fp8), which are not opened yet",
-            file=path,
-            key=key,
-            expected=" or ".join(FLOAT_TYPES),
-            found=found,
-            remedy="use the model's 16-bit files; --quant fp8 rounds them while loading",
-        )
-    if dtype not in FLOAT_TYPES.values():
-        raise CheckpointError(
-            "a tensor is not of floats", file=path, key=key, expected=" or ".join(FLOAT_TYPES), found=found
-        )
-    assert dtype is not None
-    return dtype
+def _known_type(path: Path, key: str, kind: str) -> torch.dtype:
+    if kind not in STORED_TYPES:
+        raise _no_floats(path, key, kind)
+    return STORED_TYPES[kind]
 
 
-def describe_file(path: Path) -> str:
-    """What a single file of weights is, in words, by its first bytes and its tensors' names."""
-    try:
-        require_regular(path)
-        with path.open("rb") as stream:
-            if stream.read(4) == b"GGUF":
-                return "a GGUF file: quantised weights, which are not opened yet"
-        names = list(_open(path, mapped=True).entries)
-    except (OSError, ValueError) as error:
-        return f"a file that cannot be read: {cause(error)}"
-    except CheckpointError as error:
-        return f"a file of weights that are not opened: {error}"
-    ours = "blocks.0.self_attn.q.weight"
-    if any(name.endswith(ours) and name != ours for name in names):
-        return "a Wan transformer alone, each name behind a prefix as ComfyUI has it"
-    return "a Wan transformer alone" if ours in names else f"a single file of {len(names)} tensors"
+def _readable(name: str, stored: Stored, eight_bit: EightBit | None) -> Stored:
+    """What is read of a tensor: floats."""
+    if stored.dtype in FLOAT_TYPES.values():
+        return stored
+    if eight_bit is None:
+        kind = next((kind for kind, dtype in STORED_TYPES.items() if dtype == stored.dtype), "")
+        raise _no_floats(stored.file, name, kind or str(stored.dtype))
+    return replace(stored, dtype=WIDENED)
+
+
+def _no_floats(path: Path, key: str, found: str) -> CheckpointError:
+    return CheckpointError(
+        "a tensor is not of floats", file=path, key=key, expected=" or ".join(FLOAT_TYPES), found=found
+    )
 
 
 def few(names: Iterable[str]) -> str:

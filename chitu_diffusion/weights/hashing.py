@@ -14,7 +14,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,31 @@ _FIRST_WORD = 1.0
 """Seconds after which whoever waits says so."""
 _NEXT_WORD = 5.0
 _MEMORY_FILE = "weights-sha256.json"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model's files lie, and what each of them is called in manifests and hashes.
+
+    Attributes:
+        path: the model's folder, in which files have their paths; or the first of files that lie apart.
+        names: of files that lie apart: what they are called, wherever they lie.
+    """
+
+    path: Path
+    names: Mapping[Path, str] = field(default_factory=dict)
+
+    def name(self, file: Path) -> str:
+        """What a file is called."""
+        return self.names.get(file) or file.relative_to(self.path).as_posix()
+
+    def file(self, name: str) -> Path:
+        """Which file is called so."""
+        return next((file for file, known in self.names.items() if known == name), self.path / name)
+
+    def has(self, file: Path) -> bool:
+        """Whether a file is one of these."""
+        return file in self.names if self.names else file.is_relative_to(self.path)
 
 
 @dataclass

@@ -42,6 +42,7 @@ def load_into(
     ties: Mapping[str, str] | None = None,
     progress: LoadProgress | None = None,
     transforms: Sequence[Transform] = (),
+    packed: Collection[str] = (),
 ) -> None:
     """Fills a module (built on the meta device) from files, each tensor straight to its device and dtype.
 
@@ -56,6 +57,7 @@ def load_into(
         transforms: what each tensor goes through on its device and in its dtype, in this order, before the
             next is read. A name that comes out and is none of the module's becomes a buffer beside it that is
             not saved; a parameter whose name does not come out is None.
+        packed: parameters of which transforms get the packed blocks, [bytes] uint8, in place of values.
 
     Raises:
         CheckpointError: a tensor is missing, extra or misshapen; nothing has been loaded then.
@@ -71,10 +73,12 @@ def load_into(
     for name, key in sorted(plan.items(), key=lambda item: _place(weights.entries[item[1]])):
         stored = weights.entries[key]
         kept = not set(name.split(".")).isdisjoint(keep_float32)
-        loaded = torch.empty(
-            stored.shape, dtype=torch.float32 if kept else dtype or stored.dtype, device=device
-        )
-        loaded.copy_(weights.read(key))
+        if name in packed:
+            loaded = weights.read_packed(key).to(device)
+        else:
+            kind = torch.float32 if kept else dtype or stored.dtype
+            loaded = torch.empty(stored.shape, dtype=kind, device=device)
+            loaded.copy_(weights.read(key, device))
         values: Mapping[str, Tensor] = {name: loaded}
         del loaded
         for transform in transforms:
@@ -138,7 +142,7 @@ def match_names(
         )
     for name, key in plan.items():
         stored = weights.entries[key]
-        if stored.shape != shapes[name]:
+        if stored.shape != shapes[name] and not weights.unflatten(key, shapes[name]):
             raise CheckpointError(
                 "a tensor has the wrong shape",
                 file=stored.file,

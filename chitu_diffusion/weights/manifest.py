@@ -17,14 +17,14 @@ from typing import Literal
 from chitu_diffusion.errors import CheckpointError
 from chitu_diffusion.files.reading import cause, read_json
 from chitu_diffusion.weights.files import few
-from chitu_diffusion.weights.hashing import SHA256, FileHashes, hashes_of, write_json
+from chitu_diffusion.weights.hashing import SHA256, FileHashes, ModelFiles, hashes_of, write_json
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 Origin = Literal["shipped", "pull", "convert", "first use"]
 _FORMAT = 1
-_WEIGHTS = (".safetensors", ".pth")
+_WEIGHTS = (".safetensors", ".pth", ".gguf")
 _OTHERS = (".json", ".model")
 _LARGEST_OTHER = 64 * 2**20
 _OWN = frozenset({MANIFEST_FILE, "chitu.json", "flexcache.json"})
@@ -46,22 +46,23 @@ class Manifest:
     origin: str
     place: Path
 
-    def differing(self, folder: Path, found: Mapping[Path, str]) -> list[Path]:
+    def differing(self, model: ModelFiles, found: Mapping[Path, str]) -> list[Path]:
         """The files whose hash is another than is said here."""
-        return [file for file, value in found.items() if self.files.get(_name(folder, file), value) != value]
+        return [file for file, value in found.items() if self.files.get(model.name(file), value) != value]
 
 
-def read_manifest(folder: Path, cache_dir: Path | None = None) -> Manifest | None:
-    """A folder's manifest; None where it has none.
+def read_manifest(model: ModelFiles, cache_dir: Path | None = None) -> Manifest | None:
+    """A model's manifest; None where it has none.
 
     Args:
-        cache_dir: where those of folders lie that cannot be written to.
+        model: where it lies.
+        cache_dir: where manifests of folders lie that cannot be written to, and those of files.
 
     Raises:
         CheckpointError: it cannot be used.
     """
-    places = [folder / MANIFEST_FILE, *([] if cache_dir is None else [_cached(folder, cache_dir)])]
-    for place in places:
+    own = [] if model.names else [model.path / MANIFEST_FILE]
+    for place in [*own, *([] if cache_dir is None else [_cached(model, cache_dir)])]:
         try:
             data = read_json(place)
         except FileNotFoundError:
@@ -74,17 +75,17 @@ def read_manifest(folder: Path, cache_dir: Path | None = None) -> Manifest | Non
         if data["format"] != _FORMAT or not isinstance(files, dict) or not all(map(_is_entry, files.items())):
             raise _unusable(place, "it is not as this version writes it")
         return Manifest(files, str(data["origin"])[:20], place)
-    return _of_hub_cache(folder)
+    return _of_hub_cache(model.path)
 
 
 def write_manifest(
-    folder: Path, origin: Origin, known: Mapping[Path, str] | None = None, cache_dir: Path | None = None
+    model: ModelFiles, origin: Origin, known: Mapping[Path, str] | None = None, cache_dir: Path | None = None
 ) -> Path | None:
-    """Writes what a folder's files are now; whole or not at all.
+    """Writes what a model's files are now; whole or not at all.
 
     Args:
         known: hashes that need not be found out.
-        cache_dir: takes it where the folder cannot be written to, or has another file of that name.
+        cache_dir: takes it where the folder cannot be written to, has another file of that name, or is none.
 
     Returns:
         the file; None where there is no place for it.
@@ -92,7 +93,8 @@ def write_manifest(
     Raises:
         CheckpointError: a file cannot be read.
     """
-    known = {file: value for file, value in (known or {}).items() if file.is_relative_to(folder)}
+    folder = model.path
+    known = {file: value for file, value in (known or {}).items() if model.has(file)}
     others = [
         file
         for file in listed_files(folder)
@@ -100,10 +102,10 @@ def write_manifest(
         if file not in known and (origin != _BY_FIRST_USE or file.suffix not in _WEIGHTS)
     ]
     found = {**known, **(hashes_of(others) if others else {})}
-    files = {_name(folder, file): value for file, value in sorted(found.items())}
+    files = {model.name(file): value for file, value in sorted(found.items())}
     own = folder / MANIFEST_FILE
-    places = [] if own.exists() and origin == _BY_FIRST_USE else [own]
-    for place in [*places, *([] if cache_dir is None else [_cached(folder, cache_dir)])]:
+    places = [] if model.names or (own.exists() and origin == _BY_FIRST_USE) else [own]
+    for place in [*places, *([] if cache_dir is None else [_cached(model, cache_dir)])]:
         try:
             if place != own:
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +122,7 @@ def downloaded(folder: Path) -> dict[Path, str]:
     notes = folder / ".cache" / "huggingface" / "download"
     found = {}
     for file in listed_files(folder):
-        note = notes / f"{_name(folder, file)}.metadata"
+        note = notes / f"{file.relative_to(folder).as_posix()}.metadata"
         lines = note.read_text(encoding="utf-8").split("\n") if note.is_file() else []
         if len(lines) > 1 and SHA256.fullmatch(lines[1].strip()):
             found[file] = lines[1].strip()
@@ -145,7 +147,7 @@ class LoadedFolder:
     folder's manifest, which is written where there is none.
 
     Args:
-        folder: the model's.
+        model: where it lies.
         files: those of its files that hold weights; opened here, so make this before they are read.
         cache_dir: the folder for remembered facts.
 
@@ -153,10 +155,10 @@ class LoadedFolder:
         CheckpointError: a file cannot be opened.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Path], cache_dir: Path | None = None) -> None:
-        self._folder = folder
+    def __init__(self, model: ModelFiles, files: Sequence[Path], cache_dir: Path | None = None) -> None:
+        self._model = model
         self._cache_dir = cache_dir
-        self._manifest = _usable_manifest(folder, cache_dir)
+        self._manifest = _usable_manifest(model, cache_dir)
         self._hashes = FileHashes(files, cache_dir, self._record)
 
     def settle(self) -> None:
@@ -168,7 +170,7 @@ class LoadedFolder:
         """
         self._hashes.settle()
         found = self._hashes.values() if self._hashes.is_known else None
-        wrong = [] if self._manifest is None else self._manifest.differing(self._folder, found or {})
+        wrong = [] if self._manifest is None else self._manifest.differing(self._model, found or {})
         if wrong and self._manifest is not None and self._manifest.origin != _BY_FIRST_USE:
             raise CheckpointError(_differs(self._manifest), file=wrong[0], remedy=_remedy(self._manifest))
 
@@ -180,7 +182,7 @@ class LoadedFolder:
     def sha256(self) -> str | None:
         """One hash of all weights, see `sha256_of`; None where they cannot be known any more."""
         found = self._hashes.values()
-        return None if found is None else sha256_of(self._folder, found)
+        return None if found is None else sha256_of(self._model, found)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -188,41 +190,44 @@ class LoadedFolder:
 
     def _record(self, found: Mapping[Path, str], in_place: bool) -> None:
         if self._manifest is not None:
-            for file in self._manifest.differing(self._folder, found):
+            for file in self._manifest.differing(self._model, found):
                 logger.warning("%s: %s; %s", file, _differs(self._manifest), _remedy(self._manifest))
             return
         try:
             if in_place:
-                write_manifest(self._folder, "first use", found, self._cache_dir)
+                write_manifest(self._model, "first use", found, self._cache_dir)
         except CheckpointError as error:
-            logger.debug("no manifest of %s: %s", self._folder, error)
+            logger.debug("no manifest of %s: %s", self._model, error)
 
 
-def sha256_of(folder: Path, found: Mapping[Path, str]) -> str:
-    """One hash of several files: SHA-256 over their "path/in/folder sha256" lines, in the paths' order."""
-    lines = (f"{_name(folder, file)} {found[file]}\n" for file in sorted(found))
+def sha256_of(model: ModelFiles, found: Mapping[Path, str]) -> str:
+    """One hash of several files: SHA-256 over their "name sha256" lines, in the order of their names as
+    paths; see `ModelFiles.name`.
+    """
+    named = sorted((PurePosixPath(model.name(file)), value) for file, value in found.items())
+    lines = (f"{name} {value}\n" for name, value in named)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def problem_with(folder: Path, names: Sequence[str], manifest: Manifest) -> str | None:
+def problem_with(model: ModelFiles, names: Sequence[str], manifest: Manifest) -> str | None:
     """What is wrong with files that a manifest names; None for nothing.
 
     Raises:
         CheckpointError: one cannot be read.
     """
-    files = [folder / name for name in names]
+    files = [model.file(name) for name in names]
     absent = [file for file in files if not file.is_file()]
     if absent:
-        return f"{few(_name(folder, file) for file in absent)}: missing; {manifest.place.name} names it"
-    wrong = manifest.differing(folder, hashes_of(files)) if files else []
+        return f"{few(map(model.name, absent))}: missing; {manifest.place.name} names it"
+    wrong = manifest.differing(model, hashes_of(files)) if files else []
     if not wrong:
         return None
-    return f"{few(_name(folder, file) for file in wrong)}: {_differs(manifest)}; {_remedy(manifest)}"
+    return f"{few(map(model.name, wrong))}: {_differs(manifest)}; {_remedy(manifest)}"
 
 
-def _usable_manifest(folder: Path, cache_dir: Path | None) -> Manifest | None:
+def _usable_manifest(model: ModelFiles, cache_dir: Path | None) -> Manifest | None:
     try:
-        return read_manifest(folder, cache_dir)
+        return read_manifest(model, cache_dir)
     except CheckpointError as error:
         logger.warning("%s", error)
         return None
@@ -238,12 +243,10 @@ def _remedy(manifest: Manifest) -> str:
     return f"it is damaged: fetch the model again; or, if you changed it yourself, delete {manifest.place}"
 
 
-def _name(folder: Path, file: Path) -> str:
-    return file.relative_to(folder).as_posix()
-
-
-def _cached(folder: Path, cache_dir: Path) -> Path:
-    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+def _cached(model: ModelFiles, cache_dir: Path) -> Path:
+    """Of files that lie apart each choice has its own."""
+    places = sorted(str(path.resolve()) for path in model.names or [model.path])
+    digest = hashlib.sha256("\n".join(places).encode()).hexdigest()[:32]
     return cache_dir / "manifests" / f"{digest}.json"
 
 
@@ -254,7 +257,7 @@ def _of_hub_cache(folder: Path) -> Manifest | None:
         return None
     targets = {file: file.resolve() for file in listed_files(folder) if file.is_symlink()}
     files = {
-        _name(folder, file): target.name
+        file.relative_to(folder).as_posix(): target.name
         for file, target in targets.items()
         if target.parent.name == "blobs" and SHA256.fullmatch(target.name)
     }

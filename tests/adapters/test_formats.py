@@ -15,6 +15,7 @@ from torch import Tensor
 from chitu_diffusion.adapters.merging import AdaptedNetwork, check_adapters
 from chitu_diffusion.adapters.placing import _modules, parameter_shapes
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.memory.offload import OffloadManager, OffloadPart
 from chitu_diffusion.models.wan.checkpoint_names import official_transformer_name
 from chitu_diffusion.models.wan.transformer import WanConfig, WanTransformer
 from chitu_diffusion.task.lora import Lora
@@ -23,11 +24,7 @@ CPU = torch.device("cpu")
 ROUNDING = 1e-6
 """Sums of some 60 float32 products of size 1."""
 SHAPES = parameter_shapes(CONFIG)
-LINEAR = [
-    name.removesuffix(".weight")
-    for name, shape in SHAPES.items()
-    if name.endswith("weight") and len(shape) > 1
-]
+LINEAR = [name[:-7] for name, shape in SHAPES.items() if name.endswith(".weight") and len(shape) > 1]
 OFFICIAL = {official_transformer_name(f"{name}.weight").removesuffix(".weight"): name for name in LINEAR}
 
 
@@ -37,7 +34,8 @@ def network() -> WanTransformer:
 
 
 def adapted(network: WanTransformer) -> AdaptedNetwork:
-    return AdaptedNetwork(network, CPU, lambda tensor: [tensor.data], None, 0)
+    offload = OffloadManager(CPU, parts={"": OffloadPart(network, "denoiser")})
+    return AdaptedNetwork(network, CPU, offload, "", None, 0)
 
 
 def state_of(network: WanTransformer) -> dict[str, Tensor]:
@@ -289,7 +287,7 @@ def test_a_merge_that_was_cut_short_leaves_nothing_behind(network, tmp_path, mon
     write_one = AdaptedNetwork._write
     left = [4]
 
-    def cut(self: AdaptedNetwork, name: str, merged: Tensor) -> None:
+    def cut(self: AdaptedNetwork, name: str, merged: Tensor, *rows: None) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise torch.OutOfMemoryError("no more")

@@ -17,7 +17,7 @@ from conftest import WAN_TINY, Chitu
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from chitu_diffusion.errors import CheckpointError, UsageError
+from chitu_diffusion.errors import CheckpointError
 from chitu_diffusion.models.convert import convert, verify
 from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.limits import TEXT_ENCODER, TRANSFORMER, VAE, Limit
@@ -165,25 +165,6 @@ def test_a_folder_s_defaults_have_upper_bounds(key: str, value: Any, changed_fil
 def test_a_folder_s_name_cannot_steer_a_terminal(changed_file: Spoil) -> None:
     with pytest.raises(CheckpointError, match="can be printed"):
         resolve_model(str(changed_file("chitu.json", {"name": "a\x1b[31m"})))
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("blocks.0.self_attn.q.weight", "a Wan transformer alone"),
-        ("model.diffusion_model.blocks.0.self_attn.q.weight", "behind a prefix"),
-        ("gguf", "a GGUF file"),
-        ("fp8", "8-bit floats"),
-    ],
-)
-def test_a_single_file_is_named(name: str, words: str, tmp_path: Path) -> None:
-    file = tmp_path / "wan.safetensors"
-    value = torch.ones(2, dtype=torch.float8_e4m3fn if name == "fp8" else torch.float16)
-    save_file({name: value}, file)
-    if name == "gguf":
-        file.write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(UsageError, match=f"{words}.*name that folder"):
-        resolve_model(str(file))
 
 
 def test_other_files_of_an_official_folder_are_none_that_lie_about(tiny_folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from chitu_diffusion.media.reading import read_recipe
 from chitu_diffusion.models.convert import convert, verify
 from chitu_diffusion.models.registry import ASSETS, TINY
 from chitu_diffusion.weights import hashing
-from chitu_diffusion.weights.hashing import FileHashes, hashes_of
+from chitu_diffusion.weights.hashing import FileHashes, ModelFiles, hashes_of
 from chitu_diffusion.weights.manifest import (
     MANIFEST_FILE,
     downloaded,
@@ -56,7 +56,7 @@ def weights_of(folder: Path) -> list[Path]:
 
 
 def expected(folder: Path) -> str:
-    return sha256_of(folder, {file: plain(file) for file in weights_of(folder)})
+    return sha256_of(ModelFiles(folder), {file: plain(file) for file in weights_of(folder)})
 
 
 def plain(file: Path) -> str:
@@ -200,7 +200,7 @@ def test_closing_does_not_wait_for_the_hash(model, cache, tmp_path, monkeypatch)
 
 def test_the_shipped_model_has_a_manifest_of_all_that_is_read() -> None:
     folder = ASSETS / TINY
-    manifest = read_manifest(folder)
+    manifest = read_manifest(ModelFiles(folder))
     assert manifest is not None and manifest.origin == "shipped"
     assert manifest.files == {
         file.relative_to(folder).as_posix(): plain(file) for file in listed_files(folder)
@@ -237,7 +237,7 @@ def test_a_flipped_bit_in_the_shipped_weights_is_refused_at_loading(shipped, cac
 def test_first_use_writes_a_manifest_and_later_changes_are_told(model, cache, tmp_path, caplog) -> None:
     (model / "stray.safetensors").write_bytes(b"of somebody else")
     DiffusionBackend(config_for(model, tmp_path))
-    manifest = read_manifest(model)
+    manifest = read_manifest(ModelFiles(model))
     assert manifest is not None and manifest.origin == "first use" and not bad_parts(model)
     assert "stray.safetensors" not in manifest.files and "tokenizer/tokenizer.json" in manifest.files
     (model / "stray.safetensors").unlink()
@@ -254,7 +254,7 @@ def test_a_folder_that_cannot_be_written_to_has_its_manifest_in_the_cache(model,
     (model / MANIFEST_FILE).write_text('{"name": "of an app"}')
     DiffusionBackend(config_for(model, tmp_path))
     assert json.loads((model / MANIFEST_FILE).read_text()) == {"name": "of an app"}
-    manifest = read_manifest(model, cache)
+    manifest = read_manifest(ModelFiles(model), cache)
     assert manifest is not None and manifest.place.parent == cache / "manifests"
     flip(model / "transformer" / "diffusion_pytorch_model.safetensors", -1)
     assert bad_parts(model) == ["transformer"]
@@ -276,7 +276,7 @@ def test_a_converted_folder_brings_its_manifest(model, tmp_path, cache) -> None:
     for layout in ("official", "diffusers"):
         target = tmp_path / layout
         convert(model, target, layout)
-        manifest = read_manifest(target)
+        manifest = read_manifest(ModelFiles(target))
         assert manifest is not None and manifest.origin == "convert" and not bad_parts(target)
         for file in (file for file in listed_files(target) if file.suffix in (".pth", ".safetensors")):
             before = file.read_bytes()
@@ -294,7 +294,7 @@ def test_the_hub_cache_is_its_own_manifest(model, tmp_path) -> None:
         blob = repo / "blobs" / plain(file)
         file.rename(blob)
         file.symlink_to(os.path.relpath(blob, file.parent))
-    manifest = read_manifest(snapshot)
+    manifest = read_manifest(ModelFiles(snapshot))
     assert manifest is not None and manifest.origin == "hub cache" and len(manifest.files) == 3
     assert not bad_parts(snapshot)
     flip((snapshot / "vae" / "diffusion_pytorch_model.safetensors").resolve(), -1)
@@ -308,5 +308,5 @@ def test_a_pulled_folder_is_compared_with_what_the_hub_said(model) -> None:
     note.parent.mkdir(parents=True)
     note.write_text(f"{'0' * 40}\n{plain(file)}\n1.5\n")
     flip(file, -1)
-    write_manifest(model, "pull", downloaded(model))
+    write_manifest(ModelFiles(model), "pull", downloaded(model))
     assert bad_parts(model) == [file.parent.name]

@@ -30,6 +30,7 @@ from chitu_diffusion.ops.fused import (
     linear_gelu,
     norm_and_rotate,
 )
+from chitu_diffusion.ops.packed_linear import wide_weight
 
 _FEW_ROWS = 256
 RotaryTable = tuple[Tensor, Tensor]  # (cos, sin), each [S, head_dim / 2] float32
@@ -118,10 +119,14 @@ class GeluLinear(nn.Module):
 
     def forward(self, x: Activation, float8: bool = False, fused: bool = False) -> Activation:
         """x [..., dim] -> [..., ffn_dim], in 8 bits if whoever comes next wants that."""
-        weight = None if wants_float8(self.proj) else self.proj.weight
-        if not float8 and isinstance(x, Tensor) and weight is not None and has_linear_gelu(x, weight, fused):
+        if isinstance(x, Float8Rows) or wants_float8(self.proj):
+            return gelu(self.proj(x), float8=float8, fused=fused)
+        weight = wide_weight(self.proj, x.dtype)
+        if weight is None:
+            return gelu(self.proj(x), float8=float8, fused=fused)
+        if not float8 and has_linear_gelu(x, weight, fused):
             return linear_gelu(x, weight, self.proj.bias)
-        return gelu(self.proj(x), float8=float8, fused=fused)
+        return gelu(F.linear(x, weight, self.proj.bias), float8=float8, fused=fused)
 
 
 class FeedForward(nn.Module):

@@ -50,10 +50,11 @@ class ImageEncoderFiles(WeightFiles):
 
     def __init__(self, stored: WeightFiles) -> None:
         self.path = stored.path
-        self._stored = stored
+        self._opened = stored
         # our name -> (name in the files, which third of its rows; None: all)
         self._pieces: dict[str, tuple[str, int | None]] = {}
         self.entries: dict[str, Stored] = {}
+        self.eight_bit = stored.eight_bit
         for key, found in stored.entries.items():
             for name, part, shape in _named(key, found.shape):
                 self._pieces[name] = (key, part)
@@ -61,18 +62,23 @@ class ImageEncoderFiles(WeightFiles):
 
     def unused(self) -> list[Path]:
         """Weights that lie in the folder and that nobody reads."""
-        return self._stored.unused()
+        return self._opened.unused()
 
     @property
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
-        return self._stored.files
+        return self._opened.files
 
-    def read(self, key: str) -> Tensor:
-        """The tensor of that name, on the CPU, in its stored dtype; do not write into it."""
+    @property
+    def on_disk(self) -> list[Stored]:
+        """As they are stored, without what belongs to them."""
+        return self._opened.on_disk
+
+    def read(self, key: str, widen_on: torch.device | str = "cpu") -> Tensor:
+        """The tensor of that name, as `WeightFiles` reads it."""
         stored, part = self._pieces[key]
         entry = self.entries[key]
-        whole = self._stored.read(stored)
+        whole = self._opened.read(stored, widen_on)
         with foreign_data(
             lambda cause: CheckpointError(f"a tensor cannot be read: {cause}", file=entry.file, key=stored)
         ):
