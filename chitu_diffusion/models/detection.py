@@ -24,7 +24,7 @@ _PLACES = MappingProxyType(
             "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",
             "blocks.1.pos_embedding.embedding.weight",
         ),
-        "image_encoder": ("vision_model.embeddings.class_embedding", "visual.cls_embedding"),
+        "image_encoder": ("embeddings.class_embedding", "visual.cls_embedding"),
     }
 )
 """A part -> a tensor that it has and no other, T5's encoder neither: under official names, the libraries'."""

@@ -216,6 +216,24 @@ def test_image_to_video_is_told_by_its_channels(image_experts_folder: Path, tmp_
     assert found.spec.kind.takes_image and found.spec.boundary == 0.9  # as its authors have it
 
 
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_an_image_encoder_is_found_too(tmp_path: Path, pictures: int) -> None:
+    folder = read_folder(write_tiny_model(tmp_path / "tiny", image=True, clip=pictures))
+    file = write_comfy(folder.path, tmp_path / "models")
+    found = resolve_model(str(file))
+    expected = resolve_model(str(folder.path)).spec
+    assert (found.spec.kind, found.spec.transformers) == (expected.kind, expected.transformers)
+    for role in folder.components:
+        ours, theirs = (load_part(model, role).state_dict() for model in (found.required(), folder))
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items()), role
+    assert all(finding.ok for finding in verify(file))
+    again = convert(file, tmp_path / "again", "diffusers")
+    assert again.preprocessing == folder.preprocessing
+    shutil.rmtree(tmp_path / "models" / "clip_vision")
+    with pytest.raises(ModelMissingError, match="its image encoder was not found.*--image-encoder"):
+        resolve_model(str(file))
+
+
 def test_what_is_missing_is_named_with_where_it_was_looked_for(comfy: Path, tmp_path: Path) -> None:
     file = own(comfy, tmp_path / "models")
     (tmp_path / "models/vae/wan_tiny_vae.safetensors").unlink()
