@@ -71,6 +71,17 @@ def test_tensors_tell_kind_and_sizes(name: str, official: bool) -> None:
     assert (told, WanConfig.from_json(found)) == (kind, config)
 
 
+@pytest.mark.parametrize(("layers", "hints", "places"), [(30, 15, [0, 2, 28]), (40, 8, [0, 5, 35])])
+def test_controls_lie_evenly_over_the_blocks(layers: int, hints: int, places: list[int]) -> None:
+    """As in both published sizes of VACE."""
+    shapes = shapes_of(WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=layers))
+    shapes |= {f"vace_blocks.{index}.proj_out.weight": (1536, 1536) for index in range(hints)}
+    told, found = transformer_in({**shapes, "vace_patch_embedding.weight": (1536, 96, 1, 2, 2)}, Path("file"))
+    layers_of = found["vace_layers"]
+    assert (told, found["vace_in_channels"], len(layers_of)) == ("vace", 96, hints)
+    assert [layers_of[0], layers_of[1], layers_of[-1]] == places
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ComfyUI's folders with full-size files."""

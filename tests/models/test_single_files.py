@@ -294,7 +294,7 @@ def test_kinds_that_are_not_made_here_are_refused_by_name(
     comfy: Path, tmp_path: Path, added: str, words: str
 ) -> None:
     file = own(comfy, tmp_path / "models")
-    save_file({**load_file(file), added: torch.ones(1)}, file)
+    save_file({**load_file(file), added: torch.ones(1, 1)}, file)
     with pytest.raises(CheckpointError, match=words):
         resolve_model(str(file))
 
