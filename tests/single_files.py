@@ -44,7 +44,12 @@ def note_of(folder: ModelFolder) -> dict:
     heads = folder.components["transformer"].config
     names = ("num_attention_heads", "attention_head_dim")
     scheduler = {**folder.scheduler}
+    image = {}
+    if folder.preprocessing is not None:
+        encoder = {**folder.components["image_encoder"].config}
+        image = {"image_encoder": encoder, "image_processor": folder.preprocessing.to_json()}
     return {
+        **image,
         **folder.metadata,
         "transformer": {name: heads[name] for name in names},
         "vae": {**folder.components["vae"].config},
@@ -72,6 +77,11 @@ def write_comfy(folder: Path, place: Path, name: str = "tiny", *, spiece: bytes 
         text["spiece_model"] = torch.tensor(list(spiece), dtype=torch.uint8)
     save_file(text, place / "text_encoders" / "umt5_tiny.safetensors")
     save_file(vae, place / "vae" / "wan_tiny_vae.safetensors")
+    if model.preprocessing is not None:
+        vision = load_file(folder / "image_encoder" / "model.safetensors")
+        vision["embeddings.position_ids"] = torch.arange(5)[None]  # as older libraries saved them
+        (place / "clip_vision").mkdir()
+        save_file(vision, place / "clip_vision" / "clip_vision_h.safetensors")
     return place / "diffusion_models" / f"{names[0]}.safetensors"
 
 

@@ -25,7 +25,7 @@ _PLACES = MappingProxyType(
             "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",
             "blocks.1.pos_embedding.embedding.weight",
         ),
-        "image_encoder": ("vision_model.embeddings.class_embedding", "visual.cls_embedding"),
+        "image_encoder": ("embeddings.class_embedding", "visual.cls_embedding"),
     }
 )
 """A part -> a tensor that it has and no other, T5's encoder neither: under official names, the libraries'."""
@@ -140,8 +140,13 @@ def _patch_embedding(weight: tuple[int, ...], bias: tuple[int, ...]) -> tuple[in
 
 
 def _kind_of(shapes: Shapes, config: dict[str, Any], official: bool, file: Path) -> str:
-    """The `model_type`; of an image-to-video network of Wan2.1 its config is completed."""
-    if any(name.startswith("vace_") for name in shapes):
+    """The `model_type`; the config of a network with parts for pictures or controls is completed."""
+    control = shapes.get("vace_patch_embedding.weight")
+    if control is not None:
+        hints = {name.split(".")[1] for name in shapes if name.startswith("vace_blocks.")}
+        layers = config["num_layers"]
+        config["vace_layers"] = list(range(0, layers, max(1, layers // max(1, len(hints)))))
+        config["vace_in_channels"] = control[1]
         return "vace"
     taken = config["in_channels"]
     given = config["out_channels"]

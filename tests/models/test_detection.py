@@ -71,6 +71,17 @@ def test_tensors_tell_kind_and_sizes(name: str, official: bool) -> None:
     assert (told, WanConfig.from_json(found)) == (kind, config)
 
 
+@pytest.mark.parametrize(("layers", "hints", "places"), [(30, 15, [0, 2, 28]), (40, 8, [0, 5, 35])])
+def test_controls_lie_evenly_over_the_blocks(layers: int, hints: int, places: list[int]) -> None:
+    """As in both published sizes of VACE."""
+    shapes = shapes_of(WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=layers))
+    shapes |= {f"vace_blocks.{index}.proj_out.weight": (1536, 1536) for index in range(hints)}
+    told, found = transformer_in({**shapes, "vace_patch_embedding.weight": (1536, 96, 1, 2, 2)}, Path("file"))
+    layers_of = found["vace_layers"]
+    assert (told, found["vace_in_channels"], len(layers_of)) == ("vace", 96, hints)
+    assert [layers_of[0], layers_of[1], layers_of[-1]] == places
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ComfyUI's folders with full-size files."""
@@ -143,10 +154,17 @@ def test_a_full_size_file_is_the_model_of_its_name(models: Path, file: str, name
     )
     assert spec.defaults == own.defaults and spec.geometry == own.geometry and spec.measured == own.measured
     assert folder is not None
-    for role in folder.components:
+    for role in folder.components.keys() - {"text_encoder", "transformer_2"}:
         check_part(folder, role)
-    other = parts | {"text_encoder": str(models / "other/umt5-xxl-enc-bf16.safetensors")}
-    check_part(resolve_model(str(folder.path), parts=other).required(), "text_encoder")
+
+
+def test_a_text_encoder_may_have_the_official_names(models: Path) -> None:
+    parts = {
+        "tokenizer": str(WAN_TINY / "tokenizer"),
+        "text_encoder": str(models / "other/umt5-xxl-enc-bf16.safetensors"),
+    }
+    file = models / "diffusion_models" / "wan2.1_t2v_1.3B_fp16.safetensors"
+    check_part(resolve_model(str(file), parts=parts).required(), "text_encoder")
 
 
 @pytest.mark.parametrize("file", ["wan2.2_i2v_14B", "wan2.2_t2v_A14B"])

@@ -73,25 +73,24 @@ def test_every_tensor_of_the_shipped_model_is_read_to_the_bit(tmp_path: Path) ->
 def test_a_video_of_bf16_files_is_the_folder_s(folder: Path, tmp_path: Path) -> None:
     plain = convert(folder, tmp_path / "bf16", "diffusers", dtype=torch.bfloat16).path
     file = write_comfy(plain, tmp_path / "comfy")
-    for dtype in ("float32", "bfloat16"):
-        expected, theirs = video(settings(plain, tmp_path, dtype))
-        found, ours = video(settings(file, tmp_path, dtype))
-        assert np.array_equal(found, expected)
-        assert ours.keys() == theirs.keys()
+    expected, theirs = video(settings(plain, tmp_path, "bfloat16"))
+    found, ours = video(settings(file, tmp_path, "bfloat16"))
+    assert np.array_equal(found, expected)
+    assert ours.keys() == theirs.keys()
 
 
-@pytest.mark.parametrize("form", ["scaled-old", "rows"])
+@pytest.mark.parametrize(
+    ("form", "name", "dtype"),
+    [("scaled-old", "float32", torch.float32), ("rows", "bfloat16", None)],  # None: bf16 where 8 bits were
+)
 def test_a_video_of_8_bits_is_that_of_what_they_stand_for(
-    folder: Path, comfy: Path, tmp_path: Path, form: str
+    comfy: Path, tmp_path: Path, form: str, name: str, dtype: torch.dtype | None
 ) -> None:
     file = own(comfy, tmp_path / "models")
     stored, said, _ = in_eight_bits(load_file(file), form)
     save_file({f"model.diffusion_model.{name}": value for name, value in stored.items()}, file, metadata=said)
-    for name, dtype in (("float32", torch.float32), ("bfloat16", None)):  # None: bf16 where 8 bits were
-        plain = convert(file, tmp_path / name, "diffusers", dtype=dtype).path
-        assert np.array_equal(
-            video(settings(file, tmp_path, name))[0], video(settings(plain, tmp_path, name))[0]
-        )
+    plain = convert(file, tmp_path / "plain", "diffusers", dtype=dtype).path
+    assert np.array_equal(video(settings(file, tmp_path, name))[0], video(settings(plain, tmp_path, name))[0])
 
 
 def test_files_are_known_wherever_they_lie(comfy: Path, tmp_path: Path) -> None:
@@ -216,6 +215,24 @@ def test_image_to_video_is_told_by_its_channels(image_experts_folder: Path, tmp_
     assert found.spec.kind.takes_image and found.spec.boundary == 0.9  # as its authors have it
 
 
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_an_image_encoder_is_found_too(tmp_path: Path, pictures: int) -> None:
+    folder = read_folder(write_tiny_model(tmp_path / "tiny", image=True, clip=pictures))
+    file = write_comfy(folder.path, tmp_path / "models")
+    found = resolve_model(str(file))
+    expected = resolve_model(str(folder.path)).spec
+    assert (found.spec.kind, found.spec.transformers) == (expected.kind, expected.transformers)
+    for role in folder.components:
+        ours, theirs = (load_part(model, role).state_dict() for model in (found.required(), folder))
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items()), role
+    assert all(finding.ok for finding in verify(file))
+    again = convert(file, tmp_path / "again", "diffusers")
+    assert again.preprocessing == folder.preprocessing
+    shutil.rmtree(tmp_path / "models" / "clip_vision")
+    with pytest.raises(ModelMissingError, match="its image encoder was not found.*--image-encoder"):
+        resolve_model(str(file))
+
+
 def test_what_is_missing_is_named_with_where_it_was_looked_for(comfy: Path, tmp_path: Path) -> None:
     file = own(comfy, tmp_path / "models")
     (tmp_path / "models/vae/wan_tiny_vae.safetensors").unlink()
@@ -277,7 +294,7 @@ def test_kinds_that_are_not_made_here_are_refused_by_name(
     comfy: Path, tmp_path: Path, added: str, words: str
 ) -> None:
     file = own(comfy, tmp_path / "models")
-    save_file({**load_file(file), added: torch.ones(1)}, file)
+    save_file({**load_file(file), added: torch.ones(1, 1)}, file)
     with pytest.raises(CheckpointError, match=words):
         resolve_model(str(file))
 
