@@ -31,7 +31,7 @@ BUDGETS = {
     "files": 580,
     "flexcache": 2770,
     "media": 1530,
-    "memory": 680,
+    "memory": 690,
     "models": 6720,
     "ops": 2180,
     "pipelines": 4060,
