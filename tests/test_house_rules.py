@@ -36,7 +36,7 @@ BUDGETS = {
     "ops": 1825,
     "pipelines": 3990,
     "sampling": 1160,
-    "service": 1600,
+    "service": 2130,
     "task": 1135,
     "adapters": 690,
     "weights": 1180,

@@ -39,6 +39,14 @@ class JobState(StrEnum):
 
 ENDED = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED})
 LIVE = frozenset(JobState) - ENDED
+FOLLOWS = MappingProxyType(
+    {
+        JobState.QUEUED: frozenset({JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
+        JobState.RUNNING: frozenset(JobState),
+        JobState.HELD: frozenset({JobState.QUEUED, JobState.CANCELLED}),
+    }
+)
+"""The states that may follow each; none follows an end."""
 MOST_DEATHS_WITHOUT_PROGRESS = 3
 MOST_DEATHS = 20
 RETRY_DELAYS_S = (5.0, 30.0, 120.0)
@@ -169,6 +177,7 @@ class JobCheckpoint:
         path: relative to the data folder.
         step: steps done in all, which grows from checkpoint to checkpoint where there is progress.
         fingerprint: of what must be the same to go on from it.
+        fence: of the lease it was saved under; the store sets it.
     """
 
     path: str
@@ -176,6 +185,7 @@ class JobCheckpoint:
     sha256: str
     bytes: int
     fingerprint: str = ""
+    fence: int = 0
 
 
 @dataclass(frozen=True)
@@ -218,7 +228,8 @@ class JobEvent:
 @dataclass(frozen=True)
 class Job:
     """A job's row. `events` is the number of its last event; `attempt` counts claims; `checkpoints` has the
-    newest first; `served_s` is how long workers were leased to it, in seconds times GPUs.
+    newest first; `queued_at` is since when it waits, or did; `served_s` is how long workers were leased to
+    it, in seconds times GPUs.
     """
 
     id: str
@@ -273,8 +284,8 @@ class Job:
 
 @dataclass(frozen=True)
 class JobLease:
-    """The right to work on a job, until `until` unless it is beaten. Write files under the folder of `job` and
-    `fence` only.
+    """The right to work on a job, until `until` unless it is beaten. Write files under the folder of `job`
+    and `fence` only.
     """
 
     job: str
@@ -318,7 +329,7 @@ class JobPage:
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep ended: jobs whose wait was too long, jobs held too long, rows that went."""
+    """What a sweep ended: jobs that waited too long, that were held too long, and rows that went."""
 
     timed_out: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
@@ -343,8 +354,8 @@ class ApiKey:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """A worker's row. `state`: starting, ready, busy, draining or lost; `fits` is the envelope of what fits in
-    its memory; `rss` and `gpu_bytes` are bytes.
+    """A worker's row. `state`: starting, ready, busy, draining or lost; `fits` is the envelope of what fits
+    in its memory; `rss` and `gpu_bytes` are bytes.
     """
 
     id: str
@@ -354,7 +365,7 @@ class WorkerInfo:
     state: str
     layout: str = ""
     weights_sha256: str = ""
-    fits: Mapping[str, Any] = MappingProxyType({})
+    fits: Mapping[str, Any] = field(default_factory=dict)
     rss: int = 0
     gpu_bytes: int = 0
     seen_at: float = 0.0
@@ -370,6 +381,11 @@ class Delivery:
     url: str
     body: Mapping[str, Any]
     attempt: int
+
+
+def may_follow(state: JobState, after: JobState) -> bool:
+    """Whether a job may go from a state to another."""
+    return after in FOLLOWS.get(state, ())
 
 
 def is_poison(deaths_without_progress: int, deaths: int) -> bool:
@@ -393,5 +409,5 @@ def keep_checkpoints(kept: Sequence[JobCheckpoint], new: JobCheckpoint) -> tuple
 
 
 def is_progress(kept: Sequence[JobCheckpoint], new: JobCheckpoint) -> bool:
-    """Whether a checkpoint is beyond every earlier one: the same step again does not clear a job of deaths."""
+    """Whether a checkpoint is beyond the earlier ones: the same step again does not clear a job of deaths."""
     return all(new.step > earlier.step for earlier in kept)

@@ -1,4 +1,4 @@
-"""The service's settings (`service.*`), beside the engine's in `config.py`, which knows nothing of a service."""
+"""The service's settings (`service.*`), beside the engine's in `config.py`, which knows no service."""
 
 from __future__ import annotations
 

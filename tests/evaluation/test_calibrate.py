@@ -43,7 +43,11 @@ def calibrated(tiny_folder, tmp_path_factory):
     jobs = [CalibrationRun(prompt, 0) for prompt in PROMPTS[:2]]
     config = config_for(folder, folder / "outputs")
     found = calibrate(
-        config, jobs, [CalibrationRun(PROMPTS[2], 1)], settings={"num_inference_steps": STEPS}, speeds=(1.5, 2, 3)
+        config,
+        jobs,
+        [CalibrationRun(PROMPTS[2], 1)],
+        settings={"num_inference_steps": STEPS},
+        speeds=(1.5, 2, 3),
     )
     write_calibration(found, folder)
     return folder, found
@@ -184,7 +188,9 @@ def test_two_experts_start_anew_at_the_switch(two_experts_folder, tmp_path) -> N
     shutil.copytree(two_experts_folder, folder)
     config = config_for(folder, tmp_path)
     own = {"num_inference_steps": STEPS}
-    found = calibrate(config, [CalibrationRun(PROMPTS[0], 0)], [CalibrationRun(PROMPTS[1], 1)], settings=own, speeds=(1.5,))
+    found = calibrate(
+        config, [CalibrationRun(PROMPTS[0], 0)], [CalibrationRun(PROMPTS[1], 1)], settings=own, speeds=(1.5,)
+    )
     assert found.table[0].psnr[0] > 20
     write_calibration(found, folder)
     backend = backend_of(folder)
