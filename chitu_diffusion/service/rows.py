@@ -126,10 +126,11 @@ class LockedJob:
         self.transaction.connection.execute(insert(schema.deliveries).values(**row, attempt=0, next_at=now))
 
     def save(self) -> Job:
-        """Write what was changed."""
-        self.transaction.connection.execute(
-            update(schema.jobs).where(schema.jobs.c.id == self.job.id).values(**columns_of(self._changed))
-        )
+        """Write what was changed, if anything was."""
+        if self._changed:
+            there = schema.jobs.c.id == self.job.id
+            values = columns_of(self._changed)
+            self.transaction.connection.execute(update(schema.jobs).where(there).values(**values))
         return self.job
 
 

@@ -14,7 +14,6 @@ from chitu_diffusion.service.jobs import (
     Artifact,
     Claimed,
     IdempotencyConflictError,
-    Job,
     JobBusyError,
     JobCheckpoint,
     JobEndedError,
@@ -336,20 +335,15 @@ def test_the_least_served_owner_is_next(store: JobStore, clock: FakeClock) -> No
             store.submit(replace(NEW, owner=owner))
     served = {"ann": 0.0, "bob": 0.0, "new": 0.0}
     for number in range(10):
-        job = claim(store).job
-        seconds = 20.0 if job.owner == "ann" else 5.0
+        claimed = claim(store)
+        seconds = 20.0 if claimed.job.owner == "ann" else 5.0
         clock.advance(seconds)
-        served[job.owner] += seconds
-        store.leases.complete(store_lease(job), [])
+        served[claimed.job.owner] += seconds
+        store.leases.complete(claimed.lease, [])
         if number == 4:  # who comes now has no credit for having been away
             for _ in range(2):
                 store.submit(replace(NEW, owner="new"))
     assert served == {"ann": 80, "bob": 20, "new": 10}
-
-
-def store_lease(job: Job) -> JobLease:
-    assert job.worker is not None and job.lease_until is not None
-    return JobLease(job.id, job.fence, job.worker, job.lease_until)
 
 
 def test_lists_have_cursors(store: JobStore, clock: FakeClock) -> None:
