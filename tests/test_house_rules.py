@@ -24,7 +24,7 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
     "": 2355,
     "attention": 2060,
-    "cli": 3840,
+    "cli": 3895,
     "distributed": 2145,
     "evaluation": 2125,
     "executor": 1940,
@@ -36,7 +36,7 @@ BUDGETS = {
     "ops": 1825,
     "pipelines": 3990,
     "sampling": 1160,
-    "service": 2130,
+    "service": 2140,
     "task": 1135,
     "adapters": 690,
     "weights": 1180,
@@ -457,6 +457,7 @@ def test_no_machine_is_named() -> None:
 )
 def test_importing_is_cheap(module: str) -> None:
     heavy = ("torch", "numpy", "diffusers", "transformers", "pydantic", "av", "PIL", "huggingface_hub")
+    heavy += ("sqlalchemy", "alembic")
     code = f"import sys, {module}; print(*sorted(set(sys.modules) & set({heavy!r})))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -65,9 +65,17 @@ def _backup(file: Path, revision: str) -> Path:
 def _upgrade(database: Database, revision: str) -> None:
     from alembic import command
     from alembic.config import Config
+    from sqlalchemy.exc import DBAPIError
 
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     with database.writing(queue=True) as transaction:
         config.attributes["connection"] = transaction.connection
-        command.upgrade(config, revision)
+        try:
+            command.upgrade(config, revision)
+        except DBAPIError as error:
+            raise SchemaError(
+                f"the tables could not be migrated ({type(error.orig).__name__}: {error.orig}) and are as "
+                "they were; mend that, and run 'chitu store migrate' again",
+                field="service.store",
+            ) from error

@@ -17,7 +17,6 @@ from sqlalchemy import (
     String,
     Table,
     UniqueConstraint,
-    text,
 )
 
 REVISIONS = ("0001", "0002")
@@ -78,7 +77,7 @@ jobs = Table(
     Column("seconds", _DATA, nullable=False),
     Column("events", Integer, nullable=False),
     UniqueConstraint("owner", "idempotency_key", name="uq_jobs_owner_key"),
-    Index("ix_jobs_queue", "state", text("priority DESC"), "created_at"),
+    Index("ix_jobs_queue", "state", "priority", "created_at"),
     Index("ix_jobs_owner", "owner", "created_at"),
     Index("ix_jobs_lease", "lease_until"),
     Index("ix_jobs_expiry", "expires_at"),

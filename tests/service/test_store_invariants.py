@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import MakeUrl, migrate
-from databases import FakeClock
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -18,6 +16,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from job_stores import FakeClock, MakeUrl, migrate
 
 from chitu_diffusion.service.jobs import (
     Artifact,

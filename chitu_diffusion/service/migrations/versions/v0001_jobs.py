@@ -1,7 +1,7 @@
 """Jobs, their events and files, workers, keys, webhooks."""
 
 from alembic import op
-from sqlalchemy import JSON, BigInteger, Column, Double, ForeignKey, Integer, String, UniqueConstraint, text
+from sqlalchemy import JSON, BigInteger, Column, Double, ForeignKey, Integer, String, UniqueConstraint
 
 revision = "0001"
 down_revision = None
@@ -62,7 +62,7 @@ def _jobs() -> None:
         Column("events", Integer, nullable=False),
         UniqueConstraint("owner", "idempotency_key", name="uq_jobs_owner_key"),
     )
-    op.create_index("ix_jobs_queue", "jobs", ["state", text("priority DESC"), "created_at"])
+    op.create_index("ix_jobs_queue", "jobs", ["state", "priority", "created_at"])
     op.create_index("ix_jobs_owner", "jobs", ["owner", "created_at"])
     op.create_index("ix_jobs_lease", "jobs", ["lease_until"])
     op.create_index("ix_jobs_expiry", "jobs", ["expires_at"])

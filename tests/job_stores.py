@@ -1,22 +1,29 @@
-"""SQLite and PostgreSQL for the store's tests. A PostgreSQL server lives in a folder of its own, listens on a
-Unix socket alone, and ends with the tests.
+"""Stores of jobs for the tests, on SQLite and on PostgreSQL: fixtures that every test may use.
+
+A PostgreSQL server lives in a folder of its own, listens on a Unix socket alone, and ends with the tests.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sqlalchemy import create_engine, text
+import pytest
 
+if TYPE_CHECKING:
+    from chitu_diffusion.service.store import JobStore
+
+MakeUrl = Callable[[], str]
 MISSING = (
     "PostgreSQL is not installed: the store's tests on it are LEFT OUT; 'apt-get install postgresql' as root"
 )
@@ -85,8 +92,56 @@ def run(command: list[object], folder: Path) -> None:
 
 def make_database(server: str, name: str) -> str:
     """A new, empty database's URL."""
+    from sqlalchemy import create_engine, text
+
     engine = create_engine(server.format(name="postgres"), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.execute(text(f'CREATE DATABASE "{name}"'))
     engine.dispose()
     return server.format(name=name)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str | None]:
+    """A server of this test process, or None."""
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def fresh_url(request: pytest.FixtureRequest, tmp_path: Path) -> MakeUrl:
+    """Makes the URL of a new, empty database."""
+    if request.param == "sqlite":
+        return lambda: f"sqlite:///{tmp_path}/{secrets.token_hex(4)}/chitu.db"
+    server = request.getfixturevalue("postgres")
+    if server is None:
+        pytest.skip(MISSING)
+    return lambda: make_database(server, f"t{secrets.token_hex(4)}")
+
+
+@pytest.fixture
+def fake_clock() -> FakeClock:
+    """Stands still until a test moves it."""
+    return FakeClock()
+
+
+@pytest.fixture
+def job_store(fresh_url: MakeUrl, fake_clock: FakeClock) -> Iterator[JobStore]:
+    """An empty store on each database, whose time is the clock's."""
+    from chitu_diffusion.service.store import open_store
+
+    url = fresh_url()
+    migrate(url)
+    found = open_store(url, clock=fake_clock, most_queued=50, retention_s=1000)
+    yield found
+    found.close()
+
+
+def migrate(url: str) -> None:
+    """What `chitu store migrate` does."""
+    from chitu_diffusion.service.database import Database
+    from chitu_diffusion.service.migrate import bring_up_to_date
+
+    database = Database(url)
+    bring_up_to_date(database, asked=True)
+    database.close()
