@@ -39,7 +39,7 @@ LEASE_S = 30.0
 ENDS = {state.value for state in JobState if state.ended}
 END = 2e6
 """Long after the last of the clock's readings."""
-OWNERS = ("ann", "bob", "cem")
+OWNERS = ("ann", "bob")
 MOST_RUNNING = 2
 """Of each owner."""
 
@@ -66,20 +66,32 @@ class Histories(RuleBasedStateMachine):
         self.ended: set[str] = set()
         self.deleted: set[str] = set()
 
-    @rule(target=jobs, owner=st.sampled_from(OWNERS), priority=st.integers(0, 1), hook=st.booleans())
-    def submit(self, owner: str, priority: int, hook: bool) -> str:
-        self.clock.advance(0.25)  # ids are random, so no two may tie: a history is the same each time
+    @rule(
+        target=jobs,
+        owner=st.sampled_from(OWNERS),
+        number=st.integers(1, 4),
+        priority=st.integers(0, 1),
+        hook=st.booleans(),
+    )
+    def submit(self, owner: str, number: int, priority: int, hook: bool) -> Any:
         new = NewJob(owner, "wan", {}, {}, "b", priority=priority, webhook="https://h" if hook else None)
-        job = self.store.submit(new, OwnerLimits(max_running=MOST_RUNNING)).job
-        self.states[job.id] = JobState.QUEUED
-        self.fences[job.id] = 0
-        return job.id
+        made = []
+        for _ in range(number):
+            self.clock.advance(0.25)  # ids are random, so no two may tie: a history is the same each time
+            made.append(self.store.submit(new, OwnerLimits(max_running=MOST_RUNNING)).job.id)
+            self.states[made[-1]] = JobState.QUEUED
+            self.fences[made[-1]] = 0
+        return multiple(*made)
 
-    @rule(target=leases, worker=st.sampled_from(["v", "w"]))
-    def claim(self, worker: str) -> Any:
+    @rule(target=leases, workers=st.integers(1, 4))
+    def claim(self, workers: int) -> Any:
+        taken = [self.claim_one(f"w{number}") for number in range(workers)]
+        return multiple(*(lease for lease in taken if lease is not None))
+
+    def claim_one(self, worker: str) -> JobLease | None:
         claimed = self.store.leases.claim(worker, ["wan"], lease_s=LEASE_S)
         if claimed is None:
-            return multiple()
+            return None
         until = self.seen[claimed.job.id].lease_until
         assert until is None or until < self.clock.now, "a live lease was taken"
         assert claimed.lease.fence == self.fences[claimed.job.id] + 1
@@ -131,7 +143,7 @@ class Histories(RuleBasedStateMachine):
         except StoreError:
             pass
 
-    @rule(seconds=st.sampled_from([1.0, 6.0, 31.0, 200.0]))
+    @rule(seconds=st.sampled_from([1.0, 6.0, 14.0, 31.0, 200.0]))
     def wait(self, seconds: float) -> None:
         self.clock.advance(seconds)
 
@@ -201,7 +213,7 @@ def test_random_histories(fresh_url: MakeUrl) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=20,
+            max_examples=12,
             stateful_step_count=25,
             deadline=None,
             derandomize=True,
