@@ -17,13 +17,22 @@ WORKERS ?= 2
 # A step of an installation: its name, what it runs, the seconds that it took.
 step = @printf '  %s ... ' '$(1)'; SECONDS=0; $(2) && echo "$$SECONDS s"
 
-.PHONY: demo test test-training card check install lowest docker-steps clean
+.PHONY: demo test system test-training card check install lowest docker-steps clean
 
 demo: $(STAMP)
 	@$(BIN)/chitu generate "A cat walking on grass" --seed 1 -o outputs/demo.mp4
 
-test: check
+test: check system
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal --ignore tests/test_house_rules.py
+
+# PostgreSQL, for the store's tests: from the system's packages where that is allowed, else said loudly.
+HAS_POSTGRES = command -v initdb > /dev/null || ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1
+APT := DEBIAN_FRONTEND=noninteractive apt-get -qq
+LEFT_OUT := *** LEFT OUT: tests on PostgreSQL, which is not installed; as root: apt-get install postgresql ***
+
+system:
+	@$(HAS_POSTGRES) || { test "$$(id -u)" = 0 && $(APT) update && $(APT) install -y --no-install-recommends \
+		postgresql > /dev/null; } || echo '$(LEFT_OUT)'
 
 test-training: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) training/tests

@@ -24,7 +24,7 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
     "": 2360,
     "attention": 2060,
-    "cli": 3905,
+    "cli": 3925,
     "distributed": 2145,
     "evaluation": 2165,
     "executor": 1940,
@@ -39,6 +39,7 @@ BUDGETS = {
     "task": 1145,
     "adapters": 720,
     "weights": 1880,
+    "service": 2140,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""
@@ -456,6 +457,7 @@ def test_no_machine_is_named() -> None:
 )
 def test_importing_is_cheap(module: str) -> None:
     heavy = ("torch", "numpy", "diffusers", "transformers", "pydantic", "av", "PIL", "huggingface_hub")
+    heavy += ("sqlalchemy", "alembic")
     code = f"import sys, {module}; print(*sorted(set(sys.modules) & set({heavy!r})))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -48,7 +48,7 @@ def calibrate(args: Args) -> None:
         task_for(model, config, DiffusionUserParams(**{"prompt": "-", **asked}))
     make_folder("-o", output)
     from chitu_diffusion.evaluation.cache_table import read_prompts
-    from chitu_diffusion.evaluation.calibrate import Job
+    from chitu_diffusion.evaluation.calibrate import CalibrationRun
     from chitu_diffusion.evaluation.calibrate import calibrate as measure
     from chitu_diffusion.flexcache.calibration import write_calibration
 
@@ -58,8 +58,8 @@ def calibrate(args: Args) -> None:
     if len(sentences) < 2:
         raise UsageError(f"--prompts {file}: one prompt; use at least two, one to check on", field="prompts")
     kept = max(1, len(sentences) // 4)
-    fitted_on = [Job(prompt, seed) for seed in seeds for prompt in sentences[:-kept]]
-    checked_on = [Job(prompt, max(seeds) + 1) for prompt in sentences[-kept:]]
+    fitted_on = [CalibrationRun(prompt, seed) for seed in seeds for prompt in sentences[:-kept]]
+    checked_on = [CalibrationRun(prompt, max(seeds) + 1) for prompt in sentences[-kept:]]
     say(f"{config.models.name}: {counted(len(fitted_on), 'run')} to fit on, {len(checked_on)} to check on")
     with args.named():
         found = measure(config, fitted_on, checked_on, settings=asked, workers=args["workers"], on_line=say)

@@ -42,7 +42,7 @@ OnLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Job:
+class CalibrationRun:
     """A video: prompt and seed."""
 
     prompt: str
@@ -51,8 +51,8 @@ class Job:
 
 def calibrate(
     config: EngineConfig,
-    fitted_on: Sequence[Job],
-    checked_on: Sequence[Job],
+    fitted_on: Sequence[CalibrationRun],
+    checked_on: Sequence[CalibrationRun],
     *,
     settings: dict[str, Any] | None = None,
     speeds: Sequence[float] = SPEEDS,
@@ -134,14 +134,14 @@ def describe(backend: DiffusionBackend, settings: dict[str, Any]) -> dict[str, A
     }
 
 
-def frames_of(backend: DiffusionBackend, job: Job, settings: dict[str, Any]) -> Frames:
+def frames_of(backend: DiffusionBackend, job: CalibrationRun, settings: dict[str, Any]) -> Frames:
     """A video's frames by full compute."""
     return make_video(backend, prompt=job.prompt, seed=job.seed, **settings).frames
 
 
 def nearness(
     backend: DiffusionBackend,
-    job: Job,
+    job: CalibrationRun,
     settings: dict[str, Any],
     speed: float,
     calibration: Calibration,
@@ -208,7 +208,7 @@ def growth(sigmas: Array, gains: Sequence[dict[int, float]]) -> Array:
 def _checked(
     processes: Workers,
     calibration: Calibration,
-    jobs: Sequence[Job],
+    jobs: Sequence[CalibrationRun],
     exact: dict[tuple[str, int], Frames],
     settings: dict[str, Any],
     speeds: Sequence[float],

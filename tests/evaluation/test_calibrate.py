@@ -17,7 +17,7 @@ from running import config_for, latent_and_video, psnr, task_for
 
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import CheckpointError, UsageError
-from chitu_diffusion.evaluation.calibrate import Job, calibrate, growth, polynomial
+from chitu_diffusion.evaluation.calibrate import CalibrationRun, calibrate, growth, polynomial
 from chitu_diffusion.evaluation.traces import trace
 from chitu_diffusion.flexcache.calibration import (
     CALIBRATION_FILE,
@@ -40,10 +40,14 @@ def calibrated(tiny_folder, tmp_path_factory):
     """A copy of the random model, calibrated: (folder, calibration)."""
     folder = tmp_path_factory.mktemp("calibrated") / "model"
     shutil.copytree(tiny_folder, folder)
-    jobs = [Job(prompt, 0) for prompt in PROMPTS[:2]]
+    jobs = [CalibrationRun(prompt, 0) for prompt in PROMPTS[:2]]
     config = config_for(folder, folder / "outputs")
     found = calibrate(
-        config, jobs, [Job(PROMPTS[2], 1)], settings={"num_inference_steps": STEPS}, speeds=(1.5, 2, 3)
+        config,
+        jobs,
+        [CalibrationRun(PROMPTS[2], 1)],
+        settings={"num_inference_steps": STEPS},
+        speeds=(1.5, 2, 3),
     )
     write_calibration(found, folder)
     return folder, found
@@ -184,7 +188,9 @@ def test_two_experts_start_anew_at_the_switch(two_experts_folder, tmp_path) -> N
     shutil.copytree(two_experts_folder, folder)
     config = config_for(folder, tmp_path)
     own = {"num_inference_steps": STEPS}
-    found = calibrate(config, [Job(PROMPTS[0], 0)], [Job(PROMPTS[1], 1)], settings=own, speeds=(1.5,))
+    found = calibrate(
+        config, [CalibrationRun(PROMPTS[0], 0)], [CalibrationRun(PROMPTS[1], 1)], settings=own, speeds=(1.5,)
+    )
     assert found.table[0].psnr[0] > 20
     write_calibration(found, folder)
     backend = backend_of(folder)

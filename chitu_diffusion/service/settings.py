@@ -1,0 +1,54 @@
+"""The service's settings (`service.*`), beside the engine's in `config.py`, which knows no service."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from chitu_diffusion.config import Settings
+
+
+class QueueSettings(Settings):
+    """How much may wait, and for how long."""
+
+    max: int = Field(1000, ge=1, description="jobs that wait, of all owners")
+    per_key: int = Field(100, ge=1, description="jobs that wait, of one owner")
+    ttl_s: float = Field(86400, gt=0, description="a job that waited this long, or was held this long, ends")
+
+
+class PreviewSettings(Settings):
+    """The strip of frames shown while a job runs."""
+
+    every_s: float = Field(2, ge=0, description="seconds between previews, at least; 0 makes none")
+    frames: int = Field(4, ge=1, le=16, description="frames in the strip")
+
+
+class WebhookSettings(Settings):
+    """Who is told that a job has ended."""
+
+    off: bool = Field(False, description="refuse webhooks")
+    allow: tuple[str, ...] = Field((), description="private hosts that webhooks may go to")
+
+
+class ServiceConfig(Settings):
+    """The whole tree of `chitu serve` and `chitu worker`."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; others than loopback need a key")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    data: str = Field("chitu-data", description="folder of the jobs' files, and of SQLite's database")
+    store: str | None = Field(None, description="database URL; None is SQLite's DATA/chitu.db")
+    workers: int = Field(1, ge=0, description="workers beside this front; 0: they run elsewhere")
+    gpus_per_worker: int = Field(0, ge=0, description="GPUs of each worker; 0 is one, or the CPU")
+    lease_s: float = Field(30, gt=0, description="a worker unheard of for this long loses its job")
+    beat_s: float = Field(5, gt=0, description="seconds between a lease's heartbeats")
+    retention_s: float = Field(604800, gt=0, description="an ended job and its files are kept this long")
+    drain_s: float = Field(60, ge=0, description="seconds that running jobs may take to park on SIGTERM")
+    queue: QueueSettings = Field(default_factory=QueueSettings)
+    preview: PreviewSettings = Field(default_factory=PreviewSettings)
+    webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
+    metrics_open: bool = Field(False, description="/metrics needs no key")
+    cors: tuple[str, ...] = Field((), description="origins whose pages may call; none by default")
+    replicate_dialect: bool = Field(False, description="also answer in Replicate's form")
+
+    def store_url(self) -> str:
+        """The database's URL for SQLAlchemy."""
+        return self.store or f"sqlite:///{self.data}/chitu.db"
