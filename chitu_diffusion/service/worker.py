@@ -1,0 +1,268 @@
+"""A worker: an engine behind a pipe, one job at a time. Ends when the pipe closes.
+
+Knows no SQL, HTTP or keys; of the service's modules the only one that imports the engine.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import json
+import logging
+import os
+import queue
+import shutil
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chitu_diffusion.config import EngineConfig
+from chitu_diffusion.engine import Engine
+from chitu_diffusion.errors import RankLostError, UsageError
+from chitu_diffusion.files.atomic import new_file
+from chitu_diffusion.media.video import file_sha256
+from chitu_diffusion.pipelines.fingerprint import fingerprint_of
+from chitu_diffusion.service.failures import failure_of
+from chitu_diffusion.service.pipe import LineChannel, Message
+from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, Progress, TaskStatus
+
+logger = logging.getLogger(__name__)
+TICK_S = 1.0
+_VIDEO = "video.mp4"
+_CHECKPOINTS = "checkpoints"
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def run_worker(end: socket.socket, about: Mapping[str, Any]) -> None:
+    """A worker's whole life.
+
+    Args:
+        end: of the pipe to its supervisor.
+        about: `engine` (settings), `data` (the folder of the jobs' files), `number` (among this machine's
+            workers, which share its GPUs).
+    """
+    faulthandler.enable()  # on SIGABRT it says where it is stuck
+    channel = LineChannel(end)
+    channel.send("started", pid=os.getpid())
+    commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    for beside in (lambda: _read(channel, commands), lambda: _tick(channel)):
+        threading.Thread(target=beside, daemon=True).start()
+    os.chdir(about["data"])  # what videos and checkpoints name lies inside it
+    config = EngineConfig(**about["engine"])
+    gpus = torch.cuda.device_count() if config.infer.device in ("auto", "cuda") else 0
+    if gpus > 1:
+        config.infer.device = f"cuda:{about['number'] % gpus}"
+    with Engine(config) as engine:
+        plan = engine.backend.groups.plan
+        channel.send("ready", layout=f"cfg{plan.cfg}u{plan.ulysses}r{plan.ring}")
+        runner = JobRunner(engine, channel, commands)
+        while (command := commands.get())["kind"] != "stop":
+            if command["kind"] == "run":  # else it is about a job that has just ended
+                runner.run(command)
+
+
+def _read(channel: LineChannel, commands: queue.SimpleQueue[Message]) -> None:
+    for message in channel.messages():
+        commands.put(message)
+    os._exit(1)  # in the middle of a unit, too: files appear whole or not at all
+
+
+def _tick(channel: LineChannel) -> None:
+    """Says that this process lives, whatever its main thread does."""
+    done = threading.Event()
+    while not done.wait(TICK_S):
+        resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * _PAGE_BYTES
+        on_gpu = torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
+        try:
+            channel.send("tick", rss=resident, gpu_bytes=on_gpu)
+        except OSError:
+            done.set()
+
+
+class JobRunner:
+    """Runs jobs on an engine, and tells of them.
+
+    Args:
+        commands: what comes while a job runs: cancel, park or stop.
+    """
+
+    def __init__(self, engine: Engine, channel: LineChannel, commands: queue.SimpleQueue[Message]) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._commands = commands
+
+    def run(self, command: Message) -> None:
+        """One job, to its end or until it is parked or held.
+
+        Args:
+            command: `job`, `fence`, `params` (of `DiffusionUserParams`), `checkpoints` (newest first; `path`,
+                `step` and `sha256`) and `hold_at_step`. Paths are relative to the data folder.
+
+        Raises:
+            Exception: what the engine cannot go on after; the job's end was told.
+        """
+        job = _JobOnEngine(command, self._channel)
+        try:
+            task = job.begin(self._engine)
+            self._drive(job, task, command.get("hold_at_step"))
+        except UsageError as error:
+            job.failed(error)
+        except Exception as error:
+            job.failed(error)
+            raise
+        finally:
+            self._engine.pool.remove(command["job"])
+
+    def _drive(self, job: _JobOnEngine, task: DiffusionTask, hold_at: int | None) -> None:
+        while not task.is_finished():
+            wishes = self._wishes()
+            held = (
+                hold_at is not None and task.status is TaskStatus.DENOISING and task.current_step >= hold_at
+            )
+            if "cancel" in wishes:
+                self._engine.cancel(task.task_id)
+            elif held or wishes:
+                self._engine.save_tasks()
+                job.report_checkpoint(self._engine, task)
+                self._engine.cancel(task.task_id)
+                job.report("held" if held else "parked", step=task.current_step)
+                return
+            elif (event := self._engine.step()) is not None:
+                job.advanced(event)
+                job.report_checkpoint(self._engine, task)
+        if task.status is TaskStatus.FINISHED:
+            job.completed(task)
+        elif task.error is not None:
+            job.failed(task.error)
+            if isinstance(task.error, RankLostError):
+                raise task.error
+        else:
+            job.report("ended", state="cancelled")
+
+    def _wishes(self) -> set[str]:
+        """The kinds of commands that came since the last unit; a stop is left for whoever runs this."""
+        found: list[Message] = []
+        while not self._commands.empty():
+            found.append(self._commands.get())
+        for command in found:
+            if command["kind"] == "stop":
+                self._commands.put(command)
+        return {command["kind"] for command in found}
+
+
+class _JobOnEngine:
+    """One attempt at a job: its folder, and what the supervisor is told of it."""
+
+    def __init__(self, command: Message, channel: LineChannel) -> None:
+        self._command = command
+        self._channel = channel
+        self._folder = Path("jobs", command["job"], str(command["fence"]))
+        self._reported: set[str] = set()
+
+    def report(self, kind: str, **values: Any) -> None:
+        self._channel.send(kind, job=self._command["job"], fence=self._command["fence"], **values)
+
+    def begin(self, engine: Engine) -> DiffusionTask:
+        """Hand it to the engine, which goes on from a checkpoint that it can use."""
+        command = self._command
+        place = {"save_path": str(self._folder / _VIDEO), "task_id": command["job"]}
+        params = DiffusionUserParams.from_mapping({**command["params"], **place})
+        checkpoints = self._folder / _CHECKPOINTS
+        notes = take_over(command["checkpoints"], checkpoints)
+        self._reported = {file.name for file in _files_of(checkpoints)}
+        task = engine.submit(params, checkpoints=checkpoints)
+        if task.resumed is not None:
+            differs = [*notes, *task.resumed.differs]
+            self.report("resumed", from_step=task.resumed.step, exact=task.resumed.exact, differs=differs)
+        elif notes:
+            self.report("resumed", from_step=0, exact=True, differs=notes)
+        return task
+
+    def advanced(self, event: Progress) -> None:
+        self.report(
+            "progress",
+            stage=str(event.stage),
+            status=str(event.status),
+            step=event.step,
+            steps=event.total_steps,
+            fraction=event.fraction,
+            seconds=event.seconds,
+            eta_s=event.eta,
+            at=event.time,
+        )
+        if event.message is not None and event.status not in (TaskStatus.FINISHED, TaskStatus.FAILED):
+            self.report("note", message=event.message)
+
+    def report_checkpoint(self, engine: Engine, task: DiffusionTask) -> None:
+        """Of a file that has come since; the newest has the largest number in its name."""
+        files = _files_of(self._folder / _CHECKPOINTS)
+        if not files or files[-1].name in self._reported:
+            return
+        self._reported = {file.name for file in files}
+        asked = task.resolved or task.params
+        made = fingerprint_of(engine.backend, asked.shift, asked.sampler_recipe, asked.lora)
+        text = json.dumps(made, sort_keys=True, default=str)
+        self.report(
+            "checkpoint",
+            path=str(files[-1]),
+            step=task.current_step,
+            fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+            **_size_and_hash(files[-1]),
+        )
+
+    def completed(self, task: DiffusionTask) -> None:
+        video = self._folder / _VIDEO
+        artifact = {"variant": "video", "path": str(video), "media_type": "video/mp4"}
+        seconds = {str(stage): spent for stage, spent in task.seconds.items()}
+        self.report(
+            "ended", state="completed", artifacts=[{**artifact, **_size_and_hash(video)}], seconds=seconds
+        )
+
+    def failed(self, error: Exception) -> None:
+        logger.warning("job %s: %s", self._command["job"], error)
+        failure, may_pass = failure_of(error)
+        self.report("ended", state="failed", failure=failure, may_pass=may_pass)
+
+
+def take_over(saved: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
+    """Put checkpoints of earlier attempts into this one's folder, where the engine looks for them.
+
+    Args:
+        saved: newest first; one whose hash is another is left out.
+
+    Returns:
+        in words, which were left out and why.
+    """
+    notes = []
+    for checkpoint in reversed(saved):
+        file = Path(checkpoint["path"])
+        try:
+            if file_sha256(file) != checkpoint["sha256"]:
+                raise OSError("it is damaged")
+            folder.mkdir(parents=True, exist_ok=True)
+            number = len(_files_of(folder)) + 1
+            _link(file, folder / f"rank0-{number:06d}-step{checkpoint['step']}{file.suffix}")
+        except OSError as error:
+            notes.append(f"the checkpoint of step {checkpoint['step']}: {error.strerror or error}")
+    return notes[::-1]
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:  # a file system without hard links
+        with new_file(target) as part:
+            shutil.copyfile(file, part)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first."""
+    return sorted(folder.glob("rank0-*.safetensors"))
+
+
+def _size_and_hash(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
