@@ -55,7 +55,8 @@ def run(
         stop: set on SIGTERM.
         engine: the model and how it runs; None reads file and environment. Jobs of `engine.models.name` are
             taken.
-        launcher, patience: of one's own, for tests.
+        launcher: of one's own, which stays open.
+        patience: how long a worker may be quiet.
 
     Raises:
         UsageError: workers of several GPUs, or a data folder that cannot be written.
@@ -66,15 +67,16 @@ def run(
             field="gpus_per_worker",
         )
     engine = _with_whole_paths(engine or load_config()[0])
-    launcher = launcher or WorkerLauncher()
+    own_launcher = WorkerLauncher()  # starts nothing by itself
     sweeping = threading.Thread(target=_sweep_until, args=(settings, store, stop), daemon=True)
     sweeping.start()
     with ExitStack() as stack:
-        stack.callback(launcher.close)
+        stack.callback(own_launcher.close)
         slots = []
         for number in range(settings.workers):
             name = stack.enter_context(_own_name(Path(settings.data) / "workers"))
-            slot = WorkerSlot(name, number, settings, engine, store, launcher, patience or Patience())
+            starter = launcher or own_launcher
+            slot = WorkerSlot(name, number, settings, engine, store, starter, patience or Patience())
             stack.callback(slot.close)
             slots.append(slot)
         _give_back(slots, store, stop)
