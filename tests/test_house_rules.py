@@ -24,7 +24,7 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
     "": 2360,
     "attention": 2060,
-    "cli": 3970,
+    "cli": 4170,
     "distributed": 2145,
     "evaluation": 2165,
     "executor": 1940,
@@ -39,7 +39,7 @@ BUDGETS = {
     "task": 1145,
     "adapters": 720,
     "weights": 1880,
-    "service": 3420,
+    "service": 3450,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

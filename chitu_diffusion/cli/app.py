@@ -24,6 +24,7 @@ from chitu_diffusion.cli.console import complain, emit_error, exit_code_of, one_
 from chitu_diffusion.cli.doctor import doctor
 from chitu_diffusion.cli.generate import generate
 from chitu_diffusion.cli.info import config_app, info
+from chitu_diffusion.cli.jobs import jobs_app, worker
 from chitu_diffusion.cli.launch import CommandLine
 from chitu_diffusion.cli.models import models_app
 from chitu_diffusion.cli.reproduce import reproduce
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from chitu_diffusion.config import RankPlace
 
 INTERRUPTED = 130
-GROUPS = ("models", "config", "eval", "store")
+GROUPS = ("models", "config", "eval", "store", "jobs")
 
 
 def build() -> typer.Typer:
@@ -56,11 +57,13 @@ def build() -> typer.Typer:
     app.command()(calibrate)
     app.command()(info)
     app.command()(reproduce)
+    app.command()(worker)
     app.add_typer(models_app, name="models")
     app.command()(doctor)
     app.add_typer(config_app, name="config")
     app.add_typer(evaluation_app, name="eval")
     app.add_typer(store_app, name="store")
+    app.add_typer(jobs_app, name="jobs")
     _summarise(app)
     return app
 

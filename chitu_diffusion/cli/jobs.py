@@ -1,0 +1,199 @@
+"""`chitu worker` and `chitu jobs`: running a store's jobs without HTTP, and looking at them.
+
+Knows words and flags; what they ask for is done by `service/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chitu_diffusion.cli.console import emit_document, printable, say, table
+from chitu_diffusion.cli.store import StoreUrl
+from chitu_diffusion.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from chitu_diffusion.service.jobs import Job
+    from chitu_diffusion.service.settings import ServiceConfig
+    from chitu_diffusion.service.store import JobStore
+
+jobs_app = typer.Typer(
+    no_args_is_help=True, help="The service's jobs: list, show, cancel, and why they wait."
+)
+Data = Annotated[
+    str | None,
+    typer.Option("--data", metavar="DIR", help="Folder of the jobs' files; chitu-data by default."),
+]
+Document = Annotated[bool, typer.Option("--json", help="The answer as one JSON document.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
+_NOW = 1
+"""The exit code of a second signal."""
+
+
+def worker(
+    store: StoreUrl = None,
+    data: Data = None,
+    workers: Annotated[int, typer.Option(min=1, help="Workers on this machine.")] = 1,
+    model: Annotated[str | None, typer.Option(help="A name ('chitu models ls'), an id or a folder.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="The engine's settings in TOML.")
+    ] = None,
+) -> int:
+    """Run a store's jobs on this machine, without HTTP: for systemd, Slurm or Kubernetes.
+
+    SIGTERM or Ctrl+C parks what runs, and any other worker goes on with it; a second one ends at once.
+    """
+    from chitu_diffusion.config import load_config
+
+    engine, _ = load_config(config, {"models.name": model})
+    settings = _settings(store, data, workers=workers)
+    jobs = _open(settings)
+    from chitu_diffusion.service.supervisor import run
+
+    with _stopped_by_signals() as stop:
+        say(f"running jobs of {engine.models.name}; Ctrl+C parks them")
+        run(settings, jobs, stop, engine=engine)
+    jobs.close()
+    return 0
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[threading.Event]:
+    """Set by the first; the second ends this process, and so its workers."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(_NOW)
+        stop.set()
+
+    before = {each: signal.signal(each, on_signal) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@jobs_app.command("ls")
+def jobs_list(
+    state: Annotated[
+        str | None, typer.Option(help="Only queued, running, held, completed, failed or cancelled.")
+    ] = None,
+    owner: Annotated[str | None, typer.Option(help="Only this owner's.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many, the newest first.")] = 20,
+    json_: Document = False,
+    data: Data = None,
+    store: StoreUrl = None,
+) -> int:
+    """List jobs, the newest first."""
+    with _opened(store, data) as jobs:
+        from chitu_diffusion.service.jobs import JobState
+
+        if state is not None and state not in list(JobState):
+            raise UsageError(f"--state {state}: there is none.{nearest(state, JobState)}", field="--state")
+        states = [JobState(state)] if state else []
+        page = jobs.jobs(owner, limit=limit, states=states)
+        now = jobs.now()
+    if json_:
+        emit_document([_plain(job) for job in page.jobs])
+        return 0
+    rows = [
+        (job.id, job.state, _place(job), job.owner, job.model, f"{now - job.created_at:.0f} s")
+        for job in page.jobs
+    ]
+    table(("job", "state", "at", "owner", "model", "age"), rows)
+    return 0
+
+
+@jobs_app.command("show")
+def jobs_show(job: JobId, json_: Document = False, data: Data = None, store: StoreUrl = None) -> int:
+    """Show a job's row and what happened to it."""
+    with _opened(store, data) as jobs:
+        found = jobs.job(job)
+        events = jobs.events(job)
+    if json_:
+        emit_document({**_plain(found), "happened": [dataclasses.asdict(event) for event in events]})
+        return 0
+    for name, value in _plain(found).items():
+        if value not in (None, "", [], {}, ()):
+            print(f"{name:<24}{printable(str(value))}")
+    for event in events:
+        said = ", ".join(f"{name} {value}" for name, value in event.data.items())
+        print(f"{event.at - found.created_at:8.1f} s  {event.kind:<18}{printable(said)}")
+    return 0
+
+
+@jobs_app.command("cancel")
+def jobs_cancel(job: JobId, data: Data = None, store: StoreUrl = None) -> int:
+    """Cancel a job: at once where it waits, after the step that runs where it runs."""
+    with _opened(store, data) as jobs:
+        state = jobs.cancel(job).state
+    say(f"{job} is {state}" + ("" if state.ended else ", and ends after the step that runs"))
+    return 0
+
+
+@jobs_app.command("why")
+def jobs_why(job: JobId, data: Data = None, store: StoreUrl = None) -> int:
+    """Say why a job waits, failed, or takes so long."""
+    with _opened(store, data) as jobs:
+        from chitu_diffusion.service.why import reasons
+
+        found = jobs.job(job)
+        print(f"{job} is {found.state}")
+        for reason in reasons(jobs, found):
+            print(printable(reason))
+    return 0
+
+
+def _place(job: Job) -> str:
+    return "" if job.stage is None else f"{job.stage} {job.step or 0}/{job.steps or '?'}"
+
+
+def _plain(job: Job) -> dict[str, Any]:
+    return {**vars(job), "checkpoints": [vars(saved) for saved in job.checkpoints]} | {
+        "error": None if job.error is None else vars(job.error)
+    }
+
+
+def _settings(store: str | None, data: str | None, **more: Any) -> ServiceConfig:
+    with _extra_installed():
+        from chitu_diffusion.service.settings import ServiceConfig
+    given = {name: value for name, value in {"store": store, "data": data}.items() if value is not None}
+    return ServiceConfig(**given, **more)
+
+
+def _open(settings: ServiceConfig) -> JobStore:
+    with _extra_installed():
+        from chitu_diffusion.service.store import open_store
+    if settings.store is None:
+        Path(settings.data).mkdir(parents=True, exist_ok=True)
+    return open_store(settings.store_url(), retention_s=settings.retention_s, most_queued=settings.queue.max)
+
+
+@contextmanager
+def _opened(store: str | None, data: str | None) -> Iterator[JobStore]:
+    jobs = _open(_settings(store, data))
+    try:
+        yield jobs
+    finally:
+        jobs.close()
+
+
+@contextmanager
+def _extra_installed() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"the service needs {error.name}, which is not installed; pip install 'chitu_diffusion[serve]'"
+        ) from error

@@ -1,0 +1,53 @@
+"""`chitu jobs` and `chitu worker` on a store of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from chitu_diffusion.service.jobs import JobFailure, NewJob
+from chitu_diffusion.service.store import open_store
+
+
+def test_jobs_are_listed_shown_explained_and_cancelled(chitu, tmp_path: Path) -> None:
+    Path("chitu-data").mkdir()
+    store = open_store("sqlite:///chitu-data/chitu.db")
+    waits = store.submit(NewJob("ann", "wan-tiny", {"prompt": "x"}, {"steps": 8}, "hash")).job.id
+    failed = store.submit(NewJob("bob", "wan-tiny", {}, {}, "hash2", priority=1)).job.id
+    claimed = store.leases.claim("w", ["wan-tiny"])
+    assert claimed is not None and claimed.job.id == failed
+    store.leases.fail(claimed.lease, JobFailure("non_finite", "NaN appeared", next="try another seed"))
+    rows = json.loads(chitu("jobs", "ls", "--json")[1])
+    assert [row["id"] for row in rows] == [failed, waits]
+    assert waits in chitu("jobs", "ls", "--state", "queued")[1]
+    assert chitu("jobs", "ls", "--state", "sleeping")[0] == 2
+    shown = json.loads(chitu("jobs", "show", failed, "--json")[1])
+    assert [event["kind"] for event in shown["happened"]] == ["queued", "started", "failed"]
+    assert "NaN appeared" in chitu("jobs", "show", failed)[1]
+    why = chitu("jobs", "why", failed)[1]
+    assert "NaN appeared (non_finite)" in why and "try another seed" in why
+    assert "no worker serves wan-tiny" in chitu("jobs", "why", waits)[1]
+    assert chitu("jobs", "cancel", waits)[0] == 0 and store.job(waits).state == "cancelled"
+    assert chitu("jobs", "cancel", "video_none")[0] == 1
+    store.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_runs_until_a_signal_and_exits_with_0(tmp_path: Path, number: signal.Signals) -> None:
+    root = str(Path(__file__).parent.parent.parent)
+    command = [sys.executable, "-m", "chitu_diffusion", "worker", "--data", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": root}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        alarm = threading.Timer(30, process.kill)
+        alarm.start()
+        assert process.stderr is not None and "running jobs of wan-tiny" in process.stderr.readline()
+        process.send_signal(number)
+        assert process.wait() == 0
+        alarm.cancel()
