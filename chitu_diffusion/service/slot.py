@@ -139,7 +139,7 @@ class WorkerSlot:
         elif kind == "ready":
             self._vain_starts = 0
             self._info = dataclasses.replace(self._info, layout=message["layout"])
-            self._enter("ready")
+            self._enter("draining" if self._draining else "ready")
         elif kind == "tick":
             self._info = dataclasses.replace(self._info, **message)
         else:
@@ -232,7 +232,7 @@ class WorkerSlot:
         if self._is_due("row"):
             self._due["row"] = time.monotonic() + self._settings.beat_s
             self._store.workers.put(dataclasses.replace(self._info, state=self.state))
-        if self.state == "ready" and self.is_idle and self._is_due("look"):
+        if self.state == "ready" and self.is_idle and not self._draining and self._is_due("look"):
             self._due["look"] = time.monotonic() + _LOOK_S
             # a lease that ran out elsewhere is no job that waits
             if self._is_due("claim") or self._store.oldest_queued_at() is not None:

@@ -82,7 +82,7 @@ def until(ask: Callable[[], T | None], seconds: float = 20.0) -> T:
 
 
 if __name__ == "__main__":
-    own = settings_of(Path(sys.argv[1]))
+    own = settings_of(Path(sys.argv[1]), store=sys.argv[2])
     run(
         own,
         open_store(own.store_url()),

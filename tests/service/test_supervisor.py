@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from job_stores import MakeUrl, migrate
 from supervising import FAKE, new_job, settings_of, supervised, until
 
 from chitu_diffusion.service.jobs import Artifact, Job, JobCheckpoint, JobState, NewJob, StoreDownError
@@ -253,7 +254,8 @@ def stop_outside_transactions(process: subprocess.Popen[bytes], database: Path) 
 def supervisor_process(settings: ServiceConfig) -> Iterator[subprocess.Popen[bytes]]:
     script = Path(__file__).with_name("supervising.py")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)}
-    with subprocess.Popen([sys.executable, script, settings.data], env=environment) as process:
+    command = [sys.executable, script, settings.data, settings.store_url()]
+    with subprocess.Popen(command, env=environment) as process:
         try:
             yield process
         finally:
@@ -298,6 +300,27 @@ def test_a_supervisor_that_slept_past_its_lease_changes_nothing(
         assert store.job(job_id) == done and len(store.events(job_id)) == done.events
     sweep(settings, store)
     assert [entry.name for entry in folder.iterdir()] == ["2"]
+
+
+def test_another_supervisor_goes_on_when_a_lease_has_run_out(tmp_path: Path, fresh_url: MakeUrl) -> None:
+    url = fresh_url()
+    migrate(url)
+    settings = settings_of(tmp_path, store=url)
+    store = open_store(url)
+    with supervisor_process(settings) as first:
+        job_id = submit(store, new_job(step_s=0.05, steps=40))
+        at_step(store, job_id, 2)
+        with supervised(settings, store):
+            until(lambda: any(row.state == "ready" for row in store.workers.all()))
+            first.kill()
+            began = time.monotonic()
+            until(lambda: store.job(job_id).attempt == 2)
+            assert time.monotonic() - began < settings.lease_s + 2
+            job = ended(store, job_id)
+    assert job.checkpoints == () and video_of(settings, store, job_id) == undisturbed(steps=40)
+    events = {event.kind: event.data for event in store.events(job_id)}
+    assert events["worker_lost"]["signal"] == "lease_expired" and events["resumed"]["from_step"] >= 2
+    store.close()
 
 
 def test_the_sweeper_leaves_what_a_row_names(settings: ServiceConfig, store: JobStore) -> None:
