@@ -28,6 +28,7 @@ from chitu_diffusion.media.video import file_sha256
 from chitu_diffusion.pipelines.fingerprint import fingerprint_of
 from chitu_diffusion.service.failures import failure_of
 from chitu_diffusion.service.pipe import LineChannel, Message
+from chitu_diffusion.service.stills import write_stills
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, Progress, TaskStatus
 
 logger = logging.getLogger(__name__)
@@ -216,11 +217,17 @@ class _JobOnEngine:
 
     def completed(self, task: DiffusionTask) -> None:
         video = self._folder / _VIDEO
-        artifact = {"variant": "video", "path": str(video), "media_type": "video/mp4"}
+        files = {"video": (video, "video/mp4")}
+        try:
+            files |= {variant: (still, "image/webp") for variant, still in write_stills(video).items()}
+        except OSError as error:  # the video stands
+            logger.warning("job %s has no pictures: %s", self._command["job"], error)
+        artifacts = [
+            {"variant": variant, "path": str(file), "media_type": kind, **_size_and_hash(file)}
+            for variant, (file, kind) in files.items()
+        ]
         seconds = {str(stage): spent for stage, spent in task.seconds.items()}
-        self.report(
-            "ended", state="completed", artifacts=[{**artifact, **_size_and_hash(video)}], seconds=seconds
-        )
+        self.report("ended", state="completed", artifacts=artifacts, seconds=seconds)
 
     def failed(self, error: Exception) -> None:
         logger.warning("job %s: %s", self._command["job"], error)

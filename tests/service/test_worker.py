@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 import pytest
+from PIL import Image
 from supervising import settings_of, supervised, until
 
 from chitu_diffusion.config import EngineConfig
@@ -21,6 +22,7 @@ from chitu_diffusion.service.failures import failure_of
 from chitu_diffusion.service.jobs import JobState, NewJob
 from chitu_diffusion.service.launcher import WorkerLauncher
 from chitu_diffusion.service.slot import Patience
+from chitu_diffusion.service.stills import write_stills
 from chitu_diffusion.service.store import JobStore, open_store
 from chitu_diffusion.service.worker import take_over
 
@@ -93,6 +95,12 @@ def test_a_killed_and_a_parked_job_make_the_video_of_an_undisturbed_one(
         assert [said["exact"] for said in resumed] == [True] and resumed[0]["from_step"] >= 2
         assert video_of(tmp_path, store, job_id) == want
     assert store.job(cancelled).state is JobState.CANCELLED
+    sizes = {"thumbnail": (64, 64), "spritesheet": (8 * 64, 64)}
+    for variant, size in sizes.items():
+        artifact = store.artifacts(killed)[variant]
+        assert artifact.media_type == "image/webp"
+        with Image.open(tmp_path / artifact.path) as picture:
+            assert (picture.format, picture.size) == ("WEBP", size)
     store.close()
 
 
@@ -171,3 +179,11 @@ def _output_error(cause: Exception) -> Exception:
         raise OutputError("cannot write '/data/secret'") from cause
     except OutputError as error:
         return error
+
+
+def test_a_video_that_cannot_be_read_has_no_pictures(tmp_path: Path) -> None:
+    video = tmp_path / "video.mp4"
+    video.write_bytes(b"no video")
+    with pytest.raises(OSError, match="Invalid data"):
+        write_stills(video)
+    assert list(tmp_path.iterdir()) == [video]
