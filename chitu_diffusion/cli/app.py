@@ -27,6 +27,7 @@ from chitu_diffusion.cli.info import config_app, info
 from chitu_diffusion.cli.launch import CommandLine
 from chitu_diffusion.cli.models import models_app
 from chitu_diffusion.cli.reproduce import reproduce
+from chitu_diffusion.cli.serve import keys_app, serve
 from chitu_diffusion.cli.store import store_app
 from chitu_diffusion.errors import ChituError, UsageError
 from chitu_diffusion.evaluation.commands import app as evaluation_app
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from chitu_diffusion.config import RankPlace
 
 INTERRUPTED = 130
-GROUPS = ("models", "config", "eval", "store")
+GROUPS = ("models", "config", "eval", "store", "keys")
 
 
 def build() -> typer.Typer:
@@ -60,6 +61,8 @@ def build() -> typer.Typer:
     app.command()(doctor)
     app.add_typer(config_app, name="config")
     app.add_typer(evaluation_app, name="eval")
+    app.command()(serve)
+    app.add_typer(keys_app, name="keys")
     app.add_typer(store_app, name="store")
     _summarise(app)
     return app

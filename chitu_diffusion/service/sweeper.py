@@ -48,7 +48,9 @@ def sweep(settings: ServiceConfig, store: JobStore) -> None:
 def _fences(folder: Path) -> set[int]:
     """Those that have a folder; whatever else lies there goes with the job."""
     try:
-        return {int(entry.name) for entry in folder.iterdir() if entry.name.isascii() and entry.name.isdigit()}
+        return {
+            int(entry.name) for entry in folder.iterdir() if entry.name.isascii() and entry.name.isdigit()
+        }
     except OSError:
         return set()
 
