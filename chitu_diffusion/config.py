@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tomllib
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from chitu_diffusion.attn_schedule import AttnSchedule
 from chitu_diffusion.errors import ChituError, ModelMissingError, UsageError, nearest, what_to_use
 from chitu_diffusion.files.places import expand_home, made_folder, temporary_folder
-from chitu_diffusion.files.reading import cause, read_text
+from chitu_diffusion.files.reading import read_toml
 from chitu_diffusion.sampling.registry import AUTO, SAMPLER_HELP, SOLVERS
 
 if TYPE_CHECKING:
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 ENVIRONMENT_PREFIX = "CHITU_"
+_SERVICE = "service"
+"""The branch of settings that is the service's."""
 _RENAMED = {"up": "ulysses_degree", "lost_after": "heartbeat_timeout"}
 Origins = dict[str, str]
 
@@ -273,6 +274,7 @@ def load_config(
     file: str | Path | None = None,
     flags: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
+    kind: type[EngineConfig] = EngineConfig,
 ) -> tuple[EngineConfig, Origins]:
     """Join defaults, file, environment and flags.
 
@@ -280,6 +282,7 @@ def load_config(
         file: a TOML file whose tables mirror the tree. None reads the file that `CHITU_CONFIG` names, if any.
         flags: dotted name -> value; None values are left out.
         environment: defaults to the process's own.
+        kind: the tree, which may have the service's branch; settings of it are left out otherwise.
 
     Returns:
         the settings, and for each dotted name where its value came from.
@@ -288,12 +291,15 @@ def load_config(
         UsageError: an unreadable file, an unknown name, a bad value.
     """
     environment = os.environ if environment is None else environment
-    kinds = {name: field.annotation for name, field in leaves()}
+    kinds = {name: field.annotation for name, field in leaves(kind)}
+    others = () if _SERVICE in kind.model_fields else (f"{_SERVICE}.",)
     tree: dict[str, Any] = {}
     origins: Origins = dict.fromkeys(kinds, "default")
     file = expand_home(file or environment.get("CHITU_CONFIG") or None)
     if file is not None:
-        for name, value in _flatten(_read_toml(Path(file))):
+        for name, value in _flatten(read_toml(Path(file))):
+            if name.startswith(others):
+                continue
             _put(tree, name, value)
             origins[name] = f"file {file}"
     variables = {ENVIRONMENT_PREFIX + name.upper().replace(".", "__"): name for name in kinds}
@@ -302,6 +308,8 @@ def load_config(
             _put(tree, dotted, _from_text(environment[variable], kinds[dotted]))
             origins[dotted] = f"env {variable}"
     for variable in environment:
+        if variable.startswith(tuple(f"{ENVIRONMENT_PREFIX}{_SERVICE.upper()}__" for _ in others)):
+            continue
         if variable.startswith(ENVIRONMENT_PREFIX) and "__" in variable and variable not in variables:
             path, _, last = variable.rpartition("__")
             renamed = f"{path}__{_RENAMED.get(last.lower(), last).upper()}"
@@ -313,7 +321,7 @@ def load_config(
             _put(tree, name, _from_text(value, kinds.get(name)) if isinstance(value, str) else value)
             origins[name] = "flag"
     try:
-        return EngineConfig(**tree), origins
+        return kind(**tree), origins
     except UsageError as error:
         raise with_origin(error, origins) from error.__cause__
 
@@ -430,13 +438,6 @@ def set_nccl_defaults(*, one_machine: bool = False) -> None:
         os.environ.setdefault(name, value)
     for library in ("GLOO", "NCCL") if one_machine and sys.platform == "linux" else ():
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"cannot read the settings file {path}: {cause(error)}") from error
 
 
 _TORCHS_CACHE = "TORCHINDUCTOR_CACHE_DIR"

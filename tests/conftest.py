@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from card import Card, write_line
+from fronts import front, supervisor  # noqa: F401
 from job_stores import fake_clock, fresh_url, job_store, postgres  # noqa: F401
 
 from chitu_diffusion.cli.app import run

@@ -24,11 +24,11 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
     "": 2360,
     "attention": 2060,
-    "cli": 4170,
+    "cli": 4350,
     "distributed": 2145,
     "evaluation": 2165,
     "executor": 1940,
-    "files": 580,
+    "files": 590,
     "flexcache": 2770,
     "media": 1530,
     "memory": 690,
@@ -39,7 +39,7 @@ BUDGETS = {
     "task": 1145,
     "adapters": 720,
     "weights": 1880,
-    "service": 3530,
+    "service": 6400,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

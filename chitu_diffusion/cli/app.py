@@ -28,6 +28,7 @@ from chitu_diffusion.cli.jobs import jobs_app, worker
 from chitu_diffusion.cli.launch import CommandLine
 from chitu_diffusion.cli.models import models_app
 from chitu_diffusion.cli.reproduce import reproduce
+from chitu_diffusion.cli.serve import keys_app, serve
 from chitu_diffusion.cli.store import store_app
 from chitu_diffusion.errors import ChituError, UsageError
 from chitu_diffusion.evaluation.commands import app as evaluation_app
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from chitu_diffusion.config import RankPlace
 
 INTERRUPTED = 130
-GROUPS = ("models", "config", "eval", "store", "jobs")
+GROUPS = ("models", "config", "eval", "store", "keys", "jobs")
 
 
 def build() -> typer.Typer:
@@ -62,6 +63,8 @@ def build() -> typer.Typer:
     app.command()(doctor)
     app.add_typer(config_app, name="config")
     app.add_typer(evaluation_app, name="eval")
+    app.command()(serve)
+    app.add_typer(keys_app, name="keys")
     app.add_typer(store_app, name="store")
     app.add_typer(jobs_app, name="jobs")
     _summarise(app)

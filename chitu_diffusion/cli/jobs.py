@@ -9,7 +9,7 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from chitu_diffusion.cli.store import StoreUrl
 from chitu_diffusion.errors import UsageError, nearest
 
 if TYPE_CHECKING:
+    from chitu_diffusion.config import EngineConfig
     from chitu_diffusion.service.jobs import Job
     from chitu_diffusion.service.settings import ServiceConfig
     from chitu_diffusion.service.store import JobStore
@@ -42,20 +43,19 @@ _NOW = 1
 def worker(
     store: StoreUrl = None,
     data: Data = None,
-    workers: Annotated[int, typer.Option(min=1, help="Workers on this machine.")] = 1,
+    workers: Annotated[int | None, typer.Option(min=1, help="Workers on this machine; 1 by default.")] = None,
     model: Annotated[str | None, typer.Option(help="A name ('chitu models ls'), an id or a folder.")] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="The engine's settings in TOML.")
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="Settings in TOML: [service] and the engine's."),
     ] = None,
 ) -> int:
     """Run a store's jobs on this machine, without HTTP: for systemd, Slurm or Kubernetes.
 
     SIGTERM or Ctrl+C parks what runs, and any other worker goes on with it; a second one ends at once.
     """
-    from chitu_diffusion.config import load_config
-
-    engine, _ = load_config(config, {"models.name": model})
-    settings = _settings(store, data, workers=workers)
+    given = {"service.workers": workers, "models.name": model}
+    settings, engine = _settings(store, data, given, config)
     jobs = _open(settings)
     from chitu_diffusion.service.supervisor import run
 
@@ -165,11 +165,12 @@ def _plain(job: Job) -> dict[str, Any]:
     }
 
 
-def _settings(store: str | None, data: str | None, **more: Any) -> ServiceConfig:
-    with _extra_installed():
-        from chitu_diffusion.service.settings import ServiceConfig
-    given = {name: value for name, value in {"store": store, "data": data}.items() if value is not None}
-    return ServiceConfig(**given, **more)
+def _settings(
+    store: str | None, data: str | None, more: Mapping[str, Any] | None = None, config: Path | None = None
+) -> tuple[ServiceConfig, EngineConfig]:
+    from chitu_diffusion.service.settings import load_service
+
+    return load_service(config, {"service.store": store, "service.data": data, **(more or {})})
 
 
 def _open(settings: ServiceConfig) -> JobStore:
@@ -182,7 +183,7 @@ def _open(settings: ServiceConfig) -> JobStore:
 
 @contextmanager
 def _opened(store: str | None, data: str | None) -> Iterator[JobStore]:
-    jobs = _open(_settings(store, data))
+    jobs = _open(_settings(store, data)[0])
     try:
         yield jobs
     finally:

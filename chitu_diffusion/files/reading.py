@@ -11,12 +11,13 @@ import json
 import os
 import re
 import stat
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chitu_diffusion.errors import ChituError
+from chitu_diffusion.errors import ChituError, UsageError
 
 MOST_BYTES = 16 * 2**20
 """Of a small file. The largest that models bring, a tokenizer of 256,000 pieces, has 17 MB: it says so."""
@@ -116,6 +117,14 @@ def read_json(path: str | Path, most: int = MOST_BYTES) -> Any:
         OSError, ValueError: as `read_text` and `parse_json`.
     """
     return parse_json(read_text(path, most))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A settings file. Raises UsageError: it cannot be read."""
+    try:
+        return tomllib.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"cannot read the settings file {path}: {cause(error)}") from error
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

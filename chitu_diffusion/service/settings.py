@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from pydantic import Field
 
-from chitu_diffusion.config import Settings
+from chitu_diffusion.config import EngineConfig, Settings, load_config
 
 
 class QueueSettings(Settings):
@@ -27,6 +31,9 @@ class WebhookSettings(Settings):
 
     off: bool = Field(False, description="refuse webhooks")
     allow: tuple[str, ...] = Field((), description="private hosts that webhooks may go to")
+    secret: str | None = Field(
+        None, description="what they are signed with (whsec_...); None makes one, in DATA/webhook-secret"
+    )
 
 
 class ServiceConfig(Settings):
@@ -45,6 +52,8 @@ class ServiceConfig(Settings):
     queue: QueueSettings = Field(default_factory=QueueSettings)
     preview: PreviewSettings = Field(default_factory=PreviewSettings)
     webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
+    loras: str | None = Field(None, description="folder of the adapters that requests may name")
+    min_free_gb: float = Field(2, ge=0, description="jobs are refused where the disk has less left")
     metrics_open: bool = Field(False, description="/metrics needs no key")
     cors: tuple[str, ...] = Field((), description="origins whose pages may call; none by default")
     replicate_dialect: bool = Field(False, description="also answer in Replicate's form")
@@ -52,3 +61,21 @@ class ServiceConfig(Settings):
     def store_url(self) -> str:
         """The database's URL for SQLAlchemy."""
         return self.store or f"sqlite:///{self.data}/chitu.db"
+
+
+class ServeConfig(EngineConfig):
+    """The engine's settings and the service's, as one tree: `[service]` in a file, `CHITU_SERVICE__PORT`."""
+
+    service: ServiceConfig = Field(default_factory=ServiceConfig)
+
+
+def load_service(
+    file: str | Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> tuple[ServiceConfig, EngineConfig]:
+    """Settings of the service and of its engine, from file, environment and flags; see `load_config`."""
+    config, _ = load_config(file, flags, environment, ServeConfig)
+    if not isinstance(config, ServeConfig):
+        raise TypeError(f"load_config gave a {type(config).__name__}")
+    return config.service, EngineConfig(**config.model_dump(exclude={"service"}))

@@ -242,17 +242,17 @@ def take_over(saved: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
         saved: newest first; one whose hash is another is left out.
 
     Returns:
-        in words, which were left out and why.
+        in words, which newer ones than the newest taken over were left out, and why.
     """
-    notes = []
-    for checkpoint in reversed(saved):
+    notes: list[str] = []
+    for number, checkpoint in enumerate(reversed(saved), start=1):
         file = Path(checkpoint["path"])
         try:
             if file_sha256(file) != checkpoint["sha256"]:
                 raise OSError("it is damaged")
             folder.mkdir(parents=True, exist_ok=True)
-            number = len(_files_of(folder)) + 1
             _link(file, folder / f"rank0-{number:06d}-step{checkpoint['step']}{file.suffix}")
+            notes.clear()
         except OSError as error:
             notes.append(f"the checkpoint of step {checkpoint['step']}: {error.strerror or error}")
     return notes[::-1]

@@ -1,0 +1,70 @@
+"""The HTTP application put together: routes, limits, and how an error becomes an answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
+
+from chitu_diffusion.errors import ChituError
+from chitu_diffusion.service import limits, operating, videos
+from chitu_diffusion.service.answers import ApiError, error_of
+from chitu_diffusion.service.front import Front
+
+logger = logging.getLogger(__name__)
+
+
+def build_app(front: Front) -> FastAPI:
+    """The application."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        front.watcher.start()
+        yield
+        await front.watcher.stop()
+
+    app = FastAPI(title="chitu_diffusion", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.front = front
+    app.add_middleware(limits.Guard, observe=front.metrics.observe)
+    if front.settings.cors:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=front.settings.cors, allow_methods=["*"], allow_headers=["*"]
+        )
+    for router in (operating.router, videos.router):
+        app.router.routes.extend(router.routes)  # flat: the table that the tests walk
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(ChituError, _chitu_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _fault)
+    return app
+
+
+def _answer(error: ApiError) -> Response:
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    return _answer(cast(ApiError, error))
+
+
+async def _chitu_error(request: Request, error: Exception) -> Response:
+    return _answer(error_of(cast(ChituError, error)))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    found = cast(HTTPException, error)
+    said: dict[int, Any] = {404: ("not_found", "there is nothing at this address")}
+    said[405] = ("method", f"{request.method} is not taken here")
+    code, message = said.get(found.status_code, ("bad_value", "the request cannot be read"))
+    return _answer(ApiError(found.status_code, code, message, headers=found.headers))
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    logger.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
+    return _answer(ApiError(500, "fault", "an unexpected fault; the server's log says more"))
