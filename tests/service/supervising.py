@@ -20,13 +20,13 @@ from chitu_diffusion.service.supervisor import run
 
 T = TypeVar("T")
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
-PATIENCE = Patience(silence_s=0.5, unit_s=1.0, paces=5.0, unknown_s=20.0)
+PATIENCE = Patience(silence_s=1.0, unit_s=2.0, paces=5.0, unknown_s=20.0)
 ENGINE = EngineConfig()
 
 
 def settings_of(data: Path, **more: object) -> ServiceConfig:
-    """Quick ones: a lease of a second."""
-    return ServiceConfig(**{"data": str(data), "lease_s": 1.0, "beat_s": 0.1, "drain_s": 5.0, **more})
+    """Quick ones, and not so quick that a busy machine breaks them."""
+    return ServiceConfig(**{"data": str(data), "lease_s": 2.0, "beat_s": 0.1, "drain_s": 5.0, **more})
 
 
 def new_job(**resolved: object) -> NewJob:

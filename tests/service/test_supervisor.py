@@ -102,7 +102,7 @@ def test_the_job_of_a_dead_or_frozen_worker_goes_on(
         began = time.monotonic()
         os.kill(pid, fault)
         until(lambda: store.job(job_id).attempt == 2)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 4
         job = ended(store, job_id)
         until(lambda: not is_alive(pid))
     assert video_of(settings, store, job_id) == undisturbed()
@@ -137,7 +137,7 @@ def test_stop_parks_the_job_and_the_next_supervisor_goes_on(settings: ServiceCon
         pid = worker_pid(store)
         began = time.monotonic()
         stop()
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 3
         until(lambda: not is_alive(pid))
     job = store.job(job_id)
     assert job.state is JobState.QUEUED and kinds(store, job_id)[-1] == "parked"
@@ -178,7 +178,7 @@ def test_a_cancelled_job_stops(settings: ServiceConfig, store: JobStore, stuck: 
         for _ in range(3):
             store.cancel(job_id)
         job = ended(store, job_id)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 4
         assert ended(store, submit(store, new_job())).state == "completed"
     assert job.state == "cancelled" and kinds(store, job_id).count("cancel_requested") == 1
 
@@ -227,7 +227,7 @@ def test_a_store_that_is_away_for_a_while_is_told_all_later(
         at_step(store, job_id, 2)
         with monkeypatch.context() as away:
             away.setattr(store._database, "writing", down)
-            time.sleep(1.5)  # longer than the lease and the job
+            time.sleep(2.5)  # longer than the lease and the job
             assert store.job(job_id).state is JobState.RUNNING
         job = ended(store, job_id)
     steps = [event.data["step"] for event in store.events(job_id) if event.kind == "checkpoint"]
@@ -269,11 +269,11 @@ def test_a_killed_supervisor_takes_its_workers_along(settings: ServiceConfig, st
         at_step(store, job_id, 2)
         pid = worker_pid(store)
         process.kill()
-        until(lambda: not is_alive(pid), 1.0)
+        until(lambda: not is_alive(pid), 3)
     began = time.monotonic()
     with supervised(settings, store):  # of the same name, so that no lease need run out
         until(lambda: store.job(job_id).attempt == 2)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5
         ended(store, job_id)
     assert video_of(settings, store, job_id) == undisturbed(steps=40)
 
@@ -287,7 +287,7 @@ def test_a_supervisor_that_slept_past_its_lease_changes_nothing(
         pid = worker_pid(store)
         os.kill(pid, signal.SIGSTOP)
         stop_outside_transactions(process, Path(settings.data) / "chitu.db")
-        other = until(lambda: store.leases.claim("other", ["wan-tiny"]), 5)
+        other = until(lambda: store.leases.claim("other", ["wan-tiny"]), 8)
         assert other.lease.fence == 2
         folder = Path(settings.data) / "jobs" / job_id
         (folder / "2").mkdir()
