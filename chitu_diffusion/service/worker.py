@@ -61,7 +61,8 @@ def run_worker(end: socket.socket, about: Mapping[str, Any]) -> None:
         plan = engine.backend.groups.plan
         channel.send("ready", layout=f"cfg{plan.cfg}u{plan.ulysses}r{plan.ring}")
         runner = JobRunner(engine, channel, commands)
-        while (command := commands.get())["kind"] != "stop":
+        while True:
+            command = commands.get()
             if command["kind"] == "run":  # else it is about a job that has just ended
                 runner.run(command)
 
@@ -88,7 +89,7 @@ class JobRunner:
     """Runs jobs on an engine, and tells of them.
 
     Args:
-        commands: what comes while a job runs: cancel, park or stop.
+        commands: what comes while a job runs: cancel or park.
     """
 
     def __init__(self, engine: Engine, channel: LineChannel, commands: queue.SimpleQueue[Message]) -> None:
@@ -145,14 +146,8 @@ class JobRunner:
             job.report("ended", state="cancelled")
 
     def _wishes(self) -> set[str]:
-        """The kinds of commands that came since the last unit; a stop is left for whoever runs this."""
-        found: list[Message] = []
-        while not self._commands.empty():
-            found.append(self._commands.get())
-        for command in found:
-            if command["kind"] == "stop":
-                self._commands.put(command)
-        return {command["kind"] for command in found}
+        """The kinds of commands that came since the last unit."""
+        return {self._commands.get()["kind"] for _ in range(self._commands.qsize())}
 
 
 class _JobOnEngine:

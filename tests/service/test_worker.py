@@ -29,7 +29,7 @@ from chitu_diffusion.service.worker import take_over
 LOAD = 2
 """Times that tests beside this one may slow it."""
 STEPS = 6
-ASKED = {"prompt": "a red cube", "height": 64, "width": 64, "num_frames": 9, "num_inference_steps": STEPS}
+ASKED = {"prompt": "a red cube", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": STEPS}
 NEW = NewJob("ann", "wan-tiny", {}, ASKED, "hash", seed=3)
 
 
@@ -95,7 +95,7 @@ def test_a_killed_and_a_parked_job_make_the_video_of_an_undisturbed_one(
         assert [said["exact"] for said in resumed] == [True] and resumed[0]["from_step"] >= 2
         assert video_of(tmp_path, store, job_id) == want
     assert store.job(cancelled).state is JobState.CANCELLED
-    sizes = {"thumbnail": (64, 64), "spritesheet": (8 * 64, 64)}
+    sizes = {"thumbnail": (32, 32), "spritesheet": (5 * 32, 32)}
     for variant, size in sizes.items():
         artifact = store.artifacts(killed)[variant]
         assert artifact.media_type == "image/webp"
