@@ -12,7 +12,7 @@ from types import FrameType
 import uvicorn
 
 from chitu_diffusion.config import EngineConfig
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, raise_first
 from chitu_diffusion.files.reading import read_text
 from chitu_diffusion.service.app import build_app
 from chitu_diffusion.service.auth import is_loopback, row_of_key
@@ -111,6 +111,7 @@ def serve(front: Front, engine: EngineConfig, *, on_bound: Callable[[str], None]
 
     Raises:
         UsageError: an address that is taken, or needs a key.
+        Exception: the supervisor's, which cannot go on.
     """
     require_safe_address(front)
     settings = front.settings
@@ -123,10 +124,16 @@ def serve(front: Front, engine: EngineConfig, *, on_bound: Callable[[str], None]
         while not stop.wait(_SWEEP_S):
             sweep(front.inputs, settings.retention_s + 2 * settings.queue.ttl_s)
 
+    faults: list[Exception] = []
+
     def supervise(stop: threading.Event) -> None:
         from chitu_diffusion.service.supervisor import run
 
-        run(settings, front.store, stop, engine=engine)
+        try:
+            run(settings, front.store, stop, engine=engine)
+        except Exception as error:  # whoever started this starts it again
+            faults.append(error)
+            server.should_exit = True
 
     config = uvicorn.Config(
         build_app(front),
@@ -161,3 +168,4 @@ def serve(front: Front, engine: EngineConfig, *, on_bound: Callable[[str], None]
             logger.info("the server has stopped")  # and has raised the signal again
         finally:
             front.draining.set()
+    raise_first(faults)

@@ -155,6 +155,23 @@ def test_an_input_video_stays_with_its_job(
     assert kept.seed == job.seed
 
 
+def test_adapters_are_named_not_pathed(tmp_path: Path) -> None:
+    loras = tmp_path / "loras"
+    loras.mkdir()
+    (loras / "style.safetensors").write_bytes(b"weights")
+    front = make_front(tmp_path / "data", loras=str(loras))
+    client = client_of(front)
+    job = front.store.job(
+        create(client, lora=["style:0.5", {"name": "style.safetensors", "strength": 2}])["id"]
+    )
+    assert [each["strength"] for each in job.resolved["lora"]] == [0.5, 2.0]
+    assert {Path(each["path"]).name for each in job.resolved["lora"]} == {"style.safetensors"}
+    assert "'style'" in refused(client, lora="stile")["message"]
+    for value in ("style:900", "style@mid"):
+        error = refused(client, lora=value)
+        assert error["param"] == "lora" and str(tmp_path) not in error["message"]
+
+
 def test_bodies_have_limits_and_kinds(client: TestClient) -> None:
     def code(**how: Any) -> tuple[int, str]:
         answer = client.post("/v1/videos", **how)

@@ -103,3 +103,22 @@ def test_settings_of_the_service_beside_the_engine_s(tmp_path: Path) -> None:
         load_service(None, {"service.prt": 1}, {})
     with pytest.raises(UsageError, match="CHITU_SERVICE__PRT"):
         load_service(None, None, {"CHITU_SERVICE__PRT": "1"})
+
+
+def test_a_supervisor_that_cannot_go_on_ends_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fronts import make_front
+
+    from chitu_diffusion.service import supervisor
+    from chitu_diffusion.service.serving import serve
+
+    def run_and_fail(*_: object, **__: object) -> None:
+        time.sleep(0.3)
+        raise RuntimeError("no forkserver")
+
+    monkeypatch.setattr(supervisor, "run", run_and_fail)
+    front = make_front(tmp_path)
+    with pytest.raises(RuntimeError, match="no forkserver"):
+        serve(front, front.planner.engine, on_bound=lambda _: None)
+    assert front.draining.is_set()
