@@ -187,9 +187,7 @@ class DiffusionBackend:
                 "infer.fused = true: Triton is not there (pip install triton); norms take several passes"
             )
         plan = float8_plan(self.args)
-        self._float8 = [
-            [] if plan is None else to_float8(list(expert.blocks), plan) for expert in networks.experts
-        ]
+        self._float8 = [[] if plan is None else to_float8(expert.stack, plan) for expert in networks.experts]
         for expert in networks.experts:
             expert.use_fused(self.args.infer.fused)
         if self.args.infer.compile:
@@ -204,7 +202,7 @@ class DiffusionBackend:
             self.device,
             parts={
                 role: OffloadPart(
-                    part, PARTS[role].kind, list(part.blocks) if isinstance(part, WanTransformer) else ()
+                    part, PARTS[role].kind, part.stack if isinstance(part, WanTransformer) else ()
                 )
                 for role, part in networks.parts.items()
             },
@@ -388,7 +386,7 @@ class DiffusionBackend:
             vae_width=self.vae.decoder_width,
             item=self.dtype.itemsize,
             on_cpu=self.device.type == "cpu",
-            encodes_video=self.spec.kind.needs_image,
+            encodes_video=self.spec.kind.needs_image or self.spec.kind.takes_control,
         )
 
     def weights_sha256(self) -> str | None:

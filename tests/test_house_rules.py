@@ -32,7 +32,7 @@ BUDGETS = {
     "flexcache": 2770,
     "media": 1530,
     "memory": 680,
-    "models": 5900,
+    "models": 6110,
     "ops": 1825,
     "pipelines": 4060,
     "sampling": 1160,

@@ -25,7 +25,8 @@ from chitu_diffusion.files.faults import hit
 from chitu_diffusion.flexcache.interface import NO_CACHE, StepCache
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.models.kinds import EXPERT_ROLES
-from chitu_diffusion.models.wan.transformer import BlockInputs, SharedCfgPrefix, WanTransformer
+from chitu_diffusion.models.wan.block_inputs import BlockInputs, SharedCfgPrefix
+from chitu_diffusion.models.wan.transformer import WanTransformer
 from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.pipelines.fingerprint import identity_of
 from chitu_diffusion.pipelines.finite_check import FiniteCheck

@@ -43,7 +43,7 @@ def ask(shell: str, *words: str) -> list[str]:
         (("gen",), {"generate"}),
         (("eval", "adh"), {"adherence"}),
         (("generate", "cat", "--mod"), {"--model"}),
-        (("generate", "cat", "--model", "Wan2.1"), {"Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B"}),
+        (("generate", "cat", "--model", "Wan2.1-T"), {"Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B"}),
         (("models", "pull", "Wan2.2-T2"), {"Wan2.2-T2V-A14B"}),
         (("generate", "cat", "--cache", "te"), {"teacache"}),
         (("generate", "cat", "--sampler", "uni"), {"unipc"}),
