@@ -233,7 +233,9 @@ def predict_velocity(
     found = []
     for some in _as_batches(backend, latent, own):
         kv = text.kv_for(model, expert, some, latent.shape[0])
-        embedded = model.embed(text.model_input(latent), kv, time, text.first_timestep)
+        embedded = model.embed(
+            text.model_input(latent), kv, time, text.first_timestep, text.control, text.control_scale
+        )
         embedded = replace(embedded, start=embedded.start or start, step=step, num_steps=num_steps)
         found.append(_forward(backend, embedded, expert, cache_for(some)))
     return all_branches(found[0] if len(found) == 1 else torch.cat(found), len(asked), group)
