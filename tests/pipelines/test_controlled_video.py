@@ -127,7 +127,7 @@ def test_every_memory_level_and_way_of_guidance_makes_the_same(control_folder, b
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_cache_goes_with_a_control_or_says_why(backend, strategy):
     """Where a cache answers for all blocks, the control stream rests, too; else it runs on."""
-    steps = {"num_inference_steps": 8}
+    steps = {"num_inference_steps": 12}
     task = controlled(flexcache=strategy, **steps)
     generator = Generator(backend)
     while task.status in (TaskStatus.PENDING, TaskStatus.ENCODING, TaskStatus.DENOISING):
