@@ -187,7 +187,10 @@ class DiffusionBackend:
                 "infer.fused = true: Triton is not there (pip install triton); norms take several passes"
             )
         plan = float8_plan(self.args)
-        self._float8 = [[] if plan is None else to_float8(expert.stack, plan) for expert in networks.experts]
+        self._float8 = [
+            [] if plan is None else to_float8(list(expert.blocks), plan, expert.vace_blocks)
+            for expert in networks.experts
+        ]
         for expert in networks.experts:
             expert.use_fused(self.args.infer.fused)
         if self.args.infer.compile:

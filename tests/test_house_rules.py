@@ -33,7 +33,7 @@ BUDGETS = {
     "media": 1630,
     "memory": 680,
     "models": 6110,
-    "ops": 1825,
+    "ops": 1830,
     "pipelines": 4300,
     "sampling": 1160,
     "task": 1195,

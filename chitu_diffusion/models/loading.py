@@ -288,7 +288,7 @@ def _loaded(
 ) -> nn.Module:
     plan = blueprint(folder, role, dtype)
     eight_bit = (
-        to_float8(plan.module.stack, float8)
+        to_float8(list(plan.module.blocks), float8, plan.module.vace_blocks)
         if float8 is not None and isinstance(plan.module, WanTransformer)
         else []
     )

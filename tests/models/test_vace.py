@@ -95,11 +95,14 @@ def test_eight_bits_and_compiled_pieces_take_the_control_stream_too(theirs, ours
     compiled.compile_blocks(backend="eager")
     assert relative_error(compiled(latent, text, time, control=control), exact) < 1e-5
     torch._dynamo.reset()
-    layers = to_float8(ours.stack, Float8Plan(keep=()))
+    layers = to_float8(list(ours.blocks), Float8Plan(keep=()), ours.vace_blocks)
     assert isinstance(ours.vace_blocks[0].proj_in, Float8Linear)
     assert len(layers) == 8 * 10 + 4  # products of each block, and what the control stream has besides
     rounded = relative_error(ours(latent, text, time, control=control), exact)
     assert 1e-3 < rounded < 0.3
+    whole = twin(theirs, CONFIG)
+    kept = to_float8(list(whole.blocks), Float8Plan(keep=("edges",)), whole.vace_blocks)
+    assert len(kept) == len(layers) - 2 * 10 and not isinstance(whole.blocks[0].attn1.to_q, Float8Linear)
 
 
 def test_what_cannot_be_is_refused_in_words(ours):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +14,16 @@ import torch.distributed as dist
 from PIL import Image
 from ranks import run_ranks
 from running import CAT, config_for, latent_and_video, psnr, relative_error, task_for
+from safetensors.torch import save_file
 from test_image_to_video import picture
 from test_pipeline_parity import diffusers_run
 from test_video_to_video import film, pictures
 
+from chitu_diffusion.adapters.merging import check_adapters
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.plan import ParallelPlan
 from chitu_diffusion.engine import Engine
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import CheckpointError, UsageError
 from chitu_diffusion.executor.worker_group import WorkerGroup
 from chitu_diffusion.flexcache.registry import STRATEGIES
 from chitu_diffusion.generator import Generator
@@ -288,3 +291,41 @@ def test_the_command_line_and_its_reproduction(control_folder, tmp_path, chitu):
     assert code == 0, err
     code, _, err = chitu("generate", "a cat", *words, *inputs[:2], "--strength", 0.5)
     assert code == 2 and "--strength" in err and "--conditioning-scale" in err
+
+
+@pytest.mark.parametrize(
+    "changed", [{"vace_in_channels": 80}, {"vace_layers": None, "vace_in_channels": None}]
+)
+def test_a_stream_that_does_not_fit_is_refused(control_folder, tmp_path, changed):
+    folder = tmp_path / "model"
+    shutil.copytree(control_folder, folder)
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    with pytest.raises(CheckpointError, match="control stream does not fit"):
+        resolve_model(str(folder))
+
+
+def test_an_adapter_of_the_control_stream_is_merged(backend, tmp_path):
+    """In official names, as VACE adapters have them."""
+    torch.manual_seed(0)
+    tensors = {}
+    for name in ("vace_blocks.0.before_proj", "vace_blocks.1.after_proj", "vace_blocks.1.self_attn.q"):
+        tensors[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(2, 32)
+        tensors[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(32, 2)
+    save_file(tensors, tmp_path / "control.safetensors")
+    network = backend.model_pool[0]
+    places = [
+        network.vace_blocks[0].proj_in,
+        network.vace_blocks[1].proj_out,
+        network.vace_blocks[1].attn1.to_q,
+    ]
+    before = [place.weight.clone() for place in places]
+    lora = task_for(lora=str(tmp_path / "control.safetensors")).params.lora
+    assert check_adapters(lora, backend.spec.transformers) == []
+    backend.use_adapters(lora)
+    deltas = [place.weight - old for place, old in zip(places, before, strict=True)]
+    pairs = list(tensors.values())
+    for delta, down, up in zip(deltas, pairs[::2], pairs[1::2], strict=True):
+        assert relative_error(delta, up @ down) < 1e-5
+    backend.use_adapters()
+    assert all(torch.equal(place.weight, old) for place, old in zip(places, before, strict=True))

@@ -94,11 +94,12 @@ class WanTransformer(nn.Module):
         )
         self.condition_embedder = TimeTextEmbedding(config)
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
-        if config.vace_layers is not None and config.vace_in_channels is not None:
+        layers = config.vace_layers or ()
+        self.vace_blocks = nn.ModuleList(WanVACEBlock(config, layer == 0) for layer in layers)
+        if config.vace_in_channels is not None:
             self.vace_patch_embedding = PatchEmbedding(
                 config.vace_in_channels, config.dim, kernel_size=config.patch_size, stride=config.patch_size
             )
-            self.vace_blocks = nn.ModuleList(WanVACEBlock(config, layer == 0) for layer in config.vace_layers)
         self.norm_out = Float32LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(config.dim, config.out_channels * config.patch_values)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
