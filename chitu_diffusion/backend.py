@@ -390,6 +390,7 @@ class DiffusionBackend:
             item=self.dtype.itemsize,
             on_cpu=self.device.type == "cpu",
             encodes_video=self.spec.kind.needs_image or self.spec.kind.takes_control,
+            has_control=self.spec.kind.takes_control,
         )
 
     def weights_sha256(self) -> str | None:
