@@ -287,7 +287,7 @@ def test_a_file_that_nobody_named_may_be_damaged(
         ("casual_audio_encoder.weights", "S2V"),
         ("control_adapter.conv.weight", "Fun-Camera"),
         ("blocks.0.self_attn.attn_op.proj_l.weight", "SLA"),
-        ("vace_patch_embedding.weight", "kind of model that is not supported"),
+        ("vace_patch_embedding.weight", "control stream does not fit"),
     ],
 )
 def test_kinds_that_are_not_made_here_are_refused_by_name(

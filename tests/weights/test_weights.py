@@ -433,6 +433,7 @@ def test_faults_of_folders(experts: Path, official: Path, tmp_path: Path) -> Non
 
 def test_names_ids_and_folders(experts: Path) -> None:
     wan21 = ("T2V-1.3B", "T2V-14B", "I2V-14B-480P", "I2V-14B-720P", "FLF2V-14B-720P")
+    wan21 += ("VACE-1.3B", "VACE-14B")
     wan22 = ("T2V-A14B", "I2V-A14B", "TI2V-5B")
     assert model_names() == [
         TINY,
