@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import re
 import struct
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.errors import CheckpointError
+from chitu_diffusion.files.reading import HeldFile
 
 _PACKAGE = "gguf>=0.19"
 GGUF_AXES = 4
@@ -108,9 +108,8 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self._kinds = _kinds(path)
-        self._stream = path.open("rb")
-        weakref.finalize(self, self._stream.close)
-        header = _Header(self._stream, path.stat().st_size)
+        self._file = HeldFile(path)
+        header = _Header(self._file.stream, path.stat().st_size)
         shapes, alignment, infos = header.read()
         data = -(-header.position // alignment) * alignment
         self.tensors: dict[str, GGUFTensor] = {}
@@ -126,7 +125,7 @@ class GGUFFile:
     def read(self, name: str) -> Tensor:
         """A tensor's values on the CPU, in memory of their own; those of packed blocks in float32."""
         tensor = self.tensors[name]
-        data = self._bytes(tensor)
+        data = self._file.read(tensor.start, tensor.packed_bytes)
         if tensor.packing is None:
             return torch.frombuffer(data, dtype=tensor.dtype).reshape(tensor.shape)
         from gguf import GGMLQuantizationType, quants
@@ -138,14 +137,8 @@ class GGUFFile:
 
     def read_packed(self, name: str) -> Tensor:
         """A packed tensor's blocks as they lie in the file, [bytes] uint8 on the CPU."""
-        return torch.frombuffer(self._bytes(self.tensors[name]), dtype=torch.uint8)
-
-    def _bytes(self, tensor: GGUFTensor) -> bytearray:
-        data = bytearray(tensor.packed_bytes)
-        self._stream.seek(tensor.start)
-        if self._stream.readinto(data) < len(data):
-            raise ValueError("the file has become shorter since it was opened")
-        return data
+        tensor = self.tensors[name]
+        return torch.frombuffer(self._file.read(tensor.start, tensor.packed_bytes), dtype=torch.uint8)
 
     def _tensor(
         self, name: str, axes: tuple[int, ...], number: int, start: int, original: tuple[int, ...] | None
