@@ -28,7 +28,7 @@ BUDGETS = {
     "distributed": 2145,
     "evaluation": 2165,
     "executor": 1940,
-    "files": 580,
+    "files": 630,
     "flexcache": 2770,
     "media": 1530,
     "memory": 690,

@@ -57,10 +57,12 @@ _WORDS: Mapping[str, str] = MappingProxyType({"text_encoder": "t5", "vae": "vae"
 _UP = 3
 """How many folders above a file are looked at."""
 _MOST_LISTED = 1000
-_NOISE = re.compile(r"(?<![a-z])(high|low)(?=noise|[^a-z]|$)", re.IGNORECASE)
+_NOISE = re.compile(r"((?<![A-Za-z])(?i:high|low)(?=(?i:noise)|[^A-Za-z]|$)|(?:High|Low)(?=Noise|[^a-z]|$))")
 _NOISE_FOLDER = re.compile(r"(?<![a-z])(high|low)(?=[-_ ]?noise)", re.IGNORECASE)
-"""The word that tells an expert, in the name of its file, or else of the folder."""
-_OF_TWO = re.compile(r"wan.?2[._]2|a14b", re.IGNORECASE)
+"""The word that tells an expert, in the name of its file ("t2vHighV2" is one, too), or else of the folder."""
+_OF_TWO = re.compile(r"wan.?2[._-]?2|a14b", re.IGNORECASE)
+_OF_ONE = re.compile(r"wan.?2[._-]?1(?!\d)", re.IGNORECASE)
+"""Which of Wan's versions a file is of, by its name: only Wan2.2 has two experts."""
 _SWAPPED = {"high": "low", "low": "high", "HIGH": "LOW", "LOW": "HIGH", "High": "Low", "Low": "High"}
 
 
@@ -231,18 +233,29 @@ def _experts(path: Path, config: Mapping[str, Any], kind: ModelKind, low: str | 
     """
     found = _NOISE.findall(path.stem) or _NOISE_FOLDER.findall(path.parent.name)
     word = found[-1].lower() if found else ""
+    own = WanConfig.from_json(config)
+    counts = {len(spec.transformers) for spec in FULL_SIZE.values() if own in spec.transformers}
     if low is not None:
+        other = Path(low).expanduser()
+        if other.exists() and other.samefile(path):
+            raise UsageError(
+                f"models.low_noise_model = '{low}' is the file of the high-noise model, too; use the other "
+                "expert's",
+                field="models.low_noise_model",
+            )
         if word == "low":
             raise UsageError(
                 f"models.low_noise_model is given, and models.name = '{path}' is called low too; name the "
                 "high-noise model there",
                 field="models.low_noise_model",
             )
-        return [path, Path(low).expanduser()]
+        return [path, other]
+    if counts == {1} or _OF_ONE.search(path.name):
+        return [path]
     if word:
         places = _with_other_word(path)
-        other = next((place for place in places if place.is_file()), None)
-        if other is None:
+        beside = next((place for place in places if place.is_file()), None)
+        if beside is None:
             wanted = "low" if word == "high" else "high"
             raise UsageError(
                 f"models.name = '{path}' is one of two experts, and the {wanted}-noise model was not found: "
@@ -250,9 +263,7 @@ def _experts(path: Path, config: Mapping[str, Any], kind: ModelKind, low: str | 
                 "the high-noise model as models.name (--model FILE)",
                 field="models.name",
             )
-        return [path, other] if word == "high" else [other, path]
-    own = WanConfig.from_json(config)
-    counts = {len(spec.transformers) for spec in FULL_SIZE.values() if own in spec.transformers}
+        return [path, beside] if word == "high" else [beside, path]
     if counts == {2} or (2 in counts and _OF_TWO.search(path.name)):
         raise UsageError(
             f"models.name = '{path}' is one of the two experts of a {kind.title} model, and its name does "

@@ -13,7 +13,8 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.sharding import broadcast_from_rank0
 from chitu_diffusion.media.image import InputImage
 from chitu_diffusion.media.input_video import InputVideo
-from chitu_diffusion.models.image_preprocessing import bicubic
+from chitu_diffusion.models.image_preprocessing import bicubic, covering
+from chitu_diffusion.pipelines.request import is_cut
 from chitu_diffusion.pipelines.vae import encode_video
 from chitu_diffusion.task import DiffusionUserParams
 
@@ -109,7 +110,9 @@ def _pixels(backend: DiffusionBackend, request: DiffusionUserParams, name: str) 
     cells = backend.spec.latent_shape(1, height, width)[2:]
     rows, columns = (cell * step for cell, step in zip(cells, backend.spec.geometry.stride[1:], strict=True))
     image: InputImage = vars(request)[name]
-    if request.image_preprocessing == "official":
+    if is_cut(backend.spec, request):
+        pixels = covering(image.original(name), height, width).permute(0, 2, 3, 1)
+    elif request.image_preprocessing == "official":
         pixels = bicubic(image.original(name), height, width).permute(0, 2, 3, 1)
     else:
         pixels = torch.from_numpy(image.resized(height, width, name))[None]

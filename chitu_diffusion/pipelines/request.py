@@ -322,6 +322,13 @@ def _check_image(params: DiffusionUserParams, spec: ModelSpec) -> None:
         raise UsageError("last_image with one frame: use num_frames = 5 or more", field="last_image")
 
 
+def is_cut(spec: ModelSpec, resolved: DiffusionUserParams) -> bool:
+    """Whether an image of another shape than the video's is cut, not stretched: so Wan2.2-TI2V-5B's authors
+    do it.
+    """
+    return spec.kind.token_times and resolved.image_preprocessing == "official"
+
+
 def _check_video(params: DiffusionUserParams, spec: ModelSpec) -> None:
     if params.video is None:
         if params.strength is not None:

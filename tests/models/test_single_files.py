@@ -201,6 +201,8 @@ def test_names_tell_the_experts(experts: Path, tmp_path: Path) -> None:
         resolve_model(main)
     told = resolve_model(main, parts={"low_noise_model": str(place / "second.safetensors")}).required()
     assert told.components["transformer_2"].weights == place / "second.safetensors"
+    with pytest.raises(UsageError, match="is the file of the high-noise model, too; use the other"):
+        resolve_model(main, parts={"low_noise_model": main})
     with pytest.raises(UsageError, match="called low too"):
         resolve_model(
             str(experts / "models/diffusion_models/tiny_low_noise.safetensors"),
