@@ -146,8 +146,8 @@ def _listed(path: Path) -> ListedFile:
         return ListedFile(path, f"unusable: {error}", "", size)
     sizes: dict[str, int] = {}
     for stored in file.entries.values():
-        name = str(stored.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + stored.bytes
+        name = stored.packing or str(stored.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + (stored.packed_bytes or stored.bytes)
     return ListedFile(path, what, "/".join(sorted(sizes, key=lambda name: -sizes[name])), size)
 
 

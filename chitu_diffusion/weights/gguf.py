@@ -14,6 +14,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -120,7 +121,12 @@ class GGUFFile:
                 raise ValueError(f"{name} ends at byte {end}, and the file has {header.size}: truncated")
             if (ours := _text_name(name)) in self.tensors:
                 raise ValueError(f"{ours} stands twice in it")
+            if offset % alignment:
+                raise ValueError(f"{name} begins at byte {offset} of the tensors, no multiple of {alignment}")
             self.tensors[ours] = tensor
+        for before, after in pairwise(sorted(self.tensors, key=lambda name: self.tensors[name].start)):
+            if self.tensors[before].start + self.tensors[before].packed_bytes > self.tensors[after].start:
+                raise ValueError(f"{before} and {after} lie on the same bytes")
 
     def read(self, name: str) -> Tensor:
         """A tensor's values on the CPU, in memory of their own; those of packed blocks in float32."""
@@ -265,7 +271,7 @@ class _Header:
 
     def _text(self) -> str:
         length = self._number("Q")
-        if length > min(_LONGEST_TEXT, self.size - self.position):
+        if length > _LONGEST_TEXT:
             raise ValueError(f"a text in its header has {length} bytes")
         return self._take(length).decode("utf-8")
 
