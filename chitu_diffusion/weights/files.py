@@ -384,12 +384,12 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Stored], Mapping[str, str
             header = parse_json(stream.read(length).decode("utf-8"))
         said = header.pop("__metadata__", None) or {}
         metadata = {str(key): str(value) for key, value in said.items()}
-        ends = [int(info["data_offsets"][1]) for info in header.values()]
+        places = {key: tuple(map(int, info["data_offsets"])) for key, info in header.items()}
         found = {
-            key: (str(info["dtype"]), tuple(map(int, info["shape"])), int(info["data_offsets"][0]))
+            key: (str(info["dtype"]), tuple(map(int, info["shape"])), places[key][0])
             for key, info in header.items()
         }
-    expected = 8 + length + max(ends, default=0)
+    expected = 8 + length + max((end for _, end in places.values()), default=0)
     if size != expected:
         word = "truncated" if size < expected else "longer than its header says"
         raise CheckpointError(
@@ -399,6 +399,18 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Stored], Mapping[str, str
         key: Stored(path, shape, _known_type(path, key, kind), start)
         for key, (kind, shape, start) in found.items()
     }
+    end = 0
+    for key in sorted(places, key=lambda key: places[key]):  # as the format has it: one after the other
+        start = end
+        end += entries[key].bytes
+        if places[key] != (start, end):
+            raise CheckpointError(
+                "a tensor does not lie where the ones before it end, or has another size",
+                file=path,
+                key=key,
+                expected=f"bytes {start} to {end}",
+                found=f"{places[key][0]} to {places[key][1]}",
+            )
     return entries, metadata, 8 + length
 
 

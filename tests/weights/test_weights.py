@@ -133,6 +133,23 @@ def test_a_source_that_shrinks_under_convert_is_an_error(
     assert os.listdir(tmp_path) == ["source"]
 
 
+@pytest.mark.parametrize("offsets", [([0, 64], [0, 64]), ([0, 32], [32, 128]), ([4, 68], [64, 128])])
+def test_tensors_that_lie_on_each_other_are_refused(
+    tmp_path: Path, offsets: tuple[list[int], list[int]]
+) -> None:
+    """Without safetensors' own reader, too, which a long work goes without."""
+    file = tmp_path / "w.safetensors"
+    header = {
+        key: {"dtype": "F32", "shape": [4, 4], "data_offsets": place}
+        for key, place in zip("ab", offsets, strict=True)
+    }
+    said = json.dumps(header).encode()
+    end = max(place[1] for place in offsets)
+    file.write_bytes(struct.pack("<Q", len(said)) + said + bytes(end))
+    with pytest.raises(CheckpointError, match="does not lie where"):
+        WeightFiles(file, mapped=False)
+
+
 @pytest.mark.parametrize("mapped", [True, False])
 @pytest.mark.parametrize("ending", [".safetensors", ".pth", ".gguf"])
 def test_what_is_read_is_what_was_opened(tmp_path: Path, ending: str, mapped: bool) -> None:
