@@ -54,6 +54,8 @@ _FOLDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Where the parts of a model lie, in whatever folder holds them all."""
 _WORDS: Mapping[str, str] = MappingProxyType({"text_encoder": "t5", "vae": "vae", "image_encoder": "clip"})
 """What the names of their files have."""
+_ANOTHER = "qwen"
+"""What the names of a VAE have that has Wan's tensors to the last shape, and other numbers."""
 _UP = 3
 """How many folders above a file are looked at."""
 _MOST_LISTED = 1000
@@ -304,8 +306,10 @@ def _place_of(
     for folder in _near(role, path):
         looked.append(folder)
         near = _weights_in(folder, inside=folder != path.absolute().parent)
-        named = [file for file in near if _WORDS[role] in file.name.lower() and not file.samefile(path)]
+        named = [file for file in near if _is_called(role, file) and not file.samefile(path)]
         fitting = [each for each in map(_looked_at, named) if each and _fits(role, each, config)]
+        ours = [each for each in fitting if "wan" in each.file.path.name.lower()]
+        fitting = ours if len(ours) == 1 else fitting
         if len(fitting) > 1:
             names = few(each.file.path.name for each in fitting)
             raise UsageError(
@@ -316,6 +320,11 @@ def _place_of(
         if fitting:
             return fitting[0], looked
     return None, looked
+
+
+def _is_called(role: Role, file: Path) -> bool:
+    name = file.name.lower()
+    return _WORDS[role] in name and _ANOTHER not in name
 
 
 def _looked_at(path: Path) -> _Opened | None:
@@ -329,13 +338,16 @@ def _looked_at(path: Path) -> _Opened | None:
 
 
 def _fits(role: Role, opened: _Opened, config: Mapping[str, Any]) -> bool:
-    """Whether a file has a part that can be of this model: a VAE by the channels of its latents."""
+    """Whether a file has a part that can be of this model: a VAE by its convolutions over time and its latents'
+    channels.
+    """
     if role != "vae" or role not in opened.parts:
         return role in opened.parts
     before = opened.parts["vae"]
     names = (f"{before}{name}.weight" for name in ("decoder.conv1", "decoder.conv_in"))
     name = next(name for name in names if name in opened.file.entries)
-    return opened.file.entries[name].shape[1] == config["out_channels"]
+    shape = opened.file.entries[name].shape
+    return len(shape) == 5 and shape[1] == config["out_channels"]
 
 
 def _near(part: str, path: Path) -> Iterator[Path]:
