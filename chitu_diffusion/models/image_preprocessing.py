@@ -5,12 +5,13 @@ picture.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.errors import CheckpointError
+from chitu_diffusion.media.image import resized
 from chitu_diffusion.models.limits import PREPROCESSING, check_limits
 
 if TYPE_CHECKING:
@@ -103,12 +104,7 @@ class ImagePreprocessing:
         if picture.dtype != np.uint8:
             picture = (picture * _WHITE).round().astype(np.uint8)
         sides = picture.shape[:2]
-        resized = [self.edge * side // min(sides) for side in sides]
-        begins = [(side - self.side) // 2 for side in resized]
-        # only what is cut out is computed: a picture of one row may be a hundred million pixels long
-        top, left = (begin * side / new for begin, side, new in zip(begins, sides, resized, strict=True))
-        high, wide = (self.side * side / new for side, new in zip(sides, resized, strict=True))
-        box = (left, top, min(left + wide, sides[1]), min(top + high, sides[0]))
+        box = _middle(sides, [self.edge * side // min(sides) for side in sides], (self.side, self.side))
         square = Image.fromarray(picture).resize((self.side, self.side), Image.Resampling(self.resample), box)
         pixels = torch.from_numpy(np.asarray(square, np.float32) / np.float32(_WHITE))
         return self._normalised(pixels.permute(2, 0, 1)[None])
@@ -128,6 +124,38 @@ class ImagePreprocessing:
     def _normalised(self, pixels: Tensor) -> Tensor:
         mean, std = (pixels.new_tensor(each).view(3, 1, 1) for each in (self.mean, self.std))
         return (pixels - mean) / std
+
+
+def covering(picture: NDArray[Any], height: int, width: int) -> Tensor:
+    """The middle of a picture at the size at which it covers a frame, by Lanczos, as Wan2.2-TI2V-5B's authors
+    do it (wan/textimage2video.py): its shape is kept, and what stands out is cut off.
+
+    Args:
+        picture: [H, W, 3], uint8, or floats in [0, 1].
+
+    Returns:
+        [1, 3, height, width] float32 in [0, 1].
+    """
+    import numpy as np
+    import torch
+
+    sides = picture.shape[:2]
+    scale = max(height / sides[0], width / sides[1])
+    box = _middle(sides, [round(side * scale) for side in sides], (height, width))
+    return torch.from_numpy(np.ascontiguousarray(resized(picture, height, width, box))).permute(2, 0, 1)[None]
+
+
+def _middle(
+    sides: Sequence[int], enlarged: Sequence[int], kept: Sequence[int]
+) -> tuple[float, float, float, float]:
+    """Of a picture of (height, width) `sides`, what is in the middle `kept` cells after a resize to
+    `enlarged`: (left, top, right, bottom). Only that need be computed: a picture of one row may be a hundred
+    million pixels long.
+    """
+    begins = [(new - wanted) // 2 for new, wanted in zip(enlarged, kept, strict=True)]
+    top, left = (begin * side / new for begin, side, new in zip(begins, sides, enlarged, strict=True))
+    high, wide = (wanted * side / new for wanted, side, new in zip(kept, sides, enlarged, strict=True))
+    return left, top, min(left + wide, sides[1]), min(top + high, sides[0])
 
 
 def bicubic(picture: NDArray[Any], height: int, width: int) -> Tensor:

@@ -246,8 +246,9 @@ def _twin(
     if asked in twins:
         return asked
     names = " ".join(folder.names()).lower() if len(twins) > 1 else ""
+    # "Wan2_1" and "wan21" are as good as "Wan2.1"
     return max(
-        twins, key=lambda spec: all(word in names for word in spec.name.lower().split("-")), default=None
+        twins, key=lambda spec: sum(word in names for word in spec.name.lower().split("-")), default=None
     )
 
 

@@ -13,7 +13,8 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.sharding import broadcast_from_rank0
 from chitu_diffusion.media.image import InputImage
 from chitu_diffusion.media.input_video import InputVideo
-from chitu_diffusion.models.image_preprocessing import bicubic
+from chitu_diffusion.models.image_preprocessing import bicubic, covering
+from chitu_diffusion.pipelines.request import is_cut
 from chitu_diffusion.pipelines.vae import encode_video
 from chitu_diffusion.task import DiffusionUserParams
 
@@ -107,7 +108,9 @@ def _pixels(backend: DiffusionBackend, request: DiffusionUserParams, name: str) 
     height = request.height or 0
     width = request.width or 0
     image: InputImage = vars(request)[name]
-    if request.image_preprocessing == "official":
+    if is_cut(backend.spec, request):
+        pixels = covering(image.original(name), height, width).permute(0, 2, 3, 1)
+    elif request.image_preprocessing == "official":
         pixels = bicubic(image.original(name), height, width).permute(0, 2, 3, 1)
     else:
         pixels = torch.from_numpy(image.resized(height, width, name))[None]

@@ -297,6 +297,13 @@ def _with_cascade(params: DiffusionUserParams, experts: int) -> DiffusionUserPar
     return dataclasses.replace(params, height=last.height, width=last.width, num_inference_steps=steps)
 
 
+def is_cut(spec: ModelSpec, resolved: DiffusionUserParams) -> bool:
+    """Whether an image of another shape than the video's is cut, not stretched: so Wan2.2-TI2V-5B's authors
+    do it.
+    """
+    return spec.kind.token_times and resolved.image_preprocessing == "official"
+
+
 def _frames(params: DiffusionUserParams, spec: ModelSpec) -> int:
     """Frames that are asked for; else the model's own number, or what a shorter video has of 4n + 1."""
     if params.video is None:

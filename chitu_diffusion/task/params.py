@@ -142,8 +142,8 @@ class DiffusionUserParams:
         image: the first frame: a file's name, or in memory, see `InputImage.of`. It is stretched to the size.
         last_image: the last frame, likewise.
         image_preprocessing: how both are resized: "diffusers" (Lanczos; an image encoder sees the middle) or
-            "official", as Wan's authors do it (bicubic without a filter; it sees all, squashed). None is the
-            first.
+            "official", as Wan's authors do it (bicubic without a filter; it sees all, squashed; of
+            Wan2.2-TI2V-5B Lanczos, and what stands out of the size is cut off). None is the first.
         video: what a text-to-video model makes anew: a file's name, or in memory, see `InputVideo.of`. Its
             first frames are taken as they come, as many as fit 4n + 1 and the model's own number; its shape
             and rate count where no size or fps is asked for. For a VACE model it is the control

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 from tiny_model import write_tiny_model
 from torch import Tensor, nn
@@ -130,6 +131,54 @@ def test_a_source_that_shrinks_under_convert_is_an_error(
     with pytest.raises(CheckpointError, match="has become shorter"):
         convert(source, tmp_path / "target", layout)
     assert os.listdir(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("offsets", [([0, 64], [0, 64]), ([0, 32], [32, 128]), ([4, 68], [64, 128])])
+def test_tensors_that_lie_on_each_other_are_refused(
+    tmp_path: Path, offsets: tuple[list[int], list[int]]
+) -> None:
+    """Without safetensors' own reader, too, which a long work goes without."""
+    file = tmp_path / "w.safetensors"
+    header = {
+        key: {"dtype": "F32", "shape": [4, 4], "data_offsets": place}
+        for key, place in zip("ab", offsets, strict=True)
+    }
+    said = json.dumps(header).encode()
+    end = max(place[1] for place in offsets)
+    file.write_bytes(struct.pack("<Q", len(said)) + said + bytes(end))
+    with pytest.raises(CheckpointError, match="does not lie where"):
+        WeightFiles(file, mapped=False)
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("ending", [".safetensors", ".pth", ".gguf"])
+def test_what_is_read_is_what_was_opened(tmp_path: Path, ending: str, mapped: bool) -> None:
+    """Adapters are taken out by reading the weights again, long after they were loaded."""
+
+    def write(place: Path, value: float) -> None:
+        tensors = {"w": torch.full((64, 64), value)}
+        if ending == ".safetensors":
+            save_file(tensors, place)
+        elif ending == ".pth":
+            torch.save(tensors, place)
+        else:
+            write_gguf(place, tensors, {"w": "Q8_0"})
+
+    file = tmp_path / f"w{ending}"
+    other = tmp_path / f"other{ending}"
+    for change in (lambda: os.replace(other, file), file.unlink):
+        write(file, 1.0)
+        write(other, 2.0)
+        weights = WeightFiles(file, mapped=mapped)
+        change()
+        # Q8_0 keeps scales in 16 bits
+        assert torch.allclose(weights.read("w"), torch.ones(64, 64), atol=1e-3), "another file's"
+    write(file, 1.0)
+    weights = WeightFiles(file, mapped=mapped)
+    file.write_bytes(other.read_bytes())
+    os.utime(file, (1, 1))
+    with pytest.raises(CheckpointError, match="has been written into since it was opened"):
+        weights.read("w")
 
 
 def test_verify_likes_both_layouts_and_finds_a_nan(official: Path, experts: Path, tmp_path: Path) -> None:
