@@ -338,8 +338,8 @@ def _looked_at(path: Path) -> _Opened | None:
 
 
 def _fits(role: Role, opened: _Opened, config: Mapping[str, Any]) -> bool:
-    """Whether a file has a part that can be of this model: a VAE by its convolutions over time and its latents'
-    channels.
+    """Whether a file has a part that can be of this model: a VAE by its convolutions over time, and by its
+    latents' channels.
     """
     if role != "vae" or role not in opened.parts:
         return role in opened.parts
