@@ -30,7 +30,7 @@ BUDGETS = {
     "executor": 1940,
     "files": 630,
     "flexcache": 2770,
-    "media": 1535,
+    "media": 1545,
     "memory": 690,
     "models": 6750,
     "ops": 2180,
