@@ -30,7 +30,7 @@ BUDGETS = {
     "executor": 1940,
     "files": 630,
     "flexcache": 2770,
-    "media": 1640,
+    "media": 1650,
     "memory": 690,
     "models": 7010,
     "ops": 2180,

@@ -270,7 +270,6 @@ def test_official_preprocessing_cuts_where_others_stretch(backend, width, height
     )
     error = relative_error(task.buffer.conditioning.first_frame, (latent - mean) / std)
     print(f"{width}x{height}: {error:.1e}")
-    # a value that lies between two of 8 bits may be rounded to the other where the middle alone is computed
-    assert error < 3e-3
+    assert error < (5e-3 if floats else 1e-5)  # floats are not rounded to 8 bits
     cut = f"image of {width}x{height} is cut to the shape of 48x32"
     assert any(cut in note for note in task.notes) == ((width, height) != (48, 32))

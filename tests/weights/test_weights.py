@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 from tiny_model import write_tiny_model
 from torch import Tensor, nn
@@ -148,37 +147,6 @@ def test_tensors_that_lie_on_each_other_are_refused(
     file.write_bytes(struct.pack("<Q", len(said)) + said + bytes(end))
     with pytest.raises(CheckpointError, match="does not lie where"):
         WeightFiles(file, mapped=False)
-
-
-@pytest.mark.parametrize("mapped", [True, False])
-@pytest.mark.parametrize("ending", [".safetensors", ".pth", ".gguf"])
-def test_what_is_read_is_what_was_opened(tmp_path: Path, ending: str, mapped: bool) -> None:
-    """Adapters are taken out by reading the weights again, long after they were loaded."""
-
-    def write(place: Path, value: float) -> None:
-        tensors = {"w": torch.full((64, 64), value)}
-        if ending == ".safetensors":
-            save_file(tensors, place)
-        elif ending == ".pth":
-            torch.save(tensors, place)
-        else:
-            write_gguf(place, tensors, {"w": "Q8_0"})
-
-    file = tmp_path / f"w{ending}"
-    other = tmp_path / f"other{ending}"
-    for change in (lambda: os.replace(other, file), file.unlink):
-        write(file, 1.0)
-        write(other, 2.0)
-        weights = WeightFiles(file, mapped=mapped)
-        change()
-        # Q8_0 keeps scales in 16 bits
-        assert torch.allclose(weights.read("w"), torch.ones(64, 64), atol=1e-3), "another file's"
-    write(file, 1.0)
-    weights = WeightFiles(file, mapped=mapped)
-    file.write_bytes(other.read_bytes())
-    os.utime(file, (1, 1))
-    with pytest.raises(CheckpointError, match="has been written into since it was opened"):
-        weights.read("w")
 
 
 def test_verify_likes_both_layouts_and_finds_a_nan(official: Path, experts: Path, tmp_path: Path) -> None:
