@@ -186,7 +186,8 @@ class DiffusionBackend:
             )
         plan = float8_plan(self.args)
         self._float8 = [
-            [] if plan is None else to_float8(list(expert.blocks), plan) for expert in networks.experts
+            [] if plan is None else to_float8(list(expert.blocks), plan, expert.vace_blocks)
+            for expert in networks.experts
         ]
         for expert in networks.experts:
             expert.use_fused(self.args.infer.fused)
@@ -202,7 +203,7 @@ class DiffusionBackend:
             self.device,
             parts={
                 role: OffloadPart(
-                    part, PARTS[role].kind, list(part.blocks) if isinstance(part, WanTransformer) else ()
+                    part, PARTS[role].kind, part.stack if isinstance(part, WanTransformer) else ()
                 )
                 for role, part in networks.parts.items()
             },
@@ -384,7 +385,8 @@ class DiffusionBackend:
             vae_stage=self.vae.last_stage,
             item=self.dtype.itemsize,
             on_cpu=self.device.type == "cpu",
-            encodes_video=self.spec.kind.needs_image,
+            encodes_video=self.spec.kind.needs_image or self.spec.kind.takes_control,
+            has_control=self.spec.kind.takes_control,
         )
 
     def weights_sha256(self) -> str | None:

@@ -116,6 +116,14 @@ def frames_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("models") / "frames", image=True, clip=2, seed=6)
 
 
+@pytest.fixture(scope="session")
+def control_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of controlled video, as Wan2.1-VACE is."""
+    from tiny_model import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "control", control=True, seed=7)
+
+
 RunText = Callable[[str], None]
 
 

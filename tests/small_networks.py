@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from torch import Tensor
 
 from chitu_diffusion.flexcache.interface import Site, SiteInputs
@@ -35,10 +35,15 @@ COMPILED = WanConfig(
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
+def reference_class(config: WanConfig) -> type[WanTransformer3DModel | WanVACETransformer3DModel]:
+    """Whose network it is there."""
+    return WanTransformer3DModel if config.vace_layers is None else WanVACETransformer3DModel
+
+
 def reference(config: WanConfig) -> WanTransformer3DModel:
     """diffusers' network with weights that make every part matter."""
     fields = {key: value for key, value in config.to_json().items() if not key.startswith("_")}
-    model = WanTransformer3DModel(**fields).eval()
+    model = reference_class(config)(**fields).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = 1.5 * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
@@ -99,3 +104,14 @@ def official_names(layers: int, image_dim: int | None = None, places: int | None
         block += [f"cross_attn.{part}_img.{kind}" for part in "kv" for kind in ("weight", "bias")]
         block += ["cross_attn.norm_k_img.weight"]
     return names | {f"blocks.{i}.{name}" for i in range(layers) for name in block}
+
+
+def official_control_names(control: int) -> set[str]:
+    """What the files of a network with a control stream hold besides (wan/modules/vace_model.py)."""
+    if not control:
+        return set()
+    block = [name.removeprefix("blocks.0.") for name in official_names(1) if name.startswith("blocks.")]
+    block += [f"after_proj.{kind}" for kind in ("weight", "bias")]
+    names = {f"vace_blocks.{i}.{name}" for i in range(control) for name in block}
+    first = ("vace_patch_embedding", "vace_blocks.0.before_proj")
+    return names | {f"{place}.{kind}" for place in first for kind in ("weight", "bias")}

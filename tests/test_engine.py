@@ -381,8 +381,8 @@ def test_closing_while_others_submit(tiny_folder, make_config, delay):
 
 
 def test_ended_tasks_leave(tiny_folder, make_config, monkeypatch):
-    """A thousand tasks, and the engine is as it was: nothing of them stays, and the last look costs what the
-    first did.
+    """400 tasks, and the engine is as it was: nothing of them stays, and the last look costs what the first
+    did.
     """
     monkeypatch.setattr(stages, "write_video", lambda frames, path, **_: path)
     with Engine(make_config(tiny_folder, scheduler__keep_ended=5)) as engine:
@@ -390,7 +390,7 @@ def test_ended_tasks_leave(tiny_folder, make_config, monkeypatch):
         sizes = []
         looks = []
         for _ in range(4):
-            for _ in range(250):
+            for _ in range(100):
                 engine.submit(params(num_inference_steps=1, num_frames=1, height=8, width=8))
             engine.run_until_idle()
             gc.collect()

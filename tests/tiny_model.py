@@ -31,6 +31,7 @@ def write_tiny_model(
     image: bool = False,
     token_times: bool = False,
     clip: int = 0,
+    control: bool = False,
 ) -> Path:
     """Writes a WanPipeline folder: 2 blocks with heads of 16 channels, VAE of base width 8, T5 of 2 layers
     with its own tokenizer.
@@ -38,17 +39,19 @@ def write_tiny_model(
     With two experts, they differ, and the boundary lies at 0.875 as in Wan2.2. With `image` it is a
     WanImageToVideoPipeline, whose networks take a mask of 4 channels and the keyframes' latent besides; with
     `clip` 1 or 2 also an image encoder's rows of as many pictures, as Wan2.1's do. With `token_times` it has
-    `expand_timesteps` and a VAE with shortcuts and patches, as Wan2.2-TI2V-5B.
+    `expand_timesteps` and a VAE with shortcuts and patches, as Wan2.2-TI2V-5B. With `control` it is a
+    WanVACEPipeline, whose networks have a stream of control latents.
     """
-    from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
+    from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanVACEPipeline
 
     torch.manual_seed(seed)
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000
     )
     channels = 2 * LATENT_CHANNELS + 4 if image else LATENT_CHANNELS
-    transformers = [_transformer(heads, channels, clip) for _ in range(experts)]
-    pipeline = (WanImageToVideoPipeline if image else WanPipeline)(
+    transformers = [_transformer(heads, channels, clip, control) for _ in range(experts)]
+    usual = WanImageToVideoPipeline if image else WanPipeline
+    pipeline = (WanVACEPipeline if control else usual)(
         **(_image_encoder() if clip else {}),
         tokenizer=_tokenizer(),
         text_encoder=_text_encoder(),
@@ -57,7 +60,7 @@ def write_tiny_model(
         transformer=transformers[0],
         transformer_2=transformers[1] if experts == 2 else None,
         boundary_ratio=0.875 if experts == 2 else None,
-        expand_timesteps=token_times,
+        **({} if control else {"expand_timesteps": token_times}),
     )
     pipeline.save_pretrained(folder)
     defaults = {
@@ -94,10 +97,12 @@ def _image_encoder():
     }
 
 
-def _transformer(heads: int, channels: int, clip: int = 0):
-    from diffusers import WanTransformer3DModel
+def _transformer(heads: int, channels: int, clip: int = 0, control: bool = False):
+    from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 
-    model = WanTransformer3DModel(
+    more = {"vace_layers": [0, 1], "vace_in_channels": 2 * LATENT_CHANNELS + 64} if control else {}
+    model = (WanVACETransformer3DModel if control else WanTransformer3DModel)(
+        **more,
         patch_size=(1, 2, 2),
         num_attention_heads=heads,
         attention_head_dim=16,
@@ -119,6 +124,8 @@ def _transformer(heads: int, channels: int, clip: int = 0):
                 parameter.add_(torch.randn_like(parameter) * 0.05)
         for block in model.blocks:
             block.attn2.to_out[0].weight.mul_(6)  # the prompt weighs enough that a wrong guidance cannot hide
+        for block in model.vace_blocks if control else ():
+            block.proj_out.weight.mul_(8)  # nor a wrong control
     return model.eval()
 
 

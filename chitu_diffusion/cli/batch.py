@@ -110,8 +110,8 @@ def batch(
 
     A row may hold prompt, negative_prompt, height, width, num_frames, fps, num_inference_steps,
     guidance_scale, shift, sampler_recipe, seed, save_path, image, last_image, image_preprocessing, video,
-    strength, lora, flexcache, role and priority. The flags fill in what a row leaves out. Its file is called
-    after its id, or else by what the row asks for.
+    mask, reference_images, conditioning_scale, strength, lora, flexcache, role and priority. The flags fill
+    in what a row leaves out. Its file is called after its id, or else by what the row asks for.
     """
     from chitu_diffusion.task import DiffusionUserParams
 

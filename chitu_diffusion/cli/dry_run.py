@@ -175,7 +175,7 @@ def check_room(tasks: Sequence[DiffusionTask], config: EngineConfig) -> None:
 
 def plan_of(spec: ModelSpec, resolved: DiffusionUserParams) -> dict[str, Any]:
     """A resolved request as plain JSON values, with what follows from it."""
-    from chitu_diffusion.pipelines.request import steps_of
+    from chitu_diffusion.pipelines.request import computed_frames, steps_of
 
     frames = resolved.num_frames or 1
     fps = resolved.fps or 1
@@ -183,7 +183,7 @@ def plan_of(spec: ModelSpec, resolved: DiffusionUserParams) -> dict[str, Any]:
         **resolved.to_mapping(),
         "seconds_of_video": round(float(frames / fps), 3),
         "steps_taken": steps_of(resolved),
-        "tokens": spec.tokens(frames, resolved.height or 0, resolved.width or 0),
+        "tokens": spec.tokens(computed_frames(resolved, spec), resolved.height or 0, resolved.width or 0),
     }
 
 
@@ -305,7 +305,7 @@ def _say_video(
 
 def _steps_text(plan: Mapping[str, Any]) -> str:
     steps = counted(plan["num_inference_steps"], "step")
-    if plan["video"] is None:
+    if plan["strength"] is None:
         return steps
     return f"{steps}, of which the last {plan['steps_taken']} are taken (strength {plan['strength']:g})"
 

@@ -103,7 +103,7 @@ def _described(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "here": folder is not None,
-        "kind": "two experts" if len(spec.transformers) == 2 else "one transformer",
+        "kind": spec.kind_in_words,
         "default": f"{own.width}x{own.height}, {own.num_frames} frames, {own.steps} steps",
         "bytes": _bytes_in(folder.path) if folder is not None else 0,
         "where": str(folder.path) if folder is not None else f"not here; chitu models pull {name}",

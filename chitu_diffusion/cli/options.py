@@ -87,7 +87,7 @@ def parse_cache(text: str) -> str | dict[str, Any] | None:
         raise UsageError(f"--cache {error}", field=error.field) from error
 
 
-def parse_loras(texts: Sequence[str]) -> list[str] | None:
+def parse_files(texts: Sequence[str]) -> list[str] | None:
     """Each as the request takes it; none at all is None, so that what else names some stands."""
     return list(texts) or None
 

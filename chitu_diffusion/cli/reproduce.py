@@ -49,7 +49,7 @@ _SETTINGS = {
 """What a recipe says, and the setting that it was."""
 _OWN = (
     "seconds", "params.save_path", "params.task_id", "params.image.path", "params.last_image.path",
-    "params.video.path",
+    "params.video.path", "params.mask.path", "params.reference_images.images",
 )  # fmt: skip
 """What a run has for itself."""
 

@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import tomllib
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,51 @@ def _regular(found: os.stat_result) -> os.stat_result:
         kind = next((name for is_kind, name in _KINDS if is_kind(found.st_mode)), "no file")
         raise OSError(f"it is {kind}; use a regular file")
     return found
+
+
+class HeldFile:
+    """A file that stays open: what is read of it is what was opened, whatever takes its name meanwhile.
+
+    Attributes:
+        stream: from its beginning at first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.stream = path.open("rb")
+        weakref.finalize(self, self.stream.close)
+        self._state = self._now()
+
+    def require_unchanged(self) -> None:
+        """Whether nobody has written into it since.
+
+        Raises:
+            OSError: somebody has.
+        """
+        now = self._now()
+        if now != self._state:
+            change = "become shorter" if now[0] < self._state[0] else "been written into"
+            raise OSError(f"the file has {change} since it was opened; start again")
+
+    def has_name(self, path: Path) -> bool:
+        """Whether a name still leads to it."""
+        return path.exists() and os.path.samestat(os.stat(path), os.fstat(self.stream.fileno()))
+
+    def read(self, start: int, count: int) -> bytearray:
+        """Bytes from a place on.
+
+        Raises:
+            OSError: it has changed, or has not as many.
+        """
+        self.require_unchanged()
+        data = bytearray(count)
+        self.stream.seek(start)
+        if self.stream.readinto(data) < count:
+            raise OSError(f"the file ends before byte {start + count}")
+        return data
+
+    def _now(self) -> tuple[int, int]:
+        found = os.fstat(self.stream.fileno())
+        return found.st_size, found.st_mtime_ns
 
 
 def read_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:

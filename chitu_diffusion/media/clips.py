@@ -30,7 +30,7 @@ _CONTAINERS: Mapping[str, str] = MappingProxyType(
     {".mp4": "mp4", ".m4v": "mp4", ".mov": "mp4", ".webm": "matroska", ".mkv": "matroska"}
 )
 """By a file's ending, FFmpeg's name of its reader."""
-_ENDINGS = (*_CONTAINERS, ".gif", ".npy")
+ENDINGS = (*_CONTAINERS, ".gif", ".npy")
 
 Facts = tuple[int, int, int, Any]
 """Frames, height, width, frames per second or None."""
@@ -55,18 +55,21 @@ def clip_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def clip_facts(path: str | os.PathLike[str]) -> Facts:
+def clip_facts(path: str | os.PathLike[str], name: str = "video") -> Facts:
     """What a video has; of its frames only the first is decoded.
+
+    Args:
+        name: of the field, for errors.
 
     Raises:
         UsageError: nothing of that name, or what cannot be read.
     """
     readers: dict[str, Callable[[Path], Facts]] = {".gif": _gif_facts, ".npy": _npy_facts, FOLDER: _png_facts}
-    with _reading(path) as (file, kind):
+    with _reading(path, name) as (file, kind):
         return readers.get(kind, _movie_facts)(file)
 
 
-def clip_frames(path: str | os.PathLike[str]) -> Iterator[NDArray[Any]]:
+def clip_frames(path: str | os.PathLike[str], name: str = "video") -> Iterator[NDArray[Any]]:
     """Its frames in order, [H, W, 3] uint8, or float32 in [0, 1] from an array of floats.
 
     Raises:
@@ -78,7 +81,7 @@ def clip_frames(path: str | os.PathLike[str]) -> Iterator[NDArray[Any]]:
         FOLDER: _png_frames,
     }
     first: tuple[int, ...] | None = None
-    with _reading(path) as (file, kind):
+    with _reading(path, name) as (file, kind):
         for frame in readers.get(kind, _movie_frames)(file):
             first = first or frame.shape
             if frame.shape != first:
@@ -87,15 +90,15 @@ def clip_frames(path: str | os.PathLike[str]) -> Iterator[NDArray[Any]]:
 
 
 @contextmanager
-def _reading(path: str | os.PathLike[str]) -> Iterator[tuple[Path, str]]:
+def _reading(path: str | os.PathLike[str], name: str) -> Iterator[tuple[Path, str]]:
     """The file and its kind; what its reader raises becomes an error of ours."""
     file = Path(path)
     kind = FOLDER if file.is_dir() else file.suffix.lower()
-    with foreign_data(lambda cause: UsageError(f"video = '{file}' cannot be read: {cause}", field="video")):
+    with foreign_data(lambda cause: UsageError(f"{name} = '{file}' cannot be read: {cause}", field=name)):
         if kind != FOLDER:
             require_regular(file)
-            if kind not in _ENDINGS:
-                raise ValueError(f"use {', '.join(_ENDINGS)}, or a folder of png frames")
+            if kind not in ENDINGS:
+                raise ValueError(f"use {', '.join(ENDINGS)}, or a folder of png frames")
         yield file, kind
 
 

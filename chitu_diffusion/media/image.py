@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _MOST_BYTES = 256 * 2**20
 _MOST_PIXELS = 100_000_000
+LANCZOS = 1
+"""Number of Pillow's filter."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """What Pillow decodes by itself: for some others, such as EPS, it starts another program."""
 
@@ -77,15 +79,17 @@ class InputImage:
         """Plain JSON values: not the pixels."""
         return {"path": self.path, "sha256": self.sha256, "width": self.width, "height": self.height}
 
-    def notes(self, height: int, width: int, name: str = "image") -> list[str]:
+    def notes(self, height: int, width: int, name: str = "image", *, is_cut: bool = False) -> list[str]:
         """In words, that its shape is another than a size's (by over 2 %), and that it was transparent.
 
         Args:
             name: what they call it.
+            is_cut: it keeps its shape, and what stands out is cut off.
         """
         notes = []
         if abs(self.width * height / (self.height * width) - 1) > 0.02:
-            notes.append(f"{name} of {self.width}x{self.height} is stretched to {width}x{height}")
+            change = "is cut to the shape of" if is_cut else "is stretched to"
+            notes.append(f"{name} of {self.width}x{self.height} {change} {width}x{height}")
         if self.transparent:
             notes.append(
                 f"{name} has transparent pixels: the colours stored in them are taken, and no background; "
@@ -141,24 +145,33 @@ class InputImage:
         return decoded(name, data, repr(self.path))[0]
 
 
-def resized(pixels: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
-    """Pixels [H, W, 3], uint8 or float32 in [0, 1], as [height, width, 3] float32 in [0, 1], stretched by
-    Lanczos.
+def resized(
+    pixels: NDArray[Any],
+    height: int,
+    width: int,
+    *,
+    box: tuple[float, float, float, float] | None = None,
+    resample: int = LANCZOS,
+) -> NDArray[np.float32]:
+    """Pixels [H, W, 3], uint8 or float32 in [0, 1], as [height, width, 3] float32 in [0, 1], stretched.
+
+    Args:
+        box: (left, top, right, bottom) of what is taken; None for all.
+        resample: number of Pillow's filter.
     """
     import numpy as np
     from PIL import Image
 
+    def larger(plane: NDArray[Any]) -> NDArray[Any]:
+        image = Image.fromarray(plane)
+        return np.asarray(image.resize((width, height), Image.Resampling(resample), box))
+
+    same = box is None and pixels.shape[:2] == (height, width)
     if pixels.dtype == np.uint8:
-        if pixels.shape[:2] != (height, width):
-            image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
-            pixels = np.asarray(image)
-        return pixels.astype(np.float32) / np.float32(255)
-    if pixels.shape[:2] == (height, width):
+        return (pixels if same else larger(pixels)).astype(np.float32) / np.float32(255)
+    if same:
         return pixels
-    channels = [Image.fromarray(pixels[..., channel]) for channel in range(3)]
-    size = (width, height)
-    larger = [np.asarray(each.resize(size, Image.Resampling.LANCZOS)) for each in channels]
-    return np.stack(larger, axis=-1).clip(0, 1)
+    return np.stack([larger(pixels[..., channel]) for channel in range(3)], axis=-1).clip(0, 1)
 
 
 def _from_mapping(name: str, values: Mapping[str, Any]) -> InputImage:

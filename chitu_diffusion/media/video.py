@@ -373,7 +373,7 @@ def _recipe_beside(target: Path, recipe: Recipe | None, part: Path) -> Iterator[
     sidecar = sidecar_of(target)
     with folder_lock(target.parent):
         both: dict[str, Any] = {} if recipe is None else {file_sha256(part): dict(recipe)}
-        older = recipe_beside(target)
+        older = recipe_beside(target) if target.is_file() else None  # one left over is nobody's
         if older is not None:
             both.setdefault(file_sha256(target), older)
         if both:

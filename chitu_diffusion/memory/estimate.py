@@ -42,6 +42,7 @@ class MemoryEstimate:
         dim, ffn_dim: widths of the transformer.
         vae_stage: of the VAE's decoder.
         item: bytes of a number in the run's dtype.
+        has_control: whether a control stream runs beside the transformer's.
         encodes_video: whether the VAE encodes as many frames as it decodes, as for image to video.
         on_cpu: home and device are the same memory, so that levels 2 to 4 save nothing.
     """
@@ -54,6 +55,7 @@ class MemoryEstimate:
     item: int
     on_cpu: bool = False
     encodes_video: bool = False
+    has_control: bool = False
 
     def weights(self, level: int, running: str) -> int:
         """Bytes of weights on the device while part `running` runs."""
@@ -76,9 +78,10 @@ class MemoryEstimate:
 
     def denoising(self, tokens: int) -> int:
         """Bytes of activations in a transformer forward over `tokens`: float32 norms, q, k, v, and the
-        feed-forward.
+        feed-forward; a control stream, what enters it and its hint.
         """
-        return tokens * (16 * self.dim + self.item * (6 * self.dim + 2 * self.ffn_dim))
+        wide = 9 if self.has_control else 6
+        return tokens * (16 * self.dim + self.item * (wide * self.dim + 2 * self.ffn_dim))
 
     def decoding(self, num_frames: int, height: int, width: int, tiled: bool) -> int:
         """Bytes of activations in the VAE's decode: four frames at full width, and the float32 video three

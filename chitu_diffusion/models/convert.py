@@ -206,7 +206,7 @@ def write_model_index(place: Path, folder: ModelFolder) -> None:
         "tokenizer": ["transformers", tokenizer],
         "transformer_2": [None, None],
         **({"image_encoder": [None, None]} if folder.kind.takes_image else {}),
-        **{role: [PARTS[role].library, PARTS[role].class_name] for role in folder.components},
+        **{role: [PARTS[role].library, folder.kind.class_name_of(role)] for role in folder.components},
     }
     if folder.preprocessing is not None:
         index["image_processor"] = ["transformers", "CLIPImageProcessor"]
@@ -297,7 +297,9 @@ def _write_component(
     else:
         home = place / role
         said = (
-            {"model_type": _MODEL_TYPES[role]} if role in _MODEL_TYPES else {"_class_name": part.class_name}
+            {"model_type": _MODEL_TYPES[role]}
+            if role in _MODEL_TYPES
+            else {"_class_name": folder.kind.class_name_of(role)}
         )
         config = {**said, **config}
     entries = {name: weights.entries[key] for name, key in keys.items()}

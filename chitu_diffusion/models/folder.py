@@ -108,6 +108,8 @@ _OFFICIAL_FIELDS = {
     "text_dim": "text_dim",
     "patch_size": "patch_size",
     "cross_attn_norm": "cross_attn_norm",
+    "vace_layers": "vace_layers",
+    "vace_in_dim": "vace_in_channels",
 }
 
 LIMITS: Mapping[str, Mapping[str, limits.Limit]] = {
@@ -295,7 +297,7 @@ def _read_diffusers(folder: Path, metadata: Mapping[str, Any]) -> ModelFolder:
             continue  # nobody asks it
         config = read_json(folder / role / "config.json")
         if part.library == "diffusers":
-            _expect_class(folder / role / "config.json", config, part.class_name)
+            _expect_class(folder / role / "config.json", config, kind.class_name_of(role))
         limits.check_limits(config, LIMITS[role], folder / role / "config.json")
         for key in _NEEDED.get(role, ()):
             if key not in config:  # diffusers would take another model's
@@ -396,14 +398,17 @@ def _expect_class(file: Path, config: Mapping[str, Any], expected: str) -> None:
 
 def _transformer_config(file: Path) -> tuple[ModelKind, dict[str, Any]]:
     official = read_json(file)
-    _expect_class(file, {"_class_name": "WanModel", **official}, "WanModel")
     kind = kind_named(official.get("model_type", "t2v"), file)
+    expected = kind.official_class
+    _expect_class(file, {"_class_name": expected, **official}, expected)
     for key in ("dim", "num_heads", "num_layers", "ffn_dim"):
         if key not in official:
             raise CheckpointError("a config lacks a size", file=file, key=key, expected="a number")
     limits.check_limits(official, limits.OFFICIAL_TRANSFORMER, file)
     config = {ours: official[theirs] for theirs, ours in _OFFICIAL_FIELDS.items() if theirs in official}
     config["attention_head_dim"] = official["dim"] // official["num_heads"]
+    if kind.takes_control:
+        config.setdefault("vace_layers", list(range(0, official["num_layers"], 2)))  # as the authors' class
     return kind, config
 
 
@@ -424,8 +429,13 @@ def _image_fields(file: Path, config: Mapping[str, Any], metadata: Mapping[str, 
 
 def official_transformer_config(config: Mapping[str, Any], kind: ModelKind) -> dict[str, Any]:
     """The official `config.json` of a transformer whose config stands in diffusers' words."""
-    official = {theirs: config[ours] for theirs, ours in _OFFICIAL_FIELDS.items() if ours in config}
+    official = {
+        theirs: config[ours] for theirs, ours in _OFFICIAL_FIELDS.items() if config.get(ours) is not None
+    }
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     two_pictures = config.get("pos_embed_seq_len") is not None
-    named = {"_class_name": "WanModel", "model_type": kind.frames_type if two_pictures else kind.model_type}
+    named = {
+        "_class_name": kind.official_class,
+        "model_type": kind.frames_type if two_pictures else kind.model_type,
+    }
     return {**named, "dim": dim, "text_len": 512, **official}

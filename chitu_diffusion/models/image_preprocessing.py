@@ -5,20 +5,24 @@ picture.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chitu_diffusion.errors import CheckpointError
+from chitu_diffusion.media.image import LANCZOS, resized
 from chitu_diffusion.models.limits import PREPROCESSING, check_limits
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
 _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 _WHITE = 255
+_MOST_PIXELS = 2**25
+"""That a resized picture may have in memory, before the middle is cut out of it."""
 
 
 @dataclass(frozen=True)
@@ -98,19 +102,12 @@ class ImagePreprocessing:
         """
         import numpy as np
         import torch
-        from PIL import Image
 
         if picture.dtype != np.uint8:
             picture = (picture * _WHITE).round().astype(np.uint8)
         sides = picture.shape[:2]
-        resized = [self.edge * side // min(sides) for side in sides]
-        begins = [(side - self.side) // 2 for side in resized]
-        # only what is cut out is computed: a picture of one row may be a hundred million pixels long
-        top, left = (begin * side / new for begin, side, new in zip(begins, sides, resized, strict=True))
-        high, wide = (self.side * side / new for side, new in zip(sides, resized, strict=True))
-        box = (left, top, min(left + wide, sides[1]), min(top + high, sides[0]))
-        square = Image.fromarray(picture).resize((self.side, self.side), Image.Resampling(self.resample), box)
-        pixels = torch.from_numpy(np.asarray(square, np.float32) / np.float32(_WHITE))
+        whole = [self.edge * side // min(sides) for side in sides]
+        pixels = torch.from_numpy(_middle(picture, whole, (self.side, self.side), self.resample))
         return self._normalised(pixels.permute(2, 0, 1)[None])
 
     def squashed(self, picture: NDArray[Any]) -> Tensor:
@@ -128,6 +125,45 @@ class ImagePreprocessing:
     def _normalised(self, pixels: Tensor) -> Tensor:
         mean, std = (pixels.new_tensor(each).view(3, 1, 1) for each in (self.mean, self.std))
         return (pixels - mean) / std
+
+
+def covering(picture: NDArray[Any], height: int, width: int) -> Tensor:
+    """The middle of a picture at the size at which it covers a frame, by Lanczos, as Wan2.2-TI2V-5B's authors
+    do it (wan/textimage2video.py): its shape is kept, and what stands out is cut off.
+
+    Args:
+        picture: [H, W, 3], uint8, or floats in [0, 1].
+
+    Returns:
+        [1, 3, height, width] float32 in [0, 1].
+    """
+    import torch
+
+    sides = picture.shape[:2]
+    scale = max(height / sides[0], width / sides[1])
+    pixels = _middle(picture, [round(side * scale) for side in sides], (height, width))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def _middle(
+    picture: NDArray[Any], whole: Sequence[int], kept: Sequence[int], resample: int = LANCZOS
+) -> NDArray[np.float32]:
+    """What is in the middle of a picture after a resize to (height, width) `whole`: [*kept, 3] in [0, 1].
+
+    Of a picture of one row, which may be a hundred million pixels long, the middle alone is computed; of any
+    other all of it, for Pillow rounds between its two passes, and which comes first follows from the size.
+    """
+    import numpy as np
+
+    sides = picture.shape[:2]
+    top, left = begins = [(new - wanted) // 2 for new, wanted in zip(whole, kept, strict=True)]
+    if whole[0] * whole[1] <= _MOST_PIXELS:
+        pixels = resized(picture, whole[0], whole[1], resample=resample)
+        return np.ascontiguousarray(pixels[top : top + kept[0], left : left + kept[1]])
+    low, first = (begin * side / new for begin, side, new in zip(begins, sides, whole, strict=True))
+    high, wide = (wanted * side / new for wanted, side, new in zip(kept, sides, whole, strict=True))
+    box = (first, low, min(first + wide, sides[1]), min(low + high, sides[0]))
+    return resized(picture, kept[0], kept[1], box=box, resample=resample)
 
 
 def bicubic(picture: NDArray[Any], height: int, width: int) -> Tensor:

@@ -72,6 +72,10 @@ class ModelKind:
         image_is_optional: whether it may have none, and is text to video then.
         token_times: whether a known first frame lies in the latent itself, where its tokens are told the time
             0: `expand_timesteps` in `model_index.json`.
+        takes_control: whether a request may have a control video with a mask, and reference images; its
+            networks are always told of some.
+        transformer_class: whose class its networks are in diffusers.
+        official_class: likewise, in the official `config.json`.
         vae_file: the official file of its VAE.
         boundary_ratio, flow_shift: of two experts in the official layout, which has no place for them.
     """
@@ -82,6 +86,9 @@ class ModelKind:
     takes_image: bool = False
     image_is_optional: bool = False
     token_times: bool = False
+    takes_control: bool = False
+    transformer_class: str = "WanTransformer3DModel"
+    official_class: str = "WanModel"
     vae_file: str = "Wan2.1_VAE.pth"
     frames_type: str | None = None
     boundary_ratio: float = 0.875
@@ -91,6 +98,10 @@ class ModelKind:
     def needs_image(self) -> bool:
         """Whether a request without an image cannot be."""
         return self.takes_image and not self.image_is_optional
+
+    def class_name_of(self, role: Role) -> str:
+        """The class of a part in diffusers' layout."""
+        return self.transformer_class if role in EXPERT_ROLES else PARTS[role].class_name
 
     def official_file(self, role: Role) -> str | None:
         """The file that holds a part in the official layout; None: a folder with a config."""
@@ -118,8 +129,17 @@ TEXT_IMAGE_TO_VIDEO = ModelKind(
     vae_file="Wan2.2_VAE.pth",
     flow_shift=5.0,
 )
+# Wan2.1, wan/vace.py; arXiv:2503.07598
+CONTROLLED_VIDEO = ModelKind(
+    "WanVACEPipeline",
+    "vace",
+    "controlled video",
+    takes_control=True,
+    transformer_class="WanVACETransformer3DModel",
+    official_class="VaceWanModel",
+)
 KINDS: Mapping[str, ModelKind] = MappingProxyType(
-    {kind.model_type: kind for kind in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO, TEXT_IMAGE_TO_VIDEO)}
+    {kind.model_type: kind for kind in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO, TEXT_IMAGE_TO_VIDEO, CONTROLLED_VIDEO)}
 )
 """By `model_type` of the official `config.json`. Two may share a `class_name`; its own is then the first."""
 

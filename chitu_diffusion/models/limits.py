@@ -72,6 +72,8 @@ TRANSFORMER = MappingProxyType(
         "image_dim": Limit(1, 65536, optional=True),
         "added_kv_proj_dim": Limit(1, 65536, optional=True),
         "pos_embed_seq_len": Limit(1, 65536, optional=True),
+        "vace_layers": Limit(0, 255, most=256, optional=True),
+        "vace_in_channels": Limit(1, 4096, optional=True),
         "eps": _RATE,
     }
 )
@@ -82,6 +84,8 @@ OFFICIAL_TRANSFORMER = MappingProxyType(
         "num_heads": Limit(1, 256),
         "in_dim": _CHANNELS,
         "out_dim": _CHANNELS,
+        "vace_layers": Limit(0, 255, most=256, optional=True),
+        "vace_in_dim": Limit(1, 4096, optional=True),
         "text_dim": Limit(1, 65536),
         "freq_dim": Limit(1, 16384),
         "ffn_dim": Limit(1, 262144),

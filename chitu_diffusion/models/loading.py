@@ -324,7 +324,11 @@ def _loaded(
 ) -> nn.Module:
     plan = blueprint(folder, role, dtype)
     transformer = plan.module if isinstance(plan.module, WanTransformer) else None
-    eight_bit = [] if transformer is None or float8 is None else to_float8(list(transformer.blocks), float8)
+    eight_bit = (
+        []
+        if transformer is None or float8 is None
+        else to_float8(list(transformer.blocks), float8, transformer.vace_blocks)
+    )
     in_blocks = [] if transformer is None or not packed else _pack(folder, role, plan)
     if torch.device(device).type == "meta":
         network = nn.Module.to(plan.module, dtype).eval().requires_grad_(False)  # diffusers' own warns
@@ -363,6 +367,7 @@ def _pack(folder: ModelFolder, role: Role, plan: Blueprint) -> list[PackedLinear
     packings = {
         name: packing
         for name, key in names.items()
-        if name.startswith("blocks.") and (packing := weights.entries[key].packing) is not None
+        if name.startswith(("blocks.", "vace_blocks."))
+        and (packing := weights.entries[key].packing) is not None
     }
     return pack_layers(plan.module, packings)

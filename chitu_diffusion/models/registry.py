@@ -200,6 +200,8 @@ def _spec_of(folder: ModelFolder, asked: ModelSpec | None) -> ModelSpec:
         if role in folder.components
     )
     _check_image_encoder(folder, transformers)
+    geometry = LatentGeometry.of_vae(folder.components["vae"].config)
+    _check_control(folder, transformers, geometry)
     if len(transformers) == 2 and folder.boundary_ratio is None:
         raise CheckpointError(
             "two transformers, but nothing says where the second takes over",
@@ -216,7 +218,7 @@ def _spec_of(folder: ModelFolder, asked: ModelSpec | None) -> ModelSpec:
         kind=folder.kind,
         boundary=folder.boundary_ratio if len(transformers) == 2 else None,
         hub_ids=twin.hub_ids if twin else (),
-        geometry=LatentGeometry.of_vae(folder.components["vae"].config),
+        geometry=geometry,
         defaults=_folder_defaults(folder, twin.defaults if twin else SMALL_DEFAULTS, len(transformers)),
         measured=measured if calibration is None else MappingProxyType({**measured, **calibration.measured}),
         calibration=calibration,
@@ -244,8 +246,9 @@ def _twin(
     if asked in twins:
         return asked
     names = " ".join(folder.names()).lower() if len(twins) > 1 else ""
+    # "Wan2_1" and "wan21" are as good as "Wan2.1"
     return max(
-        twins, key=lambda spec: all(word in names for word in spec.name.lower().split("-")), default=None
+        twins, key=lambda spec: sum(word in names for word in spec.name.lower().split("-")), default=None
     )
 
 
@@ -278,6 +281,23 @@ def _check_image_encoder(folder: ModelFolder, transformers: tuple[WanConfig, ...
         if expected != found:
             raise CheckpointError(
                 "the image encoder does not fit", file=place, key=key, expected=expected, found=found
+            )
+
+
+def _check_control(
+    folder: ModelFolder, transformers: tuple[WanConfig, ...], geometry: LatentGeometry
+) -> None:
+    """A control stream where, and only where, the kind has one, of two latents and a mask's pixels."""
+    stride = geometry.stride
+    channels = 2 * geometry.channels + stride[1] * stride[2] if folder.kind.takes_control else None
+    for role, config in zip(EXPERT_ROLES, transformers, strict=False):
+        if config.vace_in_channels != channels:
+            raise CheckpointError(
+                f"the control stream does not fit a {folder.kind.title} model",
+                file=folder.components[role].weights,
+                key="vace_in_channels",
+                expected=channels,
+                found=config.vace_in_channels,
             )
 
 

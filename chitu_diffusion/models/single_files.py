@@ -54,13 +54,17 @@ _FOLDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Where the parts of a model lie, in whatever folder holds them all."""
 _WORDS: Mapping[str, str] = MappingProxyType({"text_encoder": "t5", "vae": "vae", "image_encoder": "clip"})
 """What the names of their files have."""
+_ANOTHER = "qwen"
+"""What the names of a VAE have that has Wan's tensors to the last shape, and other numbers."""
 _UP = 3
 """How many folders above a file are looked at."""
 _MOST_LISTED = 1000
-_NOISE = re.compile(r"(?<![a-z])(high|low)(?=noise|[^a-z]|$)", re.IGNORECASE)
+_NOISE = re.compile(r"((?<![A-Za-z])(?i:high|low)(?=(?i:noise)|[^A-Za-z]|$)|(?:High|Low)(?=Noise|[^a-z]|$))")
 _NOISE_FOLDER = re.compile(r"(?<![a-z])(high|low)(?=[-_ ]?noise)", re.IGNORECASE)
-"""The word that tells an expert, in the name of its file, or else of the folder."""
-_OF_TWO = re.compile(r"wan.?2[._]2|a14b", re.IGNORECASE)
+"""The word that tells an expert, in the name of its file ("t2vHighV2" is one, too), or else of the folder."""
+_OF_TWO = re.compile(r"wan.?2[._-]?2|a14b", re.IGNORECASE)
+_OF_ONE = re.compile(r"wan.?2[._-]?1(?!\d)", re.IGNORECASE)
+"""Which of Wan's versions a file is of, by its name: only Wan2.2 has two experts."""
 _SWAPPED = {"high": "low", "low": "high", "HIGH": "LOW", "LOW": "HIGH", "High": "Low", "Low": "High"}
 
 
@@ -144,8 +148,8 @@ def _listed(path: Path) -> ListedFile:
         return ListedFile(path, f"unusable: {error}", "", size)
     sizes: dict[str, int] = {}
     for stored in file.entries.values():
-        name = str(stored.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + stored.bytes
+        name = stored.packing or str(stored.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + (stored.packed_bytes or stored.bytes)
     return ListedFile(path, what, "/".join(sorted(sizes, key=lambda name: -sizes[name])), size)
 
 
@@ -231,18 +235,29 @@ def _experts(path: Path, config: Mapping[str, Any], kind: ModelKind, low: str | 
     """
     found = _NOISE.findall(path.stem) or _NOISE_FOLDER.findall(path.parent.name)
     word = found[-1].lower() if found else ""
+    own = WanConfig.from_json(config)
+    counts = {len(spec.transformers) for spec in FULL_SIZE.values() if own in spec.transformers}
     if low is not None:
+        other = Path(low).expanduser()
+        if other.exists() and other.samefile(path):
+            raise UsageError(
+                f"models.low_noise_model = '{low}' is the file of the high-noise model, too; use the other "
+                "expert's",
+                field="models.low_noise_model",
+            )
         if word == "low":
             raise UsageError(
                 f"models.low_noise_model is given, and models.name = '{path}' is called low too; name the "
                 "high-noise model there",
                 field="models.low_noise_model",
             )
-        return [path, Path(low).expanduser()]
+        return [path, other]
+    if counts == {1} or _OF_ONE.search(path.name):
+        return [path]
     if word:
         places = _with_other_word(path)
-        other = next((place for place in places if place.is_file()), None)
-        if other is None:
+        beside = next((place for place in places if place.is_file()), None)
+        if beside is None:
             wanted = "low" if word == "high" else "high"
             raise UsageError(
                 f"models.name = '{path}' is one of two experts, and the {wanted}-noise model was not found: "
@@ -250,9 +265,7 @@ def _experts(path: Path, config: Mapping[str, Any], kind: ModelKind, low: str | 
                 "the high-noise model as models.name (--model FILE)",
                 field="models.name",
             )
-        return [path, other] if word == "high" else [other, path]
-    own = WanConfig.from_json(config)
-    counts = {len(spec.transformers) for spec in FULL_SIZE.values() if own in spec.transformers}
+        return [path, beside] if word == "high" else [beside, path]
     if counts == {2} or (2 in counts and _OF_TWO.search(path.name)):
         raise UsageError(
             f"models.name = '{path}' is one of the two experts of a {kind.title} model, and its name does "
@@ -293,8 +306,10 @@ def _place_of(
     for folder in _near(role, path):
         looked.append(folder)
         near = _weights_in(folder, inside=folder != path.absolute().parent)
-        named = [file for file in near if _WORDS[role] in file.name.lower() and not file.samefile(path)]
+        named = [file for file in near if _is_called(role, file) and not file.samefile(path)]
         fitting = [each for each in map(_looked_at, named) if each and _fits(role, each, config)]
+        ours = [each for each in fitting if "wan" in each.file.path.name.lower()]
+        fitting = ours if len(ours) == 1 else fitting
         if len(fitting) > 1:
             names = few(each.file.path.name for each in fitting)
             raise UsageError(
@@ -305,6 +320,11 @@ def _place_of(
         if fitting:
             return fitting[0], looked
     return None, looked
+
+
+def _is_called(role: Role, file: Path) -> bool:
+    name = file.name.lower()
+    return _WORDS[role] in name and _ANOTHER not in name
 
 
 def _looked_at(path: Path) -> _Opened | None:
@@ -318,13 +338,16 @@ def _looked_at(path: Path) -> _Opened | None:
 
 
 def _fits(role: Role, opened: _Opened, config: Mapping[str, Any]) -> bool:
-    """Whether a file has a part that can be of this model: a VAE by the channels of its latents."""
+    """Whether a file has a part that can be of this model: a VAE by its convolutions over time and the
+    channels of its latents.
+    """
     if role != "vae" or role not in opened.parts:
         return role in opened.parts
     before = opened.parts["vae"]
     names = (f"{before}{name}.weight" for name in ("decoder.conv1", "decoder.conv_in"))
     name = next(name for name in names if name in opened.file.entries)
-    return opened.file.entries[name].shape[1] == config["out_channels"]
+    shape = opened.file.entries[name].shape
+    return len(shape) == 5 and shape[1] == config["out_channels"]
 
 
 def _near(part: str, path: Path) -> Iterator[Path]:

@@ -129,6 +129,13 @@ class ModelSpec:
     solver: str = AUTO
 
     @property
+    def kind_in_words(self) -> str:
+        """What it makes of what, and whether by two experts."""
+        between = self.transformers[0].pos_embed_seq_len is not None
+        title = "first and last frame to video" if between else self.kind.title
+        return f"{title}, two experts" if len(self.transformers) == 2 else title
+
+    @property
     def text_dim(self) -> int:
         """Width of the text embeddings."""
         return self.transformers[0].text_dim

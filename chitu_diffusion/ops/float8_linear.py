@@ -154,7 +154,9 @@ def has_float8_products(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def to_float8(blocks: Sequence[nn.Module], plan: Float8Plan) -> list[Float8Linear]:
+def to_float8(
+    blocks: Sequence[nn.Module], plan: Float8Plan, others: Iterable[nn.Module] = ()
+) -> list[Float8Linear]:
     """Puts `Float8Linear` in the place of linear layers, in every block alike but for those that are kept.
 
     Layers that hold their values are rounded at once, one after the other; on the meta device nothing is, and
@@ -164,6 +166,7 @@ def to_float8(blocks: Sequence[nn.Module], plan: Float8Plan) -> list[Float8Linea
     Args:
         blocks: of one network, in order.
         plan: what to keep.
+        others: blocks beside them, of which none is the first or the last.
 
     Returns:
         The 8-bit layers, block by block.
@@ -171,11 +174,12 @@ def to_float8(blocks: Sequence[nn.Module], plan: Float8Plan) -> list[Float8Linea
     Raises:
         UsageError: a word of the keep-list that fits no layer, or one that keeps them all.
     """
+    edges = {0, len(blocks) - 1} if _EDGES in plan.keep else set()
+    blocks = [*blocks, *others]
     names = {
         name for block in blocks for name, module in block.named_modules() if isinstance(module, nn.Linear)
     }
     _check_words(plan.keep, names)
-    edges = {0, len(blocks) - 1} if _EDGES in plan.keep else set()
     layers: list[Float8Linear] = []
     for index, block in enumerate(blocks):
         if index in edges:

@@ -16,7 +16,14 @@ from chitu_diffusion.files.places import identity
 from chitu_diffusion.media.video import check_save_path, check_space
 from chitu_diffusion.memory.device import top_useful_level, usable_memory
 from chitu_diffusion.memory.offload import TOP_LEVEL
-from chitu_diffusion.pipelines.request import check_cache, check_tokens, resolve_task, stages_of, steps_of
+from chitu_diffusion.pipelines.request import (
+    check_cache,
+    check_tokens,
+    computed_frames,
+    resolve_task,
+    stages_of,
+    steps_of,
+)
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 logger = logging.getLogger(__name__)
@@ -61,8 +68,11 @@ class Admission:
             task.replaces = identity(resolved.save_path)
             place = (resolved.save_path, resolved.num_frames or 1, resolved.height or 0, resolved.width or 0)
             check_space([place], self._quality)
+        more = computed_frames(resolved, self._spec) - (resolved.num_frames or 1)
         for stage in stages_of(resolved):
-            self._check_memory(resolved.num_frames or 1, stage.height, stage.width, cache, resolved.flexcache)
+            self._check_memory(
+                resolved.num_frames or 1, stage.height, stage.width, cache, resolved.flexcache, more
+            )
         task.resolved = resolved
         steps = steps_of(resolved)
         if self._schedule is not None and (self._schedule.begins(steps) or 0) >= steps:
@@ -79,21 +89,27 @@ class Admission:
         pixels = max(stage.height * stage.width for stage in stages_of(resolved))
         peak = max(
             self._estimate.peak(
-                level, self._spec.tokens(frames, stage.height, stage.width), frames, stage.height, stage.width
+                level,
+                self._spec.tokens(computed_frames(resolved, self._spec), stage.height, stage.width),
+                frames,
+                stage.height,
+                stage.width,
             )
             for stage in stages_of(resolved)
         )
         cache = check_cache(resolved, self._spec, self._item, self._cache_limit)
         return peak + cache, self._estimate.at_home(level) + frames * pixels * _VIDEO_BYTES
 
-    def _check_memory(self, frames: int, height: int, width: int, cache: int, flexcache: object) -> None:
+    def _check_memory(
+        self, frames: int, height: int, width: int, cache: int, flexcache: object, more: int
+    ) -> None:
         total = usable_memory(self._device)
-        peak = self._peak(frames, height, width)
+        peak = self._peak(frames, height, width, more)
         if peak > total:
             raise WillNotFitError(
                 f"{width}x{height} with {frames} frames needs about {peak / 2**30:.1f} GiB at the highest "
                 f"memory level; {self._device} has {total / 2**30:.1f} GiB; "
-                f"{self._largest(frames, height, width, total)}"
+                f"{self._largest(frames, height, width, total, more)}"
             )
         if peak + cache > total:
             raise WillNotFitError(
@@ -102,18 +118,20 @@ class Admission:
                 "meancache"
             )
 
-    def _peak(self, frames: int, height: int, width: int) -> int:
-        return self._estimate.peak(TOP_LEVEL, self._spec.tokens(frames, height, width), frames, height, width)
+    def _peak(self, frames: int, height: int, width: int, more: int) -> int:
+        """`more` frames are computed and not decoded."""
+        tokens = self._spec.tokens(frames + more, height, width)
+        return self._estimate.peak(TOP_LEVEL, tokens, frames, height, width)
 
-    def _largest(self, frames: int, height: int, width: int, total: int) -> str:
+    def _largest(self, frames: int, height: int, width: int, total: int, more: int) -> str:
         """The longest video of this size that the estimate lets through, or the largest size."""
         for shorter in range(frames - 4, 0, -4):
-            if self._peak(shorter, height, width) <= total:
+            if self._peak(shorter, height, width, more) <= total:
                 return f"use {counted(shorter, 'frame')} of this size"
         while height > 32 and width > 32:
             height = height // 32 * 16
             width = width // 32 * 16
-            if self._peak(1, height, width) <= total:
+            if self._peak(1, height, width, more) <= total:
                 return f"use {width}x{height}"
         return "this model has no size that fits"
 

@@ -16,6 +16,9 @@ class PreparedConditioning:
 
     What it holds beyond the conditioning can be dropped at any time and comes back by itself.
 
+    Attributes:
+        embeddings, control, control_scale: text, control latents and scale of the conditioning.
+
     Args:
         conditioning: of a task; a bare [branches, L, D] is a text alone.
         device: where to; None leaves it where it is.
@@ -28,6 +31,9 @@ class PreparedConditioning:
         concat = conditioning.concat_latents
         first = conditioning.first_frame
         image = conditioning.image
+        control = conditioning.control_latents
+        self.control = None if control is None else control.to(device)
+        self.control_scale = conditioning.control_scale
         self.embeddings = embeddings
         self._concat = None if concat is None else concat.to(device)
         self._first = None if first is None else first.to(device)

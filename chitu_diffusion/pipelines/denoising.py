@@ -25,7 +25,8 @@ from chitu_diffusion.files.faults import hit
 from chitu_diffusion.flexcache.interface import NO_CACHE, StepCache
 from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.models.kinds import EXPERT_ROLES
-from chitu_diffusion.models.wan.transformer import BlockInputs, SharedCfgPrefix, WanTransformer
+from chitu_diffusion.models.wan.block_inputs import BlockInputs, SharedCfgPrefix
+from chitu_diffusion.models.wan.transformer import WanTransformer
 from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.pipelines.fingerprint import identity_of
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
@@ -232,7 +233,9 @@ def predict_velocity(
     found = []
     for some in _as_batches(backend, latent, own):
         kv = text.kv_for(model, expert, some, latent.shape[0])
-        embedded = model.embed(text.model_input(latent), kv, time, text.first_timestep)
+        embedded = model.embed(
+            text.model_input(latent), kv, time, text.first_timestep, text.control, text.control_scale
+        )
         embedded = replace(embedded, start=embedded.start or start, step=step, num_steps=num_steps)
         found.append(_forward(backend, embedded, expert, cache_for(some)))
     return all_branches(found[0] if len(found) == 1 else torch.cat(found), len(asked), group)

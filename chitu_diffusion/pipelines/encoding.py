@@ -13,7 +13,8 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.distributed.sharding import broadcast_from_rank0
 from chitu_diffusion.media.image import InputImage
 from chitu_diffusion.media.input_video import InputVideo
-from chitu_diffusion.models.image_preprocessing import bicubic
+from chitu_diffusion.models.image_preprocessing import bicubic, covering
+from chitu_diffusion.pipelines.request import is_cut
 from chitu_diffusion.pipelines.vae import encode_video
 from chitu_diffusion.task import DiffusionUserParams
 
@@ -55,19 +56,19 @@ def encode_keyframes(backend: DiffusionBackend, request: DiffusionUserParams) ->
     frames = request.num_frames or 1
     height = request.height or 0
     width = request.width or 0
-    _, *cells = backend.spec.latent_shape(frames, height, width)
-    stride, rows, columns = backend.spec.geometry.stride
+    cells = backend.spec.latent_shape(frames, height, width)[2:]
+    stride = backend.spec.geometry.stride[0]
     known = {0: "image"} | ({frames - 1: "last_image"} if request.last_image else {})
 
     def video() -> Tensor:
-        found = torch.full((1, frames, 3, cells[1] * rows, cells[2] * columns), 0.5)
+        found = torch.full((1, frames, 3, *pixel_size(backend, request)), 0.5)
         for frame, name in known.items():
             found[:, frame] = _pixels(backend, request, name)
         return found
 
     if backend.groups.rank == 0:
         for name in known.values():
-            _require_unchanged(vars(request)[name], name)
+            require_unchanged(vars(request)[name], name)
     hashes = tuple(vars(request)[name].sha256 for name in known.values())
     latent = encode_video(
         backend, video, ("keyframes", hashes, frames, height, width, request.image_preprocessing)
@@ -76,7 +77,7 @@ def encode_keyframes(backend: DiffusionBackend, request: DiffusionUserParams) ->
     mask[list(known)] = 1
     # the first frame stands alone in its latent frame, and for `stride` frames in the mask
     mask = torch.cat([mask[:1].expand(stride), mask[1:]]).view(-1, stride).t()  # [stride, T]
-    return torch.cat([mask[None, :, :, None, None].expand(-1, -1, -1, *cells[1:]), latent], dim=1)
+    return torch.cat([mask[None, :, :, None, None].expand(-1, -1, -1, *cells), latent], dim=1)
 
 
 @torch.no_grad()
@@ -91,7 +92,7 @@ def encode_first_frame(backend: DiffusionBackend, request: DiffusionUserParams) 
     """
 
     if backend.groups.rank == 0:
-        _require_unchanged(request.image, "image")
+        require_unchanged(request.image, "image")
     content = (
         "first frame",
         request.image.sha256,
@@ -106,14 +107,14 @@ def _pixels(backend: DiffusionBackend, request: DiffusionUserParams, name: str) 
     """A picture [1, 3, H, W] in [0, 1] at the request's size, and on to whole patches by its edge."""
     height = request.height or 0
     width = request.width or 0
-    cells = backend.spec.latent_shape(1, height, width)[2:]
-    rows, columns = (cell * step for cell, step in zip(cells, backend.spec.geometry.stride[1:], strict=True))
     image: InputImage = vars(request)[name]
-    if request.image_preprocessing == "official":
+    if is_cut(backend.spec, request):
+        pixels = covering(image.original(name), height, width).permute(0, 2, 3, 1)
+    elif request.image_preprocessing == "official":
         pixels = bicubic(image.original(name), height, width).permute(0, 2, 3, 1)
     else:
         pixels = torch.from_numpy(image.resized(height, width, name))[None]
-    return _edged(pixels, (rows, columns))
+    return edged(pixels, pixel_size(backend, request))
 
 
 @torch.no_grad()
@@ -163,28 +164,32 @@ def encode_clip(backend: DiffusionBackend, request: DiffusionUserParams) -> Tens
     Raises:
         UsageError: the video's file has changed, or is not there any more.
     """
-    frames = request.num_frames or 1
-    height = request.height or 0
-    width = request.width or 0
-    _, *cells = backend.spec.latent_shape(frames, height, width)
-    rows, columns = backend.spec.geometry.stride[1:]
-
-    def video() -> Tensor:
-        clip = np.stack(list(request.video.resized(frames, height, width)))  # [T, height, width, 3]
-        return _edged(torch.from_numpy(clip), (cells[1] * rows, cells[2] * columns))[None]
-
     if backend.groups.rank == 0:
-        _require_unchanged(request.video, "video")
-    return encode_video(backend, video, ("clip", request.video.sha256, frames, height, width))
+        require_unchanged(request.video, "video")
+    content = ("clip", request.video.sha256, request.num_frames, request.height, request.width)
+    return encode_video(backend, lambda: clip_pixels(backend, request)[None], content)
 
 
-def _require_unchanged(given: InputImage | InputVideo, name: str) -> None:
+def clip_pixels(backend: DiffusionBackend, request: DiffusionUserParams) -> Tensor:
+    """The first frames of a request's video, [T, 3, H, W] in [0, 1], as `encode_clip` takes them."""
+    frames = request.video.resized(request.num_frames or 1, request.height or 0, request.width or 0)
+    return edged(torch.from_numpy(np.stack(list(frames))), pixel_size(backend, request))
+
+
+def pixel_size(backend: DiffusionBackend, request: DiffusionUserParams) -> tuple[int, int]:
+    """(height, width) of a resolved request's latent in pixels: whole patches."""
+    spec = backend.spec
+    rows, columns = spec.latent_shape(1, request.height or 0, request.width or 0)[2:]
+    return rows * spec.geometry.stride[1], columns * spec.geometry.stride[2]
+
+
+def require_unchanged(given: InputImage | InputVideo, name: str) -> None:
     """What is in a file is still there, though its latent may be remembered."""
     if given.pixels is None:
         given.require_unchanged(name)
 
 
-def _edged(pixels: Tensor, size: Sequence[int]) -> Tensor:
+def edged(pixels: Tensor, size: Sequence[int]) -> Tensor:
     """Frames [T, H, W, 3] as [T, 3, *size], with their edge repeated beyond them."""
     height, width = pixels.shape[1:3]
     border = (0, size[1] - width, 0, size[0] - height)

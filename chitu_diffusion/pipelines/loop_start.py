@@ -111,7 +111,7 @@ def start_of_loop(
     if embeddings is not None:
         told = check_embeddings(embeddings, spec)
         FiniteCheck(told.text, "embeddings").require()
-        for name in ("concat_latents", "first_frame"):
+        for name in ("concat_latents", "first_frame", "control_latents"):
             if vars(told)[name] is not None:
                 FiniteCheck(vars(told)[name], name).require()
     cells = _cells(asked, spec)

@@ -18,7 +18,12 @@ from torch import Tensor
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import UsageError, plain_number
 from chitu_diffusion.models.spec import ModelSpec
-from chitu_diffusion.models.wan.forward_inputs import read_timestep, require_floats, require_image
+from chitu_diffusion.models.wan.forward_inputs import (
+    check_control,
+    read_timestep,
+    require_floats,
+    require_image,
+)
 from chitu_diffusion.models.wan.transformer import WanTransformer
 from chitu_diffusion.pipelines.encoding import encode_text
 from chitu_diffusion.pipelines.guidance import expert_at
@@ -191,7 +196,25 @@ def check_embeddings(given: Embeddings, spec: ModelSpec, latent: Tensor | None =
     if conditioning.first_frame is not None:
         _check_first_frame(conditioning.first_frame, spec, latent)
     require_image(conditioning.image, spec.transformers[0], 1)
+    _check_control(conditioning, spec, latent)
     return conditioning
+
+
+def _check_control(conditioning: Conditioning, spec: ModelSpec, latent: Tensor | None) -> None:
+    found = conditioning.control_latents
+    config = spec.transformers[0]
+    if found is None and spec.kind.takes_control:
+        raise UsageError(
+            f"{spec.name} is always told of a control; use Conditioning(text, control_latents=...) with what "
+            "pipelines.controlled_video.encode_control gives",
+            field="embeddings",
+        )
+    if found is not None:
+        shape = [1, config.vace_in_channels, *found.shape[2:]]
+        check_values(require_floats(found, "control_latents", f"{shape}"), "control_latents")
+        cells = (found if latent is None else latent).shape[2:]
+        like = torch.empty([1, 1, *cells], device="meta")
+        check_control(found.to("meta"), conditioning.control_scale, config, like)
 
 
 def _check_first_frame(found: Tensor, spec: ModelSpec, latent: Tensor | None) -> None:

@@ -20,13 +20,11 @@ from chitu_diffusion.flexcache.schedule import Schedule, Shapes
 from chitu_diffusion.media.frame_rate import Rate
 from chitu_diffusion.media.input_video import InputVideo
 from chitu_diffusion.models.spec import ModelSpec
+from chitu_diffusion.pipelines.input_checks import STRENGTH, check_control, check_image, check_video
 from chitu_diffusion.sampling.recipes import recipe_of_names
 from chitu_diffusion.sampling.registry import SOLVERS
 from chitu_diffusion.task import CascadeStage, DiffusionTask, DiffusionUserParams
 from chitu_diffusion.task.params import IMAGE_PREPROCESSING, MAX_SEED
-
-STRENGTH = 0.8
-"""Share of the noise schedule that a video goes through where the request names none: diffusers' own."""
 
 
 def request_of(prompt: str | DiffusionUserParams, fields: Mapping[str, Any]) -> DiffusionUserParams:
@@ -78,8 +76,9 @@ def resolve_request(
     """
     spec = spec.with_recipe(_recipe_for(params))
     defaults = spec.defaults
-    _check_image(params, spec)
-    _check_video(params, spec)
+    check_image(params, spec)
+    check_video(params, spec)
+    check_control(params, spec, _frames(params, spec))
     params = _with_input_shape(_with_cascade(params, len(spec.transformers)), spec)
     resolved = dataclasses.replace(
         params,
@@ -90,7 +89,10 @@ def resolve_request(
         width=params.width or defaults.width,
         num_frames=_frames(params, spec),
         fps=params.fps or _rate_of(params.video) or defaults.fps,
-        strength=STRENGTH if params.video is not None and params.strength is None else params.strength,
+        strength=params.strength or (None if params.video is None or spec.kind.takes_control else STRENGTH),
+        conditioning_scale=1.0
+        if spec.kind.takes_control and params.conditioning_scale is None
+        else params.conditioning_scale,
         num_inference_steps=params.num_inference_steps or defaults.steps,
         guidance_scale=resolve_guidance(params.guidance_scale, spec),
         shift=_shift(params, spec),
@@ -103,7 +105,7 @@ def resolve_request(
         (resolved.height, resolved.width),
         *((leg.height, leg.width) for leg in stages_of(resolved)),
     }:
-        _check_size(spec, height or 0, width or 0, resolved.num_frames or 0)
+        _check_size(spec, height or 0, width or 0, computed_frames(resolved, spec))
     _check_solver(spec, resolved)
     source = None if resolved.video is None else resolved.video.path
     if source and resolved.save_path and os.path.realpath(resolved.save_path) == os.path.realpath(source):
@@ -160,6 +162,13 @@ def stages_of(resolved: DiffusionUserParams) -> tuple[CascadeStage, ...]:
     return (CascadeStage(resolved.height, resolved.width, steps, steps / whole),)
 
 
+def computed_frames(resolved: DiffusionUserParams, spec: ModelSpec) -> int:
+    """Frames that a resolved request's latent stands for: those of the video, and before them a latent
+    frame's for each reference image.
+    """
+    return (resolved.num_frames or 1) + spec.geometry.stride[0] * len(resolved.reference_images or ())
+
+
 def steps_of(resolved: DiffusionUserParams) -> int:
     """Denoising steps that a resolved request takes: of a video's, those after its noise."""
     return sum(stage.num_inference_steps for stage in stages_of(resolved))
@@ -191,7 +200,7 @@ def check_tokens(resolved: DiffusionUserParams, spec: ModelSpec, ranks: int) -> 
     Raises:
         UsageError: a stage has fewer, naming the smallest sizes that have enough.
     """
-    frames = resolved.num_frames or 1
+    frames = computed_frames(resolved, spec)
     for stage in stages_of(resolved):
         height = stage.height
         width = stage.width
@@ -212,7 +221,7 @@ def cache_shapes(resolved: DiffusionUserParams, spec: ModelSpec, item: int) -> S
     Args:
         item: bytes of a number in the run's dtype.
     """
-    frames = resolved.num_frames or 0
+    frames = computed_frames(resolved, spec)
     height = resolved.height or 0
     width = resolved.width or 0
     config = spec.transformers[0]
@@ -288,65 +297,11 @@ def _with_cascade(params: DiffusionUserParams, experts: int) -> DiffusionUserPar
     return dataclasses.replace(params, height=last.height, width=last.width, num_inference_steps=steps)
 
 
-def _check_image(params: DiffusionUserParams, spec: ModelSpec) -> None:
-    if spec.kind.needs_image and params.image is None:
-        raise UsageError(
-            f"image is missing: {spec.name} makes a video that begins with one; use --image FILE or image=",
-            field="image",
-        )
-    for name, image in (("image", params.image), ("last_image", params.last_image)):
-        if image is not None and not spec.kind.takes_image:
-            raise UsageError(
-                f"{name}: {spec.name} is a {spec.kind.title} model and takes none; leave it out, or use a "
-                "model such as Wan2.2-I2V-A14B",
-                field=name,
-            )
-    if params.last_image is not None and spec.kind.token_times:
-        raise UsageError(
-            f"last_image: {spec.name} is told of the first frame alone; leave it out, or use a model such as "
-            "Wan2.2-I2V-A14B",
-            field="last_image",
-        )
-    if spec.transformers[0].pos_embed_seq_len is not None and params.last_image is None:
-        raise UsageError(
-            f"last_image is missing: {spec.name} makes a video between two; use --last-image FILE or "
-            "last_image=, or a model such as Wan2.1-I2V-14B-720P",
-            field="last_image",
-        )
-    if params.image_preprocessing is not None and params.image is None:
-        raise UsageError(
-            f"image_preprocessing = {params.image_preprocessing!r}: it is of an image; leave it out",
-            field="image_preprocessing",
-        )
-    if params.last_image is not None and params.num_frames == 1:
-        raise UsageError("last_image with one frame: use num_frames = 5 or more", field="last_image")
-
-
-def _check_video(params: DiffusionUserParams, spec: ModelSpec) -> None:
-    if params.video is None:
-        if params.strength is not None:
-            raise UsageError(
-                f"strength = {params.strength:g}: it is of a video; use --video FILE or video=, or leave "
-                "it out",
-                field="strength",
-            )
-        return
-    if params.image is not None and not spec.kind.needs_image:
-        raise UsageError("video and image together are not supported; use one of them", field="video")
-    if spec.kind.needs_image:
-        raise UsageError(
-            f"video: {spec.name} is a {spec.kind.title} model and takes none; leave it out, or use a text to "
-            "video model such as Wan2.2-T2V-A14B",
-            field="video",
-        )
-    if params.cascade:
-        raise UsageError("video and cascade together are not supported; use one of them", field="cascade")
-    steps = params.num_inference_steps or spec.defaults.steps
-    if int(steps * (params.strength or STRENGTH)) < 1:
-        raise UsageError(
-            f"strength = {params.strength:g}: of {steps} steps that is none; use {1 / steps:.2g} or more",
-            field="strength",
-        )
+def is_cut(spec: ModelSpec, resolved: DiffusionUserParams) -> bool:
+    """Whether an image of another shape than the video's is cut, not stretched: so Wan2.2-TI2V-5B's authors
+    do it.
+    """
+    return spec.kind.token_times and resolved.image_preprocessing == "official"
 
 
 def _frames(params: DiffusionUserParams, spec: ModelSpec) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from chitu_diffusion.errors import counted
 from chitu_diffusion.models.spec import ModelSpec
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
-from chitu_diffusion.pipelines.request import guidance_pair, stages_of
+from chitu_diffusion.pipelines.request import guidance_pair, is_cut, stages_of
 from chitu_diffusion.task import DiffusionUserParams
 
 _FAR = 1.5
@@ -35,7 +35,9 @@ def request_notes(
             f"{size} is the {'image' if resolved.image else 'video'}'s shape at the model's own area"
         )
     for name, image in (("image", resolved.image), ("last image", resolved.last_image)):
-        notes += image.notes(resolved.height or 0, resolved.width or 0, name) if image else []
+        if image is not None:
+            cut = is_cut(spec, resolved)
+            notes += image.notes(resolved.height or 0, resolved.width or 0, name, is_cut=cut)
     if resolved.video:
         notes += resolved.video.notes(resolved.num_frames or 1, resolved.height or 0, resolved.width or 0)
     if max(guidance_pair(resolved.guidance_scale)) > 1:

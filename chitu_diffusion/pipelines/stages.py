@@ -36,7 +36,13 @@ from chitu_diffusion.pipelines.guidance import expert_at
 from chitu_diffusion.pipelines.hooks import TaskHooks
 from chitu_diffusion.pipelines.recipe import recipe_of
 from chitu_diffusion.pipelines.registry import pipeline_of
-from chitu_diffusion.pipelines.request import guidance_pair, resolve_task, stages_of, steps_of
+from chitu_diffusion.pipelines.request import (
+    computed_frames,
+    guidance_pair,
+    resolve_task,
+    stages_of,
+    steps_of,
+)
 from chitu_diffusion.pipelines.request_notes import request_notes
 from chitu_diffusion.pipelines.same_recipe import require_own_place
 from chitu_diffusion.pipelines.text_to_video import TextToVideo
@@ -62,6 +68,7 @@ logger = logging.getLogger(__name__)
 
 _ENCODED = MappingProxyType(
     {"concat_latents": "image latents", "first_frame": "image latents", "image": "image embeddings"}
+    | {"control_latents": "control latents"}
 )
 """What errors call the parts of a conditioning beside its text."""
 
@@ -175,7 +182,7 @@ class Stages:
             status=self._pipeline.after(TaskStatus.ENCODING),
         )
         notes = [f"seed {task.seed}"] if task.params.seed is None else []
-        if resolved.video:
+        if resolved.strength is not None:
             notes += self._strength_notes(resolved)
         if backend.groups.rank == 0:
             notes += check_adapters(resolved.lora or (), backend.spec.transformers)
@@ -312,7 +319,7 @@ class Stages:
             shift=_resolved(task).shift,
         )
         spec = self._backend.spec
-        frames = _resolved(task).num_frames or 1
+        frames = computed_frames(_resolved(task), spec)
         shape = (1, *spec.latent_shape(frames, stage.height, stage.width))
         if task.cascade_stage == 0:
             clean = task.buffer.latent
@@ -331,7 +338,8 @@ class Stages:
     def _decode(self, task: DiffusionTask) -> str | None:
         backend = self._backend
         resolved = _resolved(task)
-        latent = _present(task.buffer.latent)
+        references = len(resolved.reference_images or ())
+        latent = _present(task.buffer.latent)[:, :, references:]  # whose frames stand before the video's
         video: Tensor | None = None
         hit("decode.before")
         if backend.low_mem_level == 0 and backend.groups.plan.world > 1:

@@ -24,7 +24,7 @@ from chitu_diffusion.flexcache.schedule import Schedule
 from chitu_diffusion.flexcache.strategy import Plan
 from chitu_diffusion.pipelines.guidance import active_branches, expert_at
 from chitu_diffusion.pipelines.paces import Paces, Unit
-from chitu_diffusion.pipelines.request import guidance_pair, stages_of, steps_of
+from chitu_diffusion.pipelines.request import computed_frames, guidance_pair, stages_of, steps_of
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskStatus
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def units_of(
     scales = guidance_pair(resolved.guidance_scale)
     units = [_encoding(spec, resolved)]
     for stage in stages_of(resolved):
-        whole = _operations(spec, resolved.num_frames or 1, stage.height, stage.width)
+        whole = _operations(spec, computed_frames(resolved, spec), stage.height, stage.width)
         for _ in range(stage.num_inference_steps):
             step = len(units) - 1
             expert = experts[step] if step < len(experts) else stage.expert or 0
@@ -115,6 +115,7 @@ def _encoding(spec: ModelSpec, resolved: DiffusionUserParams) -> Unit:
     given = (
         "" if resolved.image is None and resolved.video is None else " image" if resolved.image else " video"
     )
+    given = " control" if spec.kind.takes_control else given
     return Unit(f"encoding{given}", text)
 
 
@@ -123,7 +124,8 @@ def _operations(spec: ModelSpec, frames: int, height: int, width: int) -> float:
     config = spec.transformers[0]
     tokens = spec.tokens(frames, height, width)
     weights = 6 * config.dim**2 + 2 * config.dim * config.ffn_dim
-    return float(config.num_layers * tokens * (weights + 2 * tokens * config.dim))
+    layers = config.num_layers + len(config.vace_layers or ())
+    return float(layers * tokens * (weights + 2 * tokens * config.dim))
 
 
 class TaskTimes:

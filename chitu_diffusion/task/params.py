@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from chitu_diffusion.errors import UsageError, nearest, plain_number
 from chitu_diffusion.files.places import expand_home
+from chitu_diffusion.media.control_inputs import InputImages, mask_of
 from chitu_diffusion.media.frame_rate import Rate, frame_rate
 from chitu_diffusion.media.image import InputImage
 from chitu_diffusion.media.input_video import InputVideo
@@ -27,13 +28,15 @@ MAX_PROMPT = 20_000
 SIZE_STEP = 8
 """Pixels: the VAE's stride."""
 IMAGE_PREPROCESSING = ("diffusers", "official")
-INPUTS = ("image", "last_image", "video")
-"""Fields that hold a picture or a video, known by its hash."""
+INPUTS = ("image", "last_image", "video", "mask", "reference_images")
+"""Fields that hold pictures or a video, known by their hash."""
 _WHOLE = ("height", "width", "num_frames", "num_inference_steps", "seed", "priority")
 _EXACT = 2**53
 """Below it a float holds every whole number."""
 LEAST_STRENGTH = 0.01
 LEAST_SHIFT = 0.01
+_MOST_SCALE = 10.0
+"""Of a control stream's hints, to either side of 0."""
 MOST_SHIFT = 100
 """Of a cascade's stage: its whole schedule has steps / strength steps."""
 FRAME_STEP = 4
@@ -93,6 +96,12 @@ class CascadeStage:
     Args:
         height, width: pixels, multiples of 8.
         num_inference_steps: denoising steps of this stage.
+        mask: of the control video, where white is made anew and black kept: a video, or a picture for all
+            frames, see `mask_of`. None: all is made anew.
+        reference_images: pictures of what a controlled model shall show, one or a list, see `InputImages.of`.
+            They are put on white, whole.
+        conditioning_scale: weight of the control video, mask and references, from -10 to 10; a list has a
+            number for each layer of the control stream. None is 1.
         strength: share of the noise schedule that this stage runs, 0.01 to 1; 1 starts from
             pure noise (the base), less re-noises the upsampled latent to that level (SDEdit,
             arXiv:2108.01073).
@@ -133,11 +142,18 @@ class DiffusionUserParams:
         image: the first frame: a file's name, or in memory, see `InputImage.of`. It is stretched to the size.
         last_image: the last frame, likewise.
         image_preprocessing: how both are resized: "diffusers" (Lanczos; an image encoder sees the middle) or
-            "official", as Wan's authors do it (bicubic without a filter; it sees all, squashed). None is the
-            first.
+            "official", as Wan's authors do it (bicubic without a filter; it sees all, squashed; of
+            Wan2.2-TI2V-5B Lanczos, and what stands out of the size is cut off). None is the first.
         video: what a text-to-video model makes anew: a file's name, or in memory, see `InputVideo.of`. Its
             first frames are taken as they come, as many as fit 4n + 1 and the model's own number; its shape
-            and rate count where no size or fps is asked for.
+            and rate count where no size or fps is asked for. For a VACE model it is the control
+            video.
+        mask: of the control video, where white is made anew and black kept: a video, or a picture for all
+            frames, see `mask_of`. None: all is made anew.
+        reference_images: pictures of what a controlled model shall show, one or a list, see `InputImages.of`.
+            They are put on white, whole.
+        conditioning_scale: weight of the control video, mask and references, from -10 to 10; a list has a
+            number for each layer of the control stream. None is 1.
         strength: share of the schedule that a video goes through after it was noised, 0.01 to 1; None: 0.8.
         lora: adapters of the transformers: "FILE", "FILE:0.8", "FILE@high:0.8", a `Lora` or a table of its
             fields, or a list of them. Their changes add up.
@@ -170,6 +186,9 @@ class DiffusionUserParams:
     image: Any = None
     last_image: Any = None
     video: Any = None
+    mask: Any = None
+    reference_images: Any = None
+    conditioning_scale: float | tuple[float, ...] | None = None
     strength: float | None = None
     cascade: tuple[CascadeStage, ...] | None = None
     task_id: str | None = None
@@ -228,6 +247,10 @@ class DiffusionUserParams:
             # read now: what is asked for does not change with the file
             object.__setattr__(self, name, InputImage.of(name, getattr(self, name)))
         object.__setattr__(self, "video", InputVideo.of(self.video))
+        object.__setattr__(self, "mask", mask_of(self.mask))
+        images = InputImages.of("reference_images", self.reference_images)
+        object.__setattr__(self, "reference_images", images)
+        object.__setattr__(self, "conditioning_scale", _checked_scale(self.conditioning_scale))
         object.__setattr__(self, "lora", checked_loras(self.lora))
 
     @classmethod
@@ -249,7 +272,9 @@ class DiffusionUserParams:
     def to_mapping(self) -> dict[str, Any]:
         """Plain JSON values, for the recipe in the file; of a picture or video its name, size and hash."""
         inputs = self.inputs()
-        plain = dataclasses.replace(self, image=None, last_image=None, video=None)
+        plain = dataclasses.replace(
+            self, image=None, last_image=None, video=None, mask=None, reference_images=None
+        )
         fps = str(self.fps) if isinstance(self.fps, Fraction) else self.fps
         return {**dataclasses.asdict(plain), "fps": fps} | {
             name: given.to_mapping() for name, given in inputs.items()
@@ -365,6 +390,21 @@ def check_strength(value: Any) -> None:
             f"strength = {value!r}: must be a number from {LEAST_STRENGTH} to 1; 0.8 is usual",
             field="strength",
         )
+
+
+def _checked_scale(value: Any) -> Any:
+    """A scale of the control stream, or one for each of its layers."""
+    layers = isinstance(value, list | tuple)
+    scales = [plain_number(each) for each in (value if layers else [value])]
+    for scale in scales:
+        number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        if (scale is not None or layers) and (not number or not -_MOST_SCALE <= scale <= _MOST_SCALE):
+            raise UsageError(
+                f"conditioning_scale = {value!r}: use a number from {-_MOST_SCALE:g} to {_MOST_SCALE:g}, or "
+                "a list; 1 is usual",
+                field="conditioning_scale",
+            )
+    return tuple(scales) if layers else scales[0]
 
 
 def _check_shift(value: Any) -> None:

@@ -34,12 +34,16 @@ class Conditioning:
         image: rows of an image encoder [1, I, D], which all branches attend to; None likewise.
         first_frame: [1, C, 1, H, W] float32, the clean latent frame that a video begins with, where the
             network is told of it by its tokens' time; None where all is made from noise.
+        control_latents: [1, C', T, H, W] float32, of a control stream beside the network; None likewise.
+        control_scale: of that stream's hints, for all or for each of its layers.
     """
 
     text: torch.Tensor
     concat_latents: torch.Tensor | None = None
     image: torch.Tensor | None = None
     first_frame: torch.Tensor | None = None
+    control_latents: torch.Tensor | None = None
+    control_scale: float | tuple[float, ...] = 1.0
 
 
 @dataclass

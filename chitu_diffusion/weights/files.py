@@ -21,7 +21,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from chitu_diffusion.errors import CheckpointError
-from chitu_diffusion.files.reading import MOST_BYTES, foreign_data, parse_json, read_json, require_regular
+from chitu_diffusion.files.reading import (
+    MOST_BYTES,
+    HeldFile,
+    foreign_data,
+    parse_json,
+    read_json,
+    require_regular,
+)
 from chitu_diffusion.weights.gguf import GGUF_AXES, GGUFFile
 from chitu_diffusion.weights.stored import (
     BESIDE,
@@ -73,21 +80,20 @@ class _SafetensorsFile:
         with foreign_data(
             lambda cause: CheckpointError(f"a weights file cannot be read: {cause}", file=path)
         ):
+            self._file = HeldFile(path)
             self.entries, self.metadata, self._start = _safetensors_header(path)
         self._mapped = mapped
         self._handle: Any = None  # opened with the first tensor: a map of a large file may not fit in memory
 
     def read(self, key: str) -> Tensor:
         """The tensor, on the CPU; if mapped, backed by the file where the platform can do that."""
-        if self._mapped:
-            self._handle = self._handle or safe_open(str(self.path), framework="pt", device="cpu")
+        self._file.require_unchanged()
+        if self._mapped and self._handle is None and self._file.has_name(self.path):
+            self._handle = safe_open(str(self.path), framework="pt", device="cpu")
+        if self._handle is not None:
             return cast(Tensor, self._handle.get_tensor(key))
         stored = self.entries[key]
-        data = bytearray(stored.bytes)
-        with self.path.open("rb") as stream:
-            stream.seek(self._start + stored.position)
-            if stream.readinto(data) < len(data):
-                raise OSError("the file has become shorter since it was opened")
+        data = self._file.read(self._start + stored.position, stored.bytes)
         if not data:
             return torch.empty(stored.shape, dtype=stored.dtype)
         return torch.frombuffer(data, dtype=stored.dtype).reshape(stored.shape)
@@ -99,6 +105,10 @@ class _TorchFile:
     def __init__(self, path: Path, mapped: bool) -> None:
         self.path = path
         self.metadata: Mapping[str, str] = {}
+        with foreign_data(
+            lambda cause: CheckpointError(f"a weights file cannot be read: {cause}", file=path)
+        ):
+            self._file = HeldFile(path)
         self._tensors = _torch_tensors(path, mapped)
         self.entries = {
             key: Stored(path, tuple(tensor.shape), tensor.dtype, place)
@@ -107,6 +117,7 @@ class _TorchFile:
 
     def read(self, key: str) -> Tensor:
         """The tensor, on the CPU."""
+        self._file.require_unchanged()
         return self._tensors[key]
 
 
@@ -373,12 +384,12 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Stored], Mapping[str, str
             header = parse_json(stream.read(length).decode("utf-8"))
         said = header.pop("__metadata__", None) or {}
         metadata = {str(key): str(value) for key, value in said.items()}
-        ends = [int(info["data_offsets"][1]) for info in header.values()]
+        places = {key: tuple(map(int, info["data_offsets"])) for key, info in header.items()}
         found = {
-            key: (str(info["dtype"]), tuple(map(int, info["shape"])), int(info["data_offsets"][0]))
+            key: (str(info["dtype"]), tuple(map(int, info["shape"])), places[key][0])
             for key, info in header.items()
         }
-    expected = 8 + length + max(ends, default=0)
+    expected = 8 + length + max((end for _, end in places.values()), default=0)
     if size != expected:
         word = "truncated" if size < expected else "longer than its header says"
         raise CheckpointError(
@@ -388,6 +399,18 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Stored], Mapping[str, str
         key: Stored(path, shape, _known_type(path, key, kind), start)
         for key, (kind, shape, start) in found.items()
     }
+    end = 0
+    for key in sorted(places, key=lambda key: places[key]):  # as the format has it: one after the other
+        start = end
+        end += entries[key].bytes
+        if places[key] != (start, end):
+            raise CheckpointError(
+                "a tensor does not lie where the ones before it end, or has another size",
+                file=path,
+                key=key,
+                expected=f"bytes {start} to {end}",
+                found=f"{places[key][0]} to {places[key][1]}",
+            )
     return entries, metadata, 8 + length
 
 

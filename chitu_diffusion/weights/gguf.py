@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import re
 import struct
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from chitu_diffusion.errors import CheckpointError
+from chitu_diffusion.files.reading import HeldFile
 
 _PACKAGE = "gguf>=0.19"
 GGUF_AXES = 4
@@ -108,9 +109,8 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self._kinds = _kinds(path)
-        self._stream = path.open("rb")
-        weakref.finalize(self, self._stream.close)
-        header = _Header(self._stream, path.stat().st_size)
+        self._file = HeldFile(path)
+        header = _Header(self._file.stream, path.stat().st_size)
         shapes, alignment, infos = header.read()
         data = -(-header.position // alignment) * alignment
         self.tensors: dict[str, GGUFTensor] = {}
@@ -121,12 +121,17 @@ class GGUFFile:
                 raise ValueError(f"{name} ends at byte {end}, and the file has {header.size}: truncated")
             if (ours := _text_name(name)) in self.tensors:
                 raise ValueError(f"{ours} stands twice in it")
+            if offset % alignment:
+                raise ValueError(f"{name} begins at byte {offset} of the tensors, no multiple of {alignment}")
             self.tensors[ours] = tensor
+        for before, after in pairwise(sorted(self.tensors, key=lambda name: self.tensors[name].start)):
+            if self.tensors[before].start + self.tensors[before].packed_bytes > self.tensors[after].start:
+                raise ValueError(f"{before} and {after} lie on the same bytes")
 
     def read(self, name: str) -> Tensor:
         """A tensor's values on the CPU, in memory of their own; those of packed blocks in float32."""
         tensor = self.tensors[name]
-        data = self._bytes(tensor)
+        data = self._file.read(tensor.start, tensor.packed_bytes)
         if tensor.packing is None:
             return torch.frombuffer(data, dtype=tensor.dtype).reshape(tensor.shape)
         from gguf import GGMLQuantizationType, quants
@@ -138,14 +143,8 @@ class GGUFFile:
 
     def read_packed(self, name: str) -> Tensor:
         """A packed tensor's blocks as they lie in the file, [bytes] uint8 on the CPU."""
-        return torch.frombuffer(self._bytes(self.tensors[name]), dtype=torch.uint8)
-
-    def _bytes(self, tensor: GGUFTensor) -> bytearray:
-        data = bytearray(tensor.packed_bytes)
-        self._stream.seek(tensor.start)
-        if self._stream.readinto(data) < len(data):
-            raise ValueError("the file has become shorter since it was opened")
-        return data
+        tensor = self.tensors[name]
+        return torch.frombuffer(self._file.read(tensor.start, tensor.packed_bytes), dtype=torch.uint8)
 
     def _tensor(
         self, name: str, axes: tuple[int, ...], number: int, start: int, original: tuple[int, ...] | None
@@ -272,7 +271,7 @@ class _Header:
 
     def _text(self) -> str:
         length = self._number("Q")
-        if length > min(_LONGEST_TEXT, self.size - self.position):
+        if length > _LONGEST_TEXT:
             raise ValueError(f"a text in its header has {length} bytes")
         return self._take(length).decode("utf-8")
 

@@ -107,7 +107,7 @@ class EightBit:
             scale: as stored, on any device.
 
         Raises:
-            CheckpointError: a scale that is no number.
+            CheckpointError: a scale that cannot be one.
         """
         wide = values.to(torch.float32, copy=True)
         if scale is None:
@@ -127,6 +127,11 @@ class EightBit:
         if not scale.isfinite().all():
             raise CheckpointError(
                 "the scale of a weight is NaN or Inf", file=self.stored.file, key=self.scale
+            )
+        # a row or block of zeros may have none; a whole tensor has one
+        if (scale < 0).any() or (scale.numel() == 1 and not scale.any()):
+            raise CheckpointError(
+                "the scale of a weight is not above 0", file=self.stored.file, key=self.scale
             )
         return scale.float()
 

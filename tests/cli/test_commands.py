@@ -27,7 +27,7 @@ def test_models_ls(chitu: Chitu) -> None:
     rows = {row["name"]: row for row in json.loads(out)}
     assert code == 0
     assert set(rows) >= {"wan-tiny", "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.2-T2V-A14B"}
-    assert rows["Wan2.2-T2V-A14B"]["kind"] == "two experts"
+    assert rows["Wan2.2-T2V-A14B"]["kind"] == "text to video, two experts"
     assert "Wan2.1-T2V-14B" in chitu("models", "ls")[1]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Chitu
 from eight_bit import in_eight_bits
+from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 from single_files import write_comfy
 
@@ -102,11 +103,13 @@ def test_files_below_a_folder_are_listed(chitu: Chitu, tiny_folder: Path, tmp_pa
     save_file({name: value for name, value in stored.items() if not name.startswith("blocks.1.")}, file, said)
     save_file({"a.lora_A.weight": torch.ones(1)}, file.with_name("style.safetensors"))
     file.with_name("broken.safetensors").write_bytes(b"x" * 50)
+    write_gguf(file.with_name("packed.gguf"), {"w": torch.ones(64, 64)}, {"w": "Q8_0"})
     code, out, _ = chitu("models", "ls", "models", "--json")
     assert code == 0
     found = {Path(each["path"]).stem: each for each in json.loads(out)}
     assert "VAE" in found["wan_tiny_vae"]["what"] and "text encoder" in found["umt5_tiny"]["what"]
     assert "adapter" in found["style"]["what"] and "unusable" in found["broken"]["what"]
     assert found["wan"]["bytes"] == file.stat().st_size and "float8_e4m3fn" in found["wan"]["stored"]
+    assert found["packed"]["stored"] == "Q8_0"
     assert chitu("models", "ls", "models")[0] == 0
     assert chitu("models", "ls", "nowhere")[0] == 4

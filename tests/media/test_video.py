@@ -325,6 +325,14 @@ def test_a_link_to_a_folder_of_frames_stays_a_link(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["f", "link"]
 
 
+def test_a_recipe_left_over_from_an_array_is_replaced(tmp_path: Path) -> None:
+    frames = np.zeros((1, 16, 16, 3), np.uint8)
+    for number in range(2):
+        (tmp_path / "a.npy").unlink(missing_ok=True)
+        write_video(frames, tmp_path / "a.npy", fps=8, recipe={"number": number})
+        assert read_recipe(tmp_path / "a.npy") == {"number": number}
+
+
 @pytest.mark.parametrize(
     ("name", "beside"), [("a.mp4", "a.mp4.part"), ("f/", "f.part"), ("a.npy", "a.npy.part")]
 )

@@ -120,6 +120,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "wan2.2_ti2v_5B_fp16": "Wan2.2-TI2V-5B",
         "wan2.2_i2v_14B": "Wan2.2-I2V-A14B",
         "wan2.2_t2v_A14B": "Wan2.2-T2V-A14B",
+        "wan22_t2v_14B": "Wan2.2-T2V-A14B",
+        "wan22T2VHigh_v2": "Wan2.2-T2V-A14B",
+        "wan22T2VLow_v2": "Wan2.2-T2V-A14B",
+        "mixWAN22I2V_i2vHighV9": "Wan2.2-I2V-A14B",
+        "mixWAN22I2V_i2vLowV9": "Wan2.2-I2V-A14B",
+        "Wan2_1-I2V-14B-720P_fp8_e4m3fn": "Wan2.1-I2V-14B-720P",
+        "wan2.1_t2v_14B_low_vram": "Wan2.1-T2V-14B",
+        "wan_t2v_1.3B_high_quality": "Wan2.1-T2V-1.3B",
     }
     for name, model in files.items():
         shapes = shapes_of(FULL_SIZE[model].transformers[0])
@@ -139,6 +147,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("wan2.1_i2v_720p_14B_fp8_e4m3fn", "Wan2.1-I2V-14B-720P"),
         ("wan2.1_flf2v_720p_14B_fp16", "Wan2.1-FLF2V-14B-720P"),
         ("wan2.2_ti2v_5B_fp16", "Wan2.2-TI2V-5B"),
+        ("wan22T2VHigh_v2", "Wan2.2-T2V-A14B"),
+        ("mixWAN22I2V_i2vLowV9", "Wan2.2-I2V-A14B"),
+        ("Wan2_1-I2V-14B-720P_fp8_e4m3fn", "Wan2.1-I2V-14B-720P"),
+        ("wan2.1_t2v_14B_low_vram", "Wan2.1-T2V-14B"),
+        ("wan_t2v_1.3B_high_quality", "Wan2.1-T2V-1.3B"),
     ],
 )
 def test_a_full_size_file_is_the_model_of_its_name(models: Path, file: str, name: str) -> None:
@@ -167,7 +180,7 @@ def test_a_text_encoder_may_have_the_official_names(models: Path) -> None:
     check_part(resolve_model(str(file), parts=parts).required(), "text_encoder")
 
 
-@pytest.mark.parametrize("file", ["wan2.2_i2v_14B", "wan2.2_t2v_A14B"])
+@pytest.mark.parametrize("file", ["wan2.2_i2v_14B", "wan2.2_t2v_A14B", "wan22_t2v_14B"])
 def test_which_of_two_experts_a_file_is_is_asked(models: Path, file: str) -> None:
     with pytest.raises(UsageError, match="does not tell which.*--low-noise-model"):
         resolve_model(str(models / "diffusion_models" / f"{file}.safetensors"))

@@ -159,6 +159,25 @@ def test_libraries_names_open_too(folder: Path, comfy: Path, tmp_path: Path) -> 
         assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
+def test_other_models_vaes_are_passed_over(comfy: Path, tmp_path: Path) -> None:
+    """Flux's has 16 channels, too; Qwen-Image's has Wan's tensors, and other numbers."""
+    file = own(comfy, tmp_path / "models")
+    vae = tmp_path / "models" / "vae"
+    own_vae = vae / "wan_tiny_vae.safetensors"
+    tensors = load_file(own_vae)
+    flat = {name: value[:, :, 0] if value.ndim == 5 else value for name, value in tensors.items()}
+    save_file({name: value.contiguous() for name, value in flat.items()}, vae / "flux_vae.safetensors")
+    for name in ("qwen_image_vae", "some_vae"):
+        save_file({key: value + 1 for key, value in tensors.items()}, vae / f"{name}.safetensors")
+    assert resolve_model(str(file)).required().components["vae"].weights == own_vae
+    for name in ("wan_tiny_vae", "some_vae"):
+        (vae / f"{name}.safetensors").unlink()
+    with pytest.raises(ModelMissingError, match="its VAE was not found.*--vae"):
+        resolve_model(str(file))
+    told = str(vae / "qwen_image_vae.safetensors")
+    assert str(resolve_model(str(file), parts={"vae": told}).required().components["vae"].weights) == told
+
+
 @pytest.mark.parametrize("repackaged", [True, False])
 def test_a_folder_of_one_model_is_that_model(comfy: Path, tmp_path: Path, repackaged: bool) -> None:
     file = own(comfy, tmp_path / "repo" / ("split_files" if repackaged else "models"))
@@ -201,6 +220,8 @@ def test_names_tell_the_experts(experts: Path, tmp_path: Path) -> None:
         resolve_model(main)
     told = resolve_model(main, parts={"low_noise_model": str(place / "second.safetensors")}).required()
     assert told.components["transformer_2"].weights == place / "second.safetensors"
+    with pytest.raises(UsageError, match="is the file of the high-noise model, too; use the other"):
+        resolve_model(main, parts={"low_noise_model": main})
     with pytest.raises(UsageError, match="called low too"):
         resolve_model(
             str(experts / "models/diffusion_models/tiny_low_noise.safetensors"),
@@ -287,7 +308,7 @@ def test_a_file_that_nobody_named_may_be_damaged(
         ("casual_audio_encoder.weights", "S2V"),
         ("control_adapter.conv.weight", "Fun-Camera"),
         ("blocks.0.self_attn.attn_op.proj_l.weight", "SLA"),
-        ("vace_patch_embedding.weight", "kind of model that is not supported"),
+        ("vace_patch_embedding.weight", "control stream does not fit"),
     ],
 )
 def test_kinds_that_are_not_made_here_are_refused_by_name(

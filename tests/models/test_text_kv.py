@@ -25,8 +25,9 @@ from chitu_diffusion.flexcache.manager import FlexCacheManager
 from chitu_diffusion.generator import FiniteCheck, Generator
 from chitu_diffusion.models.kinds import TEXT_TO_VIDEO
 from chitu_diffusion.models.wan.block import WanAttention
+from chitu_diffusion.models.wan.block_inputs import SharedCfgPrefix
 from chitu_diffusion.models.wan.text_kv import TextKVCache, dedup_padding, rows_that_differ
-from chitu_diffusion.models.wan.transformer import SharedCfgPrefix, WanTransformer
+from chitu_diffusion.models.wan.transformer import WanTransformer
 from chitu_diffusion.pipelines import conditioning, denoising, stages
 from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 from chitu_diffusion.sampling.solvers import Sampler

@@ -8,8 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
-from small_networks import CONFIG, inputs, official_names, reference, relative_error, twin
+from small_networks import (
+    CONFIG,
+    inputs,
+    official_control_names,
+    official_names,
+    reference,
+    reference_class,
+    relative_error,
+    twin,
+)
 from torch import Tensor, nn
 
 from chitu_diffusion.attention import KERNELS, attention_kernel, math, sdpa
@@ -80,7 +88,7 @@ def test_full_size_names_and_shapes(name: str) -> None:
         fields = {key: value for key, value in config.to_json().items() if not key.startswith("_")}
         with torch.device("meta"):
             ours = WanTransformer(config)
-            theirs = WanTransformer3DModel(**fields)
+            theirs = reference_class(config)(**fields)
         shapes = {key: tuple(value.shape) for key, value in ours.state_dict().items()}
         assert shapes == {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
         count = sum(parameter.numel() for parameter in ours.parameters())
@@ -88,9 +96,11 @@ def test_full_size_names_and_shapes(name: str) -> None:
         more = config.dim * config.patch_values * (config.in_channels - config.out_channels)
         more += (config.pos_embed_seq_len or 0) * (config.image_dim or 0)
         counts = {"Wan2.1-T2V-1.3B": 1_418_996_800, "Wan2.2-TI2V-5B": 4_999_787_712}
+        counts |= {"Wan2.1-VACE-1.3B": 2_153_972_032, "Wan2.1-VACE-14B": 17_337_592_896}
         large = 14_288_491_584 if config.image_dim is None else 16_394_469_184
         assert count - more == counts.get(name, large)
         expected = official_names(config.num_layers, config.image_dim, config.pos_embed_seq_len)
+        expected |= official_control_names(len(config.vace_layers or ()))
         assert {official_transformer_name(key) for key in shapes} == expected
 
 

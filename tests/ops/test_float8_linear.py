@@ -127,8 +127,8 @@ def test_each_weight_is_rounded_as_it_is_read(tiny_folder: Path, monkeypatch: py
     layers: list[Float8Linear] = []
     held: list[int] = []
 
-    def remember(blocks: list[nn.Module], plan: Float8Plan) -> list[Float8Linear]:
-        layers.extend(to_float8(blocks, plan))
+    def remember(blocks: list[nn.Module], plan: Float8Plan, others: nn.ModuleList) -> list[Float8Linear]:
+        layers.extend(to_float8(blocks, plan, others))
         return layers
 
     def count(done: int, total: int) -> None:

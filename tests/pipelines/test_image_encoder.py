@@ -9,6 +9,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from running import CAT, config_for, latent_and_video, psnr, relative_error, task_for
 from test_image_to_video import picture
 from test_pipeline_parity import diffusers_run
@@ -19,6 +20,7 @@ from chitu_diffusion.errors import UsageError
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.memory.offload import OffloadManager, OffloadPart
 from chitu_diffusion.models.convert import convert
+from chitu_diffusion.models.image_preprocessing import ImagePreprocessing
 from chitu_diffusion.models.kinds import PARTS
 from chitu_diffusion.models.registry import FULL_SIZE
 from chitu_diffusion.models.wan.image_encoder import ImageEncoder
@@ -87,6 +89,21 @@ def test_the_encoder_is_shown_what_transformers_shows_it(backends, pipelines, si
     shown = picture(*size)
     expected = pipelines[1].image_processor(images=shown, return_tensors="pt")["pixel_values"]
     found = backends[1].image_encoder.preprocessing.cropped(np.asarray(shown))
+    assert (found - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "size", [(480, 832), (832, 480), (720, 1280), (33, 900), (900, 33), (223, 224), (20, 50)]
+)
+@pytest.mark.parametrize("side", [28, 224])
+def test_the_middle_is_rounded_as_transformers_rounds_it(size, side):
+    """Noise, of which a shift by a fiftieth of a pixel shows."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    shown = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    expected = processor(images=Image.fromarray(shown), return_tensors="pt")["pixel_values"]
+    found = ImagePreprocessing(edge=side, side=side).cropped(shown)
     assert (found - expected).abs().max() < 1e-6
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from ranks import run_ranks
 from running import config_for, latent_and_video, psnr, relative_error, run_to_end, task_for
 from test_image_to_video import picture
@@ -245,3 +246,30 @@ def test_the_command_line_takes_a_picture_or_none(folder, tmp_path, chitu):
     assert chitu("reproduce", "2.npy", "--check", "--model", folder)[0] == 0
     code, _, err = chitu(*words, "--image", "first.png", "--last-image", "first.png")
     assert code == 2 and "--last-image" in err and "first frame alone" in err
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("width", "height"), [(71, 33), (33, 90), (48, 32), (400, 1)])
+@pytest.mark.parametrize("floats", [False, True])
+def test_official_preprocessing_cuts_where_others_stretch(backend, width, height, floats):
+    """Written down from the authors' code (wan/textimage2video.py), with diffusers' VAE."""
+    image = picture().resize((width, height))
+    given = np.asarray(image) / np.float32(255) if floats else image
+    task = task_for(image=given, image_preprocessing="official", **SIZES)
+    Generator(backend).generate_step(task)
+    assert task.error is None, task.error_message
+    scale = max(48 / width, 32 / height)
+    large = image.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
+    left = (large.width - 48) // 2
+    top = (large.height - 32) // 2
+    frame = torch.from_numpy(np.array(large.crop((left, top, left + 48, top + 32)))) / 255 * 2 - 1
+    vae = backend.vae.network
+    latent = vae.encode(frame.permute(2, 0, 1)[None, :, None]).latent_dist.mode()
+    mean, std = (
+        torch.tensor(each).view(1, -1, 1, 1, 1) for each in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    error = relative_error(task.buffer.conditioning.first_frame, (latent - mean) / std)
+    print(f"{width}x{height}: {error:.1e}")
+    assert error < (5e-3 if floats else 1e-5)  # floats are not rounded to 8 bits
+    cut = f"image of {width}x{height} is cut to the shape of 48x32"
+    assert any(cut in note for note in task.notes) == ((width, height) != (48, 32))

@@ -135,6 +135,8 @@ def spoilt(form: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         "no scale": {**tensors, "b.weight": value.clone()},
         "shape": {weight: value, "a.weight_scale": torch.ones(7)},
         "nan": {weight: value, "a.weight_scale": torch.tensor(float("nan"))},
+        "below 0": {weight: value, "a.weight_scale": torch.tensor([[1.0]] * 31 + [[-1.0]])},
+        "zero": {weight: value, "a.weight_scale": torch.zeros(())},
         "int8 alone": {weight: torch.ones(2, 2, dtype=torch.int8)},
     }[form]
 
@@ -152,6 +154,8 @@ def spoilt(form: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         ("no scale", "b.weight.*b.weight_scale"),
         ("shape", r"shape.*a.weight_scale.*\[32, 1\].*\[7\]"),
         ("nan", "NaN or Inf.*a.weight_scale"),
+        ("below 0", "not above 0.*a.weight_scale"),
+        ("zero", "not above 0.*a.weight_scale"),
         ("int8 alone", "not of floats.*I8"),
     ],
 )

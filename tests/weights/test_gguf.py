@@ -187,6 +187,12 @@ HOSTILE = {
     "2^64 numbers": (header() + info((2**32, 2**32)) + bytes(256), "has the shape"),
     "2^40 numbers": (header() + info((2**40,)) + bytes(256), "truncated"),
     "offset beyond the end": (header() + info(offset=2**63) + bytes(256), "truncated"),
+    "two tensors in one place": (
+        header(2) + info(name=b"v") + info(offset=32) + bytes(512),
+        "v and w lie on",
+    ),
+    "an offset between": (header() + info(offset=33) + bytes(256), "begins at byte 33"),
+    "cut in a name": (header() + text(b"blocks.0.weight")[:12], "truncated"),
     "a type that nobody knows": (header() + info(kind=999) + bytes(256), "type 999"),
     "whole numbers": (header() + info(kind=26) + bytes(256), "not of floats"),
     "half a block": (header() + info((33,), kind=8) + bytes(256), "no whole number of Q8_0 blocks"),

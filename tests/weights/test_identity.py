@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_files import write_gguf
 from running import CAT, config_for
+from safetensors.torch import save_file
 
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.engine import Engine
@@ -21,6 +23,7 @@ from chitu_diffusion.models.convert import convert, verify
 from chitu_diffusion.models.registry import ASSETS, TINY
 from chitu_diffusion.weights import hashing
 from chitu_diffusion.weights.hashing import FileHashes, ModelFiles, hashes_of
+from chitu_diffusion.weights.loader import WeightFiles
 from chitu_diffusion.weights.manifest import (
     MANIFEST_FILE,
     downloaded,
@@ -310,3 +313,34 @@ def test_a_pulled_folder_is_compared_with_what_the_hub_said(model) -> None:
     flip(file, -1)
     write_manifest(ModelFiles(model), "pull", downloaded(model))
     assert bad_parts(model) == [file.parent.name]
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("ending", [".safetensors", ".pth", ".gguf"])
+def test_what_is_read_is_what_was_opened(tmp_path: Path, ending: str, mapped: bool) -> None:
+    """Adapters are taken out by reading the weights again, long after they were loaded."""
+
+    def write(place: Path, value: float) -> None:
+        tensors = {"w": torch.full((64, 64), value)}
+        if ending == ".safetensors":
+            save_file(tensors, place)
+        elif ending == ".pth":
+            torch.save(tensors, place)
+        else:
+            write_gguf(place, tensors, {"w": "Q8_0"})
+
+    file = tmp_path / f"w{ending}"
+    other = tmp_path / f"other{ending}"
+    for change in (lambda: os.replace(other, file), file.unlink):
+        write(file, 1.0)
+        write(other, 2.0)
+        weights = WeightFiles(file, mapped=mapped)
+        change()
+        # Q8_0 keeps scales in 16 bits
+        assert torch.allclose(weights.read("w"), torch.ones(64, 64), atol=1e-3), "another file's"
+    write(file, 1.0)
+    weights = WeightFiles(file, mapped=mapped)
+    file.write_bytes(other.read_bytes())
+    os.utime(file, (1, 1))
+    with pytest.raises(CheckpointError, match="has been written into since it was opened"):
+        weights.read("w")

@@ -132,6 +132,23 @@ def test_a_source_that_shrinks_under_convert_is_an_error(
     assert os.listdir(tmp_path) == ["source"]
 
 
+@pytest.mark.parametrize("offsets", [([0, 64], [0, 64]), ([0, 32], [32, 128]), ([4, 68], [64, 128])])
+def test_tensors_that_lie_on_each_other_are_refused(
+    tmp_path: Path, offsets: tuple[list[int], list[int]]
+) -> None:
+    """Without safetensors' own reader, too, which a long work goes without."""
+    file = tmp_path / "w.safetensors"
+    header = {
+        key: {"dtype": "F32", "shape": [4, 4], "data_offsets": place}
+        for key, place in zip("ab", offsets, strict=True)
+    }
+    said = json.dumps(header).encode()
+    end = max(place[1] for place in offsets)
+    file.write_bytes(struct.pack("<Q", len(said)) + said + bytes(end))
+    with pytest.raises(CheckpointError, match="does not lie where"):
+        WeightFiles(file, mapped=False)
+
+
 def test_verify_likes_both_layouts_and_finds_a_nan(official: Path, experts: Path, tmp_path: Path) -> None:
     for folder in (official, experts):
         findings = verify(folder, deep=True)
@@ -433,6 +450,7 @@ def test_faults_of_folders(experts: Path, official: Path, tmp_path: Path) -> Non
 
 def test_names_ids_and_folders(experts: Path) -> None:
     wan21 = ("T2V-1.3B", "T2V-14B", "I2V-14B-480P", "I2V-14B-720P", "FLF2V-14B-720P")
+    wan21 += ("VACE-1.3B", "VACE-14B")
     wan22 = ("T2V-A14B", "I2V-A14B", "TI2V-5B")
     assert model_names() == [
         TINY,

@@ -16,6 +16,7 @@ from chitu_diffusion.attention.cross_attention import cross_attention, has_fused
 from chitu_diffusion.attention.kernels import DenseAttention, sdpa
 from chitu_diffusion.flexcache.interface import Level
 from chitu_diffusion.models.wan.config import WanConfig
+from chitu_diffusion.models.wan.positions import RotaryTable
 from chitu_diffusion.models.wan.text_kv import TextKV
 from chitu_diffusion.models.wan.token_times import TimeRows
 from chitu_diffusion.ops.float8_linear import wants_float8
@@ -33,7 +34,6 @@ from chitu_diffusion.ops.fused import (
 from chitu_diffusion.ops.packed_linear import wide_weight
 
 _FEW_ROWS = 256
-RotaryTable = tuple[Tensor, Tensor]  # (cos, sin), each [S, head_dim / 2] float32
 Activation = Tensor | Float8Rows  # what enters a matrix product: 8 bits only where its layer wants them
 # (level, compute, entering tokens) -> module output
 Ask = Callable[[Level, Callable[[], Tensor], Tensor], Tensor]
@@ -333,3 +333,30 @@ class WanBlock(nn.Module):
 
     def _fuses(self, tokens: Tensor) -> bool:
         return self.fused and can_fuse(tokens)
+
+
+class WanVACEBlock(WanBlock):
+    """A block of the control stream (VACE, arXiv:2503.07598): a Wan block, and what it says to the main one.
+
+    Args:
+        first: whether it takes the main stream in.
+    """
+
+    def __init__(self, config: WanConfig, first: bool) -> None:
+        super().__init__(config)
+        self.proj_in = nn.Linear(config.dim, config.dim) if first else None
+        self.proj_out = nn.Linear(config.dim, config.dim)
+
+    def entering(self, control: Tensor, tokens: Tensor) -> Tensor:
+        """The control stream [B, S, dim] before this block, given the main one before its first block."""
+        if self.proj_in is None:
+            return control
+        return self.proj_in(control.to(self._dtype)).to(tokens.dtype) + tokens
+
+    def hint(self, control: Tensor) -> Tensor:
+        """What is added to the main stream, [B, S, dim], for the control stream after this block."""
+        return cast(Tensor, self.proj_out(control.to(self._dtype)))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return cast(Tensor, self.proj_out.bias).dtype

@@ -77,7 +77,7 @@ def official_transformer_name(name: str) -> str:
     for ours, theirs in _TRANSFORMER:
         if name.startswith(ours + "."):
             return (theirs + name[len(ours) :]).replace("img_emb.pos_embed", "img_emb.emb_pos")
-    match = re.fullmatch(r"(blocks\.\d+)\.(.+)", name)
+    match = re.fullmatch(r"((?:vace_)?blocks\.\d+)\.(.+)", name)
     return name if match is None else f"{match[1]}.{_official_block_name(match[2])}"
 
 
@@ -89,6 +89,8 @@ def _official_block_name(name: str) -> str:
         attention = "self_attn" if place == "attn1" else "cross_attn"
         projection, _, kind = rest.rpartition(".")
         return f"{attention}.{dict(_BLOCK)[projection]}.{kind}"
+    if place in ("proj_in", "proj_out"):  # of the control stream
+        return f"{'before_proj' if place == 'proj_in' else 'after_proj'}.{rest}"
     if place == "norm2":
         return f"norm3.{rest}"
     if name.startswith("ffn.net.0.proj."):

@@ -11,12 +11,12 @@ TRAINED_STEPS = 1000
 """Timesteps run from this, pure noise, to 0; an expert boundary is a share of it."""
 
 _QK_NORM = "rms_norm_across_heads"
-_NO_SIZES = ("patch_size", "cross_attn_norm", "qk_norm", "eps")
-_IMAGE_FIELDS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+_NO_SIZES = ("patch_size", "cross_attn_norm", "qk_norm", "eps", "vace_layers")
+_OPTIONAL = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "vace_in_channels")
 
-# Fields of diffusers' config.json that belong to other Wan models (VACE, animate). None (or False) is what
+# Fields of diffusers' config.json that belong to other Wan models (animate). None (or False) is what
 # the others say there; anything else means parts that `WanTransformer` does not have.
-_FOREIGN_FIELDS = ("add_img_emb", "vace_layers")
+_FOREIGN_FIELDS = ("add_img_emb",)
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class WanConfig:
             video); None: there is none.
         added_kv_proj_dim: width of these rows in the blocks, `dim`; None where `image_dim` is.
         pos_embed_seq_len: how many rows have learned positions; None: they have none.
+        vace_layers: blocks after which a block of the control stream adds its hint (VACE, arXiv:2503.07598),
+            rising from 0; None: there is no such stream.
+        vace_in_channels: of the control latents; None where `vace_layers` is.
 
     Raises:
         UsageError: a value that no such network can have.
@@ -53,6 +56,8 @@ class WanConfig:
     image_dim: int | None = None
     added_kv_proj_dim: int | None = None
     pos_embed_seq_len: int | None = None
+    vace_layers: tuple[int, ...] | None = None
+    vace_in_channels: int | None = None
 
     def __post_init__(self) -> None:
         """Checks what the network's arithmetic relies on."""
@@ -63,7 +68,7 @@ class WanConfig:
         sizes = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NO_SIZES}
         sizes |= {f"patch_size[{axis}]": value for axis, value in enumerate(self.patch_size)}
         for name, value in sizes.items():
-            if name in _IMAGE_FIELDS and value is None:
+            if name in _OPTIONAL and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} must be a whole number from 1, not {value!r}")
@@ -79,6 +84,18 @@ class WanConfig:
                 f"added_kv_proj_dim must be {self.dim} (heads x head size) with an image_dim, and null "
                 "without; "
                 f"image_dim is {self.image_dim}, added_kv_proj_dim {self.added_kv_proj_dim}"
+            )
+        layers = self.vace_layers
+        if (layers is None) != (self.vace_in_channels is None):
+            raise UsageError(
+                f"vace_layers and vace_in_channels go together; they are {layers} and {self.vace_in_channels}"
+            )
+        if layers is not None and (
+            layers[:1] != (0,) or list(layers) != sorted(set(layers)) or layers[-1] >= self.num_layers
+        ):
+            raise UsageError(
+                f"vace_layers must rise from 0 to at most {self.num_layers - 1}, the last block; they are "
+                f"{list(layers)}"
             )
         if self.qk_norm != _QK_NORM:
             raise UsageError(f"qk_norm {self.qk_norm!r} is not supported; Wan models use {_QK_NORM!r}")
@@ -121,6 +138,8 @@ class WanConfig:
                 values[key] = value
         if "patch_size" in values:
             values["patch_size"] = tuple(values["patch_size"])
+        if values.get("vace_layers") is not None:
+            values["vace_layers"] = tuple(values["vace_layers"])
         if "out_channels" in values and values["out_channels"] is None:
             values["out_channels"] = values.get("in_channels", cls.in_channels)
         return cls(**values)
@@ -129,4 +148,7 @@ class WanConfig:
         """The fields as diffusers writes them into `transformer/config.json`."""
         data = dataclasses.asdict(self)
         data["patch_size"] = list(self.patch_size)
-        return {"_class_name": "WanTransformer3DModel", **data}
+        if self.vace_layers is None:
+            del data["vace_layers"], data["vace_in_channels"]
+            return {"_class_name": "WanTransformer3DModel", **data}
+        return {"_class_name": "WanVACETransformer3DModel", **data, "vace_layers": list(self.vace_layers)}

@@ -101,6 +101,30 @@ def require_image(image: object, config: WanConfig, batch: int) -> None:
         raise UsageError(f"image is {list(image.shape)}; use {shape}", field="image")
 
 
+def check_control(
+    control: object, scale: float | tuple[float, ...], config: WanConfig, latent: Tensor
+) -> None:
+    """Control latents that the network takes and that lie on its latent, and a scale for each hint.
+
+    Raises:
+        UsageError: something else.
+    """
+    if control is None:
+        return
+    if config.vace_layers is None:
+        raise UsageError("this network takes no control; leave control out", field="control")
+    expected = [len(latent), config.vace_in_channels, *latent.shape[2:]]
+    control = require_floats(control, "control", f"{expected}")
+    if list(control.shape) not in (expected, [1, *expected[1:]]):
+        raise UsageError(f"control is {list(control.shape)}; use {expected}, or one for all", field="control")
+    _require_device(control, "control", latent.device)
+    if isinstance(scale, tuple) and len(scale) != len(config.vace_layers):
+        raise UsageError(
+            f"control_scale has {len(scale)} numbers; use one, or {len(config.vace_layers)}",
+            field="control_scale",
+        )
+
+
 def read_timestep(timestep: object, batch: int, device: torch.device, name: str = "timestep") -> Tensor:
     """Times as [batch] or [1] on a device; those that lie on a GPU are not looked at.
 

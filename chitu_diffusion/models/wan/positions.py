@@ -8,11 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from chitu_diffusion.models.wan.block import RotaryTable
-
 _ROPE_THETA = 10000.0
 _TIME_PERIOD = 10000.0
 
+RotaryTable = tuple[Tensor, Tensor]  # (cos, sin), each [S, head_dim / 2] float32
 Grid = tuple[int, int, int]
 """Tokens along (frames, rows, columns)."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from chitu_diffusion.models.kinds import IMAGE_TO_VIDEO, TEXT_IMAGE_TO_VIDEO
+from chitu_diffusion.models.kinds import CONTROLLED_VIDEO, IMAGE_TO_VIDEO, TEXT_IMAGE_TO_VIDEO
 from chitu_diffusion.models.spec import Defaults, LatentGeometry, ModelSpec
 from chitu_diffusion.models.wan.cache_coefficients import WAN_1_3B, WAN_14B
 from chitu_diffusion.models.wan.config import WanConfig
@@ -20,6 +20,8 @@ _MIDDLE = WanConfig(
 )  # its VAE has 48 channels
 _LARGE_CLIP = WanConfig(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
 _LARGE_FRAMES = replace(_LARGE_CLIP, pos_embed_seq_len=514)
+_SMALL_VACE = replace(_SMALL, vace_layers=tuple(range(0, 30, 2)), vace_in_channels=96)
+_LARGE_VACE = replace(_LARGE, vace_layers=tuple(range(0, 40, 5)), vace_in_channels=96)
 
 # Wan2.1, wan/configs/wan_i2v_14B.py: against a camera that shakes; and, between two frames, cuts.
 _STEADY = "镜头晃动，" + Defaults().negative_prompt
@@ -65,6 +67,20 @@ FULL_SIZE: Mapping[str, ModelSpec] = MappingProxyType(
                 defaults=Defaults(
                     height=720, width=1280, guidance=(5.5,), shift=16.0, negative_prompt=_STEADY_UNCUT
                 ),
+            ),
+            ModelSpec(
+                "Wan2.1-VACE-1.3B",
+                (_SMALL_VACE,),
+                kind=CONTROLLED_VIDEO,
+                hub_ids=("Wan-AI/Wan2.1-VACE-1.3B-diffusers", "Wan-AI/Wan2.1-VACE-1.3B"),
+                defaults=Defaults(shift=16.0),
+            ),
+            ModelSpec(
+                "Wan2.1-VACE-14B",
+                (_LARGE_VACE,),
+                kind=CONTROLLED_VIDEO,
+                hub_ids=("Wan-AI/Wan2.1-VACE-14B-diffusers", "Wan-AI/Wan2.1-VACE-14B"),
+                defaults=Defaults(shift=16.0),
             ),
             ModelSpec(
                 "Wan2.2-T2V-A14B",

@@ -23,92 +23,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from chitu_diffusion.attention.kernels import AttentionContext, AttentionFn, sdpa
+from chitu_diffusion.attention.kernels import AttentionContext, AttentionFn, DenseAttention, sdpa
 from chitu_diffusion.flexcache.interface import MODULE_LEVELS, NO_CACHE, Level, Site, SiteInputs, StepCache
-from chitu_diffusion.models.wan.block import Float32LayerNorm, RotaryTable, WanBlock
+from chitu_diffusion.models.wan.block import Float32LayerNorm, WanBlock, WanVACEBlock
+from chitu_diffusion.models.wan.block_inputs import BlockInputs, SharedCfgPrefix
 from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.embeddings import PatchEmbedding, TimeTextEmbedding
-from chitu_diffusion.models.wan.forward_inputs import latent_grid, read_timestep, require_image, text_copies
-from chitu_diffusion.models.wan.positions import Grid, rope_table
-from chitu_diffusion.models.wan.text_kv import TextKVCache, dedup_padding
+from chitu_diffusion.models.wan.forward_inputs import (
+    check_control,
+    latent_grid,
+    read_timestep,
+    require_image,
+    text_copies,
+)
+from chitu_diffusion.models.wan.positions import Grid, RotaryTable, rope_table
+from chitu_diffusion.models.wan.text_kv import TextKV, TextKVCache, dedup_padding
 from chitu_diffusion.models.wan.token_times import TimeRows
 from chitu_diffusion.ops.compile import compiled, let_length_vary
 from chitu_diffusion.ops.float8_linear import Float8Linear
 from chitu_diffusion.ops.fused import can_fuse, layer_norm
 
-__all__ = ["KEEP_FLOAT32", "BlockInputs", "WanConfig", "WanFeatures", "WanTransformer", "WanVelocity"]
+__all__ = ["KEEP_FLOAT32", "WanConfig", "WanFeatures", "WanTransformer", "WanVelocity"]
 
 # Parts of parameter names that stay float32 when the rest is loaded in 16 bits (diffusers' rule for this
 # network).
 KEEP_FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
-
-
-@dataclass(eq=False)
-class SharedCfgPrefix:
-    """The stream after the first block's self-attention, for guidance branches of one latent at one time.
-
-    Up to the first cross-attention nothing depends on the text: the branches' tokens are equal, and one
-    computation does for all. That saves one self-attention in 2 x blocks, exactly.
-
-    Attributes:
-        copies: branches along the batch of this forward: row b of branch i is row i * B + b of B * copies.
-        attended: [B, S, dim], kept for the next forward where each branch has its own and they are handed one
-            object.
-    """
-
-    copies: int = 1
-    attended: Tensor | None = None
-
-    def get(
-        self, tokens: Tensor, modulation: TimeRows, attend: Callable[[Tensor, TimeRows], Tensor]
-    ) -> Tensor:
-        """The stream [copies * B, S, dim]; `attend` takes one branch's rows of tokens and modulation."""
-        if self.copies > 1:
-            one = modulation.of_branch(self.copies)
-            return attend(tokens[: len(tokens) // self.copies], one).repeat(self.copies, 1, 1)
-        if self.attended is None:
-            self.attended = attend(tokens, modulation)
-        return self.attended
-
-
-@dataclass(frozen=True)
-class BlockInputs:
-    """What `embed` hands to the blocks and the head.
-
-    Tokens run frame by frame, row by row; `of_tokens` gives a part of the sequence.
-
-    Attributes:
-        tokens: [B, S, dim], the residual stream.
-        text: of B rows; of `make_text_kv`.
-        time: [B, R, dim] or, where the batch has one time, [1, R, dim]: the time embedding, for the head.
-        modulation: [B or 1, R, 6, dim], its projection, for the blocks.
-        rope: rotary cosines and sines of these tokens' positions.
-        grid: tokens along frames, rows, columns of the whole latent.
-        step, num_steps: of the task, for the attention (`AttentionContext`); None where nobody knows.
-        start: where branches of one latent share the first block's self-attention; None where nothing is
-            known to be equal.
-    """
-
-    tokens: Tensor
-    text: TextKVCache
-    time: TimeRows
-    modulation: TimeRows
-    rope: RotaryTable
-    grid: Grid
-    step: int | None = None
-    num_steps: int | None = None
-    start: SharedCfgPrefix | None = None
-
-    def of_tokens(self, low: int, high: int) -> "BlockInputs":
-        """A part of the sequence."""
-        cos, sin = (part[low:high] for part in self.rope)
-        return replace(
-            self,
-            tokens=self.tokens[:, low:high],
-            rope=(cos, sin),
-            time=self.time.of_tokens(low, high),
-            modulation=self.modulation.of_tokens(low, high),
-        )
 
 
 @dataclass(frozen=True)
@@ -155,9 +94,27 @@ class WanTransformer(nn.Module):
         )
         self.condition_embedder = TimeTextEmbedding(config)
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        layers = config.vace_layers or ()
+        self.vace_blocks = nn.ModuleList(WanVACEBlock(config, layer == 0) for layer in layers)
+        if config.vace_in_channels is not None:
+            self.vace_patch_embedding = PatchEmbedding(
+                config.vace_in_channels, config.dim, kernel_size=config.patch_size, stride=config.patch_size
+            )
         self.norm_out = Float32LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(config.dim, config.out_channels * config.patch_values)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    @property
+    def stack(self) -> list[WanBlock]:
+        """All blocks in the order in which they run: one of the control stream stands before the block that
+        its hint follows.
+        """
+        layers = self.config.vace_layers or ()
+        pairs = [
+            (self.vace_blocks[layers.index(index)], block) if index in layers else (block,)
+            for index, block in enumerate(self.blocks)
+        ]
+        return [cast(WanBlock, block) for pair in pairs for block in pair]
 
     def forward(
         self,
@@ -170,6 +127,8 @@ class WanTransformer(nn.Module):
         blocks: Iterable[nn.Module] | None = None,
         text_bias: Tensor | None = None,
         first_timestep: Tensor | float | None = None,
+        control: Tensor | None = None,
+        control_scale: float | tuple[float, ...] = 1.0,
     ) -> WanVelocity:
         """The velocity at `latent`, and the features that `forward_with_cache` can use later.
 
@@ -180,11 +139,13 @@ class WanTransformer(nn.Module):
             timestep: 0 to 1000, for all a number, a scalar or [1], or [B]; any dtype and device.
             attention: self-attention (q, k, v, where), in layout [B, S, heads, head_dim].
             cache: asked at the sites whose level is among `cache.levels`.
-            blocks: yields this network's blocks in order, each ready to run: for whoever streams them to the
+            blocks: yields this network's `stack` in order, each ready to run: for whoever streams them to the
                 device.
             text_bias: [B, L] float32, see `TextKV.bias`, or None.
             first_timestep: as `timestep`, of the first latent frame's tokens: 0 where that frame is known.
                 None: as the others'.
+            control: [1 or B, vace_in_channels, T, H, W], for a network with `vace_layers`; None: no hints.
+            control_scale: of its hints, for all or for each of `vace_layers`.
 
         Returns:
             [B, C, T, H, W], or [k B, C, T, H, W], in the dtype of the last matrix product.
@@ -192,7 +153,7 @@ class WanTransformer(nn.Module):
         Raises:
             ValueError: inputs that do not fit the network or each other.
         """
-        embedded = self.embed(latent, embeddings, timestep, first_timestep)
+        embedded = self.embed(latent, embeddings, timestep, first_timestep, control, control_scale)
         if text_bias is not None:
             embedded = replace(embedded, text=replace(embedded.text, bias=text_bias))
         tokens = self.run_blocks(embedded, attention=attention, cache=cache, blocks=blocks)
@@ -266,6 +227,8 @@ class WanTransformer(nn.Module):
         text: Tensor | TextKVCache,
         timestep: Tensor | float,
         first_timestep: Tensor | float | None = None,
+        control: Tensor | None = None,
+        control_scale: float | tuple[float, ...] = 1.0,
     ) -> BlockInputs:
         """Everything before the blocks: tokens, projected text, time embedding and positions.
 
@@ -275,7 +238,7 @@ class WanTransformer(nn.Module):
                 rows is that of k guidance branches of the latent, branch by branch: all that follows has k B
                 rows, and what the branches have in common is computed once.
             timestep: 0 to 1000, for all a number, a scalar or [1], or [B].
-            first_timestep: as for `forward`.
+            first_timestep, control, control_scale: as for `forward`.
 
         Raises:
             ValueError: inputs that do not fit the network or each other.
@@ -290,8 +253,10 @@ class WanTransformer(nn.Module):
         if isinstance(text, Tensor):
             require_image(None, self.config, len(text))
             text = TextKVCache(self.condition_embedder.text_embedder(text), text.shape[1])
+        check_control(control, control_scale, self.config, latent)
         # autocast gives 16 bits here; the stream keeps the weights' dtype
         tokens = self.patch_embedding(latent).to(self.patch_embedding.weight.dtype)
+        hints = None if control is None else self.vace_patch_embedding(control).to(tokens.dtype)
         return BlockInputs(
             tokens=tokens.repeat(copies, 1, 1) if copies > 1 else tokens,
             text=text,
@@ -300,6 +265,8 @@ class WanTransformer(nn.Module):
             rope=self.rope_table(grid, latent.device),
             grid=grid,
             start=SharedCfgPrefix(copies) if copies > 1 else None,
+            control=hints if hints is None else hints.repeat(copies * len(latent) // len(hints), 1, 1),
+            control_scale=control_scale,
         )
 
     def run_blocks(
@@ -311,7 +278,7 @@ class WanTransformer(nn.Module):
         blocks: Iterable[nn.Module] | None = None,
     ) -> Tensor:
         """The block stack: tokens [B, S, dim] -> tokens [B, S, dim]. S may be a part of the sequence."""
-        stack = self.blocks if blocks is None else blocks
+        stack = self.stack if blocks is None else blocks
         if "step" not in cache.levels:
             return self._run_stack(embedded, attention, cache, stack)
         return cache.at(
@@ -367,13 +334,13 @@ class WanTransformer(nn.Module):
         self.compiled = True
         for name in WanBlock.PIECES:
             piece = compiled(getattr(WanBlock, name), **options)
-            for block in self.blocks:
+            for block in self.stack:
                 setattr(block, name, MethodType(piece, block))
 
     def use_fused(self, fused: bool) -> None:
         """Whether kernels of `ops.fused` do the work between the products, where they can run."""
         self.fused = fused
-        for module in self.blocks.modules():
+        for module in self.modules():
             if isinstance(module, WanBlock | Float8Linear):
                 module.fused = fused
 
@@ -390,10 +357,7 @@ class WanTransformer(nn.Module):
         for embedder in (self.condition_embedder.time_embedder, self.condition_embedder.text_embedder):
             nn.init.normal_(embedder.linear_1.weight, std=0.02)
             nn.init.normal_(embedder.linear_2.weight, std=0.02)
-        for table in [
-            self.scale_shift_table,
-            *(cast(WanBlock, block).scale_shift_table for block in self.blocks),
-        ]:
+        for table in [self.scale_shift_table, *(block.scale_shift_table for block in self.stack)]:
             nn.init.normal_(table, std=self.config.dim**-0.5)
         nn.init.zeros_(self.proj_out.weight)
 
@@ -414,22 +378,51 @@ class WanTransformer(nn.Module):
     def _run_stack(
         self, embedded: BlockInputs, attention: AttentionFn, cache: StepCache, stack: Iterable[nn.Module]
     ) -> Tensor:
-        tokens = embedded.tokens
-        for index, block in enumerate(stack):
-            here = replace(embedded, tokens=tokens)
-            compute = partial(self._run_block, cast(WanBlock, block), index, here, attention, cache)
+        here = embedded
+        index = 0
+        hint: Tensor | None = None
+        for block in stack:
+            if isinstance(block, WanVACEBlock):
+                if here.control is not None:
+                    control = self._run_control(block, index, here, embedded.tokens, attention)
+                    hint = block.hint(control) * self._scale_at(index, embedded)
+                    here = replace(here, control=control)
+                continue
+            compute = partial(self._run_block, cast(WanBlock, block), index, here, attention, cache, hint)
             if "block" in cache.levels:
                 site = Site("block", index, len(self.blocks))
-                tokens = cache.at(site, compute, SiteInputs(tokens, embedded.modulation.latest))
+                tokens = cache.at(site, compute, SiteInputs(here.tokens, embedded.modulation.latest))
             else:
                 tokens = compute()
-        return tokens
+            here = replace(here, tokens=tokens)
+            hint = None
+            index += 1
+        return here.tokens
 
-    def _run_block(
-        self, block: WanBlock, index: int, embedded: BlockInputs, attention: AttentionFn, cache: StepCache
+    def _scale_at(self, index: int, embedded: BlockInputs) -> float:
+        """Of the hint after a block."""
+        scale = embedded.control_scale
+        return scale[(self.config.vace_layers or ()).index(index)] if isinstance(scale, tuple) else scale
+
+    def _run_control(
+        self, block: WanVACEBlock, index: int, here: BlockInputs, tokens: Tensor, attention: AttentionFn
     ) -> Tensor:
+        """The control stream after the block that stands before block `index`; `tokens` as they were
+        embedded.
+        """
+        assert here.control is not None  # or nobody asks
+        entering = block.entering(here.control, tokens)
+        # its text keys lie behind those of the main blocks
+        inputs = self._block_inputs(
+            block, index, replace(here, tokens=entering), attention, len(self.blocks) + index
+        )
+        return cast(Tensor, block(*inputs))
+
+    def _block_inputs(
+        self, block: WanBlock, index: int, embedded: BlockInputs, attention: AttentionFn, text_index: int
+    ) -> tuple[Tensor, TextKV, TimeRows, RotaryTable, DenseAttention]:
         weighted = block.takes_bias(embedded.tokens, embedded.text.rows.dtype)
-        text = embedded.text.keys(index, block.text_keys, weighted)
+        text = embedded.text.keys(text_index, block.text_keys, weighted)
         if self.compiled:
             let_length_vary(text)
         where = AttentionContext(embedded.grid, index, len(self.blocks), embedded.step, embedded.num_steps)
@@ -437,16 +430,35 @@ class WanTransformer(nn.Module):
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attention(q, k, v, where)
 
-        inputs = (embedded.tokens, text, embedded.modulation, embedded.rope, attend)
+        return embedded.tokens, text, embedded.modulation, embedded.rope, attend
+
+    def _run_block(
+        self,
+        block: WanBlock,
+        index: int,
+        embedded: BlockInputs,
+        attention: AttentionFn,
+        cache: StepCache,
+        hint: Tensor | None,
+    ) -> Tensor:
+        after = self._run_bare(block, index, embedded, attention, cache)
+        return after if hint is None else after + hint
+
+    def _run_bare(
+        self, block: WanBlock, index: int, embedded: BlockInputs, attention: AttentionFn, cache: StepCache
+    ) -> Tensor:
+        """A block without a hint."""
+        inputs = self._block_inputs(block, index, embedded, attention, index)
+        tokens, text, modulation, rope, attend = inputs
         if MODULE_LEVELS & cache.levels:
             time = embedded.modulation.latest
             return block.forward_at_sites(*inputs, ask=partial(self._ask, cache, index, time))
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
         if index == 0 and embedded.start is not None:
-            first = partial(block.attend, rope=embedded.rope, dtype=text.v.dtype, attention=attend)
-            attended = embedded.start.get(embedded.tokens, embedded.modulation, first)
-            return cast(Tensor, block(attended, text, embedded.modulation, None, attend))
+            first = partial(block.attend, rope=rope, dtype=text.v.dtype, attention=attend)
+            attended = embedded.start.get(tokens, modulation, first)
+            return cast(Tensor, block(attended, text, modulation, None, attend))
         return cast(Tensor, block(*inputs))
 
     def _ask(
