@@ -34,7 +34,7 @@ def browser() -> Iterator[Browser]:
         pytest.skip(LEFT_OUT.format(CHROMIUM, "as root: apt-get install chromium"))
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-dev-shm-usage"]
+            executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
         )
         yield browser
         browser.close()
@@ -152,6 +152,22 @@ def test_a_video_from_its_prompt_to_its_player(page: Page, site: Site, complaint
         and str(job.seed) == page.get_by_label("Seed", exact=True).input_value()
     )
     assert complaints == []
+
+
+def test_what_the_page_asks_the_interface_for(site: Site) -> None:
+    client = client_of(site.front)
+    model = client.get("/v1/models").json()["data"][0]
+    assert "teacache" in model["caches"] and model["loras"] == []
+    made = client.post("/v1/videos", json={"prompt": "a ball", "seed": 3, "flexcache": "teacache"}).json()
+    assert made["request"] == {"prompt": "a ball", "seed": 3, "flexcache": "teacache"}
+    lease = site.supervisor.claim()
+    assert client.get(f"/v1/videos/{made['id']}").json()["preview_url"] is None
+    for step in (8, 12):
+        file = site.front.data / "jobs" / lease.job / str(lease.fence) / f"preview-{step}.webp"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"webp")
+    url = client.get("/v1/videos").json()["data"][0]["preview_url"]
+    assert url.endswith("step=12") and client.get(url).content == b"webp"
 
 
 def test_the_policy_lets_the_pages_own_script_run_and_no_other(page: Page, complaints: list[str]) -> None:
