@@ -149,9 +149,11 @@ def rate_number(fps: int | float | str) -> float:
 
 
 def poll_after_ms(job: Job, now: float) -> int:
-    """When a client that polls should ask again: a tenth of what is left, 0.5 s to 10 s."""
-    left = 10.0 if job.eta_at is None else (job.eta_at - now) / 10
-    return round(1000 * min(10.0, max(0.5, left if job.state is JobState.RUNNING else 1.0)))
+    """When a client that polls should ask again: a tenth of what is left, 0.5 s to 10 s; 1 s where nobody
+    knows.
+    """
+    wait = 1.0 if job.eta_at is None else (job.eta_at - now) / 10
+    return round(1000 * min(10.0, max(0.5, wait)))
 
 
 def _error_of_job(job: Job) -> dict[str, Any] | None:

@@ -172,6 +172,14 @@ class Authenticator:
                 "without keys this server answers to localhost and 127.0.0.1 alone",
                 next="'chitu keys add NAME' makes a key, with which any name may be used",
             )
+        self.require_own_page(request)
+
+    def require_own_page(self, request: Request) -> None:
+        """A page that asks must be of this server; programs say nothing of pages.
+
+        Raises:
+            ApiError: 403.
+        """
         if request.headers.get("sec-fetch-site") == "cross-site" or request.headers.get("origin"):
             self._require_same_origin(request)
 

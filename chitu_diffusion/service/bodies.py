@@ -8,7 +8,9 @@ import binascii
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,16 @@ def linked(upload: Upload, folder: Path) -> Upload:
     """The same file for another job: a name of its own."""
     path = folder / f"{secrets.token_hex(12)}{Path(upload.path).suffix}"
     os.link(upload.path, path)
+    os.utime(path)
     return replace(upload, path=str(path))
+
+
+def sweep(folder: Path, older_than_s: float) -> None:
+    """Remove files whose jobs are long gone."""
+    for file in folder.glob("*"):
+        with suppress(FileNotFoundError):  # another front was first
+            if file.stat().st_mtime < time.time() - older_than_s:
+                file.unlink()
 
 
 async def _read_json(request: Request, folder: Path) -> tuple[dict[str, Any], dict[str, Upload]]:

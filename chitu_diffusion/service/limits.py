@@ -17,6 +17,7 @@ CONTENT_POLICY = (
     "base-uri 'none'; form-action 'self'; object-src 'none'"
 )
 """Nothing from elsewhere, and no script or style inside a document, but those whose hashes are added."""
+MOST_HEADERS = 16 * 1024
 HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -68,8 +69,12 @@ class Guard:
 
         try:
             length = headers.get("content-length", "")
-            if length.isdigit() and int(length) > most:
+            error = None
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADERS:
+                error = ApiError(431, "too_large", f"the headers are larger than {MOST_HEADERS} bytes")
+            elif length.isdigit() and int(length[:20]) > most:
                 error = too_large(most)
+            if error is not None:
                 await JSONResponse(error.body(), error.status)(scope, receive, with_headers)
             else:
                 await self._app(scope, counted, with_headers)

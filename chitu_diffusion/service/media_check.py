@@ -8,6 +8,7 @@ import json
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from chitu_diffusion.files.reading import parse_json
 
 _MEMORY = 4 * 2**30
 _SECONDS = 20
+_SLOTS = threading.BoundedSemaphore(2)
+"""How many are looked at together."""
 _PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 """How the files of pictures begin; all others are tried as videos."""
 
@@ -30,12 +33,13 @@ def checked_media(field: str, path: str) -> tuple[str, dict[str, Any]]:
     kind = kind_of(_head(path)) if field == "input_reference" else field
     kind = "video" if kind == "video" else "image"
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "chitu_diffusion.service.media_check", kind, path],
-            capture_output=True,
-            timeout=2 * _SECONDS,
-            check=False,
-        )
+        with _SLOTS:
+            done = subprocess.run(
+                [sys.executable, "-m", "chitu_diffusion.service.media_check", kind, path],
+                capture_output=True,
+                timeout=2 * _SECONDS,
+                check=False,
+            )
         answer = parse_json(done.stdout) if done.returncode == 0 else {"problem": "it cannot be read"}
     except (subprocess.TimeoutExpired, ValueError):
         answer = {"problem": "it cannot be read in time"}

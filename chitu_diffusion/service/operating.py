@@ -60,6 +60,7 @@ async def about() -> Response:
 async def open_session(request: Request) -> Response:
     """A page's session: {"key": "ck_..."} becomes a cookie that scripts cannot read."""
     front = front_of(request)
+    front.auth.require_own_page(request)
     front.auth.require_try(request.client.host if request.client else "")
     fields, uploads = await read_body(request, front.inputs)
     discard(uploads)

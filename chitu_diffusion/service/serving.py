@@ -12,18 +12,20 @@ from types import FrameType
 import uvicorn
 
 from chitu_diffusion.config import EngineConfig
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, raise_first
 from chitu_diffusion.files.reading import read_text
 from chitu_diffusion.service.app import build_app
 from chitu_diffusion.service.auth import is_loopback, row_of_key
+from chitu_diffusion.service.bodies import sweep
 from chitu_diffusion.service.front import Front
+from chitu_diffusion.service.limits import MOST_HEADERS
 from chitu_diffusion.service.planning import Planner
 from chitu_diffusion.service.settings import ServiceConfig
 from chitu_diffusion.service.store import JobStore, open_store
 from chitu_diffusion.service.webhooks import WebhookSender, kept_secret
 
 logger = logging.getLogger(__name__)
-MOST_HEADERS = 16 * 1024
+_SWEEP_S = 600.0
 _STOP_S = 3
 """Seconds that answers may still take when the process ends."""
 
@@ -109,6 +111,7 @@ def serve(front: Front, engine: EngineConfig, *, on_bound: Callable[[str], None]
 
     Raises:
         UsageError: an address that is taken, or needs a key.
+        Exception: the supervisor's, which cannot go on.
     """
     require_safe_address(front)
     settings = front.settings
@@ -117,10 +120,20 @@ def serve(front: Front, engine: EngineConfig, *, on_bound: Callable[[str], None]
         front.store, settings.webhooks, secret, lambda result: front.metrics.webhooks.labels(result).inc()
     )
 
+    def sweep_inputs(stop: threading.Event) -> None:
+        while not stop.wait(_SWEEP_S):
+            sweep(front.inputs, settings.retention_s + 2 * settings.queue.ttl_s)
+
+    faults: list[Exception] = []
+
     def supervise(stop: threading.Event) -> None:
         from chitu_diffusion.service.supervisor import run
 
-        run(settings, front.store, stop, engine=engine)
+        try:
+            run(settings, front.store, stop, engine=engine)
+        except Exception as error:  # whoever started this starts it again
+            faults.append(error)
+            server.should_exit = True
 
     config = uvicorn.Config(
         build_app(front),
@@ -137,16 +150,22 @@ def serve(front: Front, engine: EngineConfig, *, on_bound: Callable[[str], None]
     server = _Server(config, front.draining)
     try:
         listener = config.bind_socket()
-    except SystemExit as error:  # uvicorn's way to say that the address is taken
+        listener.listen(config.backlog)
+    except (SystemExit, OSError) as error:  # uvicorn's way to say that the address is taken
         raise UsageError(
             f"{settings.host}:{settings.port} cannot be listened on; use another --port", field="service.port"
         ) from error
     host, port = listener.getsockname()[:2]
     on_bound(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    with beside("supervisor", supervise, settings.drain_s + 5), beside("webhooks", sender.run, 6):
+    with (
+        beside("supervisor", supervise, settings.drain_s + 5),
+        beside("webhooks", sender.run, 6),
+        beside("inputs", sweep_inputs, 1),
+    ):
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:
             logger.info("the server has stopped")  # and has raised the signal again
         finally:
             front.draining.set()
+    raise_first(faults)

@@ -127,8 +127,7 @@ def delete(request: Request, caller: Submitter, video_id: str) -> Response:
     front = front_of(request)
     job = front.store.job(video_id, caller.sees)
     front.store.delete(video_id, caller.sees)
-    if job.state is not JobState.RUNNING:
-        discard(_uploads_of(front, job))
+    discard(_uploads_of(front, job))  # one that runs is cancelled, whatever its worker finds
     return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
 
 

@@ -19,9 +19,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
-
-import httpx
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.files.atomic import new_file
@@ -29,6 +28,9 @@ from chitu_diffusion.files.reading import read_text
 from chitu_diffusion.service.jobs import Delivery, StoreDownError
 from chitu_diffusion.service.settings import WebhookSettings
 from chitu_diffusion.service.store import JobStore
+
+if TYPE_CHECKING:
+    import httpx
 
 logger = logging.getLogger(__name__)
 _TIMEOUT_S = 5.0
@@ -57,6 +59,8 @@ class WebhookSender:
 
     def run(self, stop: threading.Event) -> None:
         """Send until `stop` is set."""
+        import httpx  # a tenth of the front's start
+
         with (
             httpx.Client(timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False) as client,
             ThreadPoolExecutor(_AT_ONCE, "webhooks") as pool,
@@ -83,6 +87,8 @@ class WebhookSender:
 
     def _send(self, client: httpx.Client, delivery: Delivery) -> int | None:
         """HTTP's status; None where there was no answer."""
+        import httpx
+
         try:
             parts = urlsplit(delivery.url)
             host = parts.hostname or ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -154,17 +155,34 @@ def test_an_input_video_stays_with_its_job(
     assert kept.seed == job.seed
 
 
+def test_adapters_are_named_not_pathed(tmp_path: Path) -> None:
+    loras = tmp_path / "loras"
+    loras.mkdir()
+    (loras / "style.safetensors").write_bytes(b"weights")
+    front = make_front(tmp_path / "data", loras=str(loras))
+    client = client_of(front)
+    job = front.store.job(
+        create(client, lora=["style:0.5", {"name": "style.safetensors", "strength": 2}])["id"]
+    )
+    assert [each["strength"] for each in job.resolved["lora"]] == [0.5, 2.0]
+    assert {Path(each["path"]).name for each in job.resolved["lora"]} == {"style.safetensors"}
+    assert "'style'" in refused(client, lora="stile")["message"]
+    for value in ("style:900", "style@mid"):
+        error = refused(client, lora=value)
+        assert error["param"] == "lora" and str(tmp_path) not in error["message"]
+
+
 def test_bodies_have_limits_and_kinds(client: TestClient) -> None:
     def code(**how: Any) -> tuple[int, str]:
         answer = client.post("/v1/videos", **how)
         return answer.status_code, answer.json()["error"]["code"]
 
-    json = {"content-type": "application/json"}
-    assert code(content=b"[1]", headers=json) == (422, "bad_value")
-    assert code(content=b"{", headers=json) == (422, "bad_value")
+    kind = {"content-type": "application/json"}
+    assert code(content=b"[1]", headers=kind) == (422, "bad_value")
+    assert code(content=b"{", headers=kind) == (422, "bad_value")
     assert code(content=b"x", headers={"content-type": "text/plain"}) == (415, "bad_value")
-    assert code(content=b"x" * (33 * 2**20), headers=json) == (413, "too_large")
-    assert code(content=iter([b"x" * 2**20] * 33), headers=json) == (413, "too_large")
+    assert code(content=b"x" * (33 * 2**20), headers=kind) == (413, "too_large")
+    assert code(content=iter([b"x" * 2**20] * 33), headers=kind) == (413, "too_large")
     assert code(data={f"f{n}": "1" for n in range(65)}, files={"a": (None, "b")})[0] == 400
     assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
     assert client.put("/v1/videos").status_code == 405
@@ -388,6 +406,8 @@ def test_a_page_s_session(front: Front) -> None:
     assert client.post("/v1/videos", json=ASK, headers={"origin": "http://127.0.0.1:8000"}).status_code == 200
     assert client.delete("/session", headers={"origin": "http://127.0.0.1:8000"}).status_code == 200
     assert client.get("/v1/videos").status_code == 401
+    foreign = client.post("/session", json={"key": key}, headers={"origin": "http://evil.example"})
+    assert foreign.status_code == 403
     tries = [client.post("/session", json={"key": "ck_a_b"}).status_code for _ in range(5)]
     assert tries == [401, 401, 401, 401, 429]
 
@@ -411,3 +431,21 @@ def test_without_keys_only_this_machine_s_own_pages(front: Front) -> None:
     add_key(front, "ann")
     front.auth._asked_at = float("-inf")  # it asks once a second
     require_safe_address(front)
+
+
+ODD = ("x", "-1", "1e999", -1, 2**70, 1.5, True, [[]], {"a": {"b": 1}}, "\ud800", "\0")
+
+
+def test_no_odd_value_is_a_fault(client: TestClient) -> None:
+    from chitu_diffusion.service.dialect import FIELDS
+
+    json_type = {"content-type": "application/json"}
+    for name in FIELDS:
+        for value in ODD:
+            body = json.dumps({"prompt": "a cat", "num_frames": 5, name: value})
+            answer = client.post("/v1/videos/estimate", content=body, headers=json_type)
+            assert answer.status_code in (200, 400, 422), (name, value, answer.text)
+    for query in ("limit=0", "limit=x", "limit=101", "order=up", "status=done", "after=x"):
+        assert client.get(f"/v1/videos?{query}").status_code in (400, 404)
+    for form in ({"flexcache": "{"}, {"flexcache[a][b]": "1"}, {"[]": "1"}, {"size": "1x1", "size[a]": "2"}):
+        assert client.post("/v1/videos/estimate", data={"prompt": "a", **form}).status_code == 400

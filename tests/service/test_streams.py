@@ -16,17 +16,22 @@ from typing import Any
 import httpx
 import pytest
 from fronts import FakeSupervisor, client_of, listening, make_front
+from job_stores import MakeUrl
 
+from chitu_diffusion.service.database import Database
 from chitu_diffusion.service.front import Front
+from chitu_diffusion.service.migrate import bring_up_to_date
 
 ASK = {"prompt": "a red ball", "num_inference_steps": 4, "num_frames": 5, "seed": 7}
 
 
 @pytest.fixture
-def two_fronts(tmp_path: Path) -> Iterator[tuple[Front, str, str]]:
-    """Two on one store and folder; and the first's store."""
+def two_fronts(tmp_path: Path, fresh_url: MakeUrl) -> Iterator[tuple[Front, str, str]]:
+    """Two on one store and folder, and the first of them; on SQLite and on PostgreSQL."""
+    url = fresh_url()
+    bring_up_to_date(Database(url), asked=True)
     with ExitStack() as stack:
-        fronts = [make_front(tmp_path) for _ in range(2)]
+        fronts = [make_front(tmp_path, url) for _ in range(2)]
         urls = [stack.enter_context(listening(front)) for front in fronts]
         yield fronts[0], urls[0], urls[1]
 
