@@ -123,7 +123,7 @@ def video_of(job: Job, now: float, position: int | None = None, preview: int | N
         "queue_position": position,
         "priority": job.priority,
         "attempt": job.attempt,
-        "resumed_from": job.checkpoint.step if job.checkpoint and job.attempt > 1 else None,
+        "resumed_from": next((saved.step for saved in job.checkpoints if saved.fence < job.fence), None),
         "cancel_requested": job.cancel_requested_at is not None,
         "notes": list(job.notes),
         "seed": job.seed,

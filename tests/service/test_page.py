@@ -15,6 +15,7 @@ import pytest
 from fronts import FakeSupervisor, add_key, client_of, listening, make_front
 
 from chitu_diffusion.service.front import Front
+from chitu_diffusion.service.jobs import JobCheckpoint
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -132,8 +133,13 @@ def test_a_video_from_its_prompt_to_its_player(page: Page, site: Site, complaint
     ask(page, "a red ball rolls")
     page.get_by_label("place 1 in the queue").wait_for()
     lease = site.supervisor.claim()
+    site.front.store.leases.checkpoint(lease, JobCheckpoint("x", 5, "0" * 64, 1))
+    site.front.store.leases.worker_lost(lease)
+    lease = site.supervisor.claim()
     site.supervisor.step(lease, 7, 20)
     page.get_by_text("Step 7 of 20").wait_for()
+    page.get_by_text("Resumed from step 5").wait_for()
+    assert client_of(site.front).get(f"/v1/videos/{lease.job}").json()["resumed_from"] == 5
     assert page.get_by_role("progressbar").get_attribute("value") == "35"
     assert re.search(r"\d s left|almost", page.locator("#live").inner_text())
     site.supervisor.complete(lease)
