@@ -279,6 +279,19 @@ def test_on_a_phone_with_settings_used_again_and_two_compared(
         assert complaints == []
 
 
+def test_a_video_to_start_from_goes_with_its_strength(page: Page, site: Site, complaints: list[str]) -> None:
+    file = {"name": "mine.mp4", "mimeType": "video/mp4", "buffer": site.supervisor.video}
+    page.get_by_label("Start from a video").set_input_files(file)  # type: ignore[arg-type]
+    page.get_by_text("mine.mp4").wait_for()
+    page.get_by_label("Strength").fill("0.5")
+    ask(page, "a green ball")
+    job = site.front.store.jobs("local").jobs[0]
+    assert (job.resolved["strength"], job.resolved["video"]["frames"]) == (0.5, 8)
+    page.get_by_role("button", name="Remove").click()
+    page.get_by_text("Drop a video here").wait_for()
+    assert complaints == []
+
+
 def test_a_value_that_cannot_be_is_told_at_its_field(page: Page) -> None:
     page.locator("#estimate strong").wait_for()
     page.get_by_role("button", name="Make video").click()
