@@ -188,7 +188,7 @@ def test_the_policy_lets_the_pages_own_script_run_and_no_other(page: Page, compl
     assert len(complaints) == 2 and all(re.search(POLICY, said) for said in complaints)
 
 
-def test_cancel_reload_and_a_restart_of_the_server(page: Page, site: Site, complaints: list[str]) -> None:
+def test_cancel_reload_restart_and_continue(page: Page, site: Site, complaints: list[str]) -> None:
     ask(page, "first")
     ask(page, "second")
     page.get_by_role("button", name="Move up: second").click()
@@ -212,6 +212,12 @@ def test_cancel_reload_and_a_restart_of_the_server(page: Page, site: Site, compl
     page.get_by_role("button", name="Make video").click()
     page.get_by_role("button", name="Waiting for the server").wait_for()
     site.start()
+    page.locator("#queue").get_by_text("third").wait_for()
+    lease = site.supervisor.claim()
+    site.supervisor.step(lease)
+    site.front.store.leases.hold(lease)
+    page.get_by_text("Held at step 1").wait_for()
+    page.get_by_role("button", name="Continue: third").click()
     page.locator("#queue").get_by_text("third").wait_for()
     site.supervisor.make()
     page.locator("#gallery").get_by_text("third").wait_for()
