@@ -25,14 +25,15 @@ demo: $(STAMP)
 test: check system
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal --ignore tests/test_house_rules.py
 
-# PostgreSQL, for the store's tests: from the system's packages where that is allowed, else said loudly.
-HAS_POSTGRES = command -v initdb > /dev/null || ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1
+# PostgreSQL and Chromium, for the service's tests: from the system's packages where that is allowed, else said loudly.
+HAS_POSTGRES := command -v initdb > /dev/null || ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1
+HAS_CHROMIUM := test -x /usr/bin/chromium
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq
-LEFT_OUT := *** LEFT OUT: tests on PostgreSQL, which is not installed; as root: apt-get install postgresql ***
 
 system:
-	@$(HAS_POSTGRES) || { test "$$(id -u)" = 0 && $(APT) update && $(APT) install -y --no-install-recommends \
-		postgresql > /dev/null; } || echo '$(LEFT_OUT)'
+	@lacks=$$( ($(HAS_POSTGRES)) || echo postgresql; $(HAS_CHROMIUM) || echo chromium ); test -z "$$lacks" || { \
+		test "$$(id -u)" = 0 && $(APT) update && $(APT) install -y --no-install-recommends $$lacks > /dev/null; } || \
+		echo "*** LEFT OUT: tests that need" $$lacks "; as root: apt-get install" $$lacks "***"
 
 test-training: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) training/tests

@@ -5,10 +5,11 @@ supervisor that makes no videos.
 from __future__ import annotations
 
 import hashlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,10 @@ VIDEO = bytes(range(256)) * 40
 
 @dataclass
 class FakeSupervisor:
-    """Runs jobs by hand."""
+    """Runs jobs by hand; every video has the same bytes."""
 
     front: Front
+    video: bytes = VIDEO
 
     def claim(self) -> JobLease:
         claimed = self.front.store.leases.claim("fake", [self.front.planner.model])
@@ -48,9 +50,9 @@ class FakeSupervisor:
         path = f"jobs/{lease.job}/{lease.fence}/video.mp4"
         file = self.front.data / path
         file.parent.mkdir(parents=True)
-        file.write_bytes(VIDEO)
-        digest = hashlib.sha256(VIDEO).hexdigest()
-        artifact = Artifact("video", path, len(VIDEO), digest, "video/mp4")
+        file.write_bytes(self.video)
+        digest = hashlib.sha256(self.video).hexdigest()
+        artifact = Artifact("video", path, len(self.video), digest, "video/mp4")
         return self.front.store.leases.complete(lease, [artifact], seconds={"denoising": 1.0})
 
     def make(self) -> Job:
@@ -121,13 +123,15 @@ def supervisor(front: Front) -> FakeSupervisor:
 
 
 @contextmanager
-def listening(front: Front, work: Callable[[threading.Event], None] | None = None) -> Iterator[str]:
+def listening(
+    front: Front, work: Callable[[threading.Event], None] | None = None, port: int = 0
+) -> Iterator[str]:
     """The URL of a front behind uvicorn, with some work in a thread beside it."""
     import uvicorn
 
     from chitu_diffusion.service.app import build_app
 
-    config = uvicorn.Config(build_app(front), port=0, log_level="warning", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(build_app(front), port=port, log_level="warning", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     listener = config.bind_socket()
     stop = threading.Event()
@@ -145,3 +149,6 @@ def listening(front: Front, work: Callable[[threading.Event], None] | None = Non
         server.should_exit = True
         for thread in threads:
             thread.join(10)
+        for connection in server.server_state.connections:  # those that outlived it, as when a process ends
+            with suppress(OSError):
+                connection.transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)

@@ -88,12 +88,13 @@ def status_of(job: Job) -> str:
     return _STATUS.get(job.state, job.state.value)
 
 
-def video_of(job: Job, now: float, position: int | None = None) -> dict[str, Any]:
+def video_of(job: Job, now: float, position: int | None = None, preview: int | None = None) -> dict[str, Any]:
     """A job as OpenAI's video object, with ours beside it.
 
     Args:
         now: by the store's clock.
         position: in the queue; None: it does not wait, or nobody asked.
+        preview: the step of the newest preview; None: there is none.
     """
     resolved = job.resolved
     done = job.state is JobState.COMPLETED
@@ -122,7 +123,7 @@ def video_of(job: Job, now: float, position: int | None = None) -> dict[str, Any
         "queue_position": position,
         "priority": job.priority,
         "attempt": job.attempt,
-        "resumed_from": job.checkpoint.step if job.checkpoint and job.attempt > 1 else None,
+        "resumed_from": next((saved.step for saved in job.checkpoints if saved.fence < job.fence), None),
         "cancel_requested": job.cancel_requested_at is not None,
         "notes": list(job.notes),
         "seed": job.seed,
@@ -131,8 +132,14 @@ def video_of(job: Job, now: float, position: int | None = None) -> dict[str, Any
         "metadata": job.request.get("metadata", {}),
         "seconds_by_stage": dict(job.seconds),
         "content_url": f"{url}/content" if done else None,
-        "preview_url": f"{url}/preview",
+        "preview_url": None if preview is None else f"{url}/preview?step={preview}",
+        "request": {name: _asked(value) for name, value in job.request.items()},
     }
+
+
+def _asked(value: Any) -> Any:
+    """A field of a request; of a file, which had a name of ours, its hash alone."""
+    return {"sha256": value["sha256"]} if isinstance(value, Mapping) and "sha256" in value else value
 
 
 def rate_number(fps: int | float | str) -> float:

@@ -12,17 +12,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chitu_diffusion.service.answers import ApiError
 from chitu_diffusion.service.bodies import MOST_BODY, MOST_UPLOAD
 
+CONTENT_POLICY = (
+    "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; frame-ancestors 'none'; "
+    "base-uri 'none'; form-action 'self'; object-src 'none'"
+)
+"""Nothing from elsewhere, and no script or style inside a document, but those whose hashes are added."""
 MOST_HEADERS = 16 * 1024
 HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "x-frame-options": "DENY",
     "cross-origin-resource-policy": "same-origin",
-    "content-security-policy": (
-        "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; style-src 'self' "
-        "'unsafe-inline'; script-src 'self' 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; "
-        "form-action 'self'"
-    ),
+    "content-security-policy": CONTENT_POLICY,
 }
 Observe = Callable[[str, int, float], None]
 

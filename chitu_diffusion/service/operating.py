@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +21,7 @@ from chitu_diffusion.service.auth import COOKIE, LOCAL, Caller
 from chitu_diffusion.service.bodies import discard, read_body
 from chitu_diffusion.service.front import Front, Reader, front_of, needs
 from chitu_diffusion.service.jobs import StoreDownError, WorkerInfo
+from chitu_diffusion.service.limits import CONTENT_POLICY
 
 router = APIRouter()
 PAGE = Path(__file__).parent / "page" / "index.html"
@@ -30,9 +33,7 @@ _SESSION_S = 30 * 24 * 3600
 @router.get("/", include_in_schema=False)
 def page() -> Response:
     """The page, which is a client like any other."""
-    if PAGE.is_file():
-        return FileResponse(PAGE, media_type="text/html")
-    return HTMLResponse("<!doctype html><title>chitu</title><p>The API is at /v1/videos; see /docs.")
+    return FileResponse(PAGE, media_type="text/html", headers={"cache-control": "no-cache", **_page_policy()})
 
 
 @router.get("/health")
@@ -189,6 +190,18 @@ def _why_no_worker(workers: list[WorkerInfo]) -> str | None:
     if states & {"ready", "busy"}:
         return None
     return "STARTING" if "starting" in states else "NO_WORKER"
+
+
+@cache
+def _page_policy() -> dict[str, str]:
+    """The page's one script and one style may run, by their hashes."""
+    text = PAGE.read_bytes()
+    policy = CONTENT_POLICY
+    for tag in (b"script", b"style"):
+        inside = text.partition(b"<%s>" % tag)[2].partition(b"</%s>" % tag)[0]
+        digest = base64.b64encode(hashlib.sha256(inside).digest()).decode()
+        policy += f"; {tag.decode()}-src 'self' 'sha256-{digest}'"
+    return {"content-security-policy": policy}
 
 
 @cache

@@ -15,6 +15,7 @@ from typing import Any
 
 from chitu_diffusion.config import EngineConfig, cache_dir
 from chitu_diffusion.errors import UsageError, WillNotFitError, nearest
+from chitu_diffusion.flexcache.registry import STRATEGIES
 from chitu_diffusion.models.registry import model_of
 from chitu_diffusion.pipelines.paces import Paces
 from chitu_diffusion.pipelines.request import check_cache, guidance_pair, resolve_task, steps_of
@@ -191,6 +192,8 @@ class Planner:
                 "guidance_scale": list(own.guidance),
             },
             "words": list(self.spec.words),
+            "caches": list(STRATEGIES),
+            "loras": [file.stem for file in self._adapters()],
             "trained_sizes": [
                 {"size": f"{width}x{height}", "num_frames": frames}
                 for height, width, frames in self.spec.trained_sizes
@@ -208,12 +211,15 @@ class Planner:
         return found
 
     def _lora(self, name: str, strength: float, expert: str | None) -> dict[str, Any]:
-        there = sorted(self._loras.glob("*.safetensors")) if self._loras else []
+        there = self._adapters()
         file = next((file for file in there if name in (file.name, file.stem)), None)
         if file is None:
             hint = nearest(name, [file.stem for file in there]) if there else " This server has none."
             raise UsageError(f"lora: there is no adapter {name!r}.{hint}", field="lora")
         return {"path": str(file), "strength": strength, "expert": expert}
+
+    def _adapters(self) -> list[Path]:
+        return sorted(self._loras.glob("*.safetensors")) if self._loras else []
 
     def _frames(self, seconds: float, fps: Any, notes: list[str]) -> int:
         rate = rate_number(fps or self.spec.defaults.fps)

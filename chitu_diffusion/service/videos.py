@@ -103,7 +103,7 @@ def listed(
         caller.sees, after=after, limit=int(limit), newest_first=order == "desc", states=_states(status)
     )
     now = front.store.now()
-    data = [video_of(job, now) for job in page.jobs]
+    data = [video_of(job, now, preview=_preview_step(front, job)) for job in page.jobs]
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return JSONResponse({"object": "list", "data": data, "has_more": page.has_more, **ends})
 
@@ -146,15 +146,10 @@ def preview(request: Request, caller: Reader, video_id: str) -> Response:
     """The newest strip of frames of a video that is being made (WebP); 404 until there is one."""
     front = front_of(request)
     job = front.store.job(video_id, caller.sees)
-    folder = front.data / "jobs" / job.id
-    found = [
-        (int(file.parent.name), int(file.stem.rpartition("-")[2]), file)
-        for file in folder.glob("*/preview-*.webp")
-        if file.parent.name.isdigit() and file.stem.rpartition("-")[2].isdigit()
-    ]
-    if not found:
+    newest = _newest_preview(front, job)
+    if newest is None:
         raise ApiError(404, "not_found", "there is no preview yet")
-    fence, step, file = max(found)
+    fence, step, file = newest
     etag = f'"{fence}-{step}"'
     if request.headers.get("if-none-match") == etag:
         return Response(status_code=304, headers={"etag": etag})
@@ -323,7 +318,22 @@ def _video(front: Front, job: Job) -> JSONResponse:
     now = front.store.now()
     position = front.store.queue_position(job.id) if job.state is JobState.QUEUED else None
     headers = {} if job.state.ended else {"openai-poll-after-ms": str(poll_after_ms(job, now))}
-    return JSONResponse(video_of(job, now, position), headers=headers)
+    return JSONResponse(video_of(job, now, position, _preview_step(front, job)), headers=headers)
+
+
+def _preview_step(front: Front, job: Job) -> int | None:
+    newest = None if job.state.ended or not job.attempt else _newest_preview(front, job)
+    return None if newest is None else newest[1]
+
+
+def _newest_preview(front: Front, job: Job) -> tuple[int, int, Path] | None:
+    """(fence, step, file)."""
+    found = [
+        (int(file.parent.name), int(file.stem.rpartition("-")[2]), file)
+        for file in (front.data / "jobs" / job.id).glob("*/preview-*.webp")
+        if file.parent.name.isdigit() and file.stem.rpartition("-")[2].isdigit()
+    ]
+    return max(found, default=None)
 
 
 async def _ended(front: Front, job: Job, seconds: float) -> Job:
