@@ -22,8 +22,11 @@ step = @printf '  %s ... ' '$(1)'; SECONDS=0; $(2) && echo "$$SECONDS s"
 demo: $(STAMP)
 	@$(BIN)/chitu generate "A cat walking on grass" --seed 1 -o outputs/demo.mp4
 
-test: check
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal --ignore tests/test_house_rules.py
+# The checks run beside the tests, which wait for other processes at times, and are told when they are done.
+test: $(STAMP)
+	@{ $(MAKE) -s check > $(VENV)/check.txt 2>&1; code=$$?; cat $(VENV)/check.txt; exit $$code; } & checks=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal --ignore tests/test_house_rules.py; tests=$$?; \
+	wait $$checks && exit $$tests
 
 test-training: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) training/tests
