@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-import torch
-
 from chitu_diffusion.adapters.formats import FORMATS, AdapterFile, Format, ModuleChange, misfit
+from chitu_diffusion.models.hollow import hollow
 from chitu_diffusion.models.wan.checkpoint_names import official_transformer_name
 from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.transformer import WanTransformer
@@ -55,7 +54,7 @@ class Placement:
 @cache
 def parameter_shapes(config: WanConfig) -> Shapes:
     """Of a network's parameters, by name; no weight is made."""
-    with torch.device("meta"):
+    with hollow():
         network = WanTransformer(config)
     return {name: tuple(value.shape) for name, value in network.state_dict().items()}
 

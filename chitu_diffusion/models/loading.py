@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from chitu_diffusion.errors import CheckpointError, UsageError
 from chitu_diffusion.files.reading import foreign_data
 from chitu_diffusion.models.folder import Component, ModelFolder
+from chitu_diffusion.models.hollow import hollow
 from chitu_diffusion.models.kinds import Role
 from chitu_diffusion.models.wan.checkpoint_names import (
     TEXT_TIES,
@@ -29,7 +29,8 @@ from chitu_diffusion.models.wan.checkpoint_names import (
 )
 from chitu_diffusion.models.wan.image_encoder import ImageEncoder, build_image_encoder
 from chitu_diffusion.models.wan.image_encoder_files import ImageEncoderFiles
-from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_encoder, load_tokenizer
+from chitu_diffusion.models.wan.text_encoder import TextEncoder, build_text_encoder
+from chitu_diffusion.models.wan.tokenizer import Tokenizer, load_tokenizer
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanConfig, WanTransformer
 from chitu_diffusion.models.wan.vae import WanVAE, build_vae
 from chitu_diffusion.ops.float8_linear import Float8Plan, float8_weights, to_float8
@@ -104,7 +105,7 @@ def _text_encoder(config: Mapping[str, Any], dtype: torch.dtype | None) -> Bluep
 
 
 def _transformer(config: Mapping[str, Any], dtype: torch.dtype | None) -> Blueprint:
-    with torch.device("meta"):
+    with hollow():
         network = WanTransformer(WanConfig.from_json(config))
     return _blueprint(network, official_transformer_name, keep_float32=KEEP_FLOAT32)
 
@@ -123,7 +124,7 @@ def _with_tokenizer(network: nn.Module, folder: ModelFolder) -> nn.Module:
     return TextEncoder(network, tokenizer_of(folder))
 
 
-def tokenizer_of(folder: ModelFolder) -> PreTrainedTokenizerBase:
+def tokenizer_of(folder: ModelFolder) -> Tokenizer:
     """The tokenizer of a model, which fits its text encoder.
 
     Raises:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from chitu_diffusion.errors import CheckpointError, UsageError
 from chitu_diffusion.files.reading import foreign_data
+from chitu_diffusion.sampling import unipc
 from chitu_diffusion.sampling.registry import LibraryScheduler
 
 SamplerState = dict[str, Any]
@@ -177,6 +178,8 @@ class LibrarySolver:
         return scheduler
 
     def _new_scheduler(self, steps: int, shift: float) -> Any:
+        if self._kind.class_name == "UniPCMultistepScheduler" and unipc.suits(self._settings):
+            return unipc.UniPC(steps, shift, self._train_timesteps)
         import diffusers
 
         settings = {**self._settings, self._kind.shift_key: shift}

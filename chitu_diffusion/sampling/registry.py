@@ -91,7 +91,7 @@ SOLVERS: Mapping[str, SolverKind] = MappingProxyType(
             LibraryScheduler(
                 "UniPCMultistepScheduler",
                 "flow_shift",
-                ("model_outputs", "timestep_list", "last_sample", "lower_order_nums", "this_order"),
+                ("model_outputs", "last_sample", "lower_order_nums", "this_order"),
                 _FLOW_SETTINGS,
             ),
         ),

@@ -433,6 +433,24 @@ def test_the_shipped_model_makes_a_video(chitu: Chitu) -> None:
     assert frames.std() > 10
 
 
+def test_a_video_waits_for_no_import_that_it_does_not_need(tmp_path: Path) -> None:
+    """Half of a small video's processor time was imports: transformers, diffusers, torch's compiler."""
+    code = (
+        "import sys; from chitu_diffusion.cli.app import run; run(sys.argv[1:]);"
+        "print({'transformers', 'diffusers', 'torch._dynamo', 'sympy'} & {*sys.modules})"
+    )
+    words = ("generate", "cat", "--steps", "1", "--size", "32x32", "--frames", "5", "-o", "x.npy")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        env=ENVIRONMENT,
+        cwd=tmp_path,
+        check=False,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "set()", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("command", [("info", "x.mp4"), ("reproduce", "x.mp4")], ids=lambda words: words[0])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
 def test_every_command_hears_signals_as_ctrl_c(chitu, monkeypatch, number, command) -> None:

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
 from chitu_diffusion.models.spec import LatentGeometry
 from chitu_diffusion.models.wan.checkpoint_names import official_vae_name
 from chitu_diffusion.models.wan.presets import FULL_SIZE
@@ -51,3 +58,25 @@ def test_geometry_and_defaults() -> None:
     assert spec.latent_shape(own.num_frames, own.height, own.width) == (48, 31, 44, 80)
     assert spec.tokens(own.num_frames, own.height, own.width) == 27_280
     assert (own.fps, own.steps, own.shift, own.guidance) == (24, 50, 5.0, (5.0,))
+
+
+@pytest.mark.parametrize("config", [{}, VAE_22], ids=["2.1", "2.2"])
+def test_modules_are_named_and_sized_as_diffusers_own(config: dict[str, Any]) -> None:
+    """And what the halves ask of them besides weights."""
+    ours: Any = build_vae(config)
+    with torch.device("meta"):
+        theirs = AutoencoderKLWan.from_config({"_class_name": "AutoencoderKLWan", **config})
+    expected = {name: value.shape for name, value in theirs.state_dict().items()}
+    assert {name: value.shape for name, value in ours.state_dict().items()} == expected
+    for name in vars(ours.config):
+        assert list(np.atleast_1d(getattr(ours.config, name))) == list(np.atleast_1d(theirs.config[name]))
+    pairs = [(stage, theirs.get_submodule(name)) for name, stage in ours.named_modules()]
+    modes = [(own.mode, other.mode) for own, other in pairs if hasattr(own, "mode")]
+    assert modes and all(own == other for own, other in modes)
+    shortcuts = [
+        (own.avg_shortcut, other.avg_shortcut) for own, other in pairs if hasattr(own, "avg_shortcut")
+    ]
+    assert bool(shortcuts) == bool(config)
+    for own, other in shortcuts:
+        assert (own is None) == (other is None)
+        assert own is None or all(getattr(other, name) == value for name, value in vars(own).items())

@@ -169,7 +169,7 @@ class WanBlock(nn.Module):
         self.norm2 = Float32LayerNorm(dim, eps) if config.cross_attn_norm else nn.Identity()
         self.ffn = FeedForward(dim, config.ffn_dim)
         self.norm3 = Float32LayerNorm(dim, eps, elementwise_affine=False)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, dim).normal_(std=dim**-0.5))
 
     def forward(
         self,

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from chitu_diffusion.models.hollow import hollow
 from chitu_diffusion.models.image_preprocessing import ImagePreprocessing
 
 _CONFIG_FIELDS = (
@@ -102,7 +103,7 @@ def build_image_encoder(config: Mapping[str, Any]) -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     used = {key: value for key, value in config.items() if key in _CONFIG_FIELDS}
-    with torch.device("meta"):
+    with hollow():
         network = cast(nn.Module, CLIPVisionModel(CLIPVisionConfig.from_dict(used)))
     # where the class wraps the tower, the tower
     tower = dict(network.named_children()).get(TOWER, network)

@@ -1,5 +1,4 @@
-"""The text encoder: transformers' UMT5 and its tokenizer behind a room that takes prompts and gives
-embeddings.
+"""The text encoder: UMT5 and its tokenizer behind a room that takes prompts and gives embeddings.
 
 Cleans and encodes as diffusers' `WanPipeline` does: 512 positions, zeros beyond a prompt's end. It knows no
 guidance, no negative prompt's default and no device plan.
@@ -11,38 +10,17 @@ import html
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import ftfy
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from chitu_diffusion.errors import CheckpointError
-from chitu_diffusion.files.reading import foreign_data, read_json, require_regular
+from chitu_diffusion.models.hollow import hollow
+from chitu_diffusion.models.wan.tokenizer import Tokenizer, another_encoder
+from chitu_diffusion.models.wan.umt5 import Umt5Config, Umt5Encoder
 
 MAX_TOKENS = 512
-_CONFIG_FIELDS = (
-    "vocab_size",
-    "d_model",
-    "d_kv",
-    "d_ff",
-    "num_layers",
-    "num_heads",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
-    "dropout_rate",
-    "layer_norm_epsilon",
-    "initializer_factor",
-    "feed_forward_proj",
-    "pad_token_id",
-    "eos_token_id",
-)
-_TOKENIZER_SETTINGS = "tokenizer_config.json"
-_MOST_TOKENIZER_BYTES = 64 * 2**20
-_MOST_TOKENIZER_FILES = 100
-_MOST_PIECES = 2_000_000
 
 
 class TextEncoder(nn.Module):
@@ -57,14 +35,10 @@ class TextEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        max_tokens: int = MAX_TOKENS,
-        remembered: int = 64,
+        self, network: nn.Module, tokenizer: Tokenizer, max_tokens: int = MAX_TOKENS, remembered: int = 64
     ) -> None:
         super().__init__()
-        self.network: Any = network  # transformers' types do not say what its forward gives
+        self.network: Any = network
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self._remembered = remembered
@@ -99,12 +73,12 @@ class TextEncoder(nn.Module):
         """[tokens, D] of a prompt, the end mark included, in main memory."""
         place = self._place(prompt)
         if place not in self._known:
-            ids, mask = self.tokenize([prompt])
+            ids = torch.tensor([self.tokenizer.ids(clean_prompt(prompt), self.max_tokens)])
             device = self.network.shared.weight.device
             if ids.max() >= (pieces := self.network.shared.num_embeddings):
-                raise _another_encoder(self.tokenizer.name_or_path, pieces, int(ids.max()))
+                raise another_encoder(self.tokenizer.place, pieces, int(ids.max()))
             with torch.autocast(device.type, enabled=False):  # T5 overflows float16
-                hidden = self.network(ids.to(device), mask.to(device)).last_hidden_state  # [1, tokens, D]
+                hidden = self.network(ids.to(device))  # [1, tokens, D]
             self._known[place] = hidden[0].to("cpu", copy=True)
             if len(self._known) > self._remembered:
                 self._known.popitem(last=False)
@@ -121,24 +95,9 @@ class TextEncoder(nn.Module):
     def _padded(self, rows: Tensor, device: torch.device) -> Tensor:
         return torch.nn.functional.pad(rows.to(device), (0, 0, 0, self.max_tokens - rows.shape[0]))
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(ids, mask) of cleaned prompts, each [B, longest] int64; the mask is 1 on tokens, the end mark
-        included.
-        """
-        tokens = self.tokenizer(
-            [clean_prompt(prompt) for prompt in prompts],
-            padding="longest",
-            max_length=self.max_tokens,
-            truncation=True,
-            add_special_tokens=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        return tokens.input_ids, tokens.attention_mask
-
     def count_tokens(self, prompt: str) -> int:
         """Tokens of a prompt as it would be read without a limit, the end mark included."""
-        return len(self.tokenizer(clean_prompt(prompt), verbose=False).input_ids)
+        return len(self.tokenizer.ids(clean_prompt(prompt)))
 
     def unknown_words(self, prompt: str, known: Collection[str] = ()) -> list[str]:
         """Words and signs of a prompt that the tokenizer has no tokens for.
@@ -147,14 +106,13 @@ class TextEncoder(nn.Module):
             known: lower-case words that the model was trained on; any other word is unknown then.
         """
         words = dict.fromkeys(re.findall(r"[^\W_][\w']*|[^\x00-\x7f]", clean_prompt(prompt).lower()))
-        mark = self.tokenizer.unk_token_id
         return [
             word
             for word in words
             if word.isprintable()
             and (
                 (bool(known) and word not in known and word.removesuffix("'s") not in known)
-                or mark in self.tokenizer(word, add_special_tokens=False).input_ids
+                or self.tokenizer.unknown in self.tokenizer.ids(word, marked=False)
             )
         ]
 
@@ -166,69 +124,10 @@ def clean_prompt(text: str) -> str:
 
 
 def build_text_encoder(config: Mapping[str, Any]) -> nn.Module:
-    """The encoder of a transformers config, with no weights (on the meta device)."""
-    with torch.device("meta"):
-        # what else stands there (labels, code, another attention) is none of the network's
-        used = {key: value for key, value in config.items() if key in _CONFIG_FIELDS}
-        return cast(nn.Module, UMT5EncoderModel(UMT5Config.from_dict(used)))
-
-
-def load_tokenizer(folder: Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder. No code in it is run, whatever its settings ask for.
-
-    Args:
-        vocab_size: rows of the text encoder's table; None looks at none.
+    """The encoder of a transformers config, with no weights (on the meta device).
 
     Raises:
-        CheckpointError: it is missing, cannot be read, or belongs to another encoder.
+        UsageError: another network than Wan's.
     """
-    if not folder.is_dir():
-        raise CheckpointError("the tokenizer is missing", file=folder)
-    # transformers has many words for a tokenizer that cannot be
-    with foreign_data(lambda cause: CheckpointError(f"the tokenizer cannot be read: {cause}", file=folder)):
-        _check_tokenizer_files(folder)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        largest = max(*tokenizer("a cat").input_ids, tokenizer.pad_token_id or 0)
-    if tokenizer.pad_token_id is None:
-        raise CheckpointError(
-            "the tokenizer has no padding token", file=folder / "tokenizer_config.json", key="pad_token"
-        )
-    if vocab_size is not None and largest >= vocab_size:
-        raise _another_encoder(folder, vocab_size, largest)
-    return cast(PreTrainedTokenizerBase, tokenizer)
-
-
-def _another_encoder(place: object, vocab_size: int, found: int) -> CheckpointError:
-    return CheckpointError(
-        "the tokenizer belongs to another text encoder",
-        file=place,
-        key="vocab_size",
-        expected=f"pieces below {vocab_size}",
-        found=found,
-    )
-
-
-def _check_tokenizer_files(folder: Path) -> None:
-    """transformers opens them by name, and does what their settings say."""
-    files = list(folder.iterdir())
-    if len(files) > _MOST_TOKENIZER_FILES:
-        raise ValueError(f"{len(files)} files; a tokenizer has fewer than {_MOST_TOKENIZER_FILES}")
-    for file in files:
-        if file.is_dir() and file.suffix != ".json":
-            continue  # chat templates and other people's folders
-        found = require_regular(file)
-        if found.st_size > _MOST_TOKENIZER_BYTES:
-            raise ValueError(f"{file.name} has {found.st_size} bytes, more than {_MOST_TOKENIZER_BYTES}")
-    for file in (folder / _TOKENIZER_SETTINGS, folder / "special_tokens_map.json"):
-        settings = read_json(file) if file.exists() else {}
-        if not isinstance(settings, dict):
-            raise ValueError(f"{file.name} is not an object")
-        for key, value in settings.items():
-            is_large = isinstance(value, int) and value > _MOST_PIECES and key != "model_max_length"
-            if is_large or (key.endswith("_file") and value is not None):
-                raise CheckpointError(
-                    "the tokenizer has a setting that no tokenizer of Wan has",
-                    file=file,
-                    key=key,
-                    found=value,
-                )
+    with hollow():
+        return Umt5Encoder(Umt5Config.from_json(config))

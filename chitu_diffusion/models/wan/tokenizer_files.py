@@ -11,7 +11,9 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import T5Tokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import Unigram
 
 from chitu_diffusion.files.atomic import new_folder
 
@@ -31,13 +33,18 @@ def kept_tokenizer(model: bytes, cache_dir: Path) -> Path:
     place = cache_dir / "tokenizers" / hashlib.sha256(model).hexdigest()[:32]
     if not place.is_dir():
         place.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer = _tokenizer(model)
+        tokenizer = tokenizer_of_pieces(model)
         with new_folder(place) as part:
-            tokenizer.save_pretrained(str(part))
+            tokenizer.save(str(part / "tokenizer.json"))
     return place
 
 
-def _tokenizer(model: bytes) -> T5Tokenizer:
+def tokenizer_of_pieces(model: bytes) -> Backend:
+    """The tokenizer of a SentencePiece model.
+
+    Raises:
+        ValueError, RuntimeError: no such model, or one of another kind than T5's.
+    """
     from sentencepiece import SentencePieceProcessor
 
     pieces = SentencePieceProcessor(model_proto=model)
@@ -48,14 +55,18 @@ def _tokenizer(model: bytes) -> T5Tokenizer:
     end, unknown, padding = named
     normalizer = b"".join(value for number, value in _fields(model) if number == _NORMALIZER)
     chars = b"".join(value for number, value in _fields(normalizer) if number == _CHARS_MAP)
-    return T5Tokenizer(
-        vocab=table,
-        eos_token=end,
-        unk_token=unknown,
-        pad_token=padding,
-        _spm_precompiled_charsmap=chars or None,
-        extra_ids=0,
+    backend = Backend(Unigram(table, unk_id=_UNKNOWN, byte_fallback=False))
+    if chars:
+        backend.normalizer = normalizers.Precompiled(chars)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
     )
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    backend.add_special_tokens([padding, end, unknown])
+    backend.post_processor = processors.TemplateProcessing(
+        single=["$A", end], special_tokens=[(end, pieces.eos_id())]
+    )
+    return backend
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:

@@ -79,7 +79,7 @@ class WanTransformer(nn.Module):
     defines it.
 
     Args:
-        config: sizes. Build under `torch.device("meta")` to load weights afterwards; call `init_weights` to
+        config: sizes. Build under `models.hollow.hollow` to load weights afterwards; call `init_weights` to
             train anew.
     """
 
@@ -102,7 +102,7 @@ class WanTransformer(nn.Module):
             )
         self.norm_out = Float32LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(config.dim, config.out_channels * config.patch_values)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.dim).normal_(std=config.dim**-0.5))
 
     @property
     def stack(self) -> list[WanBlock]:

@@ -1,4 +1,4 @@
-"""The video autoencoder: the weights of diffusers' `AutoencoderKLWan` behind a room that speaks this
+"""The video autoencoder: the weights of a `VaeNetwork` behind a room that speaks this
 project's shapes.
 
 Latents come and go normalised (zero mean, unit deviation by the VAE's own statistics); videos are [B, T, C,
@@ -20,11 +20,11 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.memory.estimate import LastStage
+from chitu_diffusion.models.hollow import hollow
 from chitu_diffusion.models.spec import LatentGeometry
 from chitu_diffusion.models.wan.vae_decoder import Decoder, decode_bytes
 from chitu_diffusion.models.wan.vae_encoder import Encoder, encode_bytes
@@ -36,6 +36,7 @@ from chitu_diffusion.models.wan.vae_layers import (
     searching_kernels,
     spans,
 )
+from chitu_diffusion.models.wan.vae_network import VaeConfig, VaeNetwork
 
 _MOST_FRAMES = 5
 _MOST_ENCODED = 2  # latent frames a call: 4 are 2 % faster on an H200, and take 2.5 GiB more
@@ -50,7 +51,7 @@ class WanVAE(nn.Module):
     """Wan's causal 3D VAE (arXiv 2503.20314, section 4.1); Wan2.2's has shortcuts around its stages.
 
     Args:
-        network: diffusers' VAE, with weights.
+        network: a `VaeNetwork` with weights; diffusers' `AutoencoderKLWan` is one as well.
         frames_per_call: latent frames that one pass of the decoder takes; more is faster and costs memory.
             None takes up to 5, as `memory_budget` allows.
         memory_budget: bytes that a decode's activations may take on the device, the video included; a decode
@@ -68,11 +69,12 @@ class WanVAE(nn.Module):
         ways: VaeOptions | None = None,
     ) -> None:
         super().__init__()
-        self.network: Any = network  # diffusers is untyped
+        self.network: Any = network
         self.frames_per_call = frames_per_call
         self.memory_budget = memory_budget
         self.ways = ways
-        self.stride = LatentGeometry.of_vae(cast(Any, network).config).stride
+        config = self.network.config
+        self.stride = LatentGeometry.of_vae(config if isinstance(config, Mapping) else vars(config)).stride
         """Pixels of a latent cell along (frames, rows, columns): (4, 8, 8) for Wan2.1's, t, s, s below."""
         self._known: OrderedDict[Hashable, Tensor] = OrderedDict()
 
@@ -361,25 +363,8 @@ def build_vae(config: Mapping[str, Any]) -> nn.Module:
     Raises:
         UsageError: a value that no such VAE can have.
     """
-    if not config.get("dim_mult", True):
-        raise UsageError("vae config has an empty dim_mult: use one number for each stage")
-    with torch.device("meta"):
-        network: Any = AutoencoderKLWan.from_config({"_class_name": "AutoencoderKLWan", **config})
-    for name in ("latents_mean", "latents_std"):
-        values = network.config[name]
-        if not isinstance(values, list | tuple) or len(values) != network.config.z_dim:
-            raise UsageError(f"vae config has {name}={values!r}: use {network.config.z_dim} numbers (z_dim)")
-    if network.config.attn_scales:
-        raise UsageError(
-            f"vae config has attn_scales={network.config.attn_scales!r}: Wan's VAEs have none; use []"
-        )
-    patch = network.config.patch_size
-    channels = network.config.out_channels
-    if patch not in (None, 1, 2, 4, 8) or channels != 3 * (patch or 1) ** 2:
-        raise UsageError(
-            f"vae config has patch_size={patch!r}, out_channels={channels!r}: use 3 x patch_size^2 channels"
-        )
-    return cast(nn.Module, network)
+    with hollow():
+        return VaeNetwork(VaeConfig.from_json(config))
 
 
 def _in_parts(half: Callable[[Tensor, ConvCache], Tensor], x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Wan's video decoder (arXiv 2503.20314, section 4.1), run over the weights of diffusers' `AutoencoderKLWan`.
+"""Wan's video decoder (arXiv 2503.20314, section 4.1), run over the weights of a `VaeNetwork`.
 
 The network has two halves. At the latent's resolution stand the only parts that look at a whole frame (the
 middle block's attention); they are cheap. The up-sampling half is convolutions alone and takes nearly all
@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualUpBlock
 from torch import Tensor
 
 from chitu_diffusion.models.wan.vae_layers import (
@@ -32,10 +31,10 @@ from chitu_diffusion.ops.vae_sum import Sum
 
 
 class Decoder(VaeLayers):
-    """diffusers' decoder, see `VaeLayers`.
+    """The decoder, see `VaeLayers`.
 
     Args:
-        network: diffusers' `AutoencoderKLWan`.
+        network: a `VaeNetwork`, or diffusers' `AutoencoderKLWan`.
         ways: how to compute.
     """
 
@@ -120,14 +119,14 @@ class Decoder(VaeLayers):
 
 def upsampler_of(block: Any) -> Any | None:
     """What makes a stage's result larger; the last stage has none."""
-    if isinstance(block, WanResidualUpBlock):
+    if hasattr(block, "upsampler"):
         return block.upsampler
     return None if block.upsamplers is None else block.upsamplers[0]
 
 
 def shortcut_of(block: Any) -> Any | None:
-    """diffusers' `DupUp3D` around a stage of Wan2.2's decoder."""
-    return block.avg_shortcut if isinstance(block, WanResidualUpBlock) else None
+    """What stands around a stage of Wan2.2's decoder, as diffusers' `DupUp3D`."""
+    return getattr(block, "avg_shortcut", None)
 
 
 def reaches(decoder: Any) -> list[int]:
@@ -146,7 +145,7 @@ def decode_bytes(
     """Bytes at the worst moment of decoding one clip: activations, and the laid out copy of the weights.
 
     Args:
-        network: diffusers' `AutoencoderKLWan`.
+        network: a `VaeNetwork`, or diffusers' `AutoencoderKLWan`.
         ways: how it is computed. What cuDNN takes besides is not known here.
         frames: of the latent.
         frame, window: the whole frame and what is decoded at once, in latent cells.

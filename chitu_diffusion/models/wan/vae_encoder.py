@@ -1,4 +1,4 @@
-"""Wan's video encoder (arXiv 2503.20314, section 4.1), run over the weights of diffusers' `AutoencoderKLWan`.
+"""Wan's video encoder (arXiv 2503.20314, section 4.1), run over the weights of a `VaeNetwork`.
 
 The decoder's mirror: a down-sampling half of convolutions alone, which takes nearly all time and memory and
 can be run for a window of the frame and for many frames at a time, and a cheap half at the latent's
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanResidualDownBlock
 from torch import Tensor
 
 from chitu_diffusion.models.wan.vae_layers import (
@@ -58,13 +57,13 @@ class Stage(NamedTuple):
 
 
 def stages_of(encoder: Any) -> list[Stage]:
-    """The stages of diffusers' encoder, from pixels to the latent's resolution."""
+    """The stages of an encoder, from pixels to the latent's resolution."""
     stages = []
     resnets: list[Any] = []
     for block in encoder.down_blocks:
-        if isinstance(block, WanResidualDownBlock):
+        if hasattr(block, "downsampler"):
             stages.append(Stage(list(block.resnets), block.downsampler, block.avg_shortcut))
-        elif isinstance(block, WanResample):
+        elif hasattr(block, "resample"):
             stages.append(Stage(resnets, block))
             resnets = []
         else:
@@ -73,10 +72,10 @@ def stages_of(encoder: Any) -> list[Stage]:
 
 
 class Encoder(VaeLayers):
-    """diffusers' encoder, see `VaeLayers`.
+    """The encoder, see `VaeLayers`.
 
     Args:
-        network: diffusers' `AutoencoderKLWan`.
+        network: a `VaeNetwork`, or diffusers' `AutoencoderKLWan`.
         ways: how to compute.
     """
 
@@ -217,7 +216,7 @@ def encode_bytes(
     """Bytes at the worst moment of encoding one clip: activations, and the laid out copy of the weights.
 
     Args:
-        network: diffusers' `AutoencoderKLWan`.
+        network: a `VaeNetwork`, or diffusers' `AutoencoderKLWan`.
         ways: how it is computed. What cuDNN takes besides is not known here.
         frame, window: the whole frame and what is encoded at once, in latent cells.
         frames: of the latent.

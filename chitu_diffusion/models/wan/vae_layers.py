@@ -1,5 +1,5 @@
-"""The layers that the two halves of Wan's video autoencoder share, run over the weights of diffusers'
-`AutoencoderKLWan`: causal convolutions that remember two frames, norms, residual blocks, attention. Knows
+"""The layers that the two halves of Wan's video autoencoder share, run over the weights of a
+`VaeNetwork`: causal convolutions that remember two frames, norms, residual blocks, attention. Knows
 neither half.
 """
 
@@ -91,11 +91,11 @@ class TileRect(NamedTuple):
 
 
 class VaeLayers:
-    """One half of diffusers' VAE, read once: its weights are laid out for the kernels and kept as long as
+    """One half of a VAE, read once: its weights are laid out for the kernels and kept as long as
     this object.
 
     Args:
-        half: diffusers' encoder or decoder.
+        half: a `VaeNetwork`'s encoder or decoder.
         ways: how to compute.
     """
 
