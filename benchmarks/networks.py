@@ -26,7 +26,7 @@ from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.presets import FULL_SIZE
 from chitu_diffusion.models.wan.text_encoder import TextEncoder
 from chitu_diffusion.models.wan.transformer import KEEP_FLOAT32, WanTransformer
-from chitu_diffusion.models.wan.vae import WanVAE, build_vae
+from chitu_diffusion.models.wan.vae import WanVAE
 from chitu_diffusion.pipelines import denoising
 from chitu_diffusion.pipelines.conditioning import PreparedConditioning
 
@@ -129,8 +129,12 @@ def random_transformer(config: WanConfig, device: torch.device, dtype: torch.dty
 
 
 def random_vae(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> WanVAE:
-    """A VAE with random weights; an empty config is the full-size one."""
-    return WanVAE(filled(build_vae(config), device, dtype))
+    """diffusers' VAE with random weights; an empty config is the full-size one."""
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        network: Any = AutoencoderKLWan.from_config({"_class_name": "AutoencoderKLWan", **config})
+    return WanVAE(filled(network, device, dtype))
 
 
 class Workload:

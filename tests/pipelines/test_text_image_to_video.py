@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers import AutoencoderKLWan
 from PIL import Image
 from ranks import run_ranks
 from running import config_for, latent_and_video, psnr, relative_error, run_to_end, task_for
@@ -263,7 +264,10 @@ def test_official_preprocessing_cuts_where_others_stretch(backend, width, height
     left = (large.width - 48) // 2
     top = (large.height - 32) // 2
     frame = torch.from_numpy(np.array(large.crop((left, top, left + 48, top + 32)))) / 255 * 2 - 1
-    vae = backend.vae.network
+    vae = AutoencoderKLWan.from_config(
+        {"_class_name": "AutoencoderKLWan", **vars(backend.vae.network.config)}
+    )
+    vae.load_state_dict(backend.vae.network.state_dict())
     latent = vae.encode(frame.permute(2, 0, 1)[None, :, None]).latent_dist.mode()
     mean, std = (
         torch.tensor(each).view(1, -1, 1, 1, 1) for each in (vae.config.latents_mean, vae.config.latents_std)
