@@ -44,7 +44,7 @@ class Front:
         self.data = Path(self.settings.data).expanduser().absolute()
         self.data.mkdir(parents=True, exist_ok=True)
         self.auth = Authenticator(self.store, self.settings.cors)
-        self.metrics = FrontMetrics(self.store, self.data)
+        self.metrics = FrontMetrics(self.store, self.data, self.planner.model)
         self.watcher = JobWatcher(self.store, self.metrics.streams, self.draining)
 
     @property

@@ -22,11 +22,10 @@ from chitu_diffusion.service.bodies import discard, read_body
 from chitu_diffusion.service.front import Front, Reader, front_of, needs
 from chitu_diffusion.service.jobs import StoreDownError, WorkerInfo
 from chitu_diffusion.service.limits import CONTENT_POLICY
+from chitu_diffusion.service.metrics import HEARD_OF_S
 
 router = APIRouter()
 PAGE = Path(__file__).parent / "page" / "index.html"
-_HEARD_OF_S = 60.0
-"""A worker that was not heard of for longer counts no more."""
 _SESSION_S = 30 * 24 * 3600
 
 
@@ -177,7 +176,7 @@ def _why_not_ready(front: Front) -> str | None:
         return "DRAINING"
     try:
         now = front.store.now()
-        workers = [worker for worker in front.store.workers.all() if now - worker.seen_at < _HEARD_OF_S]
+        workers = [worker for worker in front.store.workers.all() if now - worker.seen_at < HEARD_OF_S]
         if front.is_disk_low():
             return "DISK_LOW"
     except ChituError as error:

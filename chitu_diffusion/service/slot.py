@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from chitu_diffusion.config import EngineConfig
+from chitu_diffusion.service.figures import AttemptFigures, SupervisorFigures
 from chitu_diffusion.service.jobs import (
     Artifact,
     JobCheckpoint,
@@ -72,6 +73,7 @@ class WorkerSlot:
     Args:
         name: the worker's id in the store; this process alone has it.
         number: among the workers here.
+        figures: that are counted; this puts them into the store.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class WorkerSlot:
         store: JobStore,
         launcher: WorkerLauncher,
         patience: Patience,
+        figures: SupervisorFigures,
     ) -> None:
         self.name = name
         self.state = "starting"
@@ -92,11 +95,14 @@ class WorkerSlot:
         self._store = store
         self._launcher = launcher
         self._patience = patience
+        self._figures = figures
+        self._why_started = "first"
         self._channel: LineChannel | None = None
         self._process: WorkerProcess | None = None
         self._info = WorkerInfo(name, socket.gethostname(), 0, engine.models.name, "starting")
         self._runs: tuple[str, int] | None = None  # what the worker works on, leased still or not
         self._lease: JobLease | None = None
+        self._counts: AttemptFigures | None = None
         self._stage: str | None = None
         self._step: int | None = None
         self._longest: dict[str, float] = {}
@@ -158,9 +164,17 @@ class WorkerSlot:
         leases = self._store.leases
         if kind == "progress":
             self._progress(lease, message)
-        elif kind in ("note", "resumed"):
+        elif kind == "resumed":
+            if self._counts is not None:
+                self._writes.append(partial(self._counts.resumed, self._store.events, message["exact"]))
+            self._writes.append(partial(leases.event, lease, kind, message))
+        elif kind == "note":
+            if "memory_level" in message:
+                self._figures.memory_levels.labels(self._info.model).inc()
             self._writes.append(partial(leases.event, lease, kind, message))
         elif kind == "checkpoint":
+            self._figures.checkpoint.labels(self._info.model).observe(message.pop("seconds"))
+            self._figures.checkpoint_bytes.labels(self._info.model).observe(message["bytes"])
             self._writes.append(partial(leases.checkpoint, lease, JobCheckpoint(**message)))
         elif kind == "parked":
             self._end(partial(leases.park, lease))
@@ -181,6 +195,8 @@ class WorkerSlot:
             pace_s=said["seconds"] if stage == "denoising" else None,
             eta_at=None if eta is None else said["at"] + eta,
         )
+        if self._counts is not None and said["step"] != self._step and stage == "denoising":
+            self._counts.step(**said)
         is_last = said["step"] == said["steps"]
         event = partial(self._store.leases.event, lease, progress=progress)
         if said["step"] != self._step and stage == "denoising" and (is_last or self._is_due("step")):
@@ -196,7 +212,8 @@ class WorkerSlot:
         leases = self._store.leases
         if said["state"] == "completed":
             artifacts = [Artifact(**each) for each in said["artifacts"]]
-            self._end(partial(leases.complete, lease, artifacts, seconds=said["seconds"]))
+            complete = partial(leases.complete, lease, artifacts, seconds=said["seconds"])
+            self._end(complete if self._counts is None else partial(self._counts.completed, complete))
         elif said["state"] == "failed":
             failure = JobFailure(**said["failure"])
             self._end(partial(leases.retry if said["may_pass"] else leases.fail, lease, failure))
@@ -232,6 +249,9 @@ class WorkerSlot:
         if self._is_due("row"):
             self._due["row"] = time.monotonic() + self._settings.beat_s
             self._store.workers.put(dataclasses.replace(self._info, state=self.state))
+        if self._is_due("figures"):
+            self._due["figures"] = time.monotonic() + self._settings.beat_s
+            self._figures.flush(self._store.counters)
         if self.state == "ready" and self.is_idle and not self._draining and self._is_due("look"):
             self._due["look"] = time.monotonic() + _LOOK_S
             # a lease that ran out elsewhere is no job that waits
@@ -268,6 +288,7 @@ class WorkerSlot:
             return
         job = found.job
         self._lease = found.lease
+        self._counts = AttemptFigures(self._figures, job)
         self._runs = (job.id, job.fence)
         self._stage = self._step = None
         self._longest = {}
@@ -299,6 +320,7 @@ class WorkerSlot:
         self._due.clear()
         try:
             self._talk_to_store()
+            self._figures.flush(self._store.counters)
             self._store.workers.remove(self.name)
         except StoreDownError as error:
             logger.warning("worker %s: %s", self.name, error)
@@ -311,6 +333,8 @@ class WorkerSlot:
         self._vain_starts += 1
         try:
             self._channel = self._launcher.start(about)
+            self._figures.starts.labels(self._why_started).inc()
+            self._figures.count_forkservers(self._launcher.started)
         except OSError as error:
             logger.warning("worker %s cannot be started: %s", self.name, error)
             self._wait_to_start()
@@ -349,6 +373,8 @@ class WorkerSlot:
             code = None if pid is None else self._launcher.exit_of(pid)
             reason = _exit_in_words(code)
         self._runs = None
+        self._why_started = "lost"
+        self._figures.deaths.labels(reason).inc()
         self._enter("starting")
         self._wait_to_start()
         logger.warning("worker %s ended: %s", self.name, reason)
@@ -393,6 +419,7 @@ class WorkerSlot:
     def _drop_lease(self, why: str) -> None:
         """The job is another's, or has ended: nothing more is written, and the worker is to let go of it."""
         logger.warning("worker %s: %s", self.name, why)
+        self._figures.leases_lost.inc()
         self._writes.clear()
         self._lease = None
         if self._runs is not None:

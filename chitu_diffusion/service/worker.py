@@ -14,6 +14,7 @@ import queue
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,14 +129,15 @@ class JobRunner:
             if "cancel" in wishes:
                 self._engine.cancel(task.task_id)
             elif held or wishes:
+                began = time.time()
                 self._engine.save_tasks()
-                job.report_checkpoint(self._engine, task)
+                job.report_checkpoint(self._engine, task, began)
                 self._engine.cancel(task.task_id)
                 job.report("held" if held else "parked", step=task.current_step)
                 return
             elif (event := self._engine.step()) is not None:
-                job.advanced(event)
-                job.report_checkpoint(self._engine, task)
+                job.advanced(event, self._engine.backend.low_mem_level)
+                job.report_checkpoint(self._engine, task, event.time)
         if task.status is TaskStatus.FINISHED:
             job.completed(task)
         elif task.error is not None:
@@ -158,6 +160,7 @@ class _JobOnEngine:
         self._channel = channel
         self._folder = Path("jobs", command["job"], str(command["fence"]))
         self._reported: set[str] = set()
+        self._memory_level = 0
 
     def report(self, kind: str, **values: Any) -> None:
         self._channel.send(kind, job=self._command["job"], fence=self._command["fence"], **values)
@@ -170,6 +173,7 @@ class _JobOnEngine:
         checkpoints = self._folder / _CHECKPOINTS
         notes = take_over(command["checkpoints"], checkpoints)
         self._reported = {file.name for file in _files_of(checkpoints)}
+        self._memory_level = engine.backend.low_mem_level
         task = engine.submit(params, checkpoints=checkpoints)
         if task.resumed is not None:
             differs = [*notes, *task.resumed.differs]
@@ -178,7 +182,7 @@ class _JobOnEngine:
             self.report("resumed", from_step=0, exact=True, differs=notes)
         return task
 
-    def advanced(self, event: Progress) -> None:
+    def advanced(self, event: Progress, memory_level: int) -> None:
         self.report(
             "progress",
             stage=str(event.stage),
@@ -191,10 +195,17 @@ class _JobOnEngine:
             at=event.time,
         )
         if event.message is not None and event.status not in (TaskStatus.FINISHED, TaskStatus.FAILED):
-            self.report("note", message=event.message)
+            raised = {"memory_level": memory_level} if memory_level > self._memory_level else {}
+            self.report("note", message=event.message, **raised)
+        self._memory_level = memory_level
 
-    def report_checkpoint(self, engine: Engine, task: DiffusionTask) -> None:
-        """Of a file that has come since; the newest has the largest number in its name."""
+    def report_checkpoint(self, engine: Engine, task: DiffusionTask, began: float) -> None:
+        """Of a file that has come since; the newest has the largest number in its name.
+
+        Args:
+            began: when writing it began, in seconds since 1970.
+        """
+        seconds = max(0.0, time.time() - began)
         files = _files_of(self._folder / _CHECKPOINTS)
         if not files or files[-1].name in self._reported:
             return
@@ -206,6 +217,7 @@ class _JobOnEngine:
             "checkpoint",
             path=str(files[-1]),
             step=task.current_step,
+            seconds=seconds,
             fingerprint=hashlib.sha256(text.encode()).hexdigest(),
             **_size_and_hash(files[-1]),
         )
