@@ -57,8 +57,10 @@ def worker(
     given = {"service.workers": workers, "models.name": model}
     settings, engine = _settings(store, data, given, config)
     jobs = _open(settings)
+    from chitu_diffusion.service.logs import set_up_logs
     from chitu_diffusion.service.supervisor import run
 
+    set_up_logs(settings.logs)
     with _stopped_by_signals() as stop:
         say(f"running jobs of {engine.models.name}; Ctrl+C parks them")
         run(settings, jobs, stop, engine=engine)

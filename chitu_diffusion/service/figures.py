@@ -125,17 +125,18 @@ class AttemptFigures:
         before = events(self._job.id, max(0, self._job.events - 3), limit=2)
         self._figures.resumes.labels(resume_reason(before), str(exact).lower()).inc()
 
-    def completed(self, complete: Callable[[], Job]) -> None:
+    def completed(self, complete: Callable[[], Job]) -> Job:
         """It is done; `complete` says so to the store, where it may have been cancelled before."""
         job = complete()
         if job.state is not JobState.COMPLETED or job.ended_at is None:
-            return
+            return job
         for stage, spent in job.seconds.items():
             self._figures.stage.labels(job.model, stage).observe(spent)
         self._figures.job.labels(job.model).observe(job.ended_at - job.created_at)
         if self._promised is not None:
             at, left = self._promised
             self._figures.eta_error.labels(job.model).observe(left / max(0.001, time.monotonic() - at))
+        return job
 
 
 def stored_families(counters: CounterTable) -> Iterator[Metric]:

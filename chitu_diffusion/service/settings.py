@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -36,6 +36,15 @@ class WebhookSettings(Settings):
     )
 
 
+class LogSettings(Settings):
+    """What front, supervisors and workers write to stderr."""
+
+    format: Literal["text", "json"] = Field("text", description="text, or a JSON object a line")
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning", description="info: also each answer, claim and end of a job"
+    )
+
+
 class ServiceConfig(Settings):
     """The whole tree of `chitu serve` and `chitu worker`."""
 
@@ -52,6 +61,7 @@ class ServiceConfig(Settings):
     queue: QueueSettings = Field(default_factory=QueueSettings)
     preview: PreviewSettings = Field(default_factory=PreviewSettings)
     webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
+    logs: LogSettings = Field(default_factory=LogSettings)
     loras: str | None = Field(None, description="folder of the adapters that requests may name")
     min_free_gb: float = Field(2, ge=0, description="jobs are refused where the disk has less left")
     metrics_open: bool = Field(False, description="/metrics needs no key")

@@ -21,6 +21,7 @@ from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.service.figures import AttemptFigures, SupervisorFigures
 from chitu_diffusion.service.jobs import (
     Artifact,
+    Job,
     JobCheckpoint,
     JobFailure,
     JobLease,
@@ -118,6 +119,11 @@ class WorkerSlot:
     def channel(self) -> LineChannel | None:
         """To wait for; None while there is no worker."""
         return self._channel
+
+    @property
+    def job(self) -> str | None:
+        """The id of the job that is leased."""
+        return None if self._lease is None else self._lease.job
 
     @property
     def is_idle(self) -> bool:
@@ -303,6 +309,7 @@ class WorkerSlot:
         checkpoints = [{"path": s.path, "step": s.step, "sha256": s.sha256} for s in job.checkpoints]
         order = {"job": job.id, "fence": job.fence, "params": params, "checkpoints": checkpoints}
         self._command("run", **order, hold_at_step=job.hold_at_step)
+        logger.info("claimed job %s, attempt %d", job.id, job.attempt)
 
     def drain(self) -> None:
         """Claim no more; the job that runs is to be parked."""
@@ -330,6 +337,7 @@ class WorkerSlot:
     def _start(self) -> None:
         about = {"engine": self._engine.model_dump(mode="json"), "number": self._number}
         about["data"] = str(Path(self._settings.data).absolute())
+        about |= {"worker": self.name, "logs": self._settings.logs.model_dump()}
         self._vain_starts += 1
         try:
             self._channel = self._launcher.start(about)
@@ -407,12 +415,13 @@ class WorkerSlot:
     def _is_due(self, what: str) -> bool:
         return time.monotonic() >= self._due.get(what, 0.0)
 
-    def _end(self, write: Write) -> None:
+    def _end(self, write: Callable[[], Job]) -> None:
         """The write that gives the lease back."""
 
         def ending() -> None:
-            write()
+            job = write()
             self._lease = None
+            logger.info("job %s", job.state)
 
         self._writes.append(ending)
 

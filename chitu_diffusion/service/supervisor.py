@@ -24,6 +24,7 @@ from chitu_diffusion.files.places import expand_home
 from chitu_diffusion.service.figures import SupervisorFigures
 from chitu_diffusion.service.jobs import StoreDownError
 from chitu_diffusion.service.launcher import WorkerLauncher
+from chitu_diffusion.service.logs import logged_about
 from chitu_diffusion.service.settings import ServiceConfig
 from chitu_diffusion.service.slot import Patience, WorkerSlot
 from chitu_diffusion.service.store import JobStore
@@ -114,10 +115,13 @@ def _turn(slots: list[WorkerSlot]) -> None:
         if not ready:
             break
         for handle in ready:
-            by_handle[handle].read()
+            slot = by_handle[handle]
+            with logged_about(worker=slot.name, job=slot.job):
+                slot.read()
         timeout = 0.0
     for slot in slots:
-        slot.act()
+        with logged_about(worker=slot.name, job=slot.job):
+            slot.act()
 
 
 @contextmanager

@@ -28,7 +28,9 @@ from chitu_diffusion.files.atomic import new_file
 from chitu_diffusion.media.video import file_sha256
 from chitu_diffusion.pipelines.fingerprint import fingerprint_of
 from chitu_diffusion.service.failures import failure_of
+from chitu_diffusion.service.logs import logged_about, set_up_logs
 from chitu_diffusion.service.pipe import LineChannel, Message
+from chitu_diffusion.service.settings import LogSettings
 from chitu_diffusion.service.stills import write_stills
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, Progress, TaskStatus
 
@@ -54,6 +56,7 @@ def run_worker(end: socket.socket, about: Mapping[str, Any]) -> None:
     for beside in (lambda: _read(channel, commands), lambda: _tick(channel)):
         threading.Thread(target=beside, daemon=True).start()
     os.chdir(about["data"])  # what videos and checkpoints name lies inside it
+    set_up_logs(LogSettings(**about["logs"]), worker=about["worker"])
     config = EngineConfig(**about["engine"])
     gpus = torch.cuda.device_count() if config.infer.device in ("auto", "cuda") else 0
     if gpus > 1:
@@ -108,6 +111,10 @@ class JobRunner:
         Raises:
             Exception: what the engine cannot go on after; the job's end was told.
         """
+        with logged_about(job=command["job"]):
+            self._run(command)
+
+    def _run(self, command: Message) -> None:
         job = _JobOnEngine(command, self._channel)
         try:
             task = job.begin(self._engine)
