@@ -158,7 +158,7 @@ class WorkerSlot:
         leases = self._store.leases
         if kind == "progress":
             self._progress(lease, message)
-        elif kind in ("note", "resumed"):
+        elif kind in ("note", "resumed", "preview"):
             self._writes.append(partial(leases.event, lease, kind, message))
         elif kind == "checkpoint":
             self._writes.append(partial(leases.checkpoint, lease, JobCheckpoint(**message)))
@@ -307,6 +307,7 @@ class WorkerSlot:
 
     def _start(self) -> None:
         about = {"engine": self._engine.model_dump(mode="json"), "number": self._number}
+        about["preview"] = self._settings.preview.model_dump()
         about["data"] = str(Path(self._settings.data).absolute())
         self._vain_starts += 1
         try:

@@ -16,7 +16,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.service import documents, streams
-from chitu_diffusion.service.answers import ApiError, poll_after_ms, video_of
+from chitu_diffusion.service.answers import ApiError, data_of, poll_after_ms, video_of
 from chitu_diffusion.service.auth import Caller
 from chitu_diffusion.service.bodies import FILE_FIELDS, discard, linked, read_body
 from chitu_diffusion.service.dialect import Upload, VideoRequest, request_of_fields
@@ -153,7 +153,12 @@ def preview(request: Request, caller: Reader, video_id: str) -> Response:
     etag = f'"{fence}-{step}"'
     if request.headers.get("if-none-match") == etag:
         return Response(status_code=304, headers={"etag": etag})
-    return FileResponse(file, media_type="image/webp", headers={"etag": etag, "cache-control": "no-cache"})
+    try:
+        picture = file.read_bytes()
+    except FileNotFoundError:  # the video has ended just now
+        raise ApiError(404, "not_found", "there is no preview any more") from None
+    headers = {"etag": etag, "cache-control": "no-cache"}
+    return Response(picture, media_type="image/webp", headers=headers)
 
 
 @router.get("/{video_id}/events", openapi_extra=documents.EVENTS)
@@ -168,7 +173,7 @@ def events(request: Request, caller: Reader, video_id: str, after: str = "0") ->
         raise UsageError(f"after = {last[:20]}: use the number of an event", field="after")
     if "application/json" in request.headers.get("accept", ""):
         rows = front.store.events(video_id, int(last))
-        data = [{"n": row.n, "at": row.at, "event": row.kind, "data": dict(row.data)} for row in rows]
+        data = [{"n": row.n, "at": row.at, "event": row.kind, "data": data_of(row)} for row in rows]
         return JSONResponse({"object": "list", "data": data})
     if job.state.ended and int(last) >= job.events:
         return Response(status_code=204)

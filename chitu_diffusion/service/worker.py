@@ -14,7 +14,8 @@ import queue
 import shutil
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,16 @@ from chitu_diffusion.errors import RankLostError, UsageError
 from chitu_diffusion.files.atomic import new_file
 from chitu_diffusion.media.video import file_sha256
 from chitu_diffusion.pipelines.fingerprint import fingerprint_of
+from chitu_diffusion.pipelines.vae import decode
 from chitu_diffusion.service.failures import failure_of
 from chitu_diffusion.service.pipe import LineChannel, Message
+from chitu_diffusion.service.previews import PreviewWriter, fit_colours
+from chitu_diffusion.service.settings import PreviewSettings
 from chitu_diffusion.service.stills import write_stills
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, Progress, TaskStatus
 
 logger = logging.getLogger(__name__)
+MakePreviews = Callable[[Path], PreviewWriter]
 TICK_S = 1.0
 _VIDEO = "video.mp4"
 _CHECKPOINTS = "checkpoints"
@@ -44,7 +49,7 @@ def run_worker(end: socket.socket, about: Mapping[str, Any]) -> None:
     Args:
         end: of the pipe to its supervisor.
         about: `engine` (settings), `data` (the folder of the jobs' files), `number` (among this machine's
-            workers, which share its GPUs).
+            workers, which share its GPUs), `preview` (settings).
     """
     faulthandler.enable()  # on SIGABRT it says where it is stuck
     channel = LineChannel(end)
@@ -59,12 +64,27 @@ def run_worker(end: socket.socket, about: Mapping[str, Any]) -> None:
         config.infer.device = f"cuda:{about['number'] % gpus}"
     with Engine(config) as engine:
         plan = engine.backend.groups.plan
+        previews = _previews_of(engine, PreviewSettings(**about["preview"]))
         channel.send("ready", layout=f"cfg{plan.cfg}u{plan.ulysses}r{plan.ring}")
-        runner = JobRunner(engine, channel, commands)
+        runner = JobRunner(engine, channel, commands, previews)
         while True:
             command = commands.get()
             if command["kind"] == "run":  # else it is about a job that has just ended
                 runner.run(command)
+
+
+def _previews_of(engine: Engine, settings: PreviewSettings) -> MakePreviews | None:
+    """What makes a job's previews; None: nothing does."""
+    if not settings.every_s:
+        return None
+    backend = engine.backend
+    geometry = backend.spec.geometry
+    try:
+        colours = fit_colours(partial(decode, backend), geometry, backend.device)
+    except RuntimeError as error:  # such as memory that ran out
+        logger.warning("there will be no previews: %s", error)
+        return None
+    return partial(PreviewWriter, colours, geometry.stride[1], settings)
 
 
 def _read(channel: LineChannel, commands: queue.SimpleQueue[Message]) -> None:
@@ -90,12 +110,20 @@ class JobRunner:
 
     Args:
         commands: what comes while a job runs: cancel or park.
+        previews: makes what a job is watched by, in a folder.
     """
 
-    def __init__(self, engine: Engine, channel: LineChannel, commands: queue.SimpleQueue[Message]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        channel: LineChannel,
+        commands: queue.SimpleQueue[Message],
+        previews: MakePreviews | None = None,
+    ) -> None:
         self._engine = engine
         self._channel = channel
         self._commands = commands
+        self._previews = previews
 
     def run(self, command: Message) -> None:
         """One job, to its end or until it is parked or held.
@@ -107,7 +135,7 @@ class JobRunner:
         Raises:
             Exception: what the engine cannot go on after; the job's end was told.
         """
-        job = _JobOnEngine(command, self._channel)
+        job = _JobOnEngine(command, self._channel, self._previews)
         try:
             task = job.begin(self._engine)
             self._drive(job, task, command.get("hold_at_step"))
@@ -118,6 +146,7 @@ class JobRunner:
             raise
         finally:
             self._engine.pool.remove(command["job"])
+            job.clear()
 
     def _drive(self, job: _JobOnEngine, task: DiffusionTask, hold_at: int | None) -> None:
         while not task.is_finished():
@@ -153,13 +182,16 @@ class JobRunner:
 class _JobOnEngine:
     """One attempt at a job: its folder, and what the supervisor is told of it."""
 
-    def __init__(self, command: Message, channel: LineChannel) -> None:
+    def __init__(self, command: Message, channel: LineChannel, previews: MakePreviews | None) -> None:
         self._command = command
         self._channel = channel
         self._folder = Path("jobs", command["job"], str(command["fence"]))
         self._reported: set[str] = set()
+        self._previews = None if previews is None else previews(self._folder)
+        self._has_ended = False
 
     def report(self, kind: str, **values: Any) -> None:
+        self._has_ended |= kind == "ended"
         self._channel.send(kind, job=self._command["job"], fence=self._command["fence"], **values)
 
     def begin(self, engine: Engine) -> DiffusionTask:
@@ -170,7 +202,7 @@ class _JobOnEngine:
         checkpoints = self._folder / _CHECKPOINTS
         notes = take_over(command["checkpoints"], checkpoints)
         self._reported = {file.name for file in _files_of(checkpoints)}
-        task = engine.submit(params, checkpoints=checkpoints)
+        task = engine.submit(params, checkpoints=checkpoints, callback_on_step_end=self._previews)
         if task.resumed is not None:
             differs = [*notes, *task.resumed.differs]
             self.report("resumed", from_step=task.resumed.step, exact=task.resumed.exact, differs=differs)
@@ -192,6 +224,8 @@ class _JobOnEngine:
         )
         if event.message is not None and event.status not in (TaskStatus.FINISHED, TaskStatus.FAILED):
             self.report("note", message=event.message)
+        if self._previews is not None and (step := self._previews.take_fresh()) is not None:
+            self.report("preview", step=step)
 
     def report_checkpoint(self, engine: Engine, task: DiffusionTask) -> None:
         """Of a file that has come since; the newest has the largest number in its name."""
@@ -223,6 +257,11 @@ class _JobOnEngine:
         ]
         seconds = {str(stage): spent for stage, spent in task.seconds.items()}
         self.report("ended", state="completed", artifacts=artifacts, seconds=seconds)
+
+    def clear(self) -> None:
+        """Remove the previews of a job that has ended; one that is parked or held keeps them."""
+        if self._previews is not None and self._has_ended:
+            self._previews.clear()
 
     def failed(self, error: Exception) -> None:
         logger.warning("job %s: %s", self._command["job"], error)

@@ -1,7 +1,7 @@
 """A forkserver whose workers speak the pipe and compute nothing.
 
 A job's `resolved`: steps, step_s; and what goes wrong: kill_at and stick_at (steps at which its first worker
-dies or sticks), poison (kills each worker before its first step), failure.
+dies or sticks), poison (kills each worker before its first step), failure. previews: it tells of some.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ def run(command: dict[str, Any], channel: LineChannel, commands: queue.SimpleQue
         said = {"stage": "denoising", "status": "denoising", "step": step, "steps": params["steps"]}
         said |= {"fraction": step / params["steps"], "seconds": params["step_s"], "eta_s": 1.0}
         channel.send("progress", **about, **said, at=time.time())
+        if params.get("previews"):
+            channel.send("preview", **about, step=step)
         channel.send("checkpoint", **about, step=step, **written(folder / f"step{step}", state))
     video = written(folder / "video.mp4", state)
     artifact = {"variant": "video", "media_type": "video/mp4", **video}

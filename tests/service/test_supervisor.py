@@ -17,6 +17,7 @@ import pytest
 from job_stores import MakeUrl, migrate
 from supervising import FAKE, new_job, settings_of, supervised, until
 
+from chitu_diffusion.service.answers import data_of
 from chitu_diffusion.service.jobs import Artifact, Job, JobCheckpoint, JobState, NewJob, StoreDownError
 from chitu_diffusion.service.launcher import WorkerLauncher
 from chitu_diffusion.service.settings import ServiceConfig
@@ -81,12 +82,14 @@ def video_of(settings: ServiceConfig, store: JobStore, job_id: str) -> str:
 
 def test_a_job_runs_and_its_steps_are_events(settings: ServiceConfig, store: JobStore) -> None:
     with supervised(settings, store):
-        job = ended(store, submit(store, new_job()))
+        job = ended(store, submit(store, new_job(previews=True)))
         assert video_of(settings, store, job.id) == undisturbed()
         assert (job.state, job.step, job.fraction, job.seconds) == ("completed", 10, 1.0, {"denoising": 1.0})
         row = until(lambda: next((row for row in store.workers.all() if row.state == "ready"), None))
         assert (row.model, row.layout) == ("wan-tiny", "fake")
     steps = [event.data["step"] for event in store.events(job.id) if event.kind == "step"]
+    previews = [data_of(event) for event in store.events(job.id) if event.kind == "preview"]
+    assert previews[2] == {"step": 3, "url": f"/v1/videos/{job.id}/preview?step=3"} and len(previews) == 10
     assert steps[0] == 1 and steps[-1] == 10 and kinds(store, job.id)[:3] == ["queued", "started", "step"]
     assert store.workers.all() == ()
 
