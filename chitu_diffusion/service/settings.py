@@ -26,6 +26,15 @@ class PreviewSettings(Settings):
     frames: int = Field(4, ge=1, le=16, description="frames in the strip")
 
 
+class RecycleSettings(Settings):
+    """When a worker that has no job is replaced by a new one."""
+
+    jobs: int = Field(0, ge=0, description="after so many jobs; 0: whatever their number")
+    grown_gb: float = Field(
+        4, ge=0, description="when its main memory grew by this beyond its first job's; 0: never"
+    )
+
+
 class WebhookSettings(Settings):
     """Who is told that a job has ended."""
 
@@ -51,6 +60,7 @@ class ServiceConfig(Settings):
     drain_s: float = Field(60, ge=0, description="seconds that running jobs may take to park on SIGTERM")
     queue: QueueSettings = Field(default_factory=QueueSettings)
     preview: PreviewSettings = Field(default_factory=PreviewSettings)
+    recycle: RecycleSettings = Field(default_factory=RecycleSettings)
     webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
     loras: str | None = Field(None, description="folder of the adapters that requests may name")
     min_free_gb: float = Field(2, ge=0, description="jobs are refused where the disk has less left")

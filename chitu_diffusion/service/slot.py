@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from chitu_diffusion.config import EngineConfig
+from chitu_diffusion.errors import counted
 from chitu_diffusion.service.jobs import (
     Artifact,
     JobCheckpoint,
@@ -103,6 +104,9 @@ class WorkerSlot:
         self._is_cancelling = False
         self._draining = False
         self._vain_starts = 0
+        self._ran = 0  # jobs of this process
+        self._is_weighed = True  # whether it has told its memory since the last one
+        self._base_rss = 0
         self._writes: deque[Write] = deque()
         self._heard = 0.0
         self._moved = 0.0
@@ -142,6 +146,9 @@ class WorkerSlot:
             self._enter("draining" if self._draining else "ready")
         elif kind == "tick":
             self._info = dataclasses.replace(self._info, **message)
+            if self._ran == 0 or (self._ran == 1 and not self._is_weighed):
+                self._base_rss = max(self._base_rss, self._info.rss)
+            self._is_weighed = True
         else:
             self._of_job(kind, message)
 
@@ -150,6 +157,8 @@ class WorkerSlot:
         about = (message.pop("job"), message.pop("fence"))
         if ends and about == self._runs:
             self._runs = None
+            self._ran += 1
+            self._is_weighed = False
             self._enter("draining" if self._draining else "ready")
         lease = self._lease
         if lease is None or about != (lease.job, lease.fence):
@@ -232,7 +241,11 @@ class WorkerSlot:
         if self._is_due("row"):
             self._due["row"] = time.monotonic() + self._settings.beat_s
             self._store.workers.put(dataclasses.replace(self._info, state=self.state))
-        if self.state == "ready" and self.is_idle and not self._draining and self._is_due("look"):
+        if self.state != "ready" or not self.is_idle or self._draining or not self._is_weighed:
+            return
+        if reason := self._worn():
+            self._lost(reason)
+        elif self._is_due("look"):
             self._due["look"] = time.monotonic() + _LOOK_S
             # a lease that ran out elsewhere is no job that waits
             if self._is_due("claim") or self._store.oldest_queued_at() is not None:
@@ -310,6 +323,8 @@ class WorkerSlot:
         about["preview"] = self._settings.preview.model_dump()
         about["data"] = str(Path(self._settings.data).absolute())
         self._vain_starts += 1
+        self._ran = self._base_rss = 0
+        self._is_weighed = True
         try:
             self._channel = self._launcher.start(about)
         except OSError as error:
@@ -317,6 +332,16 @@ class WorkerSlot:
             self._wait_to_start()
         self._heard = self._moved = time.monotonic()
         self._enter("starting")
+
+    def _worn(self) -> str | None:
+        """Why a worker without a job is to be replaced; None: it may go on."""
+        limits = self._settings.recycle
+        grown = (self._info.rss - self._base_rss) / 2**30
+        if limits.jobs and self._ran >= limits.jobs:
+            return f"replaced after {counted(self._ran, 'job')}"
+        if limits.grown_gb and grown > limits.grown_gb:
+            return f"replaced, for it grew by {grown:.1f} GiB in {counted(self._ran, 'job')}"
+        return None
 
     def _wait_to_start(self) -> None:
         """At once, and ever later where it never comes to be ready."""
@@ -346,9 +371,9 @@ class WorkerSlot:
         """The worker is gone, or goes now."""
         pid = None if self._process is None else self._process.pid
         self._stop_worker()
-        if reason is None:
-            code = None if pid is None else self._launcher.exit_of(pid)
-            reason = _exit_in_words(code)
+        # asked for one that was killed here, too: what nobody takes fills the forkserver's socket
+        code = None if pid is None else self._launcher.exit_of(pid)
+        reason = reason or _exit_in_words(code)
         self._runs = None
         self._enter("starting")
         self._wait_to_start()

@@ -71,6 +71,7 @@ def run_worker(end: socket.socket, about: Mapping[str, Any]) -> None:
             command = commands.get()
             if command["kind"] == "run":  # else it is about a job that has just ended
                 runner.run(command)
+                _say_memory(channel)  # of which it depends whether this worker gets another
 
 
 def _previews_of(engine: Engine, settings: PreviewSettings) -> MakePreviews | None:
@@ -97,12 +98,16 @@ def _tick(channel: LineChannel) -> None:
     """Says that this process lives, whatever its main thread does."""
     done = threading.Event()
     while not done.wait(TICK_S):
-        resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * _PAGE_BYTES
-        on_gpu = torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
         try:
-            channel.send("tick", rss=resident, gpu_bytes=on_gpu)
+            _say_memory(channel)
         except OSError:
             done.set()
+
+
+def _say_memory(channel: LineChannel) -> None:
+    resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * _PAGE_BYTES
+    on_gpu = torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
+    channel.send("tick", rss=resident, gpu_bytes=on_gpu)
 
 
 class JobRunner:

@@ -353,3 +353,29 @@ def test_two_supervisors_of_one_machine_have_names_of_their_own(
         jobs = [submit(store, new_job()) for _ in range(6)]
         assert all(ended(store, job).attempt == 1 for job in jobs)
     assert len({row.id for row in rows}) == 2
+
+
+def pids(store: JobStore, jobs: list[str]) -> list[str]:
+    """Of the workers that ran them."""
+    for job_id in jobs:
+        assert ended(store, job_id).deaths == 0
+    return [event.data["message"] for job in jobs for event in store.events(job) if event.kind == "note"]
+
+
+def test_a_worker_is_replaced_after_so_many_jobs(settings: ServiceConfig, store: JobStore) -> None:
+    settings.recycle.jobs = 2
+    with supervised(settings, store):
+        one, two, three, four, five = pids(
+            store, [submit(store, new_job(steps=1, says_pid=True)) for _ in range(5)]
+        )
+        assert one == two != three == four != five != one
+        until(lambda: not is_alive(int(one)) and not is_alive(int(three)))
+
+
+def test_a_worker_that_has_grown_is_replaced(settings: ServiceConfig, store: JobStore) -> None:
+    settings.recycle.grown_gb = 1
+    with supervised(settings, store):
+        grown = [8, 0.5, 0.25, 0.5, 0]  # GiB; the first job's own is what a worker needs
+        jobs = [submit(store, new_job(steps=1, says_pid=True, grows=int(each * 2**30))) for each in grown]
+        one, two, three, four, five = pids(store, jobs)
+    assert one == two == three == four != five
