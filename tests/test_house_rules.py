@@ -34,7 +34,7 @@ BUDGETS = {
     "memory": 690,
     "models": 7010,
     "ops": 2180,
-    "pipelines": 4325,
+    "pipelines": 4345,
     "sampling": 1160,
     "task": 1195,
     "adapters": 720,

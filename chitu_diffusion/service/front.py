@@ -14,6 +14,7 @@ from fastapi import Depends, Request
 
 from chitu_diffusion.service.answers import ApiError, retry_later
 from chitu_diffusion.service.auth import Authenticator, Caller
+from chitu_diffusion.service.jobs import WorkerInfo
 from chitu_diffusion.service.metrics import FrontMetrics
 from chitu_diffusion.service.planning import Planner
 from chitu_diffusion.service.settings import ServiceConfig
@@ -21,6 +22,7 @@ from chitu_diffusion.service.store import JobStore
 from chitu_diffusion.service.streams import JobWatcher
 
 INPUTS_FOLDER = "inputs"
+_HEARD_OF_S = 60.0
 
 
 @dataclass
@@ -51,6 +53,19 @@ class Front:
     def inputs(self) -> Path:
         """Folder of the files that came with requests."""
         return self.data / INPUTS_FOLDER
+
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        """Those of this server's model that were heard of lately.
+
+        Raises:
+            StoreDownError
+        """
+        now = self.store.now()
+        return tuple(
+            worker
+            for worker in self.store.workers.all()
+            if worker.model == self.planner.model and now - worker.seen_at < _HEARD_OF_S
+        )
 
     def require_room(self) -> None:
         """Raises ApiError: 503, the process ends, or the disk is nearly full."""

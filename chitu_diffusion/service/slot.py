@@ -142,8 +142,11 @@ class WorkerSlot:
             self._info = dataclasses.replace(self._info, pid=message["pid"])
         elif kind == "ready":
             self._vain_starts = 0
-            self._info = dataclasses.replace(self._info, layout=message["layout"])
+            self._info = dataclasses.replace(self._info, **message)
             self._enter("draining" if self._draining else "ready")
+        elif kind == "weights":
+            self._info = dataclasses.replace(self._info, **message)
+            self._due["row"] = 0.0
         elif kind == "tick":
             self._info = dataclasses.replace(self._info, **message)
             if self._ran == 0 or (self._ran == 1 and not self._is_weighed):
@@ -325,6 +328,7 @@ class WorkerSlot:
         self._vain_starts += 1
         self._ran = self._base_rss = 0
         self._is_weighed = True
+        self._info = dataclasses.replace(self._info, weights_sha256="", fits={})
         try:
             self._channel = self._launcher.start(about)
         except OSError as error:

@@ -60,7 +60,7 @@ async def estimate(request: Request, caller: Reader) -> Response:
     def planned() -> dict[str, Any]:
         try:
             plan = front.planner.plan(request_of_fields(fields), uploads)
-            return front.planner.estimate(plan, front.store.workers.all())
+            return front.planner.estimate(plan, front.workers())
         finally:
             discard(uploads)
 
@@ -254,6 +254,7 @@ def _submit(
         _check_priority(caller, wanted.priority)
         _check_webhook(front, wanted.webhook)
         planned = front.planner.plan(wanted, uploads)
+        front.planner.require_fit(planned, front.workers())
         new = front.planner.new_job(planned, wanted, uploads)
         new = replace(new, owner=caller.owner, parent=parent, **_repeated(request))
         submitted = front.store.submit(new, _limits(front, caller))

@@ -14,19 +14,25 @@ import queue
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.errors import RankLostError, UsageError
 from chitu_diffusion.files.atomic import new_file
 from chitu_diffusion.media.video import file_sha256
+from chitu_diffusion.memory.device import total_memory
+from chitu_diffusion.pipelines.admission import Admission
 from chitu_diffusion.pipelines.fingerprint import fingerprint_of
+from chitu_diffusion.pipelines.recipe import device_name
 from chitu_diffusion.pipelines.vae import decode
 from chitu_diffusion.service.failures import failure_of
 from chitu_diffusion.service.pipe import LineChannel, Message
@@ -63,15 +69,34 @@ def run_worker(end: socket.socket, about: Mapping[str, Any]) -> None:
     if gpus > 1:
         config.infer.device = f"cuda:{about['number'] % gpus}"
     with Engine(config) as engine:
-        plan = engine.backend.groups.plan
         previews = _previews_of(engine, PreviewSettings(**about["preview"]))
-        channel.send("ready", layout=f"cfg{plan.cfg}u{plan.ulysses}r{plan.ring}")
+        channel.send("ready", **_about(engine.backend))
+        threading.Thread(target=_say_weights, args=(engine.backend, channel), daemon=True).start()
         runner = JobRunner(engine, channel, commands, previews)
         while True:
             command = commands.get()
             if command["kind"] == "run":  # else it is about a job that has just ended
                 runner.run(command)
                 _say_memory(channel)  # of which it depends whether this worker gets another
+
+
+def _about(backend: DiffusionBackend) -> dict[str, Any]:
+    """What a worker is, for its row."""
+    plan = backend.groups.plan
+    fits = {
+        "device": device_name(backend.device),
+        "memory_bytes": total_memory(backend.device),
+        "tokens": Admission(backend).most_tokens(),
+    }
+    return {"layout": f"cfg{plan.cfg}u{plan.ulysses}r{plan.ring}", "fits": fits}
+
+
+def _say_weights(backend: DiffusionBackend, channel: LineChannel) -> None:
+    """Once they are hashed: which they are. No job waits for it."""
+    while not backend.weights_are_hashed():
+        time.sleep(TICK_S)
+    with suppress(OSError):  # nobody is there any more
+        channel.send("weights", weights_sha256=backend.weights_sha256() or "")
 
 
 def _previews_of(engine: Engine, settings: PreviewSettings) -> MakePreviews | None:
