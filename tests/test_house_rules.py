@@ -32,7 +32,7 @@ BUDGETS = {
     "flexcache": 2770,
     "media": 1650,
     "memory": 690,
-    "models": 7010,
+    "models": 7040,
     "ops": 2180,
     "pipelines": 4345,
     "sampling": 1160,

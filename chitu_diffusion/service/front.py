@@ -12,6 +12,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
+from chitu_diffusion.files.places import make_folder
 from chitu_diffusion.service.answers import ApiError, retry_later
 from chitu_diffusion.service.auth import Authenticator, Caller
 from chitu_diffusion.service.jobs import WorkerInfo
@@ -43,8 +44,8 @@ class Front:
     watcher: JobWatcher = field(init=False)
 
     def __post_init__(self) -> None:
-        self.data = Path(self.settings.data).expanduser().absolute()
-        self.data.mkdir(parents=True, exist_ok=True)
+        self.data = Path(self.settings.data).absolute()
+        make_folder("service.data", self.data)
         self.auth = Authenticator(self.store, self.settings.cors)
         self.metrics = FrontMetrics(self.store, self.data)
         self.watcher = JobWatcher(self.store, self.metrics.streams, self.draining)

@@ -63,7 +63,7 @@ class Planner:
         model = model_of(engine.models)
         model.required()
         self.spec = model.spec.with_sampler(engine.infer.sampler)
-        self._loras = None if service.loras is None else Path(service.loras).expanduser().absolute()
+        self._loras = None if service.loras is None else Path(service.loras).absolute()
         self._scrubbed = [str(Path(service.data).absolute()), *([str(self._loras)] if self._loras else [])]
         infer = engine.infer
         # torch, which would know, takes longer to import than the whole front

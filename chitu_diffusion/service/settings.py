@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from chitu_diffusion.config import EngineConfig, Settings, load_config
+from chitu_diffusion.files.places import expand_home, make_folder
+
+if TYPE_CHECKING:
+    from chitu_diffusion.service.store import JobStore
 
 
 class QueueSettings(Settings):
@@ -68,6 +72,11 @@ class ServiceConfig(Settings):
     cors: tuple[str, ...] = Field((), description="origins whose pages may call; none by default")
     replicate_dialect: bool = Field(False, description="also answer in Replicate's form")
 
+    @field_validator("data", "loras")
+    @classmethod
+    def _with_home(cls, folder: str | None) -> str | None:
+        return expand_home(folder)
+
     def store_url(self) -> str:
         """The database's URL for SQLAlchemy."""
         return self.store or f"sqlite:///{self.data}/chitu.db"
@@ -89,3 +98,17 @@ def load_service(
     if not isinstance(config, ServeConfig):
         raise TypeError(f"load_config gave a {type(config).__name__}")
     return config.service, EngineConfig(**config.model_dump(exclude={"service"}))
+
+
+def store_of(settings: ServiceConfig) -> JobStore:
+    """The store that settings name; the data folder is made where SQLite's database lies in it.
+
+    Raises:
+        UsageError: the folder cannot be made or written to.
+        SchemaError, StoreDownError: see `open_store`.
+    """
+    from chitu_diffusion.service.store import open_store
+
+    if settings.store is None:
+        make_folder("service.data", Path(settings.data))
+    return open_store(settings.store_url(), most_queued=settings.queue.max, retention_s=settings.retention_s)

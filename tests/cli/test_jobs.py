@@ -59,3 +59,16 @@ def test_a_worker_runs_until_a_signal_and_exits_with_0(tmp_path: Path, number: s
         process.send_signal(number)
         assert process.wait() == 0
         alarm.cancel()
+
+
+def test_the_store_of_the_settings_is_migrated(
+    chitu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHITU_SERVICE__DATA", str(tmp_path / "elsewhere"))
+    assert chitu("jobs", "ls")[0] == 0
+    code, _, said = chitu("store", "migrate")
+    assert code == 0 and "as before" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["elsewhere"]
+    (tmp_path / "file").touch()
+    code, _, said = chitu("keys", "list", "--data", tmp_path / "file" / "data")
+    assert code == 2 and "use another folder" in said
