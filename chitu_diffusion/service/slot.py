@@ -247,7 +247,9 @@ class WorkerSlot:
         if self.state != "ready" or not self.is_idle or self._draining or not self._is_weighed:
             return
         if reason := self._worn():
-            self._lost(reason)
+            logger.info("worker %s is replaced %s", self.name, reason)
+            self._end_process()
+            self._enter("starting")
         elif self._is_due("look"):
             self._due["look"] = time.monotonic() + _LOOK_S
             # a lease that ran out elsewhere is no job that waits
@@ -342,9 +344,9 @@ class WorkerSlot:
         limits = self._settings.recycle
         grown = (self._info.rss - self._base_rss) / 2**30
         if limits.jobs and self._ran >= limits.jobs:
-            return f"replaced after {counted(self._ran, 'job')}"
+            return f"after {counted(self._ran, 'job')}"
         if limits.grown_gb and grown > limits.grown_gb:
-            return f"replaced, for it grew by {grown:.1f} GiB in {counted(self._ran, 'job')}"
+            return f"for it grew by {grown:.1f} GiB in {counted(self._ran, 'job')}"
         return None
 
     def _wait_to_start(self) -> None:
@@ -373,10 +375,7 @@ class WorkerSlot:
 
     def _lost(self, reason: str | None) -> None:
         """The worker is gone, or goes now."""
-        pid = None if self._process is None else self._process.pid
-        self._stop_worker()
-        # asked for one that was killed here, too: what nobody takes fills the forkserver's socket
-        code = None if pid is None else self._launcher.exit_of(pid)
+        code = self._end_process()
         reason = reason or _exit_in_words(code)
         self._runs = None
         self._enter("starting")
@@ -385,6 +384,12 @@ class WorkerSlot:
         if (lease := self._lease) is not None:
             lost = partial(self._store.leases.worker_lost, lease, signal=reason)
             self._end(partial(lost, stage=self._stage, step=self._step))
+
+    def _end_process(self) -> int | None:
+        """Stop the worker; its exit code. Exits that nobody asks for would fill the forkserver's socket."""
+        pid = None if self._process is None else self._process.pid
+        self._stop_worker()
+        return None if pid is None else self._launcher.exit_of(pid)
 
     def _stop_worker(self) -> None:
         if self._process is not None:
