@@ -17,12 +17,19 @@ WORKERS ?= 2
 # A step of an installation: its name, what it runs, the seconds that it took.
 step = @printf '  %s ... ' '$(1)'; SECONDS=0; $(2) && echo "$$SECONDS s"
 
-.PHONY: demo test system test-training card check install lowest docker-steps clean
+.PHONY: demo test test-all system test-training card check install lowest docker-steps clean
 
 demo: $(STAMP)
 	@$(BIN)/chitu generate "A cat walking on grass" --seed 1 -o outputs/demo.mp4
 
-test: check system
+# The checks run beside the tests, which wait for other processes at times, and are told when they are done.
+test: $(STAMP) system
+	@{ $(MAKE) -s check > $(VENV)/check.txt 2>&1; code=$$?; cat $(VENV)/check.txt; exit $$code; } & checks=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/pytest --quick -n $(WORKERS) --dist worksteal --ignore tests/test_house_rules.py; tests=$$?; \
+	wait $$checks && exit $$tests
+
+# and the long ones, too (tests/long_tests.py)
+test-all: check system
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal --ignore tests/test_house_rules.py
 
 # PostgreSQL and Chromium, for the service's tests: from the system's packages where that is allowed, else said loudly.

@@ -31,6 +31,24 @@ from chitu_diffusion.task.lora import Lora
 ROUNDS = 3
 
 
+class KeptInMemory:
+    """Stands for a checkpoint's files: what each parameter was, in main memory.
+
+    Args:
+        values: by name.
+    """
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self._values = values
+
+    def read(self, name: str) -> Tensor:
+        """A parameter's values."""
+        return self._values[name]
+
+    def read_float8_rows(self, name: str) -> None:
+        """None is stored in 8 bits."""
+
+
 def write_adapter(path: Path, config: WanConfig, rank: int, seed: int) -> Path:
     """Random factors in bfloat16 for every linear layer of the blocks, under official names."""
     generator = torch.Generator().manual_seed(seed)
@@ -54,7 +72,8 @@ def measure(workload: Workload, folder: Path, rank: int) -> list[dict[str, Any]]
     before = {name: value.cpu() for name, value in network.state_dict().items()}
     if device.type == "cpu":
         before = {name: value.clone() for name, value in before.items()}
-    adapted = AdaptedNetwork(network, device, backend.offload, "transformer", before.__getitem__, 0)
+    originals: Any = KeptInMemory(before)
+    adapted = AdaptedNetwork(network, device, backend.offload, "transformer", originals, 0)
     first, second = ([Lora(str(write_adapter(folder / f"{n}.safetensors", config, rank, n)))] for n in (1, 2))
     rows: list[dict[str, Any]] = []
 

@@ -34,7 +34,7 @@ from chitu_diffusion.models.registry import ASSETS, TINY
 from chitu_diffusion.models.spec import LatentGeometry
 from chitu_diffusion.models.wan.vae import WanVAE
 from chitu_diffusion.models.wan.vae_22 import VAE_22
-from chitu_diffusion.models.wan.vae_layers import DecodeOptions, best_options, searching_kernels
+from chitu_diffusion.models.wan.vae_layers import VaeOptions, best_options, searching_kernels
 from chitu_diffusion.ops.vae_conv import (
     CONVOLUTIONS,
     phased_weight,
@@ -231,7 +231,7 @@ def by_diffusers(network: AutoencoderKLWan, latent: Tensor) -> Tensor:
     return (pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
 
-def decode_ways(device: torch.device) -> dict[str, DecodeOptions]:
+def decode_ways(device: torch.device) -> dict[str, VaeOptions]:
     """The fastest way, and each with one of its options changed."""
     best = best_options(device, 384)
     found = {f"ours, {'no ' if best.search else ''}cuDNN search": replace(best, search=not best.search)}

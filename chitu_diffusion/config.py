@@ -55,7 +55,9 @@ class ModelSettings(Settings):
 
     name: str = Field("wan-tiny", description="a model's name, its Hugging Face id, a folder or a file")
     ckpt_dir: str | None = Field(None, description="place of the weights, where it is not the usual cache")
-    low_noise_model: str | None = Field(None, description="second expert's file, where the model is a file")
+    low_noise_model: str | None = Field(
+        None, description="second expert's file, where the model is a file; none: merged"
+    )
     text_encoder: str | None = Field(None, description="its file, likewise; by default found near the model")
     vae: str | None = Field(None, description="its file, likewise")
     image_encoder: str | None = Field(None, description="its file, likewise")

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from card import Card, write_line
 from fronts import front, supervisor  # noqa: F401
 from job_stores import fake_clock, fresh_url, job_store, postgres  # noqa: F401
+from long_tests import LONG
 
 from chitu_diffusion.cli.app import run
 from chitu_diffusion.config import EngineConfig
@@ -35,10 +36,19 @@ WAN_TINY = Path(__file__).parent.parent / "chitu_diffusion" / "assets" / "wan-ti
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--card", metavar="FILE", help="figures for docs/reliability.md go there; long loops")
+    parser.addoption("--quick", action="store_true", help="leave out what tests/long_tests.py names")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Outcomes(config.getoption("--card")), "card")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --quick the long tests are skipped, and say so."""
+    if config.getoption("--quick"):
+        for item in items:
+            if item.nodeid.removeprefix("tests/").startswith(LONG):
+                item.add_marker(pytest.mark.skip(reason="takes long: make test-all"))
 
 
 class Outcomes:

@@ -32,14 +32,14 @@ BUDGETS = {
     "flexcache": 2770,
     "media": 1650,
     "memory": 690,
-    "models": 7010,
+    "models": 7040,
     "ops": 2180,
-    "pipelines": 4310,
+    "pipelines": 4345,
     "sampling": 1160,
     "task": 1195,
     "adapters": 720,
     "weights": 1880,
-    "service": 6900,
+    "service": 7400,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

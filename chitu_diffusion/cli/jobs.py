@@ -9,32 +9,24 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from chitu_diffusion.cli.console import emit_document, printable, say, table
-from chitu_diffusion.cli.store import StoreUrl
+from chitu_diffusion.cli.info import Document
+from chitu_diffusion.cli.store import ConfigFile, Data, StoreUrl, open_jobs, opened, settings_of
 from chitu_diffusion.errors import UsageError, nearest
 
 if TYPE_CHECKING:
-    from chitu_diffusion.config import EngineConfig
     from chitu_diffusion.service.jobs import Job
-    from chitu_diffusion.service.settings import ServiceConfig
-    from chitu_diffusion.service.store import JobStore
 
 jobs_app = typer.Typer(
     no_args_is_help=True, help="The service's jobs: list, show, cancel, and why they wait."
 )
-Data = Annotated[
-    str | None,
-    typer.Option("--data", metavar="DIR", help="Folder of the jobs' files; chitu-data by default."),
-]
-Document = Annotated[bool, typer.Option("--json", help="The answer as one JSON document.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
 _NOW = 1
 """The exit code of a second signal."""
@@ -45,26 +37,21 @@ def worker(
     data: Data = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Workers on this machine; 1 by default.")] = None,
     model: Annotated[str | None, typer.Option(help="A name ('chitu models ls'), an id or a folder.")] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="Settings in TOML: [service] and the engine's."),
-    ] = None,
+    config: ConfigFile = None,
 ) -> int:
     """Run a store's jobs on this machine, without HTTP: for systemd, Slurm or Kubernetes.
 
     SIGTERM or Ctrl+C parks what runs, and any other worker goes on with it; a second one ends at once.
     """
-    given = {"service.workers": workers, "models.name": model}
-    settings, engine = _settings(store, data, given, config)
-    jobs = _open(settings)
-    from chitu_diffusion.service.logs import set_up_logs
-    from chitu_diffusion.service.supervisor import run
+    flags = {"service.store": store, "service.data": data, "service.workers": workers, "models.name": model}
+    settings, engine = settings_of(flags, config)
+    with closing(open_jobs(settings)) as jobs, _stopped_by_signals() as stop:
+        from chitu_diffusion.service.logs import set_up_logs
+        from chitu_diffusion.service.supervisor import run
 
-    set_up_logs(settings.logs)
-    with _stopped_by_signals() as stop:
+        set_up_logs(settings.logs)
         say(f"running jobs of {engine.models.name}; Ctrl+C parks them")
         run(settings, jobs, stop, engine=engine)
-    jobs.close()
     return 0
 
 
@@ -98,7 +85,7 @@ def jobs_list(
     store: StoreUrl = None,
 ) -> int:
     """List jobs, the newest first."""
-    with _opened(store, data) as jobs:
+    with opened(store, data) as jobs:
         from chitu_diffusion.service.jobs import JobState
 
         if state is not None and state not in list(JobState):
@@ -120,7 +107,7 @@ def jobs_list(
 @jobs_app.command("show")
 def jobs_show(job: JobId, json_: Document = False, data: Data = None, store: StoreUrl = None) -> int:
     """Show a job's row and what happened to it."""
-    with _opened(store, data) as jobs:
+    with opened(store, data) as jobs:
         found = jobs.job(job)
         events = jobs.events(job)
     if json_:
@@ -138,7 +125,7 @@ def jobs_show(job: JobId, json_: Document = False, data: Data = None, store: Sto
 @jobs_app.command("cancel")
 def jobs_cancel(job: JobId, data: Data = None, store: StoreUrl = None) -> int:
     """Cancel a job: at once where it waits, after the step that runs where it runs."""
-    with _opened(store, data) as jobs:
+    with opened(store, data) as jobs:
         state = jobs.cancel(job).state
     say(f"{job} is {state}" + ("" if state.ended else ", and ends after the step that runs"))
     return 0
@@ -147,7 +134,7 @@ def jobs_cancel(job: JobId, data: Data = None, store: StoreUrl = None) -> int:
 @jobs_app.command("why")
 def jobs_why(job: JobId, data: Data = None, store: StoreUrl = None) -> int:
     """Say why a job waits, failed, or takes so long."""
-    with _opened(store, data) as jobs:
+    with opened(store, data) as jobs:
         from chitu_diffusion.service.why import reasons
 
         found = jobs.job(job)
@@ -165,38 +152,3 @@ def _plain(job: Job) -> dict[str, Any]:
     return {**vars(job), "checkpoints": [vars(saved) for saved in job.checkpoints]} | {
         "error": None if job.error is None else vars(job.error)
     }
-
-
-def _settings(
-    store: str | None, data: str | None, more: Mapping[str, Any] | None = None, config: Path | None = None
-) -> tuple[ServiceConfig, EngineConfig]:
-    from chitu_diffusion.service.settings import load_service
-
-    return load_service(config, {"service.store": store, "service.data": data, **(more or {})})
-
-
-def _open(settings: ServiceConfig) -> JobStore:
-    with _extra_installed():
-        from chitu_diffusion.service.store import open_store
-    if settings.store is None:
-        Path(settings.data).mkdir(parents=True, exist_ok=True)
-    return open_store(settings.store_url(), retention_s=settings.retention_s, most_queued=settings.queue.max)
-
-
-@contextmanager
-def _opened(store: str | None, data: str | None) -> Iterator[JobStore]:
-    jobs = _open(_settings(store, data)[0])
-    try:
-        yield jobs
-    finally:
-        jobs.close()
-
-
-@contextmanager
-def _extra_installed() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"the service needs {error.name}, which is not installed; pip install 'chitu_diffusion[serve]'"
-        ) from error

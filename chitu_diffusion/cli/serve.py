@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from chitu_diffusion.cli.console import emit_document, say, table
-from chitu_diffusion.cli.store import StoreUrl
+from chitu_diffusion.cli.info import Document
+from chitu_diffusion.cli.store import ConfigFile, Data, StoreUrl, extra_installed, opened, settings_of
 from chitu_diffusion.errors import UsageError
 
-if TYPE_CHECKING:
-    from chitu_diffusion.config import EngineConfig
-    from chitu_diffusion.service.settings import ServiceConfig
-    from chitu_diffusion.service.store import JobStore
-
 keys_app = typer.Typer(no_args_is_help=True, help="The service's API keys: add, list and revoke them.")
-Data = Annotated[
-    str | None,
-    typer.Option(
-        "--data", metavar="DIR", help="Folder of jobs' files and the database; chitu-data by default."
-    ),
-]
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", metavar="FILE", help="Settings in TOML: [service] and the engine's."),
-]
-Document = Annotated[bool, typer.Option("--json", help="The answer as one JSON document.")]
 
 
 def serve(
@@ -61,8 +44,8 @@ def serve(
         "service.gpus_per_worker": gpus,
         "models.name": model,
     }
-    service, engine = _load(config, flags)
-    with _extra_installed():
+    service, engine = settings_of(flags, config)
+    with extra_installed():
         from chitu_diffusion.service import serving
         from chitu_diffusion.service.logs import set_up_logs
 
@@ -94,15 +77,14 @@ def keys_add(
 
     With a first key, every request needs one.
     """
-    jobs = _store(config, data, store)
-    from chitu_diffusion.service.auth import make_key
-    from chitu_diffusion.service.jobs import OwnerLimits
+    with opened(store, data, config) as jobs:
+        from chitu_diffusion.service.auth import make_key
+        from chitu_diffusion.service.jobs import OwnerLimits
 
-    limits = OwnerLimits(max_queued, max_running, max_cost)
-    wanted = [scope.strip() for scope in scopes.split(",") if scope.strip()]
-    row, key = make_key(owner or name, name, wanted, limits, max_priority)
-    jobs.keys.add(row)
-    jobs.close()
+        limits = OwnerLimits(max_queued, max_running, max_cost)
+        wanted = [scope.strip() for scope in scopes.split(",") if scope.strip()]
+        row, key = make_key(owner or name, name, wanted, limits, max_priority)
+        jobs.keys.add(row)
     print(key)
     say(f"key {row.id} of {row.owner} may {', '.join(row.scopes)}; it is not shown again")
     return 0
@@ -113,7 +95,8 @@ def keys_list(
     json_: Document = False, data: Data = None, store: StoreUrl = None, config: ConfigFile = None
 ) -> int:
     """List keys: whose they are, what they may, when they were used."""
-    jobs = _store(config, data, store)
+    with opened(store, data, config) as jobs:
+        keys = jobs.keys.all()
     rows = [
         {
             "id": key.id,
@@ -124,9 +107,8 @@ def keys_list(
             "used": None if key.last_used_at is None else int(key.last_used_at),
             "revoked": key.revoked_at is not None,
         }
-        for key in jobs.keys.all()
+        for key in keys
     ]
-    jobs.close()
     if json_:
         emit_document(rows)
     else:
@@ -143,40 +125,9 @@ def keys_revoke(
     config: ConfigFile = None,
 ) -> int:
     """Revoke a key: from now on it opens nothing."""
-    jobs = _store(config, data, store)
-    found = jobs.keys.revoke(key_id)
-    jobs.close()
+    with opened(store, data, config) as jobs:
+        found = jobs.keys.revoke(key_id)
     if not found:
         raise UsageError(f"there is no key {key_id}; 'chitu keys list' lists them", field="id")
     say(f"key {key_id} is revoked")
     return 0
-
-
-def _store(config: Path | None, data: str | None, store: str | None) -> JobStore:
-    service, _ = _load(config, {"service.data": data, "service.store": store})
-    with _extra_installed():
-        from chitu_diffusion.service.store import open_store
-    Path(service.data).expanduser().mkdir(parents=True, exist_ok=True)
-    return open_store(service.store_url())
-
-
-def _load(config: Path | None, flags: Mapping[str, object]) -> tuple[ServiceConfig, EngineConfig]:
-    """The settings of the service and of the engine."""
-    from chitu_diffusion.service.settings import load_service
-
-    return load_service(config, flags)
-
-
-@contextmanager
-def _extra_installed() -> Iterator[None]:
-    """Around imports of what the extra `serve` brings.
-
-    Raises:
-        UsageError: it is not there.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"the service needs {error.name}, which is not installed; pip install 'chitu_diffusion[serve]'"
-        ) from error

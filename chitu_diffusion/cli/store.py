@@ -1,16 +1,24 @@
-"""`chitu store`: the database of the service's jobs.
+"""`chitu store`: the database of the service's jobs; and its settings and the store for other commands.
 
-Knows the command; tables and migrations are known by `service/`.
+Knows words and flags; tables and migrations are known by `service/`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from chitu_diffusion.cli.console import say
 from chitu_diffusion.errors import UsageError
+
+if TYPE_CHECKING:
+    from chitu_diffusion.config import EngineConfig
+    from chitu_diffusion.service.settings import ServiceConfig
+    from chitu_diffusion.service.store import JobStore
 
 store_app = typer.Typer(no_args_is_help=True, help="The service's database of jobs: migrate its tables.")
 StoreUrl = Annotated[
@@ -21,6 +29,58 @@ StoreUrl = Annotated[
         help="sqlite:///FOLDER/chitu.db or postgresql+psycopg://USER@HOST/NAME; by default service.store.",
     ),
 ]
+
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data", metavar="DIR", help="Folder of jobs' files and the database; chitu-data by default."
+    ),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Settings in TOML: [service] and the engine's."),
+]
+
+
+def settings_of(
+    flags: Mapping[str, object], config: Path | None = None
+) -> tuple[ServiceConfig, EngineConfig]:
+    """The settings of the service and of its engine, from file, environment and flags (dotted names)."""
+    from chitu_diffusion.service.settings import load_service
+
+    return load_service(config, flags)
+
+
+def open_jobs(settings: ServiceConfig) -> JobStore:
+    """The store of settings.
+
+    Raises:
+        UsageError: the extra `serve` is not installed; see `store_of`.
+    """
+    from chitu_diffusion.service.settings import store_of
+
+    with extra_installed():
+        return store_of(settings)
+
+
+def opened(store: str | None, data: str | None, config: Path | None = None) -> closing[JobStore]:
+    """The store that flags name, closed at the end."""
+    return closing(open_jobs(settings_of({"service.store": store, "service.data": data}, config)[0]))
+
+
+@contextmanager
+def extra_installed() -> Iterator[None]:
+    """Around imports of what the extra `serve` brings.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"the service needs {error.name}, which is not installed; pip install 'chitu_diffusion[serve]'"
+        ) from error
 
 
 @store_app.callback()
@@ -34,15 +94,11 @@ def store_migrate(store: StoreUrl = None) -> int:
 
     SQLite's are copied beside it first. Tables that are up to date stay as they are.
     """
-    try:
+    with extra_installed():
         from chitu_diffusion.service.database import Database
         from chitu_diffusion.service.migrate import bring_up_to_date
-        from chitu_diffusion.service.settings import ServiceConfig
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"the service needs {error.name}, which is not installed; pip install 'chitu_diffusion[serve]'"
-        ) from error
-    database = Database(store or ServiceConfig().store_url())
+    settings, _ = settings_of({"service.store": store})
+    database = Database(settings.store_url())
     before = database.revision()
     copy = bring_up_to_date(database, asked=True)
     after = database.revision()

@@ -210,6 +210,7 @@ def _spec_of(folder: ModelFolder, asked: ModelSpec | None) -> ModelSpec:
             expected="a number between 0 and 1",
         )
     twin = _twin(transformers, folder, asked)
+    own = twin.defaults if twin else _merged_defaults(transformers)
     calibration = None if folder.layout == "files" else _calibration_of(folder.path)
     measured = _folder_measured(folder, twin.measured if twin else NOTHING_MEASURED)
     return ModelSpec(
@@ -219,10 +220,10 @@ def _spec_of(folder: ModelFolder, asked: ModelSpec | None) -> ModelSpec:
         boundary=folder.boundary_ratio if len(transformers) == 2 else None,
         hub_ids=twin.hub_ids if twin else (),
         geometry=geometry,
-        defaults=_folder_defaults(folder, twin.defaults if twin else SMALL_DEFAULTS, len(transformers)),
+        defaults=_folder_defaults(folder, own, len(transformers)),
         measured=measured if calibration is None else MappingProxyType({**measured, **calibration.measured}),
         calibration=calibration,
-        authors_shift=twin.defaults.shift if twin else None,
+        authors_shift=own.shift if own is not SMALL_DEFAULTS else None,
         words=tuple(str(word).lower() for word in folder.metadata.get("words", ())),
         trained_sizes=tuple(
             (int(height), int(width), int(frames))
@@ -250,6 +251,16 @@ def _twin(
     return max(
         twins, key=lambda spec: sum(word in names for word in spec.name.lower().split("-")), default=None
     )
+
+
+def _merged_defaults(transformers: tuple[WanConfig, ...]) -> Defaults:
+    """Of a network that two experts of a full-size model were merged into: theirs, guided as for low noise.
+    Of any other a small model's.
+    """
+    for spec in FULL_SIZE.values():
+        if len(transformers) == 1 and spec.transformers == transformers * 2:
+            return dataclasses.replace(spec.defaults, guidance=spec.defaults.guidance[-1:])
+    return SMALL_DEFAULTS
 
 
 def _check_image_encoder(folder: ModelFolder, transformers: tuple[WanConfig, ...]) -> None:

@@ -42,6 +42,8 @@ from chitu_diffusion.weights.files import ENDINGS, TensorFile, WeightFiles, few,
 
 logger = logging.getLogger(__name__)
 
+NO_EXPERT = "none"
+"""In place of a second expert's file: there is none, though models of these sizes have one."""
 _FOLDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "transformer": ("diffusion_models", "unet", "checkpoints"),
@@ -157,7 +159,7 @@ def _read(path: Path, given: Mapping[str, str]) -> ModelFolder:
     opened = _opened(path, "transformer", "models.name")
     metadata, note = _noted(path)
     kind, config = _transformer(opened, metadata, note)
-    experts = _experts(path, config, kind, given.get("low_noise_model"))
+    experts = _experts(opened, config, kind, given.get("low_noise_model"))
     components: dict[Role, Component] = {}
     for role, file in zip(EXPERT_ROLES, experts, strict=False):
         own = opened if file == path else _opened(file, "transformer", "models.low_noise_model")
@@ -227,12 +229,16 @@ def _transformer(
     return kind, whole
 
 
-def _experts(path: Path, config: Mapping[str, Any], kind: ModelKind, low: str | None) -> list[Path]:
-    """One transformer's file, or two: high noise first.
+def _experts(opened: _Opened, config: Mapping[str, Any], kind: ModelKind, low: str | None) -> list[Path]:
+    """One transformer's file, or two: high noise first. Two that were merged are one: of them "none" says so,
+    and so does a checkpoint with all parts in one file.
 
     Raises:
         UsageError: nothing tells which of two it is, or where the other lies.
     """
+    path = opened.file.path
+    if low == NO_EXPERT:
+        return [path]
     found = _NOISE.findall(path.stem) or _NOISE_FOLDER.findall(path.parent.name)
     word = found[-1].lower() if found else ""
     own = WanConfig.from_json(config)
@@ -266,11 +272,12 @@ def _experts(path: Path, config: Mapping[str, Any], kind: ModelKind, low: str | 
                 field="models.name",
             )
         return [path, beside] if word == "high" else [beside, path]
-    if counts == {2} or (2 in counts and _OF_TWO.search(path.name)):
+    whole = len(opened.parts) > 1
+    if not whole and (counts == {2} or (2 in counts and _OF_TWO.search(path.name))):
         raise UsageError(
             f"models.name = '{path}' is one of the two experts of a {kind.title} model, and its name does "
             "not tell which; use the high-noise model there, and models.low_noise_model "
-            "(--low-noise-model FILE) for the other",
+            f"(--low-noise-model FILE) for the other; or {NO_EXPERT}, if both were merged into this one",
             field="models.name",
         )
     return [path]

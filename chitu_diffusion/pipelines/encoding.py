@@ -1,4 +1,4 @@
-"""Prompts and pictures to what the networks take; rank 0 encodes for all."""
+"""Prompts, pictures and clips to what the networks take; files and encoders are rank 0's alone."""
 
 from __future__ import annotations
 

@@ -103,9 +103,7 @@ class AttemptFigures:
         if job.attempt == 1 and job.claimed_at is not None:
             figures.queue_wait.labels(job.model).observe(job.claimed_at - job.created_at)
 
-    def step(
-        self, *, step: int, seconds: float, eta_s: float | None, saved: bool = False, **_: object
-    ) -> None:
+    def step(self, *, step: int, seconds: float, eta_s: float | None, saved: bool, **_: object) -> None:
         """A denoising step; those that an earlier attempt had done are done again."""
         before = self._job.step or 0
         if not self._began:

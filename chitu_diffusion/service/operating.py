@@ -22,7 +22,6 @@ from chitu_diffusion.service.bodies import discard, read_body
 from chitu_diffusion.service.front import Front, Reader, front_of, needs
 from chitu_diffusion.service.jobs import StoreDownError, WorkerInfo
 from chitu_diffusion.service.limits import CONTENT_POLICY
-from chitu_diffusion.service.metrics import HEARD_OF_S
 
 router = APIRouter()
 PAGE = Path(__file__).parent / "page" / "index.html"
@@ -110,6 +109,8 @@ def status(request: Request, caller: Reader) -> Response:
             "id": worker.id,
             "model": worker.model,
             "state": worker.state,
+            "weights_sha256": worker.weights_sha256 or None,
+            "fits": dict(worker.fits),
             "seen_s": round(now - worker.seen_at, 1),
         }
         for worker in front.store.workers.all()
@@ -175,8 +176,7 @@ def _why_not_ready(front: Front) -> str | None:
     if front.draining.is_set():
         return "DRAINING"
     try:
-        now = front.store.now()
-        workers = [worker for worker in front.store.workers.all() if now - worker.seen_at < HEARD_OF_S]
+        workers = front.workers()
         if front.is_disk_low():
             return "DISK_LOW"
     except ChituError as error:
@@ -184,7 +184,7 @@ def _why_not_ready(front: Front) -> str | None:
     return _why_no_worker(workers)
 
 
-def _why_no_worker(workers: list[WorkerInfo]) -> str | None:
+def _why_no_worker(workers: tuple[WorkerInfo, ...]) -> str | None:
     states = {worker.state for worker in workers}
     if states & {"ready", "busy"}:
         return None

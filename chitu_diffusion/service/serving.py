@@ -20,8 +20,8 @@ from chitu_diffusion.service.bodies import sweep
 from chitu_diffusion.service.front import Front
 from chitu_diffusion.service.limits import MOST_HEADERS
 from chitu_diffusion.service.planning import Planner
-from chitu_diffusion.service.settings import ServiceConfig
-from chitu_diffusion.service.store import JobStore, open_store
+from chitu_diffusion.service.settings import ServiceConfig, store_of
+from chitu_diffusion.service.store import JobStore
 from chitu_diffusion.service.webhooks import WebhookSender, kept_secret
 
 logger = logging.getLogger(__name__)
@@ -47,13 +47,10 @@ def open_front(service: ServiceConfig, engine: EngineConfig) -> Front:
 
     Raises:
         ModelError: there is no such model.
-        UsageError, StoreDownError: see `open_store`.
+        UsageError, StoreDownError: see `store_of`.
     """
     planner = Planner(engine, service)
-    data = Path(service.data).expanduser()
-    data.mkdir(parents=True, exist_ok=True)
-    store = open_store(service.store_url(), most_queued=service.queue.max, retention_s=service.retention_s)
-    return Front(service, store, planner)
+    return Front(service, store_of(service), planner)
 
 
 def add_key_file(store: JobStore, file: Path) -> None:

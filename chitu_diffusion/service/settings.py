@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from chitu_diffusion.config import EngineConfig, Settings, load_config
+from chitu_diffusion.files.places import expand_home, make_folder
+
+if TYPE_CHECKING:
+    from chitu_diffusion.service.store import JobStore
 
 
 class QueueSettings(Settings):
@@ -24,6 +28,15 @@ class PreviewSettings(Settings):
 
     every_s: float = Field(2, ge=0, description="seconds between previews, at least; 0 makes none")
     frames: int = Field(4, ge=1, le=16, description="frames in the strip")
+
+
+class RecycleSettings(Settings):
+    """When a worker that has no job is replaced by a new one."""
+
+    jobs: int = Field(0, ge=0, description="after so many jobs; 0: whatever their number")
+    grown_gb: float = Field(
+        4, ge=0, description="when its main memory grew by this beyond its first job's; 0: never"
+    )
 
 
 class WebhookSettings(Settings):
@@ -60,6 +73,7 @@ class ServiceConfig(Settings):
     drain_s: float = Field(60, ge=0, description="seconds that running jobs may take to park on SIGTERM")
     queue: QueueSettings = Field(default_factory=QueueSettings)
     preview: PreviewSettings = Field(default_factory=PreviewSettings)
+    recycle: RecycleSettings = Field(default_factory=RecycleSettings)
     webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
     logs: LogSettings = Field(default_factory=LogSettings)
     loras: str | None = Field(None, description="folder of the adapters that requests may name")
@@ -67,6 +81,11 @@ class ServiceConfig(Settings):
     metrics_open: bool = Field(False, description="/metrics needs no key")
     cors: tuple[str, ...] = Field((), description="origins whose pages may call; none by default")
     replicate_dialect: bool = Field(False, description="also answer in Replicate's form")
+
+    @field_validator("data", "loras")
+    @classmethod
+    def _with_home(cls, folder: str | None) -> str | None:
+        return expand_home(folder)
 
     def store_url(self) -> str:
         """The database's URL for SQLAlchemy."""
@@ -89,3 +108,17 @@ def load_service(
     if not isinstance(config, ServeConfig):
         raise TypeError(f"load_config gave a {type(config).__name__}")
     return config.service, EngineConfig(**config.model_dump(exclude={"service"}))
+
+
+def store_of(settings: ServiceConfig) -> JobStore:
+    """The store that settings name; the data folder is made where SQLite's database lies in it.
+
+    Raises:
+        UsageError: the folder cannot be made or written to.
+        SchemaError, StoreDownError: see `open_store`.
+    """
+    from chitu_diffusion.service.store import open_store
+
+    if settings.store is None:
+        make_folder("service.data", Path(settings.data))
+    return open_store(settings.store_url(), most_queued=settings.queue.max, retention_s=settings.retention_s)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from chitu_diffusion.config import EngineConfig
+from chitu_diffusion.errors import counted
 from chitu_diffusion.service.figures import AttemptFigures, SupervisorFigures
 from chitu_diffusion.service.jobs import (
     Artifact,
@@ -110,6 +111,9 @@ class WorkerSlot:
         self._is_cancelling = False
         self._draining = False
         self._vain_starts = 0
+        self._ran = 0  # jobs of this process
+        self._is_weighed = True  # whether it has told its memory since the last one
+        self._base_rss = 0
         self._writes: deque[Write] = deque()
         self._heard = 0.0
         self._moved = 0.0
@@ -150,10 +154,16 @@ class WorkerSlot:
             self._info = dataclasses.replace(self._info, pid=message["pid"])
         elif kind == "ready":
             self._vain_starts = 0
-            self._info = dataclasses.replace(self._info, layout=message["layout"])
+            self._info = dataclasses.replace(self._info, **message)
             self._enter("draining" if self._draining else "ready")
+        elif kind == "weights":
+            self._info = dataclasses.replace(self._info, **message)
+            self._due["row"] = 0.0
         elif kind == "tick":
             self._info = dataclasses.replace(self._info, **message)
+            if self._ran == 0 or (self._ran == 1 and not self._is_weighed):
+                self._base_rss = max(self._base_rss, self._info.rss)
+            self._is_weighed = True
         else:
             self._of_job(kind, message)
 
@@ -162,6 +172,8 @@ class WorkerSlot:
         about = (message.pop("job"), message.pop("fence"))
         if ends and about == self._runs:
             self._runs = None
+            self._ran += 1
+            self._is_weighed = False
             self._enter("draining" if self._draining else "ready")
         lease = self._lease
         if lease is None or about != (lease.job, lease.fence):
@@ -174,7 +186,7 @@ class WorkerSlot:
             if self._counts is not None:
                 self._writes.append(partial(self._counts.resumed, self._store.events, message["exact"]))
             self._writes.append(partial(leases.event, lease, kind, message))
-        elif kind == "note":
+        elif kind in ("note", "preview"):
             if "memory_level" in message:
                 self._figures.memory_levels.labels(self._info.model).inc()
             self._writes.append(partial(leases.event, lease, kind, message))
@@ -258,7 +270,14 @@ class WorkerSlot:
         if self._is_due("figures"):
             self._due["figures"] = time.monotonic() + self._settings.beat_s
             self._figures.flush(self._store.counters)
-        if self.state == "ready" and self.is_idle and not self._draining and self._is_due("look"):
+        if self.state != "ready" or not self.is_idle or self._draining or not self._is_weighed:
+            return
+        if reason := self._worn():
+            logger.info("worker %s is replaced %s", self.name, reason)
+            self._end_process()
+            self._why_started = "recycled"
+            self._enter("starting")
+        elif self._is_due("look"):
             self._due["look"] = time.monotonic() + _LOOK_S
             # a lease that ran out elsewhere is no job that waits
             if self._is_due("claim") or self._store.oldest_queued_at() is not None:
@@ -336,9 +355,13 @@ class WorkerSlot:
 
     def _start(self) -> None:
         about = {"engine": self._engine.model_dump(mode="json"), "number": self._number}
+        about["preview"] = self._settings.preview.model_dump()
         about["data"] = str(Path(self._settings.data).absolute())
         about |= {"worker": self.name, "logs": self._settings.logs.model_dump()}
         self._vain_starts += 1
+        self._ran = self._base_rss = 0
+        self._is_weighed = True
+        self._info = dataclasses.replace(self._info, weights_sha256="", fits={})
         try:
             self._channel = self._launcher.start(about)
             self._figures.starts.labels(self._why_started).inc()
@@ -348,6 +371,16 @@ class WorkerSlot:
             self._wait_to_start()
         self._heard = self._moved = time.monotonic()
         self._enter("starting")
+
+    def _worn(self) -> str | None:
+        """Why a worker without a job is to be replaced; None: it may go on."""
+        limits = self._settings.recycle
+        grown = (self._info.rss - self._base_rss) / 2**30
+        if limits.jobs and self._ran >= limits.jobs:
+            return f"after {counted(self._ran, 'job')}"
+        if limits.grown_gb and grown > limits.grown_gb:
+            return f"for it grew by {grown:.1f} GiB in {counted(self._ran, 'job')}"
+        return None
 
     def _wait_to_start(self) -> None:
         """At once, and ever later where it never comes to be ready."""
@@ -375,11 +408,8 @@ class WorkerSlot:
 
     def _lost(self, reason: str | None) -> None:
         """The worker is gone, or goes now."""
-        pid = None if self._process is None else self._process.pid
-        self._stop_worker()
-        if reason is None:
-            code = None if pid is None else self._launcher.exit_of(pid)
-            reason = _exit_in_words(code)
+        code = self._end_process()
+        reason = reason or _exit_in_words(code)
         self._runs = None
         self._why_started = "lost"
         self._figures.deaths.labels(reason).inc()
@@ -389,6 +419,12 @@ class WorkerSlot:
         if (lease := self._lease) is not None:
             lost = partial(self._store.leases.worker_lost, lease, signal=reason)
             self._end(partial(lost, stage=self._stage, step=self._step))
+
+    def _end_process(self) -> int | None:
+        """Stop the worker; its exit code. Exits that nobody asks for would fill the forkserver's socket."""
+        pid = None if self._process is None else self._process.pid
+        self._stop_worker()
+        return None if pid is None else self._launcher.exit_of(pid)
 
     def _stop_worker(self) -> None:
         if self._process is not None:

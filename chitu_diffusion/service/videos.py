@@ -16,7 +16,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.service import documents, streams
-from chitu_diffusion.service.answers import ApiError, poll_after_ms, video_of
+from chitu_diffusion.service.answers import ApiError, data_of, poll_after_ms, video_of
 from chitu_diffusion.service.auth import Caller
 from chitu_diffusion.service.bodies import FILE_FIELDS, discard, linked, read_body
 from chitu_diffusion.service.dialect import Upload, VideoRequest, request_of_fields
@@ -62,7 +62,7 @@ async def estimate(request: Request, caller: Reader) -> Response:
     def planned() -> dict[str, Any]:
         try:
             plan = front.planner.plan(request_of_fields(fields), uploads)
-            return front.planner.estimate(plan, front.store.workers.all())
+            return front.planner.estimate(plan, front.workers())
         finally:
             discard(uploads)
 
@@ -160,7 +160,12 @@ def preview(request: Request, caller: Reader, video_id: str) -> Response:
     etag = f'"{fence}-{step}"'
     if request.headers.get("if-none-match") == etag:
         return Response(status_code=304, headers={"etag": etag})
-    return FileResponse(file, media_type="image/webp", headers={"etag": etag, "cache-control": "no-cache"})
+    try:
+        picture = file.read_bytes()
+    except FileNotFoundError:  # the video has ended just now
+        raise ApiError(404, "not_found", "there is no preview any more") from None
+    headers = {"etag": etag, "cache-control": "no-cache"}
+    return Response(picture, media_type="image/webp", headers=headers)
 
 
 @router.get("/{video_id}/events", **documents.EVENTS)
@@ -180,7 +185,7 @@ def events(
         raise UsageError(f"after = {last[:20]}: use the number of an event", field="after")
     if "application/json" in request.headers.get("accept", ""):
         rows = front.store.events(video_id, int(last))
-        data = [{"n": row.n, "at": row.at, "event": row.kind, "data": dict(row.data)} for row in rows]
+        data = [{"n": row.n, "at": row.at, "event": row.kind, "data": data_of(row)} for row in rows]
         return JSONResponse({"object": "list", "data": data})
     if job.state.ended and int(last) >= job.events:
         return Response(status_code=204)
@@ -261,6 +266,7 @@ def _submit(
         _check_priority(caller, wanted.priority)
         _check_webhook(front, wanted.webhook)
         planned = front.planner.plan(wanted, uploads)
+        front.planner.require_fit(planned, front.workers())
         new = front.planner.new_job(planned, wanted, uploads)
         new = replace(new, owner=caller.owner, parent=parent, **_repeated(request))
         submitted = front.store.submit(new, _limits(front, caller))

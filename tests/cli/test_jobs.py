@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from chitu_diffusion.service.jobs import JobFailure, NewJob
+from chitu_diffusion.service.jobs import JobFailure, NewJob, WorkerInfo
 from chitu_diffusion.service.store import open_store
 
 
@@ -34,6 +34,14 @@ def test_jobs_are_listed_shown_explained_and_cancelled(chitu, tmp_path: Path) ->
     why = chitu("jobs", "why", failed)[1]
     assert "NaN appeared (non_finite)" in why and "try another seed" in why
     assert "no worker serves wan-tiny" in chitu("jobs", "why", waits)[1]
+    store.workers.put(WorkerInfo("x", "host", 1, "wan2.1-t2v-14b", "ready"))
+    assert "those here serve wan2.1-t2v-14b" in chitu("jobs", "why", waits)[1]
+    store.workers.put(WorkerInfo("y", "host", 2, "wan-tiny", "starting"))
+    store.workers.put(WorkerInfo("z", "host", 3, "wan-tiny", "busy", weights_sha256="ab"))
+    loads = chitu("jobs", "why", waits)[1]
+    assert "1 busy" in loads and "1 worker of them still loads the model" in loads and "differ" not in loads
+    store.workers.put(WorkerInfo("y", "host", 2, "wan-tiny", "busy", weights_sha256="cd"))
+    assert "their weights differ (ab, cd)" in chitu("jobs", "why", waits)[1]
     assert chitu("jobs", "cancel", waits)[0] == 0 and store.job(waits).state == "cancelled"
     assert chitu("jobs", "cancel", "video_none")[0] == 1
     store.close()
@@ -51,3 +59,16 @@ def test_a_worker_runs_until_a_signal_and_exits_with_0(tmp_path: Path, number: s
         process.send_signal(number)
         assert process.wait() == 0
         alarm.cancel()
+
+
+def test_the_store_of_the_settings_is_migrated(
+    chitu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHITU_SERVICE__DATA", str(tmp_path / "elsewhere"))
+    assert chitu("jobs", "ls")[0] == 0
+    code, _, said = chitu("store", "migrate")
+    assert code == 0 and "as before" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["elsewhere"]
+    (tmp_path / "file").touch()
+    code, _, said = chitu("keys", "list", "--data", tmp_path / "file" / "data")
+    assert code == 2 and "use another folder" in said

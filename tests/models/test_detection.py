@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,22 @@ def test_a_text_encoder_may_have_the_official_names(models: Path) -> None:
 def test_which_of_two_experts_a_file_is_is_asked(models: Path, file: str) -> None:
     with pytest.raises(UsageError, match="does not tell which.*--low-noise-model"):
         resolve_model(str(models / "diffusion_models" / f"{file}.safetensors"))
+
+
+def test_two_experts_that_were_merged_are_one_with_their_defaults(models: Path, tmp_path: Path) -> None:
+    """Told, or seen by a checkpoint that has all parts in one file."""
+    parts = {"tokenizer": str(WAN_TINY / "tokenizer"), "low_noise_model": "none"}
+    told = resolve_model(str(models / "diffusion_models" / "wan2.2_i2v_14B.safetensors"), parts=parts).spec
+    own = FULL_SIZE["Wan2.2-I2V-A14B"]
+    shapes = shapes_of(own.transformers[0])
+    named = {
+        f"model.diffusion_model.{official_transformer_name(key)}": shape for key, shape in shapes.items()
+    }
+    vae = build_vae(usual_configs(TEXT_TO_VIDEO, {})["vae"]).state_dict()
+    named |= {f"vae.{official_vae_name(name, 2)}": tuple(value.shape) for name, value in vae.items()}
+    file = write_hollow(tmp_path / "checkpoints" / "wan2.2-i2v-aio.safetensors", named)
+    parts = {**parts, "text_encoder": str(models / "text_encoders/umt5_xxl_fp16.safetensors")}
+    del parts["low_noise_model"]
+    for spec in (told, resolve_model(str(file), parts=parts).spec):
+        assert (spec.transformers, spec.boundary, spec.kind) == (own.transformers[:1], None, own.kind)
+        assert spec.defaults == replace(own.defaults, guidance=(3.5,))

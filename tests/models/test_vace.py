@@ -6,26 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_networks import EverySite, inputs, reference, relative_error, twin
+from small_networks import COMPILED, EverySite, inputs, reference, relative_error, twin
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.memory.offload import BlockPrefetcher, PinnedMemory
-from chitu_diffusion.models.wan.config import WanConfig
 from chitu_diffusion.models.wan.transformer import WanTransformer
 from chitu_diffusion.ops.float8_linear import Float8Linear, Float8Plan, to_float8
 
-CONFIG = WanConfig(
-    num_attention_heads=2,
-    attention_head_dim=16,
-    in_channels=4,
-    out_channels=4,
-    text_dim=24,
-    freq_dim=32,
-    ffn_dim=96,
-    num_layers=5,
-    vace_layers=(0, 2, 3),
-    vace_in_channels=10,
-)
+CONFIG = replace(COMPILED, vace_layers=(0, 2, 3), vace_in_channels=10)
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.models.wan.vae import WanVAE, _tiles
-from chitu_diffusion.models.wan.vae_layers import (
-    DecodeOptions,
-    TileRect,
-    best_options,
-    searching_kernels,
-    spans,
-)
+from chitu_diffusion.models.wan.vae_layers import TileRect, VaeOptions, best_options, searching_kernels, spans
 from chitu_diffusion.ops import vae_norm_triton as vae_triton
 from chitu_diffusion.ops.vae_conv import (
     CONVOLUTIONS,
@@ -160,16 +154,16 @@ def test_wide_shortcuts_without_time_are_diffusers() -> None:
 
 
 WAYS = [
-    DecodeOptions(convolution="conv3d"),
-    DecodeOptions(convolution="stacked", attention="product"),
-    DecodeOptions(upsample="nearest"),
-    DecodeOptions(convolution="flat"),
-    pytest.param(DecodeOptions("triton", "flat"), marks=needs_triton),
+    VaeOptions(convolution="conv3d"),
+    VaeOptions(convolution="stacked", attention="product"),
+    VaeOptions(upsample="nearest"),
+    VaeOptions(convolution="flat"),
+    pytest.param(VaeOptions("triton", "flat"), marks=needs_triton),
 ]
 
 
 @pytest.mark.parametrize("ways", WAYS, ids=str)
-def test_every_way_of_computing_is_diffusers(ways: DecodeOptions, network: AutoencoderKLWan) -> None:
+def test_every_way_of_computing_is_diffusers(ways: VaeOptions, network: AutoencoderKLWan) -> None:
     if ways.norm == "triton" and network.config.patch_size is None:
         pytest.skip("takes long in Triton's interpreter; the patched network has the same layers")
     latent = torch.randn(1, 4, 2, 1, 2)
@@ -363,7 +357,7 @@ def test_the_search_is_on_inside_alone() -> None:
     assert torch.backends.cudnn.benchmark == before
     with searching_kernels(False):
         assert torch.backends.cudnn.benchmark == before
-    assert best_options(torch.device("cpu"), 384) == DecodeOptions()
+    assert best_options(torch.device("cpu"), 384) == VaeOptions()
 
 
 # -- memory

@@ -15,7 +15,7 @@ from torch import Tensor
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.models.wan import vae_encoder
 from chitu_diffusion.models.wan.vae import WanVAE
-from chitu_diffusion.models.wan.vae_layers import DecodeOptions, TileRect
+from chitu_diffusion.models.wan.vae_layers import TileRect, VaeOptions
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_encode_is_diffusers(frames: int, height: int, width: int, network: Auto
 def test_every_way_of_computing_is_diffusers(norm: str, convolution: str, network: AutoencoderKLWan) -> None:
     if norm == "triton" and (network.config.patch_size is None or convolution != "flat"):
         pytest.skip("takes long in Triton's interpreter; one network and way has all of its layers")
-    vae = WanVAE(network, ways=DecodeOptions(norm, convolution, attention="product"))
+    vae = WanVAE(network, ways=VaeOptions(norm, convolution, attention="product"))
     video = clip(vae, 2, 1, 2)
     assert error(vae.encode(video), by_diffusers(network, video)) < 1e-5
 

@@ -77,9 +77,7 @@ def tried(url: str, most: int, *, whole: bool = True) -> Counter[int]:
     document = session.get(f"{url}/openapi.json", timeout=10).json()
 
     def ask(case: Any) -> None:
-        # of events no stream, which would be waited for
-        more = {"accept": "application/json"} if case.operation.path.endswith("/events") else {}
-        answer = case.call(base_url=url, session=session, headers=more, timeout=30)
+        answer = case.call(base_url=url, session=session, timeout=30)
         found[answer.status_code] += 1
         case.validate_response(answer, checks=wanted)
 
@@ -88,7 +86,8 @@ def tried(url: str, most: int, *, whole: bool = True) -> Counter[int]:
         if operation.path in ENDLESS:
             continue
         with videos(url) if whole and "{video_id}" in operation.path else nullcontext([]) as made:
-            for strategy in strategies(operation, made):
+            # the events of one that runs would be waited for
+            for strategy in strategies(operation, made[:1] if operation.path.endswith("/events") else made):
                 check = settings(
                     max_examples=most, deadline=None, database=None, suppress_health_check=list(HealthCheck)
                 )(seed(1)(given(strategy)(ask)))
@@ -104,5 +103,5 @@ def test_a_few_generated_requests(tmp_path: Path) -> None:
 
 def test_many_generated_requests(tmp_path: Path) -> None:
     with server(tmp_path) as url:
-        found = tried(url, 25)
+        found = tried(url, 18)
     assert found.total() >= 600

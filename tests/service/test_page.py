@@ -18,7 +18,7 @@ from chitu_diffusion.service.front import Front
 from chitu_diffusion.service.jobs import JobCheckpoint
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Route
 
 CHROMIUM = Path("/usr/bin/chromium")
 LEFT_OUT = "LEFT OUT: tests of the page, for {} is missing; {}"
@@ -222,6 +222,21 @@ def test_cancel_reload_restart_and_continue(page: Page, site: Site, complaints: 
     site.supervisor.make()
     page.locator("#gallery").get_by_text("third").wait_for()
     assert len(client_of(site.front).get("/v1/videos").json()["data"]) == 3
+
+
+def test_what_is_typed_before_the_model_is_known_stays(page: Page, complaints: list[str]) -> None:
+    page.locator("#estimate strong").wait_for()
+    page.get_by_label("Steps").fill("12")
+    asked: list[Route] = []
+    page.route("**/v1/models", lambda route: asked.append(route))
+    with page.expect_request("**/v1/models"):
+        page.reload()
+    page.get_by_label("Prompt", exact=True).fill("a boat")
+    assert page.get_by_label("Draft").is_disabled() and complaints == []
+    asked[0].continue_()
+    page.locator("#estimate strong").wait_for()
+    assert page.get_by_label("Prompt", exact=True).input_value() == "a boat"
+    assert page.get_by_label("Steps").input_value() == "12" and complaints == []
 
 
 def test_by_keyboard_alone(page: Page, site: Site, complaints: list[str]) -> None:

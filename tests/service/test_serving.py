@@ -99,6 +99,9 @@ def test_settings_of_the_service_beside_the_engine_s(tmp_path: Path) -> None:
     assert (service.port, service.queue.max, service.store, engine.infer.threads) == (10, 7, None, 1)
     config, origins = load_config(file, None, environment)
     assert config.infer.threads == 1 and not any(name.startswith("service") for name in origins)
+    assert load_service(None, {"service.data": "~/jobs"}, {"HOME": "/none"})[0].store_url() == (
+        f"sqlite:///{Path.home()}/jobs/chitu.db"
+    )
     with pytest.raises(UsageError, match=r"service.prt.*'port'"):
         load_service(None, {"service.prt": 1}, {})
     with pytest.raises(UsageError, match="CHITU_SERVICE__PRT"):

@@ -140,6 +140,10 @@ def test_the_forkserver_has_no_threads_and_no_device(tmp_path: Path, launcher: W
     store = open_store(settings.store_url())
     with supervised(settings, store, launcher, engine_of(), Patience()):
         until(lambda: any(row.state == "ready" for row in store.workers.all()), 60)
+        row = until(lambda: next((row for row in store.workers.all() if row.weights_sha256), None))
+        assert len(row.weights_sha256) == 64 and row.fits["device"] == "cpu"
+        # 33 frames of 128x128 take megabytes
+        assert row.fits["tokens"] > 9 * 64 and row.fits["memory_bytes"] > 2**30
         process = Path(f"/proc/{launcher.pid}")
         assert len(list((process / "task").iterdir())) == 1
         assert not [file for file in (process / "fd").iterdir() if "nvidia" in os.readlink(file)]

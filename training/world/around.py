@@ -83,7 +83,7 @@ _CLAUSES = (
     "the composition is balanced and easy to read",
     "it seems to enjoy every single moment of it",
     "showing its full body and its lively expression",
-    "captured by a professional crew with an expensive lens",
+    "captured by a professional team with an expensive lens",
     "the whole picture is sharp and full of life",
     "reminding you of a happy childhood memory",
     "with subtle details that reward a second look",

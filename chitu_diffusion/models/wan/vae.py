@@ -30,8 +30,8 @@ from chitu_diffusion.models.wan.vae_decoder import Decoder, decode_bytes
 from chitu_diffusion.models.wan.vae_encoder import Encoder, encode_bytes
 from chitu_diffusion.models.wan.vae_layers import (
     ConvCache,
-    DecodeOptions,
     TileRect,
+    VaeOptions,
     best_options,
     searching_kernels,
     spans,
@@ -65,7 +65,7 @@ class WanVAE(nn.Module):
         frames_per_call: int | None = None,
         *,
         memory_budget: int | None = None,
-        ways: DecodeOptions | None = None,
+        ways: VaeOptions | None = None,
     ) -> None:
         super().__init__()
         self.network: Any = network  # diffusers is untyped
@@ -216,7 +216,7 @@ class WanVAE(nn.Module):
             for tile in tiles or [frame]
         )
 
-    def _ways(self) -> DecodeOptions:
+    def _ways(self) -> VaeOptions:
         return self.ways or best_options(self._weight.device, self.network.decoder.conv_in.out_channels)
 
     @property

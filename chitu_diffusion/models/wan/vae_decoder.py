@@ -22,9 +22,9 @@ from torch import Tensor
 from chitu_diffusion.models.wan.vae_layers import (
     REMEMBERED,
     ConvCache,
-    DecodeOptions,
     TileRect,
     VaeLayers,
+    VaeOptions,
     cut_to,
 )
 from chitu_diffusion.ops.vae_conv import upsample_nearest, upsample_phased
@@ -39,7 +39,7 @@ class Decoder(VaeLayers):
         ways: how to compute.
     """
 
-    def __init__(self, network: Any, ways: DecodeOptions) -> None:
+    def __init__(self, network: Any, ways: VaeOptions) -> None:
         super().__init__(network.decoder, ways)
         self.patch = int(network.config.patch_size or 1)
         self.reaches = reaches(self.net)
@@ -141,7 +141,7 @@ def reaches(decoder: Any) -> list[int]:
 
 
 def decode_bytes(
-    network: Any, ways: DecodeOptions, frames: int, frame: TileRect, window: TileRect, frames_per_call: int
+    network: Any, ways: VaeOptions, frames: int, frame: TileRect, window: TileRect, frames_per_call: int
 ) -> int:
     """Bytes at the worst moment of decoding one clip: activations, and the laid out copy of the weights.
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from chitu_diffusion.models.wan.vae_layers import (
     REMEMBERED,
     ConvCache,
-    DecodeOptions,
     TileRect,
     VaeLayers,
+    VaeOptions,
     cut_to,
 )
 from chitu_diffusion.ops.vae_sum import Sum
@@ -80,7 +80,7 @@ class Encoder(VaeLayers):
         ways: how to compute.
     """
 
-    def __init__(self, network: Any, ways: DecodeOptions) -> None:
+    def __init__(self, network: Any, ways: VaeOptions) -> None:
         super().__init__(network.encoder, ways)
         self.patch = int(network.config.patch_size or 1)
         self.stages = stages_of(self.net)
@@ -212,7 +212,7 @@ def needed(
 
 
 def encode_bytes(
-    network: Any, ways: DecodeOptions, frame: TileRect, window: TileRect, frames: int, frames_per_call: int
+    network: Any, ways: VaeOptions, frame: TileRect, window: TileRect, frames: int, frames_per_call: int
 ) -> int:
     """Bytes at the worst moment of encoding one clip: activations, and the laid out copy of the weights.
 

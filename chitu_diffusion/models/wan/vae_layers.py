@@ -27,16 +27,16 @@ ConvCache = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class DecodeOptions:
+class VaeOptions:
     """How to compute what; every choice gives the same video up to rounding.
 
     Attributes:
         norm: "torch", or "triton" (one pass).
-        convolution: a key of `vae_kernels.CONVOLUTIONS`, or "flat" (`vae_flat` where it suits, conv3d
+        convolution: a key of `ops.vae_conv.CONVOLUTIONS`, or "flat" (`vae_conv_gemm` where it suits, conv3d
             elsewhere).
         upsample: "phased" (a 2 x 2 convolution at the low resolution), or "nearest" (3 x 3 at the high one).
         attention: "sdpa", or "product" (float32 logits written out; one frame at a time).
-        search: let cuDNN time its kernels for each new shape, in the decode alone. The first decode of a
+        search: let cuDNN time its kernels for each new shape, in this work alone. The first run of a
             shape takes longer, and two processes may choose differently, which shows in the last bits.
     """
 
@@ -51,7 +51,7 @@ class DecodeOptions:
         assert self.upsample in ("phased", "nearest") and self.attention in ("sdpa", "product"), self
 
 
-def best_options(device: torch.device, channels: int) -> DecodeOptions:
+def best_options(device: torch.device, channels: int) -> VaeOptions:
     """The fastest measured choices.
 
     On a CPU, convolutions in two dimensions are several times faster than in three. On an H200, 96 channels
@@ -59,9 +59,9 @@ def best_options(device: torch.device, channels: int) -> DecodeOptions:
     without it.
     """
     if device.type != "cuda":
-        return DecodeOptions()
+        return VaeOptions()
     attention = "product" if channels > _WIDEST_HEAD else "sdpa"
-    return DecodeOptions(
+    return VaeOptions(
         "triton" if has_triton(device) else "torch", "widened", "phased", attention, search=False
     )
 
@@ -99,7 +99,7 @@ class VaeLayers:
         ways: how to compute.
     """
 
-    def __init__(self, half: Any, ways: DecodeOptions) -> None:
+    def __init__(self, half: Any, ways: VaeOptions) -> None:
         self.net = half
         self.ways = ways
         self._norm_silu, self._add_up = NORMS[ways.norm]
