@@ -33,6 +33,7 @@ from chitu_diffusion.service.jobs import (
     WorkerInfo,
 )
 from chitu_diffusion.service.launcher import WorkerLauncher, WorkerProcess
+from chitu_diffusion.service.logs import logged_about
 from chitu_diffusion.service.pipe import LineChannel, Message
 from chitu_diffusion.service.settings import ServiceConfig
 from chitu_diffusion.service.store import JobStore
@@ -328,7 +329,8 @@ class WorkerSlot:
         checkpoints = [{"path": s.path, "step": s.step, "sha256": s.sha256} for s in job.checkpoints]
         order = {"job": job.id, "fence": job.fence, "params": params, "checkpoints": checkpoints}
         self._command("run", **order, hold_at_step=job.hold_at_step)
-        logger.info("claimed job %s, attempt %d", job.id, job.attempt)
+        with logged_about(job=job.id):
+            logger.info("claimed, attempt %d", job.attempt)
 
     def drain(self) -> None:
         """Claim no more; the job that runs is to be parked."""
