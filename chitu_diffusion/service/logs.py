@@ -1,5 +1,5 @@
 """What the service's processes log: as text, or a JSON object a line, with the ids of what it is about. Knows
-logging; no jobs. Prompts and keys are never logged.
+logging; no jobs.
 """
 
 from __future__ import annotations
