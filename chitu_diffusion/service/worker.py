@@ -35,6 +35,7 @@ from chitu_diffusion.pipelines.fingerprint import fingerprint_of
 from chitu_diffusion.pipelines.recipe import device_name
 from chitu_diffusion.pipelines.vae import decode
 from chitu_diffusion.service.failures import failure_of
+from chitu_diffusion.service.job_log import logged
 from chitu_diffusion.service.pipe import LineChannel, Message
 from chitu_diffusion.service.previews import PreviewWriter, fit_colours
 from chitu_diffusion.service.settings import PreviewSettings
@@ -57,6 +58,8 @@ def run_worker(end: socket.socket, about: Mapping[str, Any]) -> None:
         about: `engine` (settings), `data` (the folder of the jobs' files), `number` (among this machine's
             workers, which share its GPUs), `preview` (settings).
     """
+    if logging.lastResort is not None and not logging.getLogger().handlers:
+        logging.getLogger().addHandler(logging.lastResort)  # on stderr, as well as in a job's file
     faulthandler.enable()  # on SIGABRT it says where it is stuck
     channel = LineChannel(end)
     channel.send("started", pid=os.getpid())
@@ -166,17 +169,18 @@ class JobRunner:
             Exception: what the engine cannot go on after; the job's end was told.
         """
         job = _JobOnEngine(command, self._channel, self._previews)
-        try:
-            task = job.begin(self._engine)
-            self._drive(job, task, command.get("hold_at_step"))
-        except UsageError as error:
-            job.failed(error)
-        except Exception as error:
-            job.failed(error)
-            raise
-        finally:
-            self._engine.pool.remove(command["job"])
-            job.clear()
+        with logged(command["job"], command["fence"]):
+            try:
+                task = job.begin(self._engine)
+                self._drive(job, task, command.get("hold_at_step"))
+            except UsageError as error:
+                job.failed(error)
+            except Exception as error:
+                job.failed(error)
+                raise
+            finally:
+                self._engine.pool.remove(command["job"])
+                job.clear()
 
     def _drive(self, job: _JobOnEngine, task: DiffusionTask, hold_at: int | None) -> None:
         while not task.is_finished():

@@ -118,6 +118,21 @@ def test_a_worker_tells_of_previews_and_the_video_is_the_same(
     assert kept[-1].stat().st_size < 2**16
 
 
+def test_what_a_worker_logs_of_a_job_lies_beside_its_files(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("in the decoder")
+
+    monkeypatch.setattr("chitu_diffusion.pipelines.stages.decode", broken)
+    said, _ = ran(engine, tmp_path, "broken")
+    assert said[-1]["state"] == "failed" and "decoder" not in str(said[-1])
+    log = (tmp_path / "jobs" / "broken" / "log-1.jsonl").read_text(encoding="utf-8")
+    assert "Traceback" in log and "in broken" in log and "in the decoder" in log
+
+
 def given(latent: torch.Tensor, asked: list[int]) -> dict[str, Any]:
     def clean() -> torch.Tensor:
         asked.append(1)
