@@ -20,7 +20,7 @@ from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.models.spec import LatentGeometry
 from chitu_diffusion.pipelines.vae import decode
-from chitu_diffusion.service import previews
+from chitu_diffusion.service import previews, worker
 from chitu_diffusion.service.pipe import LineChannel, Message
 from chitu_diffusion.service.previews import PreviewWriter, fit_colours, frames_of
 from chitu_diffusion.service.settings import PreviewSettings
@@ -131,6 +131,19 @@ def test_what_a_worker_logs_of_a_job_lies_beside_its_files(
     assert said[-1]["state"] == "failed" and "decoder" not in str(said[-1])
     log = (tmp_path / "jobs" / "broken" / "log-1.jsonl").read_text(encoding="utf-8")
     assert "Traceback" in log and "in broken" in log and "in the decoder" in log
+
+
+def test_previews_can_be_off_and_a_decoder_that_fails_turns_them_off(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert worker._previews_of(engine, PreviewSettings(every_s=0)) is None
+    assert worker._previews_of(engine, PreviewSettings()) is not None
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(worker, "decode", full)
+    assert worker._previews_of(engine, PreviewSettings()) is None
 
 
 def given(latent: torch.Tensor, asked: list[int]) -> dict[str, Any]:
