@@ -46,7 +46,7 @@ class _JsonLine(logging.Formatter):
 
 @contextmanager
 def logged(job_id: str, fence: int, data: str | Path = ".") -> Iterator[None]:
-    """Have all that the package logs meanwhile in a job's file, details too."""
+    """Have all that the package logs meanwhile in a job's file, details too; elsewhere it logs as usual."""
     file = Path(data, "jobs", job_id, _NAME.format(fence))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +57,14 @@ def logged(job_id: str, fence: int, data: str | Path = ".") -> Iterator[None]:
         return
     handler.setFormatter(_JsonLine())
     level = _PACKAGE.level
+    usual = _PACKAGE.getEffectiveLevel()
+    others = logging.getLogger().handlers[:]
+
+    def is_usual(record: logging.LogRecord) -> bool:
+        return record.levelno >= usual or not record.name.startswith(_PACKAGE.name)
+
+    for other in others:
+        other.addFilter(is_usual)
     _PACKAGE.addHandler(handler)
     _PACKAGE.setLevel(logging.DEBUG)
     try:
@@ -65,6 +73,8 @@ def logged(job_id: str, fence: int, data: str | Path = ".") -> Iterator[None]:
         _PACKAGE.setLevel(level)
         _PACKAGE.removeHandler(handler)
         handler.close()
+        for other in others:
+            other.removeFilter(is_usual)
 
 
 class JobLog:

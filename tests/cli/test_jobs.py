@@ -49,7 +49,9 @@ def test_jobs_are_listed_shown_explained_and_cancelled(chitu, tmp_path: Path) ->
     store.close()
 
 
-def test_a_job_s_events_and_its_workers_lines_are_told_in_order(chitu, tmp_path: Path) -> None:
+def test_a_job_s_events_and_its_workers_lines_are_told_in_order(
+    chitu, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     Path("chitu-data").mkdir()
     store = open_store("sqlite:///chitu-data/chitu.db")
     job = store.submit(NewJob("ann", "wan-tiny", {}, {}, "hash")).job.id
@@ -61,6 +63,7 @@ def test_a_job_s_events_and_its_workers_lines_are_told_in_order(chitu, tmp_path:
             raise ValueError("a \x1b[31mcause")
         except ValueError:
             log.debug("it broke", exc_info=True)
+        log.warning("slow")
     log.debug("of no job")
     with Path("chitu-data", "jobs", job, "log-1.jsonl").open("a", encoding="utf-8") as half:
         half.write('{"at": 1')
@@ -68,7 +71,14 @@ def test_a_job_s_events_and_its_workers_lines_are_told_in_order(chitu, tmp_path:
     told = [json.loads(line) for line in chitu("jobs", "logs", job, "--json")[1].splitlines()]
     kinds = [(line["source"], line["kind"]) for line in told]
     service = "service"
-    assert kinds == [(service, "queued"), (service, "started"), ("attempt 1", "debug"), (service, "note")]
+    assert kinds == [
+        (service, "queued"),
+        (service, "started"),
+        ("attempt 1", "debug"),
+        ("attempt 1", "warning"),
+        (service, "note"),
+    ]
+    assert caplog.messages == ["slow"], "elsewhere details are no more than before"
     assert told[2]["text"].startswith("it broke\nTraceback")
     shown = chitu("jobs", "logs", job)[1]
     assert "ValueError: a  [31mcause" in shown and "message slow" in shown and "of no job" not in shown
