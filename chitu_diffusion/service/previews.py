@@ -37,6 +37,7 @@ _COST = 100
 """A preview comes this many times as late as the last one took: together they take at most a hundredth."""
 _KEPT = 2
 """Files of a job; whoever was told of the last but one may still be reading it."""
+Image.init()  # formats, once for all workers: else the first preview of each takes three times as long
 
 
 @torch.no_grad()

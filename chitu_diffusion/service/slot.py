@@ -44,6 +44,7 @@ _LOOK_S = 0.25
 _CLAIM_S = 2.0
 _WISH_S = 0.5
 _DOWN_S = 1.0
+_COUNT_S = 1.0
 _LONGEST_WAIT_S = 30.0
 _STACKS_S = 0.3
 Write = Callable[[], object]
@@ -269,7 +270,7 @@ class WorkerSlot:
             self._due["row"] = time.monotonic() + self._settings.beat_s
             self._store.workers.put(dataclasses.replace(self._info, state=self.state))
         if self._is_due("figures"):
-            self._due["figures"] = time.monotonic() + self._settings.beat_s
+            self._due["figures"] = time.monotonic() + max(_COUNT_S, self._settings.beat_s)
             self._figures.flush(self._store.counters)
         if self.state != "ready" or not self.is_idle or self._draining or not self._is_weighed:
             return

@@ -35,6 +35,7 @@ from chitu_diffusion.pipelines.fingerprint import fingerprint_of
 from chitu_diffusion.pipelines.recipe import device_name
 from chitu_diffusion.pipelines.vae import decode
 from chitu_diffusion.service.failures import failure_of
+from chitu_diffusion.service.job_log import logged
 from chitu_diffusion.service.logs import logged_about, set_up_logs
 from chitu_diffusion.service.pipe import LineChannel, Message
 from chitu_diffusion.service.previews import PreviewWriter, fit_colours
@@ -58,6 +59,8 @@ def run_worker(end: socket.socket, about: Mapping[str, Any]) -> None:
         about: `engine` (settings), `data` (the folder of the jobs' files), `number` (among this machine's
             workers, which share its GPUs), `preview` (settings).
     """
+    if logging.lastResort is not None and not logging.getLogger().handlers:
+        logging.getLogger().addHandler(logging.lastResort)  # on stderr, as well as in a job's file
     faulthandler.enable()  # on SIGABRT it says where it is stuck
     channel = LineChannel(end)
     channel.send("started", pid=os.getpid())
@@ -167,7 +170,7 @@ class JobRunner:
         Raises:
             Exception: what the engine cannot go on after; the job's end was told.
         """
-        with logged_about(job=command["job"]):
+        with logged_about(job=command["job"]), logged(command["job"], command["fence"]):
             self._run(command)
 
     def _run(self, command: Message) -> None:

@@ -20,7 +20,7 @@ from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.models.spec import LatentGeometry
 from chitu_diffusion.pipelines.vae import decode
-from chitu_diffusion.service import previews
+from chitu_diffusion.service import previews, worker
 from chitu_diffusion.service.pipe import LineChannel, Message
 from chitu_diffusion.service.previews import PreviewWriter, fit_colours, frames_of
 from chitu_diffusion.service.settings import PreviewSettings
@@ -116,6 +116,34 @@ def test_a_worker_tells_of_previews_and_the_video_is_the_same(
     with Image.open(kept[-1]) as picture:
         assert (picture.format, picture.size) == ("WEBP", (4 * 64, 48))
     assert kept[-1].stat().st_size < 2**16
+
+
+def test_what_a_worker_logs_of_a_job_lies_beside_its_files(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("in the decoder")
+
+    monkeypatch.setattr("chitu_diffusion.pipelines.stages.decode", broken)
+    said, _ = ran(engine, tmp_path, "broken")
+    assert said[-1]["state"] == "failed" and "decoder" not in str(said[-1])
+    log = (tmp_path / "jobs" / "broken" / "log-1.jsonl").read_text(encoding="utf-8")
+    assert "Traceback" in log and "in broken" in log and "in the decoder" in log
+
+
+def test_previews_can_be_off_and_a_decoder_that_fails_turns_them_off(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert worker._previews_of(engine, PreviewSettings(every_s=0)) is None
+    assert worker._previews_of(engine, PreviewSettings()) is not None
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(worker, "decode", full)
+    assert worker._previews_of(engine, PreviewSettings()) is None
 
 
 def given(latent: torch.Tensor, asked: list[int]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def video_of(data: Path, store: JobStore, job_id: str) -> bytes:
 def test_a_killed_and_a_parked_job_make_the_video_of_an_undisturbed_one(
     tmp_path: Path, launcher: WorkerLauncher
 ) -> None:
-    settings = settings_of(tmp_path)
+    settings = settings_of(tmp_path, preview={"every_s": 0.001})
     store = open_store(settings.store_url())
 
     def at_step(job_id: str, step: int) -> None:
@@ -94,6 +94,11 @@ def test_a_killed_and_a_parked_job_make_the_video_of_an_undisturbed_one(
         resumed = [event.data for event in store.events(job_id) if event.kind == "resumed"]
         assert [said["exact"] for said in resumed] == [True] and resumed[0]["from_step"] >= 2
         assert video_of(tmp_path, store, job_id) == want
+    for job_id in (whole, killed, held, cancelled):
+        folder = tmp_path / "jobs" / job_id
+        assert any(event.kind == "preview" for event in store.events(job_id))
+        assert not list(folder.glob(f"{store.job(job_id).fence}/preview-*"))
+        assert (folder / f"log-{store.job(job_id).fence}.jsonl").exists()
     assert store.job(cancelled).state is JobState.CANCELLED
     sizes = {"thumbnail": (32, 32), "spritesheet": (5 * 32, 32)}
     for variant, size in sizes.items():
