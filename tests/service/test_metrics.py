@@ -189,3 +189,14 @@ def test_a_store_that_is_down_is_no_fault(tmp_path: Path) -> None:
     front.store.counters.all = down  # type: ignore[assignment, method-assign]
     assert client.get("/metrics").status_code == 503
     front.store.close()
+
+
+def test_a_worker_that_is_replaced_did_not_die(tmp_path: Path) -> None:
+    front = make_front(tmp_path)
+    with supervised(settings_of(tmp_path, recycle={"jobs": 1}), front.store):
+        front.store.submit(new_job(steps=1))
+        until(lambda: "recycled" in str(front.store.counters.all().get("chitu_worker_starts_total")))
+    found = scraped(front)
+    assert value(found, "chitu_worker_starts_total", reason="recycled") == 1
+    assert not any(name == "chitu_worker_deaths_total" for name, _ in found)
+    front.store.close()

@@ -183,3 +183,17 @@ def test_frames_are_spread_and_wide_enough() -> None:
     assert np.array_equal(frames[:, 0, 0], [[0, 0, 255], [64, 32, 255], [159, 80, 255], [255, 128, 255]])
     assert previews.strip_of(frames, 8).size == (4 * 24, 16)
     assert previews.strip_of(frames[:1], 100).size == (160, 107)
+
+
+def test_a_worker_tells_which_steps_a_cache_saved(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cached = {**ASKED, "num_inference_steps": 6, "flexcache": {"strategy": "interval", "interval": 2}}
+    said, _ = ran(engine, tmp_path, "cached", params=cached)
+    steps = {
+        line["step"]: line["saved"]
+        for line in said
+        if line["kind"] == "progress" and line["stage"] == "denoising"
+    }
+    assert len(steps) == 6 and not steps[1] and any(steps.values())
