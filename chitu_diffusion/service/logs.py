@@ -59,8 +59,9 @@ class LogFormatter(logging.Formatter):
         return f"{time} {record.levelname} {message}{said}" + ("" if error is None else f"\n{error}")
 
 
-def set_up_logs(settings: LogSettings, **process: str) -> None:
-    """Have this process log to stderr, libraries' warnings included.
+@contextmanager
+def logs_to_stderr(settings: LogSettings, **process: str) -> Iterator[None]:
+    """What is logged meanwhile goes to stderr, libraries' warnings included.
 
     Args:
         process: ids of the whole process, such as its worker.
@@ -68,6 +69,12 @@ def set_up_logs(settings: LogSettings, **process: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormatter(as_json=settings.format == "json", process=process))
     root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)
-    logging.getLogger("chitu_diffusion").setLevel(settings.level.upper())
+    own = logging.getLogger("chitu_diffusion")
+    before = own.level
+    root.addHandler(handler)
+    own.setLevel(settings.level.upper())
+    try:
+        yield
+    finally:
+        own.setLevel(before)
+        root.removeHandler(handler)

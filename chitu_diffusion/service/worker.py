@@ -36,7 +36,7 @@ from chitu_diffusion.pipelines.recipe import device_name
 from chitu_diffusion.pipelines.vae import decode
 from chitu_diffusion.service.failures import failure_of
 from chitu_diffusion.service.job_log import logged
-from chitu_diffusion.service.logs import logged_about, set_up_logs
+from chitu_diffusion.service.logs import logged_about, logs_to_stderr
 from chitu_diffusion.service.pipe import LineChannel, Message
 from chitu_diffusion.service.previews import PreviewWriter, fit_colours
 from chitu_diffusion.service.settings import LogSettings, PreviewSettings
@@ -59,8 +59,6 @@ def run_worker(end: socket.socket, about: Mapping[str, Any]) -> None:
         about: `engine` (settings), `data` (the folder of the jobs' files), `number` (among this machine's
             workers, which share its GPUs), `preview` (settings).
     """
-    if logging.lastResort is not None and not logging.getLogger().handlers:
-        logging.getLogger().addHandler(logging.lastResort)  # on stderr, as well as in a job's file
     faulthandler.enable()  # on SIGABRT it says where it is stuck
     channel = LineChannel(end)
     channel.send("started", pid=os.getpid())
@@ -68,12 +66,12 @@ def run_worker(end: socket.socket, about: Mapping[str, Any]) -> None:
     for beside in (lambda: _read(channel, commands), lambda: _tick(channel)):
         threading.Thread(target=beside, daemon=True).start()
     os.chdir(about["data"])  # what videos and checkpoints name lies inside it
-    set_up_logs(LogSettings(**about["logs"]), worker=about["worker"])
     config = EngineConfig(**about["engine"])
     gpus = torch.cuda.device_count() if config.infer.device in ("auto", "cuda") else 0
     if gpus > 1:
         config.infer.device = f"cuda:{about['number'] % gpus}"
-    with Engine(config) as engine:
+    logs = logs_to_stderr(LogSettings(**about["logs"]), worker=about["worker"])
+    with logs, Engine(config) as engine:
         previews = _previews_of(engine, PreviewSettings(**about["preview"]))
         channel.send("ready", **_about(engine.backend))
         threading.Thread(target=_say_weights, args=(engine.backend, channel), daemon=True).start()

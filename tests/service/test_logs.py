@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,9 @@ import pytest
 from fronts import client_of, make_front
 from supervising import new_job, settings_of, supervised, until
 
-from chitu_diffusion.service.logs import LogFormatter, logged_about, set_up_logs
+from chitu_diffusion.service.logs import LogFormatter, logged_about, logs_to_stderr
 from chitu_diffusion.service.settings import LogSettings
 from chitu_diffusion.service.store import open_store
-
-
-@pytest.fixture(autouse=True)
-def _loggers_as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    own = logging.getLogger("chitu_diffusion")
-    before = (root.handlers[:], root.level, own.level)
-    yield
-    root.handlers[:], level, own_level = before
-    root.setLevel(level)
-    own.setLevel(own_level)
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
@@ -64,9 +52,8 @@ def test_a_line_has_time_level_message_ids_and_the_error() -> None:
 
 def test_supervisor_s_lines_name_worker_and_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = settings_of(tmp_path, logs={"format": "json", "level": "info"})
-    set_up_logs(settings.logs)
     store = open_store(settings.store_url())
-    with supervised(settings, store):
+    with logs_to_stderr(settings.logs), supervised(settings, store):
         job = store.submit(new_job(kill_at=2, steps=3)).job.id
         until(lambda: store.job(job).state.ended)
     store.close()
@@ -81,12 +68,12 @@ def test_front_s_lines_name_the_request_which_the_answer_names_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     front = make_front(tmp_path)
-    set_up_logs(LogSettings(format="json", level="info"))
     client = client_of(front)
-    answer = client.post("/v1/videos", json={"prompt": "a secret cat"})
-    job = answer.json()["id"]
-    client.get(f"/v1/videos/{job}", headers={"x-request-id": "mine"})
-    client.get("/v1/videos/%0A%22x")
+    with logs_to_stderr(LogSettings(format="json", level="info")):
+        answer = client.post("/v1/videos", json={"prompt": "a secret cat"})
+        job = answer.json()["id"]
+        client.get(f"/v1/videos/{job}", headers={"x-request-id": "mine"})
+        client.get("/v1/videos/%0A%22x")
     front.store.close()
     made, asked, odd = (line for line in lines(capsys) if line["logger"].endswith("limits"))
     assert made["request"] == answer.headers["x-request-id"] and re.fullmatch("[0-9a-f]{16}", made["request"])
