@@ -39,7 +39,7 @@ BUDGETS = {
     "task": 1195,
     "adapters": 720,
     "weights": 1880,
-    "service": 6780,
+    "service": 7500,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

@@ -51,8 +51,10 @@ def worker(
     flags = {"service.store": store, "service.data": data, "service.workers": workers, "models.name": model}
     settings, engine = settings_of(flags, config)
     with closing(open_jobs(settings)) as jobs, _stopped_by_signals() as stop:
+        from chitu_diffusion.service.logs import set_up_logs
         from chitu_diffusion.service.supervisor import run
 
+        set_up_logs(settings.logs)
         say(f"running jobs of {engine.models.name}; Ctrl+C parks them")
         run(settings, jobs, stop, engine=engine)
     return 0

@@ -47,7 +47,9 @@ def serve(
     service, engine = settings_of(flags, config)
     with extra_installed():
         from chitu_diffusion.service import serving
+        from chitu_diffusion.service.logs import set_up_logs
 
+    set_up_logs(service.logs)
     front = serving.open_front(service, engine)
     if key_file is not None:
         serving.add_key_file(front.store, key_file)

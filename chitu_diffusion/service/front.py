@@ -16,14 +16,13 @@ from chitu_diffusion.files.places import make_folder
 from chitu_diffusion.service.answers import ApiError, retry_later
 from chitu_diffusion.service.auth import Authenticator, Caller
 from chitu_diffusion.service.jobs import WorkerInfo
-from chitu_diffusion.service.metrics import FrontMetrics
+from chitu_diffusion.service.metrics import HEARD_OF_S, FrontMetrics
 from chitu_diffusion.service.planning import Planner
 from chitu_diffusion.service.settings import ServiceConfig
 from chitu_diffusion.service.store import JobStore
 from chitu_diffusion.service.streams import JobWatcher
 
 INPUTS_FOLDER = "inputs"
-_HEARD_OF_S = 60.0
 
 
 @dataclass
@@ -47,7 +46,7 @@ class Front:
         self.data = Path(self.settings.data).absolute()
         make_folder("service.data", self.data)
         self.auth = Authenticator(self.store, self.settings.cors)
-        self.metrics = FrontMetrics(self.store, self.data)
+        self.metrics = FrontMetrics(self.store, self.data, self.planner.model)
         self.watcher = JobWatcher(self.store, self.metrics.streams, self.draining)
 
     @property
@@ -65,7 +64,7 @@ class Front:
         return tuple(
             worker
             for worker in self.store.workers.all()
-            if worker.model == self.planner.model and now - worker.seen_at < _HEARD_OF_S
+            if worker.model == self.planner.model and now - worker.seen_at < HEARD_OF_S
         )
 
     def require_room(self) -> None:

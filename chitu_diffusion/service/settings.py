@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -49,6 +49,15 @@ class WebhookSettings(Settings):
     )
 
 
+class LogSettings(Settings):
+    """What front, supervisors and workers write to stderr."""
+
+    format: Literal["text", "json"] = Field("text", description="text, or a JSON object a line")
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning", description="info: also each answer, claim and end of a job"
+    )
+
+
 class ServiceConfig(Settings):
     """The whole tree of `chitu serve` and `chitu worker`."""
 
@@ -66,6 +75,7 @@ class ServiceConfig(Settings):
     preview: PreviewSettings = Field(default_factory=PreviewSettings)
     recycle: RecycleSettings = Field(default_factory=RecycleSettings)
     webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
+    logs: LogSettings = Field(default_factory=LogSettings)
     loras: str | None = Field(None, description="folder of the adapters that requests may name")
     min_free_gb: float = Field(2, ge=0, description="jobs are refused where the disk has less left")
     metrics_open: bool = Field(False, description="/metrics needs no key")

@@ -36,9 +36,10 @@ from chitu_diffusion.pipelines.recipe import device_name
 from chitu_diffusion.pipelines.vae import decode
 from chitu_diffusion.service.failures import failure_of
 from chitu_diffusion.service.job_log import logged
+from chitu_diffusion.service.logs import logged_about, set_up_logs
 from chitu_diffusion.service.pipe import LineChannel, Message
 from chitu_diffusion.service.previews import PreviewWriter, fit_colours
-from chitu_diffusion.service.settings import PreviewSettings
+from chitu_diffusion.service.settings import LogSettings, PreviewSettings
 from chitu_diffusion.service.stills import write_stills
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, Progress, TaskStatus
 
@@ -58,8 +59,6 @@ def run_worker(end: socket.socket, about: Mapping[str, Any]) -> None:
         about: `engine` (settings), `data` (the folder of the jobs' files), `number` (among this machine's
             workers, which share its GPUs), `preview` (settings).
     """
-    if logging.lastResort is not None and not logging.getLogger().handlers:
-        logging.getLogger().addHandler(logging.lastResort)  # on stderr, as well as in a job's file
     faulthandler.enable()  # on SIGABRT it says where it is stuck
     channel = LineChannel(end)
     channel.send("started", pid=os.getpid())
@@ -67,6 +66,7 @@ def run_worker(end: socket.socket, about: Mapping[str, Any]) -> None:
     for beside in (lambda: _read(channel, commands), lambda: _tick(channel)):
         threading.Thread(target=beside, daemon=True).start()
     os.chdir(about["data"])  # what videos and checkpoints name lies inside it
+    set_up_logs(LogSettings(**about["logs"]), worker=about["worker"])
     config = EngineConfig(**about["engine"])
     gpus = torch.cuda.device_count() if config.infer.device in ("auto", "cuda") else 0
     if gpus > 1:
@@ -169,7 +169,7 @@ class JobRunner:
             Exception: what the engine cannot go on after; the job's end was told.
         """
         job = _JobOnEngine(command, self._channel, self._previews)
-        with logged(command["job"], command["fence"]):
+        with logged_about(job=command["job"]), logged(command["job"], command["fence"]):
             try:
                 task = job.begin(self._engine)
                 self._drive(job, task, command.get("hold_at_step"))
@@ -191,14 +191,15 @@ class JobRunner:
             if "cancel" in wishes:
                 self._engine.cancel(task.task_id)
             elif held or wishes:
+                began = time.time()
                 self._engine.save_tasks()
-                job.report_checkpoint(self._engine, task)
+                job.report_checkpoint(self._engine, task, began)
                 self._engine.cancel(task.task_id)
                 job.report("held" if held else "parked", step=task.current_step)
                 return
             elif (event := self._engine.step()) is not None:
-                job.advanced(event)
-                job.report_checkpoint(self._engine, task)
+                job.advanced(event, task, self._engine.backend.low_mem_level)
+                job.report_checkpoint(self._engine, task, event.time)
         if task.status is TaskStatus.FINISHED:
             job.completed(task)
         elif task.error is not None:
@@ -221,6 +222,8 @@ class _JobOnEngine:
         self._channel = channel
         self._folder = Path("jobs", command["job"], str(command["fence"]))
         self._reported: set[str] = set()
+        self._memory_level = 0
+        self._reused = 0
         self._previews = None if previews is None else previews(self._folder)
         self._has_ended = False
 
@@ -236,7 +239,9 @@ class _JobOnEngine:
         checkpoints = self._folder / _CHECKPOINTS
         notes = take_over(command["checkpoints"], checkpoints)
         self._reported = {file.name for file in _files_of(checkpoints)}
+        self._memory_level = engine.backend.low_mem_level
         task = engine.submit(params, checkpoints=checkpoints, callback_on_step_end=self._previews)
+        self._reused = 0 if task.buffer.cache is None else task.buffer.cache["reused"]
         if task.resumed is not None:
             differs = [*notes, *task.resumed.differs]
             self.report("resumed", from_step=task.resumed.step, exact=task.resumed.exact, differs=differs)
@@ -244,7 +249,8 @@ class _JobOnEngine:
             self.report("resumed", from_step=0, exact=True, differs=notes)
         return task
 
-    def advanced(self, event: Progress) -> None:
+    def advanced(self, event: Progress, task: DiffusionTask, memory_level: int) -> None:
+        reused = 0 if task.buffer.cache is None else task.buffer.cache["reused"]
         self.report(
             "progress",
             stage=str(event.stage),
@@ -255,14 +261,23 @@ class _JobOnEngine:
             seconds=event.seconds,
             eta_s=event.eta,
             at=event.time,
+            saved=reused > self._reused,  # by a cache
         )
+        self._reused = reused
         if event.message is not None and event.status not in (TaskStatus.FINISHED, TaskStatus.FAILED):
-            self.report("note", message=event.message)
+            raised = {"memory_level": memory_level} if memory_level > self._memory_level else {}
+            self.report("note", message=event.message, **raised)
+        self._memory_level = memory_level
         if self._previews is not None and (step := self._previews.take_fresh()) is not None:
             self.report("preview", step=step)
 
-    def report_checkpoint(self, engine: Engine, task: DiffusionTask) -> None:
-        """Of a file that has come since; the newest has the largest number in its name."""
+    def report_checkpoint(self, engine: Engine, task: DiffusionTask, began: float) -> None:
+        """Of a file that has come since; the newest has the largest number in its name.
+
+        Args:
+            began: when writing it began, in seconds since 1970.
+        """
+        seconds = max(0.0, time.time() - began)
         files = _files_of(self._folder / _CHECKPOINTS)
         if not files or files[-1].name in self._reported:
             return
@@ -274,6 +289,7 @@ class _JobOnEngine:
             "checkpoint",
             path=str(files[-1]),
             step=task.current_step,
+            seconds=seconds,
             fingerprint=hashlib.sha256(text.encode()).hexdigest(),
             **_size_and_hash(files[-1]),
         )

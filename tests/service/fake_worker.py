@@ -88,11 +88,16 @@ def run(command: dict[str, Any], channel: LineChannel, commands: queue.SimpleQue
         step += 1
         state = hashlib.sha256(f"{state} {step}".encode()).hexdigest()
         said = {"stage": "denoising", "status": "denoising", "step": step, "steps": params["steps"]}
-        said |= {"fraction": step / params["steps"], "seconds": params["step_s"], "eta_s": 1.0}
+        said |= {
+            "fraction": step / params["steps"],
+            "seconds": params["step_s"],
+            "eta_s": 1.0,
+            "saved": False,
+        }
         channel.send("progress", **about, **said, at=time.time())
         if params.get("previews"):
             channel.send("preview", **about, step=step)
-        channel.send("checkpoint", **about, step=step, **written(folder / f"step{step}", state))
+        channel.send("checkpoint", **about, step=step, seconds=0.01, **written(folder / f"step{step}", state))
     video = written(folder / "video.mp4", state)
     artifact = {"variant": "video", "media_type": "video/mp4", **video}
     channel.send("ended", **about, state="completed", artifacts=[artifact], seconds={"denoising": 1.0})
