@@ -168,22 +168,19 @@ class JobRunner:
         Raises:
             Exception: what the engine cannot go on after; the job's end was told.
         """
-        with logged_about(job=command["job"]), logged(command["job"], command["fence"]):
-            self._run(command)
-
-    def _run(self, command: Message) -> None:
         job = _JobOnEngine(command, self._channel, self._previews)
-        try:
-            task = job.begin(self._engine)
-            self._drive(job, task, command.get("hold_at_step"))
-        except UsageError as error:
-            job.failed(error)
-        except Exception as error:
-            job.failed(error)
-            raise
-        finally:
-            self._engine.pool.remove(command["job"])
-            job.clear()
+        with logged_about(job=command["job"]), logged(command["job"], command["fence"]):
+            try:
+                task = job.begin(self._engine)
+                self._drive(job, task, command.get("hold_at_step"))
+            except UsageError as error:
+                job.failed(error)
+            except Exception as error:
+                job.failed(error)
+                raise
+            finally:
+                self._engine.pool.remove(command["job"])
+                job.clear()
 
     def _drive(self, job: _JobOnEngine, task: DiffusionTask, hold_at: int | None) -> None:
         while not task.is_finished():
