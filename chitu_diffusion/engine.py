@@ -197,9 +197,9 @@ class Engine:
                 goes on from there (`task.resumed` says how); from then on one is written every
                 `checkpoint.every_s` seconds and by `save_tasks`, and all are gone when the video stands.
             callback_on_step_end: called on rank 0 after each denoising step with (engine, step from 0,
-                timestep, {"latents": [1, C, T, H, W], a copy, "task": task}). It may `task.cancel()`, and on
-                one rank give back {"latents": tensor} for the next step to start from. What it raises fails
-                the task.
+                timestep, {"latents": [1, C, T, H, W], a copy, "clean": gives those that the step points at,
+                without noise, "task": task}). It may `task.cancel()`, and on one rank give back {"latents":
+                tensor} for the next step to start from. What it raises fails the task.
             fields: of `DiffusionUserParams`, beside a text or in place of a request's own.
 
         Returns:

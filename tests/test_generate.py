@@ -198,14 +198,16 @@ def test_the_hook_sees_each_step_and_a_look_changes_nothing(engine):
     seen = []
 
     def look(own, step, timestep, given):
-        seen.append((own is engine, step, timestep, tuple(given["latents"].shape)))
+        left = (given["clean"]() - given["latents"]).abs().max()
+        seen.append((own is engine, step, timestep, tuple(given["latents"].shape), left))
 
     watched = engine.generate(CAT, seed=1, callback_on_step_end=look)
     assert np.array_equal(watched.frames, engine.generate(CAT, seed=1).frames)
-    assert [step for _, step, _, _ in seen] == [0, 1, 2, 3]
-    assert all(own and shape == (1, 4, 2, 4, 4) for own, _, _, shape in seen)
-    times = [timestep for _, _, timestep, _ in seen]
+    assert [step for _, step, *_ in seen] == [0, 1, 2, 3]
+    assert all(own and shape == (1, 4, 2, 4, 4) for own, _, _, shape, _ in seen)
+    times = [timestep for _, _, timestep, *_ in seen]
     assert times == sorted(times, reverse=True) and times[0] > 900
+    assert [bool(left > 1e-5) for *_, left in seen] == [True, True, True, False], "at the end rounding alone"
 
 
 def test_latents_that_the_hook_gives_are_gone_on_with(engine):

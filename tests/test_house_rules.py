@@ -34,12 +34,12 @@ BUDGETS = {
     "memory": 690,
     "models": 7570,
     "ops": 2180,
-    "pipelines": 4310,
-    "sampling": 1300,
+    "pipelines": 4345,
+    "sampling": 1330,
     "task": 1195,
     "adapters": 720,
     "weights": 1880,
-    "service": 6450,
+    "service": 7550,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

@@ -6,11 +6,14 @@ Knows words and flags; what they ask for is done by `service/`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,12 +25,14 @@ from chitu_diffusion.cli.store import ConfigFile, Data, StoreUrl, open_jobs, ope
 from chitu_diffusion.errors import UsageError, nearest
 
 if TYPE_CHECKING:
+    from chitu_diffusion.service.job_log import LogLine
     from chitu_diffusion.service.jobs import Job
 
 jobs_app = typer.Typer(
-    no_args_is_help=True, help="The service's jobs: list, show, cancel, and why they wait."
+    no_args_is_help=True, help="The service's jobs: list, show, logs, cancel, resume, and why they wait."
 )
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
+_LOOK_S = 0.5
 _NOW = 1
 """The exit code of a second signal."""
 
@@ -46,10 +51,12 @@ def worker(
     flags = {"service.store": store, "service.data": data, "service.workers": workers, "models.name": model}
     settings, engine = settings_of(flags, config)
     with closing(open_jobs(settings)) as jobs, _stopped_by_signals() as stop:
+        from chitu_diffusion.service.logs import logs_to_stderr
         from chitu_diffusion.service.supervisor import run
 
         say(f"running jobs of {engine.models.name}; Ctrl+C parks them")
-        run(settings, jobs, stop, engine=engine)
+        with logs_to_stderr(settings.logs):
+            run(settings, jobs, stop, engine=engine)
     return 0
 
 
@@ -127,6 +134,49 @@ def jobs_cancel(job: JobId, data: Data = None, store: StoreUrl = None) -> int:
         state = jobs.cancel(job).state
     say(f"{job} is {state}" + ("" if state.ended else ", and ends after the step that runs"))
     return 0
+
+
+@jobs_app.command("resume")
+def jobs_resume(job: JobId, data: Data = None, store: StoreUrl = None) -> int:
+    """Let a held job go on, from the step that it was held at. One that was parked goes on by itself."""
+    with opened(store, data) as jobs:
+        step = jobs.release(job).step
+    say(f"{job} is queued, and goes on from step {step or 0}")
+    return 0
+
+
+@jobs_app.command("logs")
+def jobs_logs(
+    job: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Each line as a JSON object.")] = False,
+    data: Data = None,
+    store: StoreUrl = None,
+) -> int:
+    """Print what happened to a job and what its workers logged, by time."""
+    settings, _ = settings_of({"service.store": store, "service.data": data})
+    with closing(open_jobs(settings)) as jobs:
+        from chitu_diffusion.service.job_log import JobLog
+
+        found = jobs.job(job)
+        log = JobLog(jobs, settings.data, job)
+        while True:
+            ended = found.state.ended
+            for line in log.fresh():
+                _print_line(line, json_)
+            if ended or not follow:
+                return 0
+            time.sleep(_LOOK_S)
+            found = jobs.job(job)
+
+
+def _print_line(line: LogLine, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(dataclasses.asdict(line), ensure_ascii=False), flush=True)
+        return
+    at = datetime.fromtimestamp(line.at, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+    for text in line.text.split("\n"):
+        print(f"{at}  {line.source:<10}  {line.kind:<10}  {printable(text)}", flush=True)
 
 
 @jobs_app.command("why")

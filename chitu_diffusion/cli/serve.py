@@ -47,12 +47,14 @@ def serve(
     service, engine = settings_of(flags, config)
     with extra_installed():
         from chitu_diffusion.service import serving
+        from chitu_diffusion.service.logs import logs_to_stderr
 
     front = serving.open_front(service, engine)
     if key_file is not None:
         serving.add_key_file(front.store, key_file)
     try:
-        serving.serve(front, engine, on_bound=lambda url: say(f"{front.planner.spec.name} at {url}"))
+        with logs_to_stderr(service.logs):
+            serving.serve(front, engine, on_bound=lambda url: say(f"{front.planner.spec.name} at {url}"))
     finally:
         front.store.close()
     return 0

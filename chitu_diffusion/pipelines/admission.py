@@ -7,6 +7,7 @@ meanwhile.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 
 from chitu_diffusion.adapters.merging import check_adapters
 from chitu_diffusion.attn_schedule import AttnSchedule
@@ -14,7 +15,7 @@ from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.errors import WillNotFitError, counted
 from chitu_diffusion.files.places import identity
 from chitu_diffusion.media.video import check_save_path, check_space
-from chitu_diffusion.memory.device import top_useful_level, usable_memory
+from chitu_diffusion.memory.device import top_useful_level, total_memory, usable_memory
 from chitu_diffusion.memory.offload import TOP_LEVEL
 from chitu_diffusion.pipelines.request import (
     check_cache,
@@ -29,6 +30,8 @@ from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 logger = logging.getLogger(__name__)
 _VIDEO_BYTES = 3 * 4
 """Of a pixel of a finished video in main memory: float32."""
+_MOST_FRAMES = 1 << 14
+"""Of a latent: no video is longer."""
 
 
 class Admission:
@@ -99,6 +102,18 @@ class Admission:
         )
         cache = check_cache(resolved, self._spec, self._item, self._cache_limit)
         return peak + cache, self._estimate.at_home(level) + frames * pixels * _VIDEO_BYTES
+
+    def most_tokens(self) -> int:
+        """Tokens of the longest video of the model's own size that the device's whole memory has room for; 0
+        where it has none for a picture.
+        """
+        own = self._spec.defaults
+        stride = self._spec.geometry.stride[0]
+        total = total_memory(self._device)
+        count = bisect_right(
+            range(_MOST_FRAMES), total, key=lambda n: self._peak(stride * n + 1, own.height, own.width, 0)
+        )
+        return self._spec.tokens(stride * (count - 1) + 1, own.height, own.width) if count else 0
 
     def _check_memory(
         self, frames: int, height: int, width: int, cache: int, flexcache: object, more: int

@@ -67,12 +67,14 @@ class Step:
     Attributes:
         expert: whose it was.
         latent: after it, [B, C, T, H, W] float32.
+        clean: gives the clean latent that it points at, likewise.
         state: of the solver, after it.
         check: whether `latent` is finite, where that is not known yet.
     """
 
     expert: int
     latent: Tensor
+    clean: Callable[[], Tensor]
     state: SamplerState
     check: FiniteCheck | None
 
@@ -110,9 +112,9 @@ def denoise(
         active = active_branches(scales[chosen])[:branches]
         velocity = predict(latent, timestep, chosen, active)
         hit("denoise.velocity", velocity)
-        latent, state = sampler.step(
-            state, apply_cfg(velocity, scales[chosen] if len(active) > 1 else 1.0), latent
-        )
+        velocity = apply_cfg(velocity, scales[chosen] if len(active) > 1 else 1.0)
+        clean = partial(sampler.clean, state, velocity, latent)
+        latent, state = sampler.step(state, velocity, latent)
         asked = FiniteCheck(latent, "latent")
         if check is not None:
             check.require()  # while the device works on this step
@@ -120,7 +122,7 @@ def denoise(
         if asked.is_known or sampler.is_done(state):
             asked.require()
             check = None
-        yield Step(chosen, latent, state, check)
+        yield Step(chosen, latent, clean, state, check)
 
 
 def predictor(backend: DiffusionBackend, text: PreparedConditioning, num_steps: int | None = None) -> Predict:

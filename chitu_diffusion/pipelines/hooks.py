@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from chitu_diffusion.media.video import Frames
 
 StepEnd = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | bool | None]
-"""(engine, step from 0, timestep, {"latents": [1, C, T, H, W], "task": ...}) -> None, what
+"""(engine, step from 0, timestep, {"latents": [1, C, T, H, W], "clean": ..., "task": ...}) -> None, what
 `task.cancel()` gave, or {"latents": ...} for the next step to start from; diffusers' `callback_on_step_end`.
 """
 
@@ -67,8 +67,9 @@ class TaskHooks:
     """What to call.
 
     Attributes:
-        on_step_end: (step, timestep, {"latents": ..., "task": ...}) after each denoising step. The latents
-            are a copy: what is done to them counts where they are given back.
+        on_step_end: (step, timestep, {"latents": ..., "clean": ..., "task": ...}) after each denoising step.
+            The latents are a copy: what is done to them counts where they are given back. `clean()` gives
+            the clean ones that the step points at, of which previews are made.
         on_video: (frames uint8 [T, H, W, 3], recipe) on rank 0, once the video is decoded. Where it is there,
             a task without a path writes no file.
     """
@@ -77,13 +78,21 @@ class TaskHooks:
     on_video: Callable[[Frames, Mapping[str, Any]], None] | None = None
 
     def latent_after(
-        self, task: DiffusionTask, step: int, timestep: float, latent: Tensor, *, world: int
+        self,
+        task: DiffusionTask,
+        step: int,
+        timestep: float,
+        latent: Tensor,
+        clean: Callable[[], Tensor],
+        *,
+        world: int,
     ) -> Tensor:
         """The latent that the next step starts from: the one that it was given, or what the hook gives.
 
         Args:
             step, timestep: of the step that was taken.
             latent: after it, [1, C, T, H, W] float32.
+            clean: gives the clean one that it points at.
             world: ranks; only rank 0 has hooks.
 
         Raises:
@@ -93,7 +102,7 @@ class TaskHooks:
         if self.on_step_end is None:
             return latent
         shown = latent.clone()
-        answer = self.on_step_end(step, timestep, {"latents": shown, "task": task})
+        answer = self.on_step_end(step, timestep, {"latents": shown, "clean": clean, "task": task})
         if answer is None or isinstance(answer, bool):  # what `task.cancel()` gives
             return latent
         given = answer.get("latents", shown) if isinstance(answer, Mapping) else answer

@@ -29,7 +29,7 @@ from chitu_diffusion.flexcache.registry import CacheState, parse_flexcache, pars
 from chitu_diffusion.media.video import write_video
 from chitu_diffusion.memory.device import is_out_of_memory
 from chitu_diffusion.pipelines.conditioning import PreparedConditioning
-from chitu_diffusion.pipelines.denoising import Predict, Probe, cached_predictor, denoise, schedule_of
+from chitu_diffusion.pipelines.denoising import Predict, Probe, Step, cached_predictor, denoise, schedule_of
 from chitu_diffusion.pipelines.fingerprint import identity_of
 from chitu_diffusion.pipelines.finite_check import FiniteCheck
 from chitu_diffusion.pipelines.guidance import expert_at
@@ -217,7 +217,7 @@ class Stages:
         )
         hit("denoise.after", task.current_step)
         self._derived[task] = _Derived(derived.text, step.check, weakref.ref(step.latent))
-        after = self._latent_after(task, float(state["timesteps"][state["index"]]), step.latent)
+        after = self._latent_after(task, float(state["timesteps"][state["index"]]), step, derived.text)
         notes = [f"expert {step.expert}"] if task.expert is not None and task.expert != step.expert else []
         notes += [note for note in (backend.compile_note(),) if note]
         ended = backend.sampler_for(state["recipe"]).is_done(step.state)
@@ -262,12 +262,16 @@ class Stages:
         if asked and spec.calibration is not None and parse_strategy(asked)[0] == "plan":
             require_same_model(spec.calibration, identity_of(self._backend, _resolved(task).lora), spec.name)
 
-    def _latent_after(self, task: DiffusionTask, timestep: float, latent: Tensor) -> Tensor:
+    def _latent_after(
+        self, task: DiffusionTask, timestep: float, step: Step, text: PreparedConditioning
+    ) -> Tensor:
         """A step's latent, or what the task's hook has put into its place."""
         hooks = self.hooks.get(task, TaskHooks())
         world = self._backend.groups.plan.world
-        after = hooks.latent_after(task, task.current_step, timestep, latent, world=world)
-        if after is not latent:
+        after = hooks.latent_after(
+            task, task.current_step, timestep, step.latent, lambda: text.composed(step.clean()), world=world
+        )
+        if after is not step.latent:
             FiniteCheck(after, "latent").require()
         return after
 

@@ -234,6 +234,12 @@ class Sampler:
         moved, history = self._solver.step(state, velocity.to(self._worked), latent, noise)
         return moved.to(self._kept), {**state, "index": state["index"] + 1, "history": history}
 
+    def clean(self, state: SamplerState, velocity: Tensor, latent: Tensor) -> Tensor:
+        """The data that a velocity points at, x0 = x - sigma v, [B, C, T, H, W] float32, whatever the solver;
+        after the last `step` its latent. Arguments as there.
+        """
+        return (latent.to(self._worked) - self.sigma(state) * velocity.to(self._worked)).float()
+
     def response(self, state: SamplerState) -> tuple[float, ...]:
         """d(last latent) / d(velocity) of each step that is left.
 

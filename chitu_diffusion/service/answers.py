@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from chitu_diffusion.errors import ChituError, UsageError, WillNotFitError
-from chitu_diffusion.service.jobs import Job, JobState, StoreError
+from chitu_diffusion.service.jobs import Job, JobEvent, JobState, StoreError
 
 STATUS_CODES = MappingProxyType(
     {
@@ -100,7 +100,6 @@ def video_of(job: Job, now: float, position: int | None = None, preview: int | N
     done = job.state is JobState.COMPLETED
     frames = resolved.get("num_frames") or 0
     fps = resolved.get("fps") or 1
-    url = f"/v1/videos/{job.id}"
     return {
         "id": job.id,
         "object": "video",
@@ -131,10 +130,21 @@ def video_of(job: Job, now: float, position: int | None = None, preview: int | N
         "fps": fps,
         "metadata": job.request.get("metadata", {}),
         "seconds_by_stage": dict(job.seconds),
-        "content_url": f"{url}/content" if done else None,
-        "preview_url": None if preview is None else f"{url}/preview?step={preview}",
+        "content_url": f"/v1/videos/{job.id}/content" if done else None,
+        "preview_url": None if preview is None else _preview_url(job.id, preview),
         "request": {name: _asked(value) for name, value in job.request.items()},
     }
+
+
+def data_of(event: JobEvent) -> dict[str, Any]:
+    """What an event tells a client, beside its kind."""
+    if event.kind == "preview":
+        return {**event.data, "url": _preview_url(event.job, event.data["step"])}
+    return dict(event.data)
+
+
+def _preview_url(job_id: str, step: int) -> str:
+    return f"/v1/videos/{job_id}/preview?step={step}"
 
 
 def _asked(value: Any) -> Any:

@@ -13,11 +13,18 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from chitu_diffusion.errors import ChituError
-from chitu_diffusion.service import limits, operating, videos
+from chitu_diffusion.service import documents, limits, operating, videos
 from chitu_diffusion.service.answers import ApiError, error_of
 from chitu_diffusion.service.front import Front
 
 logger = logging.getLogger(__name__)
+
+
+class _Application(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            self.openapi_schema = documents.completed(super().openapi())
+        return self.openapi_schema
 
 
 def build_app(front: Front) -> FastAPI:
@@ -29,7 +36,14 @@ def build_app(front: Front) -> FastAPI:
         yield
         await front.watcher.stop()
 
-    app = FastAPI(title="chitu_diffusion", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = _Application(
+        title="chitu_diffusion",
+        version=operating.version_of_package() or "unknown",
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
     app.state.front = front
     app.add_middleware(limits.Guard, observe=front.metrics.observe)
     if front.settings.cors:

@@ -1,8 +1,8 @@
 """One database behind the store: transactions, its clock, and what sets SQLite and PostgreSQL apart.
 
-Knows no table's meaning. On SQLite a writer begins with BEGIN IMMEDIATE, so writers take turns. On
-PostgreSQL writers lock the rows that they change, and those of the queue (submit, claim) take turns by an
-advisory lock, which makes quotas exact.
+Knows no table's meaning but that of counters. On SQLite a writer begins with BEGIN IMMEDIATE, so writers
+take turns. On PostgreSQL writers lock the rows that they change, and those of the queue (submit, claim) take
+turns by an advisory lock, which makes quotas exact.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModu
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from chitu_diffusion.errors import UsageError
+from chitu_diffusion.service.counters import Series, add_to_counters
 from chitu_diffusion.service.jobs import StoreDownError
 
 Clock = Callable[[], float]
+Observer = Callable[[str, float], None]
+"""(kind of a transaction: read, write or queue; its seconds)"""
 NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "ceph", "gpfs", "beegfs", "afs", "glusterfs"}
     | {"fuse.glusterfs", "fuse.sshfs"}
@@ -40,6 +43,16 @@ class Transaction:
 
     connection: Connection
     now: float
+    _grown: dict[Series, float] = field(default_factory=dict)
+
+    def count(self, key: Series, by: float = 1.0) -> None:
+        """A counter grows. Its row is written last, in order: so transactions wait for each other in turn."""
+        self._grown[key] = self._grown.get(key, 0.0) + by
+
+    def write_counters(self) -> None:
+        """What was counted."""
+        if self._grown:
+            add_to_counters(self.connection, self._grown)
 
 
 class Database:
@@ -56,6 +69,7 @@ class Database:
     def __init__(self, url: str, clock: Clock | None = None) -> None:
         self.url = _checked(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        self.observer: Observer = _to_nobody
         self._clock = clock or (steady_clock() if self.is_sqlite else None)
         self.engine = _sqlite_engine(self.url) if self.is_sqlite else _postgres_engine(self.url)
 
@@ -70,7 +84,7 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Transaction]:
         """A transaction that changes nothing, and waits for no writer."""
-        with _down_in_words(), self.engine.connect() as connection, connection.begin():
+        with self._timed("read"), _down_in_words(), self.engine.connect() as connection, connection.begin():
             yield Transaction(connection, self._now(connection))
 
     @contextmanager
@@ -80,12 +94,22 @@ class Database:
         Args:
             queue: alone among those that look at the whole queue.
         """
-        with _down_in_words(), self.engine.connect() as plain:
+        with self._timed("queue" if queue else "write"), _down_in_words(), self.engine.connect() as plain:
             connection = plain.execution_options(chitu_writes=True)
             with connection.begin():
                 if queue and not self.is_sqlite:
                     connection.execute(select(func.pg_advisory_xact_lock(_QUEUE_LOCK)))
-                yield Transaction(connection, self._now(connection))
+                transaction = Transaction(connection, self._now(connection))
+                yield transaction
+                transaction.write_counters()
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.observer(kind, time.monotonic() - began)
 
     def _now(self, connection: Connection) -> float:
         if self._clock is not None:
@@ -95,6 +119,10 @@ class Database:
     def close(self) -> None:
         """Give the connections back."""
         self.engine.dispose()
+
+
+def _to_nobody(kind: str, seconds: float) -> None:
+    """Nobody observes."""
 
 
 def steady_clock() -> Clock:

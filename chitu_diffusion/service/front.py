@@ -15,7 +15,8 @@ from fastapi import Depends, Request
 from chitu_diffusion.files.places import make_folder
 from chitu_diffusion.service.answers import ApiError, retry_later
 from chitu_diffusion.service.auth import Authenticator, Caller
-from chitu_diffusion.service.metrics import FrontMetrics
+from chitu_diffusion.service.jobs import WorkerInfo
+from chitu_diffusion.service.metrics import HEARD_OF_S, FrontMetrics
 from chitu_diffusion.service.planning import Planner
 from chitu_diffusion.service.settings import ServiceConfig
 from chitu_diffusion.service.store import JobStore
@@ -45,13 +46,26 @@ class Front:
         self.data = Path(self.settings.data).absolute()
         make_folder("service.data", self.data)
         self.auth = Authenticator(self.store, self.settings.cors)
-        self.metrics = FrontMetrics(self.store, self.data)
+        self.metrics = FrontMetrics(self.store, self.data, self.planner.model)
         self.watcher = JobWatcher(self.store, self.metrics.streams, self.draining)
 
     @property
     def inputs(self) -> Path:
         """Folder of the files that came with requests."""
         return self.data / INPUTS_FOLDER
+
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        """Those of this server's model that were heard of lately.
+
+        Raises:
+            StoreDownError
+        """
+        now = self.store.now()
+        return tuple(
+            worker
+            for worker in self.store.workers.all()
+            if worker.model == self.planner.model and now - worker.seen_at < HEARD_OF_S
+        )
 
     def require_room(self) -> None:
         """Raises ApiError: 503, the process ends, or the disk is nearly full."""

@@ -354,8 +354,9 @@ class ApiKey:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """A worker's row. `state`: starting, ready, busy, draining or lost; `fits` is the envelope of what fits
-    in its memory; `rss` and `gpu_bytes` are bytes.
+    """A worker's row. `state`: starting, ready, busy, draining or lost; `weights_sha256` is empty until
+    they are hashed; `fits` is what its memory has room for: device, memory_bytes, tokens; `rss` and
+    `gpu_bytes` are bytes.
     """
 
     id: str

@@ -25,10 +25,14 @@ class WorkerLauncher:
 
     Args:
         command: starts it; the number of its socket is added.
+
+    Attributes:
+        started: forkservers so far.
     """
 
     def __init__(self, command: Sequence[str] = FORKSERVER) -> None:
         self._command = command
+        self.started = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._exits: dict[int, int] = {}
@@ -65,6 +69,7 @@ class WorkerLauncher:
                 self._process = subprocess.Popen(
                     [*self._command, str(handle)], pass_fds=[handle], stdin=subprocess.DEVNULL
                 )
+            self.started += 1
         return self._control
 
     def exit_of(self, pid: int) -> int | None:

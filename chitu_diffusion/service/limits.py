@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import secrets
 import time
 from collections.abc import Callable
 
@@ -11,6 +14,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chitu_diffusion.service.answers import ApiError
 from chitu_diffusion.service.bodies import MOST_BODY, MOST_UPLOAD
+from chitu_diffusion.service.logs import logged_about
+
+logger = logging.getLogger(__name__)
+_ID = re.compile(r"video_[0-9a-f]{24}")
 
 CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; frame-ancestors 'none'; "
@@ -43,6 +50,11 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        request = secrets.token_hex(8)
+        with logged_about(request=request):
+            await self._answer(scope, receive, send, request)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, request: str) -> None:
         began = time.monotonic()
         status = [500]
         headers = Headers(scope=scope)
@@ -63,6 +75,7 @@ class Guard:
                 found = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     found.setdefault(name, value)
+                found["x-request-id"] = request
                 if scope["path"].startswith("/v1/"):
                     found.setdefault("cache-control", "no-store")
             await send(message)
@@ -81,7 +94,11 @@ class Guard:
         finally:
             route = scope.get("route")
             path = "other" if route is None else str(route.path)
-            self._observe(path, status[0], time.monotonic() - began)
+            seconds = time.monotonic() - began
+            self._observe(path, status[0], seconds)
+            video = (scope.get("path_params") or {}).get("video_id", "")
+            with logged_about(job=str(video) if _ID.fullmatch(str(video)) else None):
+                logger.info("%s %s: %d in %.3f s", scope["method"], path, status[0], seconds)
 
 
 def too_large(most: int) -> ApiError:

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from chitu_diffusion.errors import ChituError
-from chitu_diffusion.service import streams
+from chitu_diffusion.service import documents, streams
 from chitu_diffusion.service.answers import ApiError, error_of
 from chitu_diffusion.service.auth import COOKIE, LOCAL, Caller
 from chitu_diffusion.service.bodies import discard, read_body
@@ -25,8 +25,6 @@ from chitu_diffusion.service.limits import CONTENT_POLICY
 
 router = APIRouter()
 PAGE = Path(__file__).parent / "page" / "index.html"
-_HEARD_OF_S = 60.0
-"""A worker that was not heard of for longer counts no more."""
 _SESSION_S = 30 * 24 * 3600
 
 
@@ -36,13 +34,13 @@ def page() -> Response:
     return FileResponse(PAGE, media_type="text/html", headers={"cache-control": "no-cache", **_page_policy()})
 
 
-@router.get("/health")
+@router.get("/health", **documents.HEALTH)
 async def health() -> Response:
     """This process lives."""
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/ready")
+@router.get("/ready", **documents.READY)
 def ready(request: Request) -> Response:
     """Whether jobs would run: 200, or 503 with the reason."""
     front = front_of(request)
@@ -50,13 +48,13 @@ def ready(request: Request) -> Response:
     return JSONResponse({"ready": reason is None, "reason": reason}, 200 if reason is None else 503)
 
 
-@router.get("/version")
+@router.get("/version", **documents.VERSION)
 async def about() -> Response:
     """The package's version."""
-    return JSONResponse({"version": _version()})
+    return JSONResponse({"version": version_of_package()})
 
 
-@router.post("/session")
+@router.post("/session", **documents.SESSION)
 async def open_session(request: Request) -> Response:
     """A page's session: {"key": "ck_..."} becomes a cookie that scripts cannot read."""
     front = front_of(request)
@@ -77,7 +75,7 @@ async def open_session(request: Request) -> Response:
     return answer
 
 
-@router.delete("/session")
+@router.delete("/session", **documents.CLOSED)
 def close_session(request: Request, caller: Reader) -> Response:
     """Forget the cookie."""
     answer = JSONResponse({"closed": True})
@@ -85,13 +83,13 @@ def close_session(request: Request, caller: Reader) -> Response:
     return answer
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", **documents.MODELS)
 def models(request: Request, caller: Reader) -> Response:
     """The models that this server makes videos with."""
     return JSONResponse({"object": "list", "data": [front_of(request).planner.defaults()]})
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", **documents.MODEL)
 def model(request: Request, caller: Reader, name: str) -> Response:
     """One of them, by name or alias."""
     planner = front_of(request).planner
@@ -100,7 +98,7 @@ def model(request: Request, caller: Reader, name: str) -> Response:
     return JSONResponse(planner.defaults())
 
 
-@router.get("/v1/status")
+@router.get("/v1/status", **documents.STATUS)
 def status(request: Request, caller: Reader) -> Response:
     """The queue and the workers."""
     front = front_of(request)
@@ -111,13 +109,15 @@ def status(request: Request, caller: Reader) -> Response:
             "id": worker.id,
             "model": worker.model,
             "state": worker.state,
+            "weights_sha256": worker.weights_sha256 or None,
+            "fits": dict(worker.fits),
             "seen_s": round(now - worker.seen_at, 1),
         }
         for worker in front.store.workers.all()
     ]
     return JSONResponse(
         {
-            "version": _version(),
+            "version": version_of_package(),
             "ready": _why_not_ready(front) is None,
             "reason": _why_not_ready(front),
             "jobs": {state.value: number for state, number in front.store.counts().items()},
@@ -129,7 +129,7 @@ def status(request: Request, caller: Reader) -> Response:
     )
 
 
-@router.get("/v1/feed")
+@router.get("/v1/feed", **documents.FEED)
 def feed(request: Request, caller: Reader) -> Response:
     """Changes of one's jobs, as server-sent events."""
     front = front_of(request)
@@ -176,8 +176,7 @@ def _why_not_ready(front: Front) -> str | None:
     if front.draining.is_set():
         return "DRAINING"
     try:
-        now = front.store.now()
-        workers = [worker for worker in front.store.workers.all() if now - worker.seen_at < _HEARD_OF_S]
+        workers = front.workers()
         if front.is_disk_low():
             return "DISK_LOW"
     except ChituError as error:
@@ -185,7 +184,7 @@ def _why_not_ready(front: Front) -> str | None:
     return _why_no_worker(workers)
 
 
-def _why_no_worker(workers: list[WorkerInfo]) -> str | None:
+def _why_no_worker(workers: tuple[WorkerInfo, ...]) -> str | None:
     states = {worker.state for worker in workers}
     if states & {"ready", "busy"}:
         return None
@@ -205,7 +204,8 @@ def _page_policy() -> dict[str, str]:
 
 
 @cache
-def _version() -> str | None:
+def version_of_package() -> str | None:
+    """None: it is not installed."""
     try:
         return version("chitu_diffusion")
     except PackageNotFoundError:

@@ -1,7 +1,7 @@
 """Lines of JSON between a supervisor and a worker, over a socket of their own; no pickle. Knows no jobs.
 
-Down: run, cancel, park. Up: started, ready, tick, progress, note, resumed, checkpoint, parked, held, ended.
-Each is an object with a "kind".
+Down: run, cancel, park. Up: started, ready, weights, tick, progress, preview, note, resumed, checkpoint,
+parked, held, ended. Each is an object with a "kind".
 """
 
 from __future__ import annotations

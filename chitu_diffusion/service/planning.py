@@ -9,12 +9,12 @@ import hashlib
 import json
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from chitu_diffusion.config import EngineConfig, cache_dir
-from chitu_diffusion.errors import UsageError, WillNotFitError, nearest
+from chitu_diffusion.errors import UsageError, WillNotFitError, counted, nearest
 from chitu_diffusion.flexcache.registry import STRATEGIES
 from chitu_diffusion.models.registry import model_of
 from chitu_diffusion.pipelines.paces import Paces
@@ -129,6 +129,22 @@ class Planner:
         tokens = self.spec.tokens(resolved.num_frames or 1, resolved.height or 0, resolved.width or 0)
         return Planned(params, resolved, (*notes, *self._notes(resolved)), tokens, steps_of(resolved))
 
+    def require_fit(self, planned: Planned, workers: Sequence[WorkerInfo]) -> None:
+        """Raises WillNotFitError: no worker has room for it; says how many frames of this size one has."""
+        most = _most_tokens(workers)
+        if most is None or planned.tokens <= most:
+            return
+        height = planned.resolved.height or 0
+        width = planned.resolved.width or 0
+        frames = planned.resolved.num_frames or 1
+        stride = self.spec.geometry.stride[0]
+        fitting = [n for n in range(1, frames, stride) if self.spec.tokens(n, height, width) <= most]
+        use = f"use {counted(fitting[-1], 'frame')} of this size" if fitting else "use a smaller size"
+        raise WillNotFitError(
+            f"{width}x{height} with {frames} frames is {planned.tokens} tokens, and no worker has memory for "
+            f"more than {most}; {use}"
+        )
+
     def new_job(self, planned: Planned, request: VideoRequest, uploads: Mapping[str, Upload]) -> NewJob:
         """Without an owner yet. Its hash is of what was asked: the same form sent again has the same."""
         asked = dict(request.asked) | {name: {"sha256": file.sha256} for name, file in uploads.items()}
@@ -150,20 +166,20 @@ class Planner:
             webhook=request.webhook,
         )
 
-    def estimate(self, planned: Planned, workers: tuple[WorkerInfo, ...]) -> dict[str, Any]:
+    def estimate(self, planned: Planned, workers: Sequence[WorkerInfo]) -> dict[str, Any]:
         """Seconds by what this machine remembers, and whether a worker says that it fits."""
         resolved = planned.resolved
         times = TaskTimes(
             Paces.of_settings(cache_dir(), self._setup), self._device, self.spec.geometry.decoder_cost
         )
         units = units_of(self.spec, resolved, self.engine.infer)
-        most = [int(worker.fits["tokens"]) for worker in workers if "tokens" in worker.fits]
+        most = _most_tokens(workers)
         return {
             "object": "video.estimate",
             "model": self.spec.name,
             "seconds": round(times.left(units), 2),
             "is_measured": times.is_measured(units),
-            "fits": None if not most else planned.tokens <= max(most),
+            "fits": None if most is None else planned.tokens <= most,
             "tokens": planned.tokens,
             "steps": planned.steps,
             "size": f"{resolved.width}x{resolved.height}",
@@ -251,3 +267,9 @@ class Planner:
             given = vars(resolved)[name]
             notes += given.notes(*size, name) if given else []
         return notes + (resolved.video.notes(resolved.num_frames or 1, *size) if resolved.video else [])
+
+
+def _most_tokens(workers: Sequence[WorkerInfo]) -> int | None:
+    """What the largest worker has memory for; None: there is none, or one has not said."""
+    said = [int(worker.fits["tokens"]) for worker in workers if "tokens" in worker.fits]
+    return max(said) if said and len(said) == len(workers) else None

@@ -1,14 +1,17 @@
-"""The store's smaller tables: API keys, workers' rows, and the webhooks to send."""
+"""The store's smaller tables: API keys, workers' rows, counters, and the webhooks to send."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Row, insert, select, update
 from sqlalchemy import delete as sql_delete
 
 from chitu_diffusion.service import schema
+from chitu_diffusion.service.counters import Series
 from chitu_diffusion.service.database import Database
 from chitu_diffusion.service.jobs import ApiKey, Delivery, OwnerLimits, WorkerInfo, delivery_delay
 
@@ -142,6 +145,27 @@ class Outbox:
                 .where(rows.id == delivery.id, rows.attempt == delivery.attempt)
                 .values(last_status=status, **again)
             )
+
+
+class CounterTable:
+    """Counters of all processes together."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, grown: Mapping[Series, float]) -> None:
+        """By how much each has grown."""
+        with self._database.writing() as transaction:
+            for key, by in grown.items():
+                transaction.count(key, by)
+
+    def all(self) -> dict[str, list[tuple[dict[str, str], float]]]:
+        """(labels, value) by name."""
+        found: dict[str, list[tuple[dict[str, str], float]]] = {}
+        with self._database.reading() as transaction:
+            for row in transaction.connection.execute(select(schema.counters)):
+                found.setdefault(row.name, []).append((json.loads(row.labels), row.value))
+        return found
 
 
 def _key_of(row: Row[Any]) -> ApiKey:

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Row, insert, select, update
 
 from chitu_diffusion.service import schema
+from chitu_diffusion.service.counters import JOBS_ENDED, series
 from chitu_diffusion.service.database import Transaction
 from chitu_diffusion.service.jobs import Job, JobCheckpoint, JobFailure, JobState, may_follow
 
@@ -105,6 +106,8 @@ class LockedJob:
         kept_s = 0.0 if self.job.deleted_at is not None else self._retention_s
         self.set(state=state, ended_at=now, expires_at=now + kept_s, error=failure, eta_at=None, **values)
         n = self.add_event(state.value, data)
+        labels = {"state": state.value, "code": "" if failure is None else failure.code}
+        self.transaction.count(series(JOBS_ENDED, labels))
         if self.job.webhook is not None:
             self._deliver(n)
 

@@ -19,7 +19,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 """Every schema that this program knows, oldest first; the last is what it works on."""
 
 metadata = MetaData()
@@ -159,4 +159,12 @@ owners = Table(
     Column("owner", String, primary_key=True),
     Column("served_s", Double, nullable=False),
     Column("max_running", Integer),
+)
+
+counters = Table(
+    "counters",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("labels", String, primary_key=True),
+    Column("value", Double, nullable=False),
 )

@@ -139,7 +139,7 @@ def serve(front: Front, engine: EngineConfig, *, on_bound: Callable[[str], None]
         h11_max_incomplete_event_size=MOST_HEADERS,
         timeout_graceful_shutdown=_STOP_S,
         access_log=False,
-        log_level="warning",
+        log_config=None,  # what it logs goes where all else does
         server_header=False,
         proxy_headers=False,
         ws="none",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -30,6 +30,15 @@ class PreviewSettings(Settings):
     frames: int = Field(4, ge=1, le=16, description="frames in the strip")
 
 
+class RecycleSettings(Settings):
+    """When a worker that has no job is replaced by a new one."""
+
+    jobs: int = Field(0, ge=0, description="after so many jobs; 0: whatever their number")
+    grown_gb: float = Field(
+        4, ge=0, description="when its main memory grew by this beyond its first job's; 0: never"
+    )
+
+
 class WebhookSettings(Settings):
     """Who is told that a job has ended."""
 
@@ -37,6 +46,15 @@ class WebhookSettings(Settings):
     allow: tuple[str, ...] = Field((), description="private hosts that webhooks may go to")
     secret: str | None = Field(
         None, description="what they are signed with (whsec_...); None makes one, in DATA/webhook-secret"
+    )
+
+
+class LogSettings(Settings):
+    """What front, supervisors and workers write to stderr."""
+
+    format: Literal["text", "json"] = Field("text", description="text, or a JSON object a line")
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning", description="info: also each answer, claim and end of a job"
     )
 
 
@@ -55,7 +73,9 @@ class ServiceConfig(Settings):
     drain_s: float = Field(60, ge=0, description="seconds that running jobs may take to park on SIGTERM")
     queue: QueueSettings = Field(default_factory=QueueSettings)
     preview: PreviewSettings = Field(default_factory=PreviewSettings)
+    recycle: RecycleSettings = Field(default_factory=RecycleSettings)
     webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
+    logs: LogSettings = Field(default_factory=LogSettings)
     loras: str | None = Field(None, description="folder of the adapters that requests may name")
     min_free_gb: float = Field(2, ge=0, description="jobs are refused where the disk has less left")
     metrics_open: bool = Field(False, description="/metrics needs no key")

@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from chitu_diffusion.config import EngineConfig
+from chitu_diffusion.errors import counted
+from chitu_diffusion.service.figures import AttemptFigures, SupervisorFigures
 from chitu_diffusion.service.jobs import (
     Artifact,
+    Job,
     JobCheckpoint,
     JobFailure,
     JobLease,
@@ -30,6 +33,7 @@ from chitu_diffusion.service.jobs import (
     WorkerInfo,
 )
 from chitu_diffusion.service.launcher import WorkerLauncher, WorkerProcess
+from chitu_diffusion.service.logs import logged_about
 from chitu_diffusion.service.pipe import LineChannel, Message
 from chitu_diffusion.service.settings import ServiceConfig
 from chitu_diffusion.service.store import JobStore
@@ -40,6 +44,7 @@ _LOOK_S = 0.25
 _CLAIM_S = 2.0
 _WISH_S = 0.5
 _DOWN_S = 1.0
+_COUNT_S = 1.0
 _LONGEST_WAIT_S = 30.0
 _STACKS_S = 0.3
 Write = Callable[[], object]
@@ -72,6 +77,7 @@ class WorkerSlot:
     Args:
         name: the worker's id in the store; this process alone has it.
         number: among the workers here.
+        figures: that are counted; this puts them into the store.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class WorkerSlot:
         store: JobStore,
         launcher: WorkerLauncher,
         patience: Patience,
+        figures: SupervisorFigures,
     ) -> None:
         self.name = name
         self.state = "starting"
@@ -92,17 +99,23 @@ class WorkerSlot:
         self._store = store
         self._launcher = launcher
         self._patience = patience
+        self._figures = figures
+        self._why_started = "first"
         self._channel: LineChannel | None = None
         self._process: WorkerProcess | None = None
         self._info = WorkerInfo(name, socket.gethostname(), 0, engine.models.name, "starting")
         self._runs: tuple[str, int] | None = None  # what the worker works on, leased still or not
         self._lease: JobLease | None = None
+        self._counts: AttemptFigures | None = None
         self._stage: str | None = None
         self._step: int | None = None
         self._longest: dict[str, float] = {}
         self._is_cancelling = False
         self._draining = False
         self._vain_starts = 0
+        self._ran = 0  # jobs of this process
+        self._is_weighed = True  # whether it has told its memory since the last one
+        self._base_rss = 0
         self._writes: deque[Write] = deque()
         self._heard = 0.0
         self._moved = 0.0
@@ -112,6 +125,11 @@ class WorkerSlot:
     def channel(self) -> LineChannel | None:
         """To wait for; None while there is no worker."""
         return self._channel
+
+    @property
+    def job(self) -> str | None:
+        """The id of the job that is leased."""
+        return None if self._lease is None else self._lease.job
 
     @property
     def is_idle(self) -> bool:
@@ -138,10 +156,16 @@ class WorkerSlot:
             self._info = dataclasses.replace(self._info, pid=message["pid"])
         elif kind == "ready":
             self._vain_starts = 0
-            self._info = dataclasses.replace(self._info, layout=message["layout"])
+            self._info = dataclasses.replace(self._info, **message)
             self._enter("draining" if self._draining else "ready")
+        elif kind == "weights":
+            self._info = dataclasses.replace(self._info, **message)
+            self._due["row"] = 0.0
         elif kind == "tick":
             self._info = dataclasses.replace(self._info, **message)
+            if self._ran == 0 or (self._ran == 1 and not self._is_weighed):
+                self._base_rss = max(self._base_rss, self._info.rss)
+            self._is_weighed = True
         else:
             self._of_job(kind, message)
 
@@ -150,6 +174,8 @@ class WorkerSlot:
         about = (message.pop("job"), message.pop("fence"))
         if ends and about == self._runs:
             self._runs = None
+            self._ran += 1
+            self._is_weighed = False
             self._enter("draining" if self._draining else "ready")
         lease = self._lease
         if lease is None or about != (lease.job, lease.fence):
@@ -158,9 +184,17 @@ class WorkerSlot:
         leases = self._store.leases
         if kind == "progress":
             self._progress(lease, message)
-        elif kind in ("note", "resumed"):
+        elif kind == "resumed":
+            if self._counts is not None:
+                self._writes.append(partial(self._counts.resumed, self._store.events, message["exact"]))
+            self._writes.append(partial(leases.event, lease, kind, message))
+        elif kind in ("note", "preview"):
+            if "memory_level" in message:
+                self._figures.memory_levels.labels(self._info.model).inc()
             self._writes.append(partial(leases.event, lease, kind, message))
         elif kind == "checkpoint":
+            self._figures.checkpoint.labels(self._info.model).observe(message.pop("seconds"))
+            self._figures.checkpoint_bytes.labels(self._info.model).observe(message["bytes"])
             self._writes.append(partial(leases.checkpoint, lease, JobCheckpoint(**message)))
         elif kind == "parked":
             self._end(partial(leases.park, lease))
@@ -181,6 +215,8 @@ class WorkerSlot:
             pace_s=said["seconds"] if stage == "denoising" else None,
             eta_at=None if eta is None else said["at"] + eta,
         )
+        if self._counts is not None and said["step"] != self._step and stage == "denoising":
+            self._counts.step(**said)
         is_last = said["step"] == said["steps"]
         event = partial(self._store.leases.event, lease, progress=progress)
         if said["step"] != self._step and stage == "denoising" and (is_last or self._is_due("step")):
@@ -196,7 +232,8 @@ class WorkerSlot:
         leases = self._store.leases
         if said["state"] == "completed":
             artifacts = [Artifact(**each) for each in said["artifacts"]]
-            self._end(partial(leases.complete, lease, artifacts, seconds=said["seconds"]))
+            complete = partial(leases.complete, lease, artifacts, seconds=said["seconds"])
+            self._end(complete if self._counts is None else partial(self._counts.completed, complete))
         elif said["state"] == "failed":
             failure = JobFailure(**said["failure"])
             self._end(partial(leases.retry if said["may_pass"] else leases.fail, lease, failure))
@@ -232,7 +269,17 @@ class WorkerSlot:
         if self._is_due("row"):
             self._due["row"] = time.monotonic() + self._settings.beat_s
             self._store.workers.put(dataclasses.replace(self._info, state=self.state))
-        if self.state == "ready" and self.is_idle and not self._draining and self._is_due("look"):
+        if self._is_due("figures"):
+            self._due["figures"] = time.monotonic() + max(_COUNT_S, self._settings.beat_s)
+            self._figures.flush(self._store.counters)
+        if self.state != "ready" or not self.is_idle or self._draining or not self._is_weighed:
+            return
+        if reason := self._worn():
+            logger.info("worker %s is replaced %s", self.name, reason)
+            self._end_process()
+            self._why_started = "recycled"
+            self._enter("starting")
+        elif self._is_due("look"):
             self._due["look"] = time.monotonic() + _LOOK_S
             # a lease that ran out elsewhere is no job that waits
             if self._is_due("claim") or self._store.oldest_queued_at() is not None:
@@ -268,6 +315,7 @@ class WorkerSlot:
             return
         job = found.job
         self._lease = found.lease
+        self._counts = AttemptFigures(self._figures, job)
         self._runs = (job.id, job.fence)
         self._stage = self._step = None
         self._longest = {}
@@ -282,6 +330,8 @@ class WorkerSlot:
         checkpoints = [{"path": s.path, "step": s.step, "sha256": s.sha256} for s in job.checkpoints]
         order = {"job": job.id, "fence": job.fence, "params": params, "checkpoints": checkpoints}
         self._command("run", **order, hold_at_step=job.hold_at_step)
+        with logged_about(job=job.id):
+            logger.info("claimed, attempt %d", job.attempt)
 
     def drain(self) -> None:
         """Claim no more; the job that runs is to be parked."""
@@ -299,6 +349,7 @@ class WorkerSlot:
         self._due.clear()
         try:
             self._talk_to_store()
+            self._figures.flush(self._store.counters)
             self._store.workers.remove(self.name)
         except StoreDownError as error:
             logger.warning("worker %s: %s", self.name, error)
@@ -307,15 +358,32 @@ class WorkerSlot:
 
     def _start(self) -> None:
         about = {"engine": self._engine.model_dump(mode="json"), "number": self._number}
+        about["preview"] = self._settings.preview.model_dump()
         about["data"] = str(Path(self._settings.data).absolute())
+        about |= {"worker": self.name, "logs": self._settings.logs.model_dump()}
         self._vain_starts += 1
+        self._ran = self._base_rss = 0
+        self._is_weighed = True
+        self._info = dataclasses.replace(self._info, weights_sha256="", fits={})
         try:
             self._channel = self._launcher.start(about)
+            self._figures.starts.labels(self._why_started).inc()
+            self._figures.count_forkservers(self._launcher.started)
         except OSError as error:
             logger.warning("worker %s cannot be started: %s", self.name, error)
             self._wait_to_start()
         self._heard = self._moved = time.monotonic()
         self._enter("starting")
+
+    def _worn(self) -> str | None:
+        """Why a worker without a job is to be replaced; None: it may go on."""
+        limits = self._settings.recycle
+        grown = (self._info.rss - self._base_rss) / 2**30
+        if limits.jobs and self._ran >= limits.jobs:
+            return f"after {counted(self._ran, 'job')}"
+        if limits.grown_gb and grown > limits.grown_gb:
+            return f"for it grew by {grown:.1f} GiB in {counted(self._ran, 'job')}"
+        return None
 
     def _wait_to_start(self) -> None:
         """At once, and ever later where it never comes to be ready."""
@@ -343,18 +411,23 @@ class WorkerSlot:
 
     def _lost(self, reason: str | None) -> None:
         """The worker is gone, or goes now."""
-        pid = None if self._process is None else self._process.pid
-        self._stop_worker()
-        if reason is None:
-            code = None if pid is None else self._launcher.exit_of(pid)
-            reason = _exit_in_words(code)
+        code = self._end_process()
+        reason = reason or _exit_in_words(code)
         self._runs = None
+        self._why_started = "lost"
+        self._figures.deaths.labels(reason).inc()
         self._enter("starting")
         self._wait_to_start()
         logger.warning("worker %s ended: %s", self.name, reason)
         if (lease := self._lease) is not None:
             lost = partial(self._store.leases.worker_lost, lease, signal=reason)
             self._end(partial(lost, stage=self._stage, step=self._step))
+
+    def _end_process(self) -> int | None:
+        """Stop the worker; its exit code. Exits that nobody asks for would fill the forkserver's socket."""
+        pid = None if self._process is None else self._process.pid
+        self._stop_worker()
+        return None if pid is None else self._launcher.exit_of(pid)
 
     def _stop_worker(self) -> None:
         if self._process is not None:
@@ -381,18 +454,20 @@ class WorkerSlot:
     def _is_due(self, what: str) -> bool:
         return time.monotonic() >= self._due.get(what, 0.0)
 
-    def _end(self, write: Write) -> None:
+    def _end(self, write: Callable[[], Job]) -> None:
         """The write that gives the lease back."""
 
         def ending() -> None:
-            write()
+            job = write()
             self._lease = None
+            logger.info("job %s", job.state)
 
         self._writes.append(ending)
 
     def _drop_lease(self, why: str) -> None:
         """The job is another's, or has ended: nothing more is written, and the worker is to let go of it."""
         logger.warning("worker %s: %s", self.name, why)
+        self._figures.leases_lost.inc()
         self._writes.clear()
         self._lease = None
         if self._runs is not None:

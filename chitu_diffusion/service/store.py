@@ -6,6 +6,7 @@ Every method may be called from any thread, and raises StoreDownError where the 
     store.submit / job / jobs / events / cancel / ...      clients
     store.leases.claim / beat / event / complete / ...     who runs jobs; everything under a fence
     store.keys, store.workers, store.outbox                API keys, workers' rows, webhooks
+    store.counters                                         what only grows, for /metrics
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from sqlalchemy import ColumnElement, and_, case, func, or_, select
 from sqlalchemy import delete as sql_delete
 
 from chitu_diffusion.service import schema
-from chitu_diffusion.service.database import Clock, Database, Transaction
+from chitu_diffusion.service.database import Clock, Database, Observer, Transaction
 from chitu_diffusion.service.jobs import (
     ENDED,
     LIVE,
@@ -37,7 +38,7 @@ from chitu_diffusion.service.jobs import (
 )
 from chitu_diffusion.service.leases import LeaseTable
 from chitu_diffusion.service.migrate import bring_up_to_date
-from chitu_diffusion.service.records import KeyTable, Outbox, WorkerTable
+from chitu_diffusion.service.records import CounterTable, KeyTable, Outbox, WorkerTable
 from chitu_diffusion.service.rows import LockedJob, job_of, lock_job
 from chitu_diffusion.service.submitting import insert_job
 
@@ -80,6 +81,11 @@ class JobStore:
         self.keys = KeyTable(database)
         self.workers = WorkerTable(database)
         self.outbox = Outbox(database)
+        self.counters = CounterTable(database)
+
+    def observe(self, take: Observer) -> None:
+        """Have each transaction's kind (read, write, or queue: alone in the queue) and seconds taken."""
+        self._database.observer = take
 
     def submit(self, new: NewJob, limits: OwnerLimits | None = None) -> Submitted:
         """Take a job in; event `queued`. An earlier job is given where it is meant: see `NewJob`.

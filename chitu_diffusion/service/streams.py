@@ -17,7 +17,7 @@ from typing import Any
 from prometheus_client import Gauge
 from starlette.concurrency import run_in_threadpool
 
-from chitu_diffusion.service.answers import ApiError, retry_later, status_of
+from chitu_diffusion.service.answers import ApiError, data_of, retry_later, status_of
 from chitu_diffusion.service.jobs import JobEvent, JobMissingError, JobState, StoreDownError
 from chitu_diffusion.service.store import JobStore
 
@@ -189,4 +189,4 @@ def sse(kind: str, data: Any, n: int | None = None) -> str:
 
 
 def _data_of(event: JobEvent) -> dict[str, Any]:
-    return {"job": event.job, "n": event.n, "at": event.at, **event.data}
+    return {"job": event.job, "n": event.n, "at": event.at, **data_of(event)}

@@ -21,8 +21,10 @@ from pathlib import Path
 from chitu_diffusion.config import EngineConfig, load_config
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.files.places import expand_home
+from chitu_diffusion.service.figures import SupervisorFigures
 from chitu_diffusion.service.jobs import StoreDownError
 from chitu_diffusion.service.launcher import WorkerLauncher
+from chitu_diffusion.service.logs import logged_about
 from chitu_diffusion.service.settings import ServiceConfig
 from chitu_diffusion.service.slot import Patience, WorkerSlot
 from chitu_diffusion.service.store import JobStore
@@ -73,10 +75,12 @@ def run(
     with ExitStack() as stack:
         stack.callback(own_launcher.close)
         slots = []
+        figures = SupervisorFigures()
         for number in range(settings.workers):
             name = stack.enter_context(_own_name(Path(settings.data) / "workers"))
             starter = launcher or own_launcher
-            slot = WorkerSlot(name, number, settings, engine, store, starter, patience or Patience())
+            patience = patience or Patience()
+            slot = WorkerSlot(name, number, settings, engine, store, starter, patience, figures)
             stack.callback(slot.close)
             slots.append(slot)
         _give_back(slots, store, stop)
@@ -111,10 +115,13 @@ def _turn(slots: list[WorkerSlot]) -> None:
         if not ready:
             break
         for handle in ready:
-            by_handle[handle].read()
+            slot = by_handle[handle]
+            with logged_about(worker=slot.name, job=slot.job):
+                slot.read()
         timeout = 0.0
     for slot in slots:
-        slot.act()
+        with logged_about(worker=slot.name, job=slot.job):
+            slot.act()
 
 
 @contextmanager

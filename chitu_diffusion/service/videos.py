@@ -7,7 +7,7 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request
@@ -16,10 +16,11 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 
 from chitu_diffusion.errors import UsageError
 from chitu_diffusion.service import documents, streams
-from chitu_diffusion.service.answers import ApiError, poll_after_ms, video_of
+from chitu_diffusion.service.answers import ApiError, data_of, poll_after_ms, video_of
 from chitu_diffusion.service.auth import Caller
 from chitu_diffusion.service.bodies import FILE_FIELDS, discard, linked, read_body
 from chitu_diffusion.service.dialect import Upload, VideoRequest, request_of_fields
+from chitu_diffusion.service.documents import parameter
 from chitu_diffusion.service.front import Front, Reader, Submitter, front_of
 from chitu_diffusion.service.jobs import Artifact, Job, JobState
 from chitu_diffusion.service.webhooks import is_private
@@ -35,9 +36,10 @@ _ENDINGS = {
     "preview": ".webp",
     "partial": ".mp4",
 }
+_STATUSES = ("in_progress", *(state.value for state in JobState))
 
 
-@router.post("", openapi_extra=documents.CREATE)
+@router.post("", **documents.CREATE)
 async def create(request: Request, caller: Submitter) -> Response:
     """Make a video: it is queued when this answers. `Idempotency-Key` makes it safe to repeat; `Prefer:
     wait=N` waits up to N seconds (60) for its end.
@@ -51,7 +53,7 @@ async def create(request: Request, caller: Submitter) -> Response:
     return await run_in_threadpool(_video, front, job)
 
 
-@router.post("/estimate", openapi_extra=documents.ESTIMATE)
+@router.post("/estimate", **documents.ESTIMATE)
 async def estimate(request: Request, caller: Reader) -> Response:
     """How long a request would take, and whether it fits; nothing is made."""
     front = front_of(request)
@@ -60,14 +62,14 @@ async def estimate(request: Request, caller: Reader) -> Response:
     def planned() -> dict[str, Any]:
         try:
             plan = front.planner.plan(request_of_fields(fields), uploads)
-            return front.planner.estimate(plan, front.store.workers.all())
+            return front.planner.estimate(plan, front.workers())
         finally:
             discard(uploads)
 
     return JSONResponse(await run_in_threadpool(planned))
 
 
-@router.post("/sync", openapi_extra=documents.CREATE)
+@router.post("/sync", **documents.SYNC)
 async def sync(request: Request, caller: Submitter) -> Response:
     """Make a video and answer with its bytes; whoever leaves before cancels it."""
     front = front_of(request)
@@ -84,14 +86,14 @@ async def sync(request: Request, caller: Submitter) -> Response:
     return await run_in_threadpool(_file, request, front, job, "video")
 
 
-@router.get("", openapi_extra=documents.LIST)
+@router.get("", **documents.LIST)
 def listed(
     request: Request,
     caller: Reader,
     after: str | None = None,
-    limit: str = "20",
-    order: str = "desc",
-    status: str | None = None,
+    limit: Annotated[str, parameter("integer", minimum=1, maximum=100)] = "20",
+    order: Annotated[str, parameter("string", enum=["asc", "desc"])] = "desc",
+    status: Annotated[str | None, parameter("string", enum=list(_STATUSES))] = None,
 ) -> Response:
     """One's own videos, the newest first."""
     front = front_of(request)
@@ -108,7 +110,7 @@ def listed(
     return JSONResponse({"object": "list", "data": data, "has_more": page.has_more, **ends})
 
 
-@router.get("/{video_id}", openapi_extra=documents.ONE)
+@router.get("/{video_id}", **documents.RETRIEVE)
 def retrieve(request: Request, caller: Reader, video_id: str) -> Response:
     """A video's state; `openai-poll-after-ms` says when to ask again."""
     front = front_of(request)
@@ -121,7 +123,7 @@ def retrieve(request: Request, caller: Reader, video_id: str) -> Response:
     return answer
 
 
-@router.delete("/{video_id}", openapi_extra=documents.ONE)
+@router.delete("/{video_id}", **documents.DELETE)
 def delete(request: Request, caller: Submitter, video_id: str) -> Response:
     """Remove a video and its files; one that runs is cancelled first."""
     front = front_of(request)
@@ -132,8 +134,13 @@ def delete(request: Request, caller: Submitter, video_id: str) -> Response:
 
 
 @router.head("/{video_id}/content", include_in_schema=False)
-@router.get("/{video_id}/content", openapi_extra=documents.CONTENT)
-def content(request: Request, caller: Reader, video_id: str, variant: str = "video") -> Response:
+@router.get("/{video_id}/content", **documents.CONTENT)
+def content(
+    request: Request,
+    caller: Reader,
+    video_id: str,
+    variant: Annotated[str, parameter("string", enum=list(_ENDINGS))] = "video",
+) -> Response:
     """A finished video's file, or its thumbnail or spritesheet; ranges are answered."""
     front = front_of(request)
     if variant not in _ENDINGS:
@@ -141,7 +148,7 @@ def content(request: Request, caller: Reader, video_id: str, variant: str = "vid
     return _file(request, front, front.store.job(video_id, caller.sees), variant)
 
 
-@router.get("/{video_id}/preview", openapi_extra=documents.ONE)
+@router.get("/{video_id}/preview", **documents.PREVIEW)
 def preview(request: Request, caller: Reader, video_id: str) -> Response:
     """The newest strip of frames of a video that is being made (WebP); 404 until there is one."""
     front = front_of(request)
@@ -153,11 +160,21 @@ def preview(request: Request, caller: Reader, video_id: str) -> Response:
     etag = f'"{fence}-{step}"'
     if request.headers.get("if-none-match") == etag:
         return Response(status_code=304, headers={"etag": etag})
-    return FileResponse(file, media_type="image/webp", headers={"etag": etag, "cache-control": "no-cache"})
+    try:
+        picture = file.read_bytes()
+    except FileNotFoundError:  # the video has ended just now
+        raise ApiError(404, "not_found", "there is no preview any more") from None
+    headers = {"etag": etag, "cache-control": "no-cache"}
+    return Response(picture, media_type="image/webp", headers=headers)
 
 
-@router.get("/{video_id}/events", openapi_extra=documents.EVENTS)
-def events(request: Request, caller: Reader, video_id: str, after: str = "0") -> Response:
+@router.get("/{video_id}/events", **documents.EVENTS)
+def events(
+    request: Request,
+    caller: Reader,
+    video_id: str,
+    after: Annotated[str, parameter("integer", minimum=0, maximum=10**9 - 1)] = "0",
+) -> Response:
     """What has happened to a video, from an event on: as server-sent events (204 where none will come), or as
     JSON with `Accept: application/json`.
     """
@@ -168,7 +185,7 @@ def events(request: Request, caller: Reader, video_id: str, after: str = "0") ->
         raise UsageError(f"after = {last[:20]}: use the number of an event", field="after")
     if "application/json" in request.headers.get("accept", ""):
         rows = front.store.events(video_id, int(last))
-        data = [{"n": row.n, "at": row.at, "event": row.kind, "data": dict(row.data)} for row in rows]
+        data = [{"n": row.n, "at": row.at, "event": row.kind, "data": data_of(row)} for row in rows]
         return JSONResponse({"object": "list", "data": data})
     if job.state.ended and int(last) >= job.events:
         return Response(status_code=204)
@@ -177,27 +194,27 @@ def events(request: Request, caller: Reader, video_id: str, after: str = "0") ->
     return StreamingResponse(stream, media_type=streams.MEDIA_TYPE, headers=streams.HEADERS)
 
 
-@router.post("/{video_id}/cancel", openapi_extra=documents.ONE)
+@router.post("/{video_id}/cancel", **documents.ONE)
 def cancel(request: Request, caller: Submitter, video_id: str) -> Response:
     """Stop a video: at once where it waits, else at its next step."""
     front = front_of(request)
     return _video(front, front.store.cancel(video_id, caller.sees))
 
 
-@router.post("/{video_id}/continue", openapi_extra=documents.ONE)
+@router.post("/{video_id}/continue", **documents.ONE)
 def go_on(request: Request, caller: Submitter, video_id: str) -> Response:
     """Let a video that is held at a step go on."""
     front = front_of(request)
     return _video(front, front.store.release(video_id, caller.sees))
 
 
-@router.post("/{video_id}/retry", openapi_extra=documents.ONE)
+@router.post("/{video_id}/retry", **documents.ONE)
 def retry(request: Request, caller: Submitter, video_id: str) -> Response:
     """Make a video of the same request and seed again, as a new job."""
     return _again(request, caller, video_id, None)
 
 
-@router.post("/{video_id}/remix", openapi_extra=documents.REMIX)
+@router.post("/{video_id}/remix", **documents.REMIX)
 async def remix(request: Request, caller: Submitter, video_id: str) -> Response:
     """Make a video again with another prompt, as a new job; the seed stays."""
     fields, uploads = await read_body(request, front_of(request).inputs)
@@ -208,7 +225,7 @@ async def remix(request: Request, caller: Submitter, video_id: str) -> Response:
     return await run_in_threadpool(_again, request, caller, video_id, prompt)
 
 
-@router.put("/{video_id}/priority", openapi_extra=documents.PRIORITY)
+@router.put("/{video_id}/priority", **documents.PRIORITY)
 async def priority(request: Request, caller: Submitter, video_id: str) -> Response:
     """Move a video that waits; larger goes first. {"priority": n}"""
     front = front_of(request)
@@ -249,6 +266,7 @@ def _submit(
         _check_priority(caller, wanted.priority)
         _check_webhook(front, wanted.webhook)
         planned = front.planner.plan(wanted, uploads)
+        front.planner.require_fit(planned, front.workers())
         new = front.planner.new_job(planned, wanted, uploads)
         new = replace(new, owner=caller.owner, parent=parent, **_repeated(request))
         submitted = front.store.submit(new, _limits(front, caller))
@@ -308,9 +326,8 @@ def _states(status: str | None) -> tuple[JobState, ...]:
         return ()
     if status == "in_progress":
         return JobState.RUNNING, JobState.HELD
-    known = [state.value for state in JobState]
-    if status not in known:
-        raise UsageError(f"status = {status[:40]}: use in_progress, {', '.join(known)}", field="status")
+    if status not in _STATUSES:
+        raise UsageError(f"status = {status[:40]}: use {', '.join(_STATUSES)}", field="status")
     return (JobState(status),)
 
 

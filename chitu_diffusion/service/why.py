@@ -31,10 +31,13 @@ def reasons(store: JobStore, job: Job) -> list[str]:
 
 def _waits(store: JobStore, job: Job, now: float) -> list[str]:
     found = []
-    serving = [row for row in store.workers.all() if row.model == job.model]
+    workers = store.workers.all()
+    serving = [row for row in workers if row.model == job.model]
     heard = [row for row in serving if now - row.seen_at < _UNHEARD_S]
     if not serving:
-        found.append(f"no worker serves {job.model}: start one with 'chitu worker --model {job.model}'")
+        others = ", ".join(sorted({row.model for row in workers}))
+        has = f"; those here serve {others}" if others else ""
+        found.append(f"no worker serves {job.model}: start one with 'chitu worker --model {job.model}'{has}")
     elif not heard:
         seen = min(now - row.seen_at for row in serving)
         found.append(f"no worker of {job.model} was heard of for {seen:.0f} s")
@@ -46,6 +49,14 @@ def _waits(store: JobStore, job: Job, now: float) -> list[str]:
         found.append(f"{counted(before, 'job')} before it")
     if heard:
         found.append(f"of {counted(len(heard), 'worker')} of {job.model}, {busy} busy")
+    weights = sorted({row.weights_sha256[:12] for row in heard if row.weights_sha256})
+    if len(weights) > 1:
+        found.append(f"their weights differ ({', '.join(weights)}): which one takes it decides the video")
+    loading = sum(row.state == "starting" for row in heard)
+    if loading:
+        found.append(
+            f"{counted(loading, 'worker')} of them still load{'s' if loading == 1 else ''} the model"
+        )
     if heard and not before and busy < len(heard) and not found[:-1]:
         found.append("a worker takes it at once, unless its owner has as many running jobs as it may have")
     if job.deaths:

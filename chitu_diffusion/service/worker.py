@@ -14,24 +14,37 @@ import queue
 import shutil
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.errors import RankLostError, UsageError
 from chitu_diffusion.files.atomic import new_file
 from chitu_diffusion.media.video import file_sha256
+from chitu_diffusion.memory.device import total_memory
+from chitu_diffusion.pipelines.admission import Admission
 from chitu_diffusion.pipelines.fingerprint import fingerprint_of
+from chitu_diffusion.pipelines.recipe import device_name
+from chitu_diffusion.pipelines.vae import decode
 from chitu_diffusion.service.failures import failure_of
+from chitu_diffusion.service.job_log import logged
+from chitu_diffusion.service.logs import logged_about, logs_to_stderr
 from chitu_diffusion.service.pipe import LineChannel, Message
+from chitu_diffusion.service.previews import PreviewWriter, fit_colours
+from chitu_diffusion.service.settings import LogSettings, PreviewSettings
 from chitu_diffusion.service.stills import write_stills
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, Progress, TaskStatus
 
 logger = logging.getLogger(__name__)
+MakePreviews = Callable[[Path], PreviewWriter]
 TICK_S = 1.0
 _VIDEO = "video.mp4"
 _CHECKPOINTS = "checkpoints"
@@ -44,7 +57,7 @@ def run_worker(end: socket.socket, about: Mapping[str, Any]) -> None:
     Args:
         end: of the pipe to its supervisor.
         about: `engine` (settings), `data` (the folder of the jobs' files), `number` (among this machine's
-            workers, which share its GPUs).
+            workers, which share its GPUs), `preview` (settings).
     """
     faulthandler.enable()  # on SIGABRT it says where it is stuck
     channel = LineChannel(end)
@@ -57,14 +70,50 @@ def run_worker(end: socket.socket, about: Mapping[str, Any]) -> None:
     gpus = torch.cuda.device_count() if config.infer.device in ("auto", "cuda") else 0
     if gpus > 1:
         config.infer.device = f"cuda:{about['number'] % gpus}"
-    with Engine(config) as engine:
-        plan = engine.backend.groups.plan
-        channel.send("ready", layout=f"cfg{plan.cfg}u{plan.ulysses}r{plan.ring}")
-        runner = JobRunner(engine, channel, commands)
+    logs = logs_to_stderr(LogSettings(**about["logs"]), worker=about["worker"])
+    with logs, Engine(config) as engine:
+        previews = _previews_of(engine, PreviewSettings(**about["preview"]))
+        channel.send("ready", **_about(engine.backend))
+        threading.Thread(target=_say_weights, args=(engine.backend, channel), daemon=True).start()
+        runner = JobRunner(engine, channel, commands, previews)
         while True:
             command = commands.get()
             if command["kind"] == "run":  # else it is about a job that has just ended
                 runner.run(command)
+                _say_memory(channel)  # of which it depends whether this worker gets another
+
+
+def _about(backend: DiffusionBackend) -> dict[str, Any]:
+    """What a worker is, for its row."""
+    plan = backend.groups.plan
+    fits = {
+        "device": device_name(backend.device),
+        "memory_bytes": total_memory(backend.device),
+        "tokens": Admission(backend).most_tokens(),
+    }
+    return {"layout": f"cfg{plan.cfg}u{plan.ulysses}r{plan.ring}", "fits": fits}
+
+
+def _say_weights(backend: DiffusionBackend, channel: LineChannel) -> None:
+    """Once they are hashed: which they are. No job waits for it."""
+    while not backend.weights_are_hashed():
+        time.sleep(TICK_S)
+    with suppress(OSError):  # nobody is there any more
+        channel.send("weights", weights_sha256=backend.weights_sha256() or "")
+
+
+def _previews_of(engine: Engine, settings: PreviewSettings) -> MakePreviews | None:
+    """What makes a job's previews; None: nothing does."""
+    if not settings.every_s:
+        return None
+    backend = engine.backend
+    geometry = backend.spec.geometry
+    try:
+        colours = fit_colours(partial(decode, backend), geometry, backend.device)
+    except RuntimeError as error:  # such as memory that ran out
+        logger.warning("there will be no previews: %s", error)
+        return None
+    return partial(PreviewWriter, colours, geometry.stride[1], settings)
 
 
 def _read(channel: LineChannel, commands: queue.SimpleQueue[Message]) -> None:
@@ -77,12 +126,16 @@ def _tick(channel: LineChannel) -> None:
     """Says that this process lives, whatever its main thread does."""
     done = threading.Event()
     while not done.wait(TICK_S):
-        resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * _PAGE_BYTES
-        on_gpu = torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
         try:
-            channel.send("tick", rss=resident, gpu_bytes=on_gpu)
+            _say_memory(channel)
         except OSError:
             done.set()
+
+
+def _say_memory(channel: LineChannel) -> None:
+    resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * _PAGE_BYTES
+    on_gpu = torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
+    channel.send("tick", rss=resident, gpu_bytes=on_gpu)
 
 
 class JobRunner:
@@ -90,12 +143,20 @@ class JobRunner:
 
     Args:
         commands: what comes while a job runs: cancel or park.
+        previews: makes what a job is watched by, in a folder.
     """
 
-    def __init__(self, engine: Engine, channel: LineChannel, commands: queue.SimpleQueue[Message]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        channel: LineChannel,
+        commands: queue.SimpleQueue[Message],
+        previews: MakePreviews | None = None,
+    ) -> None:
         self._engine = engine
         self._channel = channel
         self._commands = commands
+        self._previews = previews
 
     def run(self, command: Message) -> None:
         """One job, to its end or until it is parked or held.
@@ -107,17 +168,19 @@ class JobRunner:
         Raises:
             Exception: what the engine cannot go on after; the job's end was told.
         """
-        job = _JobOnEngine(command, self._channel)
-        try:
-            task = job.begin(self._engine)
-            self._drive(job, task, command.get("hold_at_step"))
-        except UsageError as error:
-            job.failed(error)
-        except Exception as error:
-            job.failed(error)
-            raise
-        finally:
-            self._engine.pool.remove(command["job"])
+        job = _JobOnEngine(command, self._channel, self._previews)
+        with logged_about(job=command["job"]), logged(command["job"], command["fence"]):
+            try:
+                task = job.begin(self._engine)
+                self._drive(job, task, command.get("hold_at_step"))
+            except UsageError as error:
+                job.failed(error)
+            except Exception as error:
+                job.failed(error)
+                raise
+            finally:
+                self._engine.pool.remove(command["job"])
+                job.clear()
 
     def _drive(self, job: _JobOnEngine, task: DiffusionTask, hold_at: int | None) -> None:
         while not task.is_finished():
@@ -128,14 +191,15 @@ class JobRunner:
             if "cancel" in wishes:
                 self._engine.cancel(task.task_id)
             elif held or wishes:
+                began = time.time()
                 self._engine.save_tasks()
-                job.report_checkpoint(self._engine, task)
+                job.report_checkpoint(self._engine, task, began)
                 self._engine.cancel(task.task_id)
                 job.report("held" if held else "parked", step=task.current_step)
                 return
             elif (event := self._engine.step()) is not None:
-                job.advanced(event)
-                job.report_checkpoint(self._engine, task)
+                job.advanced(event, task, self._engine.backend.low_mem_level)
+                job.report_checkpoint(self._engine, task, event.time)
         if task.status is TaskStatus.FINISHED:
             job.completed(task)
         elif task.error is not None:
@@ -153,13 +217,18 @@ class JobRunner:
 class _JobOnEngine:
     """One attempt at a job: its folder, and what the supervisor is told of it."""
 
-    def __init__(self, command: Message, channel: LineChannel) -> None:
+    def __init__(self, command: Message, channel: LineChannel, previews: MakePreviews | None) -> None:
         self._command = command
         self._channel = channel
         self._folder = Path("jobs", command["job"], str(command["fence"]))
         self._reported: set[str] = set()
+        self._memory_level = 0
+        self._reused = 0
+        self._previews = None if previews is None else previews(self._folder)
+        self._has_ended = False
 
     def report(self, kind: str, **values: Any) -> None:
+        self._has_ended |= kind == "ended"
         self._channel.send(kind, job=self._command["job"], fence=self._command["fence"], **values)
 
     def begin(self, engine: Engine) -> DiffusionTask:
@@ -170,7 +239,9 @@ class _JobOnEngine:
         checkpoints = self._folder / _CHECKPOINTS
         notes = take_over(command["checkpoints"], checkpoints)
         self._reported = {file.name for file in _files_of(checkpoints)}
-        task = engine.submit(params, checkpoints=checkpoints)
+        self._memory_level = engine.backend.low_mem_level
+        task = engine.submit(params, checkpoints=checkpoints, callback_on_step_end=self._previews)
+        self._reused = 0 if task.buffer.cache is None else task.buffer.cache["reused"]
         if task.resumed is not None:
             differs = [*notes, *task.resumed.differs]
             self.report("resumed", from_step=task.resumed.step, exact=task.resumed.exact, differs=differs)
@@ -178,7 +249,8 @@ class _JobOnEngine:
             self.report("resumed", from_step=0, exact=True, differs=notes)
         return task
 
-    def advanced(self, event: Progress) -> None:
+    def advanced(self, event: Progress, task: DiffusionTask, memory_level: int) -> None:
+        reused = 0 if task.buffer.cache is None else task.buffer.cache["reused"]
         self.report(
             "progress",
             stage=str(event.stage),
@@ -189,12 +261,23 @@ class _JobOnEngine:
             seconds=event.seconds,
             eta_s=event.eta,
             at=event.time,
+            saved=reused > self._reused,  # by a cache
         )
+        self._reused = reused
         if event.message is not None and event.status not in (TaskStatus.FINISHED, TaskStatus.FAILED):
-            self.report("note", message=event.message)
+            raised = {"memory_level": memory_level} if memory_level > self._memory_level else {}
+            self.report("note", message=event.message, **raised)
+        self._memory_level = memory_level
+        if self._previews is not None and (step := self._previews.take_fresh()) is not None:
+            self.report("preview", step=step)
 
-    def report_checkpoint(self, engine: Engine, task: DiffusionTask) -> None:
-        """Of a file that has come since; the newest has the largest number in its name."""
+    def report_checkpoint(self, engine: Engine, task: DiffusionTask, began: float) -> None:
+        """Of a file that has come since; the newest has the largest number in its name.
+
+        Args:
+            began: when writing it began, in seconds since 1970.
+        """
+        seconds = max(0.0, time.time() - began)
         files = _files_of(self._folder / _CHECKPOINTS)
         if not files or files[-1].name in self._reported:
             return
@@ -206,6 +289,7 @@ class _JobOnEngine:
             "checkpoint",
             path=str(files[-1]),
             step=task.current_step,
+            seconds=seconds,
             fingerprint=hashlib.sha256(text.encode()).hexdigest(),
             **_size_and_hash(files[-1]),
         )
@@ -223,6 +307,11 @@ class _JobOnEngine:
         ]
         seconds = {str(stage): spent for stage, spent in task.seconds.items()}
         self.report("ended", state="completed", artifacts=artifacts, seconds=seconds)
+
+    def clear(self) -> None:
+        """Remove the previews of a job that has ended; one that is parked or held keeps them."""
+        if self._previews is not None and self._has_ended:
+            self._previews.clear()
 
     def failed(self, error: Exception) -> None:
         logger.warning("job %s: %s", self._command["job"], error)

@@ -9,7 +9,8 @@ import pytest
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.distributed.plan import ParallelPlan
-from chitu_diffusion.errors import UsageError
+from chitu_diffusion.errors import UsageError, WillNotFitError
+from chitu_diffusion.pipelines import admission
 from chitu_diffusion.pipelines.admission import Admission
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
@@ -33,3 +34,22 @@ def test_fewer_tokens_than_ranks_are_refused(
         admit(ParallelPlan(ring=tokens + 1), width, height)
     fitting = str(error.value).partition("; use ")[2].partition(" ")[0]
     admit(ParallelPlan(ring=tokens + 1), *(int(side) for side in fitting.split("x")))
+
+
+def test_the_longest_video_that_there_is_room_for(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = DiffusionBackend(EngineConfig(models={"name": str(tiny_folder)}))
+    own = backend.spec.defaults
+
+    def admit(frames: int) -> int:
+        params = DiffusionUserParams(prompt="cat", width=own.width, height=own.height, num_frames=frames)
+        Admission(backend).admit(DiffusionTask.from_user_request(params), in_memory=True)
+        return backend.spec.tokens(frames, own.height, own.width)
+
+    room = Admission(backend)._peak(21, own.height, own.width, 0) + 1
+    for name in ("total_memory", "usable_memory"):
+        monkeypatch.setattr(admission, name, lambda device: room)
+    assert Admission(backend).most_tokens() == admit(21)
+    with pytest.raises(WillNotFitError, match="use 21 frames"):
+        admit(25)
+    monkeypatch.setattr(admission, "total_memory", lambda device: 1)
+    assert Admission(backend).most_tokens() == 0

@@ -1,7 +1,8 @@
 """A forkserver whose workers speak the pipe and compute nothing.
 
 A job's `resolved`: steps, step_s; and what goes wrong: kill_at and stick_at (steps at which its first worker
-dies or sticks), poison (kills each worker before its first step), failure.
+dies or sticks), poison (kills each worker before its first step), failure. previews,
+says_pid: it tells of them; grows: bytes that it has more from then on.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ def work(end: socket.socket, about: dict[str, Any]) -> None:
             commands.put(message)
         os._exit(1)
 
+    rss = [1]
+
     def tick() -> None:
         while True:
-            channel.send("tick", rss=1, gpu_bytes=0)
+            channel.send("tick", rss=rss[0], gpu_bytes=0)
             time.sleep(TICK_S)
 
     for beside in (read, tick):
@@ -45,6 +48,7 @@ def work(end: socket.socket, about: dict[str, Any]) -> None:
     while True:
         command = commands.get()
         if command["kind"] == "run":
+            rss[0] += command["params"].get("grows", 0)
             run(command, channel, commands)
 
 
@@ -60,6 +64,8 @@ def run(command: dict[str, Any], channel: LineChannel, commands: queue.SimpleQue
         step = saved["step"]
         state = Path(saved["path"]).read_text(encoding="utf-8")
         channel.send("resumed", **about, from_step=step, exact=True, differs=[])
+    if params.get("says_pid"):
+        channel.send("note", **about, message=str(os.getpid()))
     if params.get("poison"):
         os.kill(os.getpid(), signal.SIGKILL)
     if params.get("failure"):
@@ -82,9 +88,16 @@ def run(command: dict[str, Any], channel: LineChannel, commands: queue.SimpleQue
         step += 1
         state = hashlib.sha256(f"{state} {step}".encode()).hexdigest()
         said = {"stage": "denoising", "status": "denoising", "step": step, "steps": params["steps"]}
-        said |= {"fraction": step / params["steps"], "seconds": params["step_s"], "eta_s": 1.0}
+        said |= {
+            "fraction": step / params["steps"],
+            "seconds": params["step_s"],
+            "eta_s": 1.0,
+            "saved": False,
+        }
         channel.send("progress", **about, **said, at=time.time())
-        channel.send("checkpoint", **about, step=step, **written(folder / f"step{step}", state))
+        if params.get("previews"):
+            channel.send("preview", **about, step=step)
+        channel.send("checkpoint", **about, step=step, seconds=0.01, **written(folder / f"step{step}", state))
     video = written(folder / "video.mp4", state)
     artifact = {"variant": "video", "media_type": "video/mp4", **video}
     channel.send("ended", **about, state="completed", artifacts=[artifact], seconds={"denoising": 1.0})

@@ -14,6 +14,7 @@ from fronts import VIDEO, FakeSupervisor, add_key, client_of, make_front
 from starlette.testclient import TestClient
 
 from chitu_diffusion.service.front import Front
+from chitu_diffusion.service.jobs import WorkerInfo
 
 ASK = {"prompt": "a red ball", "num_inference_steps": 4, "num_frames": 5, "seed": 7}
 OPEN = {("GET", "/"), ("GET", "/health"), ("GET", "/ready"), ("GET", "/version"), ("POST", "/session")}
@@ -281,6 +282,28 @@ def test_creates_that_are_repeated(client: TestClient) -> None:
     assert post({**ASK, "seed": 10}, **again).json()["id"] == lost
     assert post({**ASK, "seed": 10}).json()["id"] != lost
     assert post(ASK, **{"Idempotency-Key": "x" * 201}).status_code == 400
+
+
+def test_what_no_worker_has_room_for_is_refused(client: TestClient, front: Front) -> None:
+    def worker(name: str, model: str = "wan-tiny", state: str = "ready", **fits: object) -> None:
+        front.store.workers.put(WorkerInfo(name, "host", 1, model, state, weights_sha256=name, fits=fits))
+
+    tokens = client.post("/v1/videos/estimate", json=ASK).json()["tokens"]
+    worker("of another model", "wan2.1-t2v-14b", tokens=10**6)
+    assert client.get("/v1/status").json()["reason"] == "NO_WORKER"
+    worker("small", tokens=tokens - 1)
+    assert client.get("/v1/status").json()["reason"] is None
+    assert client.post("/v1/videos/estimate", json=ASK).json()["fits"] is False
+    refused = client.post("/v1/videos", json=ASK)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (400, "will_not_fit", "size")
+    assert f"{tokens} tokens, and no worker has memory for more than {tokens - 1}; use " in error["message"]
+    worker("starting", state="starting")
+    assert client.post("/v1/videos", json=ASK).status_code == 200, "it may have room"
+    worker("starting", tokens=tokens)
+    assert client.post("/v1/videos", json={**ASK, "seed": 4}).status_code == 200
+    told = {row["id"]: row for row in client.get("/v1/status").json()["workers"]}
+    assert told["small"]["fits"] == {"tokens": tokens - 1} and told["small"]["weights_sha256"] == "small"
 
 
 def test_estimates_and_what_there_is(client: TestClient) -> None:

@@ -17,6 +17,7 @@ import pytest
 from job_stores import MakeUrl, migrate
 from supervising import FAKE, new_job, settings_of, supervised, until
 
+from chitu_diffusion.service.answers import data_of
 from chitu_diffusion.service.jobs import Artifact, Job, JobCheckpoint, JobState, NewJob, StoreDownError
 from chitu_diffusion.service.launcher import WorkerLauncher
 from chitu_diffusion.service.settings import ServiceConfig
@@ -81,12 +82,14 @@ def video_of(settings: ServiceConfig, store: JobStore, job_id: str) -> str:
 
 def test_a_job_runs_and_its_steps_are_events(settings: ServiceConfig, store: JobStore) -> None:
     with supervised(settings, store):
-        job = ended(store, submit(store, new_job()))
+        job = ended(store, submit(store, new_job(previews=True)))
         assert video_of(settings, store, job.id) == undisturbed()
         assert (job.state, job.step, job.fraction, job.seconds) == ("completed", 10, 1.0, {"denoising": 1.0})
         row = until(lambda: next((row for row in store.workers.all() if row.state == "ready"), None))
         assert (row.model, row.layout) == ("wan-tiny", "fake")
     steps = [event.data["step"] for event in store.events(job.id) if event.kind == "step"]
+    previews = [data_of(event) for event in store.events(job.id) if event.kind == "preview"]
+    assert previews[2] == {"step": 3, "url": f"/v1/videos/{job.id}/preview?step=3"} and len(previews) == 10
     assert steps[0] == 1 and steps[-1] == 10 and kinds(store, job.id)[:3] == ["queued", "started", "step"]
     assert store.workers.all() == ()
 
@@ -350,3 +353,29 @@ def test_two_supervisors_of_one_machine_have_names_of_their_own(
         jobs = [submit(store, new_job()) for _ in range(6)]
         assert all(ended(store, job).attempt == 1 for job in jobs)
     assert len({row.id for row in rows}) == 2
+
+
+def pids(store: JobStore, jobs: list[str]) -> list[str]:
+    """Of the workers that ran them."""
+    for job_id in jobs:
+        assert ended(store, job_id).deaths == 0
+    return [event.data["message"] for job in jobs for event in store.events(job) if event.kind == "note"]
+
+
+def test_a_worker_is_replaced_after_so_many_jobs(settings: ServiceConfig, store: JobStore) -> None:
+    settings.recycle.jobs = 2
+    with supervised(settings, store):
+        one, two, three, four, five = pids(
+            store, [submit(store, new_job(steps=1, says_pid=True)) for _ in range(5)]
+        )
+        assert one == two != three == four != five != one
+        until(lambda: not is_alive(int(one)) and not is_alive(int(three)))
+
+
+def test_a_worker_that_has_grown_is_replaced(settings: ServiceConfig, store: JobStore) -> None:
+    settings.recycle.grown_gb = 1
+    with supervised(settings, store):
+        grown = [8, 0.5, 0.25, 0.5, 0]  # GiB; the first job's own is what a worker needs
+        jobs = [submit(store, new_job(steps=1, says_pid=True, grows=int(each * 2**30))) for each in grown]
+        one, two, three, four, five = pids(store, jobs)
+    assert one == two == three == four != five

@@ -55,7 +55,7 @@ def video_of(data: Path, store: JobStore, job_id: str) -> bytes:
 def test_a_killed_and_a_parked_job_make_the_video_of_an_undisturbed_one(
     tmp_path: Path, launcher: WorkerLauncher
 ) -> None:
-    settings = settings_of(tmp_path)
+    settings = settings_of(tmp_path, preview={"every_s": 0.001})
     store = open_store(settings.store_url())
 
     def at_step(job_id: str, step: int) -> None:
@@ -94,6 +94,11 @@ def test_a_killed_and_a_parked_job_make_the_video_of_an_undisturbed_one(
         resumed = [event.data for event in store.events(job_id) if event.kind == "resumed"]
         assert [said["exact"] for said in resumed] == [True] and resumed[0]["from_step"] >= 2
         assert video_of(tmp_path, store, job_id) == want
+    for job_id in (whole, killed, held, cancelled):
+        folder = tmp_path / "jobs" / job_id
+        assert any(event.kind == "preview" for event in store.events(job_id))
+        assert not list(folder.glob(f"{store.job(job_id).fence}/preview-*"))
+        assert (folder / f"log-{store.job(job_id).fence}.jsonl").exists()
     assert store.job(cancelled).state is JobState.CANCELLED
     sizes = {"thumbnail": (32, 32), "spritesheet": (5 * 32, 32)}
     for variant, size in sizes.items():
@@ -140,6 +145,10 @@ def test_the_forkserver_has_no_threads_and_no_device(tmp_path: Path, launcher: W
     store = open_store(settings.store_url())
     with supervised(settings, store, launcher, engine_of(), Patience()):
         until(lambda: any(row.state == "ready" for row in store.workers.all()), 60)
+        row = until(lambda: next((row for row in store.workers.all() if row.weights_sha256), None))
+        assert len(row.weights_sha256) == 64 and row.fits["device"] == "cpu"
+        # 33 frames of 128x128 take megabytes
+        assert row.fits["tokens"] > 9 * 64 and row.fits["memory_bytes"] > 2**30
         process = Path(f"/proc/{launcher.pid}")
         assert len(list((process / "task").iterdir())) == 1
         assert not [file for file in (process / "fd").iterdir() if "nvidia" in os.readlink(file)]
