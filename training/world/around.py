@@ -132,12 +132,14 @@ _COMMON = tuple(_COMMON_TEXT.split())
 _BETWEEN_TEXT = """
 the the the a a of of and and is are in with for to that it its there no not as at from be or by was who
 """
-_BETWEEN = tuple(_BETWEEN_TEXT.split())
+BETWEEN = tuple(_BETWEEN_TEXT.split())
 _SYLLABLES = (
     "ba", "ko", "ri", "tun", "mel", "vox", "za", "shi", "plo", "quer", "dan", "fi", "ost", "ne", "gru",
     "lam", "yo",
 )  # fmt: skip
-_LETTERS = "eeeeeeeeeeeetttttttttaaaaaaaaooooooooiiiiiiinnnnnnnsssssshhhhhhrrrrrrddddlllluuucccmmmwwwffggyyppbbvk"
+_LETTERS = (
+    "eeeeeeeeeeeetttttttttaaaaaaaaooooooooiiiiiiinnnnnnnsssssshhhhhhrrrrrrddddlllluuucccmmmwwwffggyyppbbvk"
+)
 """By how usual they are in English."""
 _ENDINGS = ("s", "ed", "ing", "ly", "er", "ness", "ful", "less", "where", "thing", "'s")
 _CJK = (
@@ -174,7 +176,7 @@ def clause(rng: random.Random) -> str:
     for _ in range(rng.randint(5, 17)):
         draw = rng.random()
         if draw < 0.42:
-            words.append(rng.choice(_BETWEEN))
+            words.append(rng.choice(BETWEEN))
         else:
             words.append(rng.choice(_COMMON) if draw < 0.75 else unknown(rng))
     return " ".join(words)

@@ -39,6 +39,9 @@ _CONFIG_FIELDS = (
     "pad_token_id",
     "eos_token_id",
 )
+_UNSPACED = re.compile(r"[\u3040-\u9fff]+")
+"""Chinese and Japanese."""
+_WORD = re.compile(rf"{_UNSPACED.pattern}|[^\W_\u3040-\u9fff](?:(?![\u3040-\u9fff])[\w'])*|[^\x00-\x7f]")
 _TOKENIZER_SETTINGS = "tokenizer_config.json"
 _MOST_TOKENIZER_BYTES = 64 * 2**20
 _MOST_TOKENIZER_FILES = 100
@@ -144,16 +147,17 @@ class TextEncoder(nn.Module):
         """Words and signs of a prompt that the tokenizer has no tokens for.
 
         Args:
-            known: lower-case words that the model was trained on; any other word is unknown then.
+            known: lower-case words that the model was trained on; any other word is unknown then. Of a run
+                of signs without spaces, as Chinese is written, it is what known words leave.
         """
-        words = dict.fromkeys(re.findall(r"[^\W_][\w']*|[^\x00-\x7f]", clean_prompt(prompt).lower()))
+        words = dict.fromkeys(words_of(clean_prompt(prompt).lower(), known))
         mark = self.tokenizer.unk_token_id
         return [
             word
             for word in words
             if word.isprintable()
             and (
-                (bool(known) and word not in known and word.removesuffix("'s") not in known)
+                (bool(known) and word[0].isalnum() and not {word, word.removesuffix("'s")} & set(known))
                 or mark in self.tokenizer(word, add_special_tokens=False).input_ids
             )
         ]
@@ -163,6 +167,18 @@ def clean_prompt(text: str) -> str:
     """Mends broken Unicode, resolves HTML entities (twice: some are escaped twice), squeezes white space."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
+
+
+def words_of(text: str, known: Collection[str] = ()) -> list[str]:
+    """Words of a text, and signs that are no ASCII. A run of signs without spaces is cut at the known words
+    in it, of which the longest that fits is taken first.
+    """
+    inside = sorted((word for word in known if _UNSPACED.fullmatch(word)), key=len, reverse=True)
+    cut = re.compile(f"({'|'.join(inside)})") if inside else None
+    found: list[str] = []
+    for word in _WORD.findall(text):
+        found += filter(None, cut.split(word)) if cut and _UNSPACED.match(word) else [word]
+    return found
 
 
 def build_text_encoder(config: Mapping[str, Any]) -> nn.Module:
