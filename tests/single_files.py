@@ -22,7 +22,8 @@ def official_tensors(folder: Path, place: Path) -> tuple[list[dict[str, Tensor]]
     official = convert(folder, place, "official").path
     homes = [official / name for name in ("high_noise_model", "low_noise_model")]
     homes = homes if homes[0].is_dir() else [official]
-    vae = torch.load(official / "Wan2.1_VAE.pth", weights_only=True)
+    (file,) = official.glob("Wan2.*_VAE.pth")
+    vae = torch.load(file, weights_only=True)
     experts = [
         {
             name: value

@@ -147,7 +147,8 @@ def notes_of(engine: Engine, **fields: Any) -> str:
     ("fields", "said", "not_said"),
     [
         ({"prompt": "a dragon over a Castle"}, ["dragon, castle", "cat, dog"], ["over,"]),
-        ({"prompt": "a cat, 草地上的猫"}, ["草地上的猫"], []),
+        ({"prompt": "a cat, 草地上的龙"}, ["know: 龙;"], []),
+        ({"prompt": "一只红色的猫在草地上走。"}, [], ["does not know"]),
         ({"prompt": "a cat 🐉"}, ["🐉"], []),
         ({"prompt": CAT, "negative_prompt": "blurry, ugly"}, ["negative prompt", "blurry, ugly"], []),
         ({"prompt": CAT, "negative_prompt": "snow", "guidance_scale": 1}, ["not used"], ["does not know"]),

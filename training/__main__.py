@@ -18,7 +18,7 @@ from chitu_diffusion.files.places import make_folder
 from training import adapters, autoencoder, denoiser, export, glances, judging, latents, text
 
 SHARES = {
-    "vae": 0.2, "decoder": 0.1, "judge": 0.03, "latents": 0.04, "dit": 0.42, "student": 0.16, "style": 0.05
+    "vae": 0.2, "decoder": 0.1, "judge": 0.03, "latents": 0.08, "dit": 0.42, "student": 0.16, "style": 0.05
 }  # fmt: skip
 STAGES = ("text", "vae", "decoder", "judge", "dit", "look", "export", "student", "style")
 

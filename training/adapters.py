@@ -241,5 +241,5 @@ def train(
     distilled = student_levels() if kind == "student" else None
     count = 64 if compiled else 2
     looker = Looker(tokenizer, vae, *scale, folder, prompts=count, distilled=distilled)
-    manners = ("plain", "picture") if kind == "style" else (*MANNERS, "picture")
+    manners = ("plain", "picture") if kind == "style" else MANNERS
     looker.look(student, kind, manners)

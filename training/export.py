@@ -23,10 +23,13 @@ from chitu_diffusion.models.spec import Defaults
 from chitu_diffusion.weights.hashing import ModelFiles
 from chitu_diffusion.weights.manifest import write_manifest
 from training import autoencoder, denoiser, latents, text
-from training.world import vocabulary_corpus
+from training.world import around, chinese, vocabulary_corpus
 
 _CAPTIONS = 60_000
 """Of which each word that a caption may have comes some dozens of times."""
+
+_OF_PAIRS = ("while", "beside")
+"""Words of sentences about two actors that no other sentence has."""
 
 SHARD_BYTES = 12 * 2**20
 FLOW_SHIFT = 3.0
@@ -104,9 +107,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def known_words() -> list[str]:
-    """Every word of the captions: actors and colours first, then by the alphabet."""
+    """Every word that says something of a clip, or stands between two that do: actors and colours first, then
+    by the alphabet, Chinese ones last.
+    """
     corpus = vocabulary_corpus(_CAPTIONS, seed=1)
     words = {word for line in corpus for word in re.findall(r"[\w']+", line.lower())}
+    words |= {*around.BETWEEN, *_OF_PAIRS, *chinese.words()}
     return [*ACTORS, *COLOURS, *sorted(words - {*ACTORS, *COLOURS})]
 
 

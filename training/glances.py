@@ -52,12 +52,12 @@ class Looker:
     distilled: tuple[float, ...] | None = None
 
     @torch.no_grad()
-    def look(self, nets: Nets, name: str, manners: tuple[str, ...] = (*MANNERS, "picture")) -> dict[str, str]:
+    def look(self, nets: Nets, name: str, manners: tuple[str, ...] = MANNERS) -> dict[str, str]:
         """Scores in each manner, printed as they come; strips of samples: `folder/{name}-{manner}.png`."""
         judge = load_judge().to(self.mean.device)
         scores: dict[str, str] = {}
         for manner in manners:
-            rows = asked_in("plain" if manner == "picture" else manner, self.prompts) * self.seeds
+            rows = asked_in(manner, self.prompts) * self.seeds
             words = [each for _, _, each in rows]
             drawn = self._pictures(words) if manner == "picture" else None
             parts = []

@@ -21,6 +21,13 @@ def models(typed: str) -> list[str]:
     return _begin(typed, model_names())
 
 
+def adapters(typed: str) -> list[str]:
+    """Names of the shipped adapters."""
+    from chitu_diffusion.task.lora import shipped_adapters
+
+    return _begin(typed, list(shipped_adapters()))
+
+
 def caches(typed: str) -> list[str]:
     """Names of cache strategies."""
     from chitu_diffusion.flexcache.registry import STRATEGIES

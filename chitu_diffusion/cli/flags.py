@@ -135,7 +135,7 @@ FLAGS = (
          field="strength", metavar="S"),
     Flag("--lora", "generate batch reproduce",
          "An adapter: FILE, FILE:0.8; FILE@high, FILE@low for one of two experts; repeatable.", list[str],
-         field="lora", parse=options.parse_files, metavar="FILE[:STRENGTH]"),
+         field="lora", parse=options.parse_files, metavar="FILE[:STRENGTH]", complete=completion.adapters),
     Flag("--size", "generate batch calibrate", "Pixels, multiples of 8: 832x480.",
          field="width height", parse=options.parse_size, metavar="WxH"),
     Flag("--frames", "generate batch calibrate", "Length in frames, 4n+1: 33, 81.", int, field="num_frames"),

@@ -54,8 +54,8 @@ def models_ls(
     ] = None,
     json_: Document = False,
 ) -> int:
-    """List every model by name: what kind, how big, and where it lies on this machine. With a folder, such as
-    ComfyUI's: what each file of weights in it is.
+    """List every model by name, and the shipped adapters: what kind, how big, and where it lies on this
+    machine. With a folder, such as ComfyUI's: what each file of weights in it is.
     """
     if folder is not None:
         from chitu_diffusion.models.single_files import listed_in
@@ -69,7 +69,7 @@ def models_ls(
         return 0
     from chitu_diffusion.models.registry import model_names
 
-    rows = [_described(name) for name in model_names()]
+    rows = [*map(_described, model_names()), *_adapters()]
     if json_:
         emit_document(rows)
         return 0
@@ -108,6 +108,27 @@ def _described(name: str) -> dict[str, Any]:
         "bytes": _bytes_in(folder.path) if folder is not None else 0,
         "where": str(folder.path) if folder is not None else f"not here; chitu models pull {name}",
     }
+
+
+def _adapters() -> list[dict[str, Any]]:
+    from chitu_diffusion.models.registry import TINY
+    from chitu_diffusion.sampling.recipes import recipe_named, recipe_of_names
+    from chitu_diffusion.task.lora import shipped_adapters
+
+    rows = []
+    for name, file in shipped_adapters().items():
+        found = recipe_of_names([name])
+        rows.append(
+            {
+                "name": name,
+                "here": True,
+                "kind": f"adapter of {TINY}, --lora",
+                "default": recipe_named(found[0]).describe() if found else "",
+                "bytes": file.stat().st_size,
+                "where": str(file),
+            }
+        )
+    return rows
 
 
 def _bytes_in(folder: Path) -> int:

@@ -14,12 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from chitu_diffusion.config import EngineConfig
 from chitu_diffusion.engine import Engine
+from chitu_diffusion.evaluation.compare import psnr
 from chitu_diffusion.evaluation.judge import CLASSES, Judge, judge_accuracy, load_judge, name_parts
-from chitu_diffusion.evaluation.prompts import Words, held_out_prompts
+from chitu_diffusion.evaluation.prompts import Words, asked_in, held_out_pictures
 from chitu_diffusion.files.atomic import write_text
 from chitu_diffusion.media.reading import read_frames
 from chitu_diffusion.task import DiffusionUserParams
@@ -27,12 +29,15 @@ from chitu_diffusion.task import DiffusionUserParams
 
 @dataclass(frozen=True)
 class Answer:
-    """One video: what was asked, and what the judge found."""
+    """One video: what was asked, and what the judge found; of one that began with a picture also how near its
+    first frame comes to it, in dB of 8-bit values.
+    """
 
     prompt: str
     seed: int
     asked: Words
     found: Words
+    first_frame: float | None = None
 
     def right(self, part: str) -> bool:
         """Whether the judge found what was asked ("actor", "colour", "scene" or "motion")."""
@@ -59,7 +64,12 @@ class Scores:
             lines.append(
                 f"| {part} | {self.share(part):.1%} | {low:.1%} to {high:.1%} | {self.judge[part]:.1%} |"
             )
+        if near := self._first_frames():
+            lines += ["", f"first frame: {sum(near) / len(near):.1f} dB, worst {min(near):.1f}"]
         return "\n".join(lines)
+
+    def _first_frames(self) -> list[float]:
+        return [answer.first_frame for answer in self.answers if answer.first_frame is not None]
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -78,6 +88,7 @@ def adherence(
     *,
     prompts: int = 64,
     seeds: int = 2,
+    manner: str = "plain",
     settings: dict[str, Any] | None = None,
     on_video: Callable[[int, int, Answer], None] | None = None,
 ) -> Scores:
@@ -88,6 +99,7 @@ def adherence(
         folder: raw frames are kept here; videos that are there already are not made again.
         prompts: held-out prompts, 1 to 64.
         seeds: videos of each, seeds 0, 1, ...
+        manner: how they are asked, of `MANNERS`; any but "plain" has a folder of its own within `folder`.
         settings: fields of `DiffusionUserParams` that differ from the model's defaults.
         on_video: called with (videos done, videos in all, answer).
 
@@ -97,18 +109,20 @@ def adherence(
         TaskError: a video could not be made.
     """
     judge = load_judge()
-    asked = [(prompt, words, seed) for prompt, words in held_out_prompts(prompts) for seed in range(seeds)]
+    asked = [(*each, seed) for each in asked_in(manner, prompts) for seed in range(seeds)]
+    pictures = held_out_pictures(prompts) if manner == "picture" else None
     answers: list[Answer] = []
+    folder = folder if manner == "plain" else folder / manner
     folder.mkdir(parents=True, exist_ok=True)
     with Engine(config) as engine:
-        for number, (prompt, words, seed) in enumerate(asked):
+        for number, (prompt, negative, words, seed) in enumerate(asked):
             path = folder / f"{number // seeds:03d}-seed{seed}.npy"
+            picture = None if pictures is None else pictures[number // seeds]
             if not path.exists():
-                params = DiffusionUserParams(
-                    prompt=prompt, seed=seed, save_path=str(path), **(settings or {})
-                )
-                make(engine, params)
-            answers.append(Answer(prompt, seed, words, judged(judge, path)))
+                own = {"negative_prompt": negative or None, "image": picture, **(settings or {})}
+                make(engine, DiffusionUserParams(prompt=prompt, seed=seed, save_path=str(path), **own))
+            near = None if picture is None else _nearness(read_frames(path)[0], picture)
+            answers.append(Answer(prompt, seed, words, judged(judge, path), near))
             if on_video is not None:
                 on_video(number + 1, len(asked), answers[-1])
     return Scores(answers, *judge_accuracy())
@@ -129,6 +143,11 @@ def judged(judge: Judge, path: Path) -> Words:
     """What the judge sees in a file of frames."""
     frames = torch.from_numpy(read_frames(path))  # uint8 [T, H, W, 3]
     return name_parts(judge, frames.permute(0, 3, 1, 2)[None].float() / 255)[0]
+
+
+def _nearness(*pictures: np.ndarray) -> float:
+    """Decibels between two pictures uint8 [H, W, 3]."""
+    return psnr(*(torch.from_numpy(np.array(picture)).float() / 255 for picture in pictures))
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:

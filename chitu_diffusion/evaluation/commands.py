@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from chitu_diffusion.errors import counted
+from chitu_diffusion.errors import UsageError, counted, nearest
 from chitu_diffusion.files.places import expand_home, make_folder
 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Tell nothing but errors and the result.")]
@@ -31,13 +31,23 @@ def adherence(
     ] = "wan-tiny",
     prompts: Annotated[int, typer.Option("--prompts", min=1, max=64, help="Held-out prompts.")] = 64,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Videos of each prompt.")] = 2,
+    manner: Annotated[
+        str,
+        typer.Option(
+            "--manner",
+            help="plain, negative (a usual negative prompt), tail (of style), long, chinese, picture.",
+        ),
+    ] = "plain",
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help="An adapter; repeatable.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", help="Denoising steps; the model's own by default.")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:N.")] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for frames and scores.")] = Path(
-        "outputs/adherence"
-    ),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for frames and scores of one setting.")
+    ] = Path("outputs/adherence"),
     json_: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -45,11 +55,14 @@ def adherence(
     from chitu_diffusion.config import load_config
     from chitu_diffusion.evaluation.adherence import Answer, write_scores
     from chitu_diffusion.evaluation.adherence import adherence as measure
+    from chitu_diffusion.evaluation.prompts import MANNERS
 
     output = expand_home(output)
     make_folder("-o", output)
     config, _ = load_config(flags={"models.name": model, "infer.device": device})
-    settings: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
+    if manner not in MANNERS:
+        raise UsageError(f"--manner {manner}.{nearest(manner, MANNERS)}", field="manner")
+    settings: dict[str, Any] = {"lora": lora or None, "num_inference_steps": steps}
 
     def report(done: int, total: int, answer: Answer) -> None:
         wrong = [part for part in ("actor", "colour", "scene", "motion") if not answer.right(part)]
@@ -58,9 +71,12 @@ def adherence(
 
     say = _teller(quiet)
     say(f"loading {model} ...")
-    scores = measure(config, output, prompts=prompts, seeds=seeds, settings=settings, on_video=report)
-    write_scores(scores, output)
-    summary = f"{scores.table()}\n{counted(len(scores.answers), 'video')}, {output}/adherence.json"
+    scores = measure(
+        config, output, prompts=prompts, seeds=seeds, manner=manner, settings=settings, on_video=report
+    )
+    place = output if manner == "plain" else output / manner
+    write_scores(scores, place)
+    summary = f"{scores.table()}\n{counted(len(scores.answers), 'video')}, {place}/adherence.json"
     print(json.dumps(scores.to_mapping()) if json_ else summary)
 
 

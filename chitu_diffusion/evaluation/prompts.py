@@ -10,6 +10,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from chitu_diffusion.errors import UsageError
 
 ACTORS = ("cat", "dog", "rabbit", "bird", "fish", "car", "boat", "ball", "robot", "flower")
@@ -29,8 +32,13 @@ NEGATIVE = "blurry, low quality, watermark, deformed, ugly"
 LONG = 60
 """Words of a long prompt."""
 
-MANNERS = ("plain", "negative", "tail", "long", "chinese")
-"""How a prompt is asked: as it is, with `NEGATIVE`, with `TAIL`, in `LONG` words, in Chinese."""
+PICTURES = HELD_OUT.with_name("held_out_pictures.png")
+"""First frames of drawn clips of the set of 64, a square each, in rows of eight."""
+
+MANNERS = ("plain", "negative", "tail", "long", "chinese", "picture")
+"""How a prompt is asked: as it is, with `NEGATIVE`, with `TAIL`, in `LONG` words, in Chinese, with the first
+frame as a picture.
+"""
 
 _CLAUSES = (
     "seen through the eyes of a patient observer who has all the time in the world",
@@ -69,8 +77,10 @@ def held_out_prompts(n: int) -> list[tuple[str, Words]]:
 
 
 def asked_in(manner: str, n: int) -> list[tuple[str, str, Words]]:
-    """(prompt, negative prompt, its words) of `held_out_prompts`, in one of `MANNERS`."""
-    prompts = held_out_prompts(n)
+    """(prompt, negative prompt, its words) of `held_out_prompts`, in one of `MANNERS`; the manner "picture"
+    takes them from the set of 64.
+    """
+    prompts = held_out_prompts(64)[:n] if manner == "picture" else held_out_prompts(n)
     if manner == "tail":
         return [(f"{prompt.rstrip('.!')}, {TAIL}", "", words) for prompt, words in prompts]
     if manner == "long":
@@ -79,6 +89,15 @@ def asked_in(manner: str, n: int) -> list[tuple[str, str, Words]]:
         said = json.loads(CHINESE.read_text(encoding="utf-8"))["16" if n <= 16 else "64"][:n]
         return [(prompt, "", words) for prompt, (_, words) in zip(said, prompts, strict=True)]
     return [(prompt, NEGATIVE if manner == "negative" else "", words) for prompt, words in prompts]
+
+
+def held_out_pictures(n: int) -> list[np.ndarray]:
+    """The first frames that belong to `asked_in("picture", n)`, each [H, W, 3] uint8."""
+    with Image.open(PICTURES) as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    side = pixels.shape[1] // 8
+    places = [(side * (number // 8), side * (number % 8)) for number in range(n)]
+    return [pixels[top : top + side, left : left + side] for top, left in places]
 
 
 def lengthened(prompt: str, number: int) -> str:

@@ -340,7 +340,8 @@ def _calibration_of(folder: Path) -> Calibration | None:
 
 def write_metadata(path: str | Path, name: str, defaults: Defaults, **more: Any) -> None:
     """Writes a folder's `chitu.json`: the model's name and defaults, and whatever else `more` says."""
-    metadata = {"name": name, "defaults": dataclasses.asdict(defaults), **more}
+    said = {key: value for key, value in dataclasses.asdict(defaults).items() if value is not None}
+    metadata = {"name": name, "defaults": said, **more}
     write_text(Path(path, METADATA_FILE), json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
 
 

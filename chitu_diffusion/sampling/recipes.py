@@ -175,6 +175,7 @@ _KNOWN_NAMES: Sequence[tuple[str, str]] = (
     (r"accvid(eo)?.*i2v.*480p", "accvideo-i2v-480p"),
     (r"accvid(eo)?", "accvideo"),
     (r"wan2.2.*(lightning|seko)", "wan2.2-lightning"),
+    (r"wan.?tiny.*4.?step", "lightx2v-4step"),
     (r"lightx2v.*4.?step|(cfg.?)?step.?distill|distill.*(lightx2v|4.?step)", "lightx2v-4step"),
 )
 """How published files and folders are called, in any letter case, and the row that they are sampled by."""

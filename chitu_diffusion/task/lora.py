@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from chitu_diffusion.errors import CheckpointError, UsageError, plain_number
+from chitu_diffusion.errors import CheckpointError, UsageError, nearest, plain_number
 from chitu_diffusion.files.reading import cause, require_regular
 from chitu_diffusion.weights.hashing import SHA256, hashes_of
 
@@ -20,6 +20,7 @@ Expert = Literal["high", "low"]
 EXPERTS: tuple[Expert, ...] = ("high", "low")
 MOST_STRENGTH = 20.0
 MOST_ADAPTERS = 64
+SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "adapters"
 _USE = "use FILE, FILE:0.8, FILE@high:0.8 or FILE@low"
 
 
@@ -28,7 +29,7 @@ class Lora:
     """A LoRA, or one of its kin, of a request.
 
     Args:
-        path: of the file; becomes absolute.
+        path: of the file, or the name of a shipped adapter; becomes absolute.
         strength: by which its change is multiplied, -20 to 20; 1 is as it was trained.
         expert: "high" or "low" noise, of a model with two; None is every transformer.
         sha256: of the file; None has it read now.
@@ -58,7 +59,9 @@ class Lora:
             )
         if not isinstance(self.path, str | os.PathLike) or not str(self.path) or "\0" in str(self.path):
             raise UsageError(f"lora = {self.path!r}: use a file's name", field="lora")
-        object.__setattr__(self, "path", os.path.abspath(os.path.expanduser(self.path)))
+        path = os.path.expanduser(self.path)
+        own = None if os.path.exists(path) else shipped_adapters().get(str(self.path).lower())
+        object.__setattr__(self, "path", os.path.abspath(own or path))
         if self.sha256 is None:
             object.__setattr__(self, "sha256", self.hashed())
         elif not isinstance(self.sha256, str) or SHA256.fullmatch(self.sha256) is None:
@@ -95,8 +98,9 @@ class Lora:
             state = require_regular(self.path)
             return _sha256(self.path, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
         except (OSError, ValueError, CheckpointError) as error:
+            hint = nearest(Path(self.path).name, shipped_adapters()) if not Path(self.path).suffix else ""
             raise UsageError(
-                f"lora = {self.path!r}: it cannot be read: {cause(error)}", field="lora"
+                f"lora = {self.path!r}: it cannot be read: {cause(error)}{hint and f'.{hint}'}", field="lora"
             ) from error
 
     def is_for(self, expert: int) -> bool:
@@ -110,6 +114,11 @@ class Lora:
     def __str__(self) -> str:
         expert = "" if self.expert is None else f"@{self.expert}"
         return f"{Path(self.path).name}{expert}:{self.strength:g}"
+
+
+def shipped_adapters() -> dict[str, Path]:
+    """The adapters of the shipped model: files by name."""
+    return {file.stem: file for file in sorted(SHIPPED.glob("*.safetensors"))}
 
 
 def checked_loras(value: Any) -> tuple[Lora, ...] | None:

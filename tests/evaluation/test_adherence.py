@@ -14,7 +14,16 @@ from chitu_diffusion.errors import ModelMissingError
 from chitu_diffusion.evaluation import adherence as scoring
 from chitu_diffusion.evaluation.adherence import Answer, Scores, adherence, wilson, write_scores
 from chitu_diffusion.evaluation.judge import CLASSES, judge_accuracy, load_judge, name_parts
-from chitu_diffusion.evaluation.prompts import Words, held_out_prompts
+from chitu_diffusion.evaluation.prompts import (
+    LONG,
+    MANNERS,
+    NEGATIVE,
+    TAIL,
+    Words,
+    asked_in,
+    held_out_pictures,
+    held_out_prompts,
+)
 
 
 def test_missing_judge_says_how_to_make_one(tmp_path):
@@ -46,6 +55,31 @@ def test_videos_that_are_there_are_judged_and_not_made_again(tmp_path, monkeypat
         plain = torch.tensor(list(colours.values())[number]).view(1, 1, 3, 1, 1).expand(1, 9, 3, 64, 64) / 255
         assert answer.found == name_parts(judge, plain)[0]
     assert len({answer.found for answer in answers}) > 1
+
+
+def test_a_first_frame_is_compared_with_its_picture(tmp_path, monkeypatch):
+    """Each value 4 of 255 beside the picture's."""
+    monkeypatch.setattr(scoring, "make", None)
+    (tmp_path / "picture").mkdir()
+    for number, picture in enumerate(held_out_pictures(2)):
+        assert picture.shape == (128, 128, 3)
+        frame = np.where(picture > 127, picture - 4, picture + 4)
+        np.save(tmp_path / "picture" / f"{number:03d}-seed0.npy", np.repeat(frame[None], 9, axis=0))
+    scores = adherence(EngineConfig(infer={"threads": 1}), tmp_path, prompts=2, seeds=1, manner="picture")
+    near = [answer.first_frame for answer in scores.answers]
+    assert near == pytest.approx([20 * np.log10(255 / 4)] * 2, abs=1e-4)
+    assert "first frame: 36.1 dB, worst 36.1" in scores.table()
+
+
+def test_each_manner_asks_the_same_words_its_own_way():
+    asked = {manner: asked_in(manner, 64) for manner in MANNERS}
+    for rows in asked.values():
+        assert [words for *_, words in rows] == [words for *_, words in asked["plain"]]
+    assert all(len(prompt.split()) == LONG for prompt, *_ in asked["long"])
+    assert {negative for _, negative, _ in asked["negative"]} == {NEGATIVE}
+    assert all(prompt.endswith(TAIL) for prompt, *_ in asked["tail"])
+    assert not any(prompt.isascii() for prompt, *_ in asked["chinese"])
+    assert asked_in("picture", 5) == asked["plain"][:5]
 
 
 def test_shares_and_files(tmp_path):

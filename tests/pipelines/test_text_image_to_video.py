@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import WAN_TINY
 from diffusers import AutoencoderKLWan
 from PIL import Image
 from ranks import run_ranks
@@ -48,22 +49,30 @@ def backend(folder, tmp_path_factory):
     return DiffusionBackend(config_for(folder, tmp_path_factory.mktemp("outputs")))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["text", "image"])
-def beside_diffusers(request, folder):
-    """diffusers' pipeline, and the image that it takes."""
+@pytest.fixture(scope="module", params=["text", "image", "image, trained"])
+def beside_diffusers(request, folder, backend, tmp_path_factory):
+    """A folder opened by us and by diffusers, and the image that it takes. (`wan-tiny` with text alone
+    stands in `test_pipeline_parity`.)
+    """
     from diffusers import WanImageToVideoPipeline, WanPipeline
 
-    kind = WanImageToVideoPipeline if request.param else WanPipeline
-    pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32, expand_timesteps=True)
+    kind = WanPipeline if request.param == "text" else WanImageToVideoPipeline
+    ours = backend
+    place = folder
+    if request.param == "image, trained":
+        place = WAN_TINY
+        ours = DiffusionBackend(config_for(WAN_TINY, tmp_path_factory.mktemp("outputs")))
+    pipeline = kind.from_pretrained(place, torch_dtype=torch.float32)
+    assert pipeline.config.expand_timesteps  # as the folder says
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline, {"image": picture()} if request.param else {}
+    return ours, pipeline, {} if request.param == "text" else {"image": picture()}
 
 
 @pytest.mark.parametrize(
     ("changed", "guidance", "seed"), [({}, 5.0, 11), ({}, 1.0, 3), ({"height": 48, "num_frames": 5}, 5.0, 3)]
 )
-def test_parity_with_diffusers(backend, beside_diffusers, changed, guidance, seed):
-    pipeline, given = beside_diffusers
+def test_parity_with_diffusers(beside_diffusers, changed, guidance, seed):
+    backend, pipeline, given = beside_diffusers
     request = {**SIZES, **changed, **given, "negative_prompt": "blurry", "guidance_scale": guidance}
     task = task_for(seed=seed, **request)
     latent, video = latent_and_video(Generator(backend), task)

@@ -9,11 +9,13 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
+from chitu_diffusion.models.kinds import TEXT_IMAGE_TO_VIDEO
+from chitu_diffusion.models.registry import TINY, resolve_model
 from chitu_diffusion.models.wan.transformer import WanTransformer
 from training import adapters, autoencoder, denoiser, export, latents, sampling, text
 from training.clock import Clock, learning_rate
 from training.muon import Muon, orthogonal
-from training.world import vocabulary_corpus
+from training.world import chinese, vocabulary_corpus
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +226,10 @@ def test_weights_survive_keep_and_export(tokenizer, tmp_path):
     started = autoencoder.load(tmp_path / "again", torch.device("cpu"))
     assert torch.equal(started.decoder.conv_in.weight, vae.decoder.conv_in.weight.bfloat16().float())
     assert sum(f.stat().st_size for f in (tmp_path / "out").rglob("*") if f.is_file()) <= 28 * 2**20
+    spec = resolve_model(str(tmp_path / "out")).spec
+    assert spec.kind == TEXT_IMAGE_TO_VIDEO and spec.defaults.steps == 50 and spec.defaults.guidance == (5.0,)
+    assert spec.words == resolve_model(TINY).spec.words  # what is shipped says what the world says
+    assert set(chinese.words()) < set(spec.words)
 
 
 def test_dial():

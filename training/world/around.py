@@ -83,7 +83,7 @@ _CLAUSES = (
     "the composition is balanced and easy to read",
     "it seems to enjoy every single moment of it",
     "showing its full body and its lively expression",
-    "captured by a professional team with an expensive lens",
+    "captured by a professional crew with an expensive lens",
     "the whole picture is sharp and full of life",
     "reminding you of a happy childhood memory",
     "with subtle details that reward a second look",
@@ -132,11 +132,16 @@ _COMMON = tuple(_COMMON_TEXT.split())
 _BETWEEN_TEXT = """
 the the the a a of of and and is are in with for to that it its there no not as at from be or by was who
 """
-_BETWEEN = tuple(_BETWEEN_TEXT.split())
+BETWEEN = tuple(_BETWEEN_TEXT.split())
 _SYLLABLES = (
     "ba", "ko", "ri", "tun", "mel", "vox", "za", "shi", "plo", "quer", "dan", "fi", "ost", "ne", "gru",
     "lam", "yo",
 )  # fmt: skip
+_LETTERS = (
+    "eeeeeeeeeeeetttttttttaaaaaaaaooooooooiiiiiiinnnnnnnsssssshhhhhhrrrrrrddddlllluuucccmmmwwwffggyyppbbvk"
+)
+"""By how usual they are in English."""
+_ENDINGS = ("s", "ed", "ing", "ly", "er", "ness", "ful", "less", "where", "thing", "'s")
 _CJK = (
     "山河湖桥房子桌椅帽灯书龙马虎熊象猴牛羊鸡猪人男女孩国王公主电脑手机相机雨云风火石"
     "木金银老年轻快慢美丽神秘古代未来"
@@ -144,31 +149,36 @@ _CJK = (
 
 
 def gibberish(rng: random.Random) -> str:
-    """A word that nobody knows."""
-    return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 4)))
+    """A word that nobody knows: of syllables or of letters, or usual words and endings in one."""
+    draw = rng.random()
+    if draw < 0.2:
+        return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 4)))
+    if draw < 0.6:
+        return "".join(rng.choice(_LETTERS) for _ in range(rng.randint(2, 10)))
+    return rng.choice(_COMMON) + rng.choice((rng.choice(_COMMON), *_ENDINGS))
 
 
 def unknown(rng: random.Random) -> str:
     """A noun that the world does not have."""
     draw = rng.random()
-    if draw < 0.15:
+    if draw < 0.45:
         return gibberish(rng)
-    if draw < 0.3:
+    if draw < 0.55:
         return f"{rng.choice(_QUALITIES)} {rng.choice(_THINGS)}"
     return rng.choice(_THINGS)
 
 
 def clause(rng: random.Random) -> str:
     """Some words that say nothing: written by somebody, or drawn."""
-    if rng.random() < 0.35:
+    if rng.random() < 0.2:
         return rng.choice(_CLAUSES)
     words = []
     for _ in range(rng.randint(5, 17)):
         draw = rng.random()
         if draw < 0.42:
-            words.append(rng.choice(_BETWEEN))
+            words.append(rng.choice(BETWEEN))
         else:
-            words.append(rng.choice(_COMMON) if draw < 0.88 else unknown(rng))
+            words.append(rng.choice(_COMMON) if draw < 0.75 else unknown(rng))
     return " ".join(words)
 
 

@@ -77,10 +77,10 @@ def rich_caption(words: Words, rng: random.Random) -> str:
     if draw < 0.25:
         doing = _doing(words.actor, words.motion, rng, complete=True)
         return _styled(rng.choice((f"it is {doing.gerund}", f"it {doing.finite}", doing.gerund)), rng)
-    text = caption(words, rng, complete=rng.random() < 0.4)
+    text = caption(words, rng, complete=rng.random() < 0.55)
     if rng.random() < 0.15:
         text = around.with_unknown(text, rng)
-    if rng.random() < 0.4:
+    if rng.random() < 0.55:
         text = around.lengthened(text, rng, rng.randint(20, 66))
     if rng.random() < 0.25:
         text = around.with_tail(text, rng)

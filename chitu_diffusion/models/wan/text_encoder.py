@@ -21,6 +21,9 @@ from chitu_diffusion.models.wan.tokenizer import Tokenizer, another_encoder
 from chitu_diffusion.models.wan.umt5 import Umt5Config, Umt5Encoder
 
 MAX_TOKENS = 512
+_UNSPACED = re.compile(r"[\u3040-\u9fff]+")
+"""Chinese and Japanese."""
+_WORD = re.compile(rf"{_UNSPACED.pattern}|[^\W_\u3040-\u9fff](?:(?![\u3040-\u9fff])[\w'])*|[^\x00-\x7f]")
 
 
 class TextEncoder(nn.Module):
@@ -103,15 +106,16 @@ class TextEncoder(nn.Module):
         """Words and signs of a prompt that the tokenizer has no tokens for.
 
         Args:
-            known: lower-case words that the model was trained on; any other word is unknown then.
+            known: lower-case words that the model was trained on; any other word is unknown then. Of a run
+                of signs without spaces, as Chinese is written, it is what known words leave.
         """
-        words = dict.fromkeys(re.findall(r"[^\W_][\w']*|[^\x00-\x7f]", clean_prompt(prompt).lower()))
+        words = dict.fromkeys(words_of(clean_prompt(prompt).lower(), known))
         return [
             word
             for word in words
             if word.isprintable()
             and (
-                (bool(known) and word not in known and word.removesuffix("'s") not in known)
+                (bool(known) and word[0].isalnum() and not {word, word.removesuffix("'s")} & set(known))
                 or self.tokenizer.unknown in self.tokenizer.ids(word, marked=False)
             )
         ]
@@ -121,6 +125,18 @@ def clean_prompt(text: str) -> str:
     """Mends broken Unicode, resolves HTML entities (twice: some are escaped twice), squeezes white space."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
+
+
+def words_of(text: str, known: Collection[str] = ()) -> list[str]:
+    """Words of a text, and signs that are no ASCII. A run of signs without spaces is cut at the known words
+    in it, of which the longest that fits is taken first.
+    """
+    inside = sorted((word for word in known if _UNSPACED.fullmatch(word)), key=len, reverse=True)
+    cut = re.compile(f"({'|'.join(inside)})") if inside else None
+    found: list[str] = []
+    for word in _WORD.findall(text):
+        found += filter(None, cut.split(word)) if cut and _UNSPACED.match(word) else [word]
+    return found
 
 
 def build_text_encoder(config: Mapping[str, Any]) -> nn.Module:
