@@ -156,7 +156,9 @@ def kept_secret(data: Path, given: str | None) -> str:
     file = data / SECRET_FILE
     if not file.exists():
         with new_file(file) as part:
-            part.write_text(_PREFIX + base64.b64encode(secrets.token_bytes(24)).decode() + "\n")
+            part.write_text(
+                _PREFIX + base64.b64encode(secrets.token_bytes(24)).decode() + "\n", encoding="utf-8"
+            )
             os.chmod(part, 0o600)
     return read_text(file).strip()
 

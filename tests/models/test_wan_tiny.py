@@ -13,7 +13,8 @@ from chitu_diffusion.models.folder import read_folder
 from chitu_diffusion.models.kinds import TEXT_IMAGE_TO_VIDEO
 from chitu_diffusion.models.loading import load_vae
 from chitu_diffusion.models.registry import resolve_model
-from chitu_diffusion.models.wan.text_encoder import TextEncoder, load_tokenizer
+from chitu_diffusion.models.wan.text_encoder import TextEncoder
+from chitu_diffusion.models.wan.tokenizer import load_tokenizer
 from chitu_diffusion.task.lora import Lora, shipped_adapters
 
 MIB = 2**20

@@ -17,7 +17,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from job_stores import FakeClock, MakeUrl, migrate
+from sqlalchemy import delete
 
+from chitu_diffusion.service import schema
 from chitu_diffusion.service.jobs import (
     Artifact,
     Job,
@@ -60,6 +62,8 @@ class Histories(RuleBasedStateMachine):
         self.store: JobStore = open_store(self.url, clock=self.clock, most_queued=1000, retention_s=500)
         for job in self.everyone():  # of the history before; all have ended
             self.store.delete(job.id)
+        with self.store._database.writing() as transaction:  # whose turn it is follows from what owners had
+            transaction.connection.execute(delete(schema.owners))
         self.seen: dict[str, Job] = {}
         self.states: dict[str, JobState] = {}
         self.fences: dict[str, int] = {}
