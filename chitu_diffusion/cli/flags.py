@@ -134,7 +134,8 @@ FLAGS = (
     Flag("--strength", "generate batch", "How much of a video is made anew, 0.01 to 1; 0.8 is usual.", float,
          field="strength", metavar="S"),
     Flag("--lora", "generate batch reproduce",
-         "An adapter: FILE, FILE:0.8; FILE@high, FILE@low for one of two experts; repeatable.", list[str],
+         "An adapter: FILE or a shipped one's name, FILE:0.8; FILE@high, FILE@low for one of two experts; "
+         "repeatable.", list[str],
          field="lora", parse=options.parse_files, metavar="FILE[:STRENGTH]", complete=completion.adapters),
     Flag("--size", "generate batch calibrate", "Pixels, multiples of 8: 832x480.",
          field="width height", parse=options.parse_size, metavar="WxH"),

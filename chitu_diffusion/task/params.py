@@ -155,8 +155,8 @@ class DiffusionUserParams:
         conditioning_scale: weight of the control video, mask and references, from -10 to 10; a list has a
             number for each layer of the control stream. None is 1.
         strength: share of the schedule that a video goes through after it was noised, 0.01 to 1; None: 0.8.
-        lora: adapters of the transformers: "FILE", "FILE:0.8", "FILE@high:0.8", a `Lora` or a table of its
-            fields, or a list of them. Their changes add up.
+        lora: adapters of the transformers: "FILE" (or the name of a shipped one), "FILE:0.8",
+            "FILE@high:0.8", a `Lora` or a table of its fields, or a list of them. Their changes add up.
         cascade: stages of rising resolution in place of a single denoising; see `CascadeStage`.
         shift: of the noise schedule, as Wan's authors call it: a larger one spends more steps on much noise;
             None is the model's own.
