@@ -16,7 +16,7 @@ from typing import Any
 from chitu_diffusion.config import EngineConfig, cache_dir
 from chitu_diffusion.errors import UsageError, WillNotFitError, counted, nearest
 from chitu_diffusion.flexcache.registry import STRATEGIES
-from chitu_diffusion.models.registry import model_of
+from chitu_diffusion.models.registry import TINY, model_of
 from chitu_diffusion.pipelines.paces import Paces
 from chitu_diffusion.pipelines.request import check_cache, guidance_pair, resolve_task, steps_of
 from chitu_diffusion.pipelines.time_left import TaskTimes, setup_of, units_of
@@ -26,6 +26,7 @@ from chitu_diffusion.service.jobs import NewJob, WorkerInfo
 from chitu_diffusion.service.media_check import checked_media
 from chitu_diffusion.service.settings import ServiceConfig
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
+from chitu_diffusion.task.lora import shipped_adapters
 
 _SEED_BITS = 31
 """Of a seed that is drawn: JavaScript and 32-bit clients can repeat it."""
@@ -235,7 +236,8 @@ class Planner:
         return {"path": str(file), "strength": strength, "expert": expert}
 
     def _adapters(self) -> list[Path]:
-        return sorted(self._loras.glob("*.safetensors")) if self._loras else []
+        own = sorted(self._loras.glob("*.safetensors")) if self._loras else []
+        return [*own, *(shipped_adapters().values() if self.spec.name == TINY else ())]
 
     def _frames(self, seconds: float, fps: Any, notes: list[str]) -> int:
         rate = rate_number(fps or self.spec.defaults.fps)
