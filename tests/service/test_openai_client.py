@@ -44,8 +44,9 @@ def test_failures_and_refusals(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.videos.create(prompt="a ball", size="128x127")
     assert refused.value.param == "height" and refused.value.code == "bad_value"
-    with pytest.raises(openai.BadRequestError, match="takes none"):
-        client.videos.create(prompt="a cat", input_reference=("a.png", _picture(), "image/png"))
+    assert client.videos.create(prompt="a cat", input_reference=("a.png", _picture(), "image/png")).id
+    with pytest.raises(openai.BadRequestError, match="picture"):
+        client.videos.create(prompt="a cat", input_reference=("a.png", _picture()[:40], "image/png"))
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="ck_a_b").videos.list()
 

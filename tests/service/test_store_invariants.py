@@ -17,9 +17,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from job_stores import FakeClock, MakeUrl, migrate
-from sqlalchemy import delete
 
-from chitu_diffusion.service import schema
 from chitu_diffusion.service.jobs import (
     Artifact,
     Job,
@@ -52,18 +50,16 @@ class Histories(RuleBasedStateMachine):
     Every lease that was ever given stays in the bundle: most of those drawn are old, as a frozen worker's is.
     """
 
-    url = ""
+    make_url: MakeUrl
     leases = Bundle("leases")
     jobs = Bundle("jobs")
 
     @initialize()
     def begin(self) -> None:
+        url = self.make_url()  # a database of its own: a history is the same each time
+        migrate(url)
         self.clock = FakeClock()
-        self.store: JobStore = open_store(self.url, clock=self.clock, most_queued=1000, retention_s=500)
-        for job in self.everyone():  # of the history before; all have ended
-            self.store.delete(job.id)
-        with self.store._database.writing() as transaction:  # whose turn it is follows from what owners had
-            transaction.connection.execute(delete(schema.owners))
+        self.store: JobStore = open_store(url, clock=self.clock, most_queued=1000, retention_s=500)
         self.seen: dict[str, Job] = {}
         self.states: dict[str, JobState] = {}
         self.fences: dict[str, int] = {}
@@ -211,9 +207,7 @@ def video_of(lease: JobLease) -> Artifact:
 
 
 def test_random_histories(fresh_url: MakeUrl) -> None:
-    url = fresh_url()
-    migrate(url)
-    machine = type("HistoriesHere", (Histories,), {"url": url})
+    machine = type("HistoriesHere", (Histories,), {"make_url": staticmethod(fresh_url)})
     run_state_machine_as_test(
         machine,
         settings=settings(
