@@ -56,7 +56,7 @@ def test_where_workers_have_room() -> None:
         (["up"], "--workers"),
         (["up", "--workers", "0"], "greater than or equal to 1"),
         (["up", "--workers", "1"], "use --store-file FILE"),
-        (["up", "--workers", "1", "--store-file", "none"], "No such file"),
+        (["up", "--workers", "1", "--store-file", "missing"], "No such file"),
         (["up", "--workers", "1", "--store-file", "empty"], "it is empty"),
         (["up", "--workers", "1", "--store-file", "sqlite"], "a fleet needs PostgreSQL"),
         (["scale", "--", "-1"], "greater than or equal to 0"),
@@ -145,6 +145,16 @@ def kill_node_of(pid: int) -> None:
             os.kill(process.pid, signal.SIGKILL)
 
 
+def ask_for_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's variables, for this process and all that it starts."""
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path is short
+
+
 def test_a_fleet_outlives_a_node(
     tmp_path: Path, postgres: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,13 +162,7 @@ def test_a_fleet_outlives_a_node(
 
     if postgres is None:
         pytest.skip(MISSING)
-    root = Path(__file__).parents[2]
-    token = tmp_path / "token"
-    token.write_text(secrets.token_hex(32))
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    monkeypatch.setenv("PYTHONPATH", str(root))
-    monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path is short
+    ask_for_token(tmp_path, monkeypatch)
     from ray import cluster_utils  # which reads the variables
 
     url = make_database(postgres, f"t{secrets.token_hex(4)}")
