@@ -413,6 +413,11 @@ def rank_place(environment: Mapping[str, str] | None = None) -> RankPlace | None
         raise UsageError(f"{told} their counts; {LEFTOVER_HINT}", field="RANK") from None
 
 
+def require_ray_token() -> None:
+    """Before Ray is imported: it asks for a token, and shows one, whatever the environment says."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+
+
 _NCCL_DEFAULTS = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",

@@ -45,6 +45,7 @@ LONG = (
     "reliability/test_neighbours.py::test_no_setting_of_one_task_reaches_the_next",
     "reliability/test_neighbours.py::test_nothing_grows_over_many_tasks",
     "reliability/test_strangers_data.py::test_noise_on_every_port_of_a_whole_run",
+    "service/test_fleet.py::test_a_fleet_outlives_a_node",
     "service/test_generated_requests.py::test_many_generated_requests",
     "service/test_page.py::test_a_key_is_asked_for_and_becomes_a_session",
     "service/test_page.py::test_a_value_that_cannot_be_is_told_at_its_field",

@@ -22,9 +22,9 @@ LONGEST_CELL = 200
 MOST_TOP_MODULES = 10
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "stuff"}
 BUDGETS = {
-    "": 2360,
+    "": 2370,
     "attention": 2060,
-    "cli": 4430,
+    "cli": 4660,
     "distributed": 2145,
     "evaluation": 2215,
     "executor": 1940,
@@ -39,7 +39,7 @@ BUDGETS = {
     "task": 1215,
     "adapters": 720,
     "weights": 1880,
-    "service": 7550,
+    "service": 7880,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

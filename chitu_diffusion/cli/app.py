@@ -22,6 +22,7 @@ from chitu_diffusion.cli.batch import batch
 from chitu_diffusion.cli.calibrate import calibrate
 from chitu_diffusion.cli.console import complain, emit_error, exit_code_of, one_command, printable
 from chitu_diffusion.cli.doctor import doctor
+from chitu_diffusion.cli.fleet import fleet_app
 from chitu_diffusion.cli.generate import generate
 from chitu_diffusion.cli.info import config_app, info
 from chitu_diffusion.cli.jobs import jobs_app, worker
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from chitu_diffusion.config import RankPlace
 
 INTERRUPTED = 130
-GROUPS = ("models", "config", "eval", "store", "keys", "jobs")
+GROUPS = ("models", "config", "eval", "store", "keys", "jobs", "fleet")
 
 
 def build() -> typer.Typer:
@@ -67,6 +68,7 @@ def build() -> typer.Typer:
     app.add_typer(keys_app, name="keys")
     app.add_typer(store_app, name="store")
     app.add_typer(jobs_app, name="jobs")
+    app.add_typer(fleet_app, name="fleet")
     _summarise(app)
     return app
 

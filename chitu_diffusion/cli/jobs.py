@@ -21,7 +21,8 @@ import typer
 
 from chitu_diffusion.cli.console import emit_document, printable, say, table
 from chitu_diffusion.cli.info import Document
-from chitu_diffusion.cli.store import ConfigFile, Data, StoreUrl, open_jobs, opened, settings_of
+from chitu_diffusion.cli.store import ConfigFile, Data, StoreFile, StoreUrl, open_jobs, opened, settings_of
+from chitu_diffusion.distributed.host import end_with_parent
 from chitu_diffusion.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -43,13 +44,21 @@ def worker(
     workers: Annotated[int | None, typer.Option(min=1, help="Workers on this machine; 1 by default.")] = None,
     model: Annotated[str | None, typer.Option(help="A name ('chitu models ls'), an id or a folder.")] = None,
     config: ConfigFile = None,
+    store_file: StoreFile = None,
+    parent: Annotated[
+        int | None, typer.Option(min=1, metavar="PID", help="Park and end when it ends, which started this.")
+    ] = None,
 ) -> int:
     """Run a store's jobs on this machine, without HTTP: for systemd, Slurm or Kubernetes.
 
     SIGTERM or Ctrl+C parks what runs, and any other worker goes on with it; a second one ends at once.
     """
     flags = {"service.store": store, "service.data": data, "service.workers": workers, "models.name": model}
-    settings, engine = settings_of(flags, config)
+    settings, engine = settings_of({**flags, "service.store_file": store_file}, config)
+    if parent is not None:
+        end_with_parent("chitu-worker")
+        if os.getppid() != parent:
+            raise UsageError(f"--parent {parent}: another one started this process", field="--parent")
     with closing(open_jobs(settings)) as jobs, _stopped_by_signals() as stop:
         from chitu_diffusion.service.logs import logs_to_stderr
         from chitu_diffusion.service.supervisor import run

@@ -29,6 +29,9 @@ StoreUrl = Annotated[
         help="sqlite:///FOLDER/chitu.db or postgresql+psycopg://USER@HOST/NAME; by default service.store.",
     ),
 ]
+StoreFile = Annotated[
+    str | None, typer.Option("--store-file", metavar="FILE", help="Holds the URL, in place of --store.")
+]
 
 Data = Annotated[
     str | None,

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 
 from chitu_diffusion.config import EngineConfig, Settings, load_config
+from chitu_diffusion.errors import UsageError
 from chitu_diffusion.files.places import expand_home, make_folder
+from chitu_diffusion.files.reading import cause
 
 if TYPE_CHECKING:
     from chitu_diffusion.service.store import JobStore
@@ -65,6 +67,7 @@ class ServiceConfig(Settings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     data: str = Field("chitu-data", description="folder of the jobs' files, and of SQLite's database")
     store: str | None = Field(None, description="database URL; None is SQLite's DATA/chitu.db")
+    store_file: str | None = Field(None, description="file that holds the database URL, in place of `store`")
     workers: int = Field(1, ge=0, description="workers beside this front; 0: they run elsewhere")
     gpus_per_worker: int = Field(0, ge=0, description="GPUs of each worker; 0 is one, or the CPU")
     lease_s: float = Field(30, gt=0, description="a worker unheard of for this long loses its job")
@@ -82,14 +85,30 @@ class ServiceConfig(Settings):
     cors: tuple[str, ...] = Field((), description="origins whose pages may call; none by default")
     replicate_dialect: bool = Field(False, description="also answer in Replicate's form")
 
-    @field_validator("data", "loras")
+    @field_validator("data", "loras", "store_file")
     @classmethod
     def _with_home(cls, folder: str | None) -> str | None:
         return expand_home(folder)
 
     def store_url(self) -> str:
-        """The database's URL for SQLAlchemy."""
-        return self.store or f"sqlite:///{self.data}/chitu.db"
+        """The database's URL for SQLAlchemy.
+
+        Raises:
+            UsageError: `store` and `store_file` are both there, or the file cannot be read or holds nothing.
+        """
+        if self.store_file is None:
+            return self.store or f"sqlite:///{self.data}/chitu.db"
+        if self.store is not None:
+            raise UsageError("service.store and service.store_file are both set; use one", field="store_file")
+        try:
+            url = Path(self.store_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"store_file = {self.store_file}: {cause(error)}", field="store_file") from error
+        if not url:
+            raise UsageError(
+                f"store_file = {self.store_file}: it is empty; write the URL", field="store_file"
+            )
+        return url
 
 
 class ServeConfig(EngineConfig):
@@ -119,6 +138,6 @@ def store_of(settings: ServiceConfig) -> JobStore:
     """
     from chitu_diffusion.service.store import open_store
 
-    if settings.store is None:
+    if settings.store is None and settings.store_file is None:
         make_folder("service.data", Path(settings.data))
     return open_store(settings.store_url(), most_queued=settings.queue.max, retention_s=settings.retention_s)

@@ -114,7 +114,9 @@ def command_of(words: list[str]) -> None:
 
 def test_its_commands_are_those_that_there_are() -> None:
     found = re.findall(
-        r"(?:^    |`|&& |'|\d )chitu ((?:serve|worker|store|keys|jobs)\b[^`\n&#']*)", PAGE + OPERATIONS, re.M
+        r"(?:^    |`|&& |'|\d )chitu ((?:serve|worker|store|keys|jobs|fleet)\b[^`\n&#']*)",
+        PAGE + OPERATIONS,
+        re.M,
     )
     found = [words.split() for words in found]
     assert len(found) > 12
@@ -122,7 +124,7 @@ def test_its_commands_are_those_that_there_are() -> None:
         if (
             "|" not in words
             and "..." not in words
-            and len(words) > 1 + (words[0] in ("store", "keys", "jobs"))
+            and len(words) > 1 + (words[0] in ("store", "keys", "jobs", "fleet"))
         ):
             command_of(words)
 
