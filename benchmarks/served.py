@@ -1,5 +1,5 @@
-"""A `chitu serve` of one's own for benchmarks: started with keys of several owners, driven over HTTP, looked at
-as the system and its database see it.
+"""A `chitu serve` of one's own for benchmarks: started with keys of several owners, driven over HTTP,
+looked at as the system and its database see it.
 """
 
 from __future__ import annotations

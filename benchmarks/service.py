@@ -1,5 +1,5 @@
-"""The service under load, with wan-tiny on one core: what it costs beside `chitu batch`, whether anything grows,
-many readers of events, and one owner that floods the queue.
+"""The service under load, with wan-tiny on one core: what it costs beside `chitu batch`, whether anything
+grows, many readers of events, and one owner that floods the queue.
 
     python -m benchmarks.service                      all sections
     python -m benchmarks.service --sections overhead
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def overhead(small: bool, report: Report, folder: Path) -> None:
         _by_service(server, MIX[2:3], 99)  # what only the first job pays
         for number in range(1 if small else 4):
             calls: list[tuple[str, Callable[[], dict[str, float]]]] = [
-                ("service", lambda number=number: _by_service(server, mix, number)),
-                ("batch", lambda number=number: _by_batch(folder / f"batch{number}", mix, number)),
+                ("service", partial(_by_service, server, mix, number)),
+                ("batch", partial(_by_batch, folder / f"batch{number}", mix, number)),
             ]
             for name, call in calls if number % 2 == 0 else calls[::-1]:
                 row = call()
@@ -243,18 +244,14 @@ def main(words: list[str] | None = None) -> Report:
     report = report_for("The service under load", "service", asked)
     with tempfile.TemporaryDirectory() as folder:
         sections = [
-            Section(name, about, 0 if asked.small else seconds, _run(measure, asked.small, Path(folder)))
+            Section(
+                name, about, 0 if asked.small else seconds, partial(measure, asked.small, folder=Path(folder))
+            )
             for name, measure, about, seconds in SECTIONS
         ]
         run_sections(sections, report, asked=asked.sections, budget=asked.budget)
     print(*report.write(), sep="\n")
     return report
-
-
-def _run(
-    measure: Callable[[bool, Report, Path], None], small: bool, folder: Path
-) -> Callable[[Report], None]:
-    return lambda report: measure(small, report, folder)
 
 
 if __name__ == "__main__":
