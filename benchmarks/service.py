@@ -125,7 +125,8 @@ def _by_batch(out: Path, mix: Sequence[tuple[str, str, int, int, int]], number: 
         for line in process.stdout or ():
             if json.loads(line)["event"] == "end":  # of the first: all only it pays is over
                 seen.append((time.monotonic(), cpu_s(process.pid)))
-    (began, cpu_before), (ended, cpu_after) = seen[0], seen[-1]
+    began, cpu_before = seen[0]
+    ended, cpu_after = seen[-1]
     return {"busy_s": (ended - began) / len(mix), "cpu_s": (cpu_after - cpu_before) / len(mix)}
 
 
