@@ -61,6 +61,7 @@ LONG = (
     "service/test_supervisor.py::test_the_job_of_a_dead_or_frozen_worker_goes_on[19]",
     "service/test_worker.py::test_a_damaged_checkpoint_gives_way_to_the_one_before",
     "test_benchmarks.py::test_a_small_run[main---sections,ceilings",
+    "test_benchmarks.py::test_a_small_run[main---sections,overhead",
     "test_benchmarks.py::test_gpu_kernels_are_their_twins",
     "test_benchmarks.py::test_scaling_and_its_simulation",
     "test_examples.py::test_ctrl_c_ends_in_words[step_caches.py",

@@ -28,6 +28,7 @@ from benchmarks import (
     reliability,
     report,
     resume_check,
+    service,
     simulate_scaling,
     vae,
     vae_encode,
@@ -68,6 +69,7 @@ KEEP_RESULTS = [  # those that take a folder, with the words that they need besi
     (fidelity.main, []),
     (scaling.main, []),
     (faults.main, []),
+    (service.main, []),
     (simulate_scaling.main, ["x.json"]),
 ]
 PRINT_ONLY = [gpu_check.main, lora.main, packed.main, reliability.main, resume_check.main]
@@ -102,6 +104,7 @@ SMALL_RUNS = [  # command, flags, table, one of its columns, and what that may b
     (kernels.main, "--sections,products,fused fp8", "Forward", "relative_error", 1e-4, 0.1),
     (vae.main, "--sections,float32,diffusers,ours,convolutions", "Decode", "psnr_db", 100, 200),
     (vae_encode.main, "--sections,Wan2.1", "Encode", "relative_error", 0, 1e-5),
+    (service.main, "--sections,overhead,readers,flood,growth", "Readers", "all_in_order", 1, 1),
     (fidelity.main, "--ways,float32", "Fidelity", "forward_error_max", 1e-8, 1e-4),
 ]
 

@@ -33,6 +33,7 @@ _DEVIATION = 1.3
 _SEED = 2024
 _WIDTH = 160
 _QUALITY = 80
+_EFFORT = 2  # of 0 to 6: 3.4 times as fast as the usual 4, and files 3 % larger
 _COST = 100
 """A preview comes this many times as late as the last one took: together they take at most a hundredth."""
 _KEPT = 2
@@ -125,7 +126,7 @@ class PreviewWriter:
         file = self._folder / f"preview-{step + 1}.webp"
         try:
             with new_file(file) as part:
-                strip.save(part, "WEBP", quality=_QUALITY)
+                strip.save(part, "WEBP", quality=_QUALITY, method=_EFFORT)
         except OSError as error:  # the video goes on
             logger.warning("%s cannot be written: %s", file.name, error.strerror or error)
         else:

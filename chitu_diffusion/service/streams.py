@@ -10,9 +10,9 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import Gauge
 from starlette.concurrency import run_in_threadpool
@@ -21,6 +21,7 @@ from chitu_diffusion.service.answers import ApiError, data_of, retry_later, stat
 from chitu_diffusion.service.jobs import JobEvent, JobMissingError, JobState, StoreDownError
 from chitu_diffusion.service.store import JobStore
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 POLL_S = 0.25
 KEEP_ALIVE_S = 15.0
@@ -47,6 +48,7 @@ class JobWatcher:
         self._known: dict[str, tuple[int, JobState]] = {}
         self._by_owner: Counter[str] = Counter()
         self._changed = asyncio.Condition()
+        self._asked: dict[tuple[object, ...], asyncio.Task[Any]] = {}
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -143,17 +145,30 @@ class JobWatcher:
         if state is not JobState.QUEUED:
             return None
         try:
-            return await run_in_threadpool(self._store.queue_position, job_id)
+            return await self._shared(self._store.queue_position, job_id)
         except StoreDownError:
             return None
 
     async def _new_events(self, job_id: str, after: int) -> tuple[tuple[JobEvent, ...], JobState] | None:
-        """None: the job has gone. The state is read first, so that an end comes with its event."""
+        """None: the job has gone."""
         try:
-            job = await run_in_threadpool(self._store.job, job_id)
-            return await run_in_threadpool(self._store.events, job_id, after), job.state
+            return await self._shared(self._state_and_events, job_id, after)
         except (JobMissingError, StoreDownError):
             return None  # the client comes again
+
+    def _state_and_events(self, job_id: str, after: int) -> tuple[tuple[JobEvent, ...], JobState]:
+        """The state is read first, so that an end comes with its event."""
+        state = self._store.job(job_id).state
+        return self._store.events(job_id, after), state
+
+    async def _shared(self, ask: Callable[..., T], *about: object) -> T:
+        """The store's answer, asked once for all readers that wait for the same."""
+        key = (ask.__name__, *about)
+        task = self._asked.get(key)
+        if task is None:
+            task = self._asked[key] = asyncio.create_task(run_in_threadpool(ask, *about))
+            task.add_done_callback(lambda _: self._asked.pop(key))
+        return await asyncio.shield(task)  # a reader that leaves takes nothing from the others
 
     async def _wait_beyond(self, job_id: str, after: int) -> None:
         """Until the job has a later event, or for a while."""

@@ -4,6 +4,7 @@ webhooks that OpenAI's own client verifies.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -53,6 +54,27 @@ def read(lines: Iterator[str], most: int = 1000) -> list[tuple[int | None, str, 
             if len([each for each in found if each[0]]) == most:
                 return found
     return found
+
+
+def test_readers_of_one_job_ask_the_store_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    front = make_front(tmp_path)
+    video = client_of(front).post("/v1/videos", json=ASK).json()["id"]
+    supervisor = FakeSupervisor(front)
+    supervisor.make()
+    asked: list[int] = []
+    events = front.store.events
+    monkeypatch.setattr(front.store, "events", lambda *about: asked.append(about[1]) or events(*about))
+
+    async def text() -> str:
+        return "".join([part async for part in front.watcher.events(video, 0, "ann")])
+
+    async def of_many() -> list[str]:
+        return list(await asyncio.gather(*(text() for _ in range(10))))
+
+    found = asyncio.run(of_many())
+    assert set(found) == {found[0]} and "event: completed" in found[0]
+    assert asked == [0]
+    front.store.close()
 
 
 def test_a_reader_that_drops_goes_on_at_another_front(two_fronts: tuple[Front, str, str]) -> None:
