@@ -77,11 +77,11 @@ docker-steps:
 # torch comes first and alone: so pip takes the pinned build, and does not search for another one later.
 # Nothing is fetched for building, so that a change of these files needs no network.
 $(STAMP): pyproject.toml setup.py constraints.txt Makefile
-	@echo "setting up $(VENV), once: 2.2 GB with torch's CPU build, 6 GB with its CUDA build"
+	@echo "setting up $(VENV), once: 2.7 GB with torch's CPU build, 6 GB with its CUDA build"
 	@echo "TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the CPU build; after Ctrl+C the same command goes on"
 	$(call step,1 of 3: a virtual environment,$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV))
 	$(call step,2 of 3: $(TORCH) (190 MB for CPUs or 3 GB for CUDA),$(PIP) install $(TORCH) $(TORCH_FROM) -c constraints.txt)
-	$(call step,3 of 3: $(words $(PINNED)) packages in all (300 MB more),$(PIP) install --no-build-isolation -e ".[dev]" $(EDITABLE) -c constraints.txt)
+	$(call step,3 of 3: $(words $(PINNED)) packages in all (400 MB more),$(PIP) install --no-build-isolation -e ".[dev]" $(EDITABLE) -c constraints.txt)
 	@touch $(STAMP)
 
 clean:
