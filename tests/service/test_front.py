@@ -470,7 +470,16 @@ def test_no_odd_value_is_a_fault(client: TestClient) -> None:
             body = json.dumps({"prompt": "a cat", "num_frames": 5, name: value})
             answer = client.post("/v1/videos/estimate", content=body, headers=json_type)
             assert answer.status_code in (200, 400, 422), (name, value, answer.text)
-    for query in ("limit=0", "limit=x", "limit=101", "order=up", "status=done", "after=x"):
+    for query in (
+        "limit=0",
+        "limit=x",
+        "limit=101",
+        "limit=0100999",
+        f"limit=1{'0' * 5000}",
+        "order=up",
+        "status=done",
+        "after=x",
+    ):
         assert client.get(f"/v1/videos?{query}").status_code in (400, 404)
     for form in ({"flexcache": "{"}, {"flexcache[a][b]": "1"}, {"[]": "1"}, {"size": "1x1", "size[a]": "2"}):
         assert client.post("/v1/videos/estimate", data={"prompt": "a", **form}).status_code == 400
