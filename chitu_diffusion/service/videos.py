@@ -245,12 +245,16 @@ def _again(request: Request, caller: Caller, video_id: str, prompt: str | None) 
     if prompt is None and not old.state.ended:
         raise ApiError(409, "not_ready", f"job {video_id} has not ended", headers={"x-should-retry": "false"})
     kept = _uploads_of(front, old)
-    if not all(Path(upload.path).exists() for upload in kept.values()):
-        raise ApiError(410, "gone", "the files of that request are gone; send them anew")
     asked = {name: value for name, value in old.request.items() if name not in kept}
     wanted = request_of_fields({**asked, "seed": old.seed})
     wanted = wanted if prompt is None else wanted.with_prompt(prompt)
-    uploads = {name: linked(upload, front.inputs) for name, upload in kept.items()}
+    uploads: dict[str, Upload] = {}
+    try:
+        for name, upload in kept.items():
+            uploads[name] = linked(upload, front.inputs)
+    except FileNotFoundError:  # swept, or its video was deleted just now
+        discard(uploads)
+        raise ApiError(410, "gone", "the files of that request are gone; send them anew") from None
     return _video(front, _submit(request, caller, uploads, lambda: wanted, parent=old.id))
 
 
