@@ -14,6 +14,9 @@ from chitu_diffusion.files.places import expand_home, make_folder
 if TYPE_CHECKING:
     from chitu_diffusion.service.store import JobStore
 
+DATABASE_FILE = "chitu.db"
+"""SQLite's, in the data folder."""
+
 
 class QueueSettings(Settings):
     """How much may wait, and for how long."""
@@ -89,7 +92,7 @@ class ServiceConfig(Settings):
 
     def store_url(self) -> str:
         """The database's URL for SQLAlchemy."""
-        return self.store or f"sqlite:///{self.data}/chitu.db"
+        return self.store or f"sqlite:///{self.data}/{DATABASE_FILE}"
 
 
 class ServeConfig(EngineConfig):
