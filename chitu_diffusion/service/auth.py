@@ -67,8 +67,12 @@ def make_key(
     """A new key's row, and the key itself, which nobody can read from it.
 
     Raises:
-        UsageError: an unknown scope.
+        UsageError: an unknown scope, or none; no name or owner.
     """
+    if not (owner.strip() and name.strip()):
+        raise UsageError("a key needs a name, and its owner one; use letters", field="name")
+    if not scopes:
+        raise UsageError(f"a key without scopes opens nothing; use {', '.join(SCOPES)}", field="scopes")
     for scope in scopes:
         if scope not in SCOPES:
             raise UsageError(f"scope {scope!r}: use {', '.join(SCOPES)}", field="scopes")

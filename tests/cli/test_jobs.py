@@ -143,3 +143,8 @@ def test_a_wrong_folder_is_no_empty_store(chitu, words: tuple[str, ...], tmp_pat
     wrong = tmp_path / "wrong"
     code, out, err = chitu(*words, "--data", str(wrong))
     assert code == 2 and f"there is no {wrong}" in out + err and not wrong.exists()
+
+
+@pytest.mark.parametrize("words", [("",), (" ",), ("ann", "--scopes", ""), ("ann", "--scopes", ",")])
+def test_a_key_of_nobody_or_for_nothing_is_refused(chitu, words: tuple[str, ...], tmp_path: Path) -> None:
+    assert chitu("keys", "add", *words, "--data", str(tmp_path))[0] == 2
