@@ -39,7 +39,7 @@ BUDGETS = {
     "task": 1215,
     "adapters": 720,
     "weights": 1880,
-    "service": 7960,
+    "service": 8030,
 }
 """Lines of Python that each room of the package may have; "" is the top. Whoever raises one says why in the
 commit."""

@@ -77,7 +77,7 @@ def keys_add(
 
     With a first key, every request needs one.
     """
-    with opened(store, data, config) as jobs:
+    with opened(store, data, config, new=True) as jobs:
         from chitu_diffusion.service.auth import make_key
         from chitu_diffusion.service.jobs import OwnerLimits
 

@@ -66,9 +66,27 @@ def open_jobs(settings: ServiceConfig) -> JobStore:
         return store_of(settings)
 
 
-def opened(store: str | None, data: str | None, config: Path | None = None) -> closing[JobStore]:
-    """The store that flags name, closed at the end."""
-    return closing(open_jobs(settings_of({"service.store": store, "service.data": data}, config)[0]))
+def opened(
+    store: str | None, data: str | None, config: Path | None = None, *, new: bool = False
+) -> closing[JobStore]:
+    """The store that flags name, closed at the end.
+
+    Args:
+        new: SQLite's database may be made; else it must be there, for a wrong folder looks like an empty one.
+
+    Raises:
+        UsageError: there is none; see `open_jobs`.
+    """
+    from chitu_diffusion.service.settings import DATABASE_FILE
+
+    settings, _ = settings_of({"service.store": store, "service.data": data}, config)
+    file = Path(settings.data) / DATABASE_FILE
+    if not new and settings.store is None and not file.exists():
+        raise UsageError(
+            f"there is no {file}; name the server's folder with --data, or its database with --store",
+            field="service.data",
+        )
+    return closing(open_jobs(settings))
 
 
 @contextmanager

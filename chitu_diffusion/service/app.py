@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,10 +15,12 @@ from starlette.responses import JSONResponse, Response
 
 from chitu_diffusion.errors import ChituError
 from chitu_diffusion.service import documents, limits, operating, videos
-from chitu_diffusion.service.answers import ApiError, error_of
+from chitu_diffusion.service.answers import ApiError, error_of, retry_later
 from chitu_diffusion.service.front import Front
 
 logger = logging.getLogger(__name__)
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM)
+"""What a folder says that takes no files now; others are faults of ours."""
 
 
 class _Application(FastAPI):
@@ -55,6 +58,7 @@ def build_app(front: Front) -> FastAPI:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(ChituError, _chitu_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(OSError, _storage)
     app.add_exception_handler(Exception, _fault)
     return app
 
@@ -77,6 +81,16 @@ async def _http_error(request: Request, error: Exception) -> Response:
     said[405] = ("method", f"{request.method} is not taken here")
     code, message = said.get(found.status_code, ("bad_value", "the request cannot be read"))
     return _answer(ApiError(found.status_code, code, message, headers=found.headers))
+
+
+async def _storage(request: Request, error: Exception) -> Response:
+    if cast(OSError, error).errno not in _STORAGE:
+        raise error
+    logger.error("%s %s: %s", request.method, request.url.path, error)
+    headers = retry_later(60)
+    return _answer(
+        ApiError(503, "storage", "the data folder takes no files now; try again later", headers=headers)
+    )
 
 
 async def _fault(request: Request, error: Exception) -> Response:

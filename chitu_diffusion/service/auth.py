@@ -67,8 +67,12 @@ def make_key(
     """A new key's row, and the key itself, which nobody can read from it.
 
     Raises:
-        UsageError: an unknown scope.
+        UsageError: an unknown scope, or none; no name or owner.
     """
+    if not (owner.strip() and name.strip()):
+        raise UsageError("a key needs a name, and its owner one; use letters", field="name")
+    if not scopes:
+        raise UsageError(f"a key without scopes opens nothing; use {', '.join(SCOPES)}", field="scopes")
     for scope in scopes:
         if scope not in SCOPES:
             raise UsageError(f"scope {scope!r}: use {', '.join(SCOPES)}", field="scopes")
@@ -185,7 +189,7 @@ class Authenticator:
 
     def _require_same_origin(self, request: Request) -> None:
         origin = request.headers.get("origin", "")
-        own = urlsplit(origin).netloc == request.headers.get("host", "") and origin
+        own = origin and _netloc(origin) == request.headers.get("host", "")
         if not own and origin not in self._cors:
             raise ApiError(403, "origin", "a page of another site may not do this")
 
@@ -223,7 +227,19 @@ def is_loopback(host: str) -> bool:
 
 
 def _host_of(request: Request) -> str:
-    return urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    """The name that a request is for; empty where its Host is none, or two things at once."""
+    netloc = request.headers.get("host", "")
+    if len(request.headers.getlist("host")) != 1 or _netloc(f"//{netloc}") != netloc or "@" in netloc:
+        return ""
+    return urlsplit(f"//{netloc}").hostname or ""
+
+
+def _netloc(url: str) -> str | None:
+    """None: it is no URL."""
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return None
 
 
 def _parts(text: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ turns by an advisory lock, which makes quotas exact.
 from __future__ import annotations
 
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,14 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, func, inspect, select, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    DBAPIError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from chitu_diffusion.errors import UsageError
@@ -228,6 +236,12 @@ def _down_in_words() -> Iterator[None]:
         raise StoreDownError(
             f"the database does not answer ({type(cause).__name__}); nothing was changed: look at its log, "
             "and try again"
+        ) from error
+    except DatabaseError as error:
+        if type(error.orig) is not sqlite3.DatabaseError:  # SQLite's for a file that is damaged, or another's
+            raise
+        raise StoreDownError(
+            f"the database's file cannot be used ({error.orig}); restore it from a backup, or name another"
         ) from error
 
 

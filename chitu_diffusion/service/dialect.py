@@ -90,20 +90,24 @@ class VideoRequest:
 
 
 def unflattened(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """A form's pairs as a table: `a[b]` is a table in it, `a[]` and a repeated `a` a list.
+    """A form's pairs as a table: `a[b]` is a table in it, `a[]` and a repeated `a` a list. Names of any other
+    shape stay whole, for whoever knows the fields to refuse.
 
     Raises:
-        UsageError: a name is both.
+        UsageError: a name is both, or one of a table comes twice.
     """
     tree: dict[str, Any] = {}
     for name, value in pairs:
-        head, *rest = re.findall(r"[^\[\]]+|\[\]", name) or [name]
-        if rest and rest[0] != "[]":
+        parts = re.fullmatch(r"([^\[\]]+)(?:\[([^\[\]]*)\])?", name)
+        head, inner = (name, None) if parts is None else parts.groups()
+        if inner:
             branch = tree.setdefault(head, {})
             if not isinstance(branch, dict):
                 raise UsageError(f"{head} is a value and a table; use one of them", field=head)
-            branch[rest[0]] = _parsed_number(value)
-        elif rest or head in tree:
+            if inner in branch:
+                raise UsageError(f"{name[:100]} comes twice; send it once", field=head)
+            branch[inner] = _parsed_number(value)
+        elif inner is not None or head in tree:
             there = tree.setdefault(head, [])
             tree[head] = [*(there if isinstance(there, list) else [there]), value]
         else:

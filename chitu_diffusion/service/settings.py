@@ -16,6 +16,9 @@ from chitu_diffusion.files.reading import cause
 if TYPE_CHECKING:
     from chitu_diffusion.service.store import JobStore
 
+DATABASE_FILE = "chitu.db"
+"""SQLite's, in the data folder."""
+
 
 class QueueSettings(Settings):
     """How much may wait, and for how long."""
@@ -97,7 +100,7 @@ class ServiceConfig(Settings):
             UsageError: `store` and `store_file` are both there, or the file cannot be read or holds nothing.
         """
         if self.store_file is None:
-            return self.store or f"sqlite:///{self.data}/chitu.db"
+            return self.store or f"sqlite:///{self.data}/{DATABASE_FILE}"
         if self.store is not None:
             raise UsageError("service.store and service.store_file are both set; use one", field="store_file")
         try:

@@ -97,7 +97,7 @@ def listed(
 ) -> Response:
     """One's own videos, the newest first."""
     front = front_of(request)
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:4]) <= 100):
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 4 and 1 <= int(limit) <= 100):
         raise UsageError(f"limit = {limit[:20]}: use 1 to 100", field="limit")
     if order not in ("asc", "desc"):
         raise UsageError(f"order = {order[:20]}: use asc or desc", field="order")
@@ -245,12 +245,16 @@ def _again(request: Request, caller: Caller, video_id: str, prompt: str | None) 
     if prompt is None and not old.state.ended:
         raise ApiError(409, "not_ready", f"job {video_id} has not ended", headers={"x-should-retry": "false"})
     kept = _uploads_of(front, old)
-    if not all(Path(upload.path).exists() for upload in kept.values()):
-        raise ApiError(410, "gone", "the files of that request are gone; send them anew")
     asked = {name: value for name, value in old.request.items() if name not in kept}
     wanted = request_of_fields({**asked, "seed": old.seed})
     wanted = wanted if prompt is None else wanted.with_prompt(prompt)
-    uploads = {name: linked(upload, front.inputs) for name, upload in kept.items()}
+    uploads: dict[str, Upload] = {}
+    try:
+        for name, upload in kept.items():
+            uploads[name] = linked(upload, front.inputs)
+    except FileNotFoundError:  # swept, or its video was deleted just now
+        discard(uploads)
+        raise ApiError(410, "gone", "the files of that request are gone; send them anew") from None
     return _video(front, _submit(request, caller, uploads, lambda: wanted, parent=old.id))
 
 
@@ -310,12 +314,14 @@ def _check_webhook(front: Front, url: str | None) -> None:
         raise UsageError("webhook: this server sends none", field="webhook")
     try:
         parts = urlsplit(url)
-        host = parts.hostname or ""
+        host = (parts.hostname or "") if parts.port != 0 else ""
+        named = host if ":" in host else host.encode("idna").decode()
     except ValueError:
         raise UsageError("webhook: it is no URL", field="webhook") from None
-    if parts.scheme not in ("http", "https") or not host or parts.username:
+    odd = not url.isprintable() or " " in url or "@" in parts.netloc
+    if parts.scheme not in ("http", "https") or not host or odd:
         raise UsageError("webhook: use a URL such as https://example.com/hook", field="webhook")
-    if is_private(host) and host not in front.settings.webhooks.allow:
+    if is_private(named) and host not in front.settings.webhooks.allow:
         raise UsageError(
             "webhook: it goes to a private address; service.webhooks.allow names those", field="webhook"
         )

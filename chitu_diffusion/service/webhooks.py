@@ -4,6 +4,7 @@ Dead or slow targets hold nothing up but their own deliveries. Any number of fro
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -19,7 +20,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from chitu_diffusion.errors import UsageError
@@ -29,14 +29,14 @@ from chitu_diffusion.service.jobs import Delivery, StoreDownError
 from chitu_diffusion.service.settings import WebhookSettings
 from chitu_diffusion.service.store import JobStore
 
-if TYPE_CHECKING:
-    import httpx
-
 logger = logging.getLogger(__name__)
 _TIMEOUT_S = 5.0
+_WHOLE_S = 10.0
+"""A target that sends a byte now and then is slow, too."""
 _LEASE_S = 60.0
 _EVERY_S = 1.0
 _AT_ONCE = 8
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _PREFIX = "whsec_"
 SECRET_FILE = "webhook-secret"
 
@@ -59,24 +59,19 @@ class WebhookSender:
 
     def run(self, stop: threading.Event) -> None:
         """Send until `stop` is set."""
-        import httpx  # a tenth of the front's start
-
-        with (
-            httpx.Client(timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False) as client,
-            ThreadPoolExecutor(_AT_ONCE, "webhooks") as pool,
-        ):
+        with ThreadPoolExecutor(_AT_ONCE, "webhooks") as pool:
             while not stop.is_set():
                 try:
                     due = self._store.outbox.claim(_AT_ONCE, _LEASE_S)
-                    list(pool.map(lambda delivery: self._deliver(client, delivery), due))
+                    list(pool.map(self._deliver, due))
                 except StoreDownError as error:
                     logger.warning("no webhooks were sent: %s", error)
                     due = ()
                 if not due:
                     stop.wait(_EVERY_S)
 
-    def _deliver(self, client: httpx.Client, delivery: Delivery) -> None:
-        status = self._send(client, delivery)
+    def _deliver(self, delivery: Delivery) -> None:
+        status = self._send(delivery)
         if status is not None and 200 <= status < 300:
             self._store.outbox.done(delivery, status)
             self._count("ok")
@@ -85,9 +80,9 @@ class WebhookSender:
         self._count("given_up" if again is None else "failed")
         logger.warning("webhook %s: %s", delivery.id, "no answer" if status is None else f"HTTP {status}")
 
-    def _send(self, client: httpx.Client, delivery: Delivery) -> int | None:
+    def _send(self, delivery: Delivery) -> int | None:
         """HTTP's status; None where there was no answer."""
-        import httpx
+        import httpx  # a tenth of the front's start
 
         try:
             parts = urlsplit(delivery.url)
@@ -97,12 +92,7 @@ class WebhookSender:
             url = parts._replace(netloc=at if parts.port is None else f"{at}:{parts.port}").geturl()
             body = json.dumps(delivery.body, separators=(",", ":"), ensure_ascii=False)
             headers = signed(self._key, delivery.id, int(time.time()), body) | {"host": parts.netloc}
-            request = client.build_request(
-                "POST", url, content=body.encode(), headers=headers, extensions={"sni_hostname": host}
-            )
-            answer = client.send(request, stream=True)  # what it says is not read
-            answer.close()
-            return answer.status_code
+            return asyncio.run(_posted(url, body.encode(), headers, host))
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             logger.info("webhook %s: %s", delivery.id, type(error).__name__)
             return None
@@ -116,6 +106,24 @@ class WebhookSender:
         if host not in self._allow and any(map(is_private, addresses)):
             raise UsageError(f"webhooks do not go to private addresses; service.webhooks.allow names {host}")
         return addresses[0]
+
+
+async def _posted(url: str, body: bytes, headers: dict[str, str], host: str) -> int:
+    """HTTP's status.
+
+    Raises:
+        httpx.HTTPError, OSError: there was no answer in time.
+    """
+    import httpx
+
+    async with (
+        asyncio.timeout(_WHOLE_S),
+        httpx.AsyncClient(timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False) as client,
+        client.stream(
+            "POST", url, content=body, headers=headers, extensions={"sni_hostname": host}
+        ) as answer,
+    ):
+        return answer.status_code  # what it says is not read
 
 
 def signed(key: bytes, delivery_id: str, at: int, body: str) -> dict[str, str]:
@@ -164,14 +172,27 @@ def kept_secret(data: Path, given: str | None) -> str:
 
 
 def is_private(host: str) -> bool:
-    """Whether an address is of no public network, or a name this machine's own; other names are asked when
-    something is sent.
+    """Whether an address, in any way that a resolver reads (127.1), is of no public network, or a name this
+    machine's own; other names are asked when something is sent.
     """
-    if host.lower() == "localhost" or host.lower().endswith(".localhost"):
+    name = host.lower().rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
-        address = ipaddress.ip_address(host.partition("%")[0])
+        address = ipaddress.ip_address(name.partition("%")[0])
     except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return not (mapped or address).is_global
+        try:
+            address = ipaddress.ip_address(socket.inet_aton(name))
+        except (OSError, UnicodeError):
+            return False
+    return not all(each.is_global for each in (address, *_inside(address)))
+
+
+def _inside(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    """The IPv4 addresses that packets to an IPv6 address go to: mapped, 6to4, Teredo, NAT64."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return []
+    found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    if address in _NAT64:
+        found.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+    return [each for each in found if each is not None]

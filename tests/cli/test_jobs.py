@@ -129,10 +129,22 @@ def test_the_store_of_the_settings_is_migrated(
     chitu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CHITU_SERVICE__DATA", str(tmp_path / "elsewhere"))
-    assert chitu("jobs", "ls")[0] == 0
+    assert chitu("keys", "add", "ann")[0] == 0
     code, _, said = chitu("store", "migrate")
     assert code == 0 and "as before" in said
     assert [file.name for file in tmp_path.iterdir()] == ["elsewhere"]
     (tmp_path / "file").touch()
-    code, _, said = chitu("keys", "list", "--data", tmp_path / "file" / "data")
+    code, _, said = chitu("keys", "add", "ann", "--data", tmp_path / "file" / "data")
     assert code == 2 and "use another folder" in said
+
+
+@pytest.mark.parametrize("words", [("jobs", "ls"), ("jobs", "show", "video_0"), ("keys", "list")])
+def test_a_wrong_folder_is_no_empty_store(chitu, words: tuple[str, ...], tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    code, out, err = chitu(*words, "--data", str(wrong))
+    assert code == 2 and f"there is no {wrong}" in out + err and not wrong.exists()
+
+
+@pytest.mark.parametrize("words", [("",), (" ",), ("ann", "--scopes", ""), ("ann", "--scopes", ",")])
+def test_a_key_of_nobody_or_for_nothing_is_refused(chitu, words: tuple[str, ...], tmp_path: Path) -> None:
+    assert chitu("keys", "add", *words, "--data", str(tmp_path))[0] == 2

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -190,13 +191,12 @@ def test_webhooks_are_signed_repeated_and_go_to_no_private_place(tmp_path: Path)
         allowed = front.settings.webhooks.model_copy(update=settings)
         return WebhookSender(front.store, allowed, secret, counted.append)
 
-    with httpx.Client(timeout=5, trust_env=False) as http:
-        for _ in range(3):
-            (delivery,) = front.store.outbox.claim(lease_s=0)
-            sender()._deliver(http, delivery)
-            front.store._database._clock = lambda: time.time() + 1000 * len(counted)  # past the pauses
-        assert counted == ["failed", "failed", "ok"] and front.store.outbox.claim() == ()
-        assert sender(allow=())._send(http, delivery) is None and len(target.got) == 3
+    for _ in range(3):
+        (delivery,) = front.store.outbox.claim(lease_s=0)
+        sender()._deliver(delivery)
+        front.store._database._clock = lambda: time.time() + 1000 * len(counted)  # past the pauses
+    assert counted == ["failed", "failed", "ok"] and front.store.outbox.claim() == ()
+    assert sender(allow=())._send(delivery) is None and len(target.got) == 3
     ids = {headers["webhook-id"] for headers, _ in target.got}
     assert len(ids) == 1
     headers, body = target.got[-1]
@@ -213,5 +213,61 @@ def test_webhooks_are_signed_repeated_and_go_to_no_private_place(tmp_path: Path)
         "fe80::1%eth0",
         "::ffff:10.0.0.1",
         "0.0.0.0",
+        "localhost.",
+        "127.1",
+        "2130706433",
+        "64:ff9b::7f00:1",
+        "2002:7f00:1::",
     )
     assert all(map(is_private, private)) and not is_private("8.8.8.8") and not is_private("example.com")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.com:99999/",
+        "http://example.com:0/",
+        "http://example.com:x/",
+        "http://a b/",
+        "http://example.com/\n",
+        f"http://{'a' * 64}.com/",
+        "http://:word@example.com/",
+        "http://127.1/",
+        "http://\u2460\u2461\u2466.0.0.1/",
+    ],
+)
+def test_a_webhook_that_could_never_be_sent_is_refused_at_once(front: Front, url: str) -> None:
+    refused = client_of(front).post("/v1/videos", json={**ASK, "webhook": url})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "webhook")
+
+
+def test_a_target_that_answers_byte_by_byte_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from chitu_diffusion.service import webhooks
+
+    monkeypatch.setattr(webhooks, "_WHOLE_S", 0.3)
+    listener = socket.create_server(("127.0.0.1", 0))
+    left = threading.Event()
+
+    def drip() -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nx: ")
+            while not left.wait(0.05):
+                connection.sendall(b"x")
+
+    threading.Thread(target=drip, daemon=True).start()
+    front = make_front(tmp_path, webhooks={"allow": ["127.0.0.1"]})
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    client_of(front).post("/v1/videos", json={**ASK, "webhook": url})
+    FakeSupervisor(front).make()
+    (delivery,) = front.store.outbox.claim()
+    counted: list[str] = []
+    sender = webhooks.WebhookSender(
+        front.store, front.settings.webhooks, webhooks.kept_secret(front.data, None), counted.append
+    )
+    thread = threading.Thread(target=sender._deliver, args=(delivery,), daemon=True)
+    thread.start()
+    thread.join(3)  # ten times the limit
+    left.set()
+    listener.close()
+    assert counted == ["failed"]

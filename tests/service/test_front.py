@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from fronts import VIDEO, FakeSupervisor, add_key, client_of, make_front
@@ -446,6 +447,9 @@ def test_without_keys_only_this_machine_s_own_pages(front: Front) -> None:
     assert client.get("/v1/videos", headers={"host": "evil.example"}).json()["error"]["code"] == "host"
     assert client.get("/v1/videos", headers={"host": "127.0.0.1.evil.example"}).status_code == 403
     assert client.get("/v1/videos", headers={"host": "[::1]:8000"}).status_code == 200
+    for odd in ("[::1", "evil.example@127.0.0.1", "127.0.0.1/evil.example", "127.0.0.1?"):
+        assert client.get("/v1/videos", headers={"host": odd}).json()["error"]["code"] == "host"
+    assert client.get("/v1/videos", headers={"origin": "http://[::1"}).json()["error"]["code"] == "origin"
     foreign = {"origin": "http://evil.example"}
     assert client.post("/v1/videos", json=ASK, headers=foreign).json()["error"]["code"] == "origin"
     assert client.post("/v1/videos", json=ASK, headers={"origin": "null"}).status_code == 403
@@ -456,6 +460,15 @@ def test_without_keys_only_this_machine_s_own_pages(front: Front) -> None:
     add_key(front, "ann")
     front.auth._asked_at = float("-inf")  # it asks once a second
     require_safe_address(front)
+
+
+@pytest.mark.parametrize(
+    "name", ["metadata[a][b]", "flexcache[", "cascade[stages][0][height]", "metadata[b]"]
+)
+def test_a_form_s_names_are_taken_whole(client: TestClient, name: str) -> None:
+    form = urlencode([("prompt", "a ball"), ("metadata[b]", "1"), (name, "2")])
+    kind = {"content-type": "application/x-www-form-urlencoded"}
+    assert client.post("/v1/videos/estimate", content=form, headers=kind).status_code == 400
 
 
 ODD = ("x", "-1", "1e999", -1, 2**70, 1.5, True, [[]], {"a": {"b": 1}}, "\ud800", "\0")
@@ -470,7 +483,16 @@ def test_no_odd_value_is_a_fault(client: TestClient) -> None:
             body = json.dumps({"prompt": "a cat", "num_frames": 5, name: value})
             answer = client.post("/v1/videos/estimate", content=body, headers=json_type)
             assert answer.status_code in (200, 400, 422), (name, value, answer.text)
-    for query in ("limit=0", "limit=x", "limit=101", "order=up", "status=done", "after=x"):
+    for query in (
+        "limit=0",
+        "limit=x",
+        "limit=101",
+        "limit=0100999",
+        f"limit=1{'0' * 5000}",
+        "order=up",
+        "status=done",
+        "after=x",
+    ):
         assert client.get(f"/v1/videos?{query}").status_code in (400, 404)
     for form in ({"flexcache": "{"}, {"flexcache[a][b]": "1"}, {"[]": "1"}, {"size": "1x1", "size[a]": "2"}):
         assert client.post("/v1/videos/estimate", data={"prompt": "a", **form}).status_code == 400

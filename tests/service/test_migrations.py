@@ -158,3 +158,11 @@ def test_the_clock_is_not_turned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(before - time.time()) < 1
     monkeypatch.setattr(time, "time", lambda: 0.0)
     assert 0 <= clock() - before < 1
+
+
+def test_a_file_that_is_no_database_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "chitu.db"
+    file.write_bytes(b"no database " * 1000)
+    with pytest.raises(StoreDownError, match="restore it from a backup"):
+        open_store(f"sqlite:///{file}")
+    assert file.read_bytes() == b"no database " * 1000
