@@ -123,7 +123,7 @@ class WorkerAgent:
                     self._command,
                     stdin=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
-                    text=True,
+                    encoding="utf-8",
                     errors="replace",
                     start_new_session=True,
                 )
